@@ -1,0 +1,1 @@
+"""fcconv_jax: one linear map, two forms (under construction)."""
