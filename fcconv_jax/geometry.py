@@ -1,0 +1,413 @@
+"""Geometry: which convolutions hold the same parameters as a dense layer, and why.
+
+Everything here is arithmetic on small integers; no array is made. A convolution
+has a dense layer's parameters exactly when, in every dimension, output position
+``i`` reads input ``i * kernel + j`` with tap ``j``: each tap meets a real input,
+positions share none, and none is skipped (Raschka, *Machine Learning Q and AI*,
+ch. 12).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import operator
+from collections.abc import Sequence
+from typing import Any, Literal, get_args
+
+from fcconv_jax.reasons import times, why_it_fails, why_it_holds
+from fcconv_jax.windows import (
+    Dimension,
+    PaddingLike,
+    PaddingMode,
+    check_sizes,
+    named_padding,
+    padding_pairs,
+    per_dimension,
+)
+
+Case = Literal["pointwise", "full_window", "patchify", "grouped", "unrolled"]
+
+_PADDING_NAMES = ("VALID", "SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", "CAUSAL")
+
+
+def classify(
+    input_shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] | None = 1,
+    padding: PaddingLike = "VALID",
+    input_dilation: int | Sequence[int] | None = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    groups: int = 1,
+) -> Equivalence:
+    """Says which dense layer a convolution is, or the first reason why it is none.
+
+    Args:
+      input_shape: spatial sizes of the input, such as ``(height, width)``; an int
+        is one dimension.
+      kernel_size: taps per dimension; an int holds for every dimension.
+      strides: step between output positions, per dimension or one int.
+      padding: what ``flax.linen.Conv`` takes: a name (``"VALID"``, ``"SAME"``,
+        ``"SAME_LOWER"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"``), one int, an
+        int per dimension, or a ``(low, high)`` pair per dimension.
+      input_dilation: spacing of the inputs (``lhs_dilation``).
+      kernel_dilation: spacing of the kernel's taps (``rhs_dilation``).
+      groups: ``feature_group_count``.
+
+    Returns:
+      The case, in words too.
+
+    Raises:
+      ValueError: a size is not positive, ranks differ, the padding is unknown, or
+        the kernel does not fit into the padded input.
+
+    Example:
+      >>> classify((7, 7), (7, 7), strides=2).case
+      'full_window'
+      >>> classify((8, 8), 1, strides=2).fix[:65]
+      'It equals the Dense on the strided subsample x[:, ::2, ::2]: take'
+    """
+    geometry = resolve_geometry(
+        input_shape,
+        kernel_size,
+        strides,
+        padding,
+        input_dilation,
+        kernel_dilation,
+        groups,
+    )
+    return _classify(geometry)
+
+
+def resolve_geometry(
+    input_shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] | None = 1,
+    padding: PaddingLike = "VALID",
+    input_dilation: int | Sequence[int] | None = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    groups: int = 1,
+) -> ConvGeometry:
+    """Resolves :func:`classify`'s arguments to numbers per dimension.
+
+    The amounts of the named paddings are those of ``flax.linen.Conv`` and
+    ``jax.lax.conv_general_dilated``.
+
+    Raises:
+      ValueError: as :func:`classify`.
+
+    Example:
+      >>> resolve_geometry((5, 6), 3, strides=2, padding="SAME").padding
+      ((1, 1), (0, 1))
+    """
+    sizes = per_dimension("input_shape", input_shape, None)
+    rank = len(sizes)
+    kernel = per_dimension("kernel_size", kernel_size, rank)
+    steps = per_dimension("strides", strides, rank)
+    holes = per_dimension("input_dilation", input_dilation, rank)
+    spread = per_dimension("kernel_dilation", kernel_dilation, rank)
+    mode: PaddingMode = "zeros"
+    if isinstance(padding, str):
+        name = padding.upper()
+        if name not in _PADDING_NAMES:
+            raise ValueError(
+                f"padding: unknown name {padding!r}; use one of "
+                f"{', '.join(_PADDING_NAMES)}, an int, or (low, high) pairs"
+            )
+        if name != "VALID" and any(d != 1 for d in holes):
+            raise ValueError(
+                f"padding: {name} is not defined with input_dilation {holes} (jax "
+                "refuses it too); give the padding as (low, high) pairs"
+            )
+        if name == "CAUSAL" and rank != 1:
+            raise ValueError(
+                f"padding: CAUSAL is for one dimension, input_shape has {rank}; give "
+                "the padding as (low, high) pairs"
+            )
+        if name in ("CIRCULAR", "REFLECT"):
+            mode = "circular" if name == "CIRCULAR" else "reflect"
+        pads = tuple(
+            named_padding(name, *numbers)
+            for numbers in zip(sizes, kernel, steps, spread)
+        )
+    else:
+        pads = padding_pairs(padding, rank)
+    return ConvGeometry(
+        sizes, kernel, steps, pads, mode, holes, spread, operator.index(groups)
+    )
+
+
+def explain(equivalence: Equivalence) -> str:
+    """Tells an equivalence in plain text, with the shapes of both kernels.
+
+    Example:
+      >>> print(explain(classify(16, 4, strides=4)))
+      input 16, kernel 4, strides 4, no padding -> output 4
+      case: patchify (the Dense and the Conv hold the same parameters)
+      why: The windows of 4 lie side by side, so each input is read by one position.
+      dense side: space-to-depth into 4 windows, then Dense on each
+      kernels: Dense (4*C, O) <-> Conv (4, C, O)
+    """
+    same = "the Dense and the Conv hold the same parameters"
+    if not equivalence.same_parameters:
+        same = "no Dense holds the same parameters"
+    label = equivalence.case
+    if equivalence.case == "grouped":
+        label = f"grouped, each group {equivalence.base}"
+    dense, conv = _kernel_shapes(equivalence)
+    lines = [
+        str(equivalence.geometry),
+        f"case: {label} ({same})",
+        f"why: {equivalence.reason}",
+        f"mend: {equivalence.fix}",
+        f"dense side: {_dense_side(equivalence)}",
+        f"kernels: Dense {dense} <-> Conv {conv}",
+    ]
+    return "\n".join(line for line in lines if line != "mend: ")
+
+
+@dataclasses.dataclass(frozen=True)
+class ConvGeometry:
+    """A convolution's spatial geometry, every choice resolved to numbers.
+
+    Args:
+      input_shape: spatial sizes of the input.
+      kernel_size: taps per dimension.
+      strides: step between output positions.
+      padding: ``(low, high)`` per dimension; negative numbers crop, as in
+        ``jax.lax.conv_general_dilated``.
+      padding_mode: what the padding holds.
+      input_dilation: spacing of the inputs; 1 where the padding is not zeros.
+      kernel_dilation: spacing of the taps.
+      groups: ``feature_group_count``.
+
+    Raises:
+      ValueError: the numbers make no convolution; the message names the argument.
+
+    Example:
+      >>> resolve_geometry(5, 3, strides=2).output_shape
+      (2,)
+      >>> resolve_geometry(5, 3, strides=2, padding=1).reads(0)
+      ((None, 0, 1), (1, 2, 3), (3, 4, None))
+    """
+
+    input_shape: tuple[int, ...]
+    kernel_size: tuple[int, ...]
+    strides: tuple[int, ...]
+    padding: tuple[tuple[int, int], ...]
+    padding_mode: PaddingMode
+    input_dilation: tuple[int, ...]
+    kernel_dilation: tuple[int, ...]
+    groups: int
+
+    def __post_init__(self):
+        rank = len(self.input_shape)
+        for name in (
+            "input_shape",
+            "kernel_size",
+            "strides",
+            "input_dilation",
+            "kernel_dilation",
+        ):
+            check_sizes(name, getattr(self, name), rank)
+        if self.groups < 1:
+            raise ValueError(f"groups: must be at least 1, got {self.groups}")
+        if len(self.padding) != rank:
+            raise ValueError(
+                f"padding: {len(self.padding)} pairs for {rank} dimensions; give one "
+                "(low, high) pair per dimension"
+            )
+        if self.padding_mode not in get_args(PaddingMode):
+            raise ValueError(
+                f"padding_mode: {self.padding_mode!r} is none of "
+                f"{', '.join(get_args(PaddingMode))}"
+            )
+        if self.padding_mode != "zeros" and any(d != 1 for d in self.input_dilation):
+            raise ValueError(
+                f"padding: {self.padding_mode} needs input_dilation 1, got "
+                f"{self.input_dilation}"
+            )
+        if self.padding_mode != "zeros" and min(map(min, self.padding)) < 0:
+            raise ValueError(
+                f"padding: {self.padding_mode} cannot crop, got {self.padding}"
+            )
+        for i, d in enumerate(self.dimensions):
+            if d.padded < d.extent:
+                raise ValueError(
+                    f"kernel_size: {d.kernel} taps"
+                    + f" with kernel_dilation {d.spread}" * (d.spread > 1)
+                    + f" span {d.extent} inputs in dimension {i}, but the padded input"
+                    f" has {max(d.padded, 0)}; use a smaller kernel or more padding"
+                )
+
+    @property
+    def dimensions(self) -> tuple[Dimension, ...]:
+        """The geometry, one dimension at a time."""
+        return tuple(
+            Dimension(size, kernel, stride, low, high, holes, spread, self.padding_mode)
+            for size, kernel, stride, (low, high), holes, spread in zip(
+                self.input_shape,
+                self.kernel_size,
+                self.strides,
+                self.padding,
+                self.input_dilation,
+                self.kernel_dilation,
+            )
+        )
+
+    @property
+    def output_shape(self) -> tuple[int, ...]:
+        """Spatial sizes of the output."""
+        return tuple(d.output for d in self.dimensions)
+
+    @property
+    def covered_shape(self) -> tuple[int, ...]:
+        """Leading part of the input that a same-parameter case reads.
+
+        What lies beyond is the remainder that the windows drop.
+        """
+        return tuple(d.output * d.kernel for d in self.dimensions)
+
+    @property
+    def window_elements(self) -> int:
+        """Taps in one window."""
+        return math.prod(self.kernel_size)
+
+    @property
+    def input_elements(self) -> int:
+        """Spatial positions of the input."""
+        return math.prod(self.input_shape)
+
+    @property
+    def output_elements(self) -> int:
+        """Spatial positions of the output."""
+        return math.prod(self.output_shape)
+
+    @property
+    def base(self) -> Case:
+        """The case of one group: pointwise, full_window, patchify or unrolled."""
+        if not all(d.reads_in_order for d in self.dimensions):
+            return "unrolled"
+        if self.window_elements == 1 and self.output_shape == self.input_shape:
+            return "pointwise"
+        if self.kernel_size == self.input_shape:
+            return "full_window"
+        return "patchify"
+
+    def reads(self, dimension: int) -> tuple[tuple[int | None, ...], ...]:
+        """Input index that each (output position, tap) of a dimension reads.
+
+        ``None`` stands for padding zeros and for holes of the input dilation.
+        """
+        d = self.dimensions[dimension]
+        return tuple(
+            tuple(d.source(i * d.stride + j * d.spread) for j in range(d.kernel))
+            for i in range(d.output)
+        )
+
+    def __str__(self) -> str:
+        words = [
+            f"input {times(self.input_shape)}",
+            f"kernel {times(self.kernel_size)}",
+            f"strides {times(self.strides)}",
+            _padding_words(self),
+        ]
+        if any(d != 1 for d in self.input_dilation):
+            words.append(f"input dilation {times(self.input_dilation)}")
+        if any(d != 1 for d in self.kernel_dilation):
+            words.append(f"kernel dilation {times(self.kernel_dilation)}")
+        if self.groups > 1:
+            words.append(f"groups {self.groups}")
+        return f"{', '.join(words)} -> output {times(self.output_shape)}"
+
+
+@dataclasses.dataclass(frozen=True)
+class Equivalence:
+    """What :func:`classify` found.
+
+    Args:
+      case: the design's five cases; ``"unrolled"`` means no Dense has the same
+        parameters.
+      base: for ``"grouped"``, the case of each group; otherwise ``case``.
+      reason: why the case holds, or the first condition that fails.
+      fix: what would mend it; empty where the parameters are the same.
+      geometry: what was classified.
+
+    Example:
+      >>> classify(4, 4, groups=2).base
+      'full_window'
+    """
+
+    case: Case
+    base: Case
+    reason: str
+    fix: str
+    geometry: ConvGeometry
+
+    @property
+    def same_parameters(self) -> bool:
+        """Whether the Dense's entries are the Conv's, each exactly once."""
+        return self.case != "unrolled"
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values."""
+        geometry = dataclasses.asdict(self.geometry)
+        geometry["output_shape"] = self.geometry.output_shape
+        return {
+            "case": self.case,
+            "base": self.base,
+            "same_parameters": self.same_parameters,
+            "reason": self.reason,
+            "fix": self.fix,
+            "geometry": {k: _listed(v) for k, v in geometry.items()},
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.case}: {self.reason}"
+        return f"{text} {self.fix}" if self.fix else text
+
+
+def _classify(geometry: ConvGeometry) -> Equivalence:
+    base = geometry.base
+    if base == "unrolled":
+        return Equivalence(base, base, *why_it_fails(geometry), geometry)
+    case = "grouped" if geometry.groups > 1 else base
+    return Equivalence(case, base, why_it_holds(geometry), "", geometry)
+
+
+def _dense_side(equivalence: Equivalence) -> str:
+    geometry = equivalence.geometry
+    output = times(geometry.output_shape)
+    dense = "Dense"
+    if equivalence.case == "grouped":
+        dense = f"{geometry.groups} Denses, one per group of channels,"
+    if equivalence.base == "pointwise":
+        return f"{dense} on the last axis, at every position"
+    if equivalence.base == "full_window":
+        return f"flatten the window (row-major, channel last), then {dense}".rstrip(",")
+    if equivalence.base == "patchify":
+        return f"space-to-depth into {output} windows, then {dense} on each"
+    return "flatten the whole input, then a Dense with repeated entries and zeros"
+
+
+def _kernel_shapes(equivalence: Equivalence) -> tuple[str, str]:
+    geometry = equivalence.geometry
+    g = geometry.groups
+    channels, out = (f"C/{g}", f"O/{g}") if g > 1 else ("C", "O")
+    taps = geometry.window_elements
+    rows = channels if taps == 1 else f"{taps}*{channels}"
+    dense = f"({g}, {rows}, {out})" if g > 1 else f"({rows}, {out})"
+    if not equivalence.same_parameters:
+        dense = f"({geometry.input_elements}*C, {geometry.output_elements}*O)"
+    return dense, f"({', '.join(map(str, geometry.kernel_size))}, {channels}, O)"
+
+
+def _padding_words(geometry: ConvGeometry) -> str:
+    if not any(any(pads) for pads in geometry.padding):
+        return "no padding"
+    mode = "" if geometry.padding_mode == "zeros" else f" ({geometry.padding_mode})"
+    return f"padding {', '.join(map(str, geometry.padding))}{mode}"
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, tuple) else value

@@ -1,0 +1,207 @@
+"""Windows: which inputs a convolution's taps read, in one spatial dimension."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Sequence
+from typing import Literal
+
+PaddingMode = Literal["zeros", "circular", "reflect"]
+PaddingLike = str | int | Sequence[int | Sequence[int]]
+
+
+def named_padding(
+    name: str, size: int, kernel: int, stride: int, spread: int
+) -> tuple[int, int]:
+    """The (low, high) amounts of a padding name in one dimension.
+
+    ``SAME`` and ``SAME_LOWER`` as in ``jax.lax.padtype_to_pads``; the others as in
+    ``flax.linen.Conv``. All but ``VALID`` count the dilated kernel.
+
+    Example:
+      >>> named_padding("SAME", 5, 4, 1, 1), named_padding("CAUSAL", 5, 4, 1, 2)
+      ((1, 2), (6, 0))
+    """
+    extent = (kernel - 1) * spread + 1
+    if name == "VALID":
+        return 0, 0
+    if name == "CAUSAL":
+        return extent - 1, 0
+    if name in ("CIRCULAR", "REFLECT"):
+        return (extent - 1) // 2, extent // 2
+    total = max((-(-size // stride) - 1) * stride + extent - size, 0)
+    less, more = total // 2, total - total // 2
+    return (less, more) if name == "SAME" else (more, less)
+
+
+def padding_pairs(
+    padding: int | Sequence[int | Sequence[int]], rank: int
+) -> tuple[tuple[int, int], ...]:
+    """Reads a padding given in numbers as one (low, high) pair per dimension.
+
+    Raises:
+      ValueError: there is another number of entries, or one is no int or pair.
+
+    Example:
+      >>> padding_pairs([1, (0, 2)], 2)
+      ((1, 1), (0, 2))
+    """
+    hint = f"give an int, {rank} ints, {rank} (low, high) pairs, or a name"
+    if not isinstance(padding, Sequence):
+        try:
+            both = operator.index(padding)
+        except TypeError:
+            raise ValueError(f"padding: got {padding!r}; {hint}") from None
+        return ((both, both),) * rank
+    if len(padding) != rank:
+        raise ValueError(
+            f"padding: {padding!r} has {len(padding)} entries for {rank} "
+            f"dimensions; {hint}"
+        )
+    pairs = []
+    for entry in padding:
+        pair = tuple(entry) if isinstance(entry, Sequence) else (entry, entry)
+        try:
+            low, high = map(operator.index, pair)
+        except (TypeError, ValueError):
+            raise ValueError(f"padding: got {padding!r}; {hint}") from None
+        pairs.append((low, high))
+    return tuple(pairs)
+
+
+def per_dimension(
+    name: str, value: int | Sequence[int] | None, rank: int | None
+) -> tuple[int, ...]:
+    """Reads an int (for every dimension), a tuple, or ``None`` (1) as a tuple.
+
+    Args:
+      name: the argument's name, for the error.
+      value: what was given.
+      rank: number of dimensions, or ``None`` where the value decides it.
+
+    Raises:
+      ValueError: the rank is another, or an entry is no positive int.
+
+    Example:
+      >>> per_dimension("strides", 2, rank=3)
+      (2, 2, 2)
+    """
+    given = 1 if value is None else value
+    entries = given if isinstance(given, Sequence) else (given,) * (rank or 1)
+    try:
+        numbers = tuple(map(operator.index, entries))
+    except TypeError:
+        raise ValueError(
+            f"{name}: got {value!r}; give an int or a tuple of ints"
+        ) from None
+    check_sizes(name, numbers, len(numbers) if rank is None else rank)
+    return numbers
+
+
+def check_sizes(name: str, numbers: tuple[int, ...], rank: int) -> None:
+    """Raises a ValueError that names the argument unless all are positive sizes."""
+    if rank < 1:
+        raise ValueError(f"{name}: got (); give at least one spatial dimension")
+    if len(numbers) != rank:
+        raise ValueError(
+            f"{name}: {numbers} has {len(numbers)} entries, but input_shape has "
+            f"{rank} dimensions; give {rank}, or one int for all"
+        )
+    if min(numbers) < 1:
+        raise ValueError(f"{name}: every entry must be at least 1, got {numbers}")
+
+
+@dataclasses.dataclass(frozen=True)
+class Dimension:
+    """One spatial dimension of a convolution.
+
+    Args:
+      size: inputs.
+      kernel: taps.
+      stride: step between output positions.
+      low: padding before the inputs.
+      high: padding after them.
+      holes: input dilation.
+      spread: kernel dilation.
+      mode: what the padding holds.
+
+    Example:
+      >>> Dimension(7, 7, 2, 1, 1, 1, 1, "zeros").output
+      2
+    """
+
+    size: int
+    kernel: int
+    stride: int
+    low: int
+    high: int
+    holes: int
+    spread: int
+    mode: PaddingMode
+
+    @property
+    def dilated(self) -> int:
+        """Size of the input with its holes."""
+        return (self.size - 1) * self.holes + 1
+
+    @property
+    def padded(self) -> int:
+        """Size of the input with holes and padding."""
+        return self.dilated + self.low + self.high
+
+    @property
+    def extent(self) -> int:
+        """Padded inputs between a window's first tap and its last, both counted."""
+        return (self.kernel - 1) * self.spread + 1
+
+    @property
+    def output(self) -> int:
+        """Output positions."""
+        return (self.padded - self.extent) // self.stride + 1
+
+    @property
+    def reaches_padding(self) -> bool:
+        """Whether the windows start elsewhere than at the input or run past it."""
+        last = (self.output - 1) * self.stride + self.extent
+        return self.low != 0 or last > self.dilated
+
+    @property
+    def reads_in_order(self) -> bool:
+        """Whether position ``i``, tap ``j`` reads input ``i * kernel + j`` throughout.
+
+        In closed form: the place ``i * stride + j * spread - low`` must stand for
+        ``holes * (i * kernel + j)``. Zeros stand for nothing, so the two are equal;
+        circular padding repeats with the period ``size`` and reflection with
+        ``2 * (size - 1)``, forwards and backwards.
+        """
+        if self.output * self.kernel > self.size:
+            return False
+        period, turns = 0, (1,)
+        if self.mode == "circular":
+            period = self.size
+        elif self.mode == "reflect":
+            period, turns = max(2 * (self.size - 1), 1), (1, -1)
+
+        def agree(a: int, b: int) -> bool:
+            return (a - b) % period == 0 if period else a == b
+
+        return agree(self.low, 0) and any(
+            (self.kernel == 1 or agree(self.spread, turn * self.holes))
+            and (
+                self.output == 1 or agree(self.stride, turn * self.holes * self.kernel)
+            )
+            for turn in turns
+        )
+
+    def source(self, place: int) -> int | None:
+        """Input index at a place of the padded input, ``None`` if there is none."""
+        place -= self.low
+        if self.mode == "circular":
+            return place % self.size
+        if self.mode == "reflect":
+            place %= max(2 * (self.size - 1), 1)
+            return min(place, 2 * (self.size - 1) - place)
+        if 0 <= place < self.dilated and place % self.holes == 0:
+            return place // self.holes
+        return None
