@@ -1,0 +1,207 @@
+"""How a layer's input and output move between its two forms: shapes only, no weights.
+
+Both directions use one canonical dense layout: input ``(*lead, [groups,] in)``, kernel
+``([groups,] in, out)``, output ``(*lead, [groups,] out)``; the groups axis is there
+only for grouped layers. Conv inputs are channel-last, ``(N, *spatial, C)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from .plan import Form, LayerPlan, PlanError
+
+Array = jax.Array
+FormFn = Callable[[Array, Array, Array | None], Array]
+
+
+def conv_input(layer: LayerPlan, x: Array) -> Array:
+    """The conv form's input, from the dense form's.
+
+    Args:
+      layer: the layer's plan.
+      x: ``(*lead, [groups,] in)``; ``in`` is flattened in ``layer.order``.
+
+    Returns:
+      ``(N, *spatial, C)``. A full window gives ``spatial == window``. A pointwise
+      layer gives spatial axes of size 1, or its leading axes with layout ``"keep"``.
+    """
+    grouped = layer.groups > 1
+    lead = x.shape[: -2 if grouped else -1]
+    if math.prod(layer.window) == 1:
+        channels = x.shape[len(lead) :]
+        return x.reshape(*_spatial(layer, lead), math.prod(channels))
+    sizes = dict(zip(_letters(layer), layer.window))
+    sizes["C"] = x.shape[-1] // math.prod(layer.window)
+    split = (math.prod(lead), layer.groups, *(sizes[axis] for axis in layer.order))
+    target = (*_letters(layer)[:-1], "G", "C")
+    axes = [1 if a == "G" else 2 + layer.order.index(a) for a in target]
+    x = x.reshape(split).transpose(0, *axes)
+    return x.reshape(math.prod(lead), *layer.window, layer.groups * sizes["C"])
+
+
+def conv_output(layer: LayerPlan, y: Array, lead: Sequence[int]) -> Array:
+    """The dense form's output ``(*lead, [groups,] out)``, from the conv form's."""
+    groups = (layer.groups,) if layer.groups > 1 else ()
+    return y.reshape(*lead, *groups, y.shape[-1] // layer.groups)
+
+
+def dense_input(layer: LayerPlan, x: Array) -> Array:
+    """The dense form's input, from the conv form's.
+
+    Args:
+      layer: the layer's plan.
+      x: ``(N, *spatial, C)``.
+
+    Returns:
+      One row of features per position of the window, ``(N, *positions, [groups,] in)``.
+      A trailing remainder that no position covers is dropped.
+    """
+    rank = len(layer.window)
+    batch, spatial, channels = (
+        x.shape[: -1 - rank],
+        x.shape[-1 - rank : -1],
+        x.shape[-1],
+    )
+    positions = output_positions(layer, spatial)
+    if math.prod(layer.window) > 1 or positions != spatial:
+        covered = [slice(p * k) for p, k in zip(positions, layer.window)]
+        x = x[(..., *covered, slice(None))]
+    pairs = [size for pair in zip(positions, layer.window) for size in pair]
+    per_group = channels // layer.groups
+    x = x.reshape(*batch, *pairs, layer.groups, per_group)
+    n = len(batch)
+    at = [n + 2 * i for i in range(rank)]
+    window = [n + 2 * i + 1 for i in range(rank)]
+    x = x.transpose(*range(n), *at, n + 2 * rank, *window, n + 2 * rank + 1)
+    groups = (layer.groups,) if layer.groups > 1 else ()
+    return x.reshape(*batch, *positions, *groups, math.prod(layer.window) * per_group)
+
+
+def dense_output(layer: LayerPlan, y: Array) -> Array:
+    """The conv form's output ``(N, *positions, O)``, from the dense form's."""
+    if layer.groups == 1:
+        return y
+    return y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
+
+
+def output_positions(layer: LayerPlan, spatial: Sequence[int]) -> tuple[int, ...]:
+    """How many positions the window has on an input of these spatial sizes.
+
+    Raises:
+      PlanError: the layer is a full window and the input is not its window.
+    """
+    if layer.base == "full_window" and tuple(spatial) != layer.window:
+        raise PlanError(
+            f"planned as a full window of {layer.window}, called on an input of "
+            f"spatial size {tuple(spatial)}: the two forms differ there; call it on "
+            f"{layer.window} or leave the layer out with a rule"
+        )
+    return tuple(
+        1 if n == k else (n - k) // s + 1
+        for n, k, s in zip(spatial, layer.window, layer.strides)
+    )
+
+
+def pair_of_forms(
+    layer: LayerPlan, to: Form, *, precision: Any = None
+) -> tuple[FormFn, FormFn]:
+    """The layer as two functions of ``(x, kernel, bias)``: as it is, and converted.
+
+    Both take the same ``x`` and give the same output; kernel and bias are those of
+    the form (``bias`` may be None). This is the linear map that a converted model
+    runs, and what verification certifies.
+
+    Args:
+      layer: the layer's plan.
+      to: the form that the plan goes to.
+      precision: as for ``jax.lax.dot_general``, in both forms.
+
+    Example:
+      >>> import numpy as np
+      >>> from fcconv_jax.kernels import Rearrangement
+      >>> kernel = Rearrangement.reshape((8, 3), (2, 2, 2, 3))
+      >>> fc = LayerPlan("full_window", "Dense", (2, 2), "HWC", (("kernel", kernel),),
+      ...                (1, 8), (1, 1))
+      >>> dense, conv = pair_of_forms(fc, to="conv")
+      >>> x, w = np.ones((5, 8), np.float32), np.ones((8, 3), np.float32)
+      >>> bool((dense(x, w, None) == conv(x, kernel(w), None)).all())
+      True
+    """
+    dense = functools.partial(_dense, layer, precision)
+    conv = functools.partial(_conv, layer, precision)
+    if to == "conv":
+
+        def as_conv(x: Array, kernel: Array, bias: Array | None) -> Array:
+            lead = x.shape[: -2 if layer.groups > 1 else -1]
+            return conv_output(layer, conv(conv_input(layer, x), kernel, bias), lead)
+
+        return dense, as_conv
+
+    def as_dense(x: Array, kernel: Array, bias: Array | None) -> Array:
+        return dense_output(layer, dense(dense_input(layer, x), kernel, bias))
+
+    return conv, as_dense
+
+
+def _dense(
+    layer: LayerPlan, precision: Any, x: Array, kernel: Array, bias: Array | None
+) -> Array:
+    """``x @ kernel + bias`` in the canonical dense layout."""
+    last = x.ndim - 1
+    if layer.groups == 1:
+        matrix = kernel.reshape(x.shape[-1], -1)
+        contract = (((last,), (0,)), ((), ()))
+        y = lax.dot_general(x, matrix, contract, precision=precision)
+    else:
+        matrix = kernel.reshape(layer.groups, x.shape[-1], -1)
+        contract = (((last,), (1,)), ((last - 1,), (0,)))
+        y = lax.dot_general(x, matrix, contract, precision=precision)
+        y = jnp.moveaxis(y, 0, -2)
+    if bias is None:
+        return y
+    return y + bias.reshape(y.shape[-2 if layer.groups > 1 else -1 :])
+
+
+def _conv(
+    layer: LayerPlan, precision: Any, x: Array, kernel: Array, bias: Array | None
+) -> Array:
+    """The conv form on channel-last input, unpadded, as ``nn.Conv`` computes it."""
+    batch = x.shape[: -1 - len(layer.window)]
+    x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
+    last = x.ndim - 1
+    lhs = (0, last, *range(1, last))
+    rhs = (last, last - 1, *range(last - 1))
+    y = lax.conv_general_dilated(
+        x,
+        kernel,
+        layer.strides,
+        "VALID",
+        dimension_numbers=lax.ConvDimensionNumbers(lhs, rhs, lhs),
+        feature_group_count=layer.groups,
+        precision=precision,
+    )
+    y = y.reshape(*batch, *y.shape[1:])
+    return y if bias is None else y + bias
+
+
+def _letters(layer: LayerPlan) -> str:
+    """The axes in the conv's own order, channel last: ``"HWC"``."""
+    return "".join(sorted(layer.order.replace("C", ""), key="DHW".index)) + "C"
+
+
+def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:
+    """Batch and spatial axes of a pointwise conv on a dense input's leading axes."""
+    rank = len(layer.window)
+    if layer.layout == "fold" or len(lead) < 2:
+        return (math.prod(lead), *[1] * rank)
+    spatial = tuple(lead[1:][-rank:])
+    batch = math.prod(lead[: len(lead) - len(spatial)])
+    return (batch, *[1] * (rank - len(spatial)), *spatial)

@@ -1,0 +1,321 @@
+"""What converts and how: immutable Plan, LayerPlan and Rule with a JSON form."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import functools
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import MappingProxyType
+from typing import Any, Literal
+
+from .kernels import Rearrangement
+
+Form = Literal["conv", "dense"]
+Case = Literal["pointwise", "full_window", "patchify", "grouped", "unrolled"]
+Layout = Literal["fold", "keep"]
+
+FORMAT = "fcconv_jax.plan"
+VERSION = 1
+
+
+class PlanError(ValueError):
+    """A plan cannot be made, read or applied: what was found, and the way out."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerPlan:
+    """How one layer's parameters and call move from one form to the other.
+
+    Args:
+      base: why the two forms are equal (see :func:`fcconv_jax.classify`), of each
+        group where there are several.
+      layer: class of the layer as it was found, such as ``"Dense"``.
+      window: kernel size of the conv form.
+      order: the axes of the window and the channels in the order in which the dense
+        form flattens them, slowest first: ``"HWC"``, ``"CHW"``, ``"WC"``.
+      leaves: for each parameter its name under the module path and how its entries
+        move; the name is ``""`` where the plan's key is the leaf's own path.
+      input_shape: shape of the layer's input when the plan was made.
+      strides: strides of the conv form.
+      groups: feature groups of the conv form.
+      stack_axes: axes that ``nn.scan`` and ``nn.vmap`` add to the stored parameters,
+        innermost first, as Flax numbers them.
+      layout: where the leading axes of a pointwise layer go in its conv form:
+        ``"fold"`` into the batch, or ``"keep"`` them as spatial axes.
+    """
+
+    base: Case
+    layer: str
+    window: tuple[int, ...]
+    order: str
+    leaves: tuple[tuple[str, Rearrangement], ...]
+    input_shape: tuple[int, ...]
+    strides: tuple[int, ...]
+    groups: int = 1
+    stack_axes: tuple[int, ...] = ()
+    layout: Layout = "fold"
+
+    @property
+    def case(self) -> Case:
+        """Why the two forms are equal: ``"grouped"``, or the base case."""
+        return "grouped" if self.groups > 1 else self.base
+
+    @property
+    def kernel(self) -> Rearrangement:
+        """How the kernel's entries move."""
+        return self.leaves[0][1]
+
+    @property
+    def bias(self) -> Rearrangement | None:
+        """How the bias's entries move; None for a layer without bias."""
+        return self.leaves[1][1] if len(self.leaves) > 1 else None
+
+    def inverse(self) -> LayerPlan:
+        """The same layer, going the other way."""
+        leaves = tuple((name, leaf.inverse()) for name, leaf in self.leaves)
+        return dataclasses.replace(self, leaves=leaves)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the layers whose module path matches a pattern.
+
+    Args:
+      pattern: shell-style pattern for the whole module path (``*`` also crosses
+        ``/``): ``"head"``, ``"*/attention/*"``.
+      window: kernel size of the conv form; None leaves it to the trace.
+      order: flatten order such as ``"CHW"``; None leaves it to the trace.
+      layout: see :class:`LayerPlan`; None for the default.
+      skip: leave the layer as it is.
+
+    Example:
+      >>> Rule.parse("head/fc6=7x7:CHW")
+      Rule(pattern='head/fc6', window=(7, 7), order='CHW', layout=None, skip=False)
+      >>> Rule.parse("*=skip").skip
+      True
+    """
+
+    pattern: str
+    window: tuple[int, ...] | None = None
+    order: str | None = None
+    layout: Layout | None = None
+    skip: bool = False
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """Reads ``PATTERN=WINDOW[:ORDER]`` or ``PATTERN=skip``, as on the command line.
+
+        Raises:
+          PlanError: the text has another form.
+        """
+        pattern, _, value = text.rpartition("=")
+        window, _, order = value.partition(":")
+        if pattern and value == "skip":
+            return cls(pattern, skip=True)
+        if not pattern or not re.fullmatch(r"\d+(x\d+)*", window):
+            raise PlanError(
+                f"rule {text!r} is not of the form PATTERN=WINDOW[:ORDER] or "
+                "PATTERN=skip, such as 'head=7x7', 'head=7x7:CHW' or 'decoder/*=skip'"
+            )
+        return cls(pattern, tuple(map(int, window.split("x"))), order or None)
+
+    def matches(self, path: str) -> bool:
+        """Whether the rule is for the layer at this module path."""
+        return fnmatch.fnmatchcase(path, self.pattern)
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan(Mapping[str, LayerPlan]):
+    """Which layers convert, and how: an immutable Mapping from path to LayerPlan.
+
+    Args:
+      to: the form that the plan goes to, ``"conv"`` or ``"dense"``.
+      layers: pairs of path and :class:`LayerPlan`.
+      left: pairs of path and the reason why that layer is left alone.
+
+    Example:
+      >>> kernel = Rearrangement.reshape((8, 3), (2, 2, 2, 3))
+      >>> fc = LayerPlan("full_window", "Dense", (2, 2), "HWC", (("kernel", kernel),),
+      ...                (1, 8), (1, 1))
+      >>> plan = Plan("conv", (("fc", fc),))
+      >>> plan["fc"].kernel.target
+      (2, 2, 2, 3)
+      >>> Plan.from_json(plan.to_json()) == plan
+      True
+      >>> print(plan)
+      1 layer to conv
+      path  layer  case         kernel                    order
+      fc    Dense  full_window  (8, 3) -> (2, 2, 2, 3)    HWC
+    """
+
+    to: Form
+    layers: tuple[tuple[str, LayerPlan], ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+
+    @functools.cached_property
+    def _by_path(self) -> dict[str, LayerPlan]:
+        return dict(self.layers)
+
+    def __getitem__(self, path: str) -> LayerPlan:
+        return self._by_path[path]
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._by_path)
+
+    def __len__(self) -> int:
+        return len(self.layers)
+
+    @property
+    def skipped(self) -> Mapping[str, str]:
+        """Path of each linear layer left alone, and why."""
+        return MappingProxyType(dict(self.left))
+
+    def inverse(self) -> Plan:
+        """The plan that goes the other way: ``plan.inverse().inverse() == plan``."""
+        return Plan(
+            "dense" if self.to == "conv" else "conv",
+            tuple((path, layer.inverse()) for path, layer in self.layers),
+            self.left,
+        )
+
+    def __or__(self, other: Mapping[str, LayerPlan]) -> Plan:
+        """Joins two plans of one model, such as those of two of its methods.
+
+        Raises:
+          PlanError: the plans go to different forms, or plan one layer differently.
+        """
+        if not isinstance(other, Plan):
+            return NotImplemented
+        if self.to != other.to:
+            raise PlanError(f"a plan to {self.to} and one to {other.to} do not join")
+        for path in self.keys() & other.keys():
+            mine, yours = self[path], other[path]
+            if dataclasses.replace(mine, input_shape=yours.input_shape) != yours:
+                raise PlanError(f"{path!r} is planned in two ways: {mine} and {yours}")
+        layers = {**other._by_path, **self._by_path}
+        left = {**dict(other.left), **dict(self.left)}
+        return Plan(
+            self.to,
+            tuple(layers.items()),
+            tuple((path, why) for path, why in left.items() if path not in layers),
+        )
+
+    def to_json(self) -> str:
+        """The plan as JSON text, with a format name and a version number."""
+        layers = {}
+        for path, layer in self.layers:
+            entry = {
+                field.name: getattr(layer, field.name)
+                for field in dataclasses.fields(layer)
+            }
+            entry["leaves"] = {
+                name: dataclasses.asdict(leaf) for name, leaf in layer.leaves
+            }
+            layers[path] = entry
+        content = {
+            "format": FORMAT,
+            "version": VERSION,
+            "to": self.to,
+            "layers": layers,
+            "skipped": dict(self.left),
+        }
+        return json.dumps(content)
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Plan:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+          PlanError: the text is no plan, is damaged, or is of a newer version.
+        """
+        try:
+            content = json.loads(text)
+        except ValueError as error:
+            raise PlanError(f"not a plan: not JSON ({error})") from None
+        if not isinstance(content, dict) or content.get("format") != FORMAT:
+            raise PlanError(f'not a plan: no \'"format": "{FORMAT}"\' in it')
+        version = content.get("version")
+        if not isinstance(version, int) or version > VERSION:
+            raise PlanError(
+                f"the plan has version {version}, this fcconv_jax reads up to "
+                f"{VERSION}: upgrade fcconv_jax"
+            )
+        try:
+            layers = tuple(
+                (path, _layer_from_json(entry))
+                for path, entry in content["layers"].items()
+            )
+            left = tuple((str(p), str(w)) for p, w in content["skipped"].items())
+            to = content["to"]
+        except (KeyError, TypeError, ValueError, AttributeError) as error:
+            raise PlanError(f"damaged plan: {error!r}") from error
+        if to not in ("conv", "dense"):
+            raise PlanError(f"damaged plan: 'to' is {to!r}, not 'conv' or 'dense'")
+        return cls(to, layers, left)
+
+    def __str__(self) -> str:
+        lines = [f"{len(self)} layer{'s' * (len(self) != 1)} to {self.to}"]
+        rows = [("path", "layer", "case", "kernel", "order")]
+        for path, layer in self.layers:
+            kernel = f"{layer.kernel.source} -> {layer.kernel.target}"
+            if layer.stack_axes:
+                kernel += f" stacked on {', '.join(map(str, layer.stack_axes))}"
+            rows.append(
+                (path or "(root)", layer.layer, layer.case, kernel + "  ", layer.order)
+            )
+        if len(rows) > 1:
+            widths = [max(map(len, column)) for column in zip(*rows)]
+            lines += [
+                "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip()
+                for row in rows
+            ]
+        if self.left:
+            lines.append(f"{len(self.left)} left alone")
+            width = max(len(path) for path, _ in self.left)
+            lines += [f"{path.ljust(width)}  {why}" for path, why in self.left]
+        return "\n".join(lines)
+
+
+def _layer_from_json(entry: dict[str, Any]) -> LayerPlan:
+    """Rebuilds a layer plan; unknown or missing fields raise TypeError or KeyError."""
+    values: dict[str, Any] = {
+        k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
+    }
+    values["leaves"] = tuple(
+        (name, Rearrangement(**{k: tuple(v) for k, v in leaf.items()}))
+        for name, leaf in entry["leaves"].items()
+    )
+    if not values["leaves"]:
+        raise ValueError("a layer without leaves")
+    return LayerPlan(**values)
+
+
+def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
+    """Reads rules given as :class:`Rule` or as command-line text."""
+    if isinstance(rules, Rule | str):
+        rules = (rules,)
+    return tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules)
+
+
+def match_rules(
+    rules: Sequence[Rule], paths: Iterable[str]
+) -> Mapping[str, Rule | None]:
+    """The first rule that matches each path.
+
+    Raises:
+      PlanError: a rule matches no path at all; the message lists near misses.
+    """
+    paths = list(paths)
+    for rule in rules:
+        if not any(rule.matches(path) for path in paths):
+            close = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.3)
+            hint = f"close to it: {close}" if close else f"there are: {paths[:10]}"
+            raise PlanError(f"rule {rule.pattern!r} matches no linear layer; {hint}")
+    return {
+        path: next((rule for rule in rules if rule.matches(path)), None)
+        for path in paths
+    }
