@@ -1,0 +1,366 @@
+"""Trees of parameters to the other form: params, variables, optimizer states, specs."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+import numpy as np
+from flax.core import meta
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .kernels import Rearrangement
+from .plan import Plan, PlanError
+
+Tree = TypeVar("Tree")
+
+
+def convert_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
+    """Moves every planned parameter of a tree into the plan's form.
+
+    Entries are moved, never changed: :func:`restore_params` gives back the same bits.
+    Works on params with or without the outer ``"params"`` level, full variables,
+    ``FrozenDict``, a ``TrainState`` (its optimizer state included), abstract trees of
+    ``ShapeDtypeStruct``, trees of ``PartitionSpec`` or ``NamedSharding``, and boxed
+    leaves, whose axis names move along. Everything else in the tree is passed through.
+
+    Args:
+      params: the tree, in the form that the plan comes from.
+      plan: from :func:`fcconv_jax.make_plan`.
+      strict: whether a planned leaf that the tree lacks is an error.
+
+    Returns:
+      A tree of the same structure. NumPy leaves stay NumPy, without a copy where the
+      order of the entries is kept; an array that stands in several places is
+      converted once.
+
+    Raises:
+      PlanError: a planned leaf is missing, has another shape, or its sharding cannot
+        follow; the message names the leaf.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import fcconv_jax as fc
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> plan = fc.make_plan(model, x)
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> fc.convert_params(variables, plan)["params"]["kernel"].shape
+      (1, 4, 3)
+    """
+    if _is_train_state(params):
+        return _convert_train_state(params, plan, strict)
+    return _map_leaves(params, plan, strict)
+
+
+def restore_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
+    """Undoes :func:`convert_params`, to the bit.
+
+    Same arguments, with the tree in the form that the plan goes to.
+    """
+    return convert_params(params, plan.inverse(), strict=strict)
+
+
+def convert_opt_state(opt_state: Any, plan: Plan, *, tx: Any, params: Any) -> Any:
+    """Moves an optax optimizer state into the plan's form, moments and all.
+
+    Args:
+      opt_state: state that ``tx`` made for ``params`` (arrays or abstract).
+      plan: from :func:`fcconv_jax.make_plan`.
+      tx: the ``optax.GradientTransformation``; it must act on each entry of a
+        parameter by itself, as adam, sgd, lion or lamb do.
+      params: the parameters (or their shapes) in the form that the plan comes from.
+
+    Returns:
+      The state that continues training in the other form as if nothing had happened.
+
+    Raises:
+      PlanError: the state does not follow the shape of the parameters, as with the
+        factored statistics of adafactor; the message names the leaf.
+    """
+    import optax
+
+    old = jax.eval_shape(lambda tree: tree, params)
+    moves = _moves(old, plan, strict=True)
+    leaves, treedef = _flatten(old)
+    tree = jax.tree.unflatten(treedef, [_Opaque(moves.get(path)) for path, _ in leaves])
+    wanted = jax.eval_shape(tx.init, _map_leaves(old, plan, strict=True))
+    try:
+        moved = optax.tree_map_params(
+            tx,
+            lambda leaf, move: move.value(leaf) if move.value else leaf,
+            opt_state,
+            tree,
+            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
+        )
+    except PlanError as error:
+        raise PlanError(_NOT_ENTRYWISE.format(error)) from None
+    got_leaves, got_tree = _flatten(moved)
+    wanted_leaves, wanted_tree = _flatten(wanted)
+    if got_tree != wanted_tree:
+        raise PlanError(_NOT_ENTRYWISE.format(f"{got_tree} instead of {wanted_tree}"))
+    for (path, got), (_, want) in zip(got_leaves, wanted_leaves):
+        if np.shape(got) != np.shape(want):
+            found = f"{path!r} has shape {np.shape(got)}, {np.shape(want)} is wanted"
+            raise PlanError(_NOT_ENTRYWISE.format(found))
+    return moved
+
+
+_NOT_ENTRYWISE = (
+    "the optimizer state does not follow its parameters entry by entry: {}. Factored "
+    "or matrix-wise statistics (adafactor, shampoo, muon, sm3, lbfgs) mean another thing "
+    "in the other form; convert the params and start a fresh tx.init, or keep training "
+    "in this form and convert at the end"
+)
+
+
+def convert_leaf(rearrange: Rearrangement, leaf: Any, stack_axes: Sequence[int] = ()):
+    """Rearranges one leaf: an array, an abstract array, a box, or a sharding.
+
+    Args:
+      rearrange: how the entries of one layer move.
+      leaf: array-like of shape ``rearrange.source``, with the stack axes added.
+      stack_axes: axes that lifted transforms added, innermost first.
+
+    Raises:
+      ValueError: the shape does not fit, or the names of two axes would have to merge.
+    """
+    if isinstance(leaf, meta.AxisMetadata):
+        boxed: Any = leaf
+        if hasattr(boxed, "names"):
+            names = _move_names(rearrange, boxed.names, stack_axes)
+            boxed = boxed.replace(names=names)
+        inner = convert_leaf(rearrange, boxed.value, stack_axes)
+        return boxed.replace(value=inner)
+    if isinstance(leaf, PartitionSpec):
+        return PartitionSpec(*_move_names(rearrange, tuple(leaf), stack_axes))
+    if isinstance(leaf, NamedSharding):
+        spec = convert_leaf(rearrange, leaf.spec, stack_axes)
+        return NamedSharding(leaf.mesh, spec, memory_kind=leaf.memory_kind)
+    if isinstance(leaf, jax.ShapeDtypeStruct):
+        out = jax.eval_shape(
+            lambda a: _on_stack(rearrange, a, stack_axes),
+            jax.ShapeDtypeStruct(leaf.shape, leaf.dtype, weak_type=leaf.weak_type),
+        )
+        if leaf.sharding is None:
+            return out
+        return out.update(sharding=convert_leaf(rearrange, leaf.sharding, stack_axes))
+    return _on_stack(rearrange, leaf, stack_axes)
+
+
+def leaf_path(path: Sequence[Any]) -> str:
+    """A key path as text: ``"params/encoder/kernel"``."""
+    return "/".join(
+        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
+        for key in path
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Move:
+    """How one leaf of a tree moves."""
+
+    path: str
+    rearrange: Rearrangement
+    stack_axes: tuple[int, ...]
+
+    def __call__(self, leaf: Any) -> Any:
+        try:
+            return convert_leaf(self.rearrange, leaf, self.stack_axes)
+        except ValueError as error:
+            ndim = len(self.rearrange.target) + len(self.stack_axes)
+            done = len(getattr(leaf, "shape", ())) == ndim
+            hint = "; it may be converted already" if done else ""
+            raise PlanError(f"leaf {self.path!r}: {error}{hint}") from None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Opaque:
+    """Keeps a value from being taken for a subtree."""
+
+    value: Callable[[Any], Any] | None
+
+
+def _is_leaf(node: Any) -> bool:
+    return isinstance(node, meta.AxisMetadata | PartitionSpec | NamedSharding)
+
+
+def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    return [(leaf_path(path), leaf) for path, leaf in leaves], treedef
+
+
+def _moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, _Move]:
+    """How each planned leaf of the tree moves, by its path in the tree."""
+    found = [path for path, _ in _flatten(tree)[0]]
+    wanted = {
+        "/".join(part for part in (path, name) if part): (leaf, layer.stack_axes)
+        for path, layer in plan.items()
+        for name, leaf in layer.leaves
+    }
+    prefix = _prefix(wanted, found)
+    missing = [prefix + key for key in wanted if prefix + key not in set(found)]
+    if missing and strict:
+        close = difflib.get_close_matches(missing[0], found, n=3, cutoff=0.4)
+        more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+        raise PlanError(
+            f"the tree lacks {missing[0]!r}, which the plan converts{more}; close to "
+            f"it: {close or found[:5]}. Pass the tree that the model was planned with, "
+            "or strict=False to convert what is there"
+        )
+    return {prefix + key: _Move(prefix + key, *how) for key, how in wanted.items()}
+
+
+def _prefix(wanted: Mapping[str, Any], found: Sequence[str]) -> str:
+    """The outer level to look under: none, or the collection ``params``."""
+    if any(key in wanted for key in found):
+        return ""
+    inner = any(path.removeprefix("params/") in wanted for path in found)
+    return "params/" if inner else ""
+
+
+def _map_leaves(tree: Any, plan: Plan, strict: bool) -> Any:
+    moves = _moves(tree, plan, strict)
+    leaves, treedef = _flatten(tree)
+    tied: dict[tuple[int, Rearrangement], Any] = {}
+    out = []
+    for path, leaf in leaves:
+        if path in moves:
+            key = (id(leaf), moves[path].rearrange)
+            if key not in tied:
+                tied[key] = moves[path](leaf)
+            leaf = tied[key]
+        out.append(leaf)
+    return jax.tree.unflatten(treedef, out)
+
+
+def _on_stack(rearrange: Rearrangement, array: Any, stack_axes: Sequence[int]) -> Any:
+    """Applies the rearrangement below the axes that lifted transforms added."""
+    if not stack_axes:
+        return rearrange(array)
+    source = list(range(len(rearrange.source)))
+    target = list(range(len(rearrange.target)))
+    for label, axis in enumerate(stack_axes):
+        for axes in (source, target):
+            axes.insert(axis if axis >= 0 else axis + len(axes) + 1, -1 - label)
+    if array.ndim != len(source):
+        raise ValueError(
+            f"expected {len(source)} axes (a stack of {rearrange.source}), got shape "
+            f"{tuple(array.shape)}"
+        )
+    n = len(stack_axes)
+    lead = tuple(array.shape[source.index(-1 - label)] for label in range(n))
+    to_front = [source.index(-1 - label) for label in range(n)]
+    to_front += [source.index(i) for i in range(len(rearrange.source))]
+    back = [n + label if label >= 0 else -1 - label for label in target]
+    stacked = Rearrangement(
+        (*lead, *rearrange.source),
+        (*lead, *rearrange.split),
+        (*range(n), *(n + p for p in rearrange.perm)),
+        (*lead, *rearrange.target),
+    )
+    return stacked(array.transpose(to_front)).transpose(back)
+
+
+def _move_names(
+    rearrange: Rearrangement, names: Sequence[Any], stack_axes: Sequence[int]
+) -> tuple[Any, ...]:
+    """Axis names of the rearranged array, as a reshape of a sharded array moves them.
+
+    An axis that splits leaves its name on its largest-stride factor; of axes that
+    merge, names are joined where that means the same partition, else refused.
+    """
+    names = tuple(names) + (None,) * (
+        len(rearrange.source) + len(stack_axes) - len(names)
+    )
+    inner, stack = list(names), []
+    for axis in reversed(stack_axes):
+        stack.append(inner.pop(axis))
+    split = _regroup(rearrange.source, inner, rearrange.split)
+    moved = [split[p] for p in rearrange.perm]
+    sizes = [rearrange.split[p] for p in rearrange.perm]
+    out = _regroup(sizes, moved, rearrange.target)
+    for axis in stack_axes:
+        out.insert(axis if axis >= 0 else axis + len(out) + 1, stack.pop())
+    return tuple(out)
+
+
+def _regroup(
+    source: Sequence[int], names: Sequence[Any], target: Sequence[int]
+) -> list[Any]:
+    """Names of the axes after a row-major reshape from ``source`` to ``target``."""
+    out: list[Any] = [None] * len(target)
+    for from_axes, to_axes in _blocks(source, target):
+        named = [(i, names[i]) for i in from_axes if names[i] is not None]
+        if not named:
+            continue
+        if len(to_axes) == len(from_axes):
+            for i, j in zip(from_axes, to_axes):
+                out[j] = names[i]
+            continue
+        lead = from_axes[: len(named)]
+        if [i for i, _ in named] != lead or len(to_axes) > 1 < len(from_axes):
+            sizes = [source[i] for i in from_axes]
+            raise ValueError(
+                f"the axes of sizes {sizes}, named {[names[i] for i in from_axes]}, "
+                f"become {[target[j] for j in to_axes]}: that partition has no name "
+                "there; gather or rename the axis first, or leave the layer out with "
+                "a rule"
+            )
+        if len(from_axes) == 1:
+            parts = named[0][1] if isinstance(named[0][1], tuple) else (named[0][1],)
+            if len(parts) == len(to_axes):
+                for j, part in zip(to_axes, parts):
+                    out[j] = part
+            else:
+                out[to_axes[0]] = named[0][1]
+        else:
+            flat = tuple(
+                part
+                for _, name in named
+                for part in (name if isinstance(name, tuple) else (name,))
+            )
+            out[to_axes[0]] = flat[0] if len(flat) == 1 else flat
+    return out
+
+
+def _blocks(
+    source: Sequence[int], target: Sequence[int]
+) -> list[tuple[list[int], list[int]]]:
+    """The finest aligned groups of axes that a row-major reshape maps to each other.
+
+    Axes of size 1 carry no partition; they pair with each other where the groups
+    are otherwise equal, else belong to no group.
+    """
+    if tuple(source) == tuple(target):
+        return [([i], [i]) for i in range(len(source))]
+    a = [i for i, size in enumerate(source) if size != 1]
+    b = [j for j, size in enumerate(target) if size != 1]
+    blocks = []
+    while a and b:
+        left, right = [a.pop(0)], [b.pop(0)]
+        p, q = source[left[0]], target[right[0]]
+        while p != q:
+            if p < q:
+                left.append(a.pop(0))
+                p *= source[left[-1]]
+            else:
+                right.append(b.pop(0))
+                q *= target[right[-1]]
+        blocks.append((left, right))
+    return blocks
+
+
+def _is_train_state(tree: Any) -> bool:
+    return all(hasattr(tree, name) for name in ("params", "opt_state", "tx", "replace"))
+
+
+def _convert_train_state(state: Any, plan: Plan, strict: bool) -> Any:
+    return state.replace(
+        params=_map_leaves(state.params, plan, strict),
+        opt_state=convert_opt_state(
+            state.opt_state, plan, tx=state.tx, params=state.params
+        ),
+    )
