@@ -1,1 +1,65 @@
-"""planning."""
+"""Traces a model once on abstract inputs and decides what converts: ``make_plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+
+from ..plan import Form, Plan, PlanError, Rule, as_rules
+from .linen import plan_linen
+
+
+def make_plan(
+    model: nn.Module,
+    *inputs: Any,
+    to: Form = "conv",
+    rules: Iterable[Rule | str] = (),
+    rngs: Any = None,
+    method: Any = None,
+    **kwargs: Any,
+) -> Plan:
+    """Finds the linear layers of a model and how each moves to the other form.
+
+    The model is traced once on abstract inputs: no array is made, nothing is computed.
+    The window of a Dense behind a flatten, and the order of that flatten, are read
+    off the trace.
+
+    Args:
+      model: a ``flax.linen`` Module.
+      *inputs: what the model is called with: arrays or ``jax.ShapeDtypeStruct``.
+      to: ``"conv"`` converts Dense and DenseGeneral layers, ``"dense"`` Conv layers.
+      rules: :class:`Rule` or text such as ``"head=7x7"``; the first that matches a
+        module path overrides what the trace says.
+      rngs: as for ``model.init``; a fixed key by default.
+      method: as for ``model.init``. Plans of several methods join with ``|``.
+      **kwargs: keyword arguments of the call, such as ``train=False``.
+
+    Returns:
+      A :class:`Plan`; ``plan.skipped`` says why each layer left alone was left alone.
+
+    Raises:
+      PlanError: a rule matches no layer, or asks for what cannot be.
+      TypeError: the model is not a linen Module.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         x = nn.relu(nn.Conv(8, (3, 3))(x))
+      ...         x = x.reshape(x.shape[0], -1)
+      ...         return nn.Dense(10, name="head")(x)
+      >>> print(make_plan(Net(), jnp.zeros((1, 6, 5, 3))))
+      1 layer to conv
+      path  layer  case         kernel                        order
+      head  Dense  full_window  (240, 10) -> (6, 5, 8, 10)    HWC
+    """
+    if to not in ("conv", "dense"):
+        raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")
+    if not isinstance(model, nn.Module):
+        raise TypeError(
+            f"make_plan takes a flax.linen Module, got {type(model).__name__}"
+        )
+    return plan_linen(model, inputs, to, as_rules(rules), rngs, method, kwargs)

@@ -1,0 +1,55 @@
+"""Splits the arguments of a call: arrays to trace, and values that stay static."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Static:
+    """What is left of a PyTree when its arrays are taken out; hashable.
+
+    Python numbers, strings, functions and flags stay here, so that a model can
+    branch on them as it does outside of ``jit``.
+    """
+
+    treedef: Any
+    leaves: tuple[Any, ...]
+
+    def merge(self, arrays: Sequence[Any]) -> Any:
+        """The PyTree again, with ``arrays`` in the places of the arrays."""
+        rest = iter(arrays)
+        leaves = [next(rest) if leaf is _ARRAY else leaf for leaf in self.leaves]
+        return jax.tree.unflatten(self.treedef, leaves)
+
+
+def split(tree: Any) -> tuple[list[Any], Static]:
+    """The arrays (also abstract ones) of a PyTree, and everything else.
+
+    Example:
+      >>> arrays, static = split(((np.ones(2),), {"train": True}))
+      >>> [a.shape for a in arrays], static.merge(["x"])
+      ([(2,)], (('x',), {'train': True}))
+    """
+    leaves, treedef = jax.tree.flatten(tree)
+    arrays = [leaf for leaf in leaves if is_array(leaf)]
+    static = tuple(_ARRAY if is_array(leaf) else leaf for leaf in leaves)
+    return arrays, Static(treedef, static)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf is an array, a tracer or an abstract array."""
+    return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
+
+
+class _Array:
+    def __repr__(self) -> str:
+        return "<array>"
+
+
+_ARRAY = _Array()

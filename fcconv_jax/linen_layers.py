@@ -1,0 +1,160 @@
+"""Flax linen's linear layers: which calls are theirs, and how their axes lie."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+Array = jax.Array
+KINDS: dict[str, type[nn.Module]] = {
+    "Dense": nn.Dense,
+    "DenseGeneral": nn.DenseGeneral,
+    "Conv": nn.Conv,
+}
+
+
+def layer_kind(context: nn.module.InterceptorContext) -> str | None:
+    """The kind of linear layer whose own ``__call__`` is being intercepted, if any.
+
+    Comparing the method, not the class, sees through subclasses that call ``super``
+    and through the classes that lifted transforms such as ``nn.remat`` make.
+    """
+    if context.method_name != "__call__":
+        return None
+    method = context.orig_method
+    function = method.func if isinstance(method, functools.partial) else method
+    for kind, cls in KINDS.items():
+        own = getattr(cls.__call__, "__wrapped__", cls.__call__)
+        if function is own and isinstance(context.module, cls):
+            return kind
+    return None
+
+
+def module_path(module: nn.Module) -> str:
+    """Where the module's parameters are: ``"encoder/layer_0/Dense_0"``."""
+    return "/".join(module.path)
+
+
+def obstacle(module: Any) -> str | None:
+    """Why a Dense, DenseGeneral or Conv computes something else than it says, if so."""
+    name = type(module).__name__
+    if type(module).param is not nn.Module.param:
+        return (
+            f"{name} overrides param(): its kernel is changed on the way to the layer"
+        )
+    for field in (
+        "dot_general",
+        "dot_general_cls",
+        "conv_general_dilated",
+        "conv_general_dilated_cls",
+    ):
+        if getattr(module, field, None) is not None:
+            return f"{name} computes its product by a {field} of its own"
+    if module.promote_dtype is not promote_dtype:
+        return f"{name} has a promote_dtype of its own, which may read the shapes"
+    if getattr(module, "mask", None) is not None:
+        return f"{name} has a mask on its kernel"
+    return None
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseAxes:
+    """How a Dense or DenseGeneral reads its input: axes by number, all non-negative.
+
+    Args:
+      batch: leading axes that the kernel has too.
+      lead: axes that it leaves alone.
+      contracted: axes that it sums over, in the kernel's order.
+      features: shape that it puts in their place.
+    """
+
+    batch: tuple[int, ...]
+    lead: tuple[int, ...]
+    contracted: tuple[int, ...]
+    features: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: Any, ndim: int) -> DenseAxes:
+        """Reads them off a bound ``nn.Dense`` or ``nn.DenseGeneral``."""
+        axis = _as_tuple(getattr(module, "axis", -1))
+        contracted = tuple(a % ndim for a in axis)
+        batch = tuple(b % ndim for b in _as_tuple(getattr(module, "batch_dims", ())))
+        lead = tuple(a for a in range(ndim) if a not in (*batch, *contracted))
+        return cls(batch, lead, contracted, _as_tuple(module.features))
+
+    def groups(self, x: Any) -> int:
+        """How many kernels stand side by side."""
+        return math.prod(x.shape[b] for b in self.batch)
+
+    def canonical(self, x: Array) -> Array:
+        """``x`` as ``(*lead, [groups,] in)``."""
+        order = (*self.lead, *self.batch, *self.contracted)
+        if order != tuple(range(x.ndim)):
+            x = x.transpose(order)
+        lead = x.shape[: len(self.lead)]
+        inner = x.shape[len(self.lead) + len(self.batch) :]
+        n = math.prod(x.shape[len(lead) : len(lead) + len(self.batch)])
+        groups = (n,) if n > 1 else ()
+        return x.reshape(*lead, *groups, math.prod(inner))
+
+    def restore(self, y: Array, batch: tuple[int, ...]) -> Array:
+        """The layer's own output from ``(*lead, [groups,] out)``."""
+        n = len(self.lead)
+        y = y.reshape(*y.shape[:n], *batch, *self.features)
+        if batch:
+            front = range(n, n + len(batch))
+            y = jnp.moveaxis(y, tuple(front), tuple(range(len(batch))))
+        return y
+
+
+def conv_geometry(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments of :func:`fcconv_jax.classify` for an ``nn.Conv`` and its input."""
+    window = _as_tuple(module.kernel_size)
+    return {
+        "input_shape": shape[-1 - len(window) : -1],
+        "kernel_size": window,
+        "strides": module.strides or 1,
+        "padding": module.padding,
+        "input_dilation": module.input_dilation or 1,
+        "kernel_dilation": module.kernel_dilation or 1,
+        "groups": module.feature_group_count,
+    }
+
+
+def flat_init(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Initializers of kernel and bias that take the parameter's own shape.
+
+    ``nn.DenseGeneral`` draws its parameters flat and reshapes them; drawing them
+    the same way keeps the bits.
+    """
+    if not isinstance(module, nn.DenseGeneral):
+        return module.kernel_init, module.bias_init
+    outs = len(_as_tuple(module.features))
+
+    def reshaped(init: Callable[..., Any], flatten: Callable[..., tuple[int, ...]]):
+        def initializer(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+            drawn = init(key, flatten(shape), dtype)
+            value = nn.meta.unbox(drawn).reshape(shape)
+            return nn.meta.replace_boxed(drawn, value)
+
+        return initializer
+
+    def matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (math.prod(shape[:-outs]), math.prod(shape[-outs:]))
+
+    def vector(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (math.prod(shape),)
+
+    return reshaped(module.kernel_init, matrix), reshaped(module.bias_init, vector)
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)
