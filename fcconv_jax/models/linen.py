@@ -1,0 +1,221 @@
+"""Runs a linen model in its other form: layers are swapped while it is traced."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from .. import arguments, forms
+from ..context import intercepting
+from ..kernels import Rearrangement
+from ..linen_layers import DenseAxes, flat_init, layer_kind, module_path
+from ..params import convert_leaf, leaf_path
+from ..plan import Form, LayerPlan, Plan, PlanError
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConvertedLinen:
+    """A linen model in its other form, called as the model is called.
+
+    Parameter names, RNG streams, mutable collections and keyword arguments are the
+    model's own; only the shapes of the planned parameters differ. ``apply`` is
+    jitted, one trace per shape: arrays are traced, everything else in the arguments
+    (flags, numbers, functions) is static. ``init`` runs as Flax runs it, op by op,
+    which keeps the bits of the initializers.
+
+    Args:
+      model: the model that was planned.
+      plan: from :func:`fcconv_jax.make_plan`.
+    """
+
+    model: nn.Module
+    plan: Plan
+
+    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Initialises variables: the model's own, converted, to the bit."""
+        return self.init_with_output(rngs, *args, **kwargs)[1]
+
+    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Initialises variables and returns them behind the output."""
+        with self._swapping(initialising=True):
+            return self.model.init_with_output(rngs, *args, **kwargs)
+
+    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        """Calls the model; ``variables`` hold its params in the plan's form.
+
+        Raises:
+          PlanError: planned params are still in the form that the plan comes from.
+        """
+        arrays, static = arguments.split((args, kwargs))
+        try:
+            hash(static)
+        except TypeError as error:
+            raise TypeError(
+                f"{type(self.model).__name__}.apply: an argument that is no array must "
+                f"be hashable, as under jax.jit ({error})"
+            ) from None
+        return self._jitted(static, variables, arrays)
+
+    def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
+        """A summary table, as ``nn.tabulate`` makes it, with the converted layers."""
+        return nn.tabulate(self, rngs)(*args, **kwargs)  # pyright: ignore
+
+    def __getattr__(self, name: str) -> Any:
+        if name.startswith("__"):
+            raise AttributeError(name)
+        return getattr(self.model, name)
+
+    @functools.cached_property
+    def _jitted(self) -> Any:
+        def apply(static: arguments.Static, variables: Any, arrays: Any) -> Any:
+            args, kwargs = static.merge(arrays)
+            _check_form(variables, self.plan)
+            with self._swapping():
+                return self.model.apply(variables, *args, **kwargs)
+
+        return jax.jit(apply, static_argnums=0)
+
+    def _swapping(self, initialising: bool = False) -> AbstractContextManager[None]:
+        swap = _Swap(self.plan, initialising)
+        return intercepting(swap, key=swap)
+
+
+def _check_form(variables: Mapping[str, Any], plan: Plan) -> None:
+    """Refuses params that were not converted, by name."""
+    params = variables.get("params", {})
+    leaves, _ = jax.tree_util.tree_flatten_with_path(
+        params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
+    )
+    shapes = {leaf_path(p): tuple(nn.meta.unbox(leaf).shape) for p, leaf in leaves}
+    for path, layer in plan.items():
+        key = f"{path}/kernel".lstrip("/")
+        if key not in shapes:
+            continue
+        wanted = len(layer.kernel.target) + len(layer.stack_axes)
+        source = len(layer.kernel.source) + len(layer.stack_axes)
+        if len(shapes[key]) == source != wanted:
+            raise PlanError(
+                f"params {key!r} have shape {shapes[key]}: they are not converted yet; "
+                "pass convert_params(params, plan)"
+            )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Swap:
+    """The interceptor that runs each planned layer in its other form."""
+
+    plan: Plan
+    initialising: bool
+
+    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        kind = layer_kind(context)
+        if kind is None or (kind == "Conv") != (self.plan.to == "dense"):
+            return next_fun(*args, **kwargs)
+        module = context.module
+        layer = self.plan.get(module_path(module))
+        if layer is None or not _is_own(module, layer):
+            return next_fun(*args, **kwargs)
+        if self.initialising:
+            _show_as(module, layer, self.plan.to)
+        x = args[0] if args else kwargs["inputs"]
+        return _call_layer(module, module, layer, self.plan.to, x)
+
+
+def _call_layer(owner: Any, module: Any, layer: LayerPlan, to: Form, x: Any) -> Any:
+    """Calls a linear layer in its other form.
+
+    Args:
+      owner: the bound module whose ``kernel`` and ``bias`` are the parameters.
+      module: the Dense, DenseGeneral or Conv with the settings.
+      layer: its plan.
+      to: the form to run.
+      x: the input, as the module takes it.
+    """
+    kernel_init, bias_init = flat_init(module)
+    kernel = owner.param(
+        "kernel",
+        _moved(kernel_init, layer.kernel),
+        layer.kernel.target,
+        module.param_dtype,
+    )
+    bias = None
+    if layer.bias is not None:
+        bias = owner.param(
+            "bias", _moved(bias_init, layer.bias), layer.bias.target, module.param_dtype
+        )
+    x, kernel, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
+    _, converted = forms.pair_of_forms(layer, to, precision=module.precision)
+    if to == "dense":
+        return converted(x, kernel, bias)
+    axes = DenseAxes.of(module, x.ndim)
+    batch = tuple(x.shape[axis] for axis in axes.batch)
+    return axes.restore(converted(axes.canonical(x), kernel, bias), batch)
+
+
+def _moved(init: Any, rearrange: Rearrangement) -> Any:
+    """An initializer that draws in the old shape and moves the entries to the new."""
+
+    def initializer(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
+        del shape  # Flax passes the new one
+        return convert_leaf(rearrange, init(key, rearrange.source, dtype))
+
+    return initializer
+
+
+def _is_own(module: nn.Module, layer: LayerPlan) -> bool:
+    """Whether the kernel that the layer has now is the converted one.
+
+    A nested ``apply`` with a kernel of its own can bear the same path.
+    """
+    if not module.has_variable("params", "kernel"):
+        return True
+    kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
+    return tuple(kernel.shape) == layer.kernel.target
+
+
+def _show_as(module: Any, layer: LayerPlan, to: Form) -> None:
+    """Lets ``nn.tabulate``, which lists a clone of each called module, list the other.
+
+    Only ``clone()`` without arguments is answered so, and only during init: lifted
+    transforms clone with arguments.
+    """
+    clone = module.clone
+    run = functools.partial(_call_layer, module=clone(parent=None), layer=layer, to=to)
+    shape = layer.kernel.target
+    if to == "conv":
+        other = Conv(shape[-1], layer.window, padding="VALID", run=run, parent=None)
+    else:
+        other = Dense(shape[-1], run=run, parent=None)
+
+    def shown(**updates: Any) -> nn.Module:
+        return clone(**updates) if updates else other
+
+    object.__setattr__(module, "clone", shown)
+
+
+class Conv(nn.Conv):
+    """How a layer in conv form shows in ``nn.tabulate``."""
+
+    run: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Any) -> Any:
+        """Calls the layer that this one stands for."""
+        return self.run(self, x=inputs)
+
+
+class Dense(nn.Dense):
+    """How a layer in dense form shows in ``nn.tabulate``."""
+
+    run: Any = None
+
+    @nn.compact
+    def __call__(self, inputs: Any) -> Any:
+        """Calls the layer that this one stands for."""
+        return self.run(self, x=inputs)
