@@ -1,1 +1,12 @@
-"""checkpoints."""
+"""Checkpoints on disk to the other form and back: Orbax, Flax msgpack, safetensors."""
+
+from .checkpoint import Checkpoint as Checkpoint
+from .checkpoint import CheckpointError as CheckpointError
+from .checkpoint import CheckpointInfo as CheckpointInfo
+from .checkpoint import CheckpointReport as CheckpointReport
+from .checkpoint import LeafInfo as LeafInfo
+from .convert import convert_checkpoint as convert_checkpoint
+from .convert import restore_checkpoint as restore_checkpoint
+from .files import inspect_checkpoint as inspect_checkpoint
+from .files import read_checkpoint as read_checkpoint
+from .files import write_checkpoint as write_checkpoint

@@ -1,0 +1,257 @@
+"""What a checkpoint is here: its tree, its plan, what a look inside it tells."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any, Literal
+
+import numpy as np
+
+from ..plan import Plan, PlanError
+
+Format = Literal["orbax", "msgpack", "safetensors"]
+Parts = tuple[str, ...]
+
+PLAN_KEY = "fcconv_plan"
+LEAVES_KEY = "fcconv_leaves"
+
+
+class CheckpointError(ValueError):
+    """A checkpoint cannot be read, converted or written: which file, which leaf, why.
+
+    Nothing has been written when it is raised.
+    """
+
+
+def iter_leaves(tree: Any, path: Parts = ()) -> Iterator[tuple[Parts, Any]]:
+    """Yields the path and value of each leaf, in the order of the tree.
+
+    Dicts, lists and tuples are nodes; everything else, None included, is a leaf.
+    """
+    if isinstance(tree, Mapping):
+        for key, node in tree.items():
+            yield from iter_leaves(node, (*path, str(key)))
+    elif isinstance(tree, list | tuple):
+        for index, node in enumerate(tree):
+            yield from iter_leaves(node, (*path, str(index)))
+    else:
+        yield path, tree
+
+
+def with_leaves(tree: Any, leaves: Iterator[Any]) -> Any:
+    """A tree of the same nodes and keys, with the leaves taken from an iterator."""
+    if isinstance(tree, Mapping):
+        return {key: with_leaves(node, leaves) for key, node in tree.items()}
+    if isinstance(tree, list | tuple):
+        return [with_leaves(node, leaves) for node in tree]
+    return next(leaves)
+
+
+def is_array(leaf: Any) -> bool:
+    """Whether a leaf (or what stands for it) has a shape and a dtype."""
+    return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
+
+
+@dataclasses.dataclass(frozen=True)
+class LeafInfo:
+    """One leaf, as seen without loading it.
+
+    Args:
+      path: the leaf's name in the file, such as ``"params/fc/kernel"``.
+      shape: its shape; ``()`` for a scalar.
+      dtype: name of its dtype, or of its Python type.
+      nbytes: bytes of its entries in memory; 0 where it is no array.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    dtype: str
+    nbytes: int
+
+    @classmethod
+    def of(cls, path: str, leaf: Any) -> LeafInfo:
+        """Describes a leaf: an array, what has its shape and dtype, or a value."""
+        if not is_array(leaf):
+            return cls(path, (), type(leaf).__name__, 0)
+        shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+        return cls(path, shape, dtype.name, math.prod(shape) * dtype.itemsize)
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a converted checkpoint says about its conversion.
+
+    Args:
+      plan: the plan that was applied.
+      shapes: shape of every leaf that was written, by its name in the file.
+    """
+
+    plan: Plan
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def entries(self) -> dict[str, str]:
+        """The record as entries of a checkpoint's metadata: JSON text by key."""
+        shapes = {path: list(shape) for path, shape in self.shapes.items()}
+        return {PLAN_KEY: self.plan.to_json(), LEAVES_KEY: json.dumps(shapes)}
+
+    @classmethod
+    def take(cls, entries: dict[str, Any], path: Path) -> Record | None:
+        """Takes the record out of metadata entries; None where there is none.
+
+        Raises:
+          CheckpointError: the record is damaged, or of a newer version.
+        """
+        plan, shapes = entries.pop(PLAN_KEY, None), entries.pop(LEAVES_KEY, None)
+        if plan is None:
+            return None
+        plan, shapes = (
+            text if isinstance(text, str) else json.dumps(text)
+            for text in (plan, shapes)
+        )
+        try:
+            read = {
+                str(leaf): tuple(int(size) for size in shape)
+                for leaf, shape in json.loads(shapes).items()
+            }
+            return cls(Plan.from_json(plan), MappingProxyType(read))
+        except PlanError as error:
+            raise CheckpointError(f"{path}: the plan stored in it: {error}") from None
+        except (TypeError, ValueError, AttributeError) as error:
+            raise CheckpointError(
+                f"{path}: the list of leaves stored with its plan is damaged "
+                f"({error!r}); get another copy of the file"
+            ) from None
+
+
+@dataclasses.dataclass(frozen=True)
+class OrbaxLayout:
+    """Where in an Orbax directory the trees lie.
+
+    Args:
+      step: name of the step's directory, or None where the path is one step already.
+      items: names of the items that hold trees; none where the tree lies in the
+        directory itself, as ``StandardCheckpointer`` leaves it.
+    """
+
+    step: str | None = None
+    items: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
+class Checkpoint:
+    """A checkpoint in memory.
+
+    Args:
+      format: ``"orbax"``, ``"msgpack"`` or ``"safetensors"``.
+      tree: nested dicts and lists with NumPy arrays (and Python scalars, strings and
+        None, where the format has them). A safetensors file is one flat dict, its
+        keys as they stand in the file.
+      record: what its conversion left in it; None where it was never converted.
+      metadata: its other metadata, as the format keeps it.
+      path: where it was read from; the other items of an Orbax step are copied
+        from there.
+      layout: how it lies in its Orbax directory.
+    """
+
+    format: Format
+    tree: Any
+    record: Record | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    path: Path | None = None
+    layout: OrbaxLayout = OrbaxLayout()
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that it was converted with; None where it was not."""
+        return self.record.plan if self.record else None
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointInfo:
+    """What is in a checkpoint.
+
+    Args:
+      path: the file or directory.
+      format: ``"orbax"``, ``"msgpack"`` or ``"safetensors"``.
+      leaves: its leaves in the order of the file.
+      record: what its conversion left in it, or None.
+      metadata: its other metadata.
+      layout: how it lies in its Orbax directory.
+    """
+
+    path: Path
+    format: Format
+    leaves: tuple[LeafInfo, ...]
+    record: Record | None = None
+    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    layout: OrbaxLayout = OrbaxLayout()
+
+    @property
+    def plan(self) -> Plan | None:
+        """The plan that it was converted with; None where it was not."""
+        return self.record.plan if self.record else None
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return sum(leaf.nbytes for leaf in self.leaves)
+
+    def __str__(self) -> str:
+        where = f" step {self.layout.step}" if self.layout.step else ""
+        plan = "never converted" if self.plan is None else f"converted, {self.plan}"
+        rows = [
+            (leaf.path, leaf.dtype, str(leaf.shape), str(leaf.nbytes))
+            for leaf in self.leaves
+        ]
+        lines = [
+            f"{self.path}: {self.format}{where}, {len(rows)} leaves, {self.nbytes} "
+            "bytes",
+            *_table([("leaf", "dtype", "shape", "bytes"), *rows]),
+            plan,
+        ]
+        return "\n".join(lines)
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointReport:
+    """What a conversion did.
+
+    Args:
+      src: what was read.
+      dst: what was written.
+      format: the format of ``dst``.
+      converted: path, shape before and shape after of each leaf that moved, the
+        moments of an optimizer state included.
+      leaves: the number of leaves written.
+      nbytes: bytes of all entries.
+    """
+
+    src: Path
+    dst: Path
+    format: Format
+    converted: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
+    leaves: int
+    nbytes: int
+
+    def __str__(self) -> str:
+        rows = [(path, f"{old} -> {new}") for path, old, new in self.converted]
+        return "\n".join(
+            [
+                f"{self.dst}: {self.format}, {len(rows)} of {self.leaves} leaves "
+                f"converted, {self.nbytes} bytes",
+                *_table(rows),
+            ]
+        )
+
+
+def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
+        for row in rows
+    ]

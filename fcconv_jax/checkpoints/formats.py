@@ -1,0 +1,92 @@
+"""A tree of one format as a tree of another, where nothing gets lost on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from .checkpoint import CheckpointError, Format, is_array, iter_leaves
+
+
+def key_separator(keys: list[str]) -> str:
+    """What separates the levels in the keys of a safetensors file.
+
+    Example:
+      >>> key_separator(["params/fc.0/kernel"]), key_separator(["fc.kernel", "bias"])
+      ('/', '.')
+    """
+    return "/" if any("/" in key for key in keys) else "."
+
+
+def change_format(tree: Any, source: Format, target: Format, file: str) -> Any:
+    """The same leaves, nested or flat as the target format wants them.
+
+    Args:
+      tree: tree of the source format.
+      source: format the tree was read from.
+      target: another format.
+      file: where it was read from, for errors.
+
+    Raises:
+      CheckpointError: the tree has lists, keys that are no strings or, towards
+        safetensors, empty levels or leaves that are no arrays.
+
+    Example:
+      >>> import numpy as np
+      >>> change_format({"fc": {"bias": np.ones(2)}}, "orbax", "safetensors", "file")
+      {'fc/bias': array([1., 1.])}
+    """
+    if source == "safetensors":
+        return _nested(tree, file)
+    _check_nodes(tree, target, file, "")
+    if target != "safetensors":
+        return tree
+    flat = {"/".join(parts): leaf for parts, leaf in iter_leaves(tree)}
+    for name, leaf in flat.items():
+        if not is_array(leaf):
+            found = f"leaf {name!r} is {leaf!r}, no array"
+            raise CheckpointError(_cannot(file, found, target))
+    # Widest dtypes first, as the format's own writer does: every tensor is aligned.
+    return dict(sorted(flat.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def _nested(flat: Mapping[str, Any], file: str) -> dict[str, Any]:
+    separator = key_separator(list(flat))
+    tree: dict[str, Any] = {}
+    for name, leaf in flat.items():
+        *levels, last = name.split(separator)
+        node = tree
+        for level in levels:
+            node = node.setdefault(level, {})
+            if not isinstance(node, dict):
+                break
+        if not isinstance(node, dict) or last in node:
+            raise CheckpointError(
+                f"{file}: leaf {name!r} lies below another leaf; only safetensors "
+                "holds such names, keep that format"
+            )
+        node[last] = leaf
+    return tree
+
+
+def _check_nodes(tree: Any, target: Format, file: str, path: str) -> None:
+    if isinstance(tree, list | tuple):
+        found = f"{path or 'the root'!r} is a list"
+    elif not isinstance(tree, Mapping):
+        return
+    elif any(not isinstance(key, str) or "/" in key for key in tree):
+        found = f"{path or 'the root'!r} has the keys {list(tree)[:5]}"
+    elif not tree and target == "safetensors":
+        found = f"{path or 'the root'!r} is empty"
+    else:
+        for key, node in tree.items():
+            _check_nodes(node, target, file, f"{path}/{key}" if path else key)
+        return
+    raise CheckpointError(_cannot(file, found, target))
+
+
+def _cannot(file: str, found: str, target: Format) -> str:
+    return (
+        f"{file}: cannot become {target} without loss: {found}; keep the format, or "
+        "save the params alone"
+    )

@@ -1,0 +1,341 @@
+import json
+import pickle
+import struct
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from fcconv_jax.checkpoints import (
+    Checkpoint,
+    CheckpointError,
+    convert_checkpoint,
+    files,
+    inspect_checkpoint,
+    read_checkpoint,
+    restore_checkpoint,
+    safetensors,
+    write_checkpoint,
+)
+from fcconv_jax.plan import Plan
+
+FORMATS = ("orbax", "msgpack", "safetensors")
+
+
+class Bomb:
+    def __reduce__(self):
+        return exec, ("raise SystemExit('the file ran code')",)
+
+
+NOT_CHECKPOINTS = {
+    "text": (b"hello there, this is a text file\n", "begins with"),
+    "empty": (b"", "empty"),
+    "png": (b"\x89PNG\r\n\x1a\n" + bytes(40), "PNG"),
+    "pickle": (pickle.dumps({"params": Bomb()}), "pickle"),
+    "pickle2": (pickle.dumps({"params": Bomb()}, protocol=2), "pickle"),
+    "zip": (b"PK\x03\x04" + bytes(40), "zip"),
+    "model.safetensors": (b"no header at all in here", "no valid safetensors"),
+    "number": (b"\x07", "begins with"),
+}
+
+
+@pytest.mark.parametrize("name", NOT_CHECKPOINTS)
+def test_what_is_no_checkpoint_is_refused_by_name(case, tmp_path, listing, name):
+    content, why = NOT_CHECKPOINTS[name]
+    (tmp_path / name).write_bytes(content)
+    before = listing()
+    for read in (
+        inspect_checkpoint,
+        read_checkpoint,
+        lambda path: convert_checkpoint(path, tmp_path / "conv", case.plan),
+        lambda path: restore_checkpoint(path, tmp_path / "back"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{name}: .*{why}"):
+            read(tmp_path / name)
+    assert listing() == before
+
+
+def test_directories_that_are_none_are_refused(case, tmp_path, listing):
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "code" / "src").mkdir(parents=True)
+    (tmp_path / "run" / "10.orbax-checkpoint-tmp-3").mkdir(parents=True)
+    before = listing()
+    for name, why in (
+        ("empty", "it is empty"),
+        ("code", r"it holds \['src'\]"),
+        ("run", "unfinished"),
+        ("nothing", "no such file"),
+    ):
+        with pytest.raises(CheckpointError, match=f"{name}: .*{why}"):
+            convert_checkpoint(tmp_path / name, tmp_path / "conv", case.plan)
+    assert listing() == before
+
+
+@pytest.mark.parametrize("format", ["msgpack", "safetensors"])
+@pytest.mark.parametrize("part", [0.02, 0.3, 0.7, 0.999])
+def test_truncated_files_are_refused(case, save, tmp_path, listing, format, part):
+    src = save(case.dense, format)
+    whole = src.read_bytes()
+    src.write_bytes(whole[: int(len(whole) * part)])
+    before = listing()
+    with pytest.raises(
+        CheckpointError, match=r"dense: no valid .*truncated or damaged"
+    ):
+        convert_checkpoint(src, tmp_path / "conv", case.plan)
+    assert listing() == before
+
+
+@pytest.mark.parametrize("format", ["msgpack", "safetensors"])
+def test_flipped_header_bytes_never_pass_unseen(case, save, format):
+    """A flip either raises CheckpointError, or hits entries or names, not structure."""
+    src = save(case.dense, format)
+    whole = src.read_bytes()
+    refused = []
+    for at in range(60):
+        damaged = bytearray(whole)
+        damaged[at] ^= 0xFF
+        src.write_bytes(damaged)
+        try:
+            read_checkpoint(src)
+        except CheckpointError as error:
+            refused.append(str(error))
+    assert len(refused) > 20
+    assert all(str(src) in message for message in refused)
+
+
+def test_an_unknown_msgpack_extension_is_refused(case, tmp_path):
+    import msgpack
+
+    content = msgpack.packb({"params": {"x": msgpack.ExtType(9, b"abc")}})
+    (tmp_path / "src").write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"src: leaf 'params/x'.*type 9"):
+        read_checkpoint(tmp_path / "src")
+
+
+def test_overlapping_or_missing_tensor_data_is_refused(tmp_path):
+    for offsets in ([0, 8], [4, 12], [0, 1 << 60]):
+        entry = {"dtype": "F32", "shape": [3], "data_offsets": offsets}
+        header = json.dumps({"a": entry}).encode()
+        path = tmp_path / "m.safetensors"
+        path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(12))
+        with pytest.raises(CheckpointError, match=r"m\.safetensors: no valid"):
+            inspect_checkpoint(path)
+
+
+def test_a_packed_dtype_is_named(tmp_path):
+    entry = {"dtype": "F4", "shape": [4], "data_offsets": [0, 2]}
+    header = json.dumps({"a": entry}).encode()
+    path = tmp_path / "m.safetensors"
+    path.write_bytes(struct.pack("<Q", len(header)) + header + bytes(2))
+    with pytest.raises(CheckpointError, match=r"m\.safetensors: leaf 'a' has dtype F4"):
+        read_checkpoint(path)
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_wrong_shapes_and_missing_leaves_name_file_and_leaf(
+    case, save, tmp_path, listing, format
+):
+    sep = "." if format == "safetensors" else "/"
+    wrong = {**case.dense, "head": {**case.dense["head"], "kernel": np.ones((25, 5))}}
+    first = save(wrong, format, "wrong")
+    second = save({"head": case.dense["head"]}, format, "short")
+    before = listing()
+    with pytest.raises(
+        CheckpointError,
+        match=rf"wrong: leaf '.*head{sep}kernel' has shape \(25, 5\).*\(24, 5\)",
+    ):
+        convert_checkpoint(first, tmp_path / "conv", case.plan)
+    with pytest.raises(CheckpointError, match=r"short: no leaf '.*block/mix/kernel'"):
+        convert_checkpoint(second, tmp_path / "conv", case.plan)
+    assert listing() == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("change", ["missing", "extra", "shape"])
+def test_restore_compares_with_what_the_conversion_wrote(
+    case, save, tmp_path, listing, format, change
+):
+    convert_checkpoint(save(case.dense, format), tmp_path / "conv", case.plan)
+    conv = read_checkpoint(tmp_path / "conv")
+    params = dict(conv.tree if format == "safetensors" else conv.tree["params"])
+    name = "block.norm.scale" if format == "safetensors" else "block"
+    if change == "missing":
+        del params[name]
+    elif change == "extra":
+        params["new"] = np.ones(3, np.float32)
+    elif format == "safetensors":
+        params[name] = np.ones(7, np.float32)
+    else:
+        params[name] = {**params[name], "norm": {"scale": np.ones(7, np.float32)}}
+    tree = params if format == "safetensors" else {"params": params}
+    changed = Checkpoint(format, tree, conv.record)
+    write_checkpoint(tmp_path / "changed", changed)
+    before = listing()
+    why = {
+        "missing": "is missing",
+        "extra": "new' was not there",
+        "shape": r"has shape \(7,\), it was written with \(6,\)",
+    }[change]
+    with pytest.raises(CheckpointError, match=f"changed: leaf '.*{why}"):
+        restore_checkpoint(tmp_path / "changed", tmp_path / "back")
+    assert listing() == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_a_plan_of_a_newer_version_is_refused(case, save, tmp_path, listing, format):
+    convert_checkpoint(save(case.dense, format), tmp_path / "conv", case.plan)
+    place = {
+        "orbax": tmp_path / "conv" / "_CHECKPOINT_METADATA",
+        "msgpack": tmp_path / "conv.plan.json",
+        "safetensors": tmp_path / "conv",
+    }[format]
+    content = place.read_bytes()
+    for old, new in ((b'"version": 1', b'"version": 9'), (b'\\"version\\": 1',) * 2):
+        content = content.replace(old, new.replace(b"1", b"9"))
+    place.write_bytes(content)
+    before = listing()
+    with pytest.raises(CheckpointError, match=r"conv.*version 9.*upgrade"):
+        restore_checkpoint(tmp_path / "conv", tmp_path / "back")
+    assert listing() == before
+
+
+def test_a_damaged_plan_beside_a_msgpack_file_is_named(case, save, tmp_path):
+    convert_checkpoint(save(case.dense, "msgpack"), tmp_path / "conv", case.plan)
+    beside = tmp_path / "conv.plan.json"
+    text = beside.read_text()
+    for damaged in ("{", "[]", text[:80], text.replace("fcconv_leaves", "leaves")):
+        beside.write_text(damaged)
+        with pytest.raises(CheckpointError, match=r"conv\.plan\.json: "):
+            restore_checkpoint(tmp_path / "conv", tmp_path / "back")
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_nothing_is_overwritten_unless_asked(case, save, tmp_path, listing, format):
+    src = save(case.dense, format)
+    dst = tmp_path / "conv"
+    dst.write_text("precious")
+    before = listing()
+    with pytest.raises(CheckpointError, match=r"conv: exists already.*overwrite"):
+        convert_checkpoint(src, dst, case.plan)
+    assert listing() == before
+    convert_checkpoint(src, dst, case.plan, overwrite=True)
+    assert inspect_checkpoint(dst).plan == case.plan
+    convert_checkpoint(src, dst, case.plan, overwrite=True)
+    restore_checkpoint(dst, tmp_path / "back")
+    extra = {"conv.plan.json"} if format == "msgpack" else set()
+    assert {p.name for p in tmp_path.iterdir()} == {"dense", "conv", "back"} | extra
+
+
+def test_a_stale_plan_beside_goes_with_the_file_it_was_for(case, save, tmp_path):
+    src = save(case.dense, "msgpack")
+    convert_checkpoint(src, tmp_path / "conv", case.plan)
+    restore_checkpoint(tmp_path / "conv", tmp_path / "back")
+    restore_checkpoint(tmp_path / "conv", tmp_path / "back", overwrite=True)
+    (tmp_path / "back.plan.json").write_bytes(
+        (tmp_path / "conv.plan.json").read_bytes()
+    )
+    (tmp_path / "back").unlink()
+    with pytest.raises(CheckpointError, match=r"back\.plan\.json: exists already"):
+        restore_checkpoint(tmp_path / "conv", tmp_path / "back")
+    restore_checkpoint(tmp_path / "conv", tmp_path / "back", overwrite=True)
+    assert inspect_checkpoint(tmp_path / "back").plan is None
+
+
+@pytest.mark.parametrize("format", FORMATS)
+@pytest.mark.parametrize("moment", ["inspect_checkpoint", "_install", "rename"])
+def test_a_failure_leaves_the_old_and_no_litter(
+    case, save, tmp_path, listing, monkeypatch, format, moment
+):
+    src = save(case.dense, format)
+    convert_checkpoint(src, tmp_path / "conv", case.plan)
+    before = listing()
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    if moment == "rename":
+        rename = Path.rename
+
+        def fail_into_place(self, target):
+            if Path(target) == tmp_path / "conv" and not self.name.endswith(".old"):
+                fail()
+            return rename(self, target)
+
+        monkeypatch.setattr(Path, "rename", fail_into_place)
+    else:
+        monkeypatch.setattr(files, moment, fail)
+    with pytest.raises(CheckpointError, match="conv: No space left"):
+        convert_checkpoint(src, tmp_path / "conv", case.plan, overwrite=True)
+    assert listing() == before
+
+
+def test_a_writer_that_drops_a_leaf_is_caught(case, save, tmp_path, monkeypatch):
+    src = save(case.dense, "safetensors")
+    write = safetensors.write
+
+    def forgetful(path, checkpoint):
+        tree = dict(checkpoint.tree)
+        tree.pop("head.bias")
+        write(path, Checkpoint("safetensors", tree))
+
+    monkeypatch.setattr(safetensors, "write", forgetful)
+    with pytest.raises(CheckpointError, match=r"leaf 'head\.bias' was written as"):
+        convert_checkpoint(src, tmp_path / "conv", case.plan)
+    assert not (tmp_path / "conv").exists()
+
+
+@pytest.mark.parametrize("where", ["dense", "dense/inside", "..", "no/such/folder/c"])
+def test_places_that_cannot_be_written_are_refused(
+    case, save, tmp_path, listing, where
+):
+    src = save(case.dense, "orbax")
+    before = listing()
+    with pytest.raises(CheckpointError, match=r"never in its own|no such folder"):
+        convert_checkpoint(src, tmp_path / where, case.plan, overwrite=True)
+    assert listing() == before
+
+
+@pytest.mark.parametrize("format", FORMATS)
+def test_inspect_lists_the_leaves(case, save, tmp_path, format):
+    src = save(case.dense, format)
+    convert_checkpoint(src, tmp_path / "conv", case.plan)
+    for path, shape, plan in (
+        (src, (24, 5), None),
+        (tmp_path / "conv", (3, 2, 4, 5), case.plan),
+    ):
+        info = inspect_checkpoint(path)
+        assert info.format == format
+        assert info.plan == plan
+        assert info.nbytes == 4 * (24 * 5 + 5 + 6 * 4 + 6 + 24 * 5)
+        by_name = {leaf.path.replace("/", "."): leaf for leaf in info.leaves}
+        name = "head.kernel" if format == "safetensors" else "params.head.kernel"
+        assert by_name[name].shape == shape
+        assert by_name[name].dtype == "float32"
+        assert by_name[name].nbytes == 480
+        assert str(shape) in str(info)
+
+
+def test_safetensors_metadata_and_keys_are_kept(case, tmp_path):
+    from safetensors import safe_open
+    from safetensors.numpy import save_file
+
+    tree = {
+        "model/head/kernel": case.dense["head"]["kernel"],
+        "model/head/bias": case.dense["head"]["bias"],
+        "model/block/mix/kernel": case.dense["block"]["mix"]["kernel"],
+        "model/a.b": np.ones((0, 3), np.int8),
+    }
+    save_file(tree, tmp_path / "src", metadata={"format": "flax", "z": "é"})
+    convert_checkpoint(tmp_path / "src", tmp_path / "conv", case.plan)
+    with safe_open(tmp_path / "conv", framework="numpy") as opened:
+        metadata = opened.metadata()
+        assert set(opened.keys()) == set(tree)
+        assert opened.get_tensor("model/head/kernel").shape == (3, 2, 4, 5)
+    assert (metadata["format"], metadata["z"]) == ("flax", "é")
+    assert Plan.from_json(metadata["fcconv_plan"]) == case.plan
+
+
+def test_safetensors_are_mapped_not_loaded(case, save):
+    tree = read_checkpoint(save(case.dense, "safetensors")).tree
+    assert not tree["head.kernel"].flags.owndata
+    assert not tree["head.kernel"].flags.writeable
