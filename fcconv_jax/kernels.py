@@ -10,6 +10,159 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
+
+
+def dense_kernel_to_conv(
+    kernel: Any,
+    kernel_size: int | Sequence[int],
+    *,
+    order: str | None = None,
+    groups: int = 1,
+) -> Any:
+    """Moves a dense kernel into the convolution that computes the same numbers.
+
+    Args:
+      kernel: ``(F, O)``, with ``F`` the flattened window times channels; for
+        ``groups > 1``, ``(G, F, O/G)`` with the flattened window times ``C/G``.
+      kernel_size: the window ``(*k)``; ``(1, 1)`` for a pointwise convolution.
+      order: axes in the order in which they were flattened into ``F``, slowest
+        first: ``"HWC"`` (the default, channel last), ``"CHW"``, ``"WHC"``; letters
+        as :func:`window_letters` gives them, and ``C``.
+      groups: ``feature_group_count`` of the convolution.
+
+    Returns:
+      The conv kernel ``(*k, C/G, O)``; output channel ``o`` belongs to group
+      ``o // (O/G)``. A NumPy array stays one, and is a view where it can be.
+
+    Raises:
+      ValueError: the shape does not fit the window, the order or the groups.
+
+    Example:
+      >>> dense_kernel_to_conv(np.zeros((12, 5)), (2, 2), order="CHW").shape
+      (2, 2, 3, 5)
+    """
+    rearrange = kernel_rearrangement(
+        np.shape(kernel), kernel_size, order=order, groups=groups
+    )
+    return rearrange(kernel)
+
+
+def conv_kernel_to_dense(
+    kernel: Any, *, order: str | None = None, groups: int = 1
+) -> Any:
+    """Moves a conv kernel into the dense layer that computes the same numbers.
+
+    Args:
+      kernel: ``(*k, C/G, O)``.
+      order: as in :func:`dense_kernel_to_conv`, whose inverse this is.
+      groups: ``feature_group_count`` of the convolution.
+
+    Returns:
+      The dense kernel ``(F, O)``, or ``(G, F, O/G)`` for ``groups > 1``.
+
+    Raises:
+      ValueError: the shape does not fit the order or the groups.
+
+    Example:
+      >>> conv_kernel_to_dense(np.zeros((2, 2, 3, 4)), groups=2).shape
+      (2, 12, 2)
+    """
+    shape = np.shape(kernel)
+    if len(shape) < 3:
+        raise ValueError(
+            f"kernel: shape {shape} is no conv kernel; it needs (*window, in, out)"
+        )
+    *window, channels, features = shape
+    if groups < 1 or features % groups:
+        raise ValueError(
+            f"groups: {groups} does not divide the {features} output channels"
+        )
+    rows = math.prod(window) * channels
+    dense = (rows, features) if groups == 1 else (groups, rows, features // groups)
+    rearrange = kernel_rearrangement(dense, window, order=order, groups=groups)
+    return rearrange.inverse()(kernel)
+
+
+def kernel_rearrangement(
+    dense_shape: Sequence[int],
+    kernel_size: int | Sequence[int],
+    *,
+    order: str | None = None,
+    groups: int = 1,
+) -> Rearrangement:
+    """The rearrangement from a dense kernel to a conv kernel.
+
+    Args:
+      dense_shape: ``(F, O)``, or ``(G, F, O/G)`` for ``groups > 1``.
+      kernel_size: as in :func:`dense_kernel_to_conv`.
+      order: as there.
+      groups: as there.
+
+    Raises:
+      ValueError: the shape does not fit the window, the order or the groups.
+
+    Example:
+      >>> kernel_rearrangement((12, 5), (2, 2)).target
+      (2, 2, 3, 5)
+    """
+    dense_shape = tuple(dense_shape)
+    window = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
+    if not window or min(window) < 1:
+        raise ValueError(f"kernel_size: needs positive sizes, got {kernel_size}")
+    if groups < 1:
+        raise ValueError(f"groups: must be at least 1, got {groups}")
+    named = "(F, O)" if groups == 1 else f"({groups}, F, O/{groups})"
+    if len(dense_shape) != 2 + (groups > 1) or dense_shape[:-2] not in ((), (groups,)):
+        raise ValueError(
+            f"kernel: a dense kernel for groups={groups} has shape {named}, got "
+            f"{dense_shape}"
+        )
+    rows, features = dense_shape[-2:]
+    taps = math.prod(window)
+    if rows % taps:
+        raise ValueError(
+            f"kernel: {rows} rows of the dense kernel {dense_shape} are no multiple of "
+            f"the {taps} taps of kernel_size {window}; check kernel_size"
+        )
+    channels = rows // taps
+    # Axes of the flatten: the window's are 0, 1, ..., the channels' is the last.
+    axes = _flatten_order(order, len(window))
+    sizes = (*window, channels)
+    wanted = tuple(axes.index(a) for a in range(len(sizes)))
+    split = tuple(sizes[a] for a in axes)
+    if groups == 1:
+        perm = (*wanted, len(sizes))
+        split = (*split, features)
+    else:
+        perm = (*(w + 1 for w in wanted), 0, len(sizes) + 1)
+        split = (groups, *split, features)
+    return Rearrangement(dense_shape, split, perm, (*sizes, groups * features))
+
+
+def bias_rearrangement(dense_shape: Sequence[int]) -> Rearrangement:
+    """The reshape from a dense bias ``(O,)`` or ``(G, O/G)`` to a conv bias ``(O,)``.
+
+    Example:
+      >>> bias_rearrangement((2, 3)).target
+      (6,)
+    """
+    return Rearrangement.reshape(dense_shape, (math.prod(dense_shape),))
+
+
+def window_letters(rank: int) -> str:
+    """The letters of a window's dimensions: ``W``, ``HW`` or ``DHW``.
+
+    Raises:
+      ValueError: the rank has no letters; leave out the order there.
+
+    Example:
+      >>> window_letters(2)
+      'HW'
+    """
+    if not 1 <= rank <= 3:
+        raise ValueError(f"order: letters are for 1 to 3 dimensions, got {rank}")
+    return "DHW"[3 - rank :]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,14 +225,69 @@ class Rearrangement:
         """Rearranges ``array`` of shape ``source`` into shape ``target``.
 
         NumPy arrays stay NumPy (views where the order is kept); everything else
-        goes through ``jax.numpy``, so tracers work.
+        goes through ``jax.numpy``, so tracers work. Where the order is kept, a
+        concrete ``jax.Array`` on one CPU device shares its memory with the result.
 
         Raises:
           ValueError: the array's shape is not ``source``.
         """
         if tuple(array.shape) != self.source:
             raise ValueError(f"expected shape {self.source}, got {tuple(array.shape)}")
+        if self.source == self.target and self.is_reshape:
+            return array
         if self.is_reshape:
-            return array.reshape(self.target)
+            alias = _reshaped_without_copy(array, self.target)
+            return array.reshape(self.target) if alias is None else alias
         xp = np if isinstance(array, np.ndarray) else jnp
         return xp.transpose(array.reshape(self.split), self.perm).reshape(self.target)
+
+
+def _flatten_order(order: str | None, rank: int) -> tuple[int, ...]:
+    """Axes of (*window, channels) in the order in which the flatten took them."""
+    if order is None:
+        return tuple(range(rank + 1))
+    letters = window_letters(rank) + "C"
+    if sorted(order) != sorted(letters):
+        raise ValueError(
+            f"order: {order!r} must hold each of {', '.join(letters)} once, slowest "
+            f"axis first, as in {letters!r} or {'C' + letters[:-1]!r}"
+        )
+    return tuple(letters.index(letter) for letter in order)
+
+
+def _reshaped_without_copy(array: Any, shape: tuple[int, ...]) -> Any:
+    """A ``jax.Array`` on one CPU in another shape, sharing memory; else ``None``.
+
+    ``array.reshape`` compiles a program per shape and copies. Neither is needed on
+    the host: NumPy sees the buffer, and ``jax.device_put`` may alias it. The runtime
+    knows that the buffer is shared, so deleting or donating either array leaves the
+    other whole. Whatever would make the result differ from ``array.reshape`` in more
+    than its memory is left to that.
+    """
+    if isinstance(array, Tracer) or not isinstance(array, jax.Array):
+        return None
+    sharding = array.sharding
+    if not isinstance(sharding, jax.sharding.SingleDeviceSharding):
+        return None
+    (device,) = sharding.device_set
+    aval = jax.typeof(array)
+    if (
+        device.platform != "cpu"
+        or jnp.issubdtype(array.dtype, jax.dtypes.extended)
+        or aval.weak_type
+        or array.size == 0
+    ):
+        return None
+    where = sharding if array.committed else None
+    try:
+        alias = jax.device_put(np.asarray(array).reshape(shape), where, may_alias=True)
+    except jax.errors.JaxRuntimeError:
+        # A transfer guard may forbid even this placement, which moves nothing.
+        return None
+    same = (
+        not isinstance(alias, Tracer)
+        and alias.dtype == array.dtype
+        and alias.sharding == sharding
+        and alias.committed == array.committed
+    )
+    return alias if same else None
