@@ -1,0 +1,153 @@
+"""The one file that touches jaxpr internals: reading them and running them.
+
+Everything else goes through the names below, so a change in ``jax.extend`` is mended
+here. Tolerated differences, jax 0.10 to 0.12: ``ClosedJaxpr`` becomes an alias of
+``Jaxpr``; ``pjit`` is called ``jit``; some primitives keep an open jaxpr in their
+parameters (``remat2``) and others a closed one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+
+__all__ = [
+    "ClosedJaxpr",
+    "Jaxpr",
+    "JaxprEqn",
+    "Literal",
+    "Var",
+    "bind",
+    "call_body",
+    "evaluate",
+    "opened",
+    "subjaxprs",
+]
+
+# Primitives that only run their one sub-jaxpr on their operands, one to one. The
+# custom derivative rules among them do not change the value that is computed.
+_CALLS = {
+    "call",
+    "checkpoint",
+    "closed_call",
+    "core_call",
+    "core_closed_call",
+    "custom_jvp_call",
+    "custom_vjp_call",
+    "custom_vjp_call_jaxpr",
+    "jit",
+    "pjit",
+    "remat",
+    "remat2",
+}
+_BODY_NAMES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
+
+
+def _is_jaxpr(value: Any) -> bool:
+    return isinstance(value, (Jaxpr, ClosedJaxpr))
+
+
+def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
+    """Splits an open or closed jaxpr into the open jaxpr and its constants.
+
+    Example:
+      >>> import jax
+      >>> body, consts = opened(jax.make_jaxpr(lambda x: x + 1.0)(2.0))
+      >>> len(body.eqns), consts
+      (1, [])
+    """
+    if hasattr(jaxpr, "consts"):
+        return getattr(jaxpr, "jaxpr", jaxpr), list(jaxpr.consts)
+    return jaxpr, []
+
+
+def subjaxprs(eqn: Any) -> Iterator[tuple[str, Any]]:
+    """Yields ``(parameter name, jaxpr)`` for every jaxpr an equation holds.
+
+    ``cond`` holds several under ``branches``; ``while`` one each under ``cond_jaxpr``
+    and ``body_jaxpr``; most others one under ``jaxpr`` or ``call_jaxpr``.
+
+    Example:
+      >>> import jax
+      >>> eqn = jax.make_jaxpr(jax.jit(lambda x: x * 2.0))(1.0).eqns[0]
+      >>> [name for name, _ in subjaxprs(eqn)]
+      ['jaxpr']
+    """
+    for name, value in eqn.params.items():
+        if _is_jaxpr(value):
+            yield name, value
+        elif isinstance(value, (tuple, list)):
+            yield from ((name, item) for item in value if _is_jaxpr(item))
+
+
+def call_body(eqn: Any) -> Any | None:
+    """The jaxpr a plain call runs (jit, remat, custom_jvp, ...), else None.
+
+    The body's inputs and outputs correspond one to one to the equation's.
+
+    Example:
+      >>> import jax
+      >>> eqn = jax.make_jaxpr(jax.checkpoint(lambda x: x * 2.0))(1.0).eqns[0]
+      >>> len(opened(call_body(eqn))[0].eqns)
+      1
+    """
+    if eqn.primitive.name not in _CALLS:
+        return None
+    for name in _BODY_NAMES:
+        if _is_jaxpr(eqn.params.get(name)):
+            return eqn.params[name]
+    return None
+
+
+def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    """Runs one equation on ``operands`` and returns its outputs as a list.
+
+    Example:
+      >>> import jax
+      >>> eqn = jax.make_jaxpr(lambda x: x * 2.0)(1.0).eqns[0]
+      >>> float(bind(eqn, [3.0, 2.0])[0])
+      6.0
+    """
+    params = eqn.primitive.get_bind_params(eqn.params)
+    if isinstance(params, tuple):  # before 0.10: (functions, parameters)
+        functions, params = params
+        operands = [*functions, *operands]
+    outs = eqn.primitive.bind(*operands, **params)
+    return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def evaluate(
+    jaxpr: Any,
+    operands: Sequence[Any],
+    visit: Callable[[Any, list[Any]], Sequence[Any]] = bind,
+) -> list[Any]:
+    """Runs a jaxpr, handing every equation and its operands to ``visit``.
+
+    Args:
+      jaxpr: an open or closed jaxpr.
+      operands: one value for each input of the jaxpr.
+      visit: called as ``visit(eqn, operands)`` in program order; returns the outputs
+        of the equation. The default just runs it.
+
+    Returns:
+      The outputs of the jaxpr.
+
+    Example:
+      >>> import jax
+      >>> closed = jax.make_jaxpr(lambda x: x * 2.0 + 1.0)(1.0)
+      >>> float(evaluate(closed, [3.0])[0])
+      7.0
+    """
+    body, consts = opened(jaxpr)
+    values: dict[Any, Any] = dict(zip(body.constvars, consts))
+    values.update(zip(body.invars, operands, strict=True))
+
+    def read(atom: Any) -> Any:
+        return atom.val if isinstance(atom, Literal) else values[atom]
+
+    for eqn in body.eqns:
+        outs = visit(eqn, [read(atom) for atom in eqn.invars])
+        values.update(zip(eqn.outvars, outs, strict=True))
+    return [read(atom) for atom in body.outvars]
