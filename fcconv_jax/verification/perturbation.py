@@ -1,0 +1,164 @@
+"""Runs a program with a perturbation added to every equation that rounds.
+
+The derivatives by the perturbations say how each local error reaches the outputs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from fcconv_jax import jaxprs
+from fcconv_jax.verification.rounding import local_errors
+
+
+class UnboundedError(NotImplementedError):
+    """The program holds a primitive through which no error bound can be carried."""
+
+
+def run_shifted(
+    jaxpr: Any, operands: Sequence[Any], shifts: Any, unmodelled: dict[str, None]
+) -> tuple[list[Any], list[Any]]:
+    """Runs a jaxpr with ``shifts`` added to its equations' outputs.
+
+    Returns the outputs and, in the structure that ``shifts`` has to have, the local
+    errors; ``shifts=None`` adds nothing. The names of primitives without a rule are
+    put into ``unmodelled``.
+    """
+    errors: list[Any] = []
+    remaining = None if shifts is None else iter(shifts)
+
+    def visit(eqn: Any, ins: list[Any]) -> list[Any]:
+        shift = None if remaining is None else next(remaining)
+        body = jaxprs.call_body(eqn)
+        if body is not None:
+            outs, error = run_shifted(body, ins, shift, unmodelled)
+        elif eqn.primitive.name == "scan":
+            outs, error = _run_scan(eqn, ins, shift, unmodelled)
+        elif eqn.primitive.name == "cond":
+            outs, error = _run_cond(eqn, ins, shift, unmodelled)
+        else:
+            outs, error = _run_leaf(eqn, ins, shift, unmodelled)
+        errors.append(error)
+        return outs
+
+    return jaxprs.evaluate(jaxpr, operands, visit), errors
+
+
+def _run_leaf(
+    eqn: Any, ins: list[Any], shift: Any, unmodelled: dict[str, None]
+) -> tuple[list[Any], Any]:
+    name = eqn.primitive.name
+    if name == "while" and any(
+        jnp.issubdtype(v.aval.dtype, jnp.inexact) for v in eqn.outvars
+    ):
+        raise UnboundedError(
+            "floats go through a 'while' loop, which has no reverse pass: use "
+            "lax.scan, or a fori_loop whose bounds are known when it is traced"
+        )
+    if name == "stop_gradient":  # stops derivatives, not errors
+        return list(ins), None
+    outs = _regular(eqn)(*ins) if name in _SINGULAR else jaxprs.bind(eqn, ins)
+    fixed = [lax.stop_gradient(x) for x in outs]
+    error = local_errors(eqn, [lax.stop_gradient(x) for x in ins], fixed)
+    if error is None:
+        unmodelled[name] = None
+        return outs, None
+    # A complex output is shifted along the real axis and the imaginary one.
+    error = [
+        e if e is None or not jnp.iscomplexobj(o) else e * (1 + 1j)
+        for e, o in zip(error, outs)
+    ]
+    if shift is not None:
+        outs = [
+            o if s is None else (o.astype(jnp.result_type(o, s)) + s).astype(o.dtype)
+            for o, s in zip(outs, shift)
+        ]
+    return outs, error
+
+
+# Derivatives of these are infinite somewhere. Backpropagated, an infinity meets a zero
+# and spoils everything with NaN, also where a `where` hides the place.
+_SINGULAR = frozenset(
+    """sqrt rsqrt cbrt log log1p div pow integer_pow acos asin acosh atanh
+    erf_inv""".split()
+)
+
+
+def _regular(eqn: Any) -> Callable[..., list[Any]]:
+    """The equation with infinite derivatives replaced by large finite ones."""
+
+    @jax.custom_jvp
+    def primitive(*ins: Any) -> list[Any]:
+        return jaxprs.bind(eqn, ins)
+
+    @primitive.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        outs = primitive(*primals)
+        total = jnp.zeros_like(outs[0])
+        for i, (x, tangent) in enumerate(zip(primals, tangents)):
+            if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
+                continue
+
+            def along(x: Any, i: int = i) -> Any:
+                return jaxprs.bind(eqn, [*primals[:i], x, *primals[i + 1 :]])[0]
+
+            slope = jax.jvp(along, (x,), (jnp.ones_like(x),))[1]
+            limit = float(jnp.finfo(slope.dtype).max) ** 0.5
+            slope = jnp.where(jnp.isnan(slope), 0, slope)
+            if not jnp.iscomplexobj(slope):
+                slope = jnp.clip(slope, -limit, limit)
+            total = total + slope * tangent
+        return outs, [total]
+
+    return primitive
+
+
+def _run_scan(
+    eqn: Any, ins: list[Any], shift: Any, unmodelled: dict[str, None]
+) -> tuple[list[Any], Any]:
+    p = eqn.params
+    consts = ins[: p["num_consts"]]
+    carry = ins[p["num_consts"] : p["num_consts"] + p["num_carry"]]
+    xs = ins[p["num_consts"] + p["num_carry"] :]
+
+    def body(carry: Any, x: Any) -> Any:
+        x, shifts = x
+        outs, errors = run_shifted(
+            p["jaxpr"], [*consts, *carry, *x], shifts, unmodelled
+        )
+        return outs[: p["num_carry"]], (outs[p["num_carry"] :], errors)
+
+    carry, (ys, errors) = lax.scan(
+        body, carry, (xs, shift), length=p["length"], reverse=p["reverse"]
+    )
+    return [*carry, *ys], errors
+
+
+def _run_cond(
+    eqn: Any, ins: list[Any], shift: Any, unmodelled: dict[str, None]
+) -> tuple[list[Any], Any]:
+    which, *operands = ins
+    branches = eqn.params["branches"]
+    shapes = [
+        jax.eval_shape(lambda a, b=b: run_shifted(b, a, None, unmodelled)[1], operands)
+        for b in branches
+    ]
+
+    def taken(number: int) -> Callable[..., Any]:
+        def branch(operands: Any, shift: Any) -> Any:
+            # The branches not taken commit no error.
+            errors = jax.tree.map(lambda s: jnp.zeros(s.shape, s.dtype), shapes)
+            own = None if shift is None else shift[number]
+            outs, errors[number] = run_shifted(
+                branches[number], operands, own, unmodelled
+            )
+            return outs, errors
+
+        return branch
+
+    return lax.switch(which, [taken(i) for i in range(len(branches))], operands, shift)
