@@ -1,0 +1,345 @@
+"""An exact certificate: two forms of a layer are the same multilinear map, to the bit.
+
+Both forms are compiled and fed small integers, chosen so that every partial sum is
+exactly representable in the arithmetic that was measured on the device. No rounding,
+so no tolerance: every difference is a defect.
+
+**Random probes.** An output is a polynomial in the entries of x, kernel and bias, of
+degree at most one in each and with at most one x and one kernel factor in a term. If
+the polynomials of the two forms differ, a probe drawn uniformly from m integers misses
+it with probability at most 2/m (Schwartz 1980, Zippel 1979): the coefficient of some
+x_i (or of 1) is a nonzero polynomial of degree one in kernel and bias and vanishes with
+probability at most 1/m; where it does not, the value vanishes for at most one x_i. Only
+draws with a fresh kernel count as independent. When the output is too narrow for a
+dense x (bf16 holds integers to 256), the entries of x are split into classes, few to
+each sum, and one kernel draw runs each class once: entry x_i is drawn uniformly
+in one of them, so the same 2/m holds, for that is all that the argument needs.
+
+**Placement.** For small layers, x runs over the one-hot vectors and the kernel's
+entries are their own numbers (in digits, where the dtype is too narrow). Under the
+premise that each output is then one kernel entry or zero, and that all examples of a
+batch are treated alike, agreement is a proof.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from fcconv_jax.verification.precision import (
+    Arithmetic,
+    measure_precision,
+    unit_roundoff,
+)
+
+# The placement proof runs only if it takes no more calls than this.
+_PLACEMENT_CALLS = 64
+_MISS = 1e-9
+
+
+def certify(
+    source_form: Callable[[Any, Any, Any], Any],
+    target_form: Callable[[Any, Any, Any], Any],
+    *,
+    x: jax.ShapeDtypeStruct,
+    kernel: jax.ShapeDtypeStruct,
+    bias: jax.ShapeDtypeStruct | None = None,
+    map_kernel: Callable[[Any], Any],
+    map_bias: Callable[[Any], Any] = lambda bias: bias,
+    reduction: int,
+    reduction_index: np.ndarray | None = None,
+    probes: int | None = None,
+    precision: Any = None,
+    seed: int = 0,
+    device: Any = None,
+) -> Certificate:
+    """Checks ``source_form(x, k, b) == target_form(x, map_kernel(k), map_bias(b))``.
+
+    Args:
+      source_form: the layer as it is, a function of x, kernel and bias (None without).
+      target_form: the layer in the other form; outputs of the same shape and dtype.
+      x: shape ``(N, *rest)`` and dtype of the input.
+      kernel: shape and dtype of the source's kernel.
+      bias: shape and dtype of the source's bias.
+      map_kernel: the source's kernel to the target's.
+      map_bias: the source's bias to the target's.
+      reduction: number of products summed into one output.
+      reduction_index: integers of shape ``rest``; no output may sum two entries of x
+        of the same index in [0, reduction). Only used where x has to be sparse; without
+        it, and unless the last axis is a multiple of the reduction or x as a whole is
+        one reduction, at most a few entries of a whole example are nonzero, and a
+        large x takes many calls.
+      probes: kernel draws; None takes as many as bring the probability of a miss to
+        1e-9.
+      precision: the precision that the forms ask for.
+      seed: seeds the draws.
+      device: where to run; None is JAX's default device.
+
+    Returns:
+      The certificate; ``passed`` is False with the first mismatch if there is one.
+
+    Raises:
+      ValueError: the dtype cannot hold even sums of two products exactly, or
+        ``reduction_index`` has the wrong shape.
+
+    Example:
+      >>> import jax
+      >>> certificate = certify(
+      ...     lambda x, k, b: x @ k + b,
+      ...     lambda x, k, b: (x[:, None] @ k[0] + b)[:, 0],
+      ...     x=jax.ShapeDtypeStruct((2, 6), "float32"),
+      ...     kernel=jax.ShapeDtypeStruct((6, 3), "float32"),
+      ...     bias=jax.ShapeDtypeStruct((3,), "float32"),
+      ...     map_kernel=lambda k: k[None],
+      ...     reduction=6,
+      ... )
+      >>> certificate.passed, certificate.proved, certificate.miss_probability < 1e-9
+      (True, True, True)
+    """
+    source, target = jax.jit(source_form), jax.jit(target_form)
+    shapes = (x, kernel, bias)
+    out = jax.eval_shape(source, *shapes)
+    mapped = jax.eval_shape(lambda k, b: (map_kernel(k), map_bias(b)), kernel, bias)
+    other = jax.eval_shape(target, x, *mapped)
+    arithmetic = _arithmetic(x.dtype, kernel.dtype, out.dtype, precision, device)
+    plan = _plan_draws(arithmetic, _integer_limits(shapes, out), reduction, probes)
+    classes = _classes(x, reduction, reduction_index, plan)
+    mismatch = None
+    if (out.shape, out.dtype) != (other.shape, other.dtype):
+        mismatch = Mismatch(
+            (), f"{other.dtype}{other.shape}", f"{out.dtype}{out.shape}", "shapes"
+        )
+    rng = np.random.default_rng(seed)
+    random = _random_draws(rng, shapes, plan, classes)
+    placement = list(_placement_draws(shapes, plan)) if not mismatch else []
+    seen = 0
+    for kind, draws in (("placement", placement), ("random", random)):
+        for number, (xs, k, b) in enumerate(draws):
+            if mismatch:
+                break
+            xs, k = _put(xs, x, device), _put(k, kernel, device)
+            b = None if bias is None else _put(b, bias, device)
+            want = np.asarray(source(xs, k, b))
+            got = np.asarray(target(xs, map_kernel(k), map_bias(b)))
+            mismatch = _first_mismatch(want, got, f"{kind} probe {number}")
+            seen += 1
+    return Certificate(
+        passed=mismatch is None,
+        proved=mismatch is None and bool(placement),
+        probes=plan.probes,
+        calls=seen,
+        set_size=plan.set_size,
+        miss_probability=min(1.0, (2 / plan.set_size) ** plan.probes),
+        dtype=str(jnp.dtype(x.dtype)),
+        arithmetic=arithmetic,
+        mismatch=mismatch,
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Mismatch:
+    """The first entry in which the two forms differ.
+
+    Attributes:
+      index: where in the output; () when the shapes differ.
+      got: what the target form gave there.
+      want: what the source form gave there.
+      probe: the probe that showed it.
+    """
+
+    index: tuple[int, ...]
+    got: Any
+    want: Any
+    probe: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Certificate:
+    """What an exact comparison of two forms showed.
+
+    Attributes:
+      passed: no probe showed a difference.
+      proved: every kernel entry was also seen at its place (see the module).
+      probes: independent kernel draws.
+      calls: how often each form ran.
+      set_size: number of integers that every entry is drawn from.
+      miss_probability: bound on the probability that all probes miss a difference.
+      dtype: dtype of the input.
+      arithmetic: what was measured on the device, and made the sums exact.
+      mismatch: the first difference, or None.
+    """
+
+    passed: bool
+    proved: bool
+    probes: int
+    calls: int
+    set_size: int
+    miss_probability: float
+    dtype: str
+    arithmetic: Arithmetic
+    mismatch: Mismatch | None
+
+    def __str__(self) -> str:
+        if self.mismatch is not None:
+            m = self.mismatch
+            return (
+                f"DIFFERENT in {self.dtype} ({m.probe}): expected {m.want}, "
+                f"got {m.got} at {m.index}"
+            )
+        proof = "every kernel entry at its place, and " if self.proved else ""
+        return (
+            f"equal to the bit in {self.dtype}: {proof}{self.probes} draws from "
+            f"{self.set_size} integers miss a difference with probability at most "
+            f"{self.miss_probability:.1e}"
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class _Draws:
+    """Entries in [-size, size], at most ``terms`` products a sum, ``probes`` draws."""
+
+    size: int
+    terms: int
+    probes: int
+    largest_entry: int
+
+    @property
+    def set_size(self) -> int:
+        return 2 * self.size + 1
+
+
+def _arithmetic(
+    x: Any, kernel: Any, out: Any, precision: Any, device: Any
+) -> Arithmetic:
+    dtype = jnp.promote_types(x, kernel)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return measure_precision(dtype)
+    dot, conv = (
+        measure_precision(dtype, form=form, precision=precision, device=device)
+        for form in ("dot", "conv")
+    )
+    return dot.worse(conv).worse(Arithmetic(0.0, 0.0, unit_roundoff(out)))
+
+
+def _integer_limits(shapes: Any, out: Any) -> tuple[int, int]:
+    """Largest entry and largest sum that the dtypes hold exactly."""
+
+    def limit(dtype: Any) -> int:
+        if jnp.issubdtype(dtype, jnp.integer):
+            return int(jnp.iinfo(dtype).max)
+        info = jnp.finfo(dtype)
+        return min(2 ** (info.nmant + 1), int(min(float(info.max), 2.0**62)))
+
+    return min(limit(s.dtype) for s in shapes if s is not None), limit(out.dtype)
+
+
+def _plan_draws(
+    arithmetic: Arithmetic, limits: tuple[int, int], reduction: int, probes: int | None
+) -> _Draws:
+    """Chooses the integers that need the fewest calls for the wanted certainty."""
+    entry = min(limits[0], arithmetic.exact_inputs)
+    total = min(limits[1], arithmetic.exact_integers)
+    best: tuple[int, int] | None = None
+    plan = None
+    for size in range(1, min(entry, math.isqrt(total)) + 1):
+        # terms * size**2 from the products and size from the bias.
+        terms = min(reduction, (total - size) // size**2)
+        if terms < 1 or size > 2**15:
+            break
+        needed = probes or math.ceil(math.log(_MISS) / math.log(2 / (2 * size + 1)))
+        cost = (needed * math.ceil(reduction / terms), needed)
+        # With the number of probes given, the largest set that keeps x dense is best.
+        if best is None or cost < best or (cost == best and probes):
+            best, plan = cost, _Draws(size, terms, needed, min(entry, total))
+    if plan is None:
+        raise ValueError(
+            f"no exact probe exists: sums of integers are exact only up to {total} and "
+            f"entries up to {entry}; certify in a wider dtype"
+        )
+    return plan
+
+
+def _classes(
+    x: Any, reduction: int, index: np.ndarray | None, plan: _Draws
+) -> np.ndarray | None:
+    """Numbers the class of each entry of an example; None when x may be dense."""
+    if plan.terms >= reduction:
+        return None
+    rest = tuple(x.shape[1:])
+    size = math.prod(rest)
+    if index is not None:
+        if np.shape(index) != rest:
+            raise ValueError(
+                f"reduction_index must have x's shape {rest}, got {np.shape(index)}"
+            )
+        flat = np.asarray(index).reshape(-1)
+    elif size == reduction or (rest and rest[-1] % reduction == 0):
+        flat = np.arange(size) % reduction
+    else:
+        flat = np.arange(size)
+    return (flat // plan.terms).reshape(rest)
+
+
+def _random_draws(
+    rng: np.random.Generator, shapes: Any, plan: _Draws, classes: np.ndarray | None
+) -> Iterator[tuple[Any, Any, Any]]:
+    def draw(shape: tuple[int, ...]) -> np.ndarray:
+        return rng.integers(-plan.size, plan.size, shape, endpoint=True)
+
+    x, kernel, bias = shapes
+    for _ in range(plan.probes):
+        k, b = draw(kernel.shape), None if bias is None else draw(bias.shape)
+        if classes is None:
+            yield draw(x.shape), k, b
+            continue
+        # Every example holds every class in its turn; the examples differ in which.
+        count = int(classes.max()) + 1
+        for first in range(count):
+            turn = (first + np.arange(x.shape[0])) % count
+            mask = classes[None] == turn.reshape(-1, *[1] * classes.ndim)
+            yield draw(x.shape) * mask, k, b
+
+
+def _placement_draws(shapes: Any, plan: _Draws) -> Iterator[tuple[Any, Any, Any]]:
+    x, kernel, bias = shapes
+    batch, size = x.shape[0], math.prod(x.shape[1:])
+    base = plan.largest_entry
+    entries = max(math.prod(kernel.shape), math.prod(bias.shape) if bias else 0)
+    digits = 1
+    while base**digits <= entries:
+        digits += 1
+    if batch == 0 or (math.ceil(size / batch) + 1) * digits > _PLACEMENT_CALLS:
+        return
+
+    def digit(shape: tuple[int, ...], place: int) -> np.ndarray:
+        numbers = np.arange(1, math.prod(shape) + 1).reshape(shape)
+        return numbers // base**place % base
+
+    for place in range(digits):
+        k = digit(kernel.shape, place)
+        none = None if bias is None else np.zeros(bias.shape, int)
+        for first in range(0, size, batch):
+            xs = np.eye(size, dtype=int)[np.arange(first, first + batch) % size]
+            yield xs.reshape(x.shape), k, none
+        if bias is not None:
+            zeros = np.zeros(x.shape, int)
+            yield zeros, np.zeros(kernel.shape, int), digit(bias.shape, place)
+
+
+def _put(values: Any, like: Any, device: Any) -> jax.Array:
+    return jax.device_put(np.asarray(values).astype(like.dtype), device)
+
+
+def _first_mismatch(want: Any, got: Any, probe: str) -> Mismatch | None:
+    # Integers have one representation, but zero has a sign, which is no difference.
+    wrong = np.argwhere(want != got)
+    if not len(wrong):
+        return None
+    index = tuple(int(i) for i in wrong[0])
+    return Mismatch(index, got[index].item(), want[index].item(), probe)
