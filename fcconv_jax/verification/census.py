@@ -1,0 +1,157 @@
+"""Counts what a program is made of: dots, convolutions and custom calls.
+
+Read off the text of the program: StableHLO before compilation (what was asked for) and
+HLO after it (what the backend made of it).
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+_STABLEHLO = re.compile(r'"?stablehlo\.(\w+)"?')
+_STABLEHLO_CALL = re.compile(r'(?:func\.)?call @("[^"]+"|[\w.$-]+)')
+_STABLEHLO_FUNC = re.compile(r'func\.func (?:\w+ )*@("[^"]+"|[\w.$-]+)')
+_STABLEHLO_TARGET = re.compile(r'custom_call @([\w.$-]+)|call_target_name = "([^"]+)"')
+# "%name = shape opcode(": a shape is a type with layout, or a tuple of them.
+_HLO = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?:\(.*?\) |\S+ )([a-z][\w-]*)\(")
+_HLO_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+
+
+@dataclasses.dataclass(frozen=True)
+class OpCounts:
+    """How many operations of each kind a program text holds.
+
+    A loop body counts once. In StableHLO a function counts once for each of its calls;
+    in HLO every computation, so also the inside of a fusion, counts once.
+
+    Attributes:
+      dots: matrix products.
+      convolutions: convolutions.
+      custom_calls: library calls by target name, e.g. cuBLAS or cuDNN ones.
+    """
+
+    dots: int = 0
+    convolutions: int = 0
+    custom_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class Census:
+    """The counts before and after compilation; None where the text was not at hand."""
+
+    stablehlo: OpCounts | None
+    hlo: OpCounts | None
+
+
+def count_stablehlo(text: str) -> OpCounts:
+    """Counts the operations of a StableHLO module, ``jax.jit(f).lower(...).as_text()``.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> lowered = jax.jit(jnp.dot).lower(jnp.ones((2, 3)), jnp.ones((3, 4)))
+      >>> count_stablehlo(lowered.as_text()).dots
+      1
+    """
+    own: dict[str, collections.Counter] = {}
+    calls: dict[str, collections.Counter] = {}
+    name = ""
+    for line in text.splitlines():
+        if found := _STABLEHLO_FUNC.search(line):
+            name = found.group(1)
+        counter = own.setdefault(name, collections.Counter())
+        callees = calls.setdefault(name, collections.Counter())
+        if found := _STABLEHLO.search(line.split("//")[0]):
+            op = found.group(1)
+            if op == "custom_call":
+                targets = _STABLEHLO_TARGET.search(line)
+                target = targets and (targets.group(1) or targets.group(2))
+                counter[f"custom_call:{target}"] += 1
+            elif op in ("dot", "dot_general", "convolution"):
+                counter[op] += 1
+        elif found := _STABLEHLO_CALL.search(line):
+            callees[found.group(1)] += 1
+    root = "main" if "main" in own else next(iter(own), "")
+    total = _with_calls(root, own, calls)
+    return _op_counts(total, ("dot", "dot_general"))
+
+
+def _with_calls(
+    name: str,
+    own: Mapping[str, collections.Counter],
+    calls: Mapping[str, collections.Counter],
+) -> collections.Counter:
+    total = collections.Counter(own.get(name, {}))
+    for callee, times in calls.get(name, {}).items():
+        for op, count in _with_calls(callee, own, calls).items():
+            total[op] += times * count
+    return total
+
+
+def count_hlo(text: str) -> OpCounts:
+    """Counts the operations of a compiled module, ``lowered.compile().as_text()``.
+
+    Example:
+      >>> count_hlo('ROOT %d = f32[2,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}')
+      OpCounts(dots=1, convolutions=0, custom_calls={})
+    """
+    total: collections.Counter = collections.Counter()
+    for line in text.splitlines():
+        found = _HLO.match(line)
+        if not found:
+            continue
+        op = found.group(1)
+        if op == "custom-call":
+            target = _HLO_TARGET.search(line)
+            total[f"custom_call:{target.group(1) if target else None}"] += 1
+        else:
+            total[op] += 1
+    return _op_counts(total, ("dot", "ragged-dot"))
+
+
+def _op_counts(total: collections.Counter, dots: tuple[str, ...]) -> OpCounts:
+    prefix = "custom_call:"
+    return OpCounts(
+        dots=sum(total[name] for name in dots),
+        convolutions=total["convolution"],
+        custom_calls={
+            name.removeprefix(prefix): count
+            for name, count in sorted(total.items())
+            if name.startswith(prefix)
+        },
+    )
+
+
+def census(program: Callable[..., Any] | Any, *args: Any, **kwargs: Any) -> Census:
+    """Counts the operations of a program, before and after it is compiled.
+
+    Args:
+      program: a function (jitted or not), a ``jax.stages.Lowered`` or ``Compiled``, or
+        the text of a module in StableHLO or HLO.
+      *args: arguments (arrays or abstract ones) of the function.
+      **kwargs: keyword arguments of the function.
+
+    Returns:
+      The counts.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> census(lambda x: x @ x, jnp.ones((3, 3))).stablehlo.dots
+      1
+    """
+    if isinstance(program, str):
+        if "stablehlo." in program or program.lstrip().startswith("module"):
+            return Census(count_stablehlo(program), None)
+        return Census(None, count_hlo(program))
+    if isinstance(program, jax.stages.Compiled):
+        return Census(None, count_hlo(program.as_text() or ""))
+    if not isinstance(program, jax.stages.Lowered):
+        jitted: Any = program if hasattr(program, "lower") else jax.jit(program)
+        return census(jitted.lower(*args, **kwargs))
+    compiled = program.compile().as_text() or ""
+    return Census(count_stablehlo(program.as_text()), count_hlo(compiled))
