@@ -175,7 +175,8 @@ def _rewrite(
                 moved = moves[parts](leaf)
             except ValueError as error:
                 raise CheckpointError(f"{file}: leaf {name!r}: {error}") from None
-            converted.append((name, tuple(leaf.shape), tuple(moved.shape)))
+            if not moves[parts].is_identity:
+                converted.append((name, tuple(leaf.shape), tuple(moved.shape)))
             leaf = moved
         out.append(leaf)
         if progress is not None:

@@ -37,8 +37,8 @@ def read_checkpoint(path: PathLike) -> Checkpoint:
     """Reads a checkpoint: an Orbax directory, a Flax msgpack or a safetensors file.
 
     Damage is found where the format shows it: sizes, headers, indexes, checksums where
-    Orbax keeps them. None of the formats has a checksum of every entry, so a flipped bit
-    in an array passes as another number.
+    Orbax keeps them. No format has a checksum of every entry: a flipped bit in an
+    array passes as another number.
 
     The format is told from the content. No code from the file is run. Entries of a
     safetensors file are mapped and read when used; the others are read whole.

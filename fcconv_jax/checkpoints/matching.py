@@ -27,6 +27,13 @@ class Move:
     rearrange: Rearrangement
     stack_axes: tuple[int, ...]
 
+    @property
+    def is_identity(self) -> bool:
+        """Whether it leaves every entry where it is, as for most biases."""
+        return self.rearrange.is_reshape and (
+            self.rearrange.source == self.rearrange.target
+        )
+
     def __call__(self, leaf: Any) -> Any:
         """Moves the entries of the leaf."""
         return convert_leaf(self.rearrange, leaf, self.stack_axes)
