@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -43,9 +44,22 @@ def module_path(module: nn.Module) -> str:
     return "/".join(module.path)
 
 
+def is_lifted(module: nn.Module) -> bool:
+    """Whether the module runs below a lifted transform, which may add axes."""
+    return module.scope is not None and bool(module.scope.root.debug_path)
+
+
+def below_map_variables(module: nn.Module) -> bool:
+    """Whether ``nn.map_variables`` stands between the module and its parameters."""
+    path = () if module.scope is None else module.scope.debug_path
+    return any("map_variables(" in part for part in path)
+
+
 def obstacle(module: Any) -> str | None:
     """Why a Dense, DenseGeneral or Conv computes something else than it says, if so."""
     name = type(module).__name__
+    if below_map_variables(module):
+        return "runs under nn.map_variables, which may change its kernel on the way"
     if type(module).param is not nn.Module.param:
         return (
             f"{name} overrides param(): its kernel is changed on the way to the layer"
@@ -63,6 +77,36 @@ def obstacle(module: Any) -> str | None:
     if getattr(module, "mask", None) is not None:
         return f"{name} has a mask on its kernel"
     return None
+
+
+class OwnCalls:
+    """Tells a model's own calls from those of modules that it merely applies.
+
+    ``other.apply({"params": ...}, x)`` inside a model runs on parameters of its own
+    making, under paths that may collide with the model's.
+    """
+
+    def __init__(self):
+        self._root: Any = None
+        self._foreign = False
+
+    @contextlib.contextmanager
+    def enter(self, module: nn.Module) -> Iterator[bool]:
+        """Runs a call; gives whether the module's parameters are the model's own."""
+        scope = module.scope
+        if scope is None:  # a method of an unbound module, which has no parameters
+            yield False
+            return
+        before = self._foreign
+        if self._root is None:
+            self._root = scope.root
+        # The roots that lifted transforms make tell so by their path.
+        if scope.root is not self._root and not is_lifted(module):
+            self._foreign = True
+        try:
+            yield not self._foreign
+        finally:
+            self._foreign = before
 
 
 @dataclasses.dataclass(frozen=True)

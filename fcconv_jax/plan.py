@@ -275,8 +275,10 @@ class Plan(Mapping[str, LayerPlan]):
             ]
         if self.left:
             lines.append(f"{len(self.left)} left alone")
-            width = max(len(path) for path, _ in self.left)
-            lines += [f"{path.ljust(width)}  {why}" for path, why in self.left]
+            width = max(len(path or "(root)") for path, _ in self.left)
+            lines += [
+                f"{(path or '(root)').ljust(width)}  {why}" for path, why in self.left
+            ]
         return "\n".join(lines)
 
 

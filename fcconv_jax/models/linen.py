@@ -14,7 +14,7 @@ import jax
 from .. import arguments, forms
 from ..context import intercepting
 from ..kernels import Rearrangement
-from ..linen_layers import DenseAxes, flat_init, layer_kind, module_path
+from ..linen_layers import DenseAxes, OwnCalls, flat_init, layer_kind, module_path
 from ..params import convert_leaf, leaf_path
 from ..plan import Form, LayerPlan, Plan, PlanError
 
@@ -82,8 +82,8 @@ class ConvertedLinen:
         return jax.jit(apply, static_argnums=0)
 
     def _swapping(self, initialising: bool = False) -> AbstractContextManager[None]:
-        swap = _Swap(self.plan, initialising)
-        return intercepting(swap, key=swap)
+        key = ("fcconv_jax", self.plan, initialising)
+        return intercepting(_Swap(self.plan, initialising), key=key)
 
 
 def _check_form(variables: Mapping[str, Any], plan: Plan) -> None:
@@ -97,34 +97,37 @@ def _check_form(variables: Mapping[str, Any], plan: Plan) -> None:
         key = f"{path}/kernel".lstrip("/")
         if key not in shapes:
             continue
-        wanted = len(layer.kernel.target) + len(layer.stack_axes)
-        source = len(layer.kernel.source) + len(layer.stack_axes)
-        if len(shapes[key]) == source != wanted:
+        shape = list(shapes[key])
+        for axis in reversed(layer.stack_axes):
+            del shape[axis]
+        if tuple(shape) == layer.kernel.source != layer.kernel.target:
             raise PlanError(
                 f"params {key!r} have shape {shapes[key]}: they are not converted yet; "
                 "pass convert_params(params, plan)"
             )
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass
 class _Swap:
     """The interceptor that runs each planned layer in its other form."""
 
     plan: Plan
     initialising: bool
+    own: OwnCalls = dataclasses.field(default_factory=OwnCalls)
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
-        kind = layer_kind(context)
-        if kind is None or (kind == "Conv") != (self.plan.to == "dense"):
-            return next_fun(*args, **kwargs)
         module = context.module
-        layer = self.plan.get(module_path(module))
-        if layer is None or not _is_own(module, layer):
-            return next_fun(*args, **kwargs)
-        if self.initialising:
-            _show_as(module, layer, self.plan.to)
-        x = args[0] if args else kwargs["inputs"]
-        return _call_layer(module, module, layer, self.plan.to, x)
+        with self.own.enter(module) as own:
+            kind = layer_kind(context)
+            if not own or kind is None or (kind == "Conv") != (self.plan.to == "dense"):
+                return next_fun(*args, **kwargs)
+            layer = self.plan.get(module_path(module))
+            if layer is None:
+                return next_fun(*args, **kwargs)
+            if self.initialising:
+                _show_as(module, layer, self.plan.to)
+            x = args[0] if args else kwargs["inputs"]
+            return _call_layer(module, module, layer, self.plan.to, x)
 
 
 def _call_layer(owner: Any, module: Any, layer: LayerPlan, to: Form, x: Any) -> Any:
@@ -166,17 +169,6 @@ def _moved(init: Any, rearrange: Rearrangement) -> Any:
         return convert_leaf(rearrange, init(key, rearrange.source, dtype))
 
     return initializer
-
-
-def _is_own(module: nn.Module, layer: LayerPlan) -> bool:
-    """Whether the kernel that the layer has now is the converted one.
-
-    A nested ``apply`` with a kernel of its own can bear the same path.
-    """
-    if not module.has_variable("params", "kernel"):
-        return True
-    kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
-    return tuple(kernel.shape) == layer.kernel.target
 
 
 def _show_as(module: Any, layer: LayerPlan, to: Form) -> None:

@@ -8,6 +8,7 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ..jaxprs import Literal, call_body, opened, subjaxprs
@@ -60,13 +61,18 @@ class Features:
     lead: int
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclasses.dataclass(frozen=True, eq=False)
 class _Frame:
-    """A jaxpr in the context of the equation that calls it."""
+    """A jaxpr in the context of the equation that calls it.
+
+    One jaxpr may be called from several places (``nn.relu`` is traced once), so
+    frames, not jaxprs, tell places apart.
+    """
 
     jaxpr: Any
     parent: _Frame | None = None
     call: Any = None
+    inner: dict[tuple[int, int], _Frame] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
     def producers(self) -> Mapping[Any, tuple[Any, int]]:
@@ -79,26 +85,43 @@ class _Frame:
 
     def enter(self, eqn: Any, body: Any) -> _Frame:
         """The frame of a jaxpr that an equation of this frame runs."""
-        return _Frame(opened(body)[0], self, eqn)
+        key = (id(eqn), id(body))
+        if key not in self.inner:
+            self.inner[key] = _Frame(opened(body)[0], self, eqn)
+        return self.inner[key]
 
 
 @dataclasses.dataclass(frozen=True)
-class _End:
-    """Where a walk ended: an array, which of its axes were followed, and what made it.
+class _Place:
+    """An array in the trace, and which of its axes are followed.
 
     ``sizes`` are those of the axes where the flatten happened; pooling on the way
     further back changes the array's sizes, not the axes' meaning.
     """
 
-    shape: tuple[int, ...]
+    frame: _Frame
+    var: Any
     axes: tuple[int, ...]
     sizes: tuple[int, ...]
-    producer: Any
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.var.aval.shape)
+
+    @property
+    def producer(self) -> tuple[Any, int]:
+        """The equation that makes the array and the number of its output, if any."""
+        return self.frame.producers.get(self.var, (None, 0))
 
 
 def mark(x: Any, number: int) -> Any:
-    """Names an array in the trace, to be found again by its number."""
-    return checkpoint_name(x, f"{MARK}{number}")
+    """Names an array in the trace, to be found again by its number.
+
+    The axis of size 1 around the name makes ``vmap`` put its axes in front of it,
+    wherever the mapped axis was.
+    """
+    named = checkpoint_name(lax.expand_dims(x, (0,)), f"{MARK}{number}")
+    return lax.squeeze(named, (0,))
 
 
 def find_flattens(
@@ -111,123 +134,153 @@ def find_flattens(
       features: for each mark, where the features lie in the array.
 
     Returns:
-      For each mark the distinct answers of all paths back; empty where the features
-      were never split, as in a layer on the last axis. A window of ones only tells
+      For each mark the distinct answers of all paths back. Where the features were
+      never split, as in a layer on the last axis, a window of ones that only tells
       how many spatial axes there are.
     """
-    found: dict[int, tuple[Flatten, ...]] = {}
-    root = _Frame(opened(jaxpr)[0])
-    for number, frame, eqn in _marks(root):
-        if number in found or number not in features:
+    found: dict[int, dict[Flatten, None]] = {}
+    ranks: dict[int, int] = {}
+    memo: dict[_Place, tuple[_Place, ...]] = {}
+    for number, frame, eqn in _marks(_Frame(opened(jaxpr)[0])):
+        if number not in features:
             continue
-        seen = features[number]
-        shape = eqn.invars[0].aval.shape
+        seen, var = features[number], eqn.invars[0]
+        shape = tuple(var.aval.shape)
         # Under vmap the array in the trace has leading axes that the layer never saw.
         axes = tuple(len(shape) + axis for axis in seen.axes)
-        sizes = tuple(shape[axis] for axis in axes)
-        ends = _walk(frame, eqn.invars[0], axes, sizes, {})
-        answers = [_describe(end) for end in ends]
-        found[number] = tuple(dict.fromkeys(a for a in answers if a is not None))
-        if not found[number]:
-            spatial = min(seen.lead - 1, 3)
-            if spatial < 1:
-                spatial = _upstream_rank(frame, eqn.invars[0], len(shape) - seen.rank)
-            found[number] = (Flatten((1,) * spatial, "DHW"[3 - spatial :] + "C"),)
-    return found
+        start = _Place(frame, var, axes, tuple(shape[axis] for axis in axes))
+        answers = [_describe(end) for end in _ends(start, memo)]
+        found.setdefault(number, {}).update({a: None for a in answers if a is not None})
+        spatial = min(seen.lead - 1, 3)
+        if spatial < 1:
+            mapped = len(shape) - 1 - seen.rank
+            spatial = _upstream_rank(frame, frame.producers[var][0].invars[0], mapped)
+        ranks[number] = max(spatial, ranks.get(number, 1))
+    flattens = {}
+    for number, answers in found.items():
+        rank = ranks[number]
+        pointwise = Flatten((1,) * rank, "DHW"[3 - rank :] + "C")
+        flattens[number] = tuple(answers) or (pointwise,)
+    return flattens
 
 
-def _describe(end: _End) -> Flatten | None:
+def _describe(end: _Place) -> Flatten | None:
     """Reads window and order off the array where a walk ended."""
-    if len(end.axes) < 2:
-        return None
-    name, params = "", {}
-    if end.producer is not None:
-        name, params = end.producer.primitive.name, end.producer.params
+    eqn, _ = end.producer
+    name, params = ("", {}) if eqn is None else (eqn.primitive.name, eqn.params)
     if name == "dot_general" and params["dimension_numbers"][1][0]:
         return None  # heads of an attention, joined again: not a spatial flatten
     channel = len(end.shape) - 1
     if name == "conv_general_dilated":
         channel = params["dimension_numbers"].out_spec[1]
-    spatial = sorted(axis for axis in end.axes if axis != channel)
+    # Axes of size 1 are lost in a reshape; between the others they belong to the map.
+    first = min(end.axes)
+    ones = [a for a, n in enumerate(end.shape) if n == 1 and a > first]
+    axes = (*end.axes, *(a for a in ones if a not in end.axes))
+    spatial = sorted(axis for axis in axes if axis != channel)
     if not 0 < len(spatial) <= 3:
         return None
     letters = dict(zip(spatial, "DHW"[3 - len(spatial) :]))
     letters[channel] = "C"
-    size = dict(zip(end.axes, end.sizes))
-    order = "".join(letters[axis] for axis in end.axes)
-    if channel not in end.axes:
+    order = "".join(letters[axis] for axis in axes)
+    if channel not in axes:
         order += "C"
-    return Flatten(tuple(size[axis] for axis in spatial), order)
+    size = dict(zip(end.axes, end.sizes))
+    return Flatten(tuple(size.get(axis, 1) for axis in spatial), order)
 
 
-def _walk(
-    frame: _Frame, var: Any, axes: tuple[int, ...], sizes: tuple[int, ...], memo: Any
-) -> list[_End]:
-    """All ends of the paths back from ``var`` along ``axes``."""
-    key = (id(frame.jaxpr), id(frame.call), id(var), axes)
-    if key not in memo:
-        memo[key] = []  # a cycle cannot happen; this guards the recursion
-        memo[key] = _step(frame, var, axes, sizes, memo)
-    return memo[key]
+def _ends(start: _Place, memo: dict[_Place, tuple[_Place, ...]]) -> tuple[_Place, ...]:
+    """Where the paths back from a place end, if the features were split on the way.
+
+    Of paths that join in one equation those count on which the features are split
+    further; a single axis that is never split has no ends. Runs on a stack of its
+    own: a deep model makes a trace deeper than Python's.
+    """
+    stack = [start]
+    while stack:
+        place = stack[-1]
+        if place in memo:
+            stack.pop()
+            continue
+        sources = _sources(place)
+        waiting = [source for source in sources if source not in memo]
+        if waiting:
+            stack += waiting
+            continue
+        stack.pop()
+        if sources:
+            ends = dict.fromkeys(end for s in sources for end in memo[s])
+            more = [end for end in ends if len(end.axes) > len(place.axes)]
+            memo[place] = tuple(more or ends)
+        else:
+            memo[place] = (place,) if len(place.axes) > 1 else ()
+    return memo[start]
 
 
-def _step(
-    frame: _Frame, var: Any, axes: tuple[int, ...], sizes: tuple[int, ...], memo: Any
-) -> list[_End]:
-    shape = tuple(var.aval.shape)
-    eqn, index = frame.producers.get(var, (None, 0))
-    end = [_End(shape, axes, sizes, eqn)]
+def _sources(place: _Place) -> list[_Place]:
+    """One step back: the arrays that the followed axes come from; none at an end."""
+    frame, axes, sizes = place.frame, place.axes, place.sizes
+    eqn, index = place.producer
     if eqn is None:
-        outer = _outer(frame, var, axes)
-        return end if outer is None else _walk(*outer, sizes, memo)
-    name = eqn.primitive.name
-    body = call_body(eqn)
-    if body is not None:
-        inner = frame.enter(eqn, body)
-        return _walk(inner, inner.jaxpr.outvars[index], axes, sizes, memo)
+        outer = _outer(frame, place.var, axes)
+        return [] if outer is None else [_Place(*outer, sizes)]
+    name, params = eqn.primitive.name, eqn.params
+    bodies = params["branches"] if name == "cond" else (call_body(eqn),)
+    if bodies[0] is not None:
+        inner = [frame.enter(eqn, body) for body in bodies]
+        return _variables([(f, f.jaxpr.outvars[index]) for f in inner], axes, sizes)
     if name == "scan":
-        inner = frame.enter(eqn, eqn.params["jaxpr"])
-        stacked = index >= eqn.params["num_carry"]
+        stacked = index >= params["num_carry"]
         if stacked and 0 in axes:
-            return end
+            return []
         axes = tuple(axis - stacked for axis in axes)
-        return _walk(inner, inner.jaxpr.outvars[index], axes, sizes, memo)
-    if name == "transpose":
-        axes = tuple(eqn.params["permutation"][axis] for axis in axes)
-        return _walk(frame, eqn.invars[0], axes, sizes, memo)
-    if name == "squeeze":
-        kept = [
-            i
-            for i in range(len(eqn.invars[0].aval.shape))
-            if i not in eqn.params["dimensions"]
-        ]
-        axes = tuple(kept[axis] for axis in axes)
-        return _walk(frame, eqn.invars[0], axes, sizes, memo)
-    if name == "broadcast_in_dim":
-        source = _unbroadcast(eqn, axes)
-        return (
-            end if source is None else _walk(frame, eqn.invars[0], source, sizes, memo)
-        )
-    if name == "reshape":
-        pooled = sizes != tuple(shape[axis] for axis in axes)
-        source = None if pooled else _unflatten(eqn.invars[0].aval.shape, shape, axes)
-        if source is None:
-            return end
-        before = eqn.invars[0].aval.shape
-        sizes = tuple(before[axis] for axis in source)
-        return _walk(frame, eqn.invars[0], source, sizes, memo)
-    if name in _POOLS and len(axes) > 1:
-        return _walk(frame, eqn.invars[0], axes, sizes, memo)
+        inner = frame.enter(eqn, params["jaxpr"])
+        return _variables([(inner, inner.jaxpr.outvars[index])], axes, sizes)
     if name in _ELEMENTWISE:
-        same = [v for v in eqn.invars if _carries(frame, v, shape)]
+        operands = eqn.invars
         if name == "optimization_barrier":
-            same = [eqn.invars[index]]
+            operands = [eqn.invars[index]]
         if name == "select_n":
-            same = [v for v in same if v is not eqn.invars[0]]
-        ends = [e for v in same for e in _walk(frame, v, axes, sizes, memo)]
-        split = [e for e in ends if len(e.axes) > len(axes)] or ends
-        return split or end
-    return end
+            operands = eqn.invars[1:]
+        same = [v for v in operands if _carries(frame, v, place.shape)]
+        return _variables([(frame, v) for v in same], axes, sizes)
+    back = _axes_before(eqn, axes)
+    if name == "reshape":
+        # Pooled sizes are no longer those of the flatten: do not split them further.
+        pooled = sizes != tuple(place.shape[axis] for axis in axes)
+        back = None if pooled else back
+        if back is not None:
+            sizes = tuple(eqn.invars[0].aval.shape[axis] for axis in back)
+    return [] if back is None else _variables([(frame, eqn.invars[0])], back, sizes)
+
+
+def _variables(
+    found: Sequence[tuple[_Frame, Any]], axes: tuple[int, ...], sizes: tuple[int, ...]
+) -> list[_Place]:
+    return [
+        _Place(frame, var, axes, sizes)
+        for frame, var in found
+        if not isinstance(var, Literal)
+    ]
+
+
+def _axes_before(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Which axes of the operand the result's ``axes`` are; None if it mixes them."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "transpose":
+        return tuple(params["permutation"][axis] for axis in axes)
+    if name == "squeeze":
+        rank = len(eqn.invars[0].aval.shape)
+        kept = [i for i in range(rank) if i not in params["dimensions"]]
+        return tuple(kept[axis] for axis in axes)
+    if name == "broadcast_in_dim":
+        return _unbroadcast(eqn, axes)
+    if name == "reshape":
+        operand, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        return _unflatten(operand, result, axes)
+    if name in _POOLS and len(axes) > 1:
+        return axes
+    return None
 
 
 def _carries(frame: _Frame, var: Any, shape: tuple[int, ...]) -> bool:
@@ -270,6 +323,9 @@ def _unflatten(
         start = 0
         while start < len(before) and math.prod(before[:start]) < outer:
             start += 1
+        # A batch of one is a batch, not the first axis of the window.
+        while start < min(axis, len(before)) and before[start] == 1:
+            start += 1
         if math.prod(before[:start]) != outer:
             return None
         stop = start
@@ -277,11 +333,8 @@ def _unflatten(
             stop += 1
         if math.prod(before[start:stop]) != size:
             return None
-        if size == 1:
-            continue
-        # Axes of size 1 on the border belong to the flatten's window if they follow
-        # a batch axis; between other axes they are harmless.
-        source += range(start, stop)
+        if size > 1:
+            source += range(start, stop)
     return tuple(source) or None
 
 

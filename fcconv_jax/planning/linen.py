@@ -17,7 +17,10 @@ from ..geometry import classify
 from ..kernels import Rearrangement, kernel_rearrangement
 from ..linen_layers import (
     DenseAxes,
+    OwnCalls,
+    below_map_variables,
     conv_geometry,
+    is_lifted,
     layer_kind,
     module_path,
     obstacle,
@@ -47,27 +50,36 @@ class _Recorder:
     calls: dict[str, list[_Call]] = dataclasses.field(default_factory=dict)
     owners: dict[str, str] = dataclasses.field(default_factory=dict)
     stack: list[nn.Module] = dataclasses.field(default_factory=list)
+    own: OwnCalls = dataclasses.field(default_factory=OwnCalls)
     count: int = 0
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
-        path = module_path(module)
-        self.owners[path] = type(module).__name__
-        kind = layer_kind(context)
-        self.stack.append(module)
-        try:
-            if kind is None:
-                y = next_fun(*args, **kwargs)
-            else:
-                x = args[0] if args else kwargs["inputs"]
-                number, self.count = self.count, self.count + 1
-                y = next_fun(mark(x, number))
-                self.calls.setdefault(path, []).append(
-                    self._call(kind, number, tuple(x.shape), module)
-                )
-        finally:
-            self.stack.pop()
-        if _is_lifted(module) and module.is_mutable_collection("params"):
+        with self.own.enter(module) as own:
+            if not own:
+                return next_fun(*args, **kwargs)
+            path = module_path(module)
+            self.owners[path] = type(module).__name__
+            kind = layer_kind(context)
+            self.stack.append(module)
+            try:
+                if kind is None:
+                    y = next_fun(*args, **kwargs)
+                else:
+                    x = args[0] if args else kwargs["inputs"]
+                    number, self.count = self.count, self.count + 1
+                    y = next_fun(mark(x, number))
+                    self.calls.setdefault(path, []).append(
+                        self._call(kind, number, tuple(x.shape), module)
+                    )
+            finally:
+                self.stack.pop()
+        # What maps variables may look at their structure, which a box would change.
+        if (
+            is_lifted(module)
+            and not below_map_variables(module)
+            and module.is_mutable_collection("params")
+        ):
             _box_params(module)
         return y
 
@@ -96,14 +108,6 @@ class _Recorder:
                     "its stored shape"
                 )
         return obstacle(module)
-
-
-def _is_lifted(module: nn.Module) -> bool:
-    """Whether the module runs below a lifted transform, which may add axes."""
-    scope = module.scope
-    while scope is not None and scope.parent is not None:
-        scope = scope.parent
-    return scope is not None and bool(scope.path)
 
 
 def _box_params(module: nn.Module) -> None:

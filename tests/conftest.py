@@ -1,0 +1,87 @@
+import dataclasses
+from typing import Any
+
+import jax
+import numpy as np
+import pytest
+from flax.core import meta
+
+import fcconv_jax as fc
+
+
+def integers(tree, seed=0, high=3):
+    """Arrays of small integers in the shapes of a tree: sums of products are exact."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf):
+        values = rng.integers(-high, high, leaf.shape, endpoint=True)
+        return np.asarray(values).astype(leaf.dtype)
+
+    return jax.tree.map(fill, tree)
+
+
+def same_bits(a, b):
+    """Whether two trees are equal in structure, shapes, dtypes and bits."""
+    (x, tx), (y, ty) = jax.tree.flatten(a), jax.tree.flatten(b)
+    return tx == ty and all(
+        p.shape == q.shape and p.dtype == q.dtype and p.tobytes() == q.tobytes()
+        for p, q in zip(map(np.asarray, x), map(np.asarray, y))
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    plan: fc.Plan
+    model: Any
+    converted: Any
+    variables: Any
+    moved: Any
+    output: Any
+    moved_output: Any
+
+
+@pytest.fixture(scope="session")
+def check():
+    """Plans a linen model and checks all that must hold for every plan.
+
+    The plan survives JSON and its inverse, params go there and back to the bit, the
+    converted init has the converted shapes, and both forms give the same output: to
+    the bit, or within ``atol`` for models that do not keep integers integers.
+    """
+
+    def run(model, *inputs, to="conv", rules=(), plan=None, atol=0.0, **kwargs):
+        key = jax.random.key(0)
+        plan = plan or fc.make_plan(model, *inputs, to=to, rules=rules, **kwargs)
+        assert fc.Plan.from_json(plan.to_json()) == plan
+        assert hash(fc.Plan.from_json(plan.to_json())) == hash(plan)
+        assert plan.inverse().inverse() == plan
+        assert all((path or "(root)") in str(plan) for path in plan)
+        inputs = integers(inputs)
+        init = jax.eval_shape(lambda: model.init(key, *inputs, **kwargs))
+        boxed = jax.tree.map(
+            lambda x: isinstance(x, meta.AxisMetadata),
+            init,
+            is_leaf=lambda x: isinstance(x, meta.AxisMetadata),
+        )
+        assert not any(jax.tree.leaves(boxed)), "planning left its boxes behind"
+        variables = {
+            name: integers(tree, seed=1)
+            if name == "params"
+            else jax.tree.map(lambda s: np.ones(s.shape, s.dtype), tree)
+            for name, tree in init.items()
+        }
+        moved = fc.convert_params(variables, plan)
+        assert same_bits(fc.restore_params(moved, plan), variables)
+        converted = fc.convert_model(model, plan)
+        there = jax.eval_shape(lambda: converted.init(key, *inputs, **kwargs))
+        assert jax.tree.map(lambda a: (a.shape, a.dtype), there) == jax.tree.map(
+            lambda a: (a.shape, a.dtype), fc.convert_params(init, plan)
+        )
+        y = jax.jit(lambda v, *x: model.apply(v, *x, **kwargs))(variables, *inputs)
+        z = converted.apply(moved, *inputs, **kwargs)
+        for a, b in zip(jax.tree.leaves(y), jax.tree.leaves(z), strict=True):
+            assert a.dtype == b.dtype
+            np.testing.assert_allclose(a, b, rtol=atol, atol=atol)
+        return Case(plan, model, converted, variables, moved, y, z)
+
+    return run
