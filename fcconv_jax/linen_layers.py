@@ -116,7 +116,7 @@ class DenseAxes:
     Args:
       batch: leading axes that the kernel has too.
       lead: axes that it leaves alone.
-      contracted: axes that it sums over, in the kernel's order.
+      contracted: axes that it sums over.
       features: shape that it puts in their place.
     """
 
@@ -128,9 +128,11 @@ class DenseAxes:
     @classmethod
     def of(cls, module: Any, ndim: int) -> DenseAxes:
         """Reads them off a bound ``nn.Dense`` or ``nn.DenseGeneral``."""
+        # Flax sorts the axes: (3, 2) means (2, 3).
         axis = _as_tuple(getattr(module, "axis", -1))
-        contracted = tuple(a % ndim for a in axis)
-        batch = tuple(b % ndim for b in _as_tuple(getattr(module, "batch_dims", ())))
+        contracted = tuple(sorted(a % ndim for a in axis))
+        batch = _as_tuple(getattr(module, "batch_dims", ()))
+        batch = tuple(sorted(b % ndim for b in batch))
         lead = tuple(a for a in range(ndim) if a not in (*batch, *contracted))
         return cls(batch, lead, contracted, _as_tuple(module.features))
 

@@ -160,6 +160,14 @@ class Plan(Mapping[str, LayerPlan]):
     def _by_path(self) -> dict[str, LayerPlan]:
         return dict(self.layers)
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.to, self.layers, self.left))
+
+    def __hash__(self) -> int:
+        # A plan is part of the cache key of every jit below a converted model.
+        return self._hash
+
     def __getitem__(self, path: str) -> LayerPlan:
         return self._by_path[path]
 
@@ -196,8 +204,8 @@ class Plan(Mapping[str, LayerPlan]):
             mine, yours = self[path], other[path]
             if dataclasses.replace(mine, input_shape=yours.input_shape) != yours:
                 raise PlanError(f"{path!r} is planned in two ways: {mine} and {yours}")
-        layers = {**other._by_path, **self._by_path}
-        left = {**dict(other.left), **dict(self.left)}
+        layers = {**self._by_path, **other._by_path, **self._by_path}
+        left = {**dict(self.left), **dict(other.left), **dict(self.left)}
         return Plan(
             self.to,
             tuple(layers.items()),

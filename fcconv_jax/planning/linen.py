@@ -247,6 +247,7 @@ def _plan_dense(
     groups = math.prod(call.kernel[: len(axes.batch)])
     fan_in = math.prod(call.shape[a] for a in axes.contracted)
     flatten = _choose_flatten(path, calls, flattens, rule, fan_in)
+    _check_order(rule, len(flatten.window))
     canonical = (fan_in, math.prod(axes.features))
     if groups > 1:
         canonical = (groups, *canonical)
@@ -286,6 +287,16 @@ def _check_calls(calls: Sequence[_Call], rule: Rule | None) -> None:
                 f"called with kernels of several shapes, {calls[0].kernel} and "
                 f"{call.kernel}: it runs under an apply of its own"
             )
+
+
+def _check_order(rule: Rule | None, rank: int) -> None:
+    """Refuses an order that does not name each axis of the window once."""
+    letters = "DHW"[3 - rank :] + "C"
+    if rule is not None and rule.order and sorted(rule.order) != sorted(letters):
+        raise PlanError(
+            f"rule {rule.pattern!r}: the order {rule.order!r} must hold each of "
+            f"{', '.join(letters)} once, slowest axis first, such as {letters!r}"
+        )
 
 
 def _choose_flatten(
@@ -342,6 +353,7 @@ def _plan_conv(
             f"rule {rule.pattern!r} says {rule.window}, the kernel of {path!r} is "
             f"{window}"
         )
+    _check_order(rule, len(window))
     order = (rule.order if rule else None) or "DHW"[3 - len(window) :] + "C"
     fan_in = math.prod(call.kernel[:-1])
     canonical = (fan_in, call.kernel[-1] // groups)
