@@ -220,6 +220,7 @@ def test_the_other_form_is_within_the_bound(pair):
         for leaf in compare(model, jax.jit(f)(p, x)):
             assert leaf.passed, leaf
             assert leaf.tightness >= 1
+            assert leaf.max_abs_error <= leaf.likely_bound <= leaf.bound
             assert leaf.reason == ""
 
 
@@ -254,6 +255,14 @@ def test_a_drift_that_rounding_cannot_cause_is_caught():
     assert leaf.passed, leaf
     (leaf,) = compare(model, model.outputs + 0.9 * one)
     assert leaf.reason.startswith("differences sum to")
+
+
+def test_likely_bound_is_the_root_of_the_sum_of_squares():
+    # 10000 roundings of one size: 2 * 10000 against 7 sqrt(2) * 100.
+    x = jnp.ones(10_000)
+    many = error_bounds(lambda x: x * 3, x)
+    ratio = float(many.bound(x) / many.likely(x))
+    assert ratio == pytest.approx(2 * 10_000 / (7 * 2**0.5 * 100), rel=0.02)
 
 
 def test_integers_and_keys_must_be_equal():
