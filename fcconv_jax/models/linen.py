@@ -141,17 +141,9 @@ def _call_layer(owner: Any, module: Any, layer: LayerPlan, to: Form, x: Any) -> 
       x: the input, as the module takes it.
     """
     kernel_init, bias_init = flat_init(module)
-    kernel = owner.param(
-        "kernel",
-        _moved(kernel_init, layer.kernel),
-        layer.kernel.target,
-        module.param_dtype,
-    )
-    bias = None
-    if layer.bias is not None:
-        bias = owner.param(
-            "bias", _moved(bias_init, layer.bias), layer.bias.target, module.param_dtype
-        )
+    dtype = module.param_dtype
+    kernel = _parameter(owner, "kernel", layer.kernel, kernel_init, dtype)
+    bias = layer.bias and _parameter(owner, "bias", layer.bias, bias_init, dtype)
     x, kernel, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
     _, converted = forms.pair_of_forms(layer, to, precision=module.precision)
     if to == "dense":
@@ -161,14 +153,18 @@ def _call_layer(owner: Any, module: Any, layer: LayerPlan, to: Form, x: Any) -> 
     return axes.restore(converted(axes.canonical(x), kernel, bias), batch)
 
 
-def _moved(init: Any, rearrange: Rearrangement) -> Any:
-    """An initializer that draws in the old shape and moves the entries to the new."""
-
-    def initializer(key: Any, shape: tuple[int, ...], dtype: Any) -> Any:
-        del shape  # Flax passes the new one
-        return convert_leaf(rearrange, init(key, rearrange.source, dtype))
-
-    return initializer
+def _parameter(
+    owner: Any, name: str, leaf: Rearrangement, init: Any, dtype: Any
+) -> Any:
+    """A parameter in the new form: the stored one, else drawn in the old and moved."""
+    if owner.has_variable("params", name):
+        # Spares the trace of the initializer by which param() checks the shape.
+        stored = nn.meta.unbox(owner.get_variable("params", name))
+        if tuple(stored.shape) == leaf.target:
+            return stored
+    return owner.param(
+        name, lambda key: convert_leaf(leaf, init(key, leaf.source, dtype))
+    )
 
 
 def _show_as(module: Any, layer: LayerPlan, to: Form) -> None:
