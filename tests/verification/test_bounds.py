@@ -261,8 +261,9 @@ def test_likely_bound_is_the_root_of_the_sum_of_squares():
     # 10000 roundings of one size: 2 * 10000 against 7 sqrt(2) * 100.
     x = jnp.ones(10_000)
     many = error_bounds(lambda x: x * 3, x)
-    ratio = float(many.bound(x) / many.likely(x))
-    assert ratio == pytest.approx(2 * 10_000 / (7 * 2**0.5 * 100), rel=0.02)
+    total, root = many.first_order([x])
+    assert float(total / root) == pytest.approx(100, rel=1e-3)
+    assert many.likely(x) < many.bound(x) / 3
 
 
 def test_integers_and_keys_must_be_equal():
@@ -301,10 +302,10 @@ def test_shapes_dtypes_and_structures_must_agree():
 def test_derivatives_that_are_stopped_or_infinite_do_not_hide_errors():
     # A stopped gradient still carries its error on.
     x = _normal(64)
-    stopped = error_bounds(lambda x: lax.stop_gradient(jnp.sum(x) * 3), x)
-    plain = error_bounds(lambda x: jnp.sum(x) * 3, x)
-    one = jnp.float32(1)
-    np.testing.assert_allclose(stopped.bound(one), plain.bound(one), rtol=1e-3)
+    stopped = error_bounds(lambda x: jnp.sum(lax.stop_gradient(x * 3)), x)
+    plain = error_bounds(lambda x: jnp.sum(x * 3), x)
+    one = [jnp.float32(1)]
+    np.testing.assert_allclose(stopped.first_order(one), plain.first_order(one))
 
     # sqrt at 0 behind a where: its infinite slope must not become NaN.
     def f(x):
