@@ -10,7 +10,8 @@ from typing import Any, TypeVar
 import jax
 import numpy as np
 from flax.core import meta
-from jax.sharding import NamedSharding, PartitionSpec
+from flax.linen.partitioning import AxisMetadata as AxisNames
+from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from .kernels import Rearrangement
 from .plan import Plan, PlanError
@@ -110,9 +111,9 @@ def convert_opt_state(opt_state: Any, plan: Plan, *, tx: Any, params: Any) -> An
 
 _NOT_ENTRYWISE = (
     "the optimizer state does not follow its parameters entry by entry: {}. Factored "
-    "or matrix-wise statistics (adafactor, shampoo, muon, sm3, lbfgs) mean another thing "
-    "in the other form; convert the params and start a fresh tx.init, or keep training "
-    "in this form and convert at the end"
+    "or matrix-wise statistics (adafactor, shampoo, muon, sm3, lbfgs) mean another "
+    "thing in the other form; convert the params and start a fresh tx.init, or keep "
+    "training in this form and convert at the end"
 )
 
 
@@ -136,9 +137,12 @@ def convert_leaf(rearrange: Rearrangement, leaf: Any, stack_axes: Sequence[int] 
         return boxed.replace(value=inner)
     if isinstance(leaf, PartitionSpec):
         return PartitionSpec(*_move_names(rearrange, tuple(leaf), stack_axes))
-    if isinstance(leaf, NamedSharding):
-        spec = convert_leaf(rearrange, leaf.spec, stack_axes)
-        return NamedSharding(leaf.mesh, spec, memory_kind=leaf.memory_kind)
+    if isinstance(leaf, AxisNames):
+        names: Any = leaf.names
+        moved = PartitionSpec(*_move_names(rearrange, tuple(names), stack_axes))
+        return leaf.replace(names=moved)  # pyright: ignore[reportAttributeAccessIssue]
+    if isinstance(leaf, Sharding):
+        return _move_sharding(rearrange, leaf, stack_axes)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         out = jax.eval_shape(
             lambda a: _on_stack(rearrange, a, stack_axes),
@@ -184,7 +188,7 @@ class _Opaque:
 
 
 def _is_leaf(node: Any) -> bool:
-    return isinstance(node, meta.AxisMetadata | PartitionSpec | NamedSharding)
+    return isinstance(node, meta.AxisMetadata | AxisNames | PartitionSpec | Sharding)
 
 
 def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -210,7 +214,12 @@ def _moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, _Move]:
             f"it: {close or found[:5]}. Pass the tree that the model was planned with, "
             "or strict=False to convert what is there"
         )
-    return {prefix + key: _Move(prefix + key, *how) for key, how in wanted.items()}
+    moves = {prefix + key: _Move(prefix + key, *how) for key, how in wanted.items()}
+    # Axis names beside the params, by flax.linen.partitioning.param_with_axes.
+    for key, how in wanted.items():
+        names = f"params_axes/{key}_axes"
+        moves[names] = _Move(names, *how)
+    return moves
 
 
 def _prefix(wanted: Mapping[str, Any], found: Sequence[str]) -> str:
@@ -224,11 +233,11 @@ def _prefix(wanted: Mapping[str, Any], found: Sequence[str]) -> str:
 def _map_leaves(tree: Any, plan: Plan, strict: bool) -> Any:
     moves = _moves(tree, plan, strict)
     leaves, treedef = _flatten(tree)
-    tied: dict[tuple[int, Rearrangement], Any] = {}
+    tied: dict[Any, Any] = {}
     out = []
     for path, leaf in leaves:
         if path in moves:
-            key = (id(leaf), moves[path].rearrange)
+            key = (id(leaf), moves[path].rearrange, moves[path].stack_axes)
             if key not in tied:
                 tied[key] = moves[path](leaf)
             leaf = tied[key]
@@ -262,6 +271,29 @@ def _on_stack(rearrange: Rearrangement, array: Any, stack_axes: Sequence[int]) -
         (*lead, *rearrange.target),
     )
     return stacked(array.transpose(to_front)).transpose(back)
+
+
+def _move_sharding(
+    rearrange: Rearrangement, sharding: Sharding, stack_axes: Sequence[int]
+) -> Sharding:
+    """The sharding that the rearranged array has when no shard leaves its device."""
+    if not isinstance(sharding, NamedSharding):
+        if sharding.is_fully_replicated:  # on one device, as far as names go
+            return sharding
+        raise ValueError(f"no NamedSharding, so its axes cannot follow: {sharding}")
+    spec = PartitionSpec(*_move_names(rearrange, tuple(sharding.spec), stack_axes))
+    moved = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
+    shape = list(rearrange.target)
+    for axis in stack_axes:  # they stay as they are, of whatever size
+        shape.insert(axis if axis >= 0 else axis + len(shape) + 1, 0)
+    try:
+        moved.shard_shape(tuple(shape))
+    except ValueError as error:
+        raise ValueError(
+            f"its sharding {sharding.spec} would become {spec}, which does not divide "
+            f"the new shape ({error}); gather the leaf first"
+        ) from None
+    return moved
 
 
 def _move_names(

@@ -124,6 +124,11 @@ def mark(x: Any, number: int) -> Any:
     return lax.squeeze(named, (0,))
 
 
+def _marked(frame: _Frame, var: Any) -> Any:
+    """The array that went into a mark, given the named one inside."""
+    return frame.producers[var][0].invars[0]
+
+
 def find_flattens(
     jaxpr: Any, features: Mapping[int, Features]
 ) -> dict[int, tuple[Flatten, ...]]:
@@ -154,7 +159,7 @@ def find_flattens(
         spatial = min(seen.lead - 1, 3)
         if spatial < 1:
             mapped = len(shape) - 1 - seen.rank
-            spatial = _upstream_rank(frame, frame.producers[var][0].invars[0], mapped)
+            spatial = _upstream_rank(frame, _marked(frame, var), mapped)
         ranks[number] = max(spatial, ranks.get(number, 1))
     flattens = {}
     for number, answers in found.items():
@@ -353,10 +358,10 @@ def _unbroadcast(eqn: Any, axes: Sequence[int]) -> tuple[int, ...] | None:
 def _upstream_rank(frame: _Frame, var: Any, mapped: int) -> int:
     """Spatial axes of a pointwise conv: those of the nearest array that has some."""
     while not isinstance(var, Literal):
-        rank = len(var.aval.shape) - mapped
-        if rank > 2:
-            return min(rank - 2, 3)
         eqn, index = frame.producers.get(var, (None, 0))
+        rank = len(var.aval.shape) - mapped
+        if rank > 2 and not (eqn is not None and _is_mark(eqn)):
+            return min(rank - 2, 3)
         if eqn is None:
             outer = _outer(frame, var, ())
             if outer is None:
@@ -365,6 +370,8 @@ def _upstream_rank(frame: _Frame, var: Any, mapped: int) -> int:
         elif (body := call_body(eqn)) is not None:
             frame = frame.enter(eqn, body)
             var = frame.jaxpr.outvars[index]
+        elif _is_mark(eqn):
+            var = _marked(frame, eqn.invars[0])
         else:
             var = _main_operand(eqn)
     return 1
@@ -380,10 +387,14 @@ def _main_operand(eqn: Any) -> Any:
     return max(operands, key=lambda v: len(v.aval.shape))
 
 
+def _is_mark(eqn: Any) -> bool:
+    return eqn.primitive.name == "name" and eqn.params["name"].startswith(MARK)
+
+
 def _marks(frame: _Frame) -> Iterator[tuple[int, _Frame, Any]]:
     """Every marked equation of a jaxpr and its sub-jaxprs."""
     for eqn in frame.jaxpr.eqns:
-        if eqn.primitive.name == "name" and eqn.params["name"].startswith(MARK):
+        if _is_mark(eqn):
             yield int(eqn.params["name"].removeprefix(MARK)), frame, eqn
         for _, body in subjaxprs(eqn):
             yield from _marks(frame.enter(eqn, body))

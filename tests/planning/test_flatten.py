@@ -151,6 +151,12 @@ FLATTENS = {
         (1, 1),
         "HWC",
     ),
+    "pointwise behind a full window": (
+        lambda x: head(nn.relu(nn.Dense(5)(nn.relu(nn.Dense(6)(flat(x)))))),
+        (2, 5, 4, 3),
+        (1, 1),
+        "HWC",
+    ),
     "pointwise on tokens": (lambda x: head(x), (2, 5, 3), (1,), "WC"),
     "pointwise on a map": (lambda x: head(x), (2, 5, 4, 3), (1, 1), "HWC"),
     "concatenated": (
