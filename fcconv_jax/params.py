@@ -88,16 +88,21 @@ def convert_opt_state(opt_state: Any, plan: Plan, *, tx: Any, params: Any) -> An
     leaves, treedef = _flatten(old)
     tree = jax.tree.unflatten(treedef, [_Opaque(moves.get(path)) for path, _ in leaves])
     wanted = jax.eval_shape(tx.init, _map_leaves(old, plan, strict=True))
+
+    def move(leaf: Any, how: Any) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # stands for any subtree of params
+            return leaf
+        return how.value(leaf) if how.value else leaf
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode) or _is_leaf(node)
+
     try:
-        moved = optax.tree_map_params(
-            tx,
-            lambda leaf, move: move.value(leaf) if move.value else leaf,
-            opt_state,
-            tree,
-            is_leaf=lambda x: isinstance(x, optax.MaskedNode),
-        )
-    except PlanError as error:
-        raise PlanError(_NOT_ENTRYWISE.format(error)) from None
+        moved = optax.tree_map_params(tx, move, opt_state, tree, is_leaf=is_leaf)
+    except Exception as error:
+        # Each optimizer fails in its own way where its state is no tree of params.
+        found = str(error) if isinstance(error, PlanError) else repr(error)
+        raise PlanError(_NOT_ENTRYWISE.format(found)) from error
     got_leaves, got_tree = _flatten(moved)
     wanted_leaves, wanted_tree = _flatten(wanted)
     if got_tree != wanted_tree:
