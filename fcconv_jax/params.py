@@ -11,8 +11,9 @@ import jax
 import numpy as np
 from flax.core import meta
 from flax.linen.partitioning import AxisMetadata as AxisNames
-from jax.sharding import NamedSharding, PartitionSpec, Sharding
+from jax.sharding import PartitionSpec, Sharding
 
+from .axis_names import move_names, move_sharding
 from .kernels import Rearrangement
 from .plan import Plan, PlanError
 
@@ -136,18 +137,18 @@ def convert_leaf(rearrange: Rearrangement, leaf: Any, stack_axes: Sequence[int] 
     if isinstance(leaf, meta.AxisMetadata):
         boxed: Any = leaf
         if hasattr(boxed, "names"):
-            names = _move_names(rearrange, boxed.names, stack_axes)
+            names = move_names(rearrange, boxed.names, stack_axes)
             boxed = boxed.replace(names=names)
         inner = convert_leaf(rearrange, boxed.value, stack_axes)
         return boxed.replace(value=inner)
     if isinstance(leaf, PartitionSpec):
-        return PartitionSpec(*_move_names(rearrange, tuple(leaf), stack_axes))
+        return PartitionSpec(*move_names(rearrange, tuple(leaf), stack_axes))
     if isinstance(leaf, AxisNames):
         names: Any = leaf.names
-        moved = PartitionSpec(*_move_names(rearrange, tuple(names), stack_axes))
+        moved = PartitionSpec(*move_names(rearrange, tuple(names), stack_axes))
         return leaf.replace(names=moved)  # pyright: ignore[reportAttributeAccessIssue]
     if isinstance(leaf, Sharding):
-        return _move_sharding(rearrange, leaf, stack_axes)
+        return move_sharding(rearrange, leaf, stack_axes)
     if isinstance(leaf, jax.ShapeDtypeStruct):
         out = jax.eval_shape(
             lambda a: _on_stack(rearrange, a, stack_axes),
@@ -276,118 +277,6 @@ def _on_stack(rearrange: Rearrangement, array: Any, stack_axes: Sequence[int]) -
         (*lead, *rearrange.target),
     )
     return stacked(array.transpose(to_front)).transpose(back)
-
-
-def _move_sharding(
-    rearrange: Rearrangement, sharding: Sharding, stack_axes: Sequence[int]
-) -> Sharding:
-    """The sharding that the rearranged array has when no shard leaves its device."""
-    if not isinstance(sharding, NamedSharding):
-        if sharding.is_fully_replicated:  # on one device, as far as names go
-            return sharding
-        raise ValueError(f"no NamedSharding, so its axes cannot follow: {sharding}")
-    spec = PartitionSpec(*_move_names(rearrange, tuple(sharding.spec), stack_axes))
-    moved = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
-    shape = list(rearrange.target)
-    for axis in stack_axes:  # they stay as they are, of whatever size
-        shape.insert(axis if axis >= 0 else axis + len(shape) + 1, 0)
-    try:
-        moved.shard_shape(tuple(shape))
-    except ValueError as error:
-        raise ValueError(
-            f"its sharding {sharding.spec} would become {spec}, which does not divide "
-            f"the new shape ({error}); gather the leaf first"
-        ) from None
-    return moved
-
-
-def _move_names(
-    rearrange: Rearrangement, names: Sequence[Any], stack_axes: Sequence[int]
-) -> tuple[Any, ...]:
-    """Axis names of the rearranged array, as a reshape of a sharded array moves them.
-
-    An axis that splits leaves its name on its largest-stride factor; of axes that
-    merge, names are joined where that means the same partition, else refused.
-    """
-    names = tuple(names) + (None,) * (
-        len(rearrange.source) + len(stack_axes) - len(names)
-    )
-    inner, stack = list(names), []
-    for axis in reversed(stack_axes):
-        stack.append(inner.pop(axis))
-    split = _regroup(rearrange.source, inner, rearrange.split)
-    moved = [split[p] for p in rearrange.perm]
-    sizes = [rearrange.split[p] for p in rearrange.perm]
-    out = _regroup(sizes, moved, rearrange.target)
-    for axis in stack_axes:
-        out.insert(axis if axis >= 0 else axis + len(out) + 1, stack.pop())
-    return tuple(out)
-
-
-def _regroup(
-    source: Sequence[int], names: Sequence[Any], target: Sequence[int]
-) -> list[Any]:
-    """Names of the axes after a row-major reshape from ``source`` to ``target``."""
-    out: list[Any] = [None] * len(target)
-    for from_axes, to_axes in _blocks(source, target):
-        named = [(i, names[i]) for i in from_axes if names[i] is not None]
-        if not named:
-            continue
-        if len(to_axes) == len(from_axes):
-            for i, j in zip(from_axes, to_axes):
-                out[j] = names[i]
-            continue
-        lead = from_axes[: len(named)]
-        if [i for i, _ in named] != lead or len(to_axes) > 1 < len(from_axes):
-            sizes = [source[i] for i in from_axes]
-            raise ValueError(
-                f"the axes of sizes {sizes}, named {[names[i] for i in from_axes]}, "
-                f"become {[target[j] for j in to_axes]}: that partition has no name "
-                "there; gather or rename the axis first, or leave the layer out with "
-                "a rule"
-            )
-        if len(from_axes) == 1:
-            parts = named[0][1] if isinstance(named[0][1], tuple) else (named[0][1],)
-            if len(parts) == len(to_axes):
-                for j, part in zip(to_axes, parts):
-                    out[j] = part
-            else:
-                out[to_axes[0]] = named[0][1]
-        else:
-            flat = tuple(
-                part
-                for _, name in named
-                for part in (name if isinstance(name, tuple) else (name,))
-            )
-            out[to_axes[0]] = flat[0] if len(flat) == 1 else flat
-    return out
-
-
-def _blocks(
-    source: Sequence[int], target: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
-    """The finest aligned groups of axes that a row-major reshape maps to each other.
-
-    Axes of size 1 carry no partition; they pair with each other where the groups
-    are otherwise equal, else belong to no group.
-    """
-    if tuple(source) == tuple(target):
-        return [([i], [i]) for i in range(len(source))]
-    a = [i for i, size in enumerate(source) if size != 1]
-    b = [j for j, size in enumerate(target) if size != 1]
-    blocks = []
-    while a and b:
-        left, right = [a.pop(0)], [b.pop(0)]
-        p, q = source[left[0]], target[right[0]]
-        while p != q:
-            if p < q:
-                left.append(a.pop(0))
-                p *= source[left[-1]]
-            else:
-                right.append(b.pop(0))
-                q *= target[right[-1]]
-        blocks.append((left, right))
-    return blocks
 
 
 def _is_train_state(tree: Any) -> bool:
