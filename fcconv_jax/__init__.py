@@ -1,10 +1,14 @@
 """Trained JAX/Flax models from Dense to Conv and back: same code, same numbers."""
 
+from .checkpoints import convert_checkpoint as convert_checkpoint
+from .checkpoints import restore_checkpoint as restore_checkpoint
 from .geometry import ConvGeometry as ConvGeometry
 from .geometry import Equivalence as Equivalence
 from .geometry import classify as classify
 from .geometry import explain as explain
 from .kernels import Rearrangement as Rearrangement
+from .kernels import conv_kernel_to_dense as conv_kernel_to_dense
+from .kernels import dense_kernel_to_conv as dense_kernel_to_conv
 from .models import convert_model as convert_model
 from .params import convert_opt_state as convert_opt_state
 from .params import convert_params as convert_params
@@ -14,3 +18,9 @@ from .plan import Plan as Plan
 from .plan import PlanError as PlanError
 from .plan import Rule as Rule
 from .planning import make_plan as make_plan
+from .unroll import roll_dense as roll_dense
+from .unroll import unroll_conv as unroll_conv
+from .verification.report import Report as Report
+from .verification.verify import assert_equivalent as assert_equivalent
+from .verification.verify import certify_layer as certify_layer
+from .verification.verify import verify as verify

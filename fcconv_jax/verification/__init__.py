@@ -1,1 +1,1 @@
-"""verification."""
+"""Proof that a conversion changed nothing: certificates, bounds, gradients, census."""

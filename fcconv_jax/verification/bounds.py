@@ -32,6 +32,7 @@ convolutions), which a backend may choose for windows larger than 1x1.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -87,12 +88,16 @@ def error_bounds(f: Callable[..., Any], *args: Any) -> ErrorModel:
         return [outs[i] for i in inexact], errors
 
     named = _naming(unmodelled)
-    remainder = named(jax.jit(lambda a: _remainders(run, a)))(flat) if inexact else []
+    jit = _quick_jit()
+    remainder = named(jit(lambda a: _remainders(run, a)))(flat) if inexact else []
     return ErrorModel(
         outputs=outputs,
         unmodelled=tuple(unmodelled),
         inexact=inexact,
-        first_order=named(jax.jit(lambda cts: _first_order(run, flat, cts))),
+        # The operands are arguments: as constants they would be folded by XLA.
+        first_order=functools.partial(
+            named(jit(lambda a, cts: _first_order(run, a, cts))), flat
+        ),
         remainder=tuple(remainder),
     )
 
@@ -331,9 +336,9 @@ def _naming(unmodelled: dict[str, None]) -> Callable[[Callable], Callable]:
     """Makes a failure to differentiate name the primitives that may be its cause."""
 
     def wrap(f: Callable) -> Callable:
-        def named(operands: Any) -> Any:
+        def named(*operands: Any) -> Any:
             try:
-                return f(operands)
+                return f(*operands)
             except (ValueError, NotImplementedError) as error:
                 if not unmodelled:
                     raise
@@ -345,6 +350,14 @@ def _naming(unmodelled: dict[str, None]) -> Callable[[Callable], Callable]:
         return named
 
     return wrap
+
+
+def _quick_jit() -> Callable[[Callable], Any]:
+    """``jit`` for programs that run a few times: their compile time is what counts."""
+    if jax.default_backend() != "cpu":
+        return jax.jit
+    options: Any = {"xla_backend_optimization_level": 0}
+    return functools.partial(jax.jit, compiler_options=options)
 
 
 def _program(closed: Any) -> Callable[..., list[Any]]:

@@ -1,0 +1,198 @@
+"""What a verification found, as a table, as JSON and as Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Sequence
+
+from ..plan import Case, Form
+from .bounds import LeafComparison
+from .census import Census
+from .certificate import Certificate
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerReport:
+    """What was found about one converted layer.
+
+    Attributes:
+      path: its module path.
+      case: why its two forms are equal.
+      layer: class of the layer as it was found.
+      certificate: the exact comparison of its two forms.
+      outputs: its output on the user's input, for each call, against the bound; empty
+        where Flax does not hand it out, as inside a scan.
+    """
+
+    path: str
+    case: Case
+    layer: str
+    certificate: Certificate
+    outputs: tuple[LeafComparison, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check of this layer passed."""
+        return self.certificate.passed and all(c.passed for c in self.outputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class Report:
+    """What :func:`fcconv_jax.verify` found.
+
+    Attributes:
+      to: the form that the plan goes to.
+      failed_params: leaves that are not the same bits rearranged.
+      layers: one entry for each converted layer.
+      outputs: the model's outputs against the bound.
+      steps: gradients and the parameters after one optimizer step, likewise.
+      original: dots and convolutions of the original program.
+      converted: those of the converted program.
+      skipped: path and reason of every linear layer left alone.
+      notes: what could not be checked, and why.
+      device: the kind of device that ran it.
+      backend: its platform.
+      jax_version: the version of JAX that compiled it.
+    """
+
+    to: Form
+    failed_params: tuple[str, ...]
+    layers: tuple[LayerReport, ...]
+    outputs: tuple[LeafComparison, ...]
+    steps: tuple[LeafComparison, ...]
+    original: Census
+    converted: Census
+    skipped: tuple[tuple[str, str], ...]
+    notes: tuple[str, ...]
+    device: str
+    backend: str
+    jax_version: str
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Each failed check, by layer or leaf, with what was got and the bound."""
+        return tuple(self._failures())
+
+    def _failures(self) -> Iterator[str]:
+        yield from self.failed_params
+        for layer in self.layers:
+            name = layer.path or "(root)"
+            if not layer.certificate.passed:
+                yield f"layer {name!r}: {layer.certificate}"
+            for call in layer.outputs:
+                if not call.passed:
+                    yield f"layer {name!r}: its output {call.reason}"
+        for leaf in (*self.outputs, *self.steps):
+            if not leaf.passed:
+                yield f"{leaf.path!r} {leaf.reason}"
+
+    def to_json(self) -> str:
+        """The report as JSON text; bounds that do not exist are null."""
+        content = {
+            "passed": self.passed,
+            "failures": self.failures,
+            **{
+                field.name: _plain(getattr(self, field.name))
+                for field in dataclasses.fields(self)
+            },
+        }
+        return json.dumps(content, default=str)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown: a verdict, the table of layers, and the rest."""
+        head, *rows = self._layer_rows()
+        table = [head, tuple("---" for _ in head), *rows]
+        lines = [f"**{self._verdict()}**", ""]
+        lines += ["| " + " | ".join(row) + " |" for row in table]
+        lines += ["", *(f"- {line}" for line in self._details())]
+        return "\n".join(lines) + "\n"
+
+    def __str__(self) -> str:
+        rows = self._layer_rows()
+        widths = [max(map(len, column)) for column in zip(*rows)]
+        table = [
+            "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()
+            for row in rows
+        ]
+        return "\n".join([self._verdict(), *table, *self._details()])
+
+    def _verdict(self) -> str:
+        count = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)} to {self.to}"
+        where = f"{self.backend} ({self.device}), jax {self.jax_version}"
+        return f"{'EQUIVALENT' if self.passed else 'DIFFERENT'}: {count}, on {where}"
+
+    def _layer_rows(self) -> list[tuple[str, ...]]:
+        rows = [("layer", "case", "exact", "miss probability", "max error", "bound")]
+        for layer in self.layers:
+            proof = layer.certificate
+            worst = _worst(layer.outputs)
+            exact = "proved" if proof.proved else "equal"
+            rows.append(
+                (
+                    layer.path or "(root)",
+                    layer.case,
+                    exact if proof.passed else "DIFFERENT",
+                    f"{proof.miss_probability:.0e}",
+                    f"{worst.max_abs_error:.1e}" if worst else "-",
+                    f"{worst.bound:.1e}" if worst else "-",
+                )
+            )
+        return rows
+
+    def _details(self) -> list[str]:
+        lines = []
+        if not self.failed_params:
+            lines.append("parameters: the same bits, rearranged; the way back too")
+        for title, leaves in (
+            ("outputs", self.outputs),
+            ("gradients", [c for c in self.steps if c.path.startswith("gradient")]),
+            ("one step", [c for c in self.steps if c.path.startswith("params")]),
+        ):
+            worst = _worst(leaves)
+            if worst:
+                verdict = "" if all(c.passed for c in leaves) else " FAILED"
+                lines.append(
+                    f"{title}: max error {worst.max_abs_error:.1e} at {worst.path}, "
+                    f"bound {worst.bound:.1e}{verdict}"
+                )
+        lines.append(f"program: {_counts(self.original)} -> {_counts(self.converted)}")
+        lines += [f"left alone: {path}: {why}" for path, why in self.skipped]
+        lines += [f"note: {note}" for note in self.notes]
+        lines += [f"FAILED: {failure}" for failure in self.failures]
+        return lines
+
+
+def _worst(leaves: Sequence[LeafComparison]) -> LeafComparison | None:
+    """The comparison that comes closest to its bound."""
+    return min(leaves, key=lambda c: (c.passed, c.tightness), default=None)
+
+
+def _counts(census: Census) -> str:
+    found = census.stablehlo
+    if found is None:
+        return "-"
+    return f"{found.dots} dots, {found.convolutions} convolutions"
+
+
+def _plain(value: object) -> object:
+    """Dataclasses to dictionaries, floats that JSON lacks to None."""
+    if dataclasses.is_dataclass(value) and not isinstance(value, type):
+        fields = {
+            field.name: _plain(getattr(value, field.name))
+            for field in dataclasses.fields(value)
+        }
+        passed = getattr(value, "passed", None)
+        return fields if passed is None else {**fields, "passed": passed}
+    if isinstance(value, tuple | list):
+        return [_plain(item) for item in value]
+    if isinstance(value, dict):
+        return {key: _plain(item) for key, item in value.items()}
+    if isinstance(value, float) and not (abs(value) < float("inf")):
+        return None
+    return value
