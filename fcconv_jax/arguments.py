@@ -20,6 +20,7 @@ class Static:
 
     treedef: Any
     leaves: tuple[Any, ...]
+    types: tuple[type, ...]  # 1, 1.0 and True are equal, but trace differently
 
     def merge(self, arrays: Sequence[Any]) -> Any:
         """The PyTree again, with ``arrays`` in the places of the arrays."""
@@ -39,7 +40,7 @@ def split(tree: Any) -> tuple[list[Any], Static]:
     leaves, treedef = jax.tree.flatten(tree)
     arrays = [leaf for leaf in leaves if is_array(leaf)]
     static = tuple(_ARRAY if is_array(leaf) else leaf for leaf in leaves)
-    return arrays, Static(treedef, static)
+    return arrays, Static(treedef, static, tuple(map(type, static)))
 
 
 def is_array(leaf: Any) -> bool:

@@ -61,8 +61,9 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
       x: ``(N, *spatial, C)``.
 
     Returns:
-      One row of features per position of the window, ``(N, *positions, [groups,] in)``.
-      A trailing remainder that no position covers is dropped.
+      One row of features per position of the window, ``(N, *positions, [groups,] in)``,
+      flattened in ``layer.order``. A trailing remainder that no position covers is
+      dropped.
     """
     rank = len(layer.window)
     batch, spatial, channels = (
@@ -79,8 +80,9 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
     x = x.reshape(*batch, *pairs, layer.groups, per_group)
     n = len(batch)
     at = [n + 2 * i for i in range(rank)]
-    window = [n + 2 * i + 1 for i in range(rank)]
-    x = x.transpose(*range(n), *at, n + 2 * rank, *window, n + 2 * rank + 1)
+    inner = {axis: n + 2 * i + 1 for i, axis in enumerate(_letters(layer))}
+    features = [inner[axis] for axis in layer.order]
+    x = x.transpose(*range(n), *at, n + 2 * rank, *features)
     groups = (layer.groups,) if layer.groups > 1 else ()
     return x.reshape(*batch, *positions, *groups, math.prod(layer.window) * per_group)
 

@@ -62,6 +62,18 @@ class ConvertedLinen:
             ) from None
         return self._jitted(static, variables, arrays)
 
+    def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+        """Initialises variables from shapes, as ``model.lazy_init`` does."""
+        with self._swapping(initialising=True):
+            return self.model.lazy_init(rngs, *args, **kwargs)
+
+    def bind(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a bound module would run outside of the conversion."""
+        raise TypeError(
+            "a converted model cannot be bound; call apply(variables, ..., method=f) "
+            "with a function of the module"
+        )
+
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
         """A summary table, as ``nn.tabulate`` makes it, with the converted layers."""
         return nn.tabulate(self, rngs)(*args, **kwargs)  # pyright: ignore
