@@ -32,7 +32,8 @@ def test_same_kernels_as_the_plan_from_the_model(chw):
     model, x = Net(chw), sample()
     variables = model.init(KEY, x)
     traced = fc.make_plan(model, x)
-    plan = plan_from_params(variables, [f"fc1=3x2{':CHW' * chw}", "fc2=1"])
+    ones = "x".join(map(str, traced["fc2"].window))
+    plan = plan_from_params(variables, [f"fc1=3x2{':CHW' * chw}", f"fc2={ones}"])
     assert list(plan) == list(traced) == ["fc1", "fc2"]
     for path in plan:
         assert plan[path].leaves == traced[path].leaves

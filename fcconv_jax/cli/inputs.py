@@ -1,0 +1,251 @@
+"""What a command line says, read: models, inputs, keyword arguments, sizes."""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+import inspect
+import json
+import os
+import re
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from types import ModuleType
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+    import jax
+
+
+class ArgumentError(ValueError):
+    """An argument of a command cannot be used: which, what was found, the way out."""
+
+
+def load_model(text: str) -> nn.Module:
+    """Imports the model that ``MODULE:NAME`` names.
+
+    Args:
+      text: a module (``pkg.mod:NAME``, looked for in the current directory first) or
+        a file (``path/to/file.py:NAME``). NAME is a ``flax.linen`` Module, a class of
+        one that needs no arguments, or a function without arguments that makes one.
+
+    Raises:
+      ArgumentError: there is no such module or name, or it is something else. What
+        the module's own code raises comes through as it is.
+    """
+    import flax.linen as nn
+
+    where, _, name = text.rpartition(":")
+    if not where or not name:
+        raise ArgumentError(
+            f"{text!r} is not of the form MODULE:NAME, such as 'pkg.model:Net' or "
+            "'path/to/model.py:Net'"
+        )
+    module = _import(where)
+    value: Any = module
+    for part in name.split("."):
+        try:
+            value = getattr(value, part)
+        except AttributeError:
+            raise ArgumentError(
+                f"{where} has no {name!r}; it has: {', '.join(_offers(module)) or '-'}"
+            ) from None
+    if isinstance(value, nn.Module):
+        return value
+    if not callable(value):
+        raise ArgumentError(f"{text} is a {type(value).__name__}; {_WANTED}")
+    try:
+        inspect.signature(value).bind()
+    except TypeError as error:
+        raise ArgumentError(
+            f"{text} cannot be called without arguments ({error}); {_WANTED}"
+        ) from None
+    model = value()
+    if not isinstance(model, nn.Module):
+        raise ArgumentError(f"{text} makes a {type(model).__name__}; {_WANTED}")
+    return model
+
+
+_WANTED = (
+    "name a flax.linen Module, a class of one that needs no arguments, or a function "
+    "without arguments that makes one"
+)
+
+
+def _import(where: str) -> ModuleType:
+    """Imports a module or a file, with the current directory on the path."""
+    file = Path(where) if where.endswith(".py") else None
+    folders = [os.getcwd(), *([str(file.resolve().parent)] if file else [])]
+    sys.path[:0] = [folder for folder in folders if folder not in sys.path]
+    if file is None:
+        try:
+            return importlib.import_module(where)
+        except ModuleNotFoundError as error:
+            missing = error.name or ""
+            if where != missing and not where.startswith(f"{missing}."):
+                raise
+            raise ArgumentError(
+                f"no module {missing!r} in {os.getcwd()} or among the installed ones; "
+                "a file is named with its ending, as in 'path/to/model.py:Net'"
+            ) from None
+    if not file.is_file():
+        raise ArgumentError(f"{file}: no such file")
+    # A name of its own: model.py must not pass for an installed module "model".
+    spec = importlib.util.spec_from_file_location(f"fcconv_file_{file.stem}", file)
+    assert spec is not None
+    assert spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    # Dataclasses, linen Modules among them, look their own module up here.
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+def _offers(module: ModuleType) -> list[str]:
+    """Names in a module that may be or make a model."""
+    import flax.linen as nn
+
+    return [
+        name
+        for name, value in vars(module).items()
+        if not name.startswith("_")
+        and (
+            isinstance(value, nn.Module)
+            or (
+                getattr(value, "__module__", None) == module.__name__
+                and (
+                    inspect.isfunction(value)
+                    or (inspect.isclass(value) and issubclass(value, nn.Module))
+                )
+            )
+        )
+    ]
+
+
+def parse_input(text: str) -> jax.ShapeDtypeStruct:
+    """Reads ``SHAPE[:DTYPE]``.
+
+    Raises:
+      ArgumentError: the text has another form, or the dtype needs 64-bit JAX.
+
+    Example:
+      >>> parse_input("2,16:int32")
+      ShapeDtypeStruct(shape=(2, 16), dtype=int32)
+      >>> parse_input("").shape
+      ()
+    """
+    import jax
+    import numpy as np
+
+    sizes, _, name = text.partition(":")
+    try:
+        shape = tuple(map(int, re.split("[x,]", sizes))) if sizes else ()
+        dtype = np.dtype(name or "float32")
+    except (ValueError, TypeError):
+        raise ArgumentError(
+            f"--input {text!r} is not of the form SHAPE[:DTYPE], such as '1,28,28,1' "
+            "or '2,16:int32'"
+        ) from None
+    wide = dtype.name in ("float64", "int64", "uint64", "complex128")
+    if wide and not jax.config.read("jax_enable_x64"):
+        raise ArgumentError(
+            f"--input {text!r}: JAX has 64-bit types switched off; set JAX_ENABLE_X64=1"
+        )
+    return jax.ShapeDtypeStruct(shape, dtype)
+
+
+def random_inputs(specs: Sequence[jax.ShapeDtypeStruct], seed: int) -> list[jax.Array]:
+    """Arrays of the given shapes: normal floats, integers from 0 to 3, coin flips.
+
+    Example:
+      >>> [x.shape for x in random_inputs([parse_input("2,3")], seed=0)]
+      [(2, 3)]
+    """
+    import jax.numpy as jnp
+    import numpy as np
+
+    rng = np.random.default_rng(seed)
+
+    def draw(spec: jax.ShapeDtypeStruct) -> Any:
+        if jnp.issubdtype(spec.dtype, jnp.complexfloating):
+            return rng.normal(size=spec.shape) + 1j * rng.normal(size=spec.shape)
+        if jnp.issubdtype(spec.dtype, jnp.floating):
+            return rng.normal(size=spec.shape)
+        high = 2 if spec.dtype == np.bool_ else 4
+        return rng.integers(0, high, size=spec.shape)
+
+    return [jnp.asarray(np.asarray(draw(spec)).astype(spec.dtype)) for spec in specs]
+
+
+def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
+    """Reads ``NAME=VALUE`` texts; a value is JSON, else Python, else the text itself.
+
+    Raises:
+      ArgumentError: a text has no name or no ``=``.
+
+    Example:
+      >>> parse_kwargs(["train=false", "axes=(0, 1)", "mode=mean"])
+      {'train': False, 'axes': (0, 1), 'mode': 'mean'}
+    """
+    kwargs = {}
+    for text in texts:
+        name, equals, value = text.partition("=")
+        if not name.isidentifier() or not equals:
+            raise ArgumentError(
+                f"--kwarg {text!r} is not of the form NAME=VALUE, such as 'train=false'"
+            )
+        kwargs[name] = _value(value)
+    return kwargs
+
+
+def _value(text: str) -> Any:
+    for read in (json.loads, ast.literal_eval):
+        try:
+            return read(text)
+        except (ValueError, SyntaxError):
+            continue
+    return text
+
+
+def parse_sizes(option: str, text: str) -> int | tuple[int, ...]:
+    """Reads ``7`` or ``7x7``.
+
+    Raises:
+      ArgumentError: it is no such text.
+
+    Example:
+      >>> parse_sizes("--kernel", "3x5"), parse_sizes("--stride", "2")
+      ((3, 5), 2)
+    """
+    if not re.fullmatch(r"\d+([x,]\d+)*", text):
+        raise ArgumentError(f"{option} {text!r} is no size such as 7 or 7x7")
+    return int(text) if text.isdigit() else tuple(map(int, re.split("[x,]", text)))
+
+
+def parse_padding(text: str) -> Any:
+    """Reads ``SAME``, ``1``, ``1,2`` (per dimension) or ``0:1,0:1`` (low:high).
+
+    Raises:
+      ArgumentError: it is no such text.
+
+    Example:
+      >>> parse_padding("valid"), parse_padding("1"), parse_padding("0:1,2")
+      ('VALID', 1, [(0, 1), 2])
+    """
+    if re.fullmatch("[A-Za-z_]+", text):
+        return text.upper()
+    number = r"-?\d+(:-?\d+)?"
+    if not re.fullmatch(f"{number}([x,]{number})*", text):
+        raise ArgumentError(
+            f"--padding {text!r} is neither a name such as VALID or SAME, nor numbers "
+            "such as 1, or 1,2 (per dimension), or 0:1,0:1 (low:high per dimension)"
+        )
+    if re.fullmatch(r"-?\d+", text):
+        return int(text)
+    return [
+        tuple(map(int, entry.split(":"))) if ":" in entry else int(entry)
+        for entry in re.split("[x,]", text)
+    ]

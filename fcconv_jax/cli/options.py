@@ -1,0 +1,79 @@
+"""Options and arguments that several commands share."""
+
+from __future__ import annotations
+
+import enum
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+class To(enum.StrEnum):
+    """The form to go to."""
+
+    CONV = "conv"
+    DENSE = "dense"
+
+
+class FileFormat(enum.StrEnum):
+    """The format of a checkpoint."""
+
+    ORBAX = "orbax"
+    MSGPACK = "msgpack"
+    SAFETENSORS = "safetensors"
+
+
+ModelName = Annotated[
+    str,
+    typer.Argument(
+        metavar="MODULE:NAME",
+        help="The model: pkg.module:NAME or path/to/file.py:NAME, where NAME is a "
+        "flax.linen Module, a class of one that needs no arguments, or a function "
+        "without arguments that makes one.",
+    ),
+]
+Inputs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--input",
+        metavar="SHAPE[:DTYPE]",
+        help="An input of the model, such as 1,28,28,1 or 2,16:int32; float32 unless "
+        "said. Once for each positional argument.",
+    ),
+]
+Kwargs = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--kwarg", metavar="NAME=VALUE", help="A keyword argument: train=false."
+    ),
+]
+Method = Annotated[
+    str | None, typer.Option(help="The method to call instead of __call__.")
+]
+Rules = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--rule",
+        metavar="PATTERN=WINDOW[:ORDER]",
+        help="The window of the layers at the paths that PATTERN matches: head=7x7, "
+        "'block_*=1x1', head=7x7:CHW; or PATTERN=skip. The first that matches counts.",
+    ),
+]
+ToForm = Annotated[
+    To | None,
+    typer.Option(help="The form to go to; conv, or what a given plan says."),
+]
+Source = Annotated[
+    Path,
+    typer.Argument(
+        metavar="SRC", help="Orbax directory, Flax msgpack or safetensors file."
+    ),
+]
+Target = Annotated[
+    Path, typer.Argument(metavar="DST", help="Where to write the new checkpoint.")
+]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")]
+AsJson = Annotated[
+    bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
+]

@@ -1,0 +1,87 @@
+"""What the commands print and write: tables, progress bars, files."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import typer
+
+from .inputs import ArgumentError
+
+if TYPE_CHECKING:
+    from ..plan import Plan
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file and says so on stderr."""
+    try:
+        file.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
+    except OSError as error:
+        raise ArgumentError(f"{file}: {error.strerror}") from None
+    typer.echo(f"wrote {file}", err=True)
+
+
+def print_plan(made: Plan) -> None:
+    """Prints what converts, and what is left alone and why."""
+    typer.echo(f"{len(made)} layer{'s' * (len(made) != 1)} to {made.to}")
+    rows = [
+        (
+            path or "(root)",
+            layer.layer,
+            layer.case,
+            f"{layer.kernel.source} -> {layer.kernel.target}",
+            layer.order,
+        )
+        for path, layer in made.items()
+    ]
+    print_table(("layer", "class", "case", "kernel", "order"), rows)
+    if made.skipped:
+        typer.echo(f"{len(made.skipped)} left alone")
+        print_table(("layer", "reason"), list(made.skipped.items()))
+
+
+def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints a table to stdout, folded to a terminal's width and only to that."""
+    from rich.console import Console
+    from rich.table import Table
+    from rich.text import Text
+
+    if not rows:
+        return
+    console = Console()
+    if not console.is_terminal:
+        console = Console(width=1 << 16)
+    table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
+    for column in columns:
+        table.add_column(column, overflow="fold")
+    for row in rows:
+        table.add_row(*map(Text, row))
+    console.print(table)
+
+
+@contextlib.contextmanager
+def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
+    """A progress bar on stderr, where that is a terminal."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+    )
+    with Progress(
+        *columns, console=console, transient=True, disable=not console.is_terminal
+    ) as progress:
+        task = progress.add_task(title, total=None)
+
+        def tell(what: str, done: int, total: int) -> None:
+            progress.update(
+                task, description=f"{title}: {what}", completed=done, total=total
+            )
+
+        yield tell

@@ -1,0 +1,174 @@
+"""What the commands do: plan a model or a checkpoint, verify."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import typer
+
+from .inputs import ArgumentError, load_model, parse_input, parse_kwargs, random_inputs
+from .options import To
+from .output import progress_bar
+
+if TYPE_CHECKING:
+    import flax.linen as nn
+    import jax
+
+    from ..plan import Plan
+    from ..verification.report import Report
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelCall:
+    """A model and how it is called.
+
+    Args:
+      model: the ``flax.linen`` Module.
+      specs: shape and dtype of its inputs.
+      options: its keyword arguments, ``method`` among them where it is not the usual.
+    """
+
+    model: nn.Module
+    specs: tuple[jax.ShapeDtypeStruct, ...]
+    options: Mapping[str, Any]
+
+    @classmethod
+    def read(
+        cls,
+        name: str,
+        inputs: Sequence[str] | None,
+        kwargs: Sequence[str] | None,
+        method: str | None,
+    ) -> ModelCall:
+        """Reads MODULE:NAME and the options of a command line."""
+        specs = tuple(parse_input(text) for text in inputs or ())
+        options = parse_kwargs(kwargs or ())
+        if method is not None:
+            options["method"] = method
+        return cls(load_model(name), specs, options)
+
+    def plan(self, to: To | None, rules: Sequence[str] | None) -> Plan:
+        """Plans it by tracing."""
+        from ..planning import make_plan
+
+        form = (to or To.CONV).value
+        return make_plan(
+            self.model, *self.specs, to=form, rules=rules or (), **self.options
+        )
+
+
+def plan_checkpoint(src: Path, rules: Sequence[str], to: To) -> Plan:
+    """Plans from the shapes in a checkpoint, without the model's code."""
+    from ..checkpoints import inspect_checkpoint
+    from ..planning.shapes import plan_from_params
+    from .variables import split_key
+
+    info = inspect_checkpoint(src)
+    if info.plan is not None:
+        return info.plan  # convert_checkpoint says that it is converted already
+    shapes = {leaf.path: leaf.shape for leaf in info.leaves}
+    if info.format == "safetensors":
+        shapes = {"/".join(split_key(key, shapes)): shapes[key] for key in shapes}
+    return plan_from_params(shapes, rules, to.value)
+
+
+def verify_model(call: ModelCall, made: Plan, seed: int, gradients: bool) -> Report:
+    """The report on a model with random parameters and inputs."""
+    import jax
+
+    arrays = random_inputs(call.specs, seed)
+    variables = call.model.init(jax.random.key(seed), *arrays, **call.options)
+    return _verify(call, made, variables, None, arrays, gradients)
+
+
+def verify_checkpoint(
+    call: ModelCall,
+    checkpoint: Path,
+    to: To | None,
+    rules: Sequence[str] | None,
+    seed: int,
+    gradients: bool,
+) -> Report:
+    """The report on a model with the parameters of a checkpoint in either form."""
+    from ..checkpoints import read_checkpoint
+    from ..params import convert_params, restore_params
+    from .variables import abstract_variables, find_variables
+
+    saved = read_checkpoint(checkpoint)
+    arrays = random_inputs(call.specs, seed)
+    wanted = abstract_variables(call.model, call.specs, call.options)
+    if saved.plan is None:
+        made = call.plan(to, rules)
+        variables = find_variables(saved, wanted, str(checkpoint))
+        return _verify(call, made, variables, None, arrays, gradients)
+    if to or rules:
+        raise ArgumentError(
+            f"--to and --rule do not go with {checkpoint}: it is converted, and holds "
+            "the plan that decided"
+        )
+    _tell_differences(saved.plan, call.plan(To(saved.plan.to), None), checkpoint)
+    wanted = convert_params(wanted, saved.plan)
+    converted = find_variables(saved, wanted, str(checkpoint))
+    variables = restore_params(converted, saved.plan)
+    return _verify(call, saved.plan, variables, converted, arrays, gradients)
+
+
+def _verify(
+    call: ModelCall,
+    made: Plan,
+    variables: Any,
+    converted: Any,
+    arrays: Sequence[jax.Array],
+    gradients: bool,
+) -> Report:
+    from ..verification.verify import verify
+
+    require_layers(made)
+    with progress_bar("verifying") as tell:
+        return verify(
+            call.model,
+            variables,
+            *arrays,
+            plan=made,
+            converted_params=converted,
+            gradients=gradients,
+            progress=tell,
+            **call.options,
+        )
+
+
+def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:
+    """Says where a stored plan, say one from rules, is not what the code tells."""
+    for path in stored.keys() & traced.keys():
+        then, now = stored[path], traced[path]
+        if (then.window, then.order) != (now.window, now.order):
+            typer.echo(
+                f"note: {checkpoint} has {path!r} in the window {then.window} "
+                f"{then.order}, the model's code tells {now.window} {now.order}: a "
+                "model written by hand must flatten as the checkpoint says",
+                err=True,
+            )
+
+
+def require_layers(made: Plan) -> None:
+    """A conversion that would change nothing is no success."""
+    from ..plan import PlanError
+
+    if not made:
+        why = "; ".join(f"{path}: {reason}" for path, reason in made.skipped.items())
+        raise PlanError(f"no layer converts to {made.to}: {why or 'none is linear'}")
+
+
+def read_plan(file: Path) -> Plan:
+    """Reads a plan from a file."""
+    from ..plan import Plan, PlanError
+
+    try:
+        return Plan.from_json(file.read_bytes())
+    except OSError as error:
+        raise ArgumentError(f"{file}: {error.strerror}") from None
+    except PlanError as error:
+        raise PlanError(f"{file}: {error}") from None
