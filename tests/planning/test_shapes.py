@@ -49,7 +49,7 @@ def test_certificates_hold():
     shapes = {"a/kernel": (12, 5), "a/bias": (5,), "b/kernel": (7, 3)}
     plan = plan_from_params(shapes, ["a=2x2:CHW", "b=1x1"])
     conv = {"a/kernel": (2, 2, 3, 5), "a/bias": (5,), "b/kernel": (1, 1, 7, 3)}
-    back = plan_from_params(conv, ["a=2x2", "b=1x1"], to="dense")
+    back = plan_from_params(conv, ["a=2x2:CHW", "b=1x1"], to="dense")
     for each in (plan, back):
         for layer in each.values():
             assert fc.certify_layer(layer, each.to).passed
