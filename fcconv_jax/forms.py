@@ -81,7 +81,8 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
     n = len(batch)
     at = [n + 2 * i for i in range(rank)]
     inner = {axis: n + 2 * i + 1 for i, axis in enumerate(_letters(layer))}
-    features = [inner[axis] for axis in layer.order]
+    order = _letters(layer) if math.prod(layer.window) == 1 else layer.order
+    features = [inner[axis] for axis in order]
     x = x.transpose(*range(n), *at, n + 2 * rank, *features)
     groups = (layer.groups,) if layer.groups > 1 else ()
     return x.reshape(*batch, *positions, *groups, math.prod(layer.window) * per_group)
@@ -196,7 +197,7 @@ def _conv(
 
 def _letters(layer: LayerPlan) -> str:
     """The axes in the conv's own order, channel last: ``"HWC"``."""
-    return "".join(sorted(layer.order.replace("C", ""), key="DHW".index)) + "C"
+    return "DHW"[3 - len(layer.window) :] + "C"
 
 
 def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:

@@ -7,10 +7,11 @@ import difflib
 import fnmatch
 import functools
 import json
+import math
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from .kernels import Rearrangement
 
@@ -46,6 +47,9 @@ class LayerPlan:
         innermost first, as Flax numbers them.
       layout: where the leading axes of a pointwise layer go in its conv form:
         ``"fold"`` into the batch, or ``"keep"`` them as spatial axes.
+
+    Raises:
+      PlanError: the fields do not describe one layer.
     """
 
     base: Case
@@ -58,6 +62,32 @@ class LayerPlan:
     groups: int = 1
     stack_axes: tuple[int, ...] = ()
     layout: Layout = "fold"
+
+    def __post_init__(self):
+        sizes = (*self.window, *self.strides, self.groups)
+        rank = len(self.window)
+        problem = None
+        if self.base not in get_args(Case) or self.base == "grouped":
+            problem = f"base {self.base!r}"
+        elif self.layout not in get_args(Layout):
+            problem = f"layout {self.layout!r}"
+        elif any(type(n) is not int or n < 1 for n in sizes):
+            problem = (
+                f"window {self.window}, strides {self.strides}, {self.groups} groups"
+            )
+        elif any(type(axis) is not int for axis in self.stack_axes):
+            problem = f"stack_axes {self.stack_axes}"
+        elif not 1 <= rank <= 3 or len(self.strides) != rank:
+            problem = f"window {self.window} with strides {self.strides}"
+        elif not isinstance(self.order, str) or not (
+            # A window of ones is flattened alike in every order.
+            math.prod(self.window) == 1 or is_order(self.order, rank)
+        ):
+            problem = f"order {self.order!r} for a window of {rank} axes"
+        elif not self.leaves:
+            problem = "no leaves"
+        if problem:
+            raise PlanError(f"not a layer's plan: {problem}")
 
     @property
     def case(self) -> Case:
@@ -116,7 +146,8 @@ class Rule:
         window, _, order = value.partition(":")
         if pattern and value == "skip":
             return cls(pattern, skip=True)
-        if not pattern or not re.fullmatch(r"\d+(x\d+)*", window):
+        known = re.fullmatch(r"\d+(x\d+)*", window) and re.fullmatch("[A-Z]*", order)
+        if not pattern or not known:
             raise PlanError(
                 f"rule {text!r} is not of the form PATTERN=WINDOW[:ORDER] or "
                 "PATTERN=skip, such as 'head=7x7', 'head=7x7:CHW' or 'decoder/*=skip'"
@@ -247,7 +278,7 @@ class Plan(Mapping[str, LayerPlan]):
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise PlanError(f'not a plan: no \'"format": "{FORMAT}"\' in it')
         version = content.get("version")
-        if not isinstance(version, int) or version > VERSION:
+        if type(version) is not int or not 1 <= version <= VERSION:
             raise PlanError(
                 f"the plan has version {version}, this fcconv_jax reads up to "
                 f"{VERSION}: upgrade fcconv_jax"
@@ -299,9 +330,17 @@ def _layer_from_json(entry: dict[str, Any]) -> LayerPlan:
         (name, Rearrangement(**{k: tuple(v) for k, v in leaf.items()}))
         for name, leaf in entry["leaves"].items()
     )
-    if not values["leaves"]:
-        raise ValueError("a layer without leaves")
     return LayerPlan(**values)
+
+
+def is_order(order: str, rank: int) -> bool:
+    """Whether an order names each axis of a window of this rank, and C, once.
+
+    Example:
+      >>> is_order("CHW", 2), is_order("HW", 2)
+      (True, False)
+    """
+    return sorted(order) == sorted("DHW"[3 - rank :] + "C")
 
 
 def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:

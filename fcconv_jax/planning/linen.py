@@ -25,7 +25,7 @@ from ..linen_layers import (
     module_path,
     obstacle,
 )
-from ..plan import Form, LayerPlan, Plan, PlanError, Rule, match_rules
+from ..plan import Form, LayerPlan, Plan, PlanError, Rule, is_order, match_rules
 from .flatten import Features, Flatten, find_flattens, mark
 
 
@@ -292,7 +292,7 @@ def _check_calls(calls: Sequence[_Call], rule: Rule | None) -> None:
 def _check_order(rule: Rule | None, rank: int) -> None:
     """Refuses an order that does not name each axis of the window once."""
     letters = "DHW"[3 - rank :] + "C"
-    if rule is not None and rule.order and sorted(rule.order) != sorted(letters):
+    if rule is not None and rule.order and not is_order(rule.order, rank):
         raise PlanError(
             f"rule {rule.pattern!r}: the order {rule.order!r} must hold each of "
             f"{', '.join(letters)} once, slowest axis first, such as {letters!r}"
