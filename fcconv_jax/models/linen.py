@@ -13,8 +13,16 @@ import jax
 
 from .. import arguments, forms
 from ..context import intercepting
+from ..geometry import classify
 from ..kernels import Rearrangement
-from ..linen_layers import DenseAxes, OwnCalls, flat_init, layer_kind, module_path
+from ..linen_layers import (
+    DenseAxes,
+    OwnCalls,
+    conv_geometry,
+    flat_init,
+    layer_kind,
+    module_path,
+)
 from ..params import convert_leaf, leaf_path
 from ..plan import Form, LayerPlan, Plan, PlanError
 
@@ -159,10 +167,26 @@ def _call_layer(owner: Any, module: Any, layer: LayerPlan, to: Form, x: Any) -> 
     x, kernel, bias = module.promote_dtype(x, kernel, bias, dtype=module.dtype)
     _, converted = forms.pair_of_forms(layer, to, precision=module.precision)
     if to == "dense":
+        _check_size(owner, module, layer, tuple(x.shape))
         return converted(x, kernel, bias)
     axes = DenseAxes.of(module, x.ndim)
     batch = tuple(x.shape[axis] for axis in axes.batch)
     return axes.restore(converted(axes.canonical(x), kernel, bias), batch)
+
+
+def _check_size(owner: Any, module: Any, layer: LayerPlan, shape: Any) -> None:
+    """Refuses an input of a size for which the plan's case does not hold."""
+    found = classify(**conv_geometry(module, shape))
+    spatial = shape[-1 - len(layer.window) : -1]
+    if not found.same_parameters or found.geometry.output_shape != (
+        forms.output_positions(layer, spatial)
+    ):
+        raise PlanError(
+            f"layer {module_path(owner) or '(root)'!r} was planned as {layer.case} on an input of "
+            f"shape {layer.input_shape}; on {shape} it is something else: "
+            f"{found.reason} Plan again with that input, or leave the layer out with a "
+            "rule"
+        )
 
 
 def _parameter(

@@ -1,0 +1,43 @@
+"""A conv that runs dense on an input of another size than it was planned on."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fcconv_jax as fc
+
+
+def planned(model, shape):
+    x = jnp.zeros(shape)
+    plan = fc.make_plan(model, x, to="dense")
+    variables = model.init(jax.random.key(0), x)
+    return fc.convert_model(model, plan), fc.convert_params(variables, plan), variables
+
+
+@pytest.mark.parametrize("size", [(4, 6), (8, 2)])
+def test_other_sizes_that_keep_the_case(size):
+    model = nn.Conv(3, (2, 2), strides=(2, 2), padding="SAME")
+    converted, moved, variables = planned(model, (1, 4, 6, 5))
+    x = np.random.default_rng(0).integers(-3, 4, (2, *size, 5)).astype(np.float32)
+    variables = jax.tree.map(jnp.round, jax.tree.map(lambda k: 8 * k, variables))
+    moved = jax.tree.map(jnp.round, jax.tree.map(lambda k: 8 * k, moved))
+    got, want = converted.apply(moved, x), model.apply(variables, x)
+    np.testing.assert_array_equal(got, want)
+
+
+def test_a_size_where_same_pads_is_refused():
+    model = nn.Conv(3, (2, 2), strides=(2, 2), padding="SAME")
+    converted, moved, _ = planned(model, (1, 4, 6, 5))
+    with pytest.raises(fc.PlanError, match=r"patchify on an input.*Padding"):
+        converted.apply(moved, jnp.zeros((1, 5, 6, 5)))
+
+
+def test_another_size_than_the_full_window_is_refused():
+    model = nn.Conv(3, (4, 6), padding="VALID")
+    converted, moved, _ = planned(model, (1, 4, 6, 5))
+    with pytest.raises(
+        fc.PlanError, match=r"planned as full_window on .*\(1, 4, 6, 5\)"
+    ):
+        converted.apply(moved, jnp.zeros((1, 5, 6, 5)))
