@@ -82,7 +82,7 @@ def peak_mib() -> float:
 
 def main() -> None:
     """Prints one line for each bound."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=5, help="default: %(default)s")
     rounds = parser.parse_args().rounds
     model = Bert()
@@ -92,9 +92,8 @@ def main() -> None:
     moved = fc.convert_params(variables, plan)
     converted = fc.convert_model(model, plan)
 
-    print(
-        f"jax {jax.__version__}, Python {platform.python_version()}, {len(plan)} layers"
-    )
+    versions = f"jax {jax.__version__}, Python {platform.python_version()}"
+    print(f"{versions}, {len(plan)} layers")
     tracing = medians(
         {
             "make_jaxpr of the model": lambda: jax.make_jaxpr(model.apply)(
@@ -125,18 +124,16 @@ def main() -> None:
         grown = peak_mib() - before
         print(
             f"convert_params, {name:5} leaves  first {times[0] * 1e3:6.1f} ms  median "
-            f"{statistics.median(times[1:]) * 1e3:6.1f} ms  peak memory +{grown:.0f} MiB"
+            f"{statistics.median(times[1:]) * 1e3:6.1f} ms  peak +{grown:.0f} MiB"
         )
     print("bounds: < 50 ms, no more memory than one copy (NumPy: none)\n")
 
-    imports = {"flax": [], "flax, then fcconv_jax": []}
-    for _ in range(rounds):
-        imports["flax"].append(import_seconds("import flax.linen"))
-        both = import_seconds("import flax.linen, fcconv_jax")
-        imports["flax, then fcconv_jax"].append(both)
-    flax, both = (statistics.median(t) for t in imports.values())
+    statements = ("import flax.linen", "import flax.linen, fcconv_jax")
+    seconds = [[import_seconds(s) for s in statements] for _ in range(rounds)]
+    flax, both = (statistics.median(column) for column in zip(*seconds))
     print(
-        f"import flax.linen {flax:.2f} s, with fcconv_jax {both:.2f} s: +{both - flax:.2f} s"
+        f"import flax.linen {flax:.2f} s, with fcconv_jax {both:.2f} s: "
+        f"+{both - flax:.2f} s"
     )
     print("bound: < 0.2 s more")
 

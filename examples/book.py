@@ -38,7 +38,11 @@ def conv(image: np.ndarray, kernel: np.ndarray, stride: int = 1, padding: int = 
     """A convolution of an image ``(H, W, C)``; gives ``(H', W', O)``."""
     pads = [(padding, padding)] * 2
     y = lax.conv_general_dilated(
-        image[None], kernel, (stride, stride), pads, dimension_numbers=NHWC
+        jnp.asarray(image[None]),
+        jnp.asarray(kernel),
+        (stride, stride),
+        pads,
+        dimension_numbers=NHWC,
     )
     return np.asarray(y[0] + BIAS)
 
@@ -108,7 +112,7 @@ def compare_with_torch(dense: np.ndarray) -> None:
         linear.bias.copy_(torch.from_numpy(BIAS))
         conv2d = torch.nn.Conv2d(1, 2, kernel_size=2)
         conv2d.weight.copy_(linear.weight.reshape(2, 1, 2, 2))
-        conv2d.bias.copy_(linear.bias)
+        conv2d.bias = linear.bias
         results = {
             "Linear": linear(torch.from_numpy(X)).numpy(),
             "Conv2d": conv2d(torch.from_numpy(X.reshape(1, 1, 2, 2))).numpy(),

@@ -64,9 +64,10 @@ def load_data() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
     digits: Any = load_digits()
     images = (digits.images / 16.0).astype(np.float32)[..., None]
     labels = digits.target.astype(np.int32)
-    x, test_x, y, test_y = train_test_split(
+    parts: Any = train_test_split(
         images, labels, test_size=0.25, random_state=0, stratify=labels
     )
+    x, test_x, y, test_y = parts
     return x, y, test_x, test_y
 
 
@@ -140,7 +141,7 @@ def save_picture(
 
 def main() -> None:
     """Runs the whole story; raises if any part of it does not hold."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
     parser.add_argument(
         "--out",

@@ -18,6 +18,7 @@ from .plan import Plan as Plan
 from .plan import PlanError as PlanError
 from .plan import Rule as Rule
 from .planning import make_plan as make_plan
+from .planning.shapes import plan_from_params as plan_from_params
 from .unroll import roll_dense as roll_dense
 from .unroll import unroll_conv as unroll_conv
 from .verification.report import Report as Report

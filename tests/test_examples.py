@@ -1,0 +1,59 @@
+"""Every example runs, and says what the README says it says."""
+
+import importlib.util
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+EXAMPLES = Path(__file__).parent.parent / "examples"
+
+
+def run(script, *arguments):
+    return subprocess.run(
+        [sys.executable, str(EXAMPLES / script), *arguments],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+    )
+
+
+def test_book():
+    done = run("book.py")
+    assert done.returncode == 0, done.stderr
+    # The chapter's printed numbers.
+    assert "fully connected: [-0.47746772 -2.146881  ]" in done.stdout
+    for row in (
+        " -0.127387  -0.187159  -0.812602",
+        "  0.266289  -0.477468  -1.717037",
+        " -0.266257  -0.861359  -1.131496",
+        " -0.171074  -0.932015  -0.500394",
+        " -0.599594  -2.146881  -2.079289",
+        "  1.326013   0.414452  -1.477663",
+    ):
+        assert row in done.stdout
+    assert "position (1, 1) of it is the Dense's value" in done.stdout
+    assert "lost: the stride skips the centre" in done.stdout
+    if importlib.util.find_spec("torch") is not None:
+        assert "PyTorch Conv2d: [-0.47746772 -2.146881  ]" in done.stdout
+
+
+def test_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    done = run("digits.py", "--epochs", "2", "--out", str(tmp_path))
+    assert done.returncode == 0, done.stderr
+    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "fc1 Dense full_window (512, 64) -> (4, 4, 32, 64) HWC" in rows
+    assert "EQUIVALENT: 2 layers to conv" in done.stdout
+    assert "2 dots, 2 convolutions -> 0 dots, 4 convolutions" in done.stdout
+    assert "All predictions agree." in done.stdout
+    assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
+    assert (tmp_path / "report.md").read_text().startswith("**EQUIVALENT")
+
+
+def test_digits_help():
+    done = run("digits.py", "--help")
+    assert done.returncode == 0
+    assert "--epochs" in done.stdout
