@@ -47,7 +47,7 @@ def layers(draw):
     return layer_plan(base, window, channels, 2, groups, order, layout), channels
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(layers(), st.lists(st.integers(1, 3), max_size=4), st.booleans())
 def test_dense_as_conv_agrees_to_the_bit(drawn, lead, with_bias):
     layer, channels = drawn
@@ -71,7 +71,7 @@ def test_dense_as_conv_agrees_to_the_bit(drawn, lead, with_bias):
     np.testing.assert_array_equal(want, expected.reshape(want.shape))
 
 
-@settings(max_examples=40, deadline=None)
+@settings(max_examples=25, deadline=None)
 @given(st.data())
 def test_conv_as_dense_agrees_to_the_bit(data):
     rank = data.draw(st.integers(1, 3))

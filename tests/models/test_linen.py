@@ -221,12 +221,24 @@ def test_one_trace_per_shape():
     assert equal == plan
 
 
-@pytest.mark.parametrize("wrap", [lambda c: c, nn.jit, nn.remat])
-def test_no_trace_of_one_form_serves_the_other(wrap):
+def test_what_init_traced_in_one_form_does_not_serve_the_other():
+    """Init takes no params, so only the context tells the two forms apart."""
+    model = nn.jit(nn.Dense)(4)  # keeps its traces
+    plan = fc.make_plan(model, X)
+    conv = fc.convert_model(model, plan)
+    for _ in range(2):
+        fc.make_plan(model, X)
+        assert conv.init(KEY, X)["params"]["kernel"].shape == (1, 1, 2, 4)
+        assert model.init(KEY, X)["params"]["kernel"].shape == (2, 4)
+    assert "fcconv" not in str(jax.make_jaxpr(model.init)(KEY, X))
+
+
+@pytest.mark.parametrize("layer", [nn.Dense, nn.jit(nn.Dense), nn.remat(nn.Dense)])
+def test_no_trace_of_one_form_serves_the_other(layer):
     class Mlp(nn.Module):
         @nn.compact
         def __call__(self, x):
-            return wrap(nn.Dense)(4, name="d")(x)
+            return layer(4, name="d")(x)
 
     model = Mlp()
     plan = fc.make_plan(model, X)
