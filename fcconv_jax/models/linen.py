@@ -181,9 +181,10 @@ def _check_size(owner: Any, module: Any, layer: LayerPlan, shape: Any) -> None:
     if not found.same_parameters or found.geometry.output_shape != (
         forms.output_positions(layer, spatial)
     ):
+        path = module_path(owner) or "(root)"
         raise PlanError(
-            f"layer {module_path(owner) or '(root)'!r} was planned as {layer.case} on an input of "
-            f"shape {layer.input_shape}; on {shape} it is something else: "
+            f"layer {path!r} was planned as {layer.case} on an input of shape "
+            f"{layer.input_shape}; on {shape} it is something else: "
             f"{found.reason} Plan again with that input, or leave the layer out with a "
             "rule"
         )
