@@ -1,0 +1,228 @@
+"""Decides how one linear layer moves, from the calls that a trace recorded of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ..geometry import classify
+from ..kernels import Rearrangement, kernel_rearrangement
+from ..linen_layers import DenseAxes
+from ..plan import Form, LayerPlan, PlanError, Rule, is_order, match_rules
+from .flatten import Features, Flatten, find_flattens
+
+
+class LeftError(Exception):
+    """A layer is left alone; the message is the reason that ``plan.skipped`` gives."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a linear layer, as the trace saw it."""
+
+    kind: str
+    number: int
+    shape: tuple[int, ...]
+    kernel: tuple[int, ...]
+    bias: tuple[int, ...] | None
+    axes: DenseAxes | None
+    geometry: Mapping[str, Any] | None
+    obstacle: str | None
+
+
+def plan_layers(
+    jaxpr: Any,
+    layers: Mapping[str, Sequence[Call]],
+    to: Form,
+    rules: Sequence[Rule],
+    stack_axes: Callable[[str, Call], tuple[int, ...]],
+) -> tuple[dict[str, LayerPlan], dict[str, str]]:
+    """Plans each layer of a trace, or says why it is left alone.
+
+    Args:
+      jaxpr: the trace, with the input of each call marked by the call's number.
+      layers: by path, the calls of each layer that is in the other form.
+      to: the form to go to.
+      rules: the user's; the first that matches a path counts.
+      stack_axes: gives the axes that lifted transforms added to a layer's stored
+        parameters, or raises :class:`LeftError`.
+
+    Returns:
+      The plans, and the reasons, by path.
+
+    Raises:
+      PlanError: a rule matches no layer, or asks for what cannot be.
+    """
+    flattens = _flattens(jaxpr, layers) if to == "conv" else {}
+    chosen = match_rules(rules, layers)
+    planned: dict[str, LayerPlan] = {}
+    left: dict[str, str] = {}
+    for path, calls in layers.items():
+        try:
+            axes = stack_axes(path, calls[0])
+            if to == "conv":
+                planned[path] = _plan_dense(path, calls, flattens, axes, chosen[path])
+            else:
+                planned[path] = _plan_conv(path, calls, axes, chosen[path])
+        except LeftError as reason:
+            left[path] = str(reason)
+    return planned, left
+
+
+def _flattens(jaxpr: Any, layers: Mapping[str, Sequence[Call]]) -> Any:
+    features = {}
+    for calls in layers.values():
+        for call in calls:
+            rank = len(call.shape)
+            assert call.axes is not None
+            from_end = tuple(axis - rank for axis in call.axes.contracted)
+            features[call.number] = Features(rank, from_end, len(call.axes.lead))
+    return find_flattens(jaxpr, features)
+
+
+def _plan_dense(
+    path: str,
+    calls: Sequence[Call],
+    flattens: Mapping[int, Sequence[Flatten]],
+    stack_axes: tuple[int, ...],
+    rule: Rule | None,
+) -> LayerPlan:
+    """Plans a Dense or DenseGeneral that goes to conv."""
+    call = calls[0]
+    axes = call.axes
+    assert axes is not None
+    _check_calls(calls, rule)
+    groups = math.prod(call.kernel[: len(axes.batch)])
+    fan_in = math.prod(call.shape[a] for a in axes.contracted)
+    flatten = _choose_flatten(path, calls, flattens, rule, fan_in)
+    _check_order(rule, len(flatten.window))
+    canonical = (fan_in, math.prod(axes.features))
+    if groups > 1:
+        canonical = (groups, *canonical)
+    kernel = dataclasses.replace(
+        kernel_rearrangement(
+            canonical, flatten.window, order=flatten.order, groups=groups
+        ),
+        source=call.kernel,
+    )
+    leaves = [("kernel", kernel)]
+    if call.bias is not None:
+        flat = (math.prod(call.bias),)
+        leaves.append(("bias", Rearrangement.reshape(call.bias, flat)))
+    return LayerPlan(
+        base="pointwise" if math.prod(flatten.window) == 1 else "full_window",
+        layer=call.kind,
+        window=flatten.window,
+        order=flatten.order,
+        leaves=tuple(leaves),
+        input_shape=call.shape,
+        strides=(1,) * len(flatten.window),
+        groups=groups,
+        stack_axes=stack_axes,
+        layout=(rule.layout if rule else None) or "fold",
+    )
+
+
+def _plan_conv(
+    path: str, calls: Sequence[Call], stack_axes: tuple[int, ...], rule: Rule | None
+) -> LayerPlan:
+    """Plans a Conv that goes to dense."""
+    call = calls[0]
+    _check_calls(calls, rule)
+    for each in calls:
+        geometry = dict(each.geometry or {})
+        equivalence = classify(**geometry)
+        if not equivalence.same_parameters:
+            raise LeftError(f"{equivalence.reason} {equivalence.fix}".strip())
+    equivalences = {classify(**dict(c.geometry or {})).base for c in calls}
+    if len(equivalences) > 1:
+        raise LeftError(f"called in several cases: {', '.join(sorted(equivalences))}")
+    geometry = classify(**dict(call.geometry or {}))
+    window, groups = geometry.geometry.kernel_size, geometry.geometry.groups
+    if rule is not None and rule.window not in (None, window):
+        raise PlanError(
+            f"rule {rule.pattern!r} says {rule.window}, the kernel of {path!r} is "
+            f"{window}"
+        )
+    _check_order(rule, len(window))
+    order = (rule.order if rule else None) or "DHW"[3 - len(window) :] + "C"
+    fan_in = math.prod(call.kernel[:-1])
+    canonical = (fan_in, call.kernel[-1] // groups)
+    if groups > 1:
+        canonical = (groups, *canonical)
+    forward = kernel_rearrangement(canonical, window, order=order, groups=groups)
+    leaves = [("kernel", forward.inverse())]
+    if call.bias is not None:
+        shape = canonical[2:] if groups == 1 else (groups, canonical[-1])
+        shape = call.bias if groups == 1 else shape
+        leaves.append(("bias", Rearrangement.reshape(call.bias, shape)))
+    return LayerPlan(
+        base=geometry.base,
+        layer="Conv",
+        window=window,
+        order=order,
+        leaves=tuple(leaves),
+        input_shape=call.shape,
+        strides=geometry.geometry.strides,
+        groups=groups,
+        stack_axes=stack_axes,
+    )
+
+
+def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:
+    """Leaves a layer alone that a rule excludes or that is not what it seems."""
+    if rule is not None and rule.skip:
+        raise LeftError(f"excluded by rule {rule.pattern!r}")
+    for call in calls:
+        if call.obstacle is not None:
+            raise LeftError(call.obstacle)
+        if call.kernel != calls[0].kernel or call.kind != calls[0].kind:
+            raise LeftError(
+                f"called with kernels of several shapes, {calls[0].kernel} and "
+                f"{call.kernel}: it runs under an apply of its own"
+            )
+
+
+def _check_order(rule: Rule | None, rank: int) -> None:
+    """Refuses an order that does not name each axis of the window once."""
+    letters = "DHW"[3 - rank :] + "C"
+    if rule is not None and rule.order and not is_order(rule.order, rank):
+        raise PlanError(
+            f"rule {rule.pattern!r}: the order {rule.order!r} must hold each of "
+            f"{', '.join(letters)} once, slowest axis first, such as {letters!r}"
+        )
+
+
+def _choose_flatten(
+    path: str,
+    calls: Sequence[Call],
+    flattens: Mapping[int, Sequence[Flatten]],
+    rule: Rule | None,
+    fan_in: int,
+) -> Flatten:
+    """The window and order of a dense layer: from its rule, else from the trace."""
+    found = list(dict.fromkeys(f for c in calls for f in flattens.get(c.number, ())))
+    split = [f for f in found if math.prod(f.window) > 1]
+    if rule is not None and rule.window is not None:
+        window = rule.window
+        if len(window) > 3 or fan_in % math.prod(window):
+            raise PlanError(
+                f"rule {rule.pattern!r}: a window of {'x'.join(map(str, window))} does "
+                f"not divide the {fan_in} input features of {path!r}"
+            )
+        same = [f.order for f in split if f.window == window]
+        default = same[0] if len(same) == 1 else "DHW"[3 - len(window) :] + "C"
+        return Flatten(window, rule.order or default)
+    if len(split) > 1:
+        answers = ", ".join(f"{f.window} in order {f.order}" for f in split)
+        raise LeftError(
+            f"its input is flattened in several ways ({answers}): choose one with a "
+            f"rule such as '{path}={'x'.join(map(str, split[0].window))}'"
+        )
+    if split:
+        order = split[0].order if rule is None else rule.order or split[0].order
+        return Flatten(split[0].window, order)
+    rank = max((len(f.window) for f in found), default=1)
+    return Flatten((1,) * rank, "DHW"[3 - rank :] + "C")
