@@ -2,10 +2,10 @@
 
 from .checkpoints import convert_checkpoint as convert_checkpoint
 from .checkpoints import restore_checkpoint as restore_checkpoint
+from .equivalence import Equivalence as Equivalence
+from .equivalence import classify as classify
+from .equivalence import explain as explain
 from .geometry import ConvGeometry as ConvGeometry
-from .geometry import Equivalence as Equivalence
-from .geometry import classify as classify
-from .geometry import explain as explain
 from .kernels import Rearrangement as Rearrangement
 from .kernels import conv_kernel_to_dense as conv_kernel_to_dense
 from .kernels import dense_kernel_to_conv as dense_kernel_to_conv

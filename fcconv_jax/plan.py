@@ -13,10 +13,10 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from .geometry import Case
 from .kernels import Rearrangement
 
 Form = Literal["conv", "dense"]
-Case = Literal["pointwise", "full_window", "patchify", "grouped", "unrolled"]
 Layout = Literal["fold", "keep"]
 
 FORMAT = "fcconv_jax.plan"
@@ -47,6 +47,8 @@ class LayerPlan:
         innermost first, as Flax numbers them.
       layout: where the leading axes of a pointwise layer go in its conv form:
         ``"fold"`` into the batch, or ``"keep"`` them as spatial axes.
+      tied: names of the leaves that a tree holds only once, under another layer's
+        path.
 
     Raises:
       PlanError: the fields do not describe one layer.
@@ -62,6 +64,7 @@ class LayerPlan:
     groups: int = 1
     stack_axes: tuple[int, ...] = ()
     layout: Layout = "fold"
+    tied: tuple[str, ...] = ()
 
     def __post_init__(self):
         sizes = (*self.window, *self.strides, self.groups)

@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from fcconv_jax.windows import Dimension
-
-if TYPE_CHECKING:
-    from fcconv_jax.geometry import ConvGeometry
+from .geometry import ConvGeometry
+from .windows import Dimension, times
 
 _NO_MEND = (
     "Or opt in to unroll_conv: one Dense for this input size, its entries repeated."
@@ -176,11 +173,6 @@ def _plain(geometry: ConvGeometry) -> bool:
         d.holes == 1 and (d.spread == 1 or d.kernel == 1) and min(d.low, d.high) >= 0
         for d in geometry.dimensions
     )
-
-
-def times(sizes: Iterable[int]) -> str:
-    """Writes sizes as in ``7x7``."""
-    return "x".join(map(str, sizes))
 
 
 def _tuple(numbers: tuple[int, ...]) -> str:

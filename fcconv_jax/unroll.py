@@ -18,8 +18,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from fcconv_jax.geometry import ConvGeometry, resolve_geometry
-from fcconv_jax.windows import PaddingLike
+from .geometry import ConvGeometry, resolve_geometry
+from .windows import PaddingLike
 
 
 def unroll_conv(

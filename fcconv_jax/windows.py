@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import operator
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Literal
 
 PaddingMode = Literal["zeros", "circular", "reflect"]
@@ -110,6 +110,11 @@ def check_sizes(name: str, numbers: tuple[int, ...], rank: int) -> None:
         )
     if min(numbers) < 1:
         raise ValueError(f"{name}: every entry must be at least 1, got {numbers}")
+
+
+def times(sizes: Iterable[int]) -> str:
+    """Writes sizes as in ``7x7``."""
+    return "x".join(map(str, sizes))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -12,7 +12,8 @@ from flax import linen as nn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fcconv_jax.geometry import ConvGeometry, classify, explain, resolve_geometry
+from fcconv_jax.equivalence import classify, explain
+from fcconv_jax.geometry import ConvGeometry, resolve_geometry
 
 quick = settings(max_examples=300, deadline=None, derandomize=True, database=None)
 

@@ -10,7 +10,8 @@ from flax import linen as nn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fcconv_jax.geometry import classify, resolve_geometry
+from fcconv_jax.equivalence import classify
+from fcconv_jax.geometry import resolve_geometry
 from fcconv_jax.kernels import conv_kernel_to_dense
 from fcconv_jax.unroll import roll_dense, unroll_conv, unrolled_bytes
 

@@ -345,10 +345,10 @@ def explain(
 
     Both answers are a success: the exit status is 0.
     """
-    from .. import geometry
+    from .. import equivalence
 
     try:
-        found = geometry.classify(
+        found = equivalence.classify(
             parse_sizes("--input", input_size),
             parse_sizes("--kernel", kernel),
             strides=parse_sizes("--stride", stride),
@@ -359,7 +359,7 @@ def explain(
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
-    typer.echo(json.dumps(found.to_json()) if as_json else geometry.explain(found))
+    typer.echo(json.dumps(found.to_json()) if as_json else equivalence.explain(found))
 
 
 def main() -> None:

@@ -13,7 +13,7 @@ import jax
 
 from .. import arguments, forms
 from ..context import intercepting
-from ..geometry import classify
+from ..equivalence import classify
 from ..kernels import Rearrangement
 from ..linen_layers import (
     DenseAxes,

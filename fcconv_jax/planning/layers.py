@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ..geometry import classify
+from ..equivalence import classify
 from ..kernels import Rearrangement, kernel_rearrangement
 from ..linen_layers import DenseAxes
 from ..plan import Form, LayerPlan, PlanError, Rule, is_order, match_rules

@@ -41,8 +41,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from fcconv_jax import jaxprs
-from fcconv_jax.verification.perturbation import UnboundedError, run_shifted
+from .. import jaxprs
+from .perturbation import UnboundedError, run_shifted
 
 # Root-sum-squares allowed by ``likely``.
 _DEVIATIONS = 7

@@ -32,7 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from fcconv_jax.verification.precision import (
+from .precision import (
     Arithmetic,
     measure_precision,
     unit_roundoff,

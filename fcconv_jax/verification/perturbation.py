@@ -12,8 +12,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fcconv_jax import jaxprs
-from fcconv_jax.verification.rounding import local_errors
+from .. import jaxprs
+from .rounding import local_errors
 
 
 class UnboundedError(NotImplementedError):

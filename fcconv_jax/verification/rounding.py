@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from fcconv_jax import jaxprs
-from fcconv_jax.verification.precision import (
+from .. import jaxprs
+from .precision import (
     Arithmetic,
     measure_precision,
     unit_roundoff,
