@@ -9,13 +9,14 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax import lax
 
+from .equivalence import Equivalence
 from .plan import Form, LayerPlan, PlanError
 
 Array = jax.Array
@@ -95,6 +96,20 @@ def dense_output(layer: LayerPlan, y: Array) -> Array:
     return y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
 
 
+def holds(layer: LayerPlan, found: Equivalence) -> bool:
+    """Whether a conv on some input is the plain conv that the plan describes.
+
+    The plan's conv has no padding and no dilation; the model's own may have some that
+    is never read on one input and is read on another.
+    """
+    spatial = found.geometry.input_shape
+    return (
+        found.same_parameters
+        and (layer.base != "full_window" or spatial == layer.window)
+        and found.geometry.output_shape == output_positions(layer, spatial)
+    )
+
+
 def output_positions(layer: LayerPlan, spatial: Sequence[int]) -> tuple[int, ...]:
     """How many positions the window has on an input of these spatial sizes.
 
@@ -114,7 +129,11 @@ def output_positions(layer: LayerPlan, spatial: Sequence[int]) -> tuple[int, ...
 
 
 def pair_of_forms(
-    layer: LayerPlan, to: Form, *, precision: Any = None
+    layer: LayerPlan,
+    to: Form,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
 ) -> tuple[FormFn, FormFn]:
     """The layer as two functions of ``(x, kernel, bias)``: as it is, and converted.
 
@@ -126,6 +145,7 @@ def pair_of_forms(
       layer: the layer's plan.
       to: the form that the plan goes to.
       precision: as for ``jax.lax.dot_general``, in both forms.
+      preferred_element_type: likewise.
 
     Example:
       >>> import numpy as np
@@ -138,8 +158,12 @@ def pair_of_forms(
       >>> bool((dense(x, w, None) == conv(x, kernel(w), None)).all())
       True
     """
-    dense = functools.partial(_dense, layer, precision)
-    conv = functools.partial(_conv, layer, precision)
+    settings = {
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+    }
+    dense = functools.partial(_dense, layer, settings)
+    conv = functools.partial(_conv, layer, settings)
     if to == "conv":
 
         def as_conv(x: Array, kernel: Array, bias: Array | None) -> Array:
@@ -155,18 +179,22 @@ def pair_of_forms(
 
 
 def _dense(
-    layer: LayerPlan, precision: Any, x: Array, kernel: Array, bias: Array | None
+    layer: LayerPlan,
+    settings: Mapping[str, Any],
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
 ) -> Array:
     """``x @ kernel + bias`` in the canonical dense layout."""
     last = x.ndim - 1
     if layer.groups == 1:
         matrix = kernel.reshape(x.shape[-1], -1)
         contract = (((last,), (0,)), ((), ()))
-        y = lax.dot_general(x, matrix, contract, precision=precision)
+        y = lax.dot_general(x, matrix, contract, **settings)
     else:
         matrix = kernel.reshape(layer.groups, x.shape[-1], -1)
         contract = (((last,), (1,)), ((last - 1,), (0,)))
-        y = lax.dot_general(x, matrix, contract, precision=precision)
+        y = lax.dot_general(x, matrix, contract, **settings)
         y = jnp.moveaxis(y, 0, -2)
     if bias is None:
         return y
@@ -174,7 +202,11 @@ def _dense(
 
 
 def _conv(
-    layer: LayerPlan, precision: Any, x: Array, kernel: Array, bias: Array | None
+    layer: LayerPlan,
+    settings: Mapping[str, Any],
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
 ) -> Array:
     """The conv form on channel-last input, unpadded, as ``nn.Conv`` computes it."""
     batch = x.shape[: -1 - len(layer.window)]
@@ -189,7 +221,7 @@ def _conv(
         "VALID",
         dimension_numbers=lax.ConvDimensionNumbers(lhs, rhs, lhs),
         feature_group_count=layer.groups,
-        precision=precision,
+        **settings,
     )
     y = y.reshape(*batch, *y.shape[1:])
     return y if bias is None else y + bias

@@ -177,10 +177,7 @@ def _call_layer(owner: Any, module: Any, layer: LayerPlan, to: Form, x: Any) -> 
 def _check_size(owner: Any, module: Any, layer: LayerPlan, shape: Any) -> None:
     """Refuses an input of a size for which the plan's case does not hold."""
     found = classify(**conv_geometry(module, shape))
-    spatial = shape[-1 - len(layer.window) : -1]
-    if not found.same_parameters or found.geometry.output_shape != (
-        forms.output_positions(layer, spatial)
-    ):
+    if not forms.holds(layer, found):
         path = module_path(owner) or "(root)"
         raise PlanError(
             f"layer {path!r} was planned as {layer.case} on an input of shape "

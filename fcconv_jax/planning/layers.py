@@ -8,6 +8,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ..equivalence import classify
+from ..forms import holds
 from ..kernels import Rearrangement, kernel_rearrangement
 from ..linen_layers import DenseAxes
 from ..plan import Form, LayerPlan, PlanError, Rule, is_order, match_rules
@@ -158,7 +159,7 @@ def _plan_conv(
         shape = canonical[2:] if groups == 1 else (groups, canonical[-1])
         shape = call.bias if groups == 1 else shape
         leaves.append(("bias", Rearrangement.reshape(call.bias, shape)))
-    return LayerPlan(
+    plan = LayerPlan(
         base=geometry.base,
         layer="Conv",
         window=window,
@@ -169,6 +170,11 @@ def _plan_conv(
         groups=groups,
         stack_axes=stack_axes,
     )
+    if not holds(plan, geometry):
+        raise LeftError(
+            f"it reads each input once only by its padding or dilation: {geometry}"
+        )
+    return plan
 
 
 def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:

@@ -41,3 +41,12 @@ def test_another_size_than_the_full_window_is_refused():
         fc.PlanError, match=r"planned as full_window on .*\(1, 4, 6, 5\)"
     ):
         converted.apply(moved, jnp.zeros((1, 5, 6, 5)))
+
+
+def test_equal_dilations_are_left_alone():
+    # Taps two apart on inputs two apart read each input once, in order; the plain
+    # conv of the same window and strides would read it otherwise.
+    model = nn.Conv(3, (2,), strides=4, padding=0, input_dilation=2, kernel_dilation=2)
+    plan = fc.make_plan(model, jnp.zeros((1, 4, 5)), to="dense")
+    assert not plan
+    assert "only by its padding or dilation" in plan.skipped[""]
