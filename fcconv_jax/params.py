@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec, Sharding
 from .axis_names import move_names, move_sharding
 from .kernels import Rearrangement
 from .plan import Plan, PlanError
+from .variables import is_variable
 
 Tree = TypeVar("Tree")
 
@@ -25,9 +26,10 @@ def convert_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
 
     Entries are moved, never changed: :func:`restore_params` gives back the same bits.
     Works on params with or without the outer ``"params"`` level, full variables,
-    ``FrozenDict``, a ``TrainState`` (its optimizer state included), abstract trees of
-    ``ShapeDtypeStruct``, trees of ``PartitionSpec`` or ``NamedSharding``, and boxed
-    leaves, whose axis names move along. Everything else in the tree is passed through.
+    ``FrozenDict``, an ``nnx.State`` or a pure dict of it, a ``TrainState`` (its
+    optimizer state included), abstract trees of ``ShapeDtypeStruct``, trees of
+    ``PartitionSpec`` or ``NamedSharding``, and boxed leaves, whose axis
+    names move along. Everything else in the tree is passed through.
 
     Args:
       params: the tree, in the form that the plan comes from.
@@ -134,6 +136,9 @@ def convert_leaf(rearrange: Rearrangement, leaf: Any, stack_axes: Sequence[int] 
     Raises:
       ValueError: the shape does not fit, or the names of two axes would have to merge.
     """
+    if is_variable(leaf):
+        value = convert_leaf(rearrange, leaf.get_raw_value(), stack_axes)
+        return leaf.replace(value, **move_metadata(rearrange, leaf, stack_axes))
     if isinstance(leaf, meta.AxisMetadata):
         boxed: Any = leaf
         if hasattr(boxed, "names"):
@@ -158,6 +163,22 @@ def convert_leaf(rearrange: Rearrangement, leaf: Any, stack_axes: Sequence[int] 
             return out
         return out.update(sharding=convert_leaf(rearrange, leaf.sharding, stack_axes))
     return _on_stack(rearrange, leaf, stack_axes)
+
+
+def move_metadata(
+    rearrange: Rearrangement, variable: Any, stack_axes: Sequence[int] = ()
+) -> dict[str, Any]:
+    """What changes in the metadata of an ``nnx.Variable`` when its entries move.
+
+    Raises:
+      ValueError: the names of two axes would have to merge.
+    """
+    names = variable.get_metadata("out_sharding", None)
+    if not names:
+        return {}
+    moved = move_names(rearrange, tuple(names), stack_axes)
+    spec = isinstance(names, PartitionSpec)
+    return {"out_sharding": PartitionSpec(*moved) if spec else moved}
 
 
 def leaf_path(path: Sequence[Any]) -> str:
@@ -194,7 +215,8 @@ class _Opaque:
 
 
 def _is_leaf(node: Any) -> bool:
-    return isinstance(node, meta.AxisMetadata | AxisNames | PartitionSpec | Sharding)
+    boxes = meta.AxisMetadata | AxisNames | PartitionSpec | Sharding
+    return isinstance(node, boxes) or is_variable(node)
 
 
 def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
@@ -211,7 +233,9 @@ def _moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, _Move]:
         for name, leaf in layer.leaves
     }
     prefix = _prefix(wanted, found)
+    tied = {f"{path}/{name}" for path, layer in plan.items() for name in layer.tied}
     missing = [prefix + key for key in wanted if prefix + key not in set(found)]
+    missing = [key for key in missing if key.removeprefix(prefix) not in tied]
     if missing and strict:
         close = difflib.get_close_matches(missing[0], found, n=3, cutoff=0.4)
         more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""

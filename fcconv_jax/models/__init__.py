@@ -2,24 +2,34 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import flax.linen as nn
 
 from ..plan import Plan
+from ..variables import is_nnx_module
 from .linen import ConvertedLinen
 
 
-def convert_model(model: nn.Module, plan: Plan) -> ConvertedLinen:
+def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
     """The model in the plan's form: same calls, same numbers, converted parameters.
 
     Args:
-      model: the ``flax.linen`` Module that was planned.
+      model: the ``flax.linen`` or ``flax.nnx`` Module that was planned.
       plan: from :func:`fcconv_jax.make_plan`.
+      inplace: for an NNX model, change it itself, layer by layer, so that no second
+        copy of the parameters is alive; else a clone is converted, which shares what
+        does not change.
 
     Returns:
-      An object with the model's ``init`` and ``apply`` (same arguments), jitted.
+      For a linen Module an object with its ``init`` and ``apply`` (same arguments),
+      jitted. For an NNX model a model of the same class, parameters included, in which
+      each planned layer is an ``nnx.Conv`` (or ``nnx.Linear``, ``nnx.LinearGeneral``)
+      that takes the inputs of the layer that it was; ``plan.inverse()`` goes back.
 
     Raises:
-      TypeError: the model is not a linen Module.
+      PlanError: an NNX model is not the one that was planned.
+      TypeError: the model is of another kind, or a linen Module with ``inplace``.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -32,8 +42,17 @@ def convert_model(model: nn.Module, plan: Plan) -> ConvertedLinen:
       >>> bool((y == model.apply(variables, x)).all())
       True
     """
+    if is_nnx_module(model):
+        from .nnx import convert_nnx
+
+        return convert_nnx(model, plan, inplace=inplace)
+    if inplace:
+        raise TypeError(
+            f"{type(model).__name__} holds no parameters: inplace is for NNX models"
+        )
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"convert_model takes a flax.linen Module, got {type(model).__name__}"
+            "convert_model takes a flax.linen or flax.nnx Module, got "
+            f"{type(model).__name__}"
         )
     return ConvertedLinen(model, plan)

@@ -8,11 +8,12 @@ from typing import Any
 import flax.linen as nn
 
 from ..plan import Form, Plan, PlanError, Rule, as_rules
+from ..variables import is_nnx_module
 from .linen import plan_linen
 
 
 def make_plan(
-    model: nn.Module,
+    model: Any,
     *inputs: Any,
     to: Form = "conv",
     rules: Iterable[Rule | str] = (),
@@ -27,13 +28,16 @@ def make_plan(
     off the trace.
 
     Args:
-      model: a ``flax.linen`` Module.
+      model: a ``flax.linen`` or ``flax.nnx`` Module; it is left as it is.
       *inputs: what the model is called with: arrays or ``jax.ShapeDtypeStruct``.
-      to: ``"conv"`` converts Dense and DenseGeneral layers, ``"dense"`` Conv layers.
+      to: ``"conv"`` converts Dense and DenseGeneral layers (in NNX, Linear and
+        LinearGeneral), ``"dense"`` Conv layers.
       rules: :class:`Rule` or text such as ``"head=7x7"``; the first that matches a
         module path overrides what the trace says.
-      rngs: as for ``model.init``; a fixed key by default.
-      method: as for ``model.init``. Plans of several methods join with ``|``.
+      rngs: as for ``model.init``; a fixed key by default. NNX models hold
+        their own; one that takes ``rngs=`` in its call gets these.
+      method: as for ``model.init``; for NNX, a method's name or a function of the
+        model. Plans of several methods join with ``|``.
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:
@@ -41,7 +45,7 @@ def make_plan(
 
     Raises:
       PlanError: a rule matches no layer, or asks for what cannot be.
-      TypeError: the model is not a linen Module.
+      TypeError: the model is of another kind.
 
     Example:
       >>> import jax.numpy as jnp
@@ -58,8 +62,14 @@ def make_plan(
     """
     if to not in ("conv", "dense"):
         raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")
+    if is_nnx_module(model):
+        from .nnx import plan_nnx
+
+        options = kwargs if rngs is None else {**kwargs, "rngs": rngs}
+        return plan_nnx(model, inputs, to, as_rules(rules), method, options)
     if not isinstance(model, nn.Module):
         raise TypeError(
-            f"make_plan takes a flax.linen Module, got {type(model).__name__}"
+            "make_plan takes a flax.linen or flax.nnx Module, got "
+            f"{type(model).__name__}"
         )
     return plan_linen(model, inputs, to, as_rules(rules), rngs, method, kwargs)

@@ -1,0 +1,397 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen, nnx
+
+import fcconv_jax as fc
+
+
+class Net(nnx.Module):
+    """Conv, a flatten in some order, two Linears."""
+
+    def __init__(self, order="HWC", rngs=None):
+        rngs = rngs or nnx.Rngs(0)
+        self.order = order
+        self.conv = nnx.Conv(3, 4, (3, 3), rngs=rngs)
+        self.fc1 = nnx.Linear(6 * 5 * 4, 8, rngs=rngs)
+        self.fc2 = nnx.Linear(8, 2, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.conv(x))
+        if self.order == "CHW":
+            x = x.transpose(0, 3, 1, 2)
+        return self.fc2(nnx.relu(self.fc1(x.reshape(x.shape[0], -1))))
+
+
+X = np.zeros((2, 6, 5, 3), np.float32)
+
+
+def linear(*shape, seed=0, **kwargs):
+    """A Linear that is quick to make."""
+    return nnx.Linear(
+        *shape, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(seed), **kwargs
+    )
+
+
+def make_plan(make, *inputs, **kwargs):
+    """Plans a model that is never made: planning needs its shapes alone."""
+    return fc.make_plan(nnx.eval_shape(make), *inputs, **kwargs)
+
+
+@pytest.mark.parametrize("order", ["HWC", "CHW"])
+def test_flatten_is_read_off_the_trace(order):
+    plan = make_plan(lambda: Net(order), X)
+    assert list(plan) == ["fc1", "fc2"]
+    assert (plan["fc1"].window, plan["fc1"].order) == ((6, 5), order)
+    assert plan["fc1"].case == "full_window"
+    assert plan["fc2"].kernel.target == (1, 1, 8, 2)
+    assert dict(plan.skipped) == {}
+
+
+def test_inputs_and_model_may_be_abstract():
+    model = nnx.eval_shape(Net)
+    shape = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    assert fc.make_plan(model, shape) == fc.make_plan(Net(), X)
+
+
+def test_planning_leaves_no_trace_on_the_model():
+    model = Net()
+    layers = {name: getattr(model, name) for name in ("conv", "fc1", "fc2")}
+    inside = {name: dict(vars(layer)) for name, layer in layers.items()}
+    graphdef, state = nnx.split(model)
+    fc.make_plan(model, X)
+    for name, layer in layers.items():
+        assert getattr(model, name) is layer
+        assert type(layer) in (nnx.Conv, nnx.Linear)
+        assert vars(layer).keys() == inside[name].keys()
+        assert all(value is inside[name][key] for key, value in vars(layer).items())
+    assert nnx.graphdef(model) == graphdef
+    for a, b in zip(jax.tree.leaves(state), jax.tree.leaves(nnx.state(model))):
+        assert a is b
+
+
+def test_planning_does_not_count_on_the_models_rngs():
+    class Noisy(nnx.Module):
+        def __init__(self):
+            self.drop = nnx.Dropout(0.5, rngs=nnx.Rngs(dropout=1))
+            self.bn = nnx.BatchNorm(8, rngs=nnx.Rngs(0))
+            self.fc = linear(8, 2)
+
+        def __call__(self, x):
+            return self.fc(self.drop(self.bn(x)))
+
+    model = Noisy()
+    before = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))
+    plan = fc.make_plan(model, np.ones((3, 8), np.float32))
+    after = nnx.to_pure_dict(nnx.state(model, nnx.Not(nnx.RngKey)))
+    assert list(plan) == ["fc"]
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+
+
+def test_containers_give_paths_of_the_graph():
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.blocks = nnx.List([nnx.Dict(fc=linear(4, 4)) for _ in range(2)])
+            self.head = nnx.Sequential(linear(4, 5), nnx.relu, linear(5, 2))
+
+        def __call__(self, x):
+            for block in self.blocks:
+                x = block["fc"](x)
+            return self.head(x)
+
+    plan = fc.make_plan(Stack(), np.ones((3, 4), np.float32))
+    assert list(plan) == [
+        "blocks/0/fc",
+        "blocks/1/fc",
+        "head/layers/0",
+        "head/layers/2",
+    ]
+
+
+def test_a_lone_layer_has_the_empty_path():
+    plan = fc.make_plan(linear(4, 3), np.ones((2, 4), np.float32))
+    assert list(plan) == [""]
+
+
+def test_attention_projections():
+    def make():
+        return nnx.MultiHeadAttention(2, 8, rngs=nnx.Rngs(0), decode=False)
+
+    plan = make_plan(make, np.ones((2, 5, 8), np.float32))
+    assert sorted(plan) == ["key", "out", "query", "value"]
+    assert plan["query"].kernel.source == (8, 2, 4)
+    assert plan["query"].kernel.target == (1, 8, 8)
+
+
+def test_linear_general_on_a_map_and_with_a_batch_axis():
+    rngs = nnx.Rngs(0)
+    window = nnx.LinearGeneral((6, 5, 3), (2, 4), axis=(-3, -2, -1), rngs=rngs)
+    plan = fc.make_plan(window, X)
+    assert plan[""].window == (6, 5)
+    assert plan[""].kernel.target == (6, 5, 3, 8)
+    grouped = nnx.LinearGeneral(4, 5, batch_axis={0: 3}, rngs=rngs)
+    plan = fc.make_plan(grouped, np.ones((3, 2, 4), np.float32))
+    assert (plan[""].case, plan[""].kernel.target) == ("grouped", (1, 4, 15))
+
+
+def test_to_dense():
+    class Patches(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.patch = nnx.Conv(3, 4, (2, 3), (2, 3), padding="VALID", rngs=rngs)
+            self.same = nnx.Conv(4, 4, (3, 3), rngs=rngs)
+            self.one = nnx.Conv(4, 4, (1, 1), feature_group_count=2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.one(self.same(self.patch(x)))
+
+    plan = make_plan(Patches, np.ones((2, 6, 9, 3), np.float32), to="dense")
+    assert {p: layer.case for p, layer in plan.items()} == {
+        "patch": "patchify",
+        "one": "grouped",
+    }
+    assert "same" in plan.skipped
+
+
+def test_rules_and_their_mistakes():
+    plan = make_plan(Net, X, rules=["fc1=skip", fc.Rule("*", layout="keep")])
+    assert list(plan) == ["fc2"]
+    assert plan["fc2"].layout == "keep"
+    assert "excluded by rule 'fc1'" in plan.skipped["fc1"]
+    plan = make_plan(Net, X, rules=["fc1=6x5:CHW"])
+    assert plan["fc1"].order == "CHW"
+    with pytest.raises(fc.PlanError, match=r"matches no linear layer.*fc1"):
+        make_plan(Net, X, rules=["fc9=skip"])
+
+
+def test_method_by_name_and_as_a_function():
+    class Two(Net):
+        def head(self, h):
+            return self.fc2(h)
+
+    h = np.ones((2, 8), np.float32)
+    assert list(make_plan(Two, h, method="head")) == ["fc2"]
+    plan = make_plan(Two, h, method=lambda model, h: model.fc2(h))
+    assert list(plan) == ["fc2"]
+    assert "does not call it" in plan.skipped["fc1"]
+
+
+def test_subclasses_and_adapters_are_left_by_name():
+    class Scaled(nnx.Linear):
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+    class Adapted(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.lora = nnx.LoRALinear(4, 4, lora_rank=2, rngs=rngs)
+            self.scaled = Scaled(4, 4, rngs=rngs)
+            self.wrapped = nnx.LoRA(4, 2, 4, base_module=linear(4, 4), rngs=rngs)
+            self.masked = nnx.Einsum("bi,io->bo", (4, 4), rngs=rngs)
+            self.raw = nnx.Param(jnp.ones((4, 4)))
+            self.embed = nnx.Embed(7, 4, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.wrapped(self.scaled(self.lora(x)))
+            return self.embed.attend(self.masked(x) @ self.raw[...])
+
+    plan = make_plan(Adapted, np.ones((2, 4), np.float32))
+    assert list(plan) == ["wrapped/base_module"]
+    reasons = plan.skipped
+    assert "LoRALinear is a class of its own" in reasons["lora"]
+    assert "base_module=linear" in reasons["lora"]
+    assert "Scaled is a class of its own" in reasons["scaled"]
+    assert "Einsum uses its own parameter 'kernel' (4, 4)" in reasons["masked/kernel"]
+    assert "Adapted uses its own parameter 'raw'" in reasons["raw"]
+    assert "the table of an Embed" in reasons["embed/embedding"]
+    assert "LoRA uses its own parameter" in reasons["wrapped/lora_a"]
+    assert "lora/lora/lora_a" not in reasons  # said once, for the layer
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "reason"),
+    [
+        ({"dot_general": lambda *a, **k: jax.lax.dot_general(*a)}, "dot_general"),
+        ({"promote_dtype": lambda x, dtype: x}, "promote_dtype"),
+    ],
+)
+def test_layers_with_parts_of_their_own_are_left(kwargs, reason):
+    plan = fc.make_plan(linear(4, 3, **kwargs), np.ones((2, 4), np.float32))
+    assert not plan
+    assert reason in plan.skipped[""]
+
+
+def test_a_param_that_changes_when_read_is_left():
+    class Doubled(nnx.Param):
+        def get_value(self, **kwargs):
+            return super().get_value(**kwargs) * 2
+
+    layer = linear(4, 3)
+    layer.kernel = Doubled(layer.kernel[...])
+    plan = fc.make_plan(layer, np.ones((2, 4), np.float32))
+    assert "changes its value when it is read" in plan.skipped[""]
+
+
+def test_weight_norm_is_left():
+    model = nnx.WeightNorm(linear(4, 3), rngs=nnx.Rngs(0))
+    plan = fc.make_plan(model, np.ones((2, 4), np.float32))
+    assert not plan
+    assert "transformed on the way" in plan.skipped["layer_instance"]
+
+
+def test_a_kernel_that_the_model_also_reads_is_left():
+    class Decorrelated(nnx.Module):
+        def __init__(self):
+            self.fc, self.other = linear(4, 4), linear(4, 4)
+
+        def __call__(self, x):
+            y = jax.nn.relu(self.fc(x))
+            return self.other(y), y @ self.fc.kernel[...].T
+
+    plan = fc.make_plan(Decorrelated(), np.ones((2, 4), np.float32))
+    assert list(plan) == ["other"]
+    assert "also read outside of the layer's own call" in plan.skipped["fc"]
+
+
+class Tied(nnx.Module):
+    def __init__(self, second):
+        self.fc = linear(4, 4)
+        self.second = second
+        self.second.kernel = self.fc.kernel
+
+    def __call__(self, x):
+        return self.second(nnx.relu(self.fc(x)))
+
+
+def test_tied_params_convert_together_or_not_at_all():
+    x = np.ones((2, 4), np.float32)
+    plan = fc.make_plan(Tied(linear(4, 4)), x)
+    assert list(plan) == ["fc", "second"]
+    assert (plan["fc"].tied, plan["second"].tied) == ((), ("kernel",))
+    assert fc.Plan.from_json(plan.to_json()) == plan
+    plan = fc.make_plan(Tied(linear(4, 4)), x, rules=["second=skip"])
+    assert not plan
+    assert "tied to that of 'second'" in plan.skipped["fc"]
+    scaled = type("Scaled", (nnx.Linear,), {})(4, 4, rngs=nnx.Rngs(0))
+    plan = fc.make_plan(Tied(scaled), x)
+    assert not plan
+    assert "also read outside" in plan.skipped["fc"]
+
+
+def test_shared_module_is_planned_once():
+    class Shared(nnx.Module):
+        def __init__(self):
+            self.a = linear(4, 4)
+            self.b = self.a
+
+        def __call__(self, x):
+            return self.b(nnx.relu(self.a(x)))
+
+    assert list(fc.make_plan(Shared(), np.ones((2, 4), np.float32))) == ["a"]
+
+
+class Block(nnx.Module):
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(4, 4, rngs=rngs)
+
+    def __call__(self, x):
+        return nnx.relu(self.fc(x))
+
+
+def stack(axis=0, depth=3):
+    @nnx.split_rngs(splits=depth)
+    @nnx.vmap(in_axes=0, out_axes=nnx.StateAxes({nnx.Param: axis}))
+    def make(rngs):
+        return Block(rngs)
+
+    return make(nnx.Rngs(0))
+
+
+class Scanned(nnx.Module):
+    def __init__(self, axis=0, depth=3):
+        self.axis = axis
+        self.blocks = stack(axis, depth)
+
+    def __call__(self, x):
+        axes = nnx.StateAxes({nnx.Param: self.axis, ...: None})
+
+        @nnx.scan(in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)
+        def forward(block, x):
+            return block(x)
+
+        return forward(self.blocks, x)
+
+
+class Mapped(Scanned):
+    def __call__(self, x):
+        axes = nnx.StateAxes({nnx.Param: self.axis, ...: None})
+        return nnx.vmap(lambda m, x: m(x), in_axes=(axes, None))(self.blocks, x)
+
+
+@pytest.mark.parametrize("model", [Scanned, Mapped])
+@pytest.mark.parametrize("depth", [3, 4])  # 4 is as large as the other axes
+def test_stacks_of_layers(model, depth):
+    x = np.ones((2, 4), np.float32)
+    plan = make_plan(lambda: model(depth=depth), x)
+    assert plan["blocks/fc"].stack_axes == (0,)
+    assert plan["blocks/fc"].kernel.target == (1, 4, 4)
+    plan = make_plan(lambda: model(axis=1, depth=depth), x)
+    assert not plan
+    assert "stack on axis 0" in plan.skipped["blocks/fc"]
+
+
+def test_a_stack_that_is_sliced_by_hand_is_left():
+    class Sliced(Scanned):
+        def __call__(self, x):
+            for i in range(3):
+                block = jax.tree.map(lambda a, i=i: a[i], self.blocks)
+                x = block(x)
+            return x
+
+    plan = make_plan(Sliced, np.ones((2, 4), np.float32))
+    assert not plan
+    assert "transformed on the way" in plan.skipped["blocks/fc"]
+
+
+@pytest.mark.parametrize("wrap", [nnx.jit, nnx.remat])
+def test_layers_under_transforms(wrap):
+    class Wrapped(nnx.Module):
+        def __init__(self):
+            self.fc = linear(4, 4)
+
+        def __call__(self, x):
+            return wrap(lambda m, x: m(x))(self.fc, wrap(lambda m, x: m(x))(self.fc, x))
+
+    assert list(fc.make_plan(Wrapped(), np.ones((2, 4), np.float32))) == ["fc"]
+
+
+def test_recurrent_cells():
+    def make():
+        return nnx.RNN(nnx.LSTMCell(4, 5, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
+
+    plan = make_plan(make, np.ones((2, 3, 4), np.float32))
+    assert len(plan) == 8
+    assert dict(plan.skipped) == {}
+
+
+def test_linen_inside_nnx_is_left_by_name():
+    x = np.ones((2, 4), np.float32)
+    model = nnx.bridge.ToNNX(linen.Dense(3), rngs=nnx.Rngs(0)).lazy_init(x)
+    plan = fc.make_plan(model, x)
+    assert not plan
+    assert "a linen module inside ToNNX" in plan.skipped["kernel"]
+
+
+def test_nnx_inside_linen_is_left_by_name():
+    model = nnx.bridge.ToLinen(nnx.Linear, args=(4, 3))
+    plan = fc.make_plan(model, np.ones((2, 4), np.float32))
+    assert not plan
+    assert "ToLinen uses its own parameter" in plan.skipped["kernel"]
+
+
+def test_another_kind_of_model_is_refused():
+    with pytest.raises(TypeError, match=r"flax\.nnx Module.*got str"):
+        fc.make_plan("model", X)
+    with pytest.raises(fc.PlanError, match="'conv' or 'dense'"):
+        make_plan(Net, X, to="einsum")
