@@ -8,9 +8,12 @@ parameters (``remat2``) and others a closed one.
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax
+from jax import lax
 from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
 
 __all__ = [
@@ -20,9 +23,11 @@ __all__ = [
     "Literal",
     "Var",
     "bind",
+    "bodies",
     "call_body",
     "evaluate",
     "opened",
+    "rerun",
     "subjaxprs",
 ]
 
@@ -99,6 +104,125 @@ def call_body(eqn: Any) -> Any | None:
         if _is_jaxpr(eqn.params.get(name)):
             return eqn.params[name]
     return None
+
+
+def bodies(eqn: Any) -> tuple[Any, ...]:
+    """The jaxprs of a call or of control flow, in the order :func:`rerun` counts them.
+
+    Those of ``while`` are the condition and the body, those of ``cond`` its branches.
+    Empty for every other equation, also for one that holds jaxprs of another kind
+    (``shard_map``, ``pallas_call``).
+
+    Example:
+      >>> import jax
+      >>> loop = lambda x: jax.lax.while_loop(lambda y: y < 9, lambda y: y * 2, x)
+      >>> len(bodies(jax.make_jaxpr(loop)(1).eqns[0]))
+      2
+    """
+    name, params = eqn.primitive.name, eqn.params
+    if name == "cond":
+        return tuple(params["branches"])
+    if name == "while":
+        return params["cond_jaxpr"], params["body_jaxpr"]
+    if name == "scan":
+        return (params["jaxpr"],)
+    body = call_body(eqn)
+    return () if body is None else (body,)
+
+
+def rerun(
+    eqn: Any, operands: Sequence[Any], run: Callable[[int, Sequence[Any]], list[Any]]
+) -> list[Any]:
+    """Runs a call or control flow with other code in the place of its bodies.
+
+    What surrounds the bodies stays: remat with its policy, loops with their unrolling,
+    the derivative rule of ``custom_jvp``, the shardings that a ``jit`` was given.
+
+    Args:
+      eqn: an equation for which :func:`bodies` gives something.
+      operands: its operands.
+      run: called as ``run(number, operands)`` in place of body ``number``; may be
+        traced several times. A ``custom_vjp`` must not be given: its rule would be
+        lost.
+
+    Returns:
+      The outputs.
+
+    Example:
+      >>> import jax
+      >>> eqn = jax.make_jaxpr(jax.checkpoint(lambda x: x * 2.0))(1.0).eqns[0]
+      >>> float(rerun(eqn, [3.0], lambda number, operands: [operands[0] + 1])[0])
+      4.0
+    """
+    name, p = eqn.primitive.name, eqn.params
+    if name == "scan":
+        return _rerun_scan(p, operands, run)
+    if name == "while":
+        first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+        test, body = operands[:first], operands[first:second]
+        carry = lax.while_loop(
+            lambda carry: run(0, [*test, *carry])[0],
+            lambda carry: run(1, [*body, *carry]),
+            list(operands[second:]),
+        )
+        return list(carry)
+    if name == "cond":
+        which, *rest = operands
+        branches = [functools.partial(run, i) for i in range(len(p["branches"]))]
+        return lax.switch(which, branches, rest)
+    if name in ("checkpoint", "remat", "remat2"):
+        body = jax.checkpoint(
+            functools.partial(run, 0), prevent_cse=p["prevent_cse"], policy=p["policy"]
+        )
+        return body(list(operands))
+    if name == "custom_jvp_call":
+        return _rerun_custom_jvp(eqn, operands, run)
+    ins = _constrained(operands, p.get("in_shardings"))
+    return _constrained(run(0, ins), p.get("out_shardings"))
+
+
+def _rerun_scan(p: Any, operands: Sequence[Any], run: Any) -> list[Any]:
+    first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
+    consts = operands[:first]
+
+    def body(carry: Any, xs: Any) -> Any:
+        outs = run(0, [*consts, *carry, *xs])
+        return outs[: p["num_carry"]], outs[p["num_carry"] :]
+
+    carry, ys = lax.scan(
+        body,
+        list(operands[first:second]),
+        list(operands[second:]),
+        length=p["length"],
+        reverse=p["reverse"],
+        unroll=p["unroll"],
+    )
+    return [*carry, *ys]
+
+
+def _rerun_custom_jvp(eqn: Any, operands: Sequence[Any], run: Any) -> list[Any]:
+    @jax.custom_jvp
+    def call(*operands: Any) -> list[Any]:
+        return list(run(0, operands))
+
+    @call.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        # The equation's own rule, for the outputs and for the tangents.
+        return jax.jvp(lambda *x: bind(eqn, x), tuple(primals), tuple(tangents))
+
+    return call(*operands)
+
+
+def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
+    """Keeps the shardings that an inner jit was given; the unspecified have no type."""
+    if shardings is None:
+        return list(values)
+    return [
+        lax.with_sharding_constraint(value, sharding)
+        if isinstance(sharding, jax.sharding.Sharding)
+        else value
+        for value, sharding in zip(values, shardings, strict=True)
+    ]
 
 
 def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:

@@ -6,6 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from ..functions import is_function
 from ..plan import Plan
 from ..variables import is_nnx_module
 from .linen import ConvertedLinen
@@ -15,7 +16,8 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
     """The model in the plan's form: same calls, same numbers, converted parameters.
 
     Args:
-      model: the ``flax.linen`` or ``flax.nnx`` Module that was planned.
+      model: the ``flax.linen`` or ``flax.nnx`` Module that was planned, or the
+        function of params and inputs.
       plan: from :func:`fcconv_jax.make_plan`.
       inplace: for an NNX model, change it itself, layer by layer, so that no second
         copy of the parameters is alive; else a clone is converted, which shares what
@@ -26,6 +28,7 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
       jitted. For an NNX model a model of the same class, parameters included, in which
       each planned layer is an ``nnx.Conv`` (or ``nnx.Linear``, ``nnx.LinearGeneral``)
       that takes the inputs of the layer that it was; ``plan.inverse()`` goes back.
+      For a function ``f(params, *inputs)`` a function of the same arguments, jitted.
 
     Raises:
       PlanError: an NNX model is not the one that was planned.
@@ -50,9 +53,13 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
         raise TypeError(
             f"{type(model).__name__} holds no parameters: inplace is for NNX models"
         )
+    if is_function(model):
+        from .function import ConvertedFunction
+
+        return ConvertedFunction(model, plan)
     if not isinstance(model, nn.Module):
         raise TypeError(
-            "convert_model takes a flax.linen or flax.nnx Module, got "
-            f"{type(model).__name__}"
+            "convert_model takes a flax.linen or flax.nnx Module or a function of "
+            f"params and inputs, got {type(model).__name__}"
         )
     return ConvertedLinen(model, plan)

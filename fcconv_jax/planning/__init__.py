@@ -7,6 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
+from ..functions import is_function
 from ..plan import Form, Plan, PlanError, Rule, as_rules
 from ..variables import is_nnx_module
 from .linen import plan_linen
@@ -28,12 +29,14 @@ def make_plan(
     off the trace.
 
     Args:
-      model: a ``flax.linen`` or ``flax.nnx`` Module; it is left as it is.
-      *inputs: what the model is called with: arrays or ``jax.ShapeDtypeStruct``.
+      model: a ``flax.linen`` or ``flax.nnx`` Module; it is left as it is. Or any
+        function ``f(params, *inputs)``, whose layers are its products with a parameter.
+      *inputs: what the model is called with: arrays or ``jax.ShapeDtypeStruct``. For a
+        function the params, in a PyTree of any kind, come first.
       to: ``"conv"`` converts Dense and DenseGeneral layers (in NNX, Linear and
         LinearGeneral), ``"dense"`` Conv layers.
       rules: :class:`Rule` or text such as ``"head=7x7"``; the first that matches a
-        module path overrides what the trace says.
+        module path (for a function, a parameter's path) overrides what the trace says.
       rngs: as for ``model.init``; a fixed key by default. NNX models hold
         their own; one that takes ``rngs=`` in its call gets these.
       method: as for ``model.init``; for NNX, a method's name or a function of the
@@ -67,9 +70,15 @@ def make_plan(
 
         options = kwargs if rngs is None else {**kwargs, "rngs": rngs}
         return plan_nnx(model, inputs, to, as_rules(rules), method, options)
+    if is_function(model):
+        from .function import plan_function
+
+        own = {"rngs": rngs, "method": method}
+        kwargs |= {name: value for name, value in own.items() if value is not None}
+        return plan_function(model, inputs, to, as_rules(rules), kwargs)
     if not isinstance(model, nn.Module):
         raise TypeError(
-            "make_plan takes a flax.linen or flax.nnx Module, got "
-            f"{type(model).__name__}"
+            "make_plan takes a flax.linen or flax.nnx Module or a function of params "
+            f"and inputs, got {type(model).__name__}"
         )
     return plan_linen(model, inputs, to, as_rules(rules), rngs, method, kwargs)

@@ -280,7 +280,7 @@ def _axes_before(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
         return tuple(kept[axis] for axis in axes)
     if name == "broadcast_in_dim":
         return _unbroadcast(eqn, axes)
-    if name == "reshape":
+    if name == "reshape" and params["dimensions"] is None:
         operand, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
         return _unflatten(operand, result, axes)
     if name in _POOLS and len(axes) > 1:
@@ -307,6 +307,8 @@ def _outer(
         return None
     index = frame.jaxpr.invars.index(var)
     eqn = frame.call
+    if eqn.primitive.name == "while":
+        return None
     if eqn.primitive.name == "scan":
         consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
         if consts <= index < consts + carry:

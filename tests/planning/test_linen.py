@@ -511,8 +511,9 @@ def test_layout_of_a_pointwise_layer(check, layout):
 
 
 def test_refusals_of_make_plan():
-    with pytest.raises(TypeError, match=r"flax\.linen Module, got function"):
-        fc.make_plan(lambda x: x, zeros(2))
+    for model, name in (("model", "str"), (nn.Dense, "type")):
+        with pytest.raises(TypeError, match=f"params and inputs, got {name}"):
+            fc.make_plan(model, zeros(2))
     with pytest.raises(fc.PlanError, match="'conv' or 'dense'"):
         fc.make_plan(nn.Dense(3), zeros(2, 3), to="linear")
 

@@ -1,0 +1,114 @@
+"""Follows the axes of an array through reshapes: each axis as factors of one index.
+
+An array that holds the entries of a parameter, each once, is described by where each
+of its axes steps in the parameter's flat (row-major) index. A factor ``(stride, size)``
+takes ``size`` steps of ``stride``; an axis is a tuple of factors, slowest first. So
+``(6, 4)`` has the axes ``((4, 6),)`` and ``((1, 4),)``, its transpose the same in the
+other order, and a reshape only splits and joins them.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+
+from .kernels import Rearrangement
+
+Factor = tuple[int, int]
+Axis = tuple[Factor, ...]
+
+
+def axes_of(shape: Sequence[int]) -> tuple[Axis, ...]:
+    """The axes of an array that holds its own entries in order.
+
+    Example:
+      >>> axes_of((6, 1, 4))
+      (((4, 6),), (), ((1, 4),))
+    """
+    return tuple(
+        ((math.prod(shape[i + 1 :]), size),) if size > 1 else ()
+        for i, size in enumerate(shape)
+    )
+
+
+def size(axis: Iterable[Factor]) -> int:
+    """How many entries an axis has."""
+    return math.prod(n for _, n in axis)
+
+
+def regroup(factors: Iterable[Factor], sizes: Sequence[int]) -> list[Axis] | None:
+    """Splits and joins factors, slowest first, into axes of these sizes.
+
+    Returns:
+      None where the sizes cut through a factor unevenly.
+
+    Example:
+      >>> regroup([(4, 6), (1, 4)], (2, 12))
+      [((12, 2),), ((1, 12),)]
+      >>> regroup([(1, 6), (6, 4)], (4, 6)) is None
+      True
+    """
+    rest = list(_joined(factors))[::-1]
+    axes: list[Axis] = []
+    for wanted in sizes:
+        axis: list[Factor] = []
+        while wanted > 1:
+            if not rest:
+                return None
+            stride, n = rest.pop()
+            taken = math.gcd(wanted, n)
+            if taken != min(wanted, n):
+                return None
+            axis.append((stride * (n // taken), taken))
+            if taken < n:
+                rest.append((stride, n // taken))
+            wanted //= taken
+        axes.append(_joined(axis))
+    return None if rest else axes
+
+
+def stacked_axes(shape: Sequence[int], stack: Sequence[Factor]) -> list[int] | None:
+    """The axes of a shape that the factors make up; None if they are part of one."""
+    axes = []
+    for i, axis in enumerate(axes_of(shape)):
+        if not axis:
+            continue
+        ((stride, n),) = axis
+        inside = [f for f in stack if stride <= f[0] < stride * n]
+        if any(step * count > stride * n for step, count in inside):
+            return None
+        if size(inside) not in (1, n):
+            return None
+        if inside:
+            axes.append(i)
+    whole = math.prod(shape[i] for i in axes)
+    return axes if whole == size(stack) else None
+
+
+def rearrangement(
+    source: Sequence[int], factors: Sequence[Factor], target: Sequence[int]
+) -> Rearrangement:
+    """The rearrangement of a leaf into the order of ``factors``, slowest first.
+
+    Example:
+      >>> rearrangement((5, 3), [(1, 3), (3, 5)], (1, 3, 5)).perm
+      (1, 0)
+    """
+    stored = sorted(factors, key=lambda factor: -factor[0])
+    return Rearrangement(
+        tuple(source),
+        tuple(n for _, n in stored),
+        tuple(stored.index(factor) for factor in factors),
+        tuple(target),
+    )
+
+
+def _joined(factors: Iterable[Factor]) -> Axis:
+    """Joins neighbours that step on evenly into one factor."""
+    joined: list[Factor] = []
+    for stride, n in factors:
+        if joined and joined[-1][0] == stride * n:
+            joined[-1] = (stride, joined[-1][1] * n)
+        else:
+            joined.append((stride, n))
+    return tuple(joined)

@@ -1,0 +1,128 @@
+"""Runs a function of params and inputs in its other form, product by product."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+
+from .. import arguments
+from ..equivalence import classify
+from ..forms import holds
+from ..functions import parameter_paths, trace
+from ..params import restore_params
+from ..plan import LayerPlan, Plan, PlanError
+from ..product_forms import (
+    conv_arguments,
+    form_of,
+    leaf_rearrangement,
+    run_other_form,
+)
+from ..products import Product, rewrite
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ConvertedFunction:
+    """A function in its other form, called as the function is called.
+
+    Jitted, one trace per shape: arrays are traced, everything else in the arguments
+    (flags, numbers, functions) is static. Each trace goes the function's own way from
+    the parameters to the products, so whatever it does in between is kept.
+
+    Args:
+      function: the function that was planned.
+      plan: from :func:`fcconv_jax.make_plan`.
+    """
+
+    function: Callable[..., Any]
+    plan: Plan
+
+    def __call__(self, params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        """Calls the function; ``params`` are in the plan's form.
+
+        Raises:
+          PlanError: planned params are still in the form that the plan comes from.
+        """
+        arrays, static = arguments.split(((params, *inputs), kwargs))
+        try:
+            hash(static)
+        except TypeError as error:
+            raise TypeError(
+                f"{_name(self.function)}: an argument that is no array must be "
+                f"hashable, as under jax.jit ({error})"
+            ) from None
+        return self._jitted(static, arrays)
+
+    def __repr__(self) -> str:
+        return (
+            f"<{_name(self.function)} with {len(self.plan)} layers as {self.plan.to}>"
+        )
+
+    @functools.cached_property
+    def _jitted(self) -> Any:
+        def converted(static: arguments.Static, arrays: Any) -> Any:
+            (params, *inputs), kwargs = static.merge(arrays)
+            _check_form(params, self.plan)
+            params = restore_params(params, self.plan)
+            traced = trace(self.function, (params, *inputs), kwargs)
+            outs = rewrite(traced.program, traced.operands, self._wanted, self._replace)
+            return jax.tree.unflatten(traced.out_tree, outs)
+
+        converted.__name__ = _name(self.function)
+        return jax.jit(converted, static_argnums=0)
+
+    def _wanted(self, product: Product) -> bool:
+        planned = product.weight.path in self.plan
+        from_dense = form_of(product) == "dense"
+        return (
+            planned
+            and from_dense == (self.plan.to == "conv")
+            and not (product.obstacle)
+        )
+
+    def _replace(self, product: Product, operands: Any) -> Any:
+        path = product.weight.path
+        layer = self.plan[path]
+        _check_product(path, product, layer)
+        return run_other_form(product, layer, operands)
+
+
+def _check_form(params: Any, plan: Plan) -> None:
+    """Refuses params that were not converted, by name."""
+    shapes = parameter_paths(params)
+    for path, layer in plan.items():
+        if path not in shapes:
+            continue
+        shape = list(shapes[path])
+        for axis in reversed(layer.stack_axes):
+            del shape[axis : axis + 1]
+        if tuple(shape) == layer.kernel.source != layer.kernel.target:
+            raise PlanError(
+                f"params {path!r} have shape {shapes[path]}: they are not converted "
+                "yet; pass convert_params(params, plan)"
+            )
+
+
+def _check_product(path: str, product: Product, layer: LayerPlan) -> None:
+    """Refuses to run a product that is not the one that was planned."""
+    move = leaf_rearrangement(product, layer.window, layer.order, layer.groups)
+    if move != layer.kernel:
+        raise PlanError(
+            f"{path!r} was planned as {layer.kernel.source} -> {layer.kernel.target} "
+            "and is now multiplied in another way: make the plan from this function "
+            "with these arguments"
+        )
+    if form_of(product) == "conv":
+        found = classify(**conv_arguments(product))
+        if not holds(layer, found):
+            raise PlanError(
+                f"{path!r} was planned as {layer.base}; on this input it is "
+                f"{found.base}: {found.geometry}"
+            )
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)

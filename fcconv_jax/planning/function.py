@@ -1,0 +1,180 @@
+"""Plans a function of params and inputs: finds its products with parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ..functions import Traced, trace
+from ..plan import Form, LayerPlan, Plan, Rule
+from ..product_forms import (
+    conv_arguments,
+    dense_axes,
+    form_of,
+    input_shape,
+    kernel_shape,
+    leaf_rearrangement,
+    stack_axes,
+)
+from ..products import Product, rewrite
+from .flatten import mark
+from .layers import Call, LeftError, plan_layers
+
+
+def plan_function(
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    to: Form,
+    rules: Sequence[Rule],
+    kwargs: Mapping[str, Any],
+) -> Plan:
+    """The plan of ``function(params, *inputs)``; see :func:`fcconv_jax.make_plan`."""
+    if not inputs:
+        raise TypeError(
+            "make_plan(f, params, *inputs) needs the params that f takes first: arrays "
+            "or jax.ShapeDtypeStruct"
+        )
+    traced = trace(function, inputs, kwargs)
+    source = "dense" if to == "conv" else "conv"
+    layers: dict[str, list[Product]] = {}
+    left: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for eqn, found in traced.program.walk():
+        name = eqn.primitive.name
+        number = counts[name] = counts.get(name, -1) + 1
+        if not isinstance(found, Product):
+            if (name == "dot_general") == (source == "dense"):
+                left[f"{name}[{number}]"] = found
+        elif form_of(found) == source:
+            layers.setdefault(found.weight.path, []).append(found)
+    numbers = {
+        id(product): number
+        for number, product in enumerate(p for each in layers.values() for p in each)
+    }
+    elsewhere = _other_uses(traced, layers, source)
+    calls = {
+        path: [_call(p, numbers[id(p)], elsewhere.get(path)) for p in products]
+        for path, products in layers.items()
+    }
+    jaxpr = _marked(traced, layers, numbers) if to == "conv" else None
+    planned, reasons = plan_layers(
+        jaxpr, calls, to, rules, lambda path, _: _stack_axes(layers[path])
+    )
+    for path, plan in list(planned.items()):
+        try:
+            planned[path] = _on_leaf(plan, layers[path])
+        except LeftError as reason:
+            del planned[path]
+            reasons[path] = str(reason)
+    left = {**reasons, **_untouched(traced, layers, planned), **left}
+    return Plan(to, tuple(planned.items()), tuple(left.items()))
+
+
+def _call(product: Product, number: int, elsewhere: str | None) -> Call:
+    """One product, as a call of a layer."""
+    obstacle = product.obstacle or elsewhere
+    dense = form_of(product) == "dense"
+    readable = dense or product.obstacle is None
+    return Call(
+        kind=product.eqn.primitive.name,
+        number=number,
+        shape=input_shape(product) if readable else (),
+        kernel=kernel_shape(product) if readable else (),
+        bias=None,
+        axes=dense_axes(product) if dense else None,
+        geometry=None if dense or not readable else conv_arguments(product),
+        obstacle=obstacle and f"it is {obstacle}",
+    )
+
+
+def _other_uses(
+    traced: Traced, layers: Mapping[str, Sequence[Product]], source: Form
+) -> dict[str, str]:
+    """For each parameter of a layer, what else happens to it."""
+    reasons = {}
+    for use in traced.program.uses:
+        if use.path in layers:
+            reasons[use.path] = f"also {use.reason}"
+    for _, found in traced.program.walk():
+        if (
+            isinstance(found, Product)
+            and found.weight.path in layers
+            and form_of(found) != source
+        ):
+            other = found.eqn.primitive.name
+            reasons[found.weight.path] = f"also multiplied in a {other}"
+    return reasons
+
+
+def _untouched(
+    traced: Traced, layers: Mapping[str, Any], planned: Mapping[str, LayerPlan]
+) -> dict[str, str]:
+    """Parameters that come near a product, or are tables, without being a layer's."""
+    return {
+        use.path: f"it is {use.reason}"
+        for use in traced.program.uses
+        if use.telling and use.path not in layers and use.path not in planned
+    }
+
+
+def _marked(
+    traced: Traced, layers: Mapping[str, Sequence[Product]], numbers: Mapping[int, int]
+) -> Any:
+    """The trace again, with the activation of each product marked by its number."""
+
+    def replace(product: Product, operands: Sequence[Any]) -> Any:
+        marked = list(operands)
+        other = 1 - product.side
+        marked[other] = mark(operands[other], numbers[id(product)])
+        return product.eqn.primitive.bind(*marked, **product.eqn.params)
+
+    return jax.make_jaxpr(
+        lambda operands: rewrite(
+            traced.program,
+            operands,
+            lambda product: id(product) in numbers and product.obstacle is None,
+            replace,
+        )
+    )(traced.operands)
+
+
+def _stack_axes(products: Sequence[Product]) -> tuple[int, ...]:
+    """The parameter's axes of which each product sees one step."""
+    found = [stack_axes(product) for product in products]
+    for product, axes in zip(products, found):
+        if axes is None:
+            raise LeftError(
+                f"it is scanned over a part of one of its axes {product.weight.shape}: "
+                "give each scan an axis of its own"
+            )
+        if axes != found[0]:
+            raise LeftError(
+                f"it is stacked on axes {found[0]} in one product, on {axes} in another"
+            )
+    assert found[0] is not None
+    return found[0]
+
+
+def _on_leaf(plan: LayerPlan, products: Sequence[Product]) -> LayerPlan:
+    """The plan with the move of the parameter itself, through all that lies between."""
+    moves = [
+        leaf_rearrangement(p, plan.window, plan.order, plan.groups) for p in products
+    ]
+    for move in moves:
+        if move is None:
+            raise LeftError(
+                f"its axes are joined and split so that the window {plan.window} in "
+                f"order {plan.order} cuts through one of them"
+            )
+        if move != moves[0]:
+            raise LeftError(
+                "it is multiplied in two roles: what is input features in one product "
+                "is output features in another, so no one kernel serves both"
+            )
+    assert moves[0] is not None
+    return dataclasses.replace(
+        plan, layer=products[0].eqn.primitive.name, leaves=(("", moves[0]),)
+    )
