@@ -167,8 +167,8 @@ def test_unconverted_params_are_refused_by_name():
     missing = {"params": {k: v for k, v in MOVED["params"].items() if k != "fc6"}}
     with pytest.raises(Exception, match="fc6"):
         CONV.apply({**MOVED, **missing}, X)
-    with pytest.raises(TypeError, match="linen Module"):
-        fc.convert_model(lambda x: x, PLAN)
+    with pytest.raises(TypeError, match="params and inputs, got type"):
+        fc.convert_model(nn.Dense, PLAN)
     with pytest.raises(TypeError, match="cannot be bound"):
         CONV.bind(MOVED)
 
