@@ -93,7 +93,8 @@ def _visit(
         return kept
     looked_up = name == "gather" and isinstance(ins[0], Weight)
     reason = "looked up by index" if looked_up else f"used by {name!r}"
-    return _elsewhere(program, eqn, ins, reason, telling=looked_up)
+    # Products of other kinds: ragged_dot_general, scaled_dot, ...
+    return _elsewhere(program, eqn, ins, reason, telling=looked_up or "dot" in name)
 
 
 def _elsewhere(
@@ -123,7 +124,7 @@ def _mixed(ins: Sequence[Tag], how: str) -> Other:
 def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
     """The outputs of an equation that only moves or scales a weight, else None."""
     name, p = eqn.primitive.name, eqn.params
-    if name == "optimization_barrier":
+    if name in ("optimization_barrier", "device_put"):
         return list(ins)
     weight = ins[0] if ins else None
     if name == "mul" and isinstance(ins[1], Weight):

@@ -65,3 +65,49 @@ def test_visit_sees_the_operands():
     closed = jax.make_jaxpr(lambda x: x * 2.0 + 1.0)(1.0)
     jaxprs.evaluate(closed, [3.0], visit)
     assert seen == [("mul", [3.0, 2.0]), ("add", [6.0, 1.0])]
+
+
+def test_every_body_is_rerun_in_its_place():
+    """Rerunning each body as it is gives what the program gives, and its gradient."""
+    x = jnp.linspace(-1, 1, 5)
+
+    def differentiable(x):
+        y = jax.nn.relu(x)
+        y = jax.checkpoint(jnp.sin)(y)
+        y = jax.jit(jnp.cos)(y)
+        y = jax.lax.cond(jnp.sum(y) > 0, lambda a: a * 2, lambda a: a * 3, y)
+        y, ys = jax.lax.scan(
+            lambda c, z: (c * z, c + z), y, jnp.arange(1.0, 4.0), reverse=True
+        )
+        return jax.lax.fori_loop(0, 2, lambda i, a: a + i, y), ys
+
+    seen = set()
+
+    def run(jaxpr, operands):
+        def visit(eqn, ins):
+            bodies = jaxprs.bodies(eqn)
+            if not bodies or eqn.primitive.name.startswith("custom_vjp"):
+                return jaxprs.bind(eqn, ins)
+            seen.add(eqn.primitive.name)
+            return jaxprs.rerun(eqn, ins, lambda i, x: run(bodies[i], x))
+
+        return jaxprs.evaluate(jaxpr, operands, visit)
+
+    for f in (_everything, differentiable):
+        closed = jax.make_jaxpr(f)(x)
+        for got, want in zip(run(closed, [x]), f(x), strict=True):
+            np.testing.assert_allclose(got, want, rtol=1e-6)
+    assert seen >= {"cond", "while", "scan", "remat2", "jit", "custom_jvp_call"}
+
+    def loss(outs):
+        return sum(jnp.sum(out) for out in outs)
+
+    closed = jax.make_jaxpr(differentiable)(x)
+    np.testing.assert_allclose(
+        jax.grad(lambda x: loss(run(closed, [x])))(x),
+        jax.grad(lambda x: loss(differentiable(x)))(x),
+        rtol=1e-6,
+    )
+    # relu's own rule: 0 at 0, where jnp.maximum has 1/2.
+    relu = jax.make_jaxpr(jax.nn.relu)(0.0)
+    assert jax.grad(lambda x: run(relu, [x])[0])(0.0) == 0

@@ -23,6 +23,11 @@ from ..products import Product, rewrite
 from .flatten import mark
 from .layers import Call, LeftError, plan_layers
 
+_TWO_ROLES = (
+    "it is multiplied in two roles: what is input features in one product is output "
+    "features in another, so no one kernel serves both"
+)
+
 
 def plan_function(
     function: Callable[..., Any],
@@ -143,6 +148,9 @@ def _marked(
 
 def _stack_axes(products: Sequence[Product]) -> tuple[int, ...]:
     """The parameter's axes of which each product sees one step."""
+    readable = [p for p in products if p.obstacle is None]
+    if len({kernel_shape(product) for product in readable}) > 1:
+        raise LeftError(_TWO_ROLES)
     found = [stack_axes(product) for product in products]
     for product, axes in zip(products, found):
         if axes is None:
@@ -170,10 +178,7 @@ def _on_leaf(plan: LayerPlan, products: Sequence[Product]) -> LayerPlan:
                 f"order {plan.order} cuts through one of them"
             )
         if move != moves[0]:
-            raise LeftError(
-                "it is multiplied in two roles: what is input features in one product "
-                "is output features in another, so no one kernel serves both"
-            )
+            raise LeftError(_TWO_ROLES)
     assert moves[0] is not None
     return dataclasses.replace(
         plan, layer=products[0].eqn.primitive.name, leaves=(("", moves[0]),)

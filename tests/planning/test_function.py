@@ -205,6 +205,12 @@ LEFT = {
         {"e": "looked up by index"},
     ),
     "roles": (lambda p, x: jnp.sin(x @ p) @ p.T, (4, 4), {"": "two roles"}),
+    "other roles": (lambda p, x: jnp.sin(x @ p) @ p.T, (4, 5), {"": "two roles"}),
+    "ragged": (
+        lambda p, x: lax.ragged_dot(x, p, jnp.array([2, 1], jnp.int32)),
+        (2, 4, 5),
+        {"": "ragged_dot"},
+    ),
     "custom_vjp": (
         lambda p, x: product(x, p["w"]) @ p["v"],
         {"w": (4, 4), "v": (4, 4)},
