@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator
 from typing import Any
 
@@ -85,14 +84,3 @@ def obstacle(layer: Any) -> str | None:
 def bias_of(layer: Any) -> Any:
     """The bias's value, or None."""
     return None if layer.bias is None else layer.bias.get_value()
-
-
-def fan_in(layer: Any) -> int:
-    """Input features of a dense layer.
-
-    Example:
-      >>> fan_in(nnx.Linear(4, 3, rngs=nnx.Rngs(0)))
-      4
-    """
-    features = layer.in_features
-    return features if isinstance(features, int) else math.prod(features)

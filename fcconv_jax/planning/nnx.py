@@ -320,6 +320,11 @@ def _why_alone(owner: str, name: str, shape: tuple[int, ...]) -> str:
             f"{shape}, of a linen module inside ToNNX: plan and convert the linen "
             "module before wrapping it"
         )
+    if owner == "Einsum":
+        return (
+            f"the kernel of an Einsum, {shape}, which may lie in any order: write it "
+            "as an nnx.LinearGeneral"
+        )
     return (
         f"{owner} uses its own parameter {name!r} {shape}: no Linear, LinearGeneral or "
         "Conv layer reads it"

@@ -17,6 +17,7 @@ from ..linen_layers import module_path
 from ..models import convert_model
 from ..params import convert_opt_state, convert_params, leaf_path, restore_params
 from ..plan import Form, LayerPlan, Plan
+from ..variables import is_nnx_module
 from .bounds import LeafComparison, compare, error_bounds
 from .census import census
 from .certificate import Certificate, certify
@@ -29,7 +30,7 @@ _ROWS = 4
 
 
 def assert_equivalent(
-    model: nn.Module, params: Any, *inputs: Any, plan: Plan, **options: Any
+    model: Any, params: Any, *inputs: Any, plan: Plan, **options: Any
 ) -> None:
     """Asserts that a model and its converted form are the same.
 
@@ -51,7 +52,7 @@ def assert_equivalent(
 
 
 def verify(
-    model: nn.Module,
+    model: Any,
     params: Any,
     *inputs: Any,
     plan: Plan,
@@ -74,8 +75,10 @@ def verify(
     5. A census: matrix products and convolutions of the two compiled programs.
 
     Args:
-      model: the ``flax.linen`` Module that was planned.
-      params: its params or its variables.
+      model: the ``flax.linen`` or ``flax.nnx`` Module that was planned.
+      params: its params or its variables; for an NNX model an ``nnx.State``, a pure
+        dict of its params, or None for the model's own. The outputs of the layers in
+        between are then not compared, only the model's.
       *inputs: what it is called with.
       plan: from :func:`fcconv_jax.make_plan`.
       converted_model: what to compare with; ``convert_model(model, plan)`` if None. A
@@ -91,18 +94,20 @@ def verify(
       A report; ``report.passed`` tells, ``print(report)`` shows.
     """
     tell = progress or (lambda phase, done, total: None)
-    variables = _variables(params)
+    if converted_model is None:
+        converted_model = convert_model(model, plan)
+    variables = _variables(model, params)
     expected = convert_params(variables, plan)
-    other = expected if converted_params is None else _variables(converted_params)
+    other = expected
+    if converted_params is not None:
+        other = _variables(converted_model, converted_params)
     failures = _check_params(expected, other)
     if not failures:
         failures = _check_params(variables, restore_params(other, plan))
     certificates = _certificates(variables, plan, tell)
 
-    original = _Program(model, plan, inputs, kwargs)
-    changed = _Program(
-        converted_model or convert_model(model, plan), plan, inputs, kwargs
-    )
+    original = _program(model, plan, inputs, kwargs)
+    changed = _program(converted_model, plan, inputs, kwargs)
     tell("model on the input", 0, 1)
     notes: list[str] = []
     comparisons = _bounded(original.run, changed.run, variables, other, notes)
@@ -173,27 +178,43 @@ class _Program:
     def _is_planned(self, module: nn.Module, method: str) -> bool:
         return method == "__call__" and module_path(module) in self.plan
 
-    def gradient(self, variables: Any) -> Any:
-        """Gradient of a fixed random projection of the float outputs."""
-        params = variables["params"]
-
-        def loss(params: Any) -> Any:
-            out = self._apply({**variables, "params": params})
-            floats = [
-                leaf
-                for leaf in jax.tree.leaves(out)
-                if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-            ]
-            rng, signs = np.random.default_rng(0), np.array([-1, 1], np.int8)
-            return sum(
-                jnp.sum(jnp.real(leaf) * rng.choice(signs, leaf.shape))
-                for leaf in floats
-            )
-
-        return jax.grad(loss)(params)
+    def call(self, variables: Any) -> Any:
+        """The output alone."""
+        return self._apply(variables)
 
 
-def _variables(params: Any) -> Mapping[str, Any]:
+def _program(model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]) -> Any:
+    """A model of either kind on fixed inputs."""
+    if is_nnx_module(model):
+        from .nnx_program import NnxProgram
+
+        return NnxProgram(model, inputs, kwargs)
+    return _Program(model, plan, inputs, kwargs)
+
+
+def _gradient(program: Any, variables: Any) -> Any:
+    """Gradient of a fixed random projection of the float outputs."""
+
+    def loss(params: Any) -> Any:
+        out = program.call({**variables, "params": params})
+        floats = [
+            leaf
+            for leaf in jax.tree.leaves(out)
+            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
+        ]
+        rng, signs = np.random.default_rng(0), np.array([-1, 1], np.int8)
+        return sum(
+            jnp.sum(jnp.real(leaf) * rng.choice(signs, leaf.shape)) for leaf in floats
+        )
+
+    return jax.grad(loss)(variables["params"])
+
+
+def _variables(model: Any, params: Any) -> Mapping[str, Any]:
+    if is_nnx_module(model):
+        from .nnx_program import nnx_variables
+
+        return nnx_variables(model, params)
     is_variables = isinstance(params, Mapping) and "params" in params
     return params if is_variables else {"params": params}
 
@@ -238,7 +259,8 @@ def _certificates(
     found = {}
     for done, (path, layer) in enumerate(plan.items()):
         tell("certificates", done, len(plan))
-        dtype = dtypes[f"{path}/kernel".lstrip("/")]
+        # A tied kernel is stored under another path, in the dtype of its model.
+        dtype = dtypes.get(f"{path}/kernel".lstrip("/"), next(iter(dtypes.values())))
         key = (layer, dtype)
         if key not in known:
             known[key] = certify_layer(layer, plan.to, dtype)
@@ -334,8 +356,8 @@ def _shaped_like(want: Any, got: Any) -> Any:
 
 
 def _compare_step(
-    original: _Program,
-    changed: _Program,
+    original: Any,
+    changed: Any,
     variables: Mapping[str, Any],
     other: Mapping[str, Any],
     plan: Plan,
@@ -354,7 +376,7 @@ def _compare_step(
     other_state = convert_opt_state(state, plan, tx=tx, params=variables["params"])
 
     def step(program: _Program, variables: Any, state: Any) -> dict[str, Any]:
-        grads = program.gradient(variables)
+        grads = _gradient(program, variables)
         updates, _ = tx.update(grads, state, variables["params"])
         return {
             "gradient": grads,

@@ -202,7 +202,7 @@ def test_subclasses_and_adapters_are_left_by_name():
     assert "LoRALinear is a class of its own" in reasons["lora"]
     assert "base_module=linear" in reasons["lora"]
     assert "Scaled is a class of its own" in reasons["scaled"]
-    assert "Einsum uses its own parameter 'kernel' (4, 4)" in reasons["masked/kernel"]
+    assert "write it as an nnx.LinearGeneral" in reasons["masked/kernel"]
     assert "Adapted uses its own parameter 'raw'" in reasons["raw"]
     assert "the table of an Embed" in reasons["embed/embedding"]
     assert "LoRA uses its own parameter" in reasons["wrapped/lora_a"]
