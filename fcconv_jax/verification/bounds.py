@@ -98,7 +98,7 @@ def error_bounds(f: Callable[..., Any], *args: Any) -> ErrorModel:
         first_order=functools.partial(
             named(jit(lambda a, cts: _first_order(run, a, cts))), flat
         ),
-        remainder=tuple(remainder),
+        remainder=tuple(np.asarray(r).astype(np.float64) for r in remainder),
     )
 
 
@@ -183,30 +183,28 @@ class ErrorModel:
       inexact: positions of the float leaves among the output leaves.
       first_order: for cotangents of the float leaves, the sum of |derivative| * error
         and the root of the sum of its squares.
-      remainder: for each float leaf, samples (K, *shape) of what is not first order.
+      remainder: for each float leaf, samples (K, *shape) of the size of what is not
+        first order, in float64.
     """
 
     outputs: Any
     unmodelled: tuple[str, ...]
     inexact: tuple[int, ...]
     first_order: Callable[[list[Any]], tuple[jax.Array, jax.Array]]
-    remainder: tuple[jax.Array, ...]
+    remainder: tuple[np.ndarray, ...]
 
-    def bound(self, cotangents: Any, *, programs: int = 2) -> jax.Array:
+    def bound(self, cotangents: Any, *, programs: int = 2) -> float:
         """Bounds the error of ``sum(cotangents * outputs)``.
 
         Args:
           cotangents: PyTree like the outputs; leaves that are not floats are ignored.
           programs: 2 for the difference of two programs, 1 for the error of one
             against exact arithmetic.
-
-        Returns:
-          A scalar.
         """
         leaves = jax.tree.leaves(cotangents)
         return self._bounds({i: leaves[i] for i in self.inexact}, programs)[0]
 
-    def likely(self, cotangents: Any, *, programs: int = 2) -> jax.Array:
+    def likely(self, cotangents: Any, *, programs: int = 2) -> float:
         """Bounds it with probability 1 - 5e-11 if rounding errors are independent.
 
         Takes and returns what ``bound`` does.
@@ -214,18 +212,19 @@ class ErrorModel:
         leaves = jax.tree.leaves(cotangents)
         return self._bounds({i: leaves[i] for i in self.inexact}, programs)[1]
 
-    def _bounds(self, cotangents: dict[int, Any], programs: int) -> Any:
+    def _bounds(self, cotangents: dict[int, Any], programs: int) -> tuple[float, float]:
         """Both for some of the leaves; the others have cotangent 0."""
+        # NumPy: as JAX operations these would compile anew for the shape of each leaf.
         flat = jax.tree.leaves(self.outputs)
-        cts, sampled = [], jnp.zeros(())
+        cts, sampled = [], 0.0
         for i, samples in zip(self.inexact, self.remainder):
-            ct = jnp.asarray(cotangents.get(i, 0), flat[i].dtype)
-            cts.append(jnp.broadcast_to(ct, flat[i].shape))
+            ct = np.asarray(cotangents.get(i, 0)).astype(flat[i].dtype)
+            cts.append(np.broadcast_to(ct, flat[i].shape))
             if i in cotangents:
-                weighted = jnp.abs(samples) * jnp.abs(ct)
-                sampled += jnp.max(jnp.sum(weighted, axis=range(1, samples.ndim)))
-        total, root = self.first_order(cts)
-        likely = jnp.minimum(programs * total, _DEVIATIONS * programs**0.5 * root)
+                weighted = samples * np.abs(ct).astype(samples.dtype)
+                sampled += float(weighted.reshape(len(samples), -1).sum(1).max())
+        total, root = map(float, self.first_order(cts))
+        likely = min(programs * total, _DEVIATIONS * programs**0.5 * root)
         return programs * total + sampled, likely + sampled
 
 
@@ -281,10 +280,10 @@ def _bounded(
             _argmax(np.where(size > 0, error / size, 0)),
         ]
 
-    def at(index: tuple[int, ...]) -> list[float]:
+    def at(index: tuple[int, ...]) -> tuple[float, float]:
         one = np.zeros(want.shape, want.dtype)
         one[index] = 1
-        return [float(b) for b in reference._bounds({number: one}, 2)]
+        return reference._bounds({number: one}, 2)
 
     bound, likely = at(worst)
     checks = [
@@ -298,7 +297,7 @@ def _bounded(
     if error[worst] > 0:
         # For complex y the functional is Re <c, y>, with c of modulus one.
         signs = np.where(error > 0, difference / np.where(error > 0, error, 1), 0)
-        l1_bound = float(reference._bounds({number: signs.conj()}, 2)[0])
+        l1_bound = reference._bounds({number: signs.conj()}, 2)[0]
         if error.size > 1:
             text = "differences sum to {:.3g}, more than the bound {:.3g}"
             checks.append((error.sum(), l1_bound, text))
@@ -352,12 +351,21 @@ def _naming(unmodelled: dict[str, None]) -> Callable[[Callable], Callable]:
     return wrap
 
 
+@functools.cache
 def _quick_jit() -> Callable[[Callable], Any]:
     """``jit`` for programs that run a few times: their compile time is what counts."""
     if jax.default_backend() != "cpu":
         return jax.jit
-    options: Any = {"xla_backend_optimization_level": 0}
-    return functools.partial(jax.jit, compiler_options=options)
+    options: Any = {
+        "xla_backend_optimization_level": 0,
+        "xla_cpu_use_fusion_emitters": False,
+    }
+    quick = functools.partial(jax.jit, compiler_options=options)
+    try:
+        quick(lambda x: x)(0.0)
+    except jax.errors.JaxRuntimeError:  # an XLA that no longer knows these options
+        return jax.jit
+    return quick
 
 
 def _program(closed: Any) -> Callable[..., list[Any]]:
