@@ -77,8 +77,6 @@ def stacked_axes(shape: Sequence[int], stack: Sequence[Factor]) -> list[int] | N
         inside = [f for f in stack if stride <= f[0] < stride * n]
         if any(step * count > stride * n for step, count in inside):
             return None
-        if size(inside) not in (1, n):
-            return None
         if inside:
             axes.append(i)
     whole = math.prod(shape[i] for i in axes)

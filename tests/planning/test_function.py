@@ -241,6 +241,11 @@ LEFT = {
         (4, 4),
         {"": "changed by 'slice'"},
     ),
+    "stretched": (
+        lambda p, x: jnp.einsum("bd,bdf->bf", x, jnp.broadcast_to(p, (3, 4, 4))),
+        (4, 4),
+        {"": "changed by 'broadcast_in_dim'"},
+    ),
     "outer product": (
         lambda p, x: jnp.einsum("bd,d->bd", x, p),
         (4,),
