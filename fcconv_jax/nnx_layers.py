@@ -72,12 +72,12 @@ def obstacle(layer: Any) -> str | None:
             continue
         if not isinstance(variable, nnx.Variable):
             return f"{name} holds its parameters as bare arrays, not as nnx.Param"
+        if variable.ref or variable.hijax:
+            return "its parameters are mutable references, whose shape is fixed"
         hooks = variable.get_metadata()
         own = type(variable).get_value is not nnx.Variable.get_value
         if own or hooks.get("on_get_value") or hooks.get("on_set_value"):
             return f"its {type(variable).__name__} changes its value when it is read"
-        if hooks.get("ref") or hooks.get("hijax"):
-            return "its parameters are mutable references, whose shape is fixed"
     return None
 
 

@@ -290,10 +290,11 @@ def test_jit_grad_and_an_optimizer_step_agree():
         np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-4)
 
 
-def test_optimizer_state_moves_with_a_state_of_params():
+@pytest.mark.parametrize("form", [nnx.to_pure_dict, lambda state: state])
+def test_optimizer_state_moves_with_a_state_of_params(form):
     model = linear(4, 3)
     plan = fc.make_plan(model, jnp.ones((2, 4)))
-    tx, params = optax.adam(1e-2), nnx.to_pure_dict(nnx.state(model, nnx.Param))
+    tx, params = optax.adam(1e-2), form(nnx.state(model, nnx.Param))
     moved = fc.convert_opt_state(tx.init(params), plan, tx=tx, params=params)
     assert moved[0].mu["kernel"].shape == (1, 4, 3)
 

@@ -233,6 +233,42 @@ def test_a_param_that_changes_when_read_is_left():
     assert "changes its value when it is read" in plan.skipped[""]
 
 
+@pytest.mark.parametrize("kind", ["ref", "hijax"])
+def test_mutable_references_are_left(kind):
+    layer = linear(4, 3, kernel_metadata={kind: True})
+    plan = fc.make_plan(layer, np.ones((2, 4), np.float32))
+    assert "mutable references" in plan.skipped[""]
+
+
+def test_a_kernel_that_is_also_an_embedding_is_left():
+    class Head(nnx.Module):
+        def __init__(self):
+            self.embed = nnx.Embed(4, 4, rngs=nnx.Rngs(0))
+            self.head = linear(4, 4)
+            self.head.kernel = self.embed.embedding
+
+        def __call__(self, tokens):
+            return self.head(self.embed(tokens))
+
+    plan = fc.make_plan(Head(), np.zeros((2, 3), np.int32))
+    assert not plan
+    assert "(by gather)" in plan.skipped["head"]
+
+
+def test_flags_and_rngs_of_the_call():
+    class Flagged(nnx.Module):
+        def __init__(self):
+            self.fc, self.drop = linear(4, 3), nnx.Dropout(0.5)
+
+        def __call__(self, x, rngs, train):
+            return self.drop(self.fc(x), rngs=rngs) if train else x
+
+    x, rngs = np.ones((2, 4), np.float32), nnx.Rngs(dropout=0)
+    assert list(fc.make_plan(Flagged(), x, rngs=rngs, train=True)) == ["fc"]
+    assert not fc.make_plan(Flagged(), x, rngs=rngs, train=False)
+    assert int(rngs.dropout.count[...]) == 0
+
+
 def test_weight_norm_is_left():
     model = nnx.WeightNorm(linear(4, 3), rngs=nnx.Rngs(0))
     plan = fc.make_plan(model, np.ones((2, 4), np.float32))
