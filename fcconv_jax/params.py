@@ -234,8 +234,12 @@ def _moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, _Move]:
     }
     prefix = _prefix(wanted, found)
     tied = {f"{path}/{name}" for path, layer in plan.items() for name in layer.tied}
-    missing = [prefix + key for key in wanted if prefix + key not in set(found)]
-    missing = [key for key in missing if key.removeprefix(prefix) not in tied]
+    # A parameter that is the whole tree has no name of its own.
+    paths = {key: (prefix + key).rstrip("/") for key in wanted}
+    present = set(found)
+    missing = [
+        path for key, path in paths.items() if path not in present and key not in tied
+    ]
     if missing and strict:
         close = difflib.get_close_matches(missing[0], found, n=3, cutoff=0.4)
         more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
@@ -244,7 +248,7 @@ def _moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, _Move]:
             f"it: {close or found[:5]}. Pass the tree that the model was planned with, "
             "or strict=False to convert what is there"
         )
-    moves = {prefix + key: _Move(prefix + key, *how) for key, how in wanted.items()}
+    moves = {paths[key]: _Move(paths[key], *how) for key, how in wanted.items()}
     # Axis names beside the params, by flax.linen.partitioning.param_with_axes.
     for key, how in wanted.items():
         names = f"params_axes/{key}_axes"
@@ -256,7 +260,9 @@ def _prefix(wanted: Mapping[str, Any], found: Sequence[str]) -> str:
     """The outer level to look under: none, or the collection ``params``."""
     if any(key in wanted for key in found):
         return ""
-    inner = any(path.removeprefix("params/") in wanted for path in found)
+    inner = any(
+        f"{path}/".removeprefix("params/").rstrip("/") in wanted for path in found
+    )
     return "params/" if inner else ""
 
 

@@ -13,6 +13,7 @@ import numpy as np
 
 from .. import arguments
 from ..forms import pair_of_forms
+from ..functions import is_function
 from ..linen_layers import module_path
 from ..models import convert_model
 from ..params import convert_opt_state, convert_params, leaf_path, restore_params
@@ -21,6 +22,7 @@ from ..variables import is_nnx_module
 from .bounds import LeafComparison, compare, error_bounds
 from .census import census
 from .certificate import Certificate, certify
+from .function_program import FunctionProgram, canonical_layer, function_variables
 from .perturbation import UnboundedError
 from .report import LayerReport, Report
 
@@ -75,7 +77,8 @@ def verify(
     5. A census: matrix products and convolutions of the two compiled programs.
 
     Args:
-      model: the ``flax.linen`` or ``flax.nnx`` Module that was planned.
+      model: the ``flax.linen`` or ``flax.nnx`` Module, or the function of params and
+        inputs, that was planned.
       params: its params or its variables; for an NNX model an ``nnx.State``, a pure
         dict of its params, or None for the model's own. The outputs of the layers in
         between are then not compared, only the model's.
@@ -189,6 +192,8 @@ def _program(model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]) -> 
         from .nnx_program import NnxProgram
 
         return NnxProgram(model, inputs, kwargs)
+    if is_function(model):
+        return FunctionProgram(model, inputs, kwargs)
     return _Program(model, plan, inputs, kwargs)
 
 
@@ -215,6 +220,8 @@ def _variables(model: Any, params: Any) -> Mapping[str, Any]:
         from .nnx_program import nnx_variables
 
         return nnx_variables(model, params)
+    if is_function(model):
+        return function_variables(params)
     is_variables = isinstance(params, Mapping) and "params" in params
     return params if is_variables else {"params": params}
 
@@ -260,7 +267,8 @@ def _certificates(
     for done, (path, layer) in enumerate(plan.items()):
         tell("certificates", done, len(plan))
         # A tied kernel is stored under another path, in the dtype of its model.
-        dtype = dtypes.get(f"{path}/kernel".lstrip("/"), next(iter(dtypes.values())))
+        leaf = "/".join(part for part in (path, layer.leaves[0][0]) if part)
+        dtype = dtypes.get(leaf, next(iter(dtypes.values())))
         key = (layer, dtype)
         if key not in known:
             known[key] = certify_layer(layer, plan.to, dtype)
@@ -285,6 +293,8 @@ def certify_layer(
       >>> certify_layer(plan[""], plan.to).passed
       True
     """
+    if not layer.leaves[0][0]:  # planned by the path of the parameter itself
+        layer = canonical_layer(layer, to)
     source, target = pair_of_forms(layer, to)
     bias = layer.bias
     if to == "conv":
