@@ -11,7 +11,7 @@ import jax
 
 from . import arguments
 from .dataflow import analyse
-from .params import _flatten
+from .params import flatten_with_path
 from .plan import PlanError
 from .products import ACTIVE, Program, Tag, Weight
 
@@ -79,7 +79,7 @@ def parameter_paths(params: Any) -> dict[str, tuple[int, ...]]:
       {'fc/w': (2, 3)}
     """
     found: dict[str, tuple[int, ...]] = {}
-    for path, node in _flatten(params)[0]:
+    for path, node in flatten_with_path(params)[0]:
         for leaf in jax.tree.leaves(node):
             if not arguments.is_array(leaf):
                 continue

@@ -88,7 +88,7 @@ def convert_opt_state(opt_state: Any, plan: Plan, *, tx: Any, params: Any) -> An
 
     old = jax.eval_shape(lambda tree: tree, params)
     moves = _moves(old, plan, strict=True)
-    leaves, treedef = _flatten(old)
+    leaves, treedef = flatten_with_path(old)
     tree = jax.tree.unflatten(treedef, [_Opaque(moves.get(path)) for path, _ in leaves])
     wanted = jax.eval_shape(tx.init, _map_leaves(old, plan, strict=True))
 
@@ -106,8 +106,8 @@ def convert_opt_state(opt_state: Any, plan: Plan, *, tx: Any, params: Any) -> An
         # Each optimizer fails in its own way where its state is no tree of params.
         found = str(error) if isinstance(error, PlanError) else repr(error)
         raise PlanError(_NOT_ENTRYWISE.format(found)) from error
-    got_leaves, got_tree = _flatten(moved)
-    wanted_leaves, wanted_tree = _flatten(wanted)
+    got_leaves, got_tree = flatten_with_path(moved)
+    wanted_leaves, wanted_tree = flatten_with_path(wanted)
     if got_tree != wanted_tree:
         raise PlanError(_NOT_ENTRYWISE.format(f"{got_tree} instead of {wanted_tree}"))
     for (path, got), (_, want) in zip(got_leaves, wanted_leaves):
@@ -189,6 +189,12 @@ def leaf_path(path: Sequence[Any]) -> str:
     )
 
 
+def flatten_with_path(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+    """Leaves with their paths as text, and the structure; boxes count as leaves."""
+    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
+    return [(leaf_path(path), leaf) for path, leaf in leaves], treedef
+
+
 @dataclasses.dataclass(frozen=True)
 class _Move:
     """How one leaf of a tree moves."""
@@ -219,14 +225,9 @@ def _is_leaf(node: Any) -> bool:
     return isinstance(node, boxes) or is_variable(node)
 
 
-def _flatten(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
-    leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=_is_leaf)
-    return [(leaf_path(path), leaf) for path, leaf in leaves], treedef
-
-
 def _moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, _Move]:
     """How each planned leaf of the tree moves, by its path in the tree."""
-    found = [path for path, _ in _flatten(tree)[0]]
+    found = [path for path, _ in flatten_with_path(tree)[0]]
     wanted = {
         "/".join(part for part in (path, name) if part): (leaf, layer.stack_axes)
         for path, layer in plan.items()
@@ -268,7 +269,7 @@ def _prefix(wanted: Mapping[str, Any], found: Sequence[str]) -> str:
 
 def _map_leaves(tree: Any, plan: Plan, strict: bool) -> Any:
     moves = _moves(tree, plan, strict)
-    leaves, treedef = _flatten(tree)
+    leaves, treedef = flatten_with_path(tree)
     tied: dict[Any, Any] = {}
     out = []
     for path, leaf in leaves:
