@@ -104,7 +104,7 @@ def main() -> None:
 
 def compare_with_torch(dense: np.ndarray) -> None:
     """Gives the same weights to PyTorch's Linear and Conv2d."""
-    import torch
+    import torch  # pyright: ignore[reportMissingImports]
 
     with torch.no_grad():
         linear = torch.nn.Linear(4, 2)
