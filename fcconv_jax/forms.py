@@ -17,6 +17,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from .equivalence import Equivalence
+from .kernels import channel_last, window_letters
 from .plan import Form, LayerPlan, PlanError
 
 Array = jax.Array
@@ -39,10 +40,11 @@ def conv_input(layer: LayerPlan, x: Array) -> Array:
     if math.prod(layer.window) == 1:
         channels = x.shape[len(lead) :]
         return x.reshape(*_spatial(layer, lead), math.prod(channels))
-    sizes = dict(zip(_letters(layer), layer.window))
+    letters = window_letters(len(layer.window))
+    sizes = dict(zip(letters, layer.window))
     sizes["C"] = x.shape[-1] // math.prod(layer.window)
     split = (math.prod(lead), layer.groups, *(sizes[axis] for axis in layer.order))
-    target = (*_letters(layer)[:-1], "G", "C")
+    target = (*letters, "G", "C")
     axes = [1 if a == "G" else 2 + layer.order.index(a) for a in target]
     x = x.reshape(split).transpose(0, *axes)
     return x.reshape(math.prod(lead), *layer.window, layer.groups * sizes["C"])
@@ -81,8 +83,9 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
     x = x.reshape(*batch, *pairs, layer.groups, per_group)
     n = len(batch)
     at = [n + 2 * i for i in range(rank)]
-    inner = {axis: n + 2 * i + 1 for i, axis in enumerate(_letters(layer))}
-    order = _letters(layer) if math.prod(layer.window) == 1 else layer.order
+    letters = channel_last(rank)
+    inner = {axis: n + 2 * i + 1 for i, axis in enumerate(letters)}
+    order = letters if math.prod(layer.window) == 1 else layer.order
     features = [inner[axis] for axis in order]
     x = x.transpose(*range(n), *at, n + 2 * rank, *features)
     groups = (layer.groups,) if layer.groups > 1 else ()
@@ -225,11 +228,6 @@ def _conv(
     )
     y = y.reshape(*batch, *y.shape[1:])
     return y if bias is None else y + bias
-
-
-def _letters(layer: LayerPlan) -> str:
-    """The axes in the conv's own order, channel last: ``"HWC"``."""
-    return "DHW"[3 - len(layer.window) :] + "C"
 
 
 def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:

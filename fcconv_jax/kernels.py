@@ -68,20 +68,35 @@ def conv_kernel_to_dense(
       >>> conv_kernel_to_dense(np.zeros((2, 2, 3, 4)), groups=2).shape
       (2, 12, 2)
     """
-    shape = np.shape(kernel)
+    window, channels, features = conv_kernel_axes(np.shape(kernel), groups)
+    rows = math.prod(window) * channels // groups
+    dense = (rows, features) if groups == 1 else (groups, rows, features // groups)
+    rearrange = kernel_rearrangement(dense, window, order=order, groups=groups)
+    return rearrange.inverse()(kernel)
+
+
+def conv_kernel_axes(
+    shape: tuple[int, ...], groups: int
+) -> tuple[tuple[int, ...], int, int]:
+    """Window, input channels of all groups, and output channels of a conv kernel.
+
+    Raises:
+      ValueError: the shape is no conv kernel's, or the groups do not fit.
+
+    Example:
+      >>> conv_kernel_axes((2, 2, 3, 4), groups=2)
+      ((2, 2), 6, 4)
+    """
     if len(shape) < 3:
         raise ValueError(
             f"kernel: shape {shape} is no conv kernel; it needs (*window, in, out)"
         )
-    *window, channels, features = shape
+    *window, inside, features = shape
     if groups < 1 or features % groups:
         raise ValueError(
             f"groups: {groups} does not divide the {features} output channels"
         )
-    rows = math.prod(window) * channels
-    dense = (rows, features) if groups == 1 else (groups, rows, features // groups)
-    rearrange = kernel_rearrangement(dense, window, order=order, groups=groups)
-    return rearrange.inverse()(kernel)
+    return tuple(window), inside * groups, features
 
 
 def kernel_rearrangement(
@@ -165,6 +180,19 @@ def window_letters(rank: int) -> str:
     return "DHW"[3 - rank :]
 
 
+def channel_last(rank: int) -> str:
+    """The flatten order of a channel-last window: ``WC``, ``HWC`` or ``DHWC``.
+
+    Raises:
+      ValueError: as :func:`window_letters`.
+
+    Example:
+      >>> channel_last(2)
+      'HWC'
+    """
+    return window_letters(rank) + "C"
+
+
 @dataclasses.dataclass(frozen=True)
 class Rearrangement:
     """A bijection between the entries of two shapes: reshape, transpose, reshape.
@@ -246,7 +274,7 @@ def _flatten_order(order: str | None, rank: int) -> tuple[int, ...]:
     """Axes of (*window, channels) in the order in which the flatten took them."""
     if order is None:
         return tuple(range(rank + 1))
-    letters = window_letters(rank) + "C"
+    letters = channel_last(rank)
     if sorted(order) != sorted(letters):
         raise ValueError(
             f"order: {order!r} must hold each of {', '.join(letters)} once, slowest "

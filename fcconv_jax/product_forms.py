@@ -11,7 +11,7 @@ from jax import lax
 
 from .factors import rearrangement, regroup, stacked_axes
 from .forms import pair_of_forms
-from .kernels import Rearrangement, kernel_rearrangement, window_letters
+from .kernels import Rearrangement, channel_last, kernel_rearrangement
 from .linen_layers import DenseAxes
 from .plan import Form, LayerPlan
 from .products import Product
@@ -109,7 +109,7 @@ def leaf_rearrangement(
     if dropped is None:
         return None
     source = [n for i, n in enumerate(weight.shape) if i not in dropped]
-    letters = window_letters(len(window)) + "C"
+    letters = channel_last(len(window))
     if math.prod(window) == 1:
         order = letters  # flattened alike in every order
     if form_of(product) == "conv":

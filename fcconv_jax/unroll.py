@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .geometry import ConvGeometry, resolve_geometry
+from .kernels import conv_kernel_axes
 from .windows import PaddingLike
 
 
@@ -62,7 +63,7 @@ def unroll_conv(
              [2, 1],
              [0, 2]])
     """
-    window, channels, features = _kernel_axes(np.shape(kernel), groups)
+    window, channels, features = conv_kernel_axes(np.shape(kernel), groups)
     geometry = resolve_geometry(
         input_shape, window, strides, padding, input_dilation, kernel_dilation, groups
     )
@@ -193,7 +194,7 @@ def _unroll_small_float_jvp(geometry, primals, tangents):
 def _place(kernel: Any, geometry: ConvGeometry, xp: Any) -> Any:
     """Gathers the entries where they are read and zeros elsewhere."""
     groups = geometry.groups
-    window, channels, features = _kernel_axes(kernel.shape, groups)
+    window, channels, features = conv_kernel_axes(kernel.shape, groups)
     table = _tap_table(geometry)
     entries = kernel.reshape(math.prod(window), channels // groups, features)
     entries = xp.take(entries, np.maximum(table, 0), 0, mode="clip")
@@ -281,22 +282,6 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 def _hex(entry: Any) -> str:
     return np.asarray(entry).tobytes()[::-1].hex()
-
-
-def _kernel_axes(
-    shape: tuple[int, ...], groups: int
-) -> tuple[tuple[int, ...], int, int]:
-    """Window, input channels of all groups, output channels."""
-    if len(shape) < 3:
-        raise ValueError(
-            f"kernel: shape {shape} is no conv kernel; it needs (*window, in, out)"
-        )
-    *window, inside, features = shape
-    if groups < 1 or features % groups:
-        raise ValueError(
-            f"groups: {groups} does not divide the {features} output channels"
-        )
-    return tuple(window), inside * groups, features
 
 
 def _check_bytes(

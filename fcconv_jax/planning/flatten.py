@@ -12,6 +12,7 @@ from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from ..jaxprs import Literal, call_body, opened, subjaxprs
+from ..kernels import channel_last, window_letters
 
 MARK = "fcconv_jax:"
 
@@ -164,7 +165,7 @@ def find_flattens(
     flattens = {}
     for number, answers in found.items():
         rank = ranks[number]
-        pointwise = Flatten((1,) * rank, "DHW"[3 - rank :] + "C")
+        pointwise = Flatten((1,) * rank, channel_last(rank))
         flattens[number] = tuple(answers) or (pointwise,)
     return flattens
 
@@ -185,7 +186,7 @@ def _describe(end: _Place) -> Flatten | None:
     spatial = sorted(axis for axis in axes if axis != channel)
     if not 0 < len(spatial) <= 3:
         return None
-    letters = dict(zip(spatial, "DHW"[3 - len(spatial) :]))
+    letters = dict(zip(spatial, window_letters(len(spatial))))
     letters[channel] = "C"
     order = "".join(letters[axis] for axis in axes)
     if channel not in axes:

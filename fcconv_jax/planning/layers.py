@@ -9,7 +9,7 @@ from typing import Any
 
 from ..equivalence import classify
 from ..forms import holds
-from ..kernels import Rearrangement, kernel_rearrangement
+from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..linen_layers import DenseAxes
 from ..plan import Form, LayerPlan, PlanError, Rule, is_order, match_rules
 from .flatten import Features, Flatten, find_flattens
@@ -132,23 +132,21 @@ def _plan_conv(
     """Plans a Conv that goes to dense."""
     call = calls[0]
     _check_calls(calls, rule)
-    for each in calls:
-        geometry = dict(each.geometry or {})
-        equivalence = classify(**geometry)
-        if not equivalence.same_parameters:
-            raise LeftError(f"{equivalence.reason} {equivalence.fix}".strip())
-    equivalences = {classify(**dict(c.geometry or {})).base for c in calls}
-    if len(equivalences) > 1:
-        raise LeftError(f"called in several cases: {', '.join(sorted(equivalences))}")
-    geometry = classify(**dict(call.geometry or {}))
-    window, groups = geometry.geometry.kernel_size, geometry.geometry.groups
+    found = [classify(**dict(each.geometry or {})) for each in calls]
+    for each in found:
+        if not each.same_parameters:
+            raise LeftError(f"{each.reason} {each.fix}".strip())
+    cases = sorted({each.base for each in found})
+    if len(cases) > 1:
+        raise LeftError(f"called in several cases: {', '.join(cases)}")
+    window, groups = found[0].geometry.kernel_size, found[0].geometry.groups
     if rule is not None and rule.window not in (None, window):
         raise PlanError(
             f"rule {rule.pattern!r} says {rule.window}, the kernel of {path!r} is "
             f"{window}"
         )
     _check_order(rule, len(window))
-    order = (rule.order if rule else None) or "DHW"[3 - len(window) :] + "C"
+    order = (rule.order if rule else None) or channel_last(len(window))
     fan_in = math.prod(call.kernel[:-1])
     canonical = (fan_in, call.kernel[-1] // groups)
     if groups > 1:
@@ -156,23 +154,22 @@ def _plan_conv(
     forward = kernel_rearrangement(canonical, window, order=order, groups=groups)
     leaves = [("kernel", forward.inverse())]
     if call.bias is not None:
-        shape = canonical[2:] if groups == 1 else (groups, canonical[-1])
-        shape = call.bias if groups == 1 else shape
+        shape = call.bias if groups == 1 else (groups, canonical[-1])
         leaves.append(("bias", Rearrangement.reshape(call.bias, shape)))
     plan = LayerPlan(
-        base=geometry.base,
+        base=found[0].base,
         layer="Conv",
         window=window,
         order=order,
         leaves=tuple(leaves),
         input_shape=call.shape,
-        strides=geometry.geometry.strides,
+        strides=found[0].geometry.strides,
         groups=groups,
         stack_axes=stack_axes,
     )
-    if not holds(plan, geometry):
+    if not holds(plan, found[0]):
         raise LeftError(
-            f"it reads each input once only by its padding or dilation: {geometry}"
+            f"it reads each input once only by its padding or dilation: {found[0]}"
         )
     return plan
 
@@ -193,7 +190,7 @@ def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:
 
 def _check_order(rule: Rule | None, rank: int) -> None:
     """Refuses an order that does not name each axis of the window once."""
-    letters = "DHW"[3 - rank :] + "C"
+    letters = channel_last(rank)
     if rule is not None and rule.order and not is_order(rule.order, rank):
         raise PlanError(
             f"rule {rule.pattern!r}: the order {rule.order!r} must hold each of "
@@ -219,7 +216,7 @@ def _choose_flatten(
                 f"not divide the {fan_in} input features of {path!r}"
             )
         same = [f.order for f in split if f.window == window]
-        default = same[0] if len(same) == 1 else "DHW"[3 - len(window) :] + "C"
+        default = same[0] if len(same) == 1 else channel_last(len(window))
         return Flatten(window, rule.order or default)
     if len(split) > 1:
         answers = ", ".join(f"{f.window} in order {f.order}" for f in split)
@@ -231,4 +228,4 @@ def _choose_flatten(
         order = split[0].order if rule is None else rule.order or split[0].order
         return Flatten(split[0].window, order)
     rank = max((len(f.window) for f in found), default=1)
-    return Flatten((1,) * rank, "DHW"[3 - rank :] + "C")
+    return Flatten((1,) * rank, channel_last(rank))

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from ..kernels import bias_rearrangement, kernel_rearrangement, window_letters
+from ..kernels import bias_rearrangement, channel_last, kernel_rearrangement
 from ..params import leaf_path
 from ..plan import Form, LayerPlan, Plan, PlanError, Rule, as_rules, match_rules
 
@@ -124,7 +124,7 @@ def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> Laye
     dense = _dense_shape(name, kernel, window, path, to)
     rest, order = len(window), rule.order
     try:
-        order = order or window_letters(rest) + "C"
+        order = order or channel_last(rest)
         forward = kernel_rearrangement(dense, window, order=order)
     except ValueError as error:
         raise PlanError(f"rule {rule.pattern!r}, leaf {name!r}: {error}") from None
