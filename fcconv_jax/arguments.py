@@ -43,6 +43,23 @@ def split(tree: Any) -> tuple[list[Any], Static]:
     return arrays, Static(treedef, static, tuple(map(type, static)))
 
 
+def split_hashable(tree: Any, caller: str) -> tuple[list[Any], Static]:
+    """:func:`split`, for a static argument of ``jax.jit``.
+
+    Raises:
+      TypeError: something that is no array is not hashable; names ``caller``.
+    """
+    arrays, static = split(tree)
+    try:
+        hash(static)
+    except TypeError as error:
+        raise TypeError(
+            f"{caller}: an argument that is no array must be hashable, as under "
+            f"jax.jit ({error})"
+        ) from None
+    return arrays, static
+
+
 def is_array(leaf: Any) -> bool:
     """Whether a leaf is an array, a tracer or an abstract array."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)

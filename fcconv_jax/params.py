@@ -181,6 +181,30 @@ def move_metadata(
     return {"out_sharding": PartitionSpec(*moved) if spec else moved}
 
 
+def check_converted(shapes: Mapping[str, Sequence[int]], plan: Plan) -> None:
+    """Refuses params that are still in the form that the plan comes from.
+
+    Args:
+      shapes: path and shape of each parameter.
+      plan: the plan that the params should have gone through.
+
+    Raises:
+      PlanError: names the first that is not converted.
+    """
+    for path, layer in plan.items():
+        key = "/".join(part for part in (path, layer.leaves[0][0]) if part)
+        shape = list(shapes.get(key, ()))
+        if len(shape) != len(layer.kernel.source) + len(layer.stack_axes):
+            continue
+        for axis in reversed(layer.stack_axes):
+            del shape[axis]
+        if tuple(shape) == layer.kernel.source != layer.kernel.target:
+            raise PlanError(
+                f"params {key!r} have shape {tuple(shapes[key])}: they are not "
+                "converted yet; pass convert_params(params, plan)"
+            )
+
+
 def leaf_path(path: Sequence[Any]) -> str:
     """A key path as text: ``"params/encoder/kernel"``."""
     return "/".join(

@@ -13,7 +13,7 @@ from .. import arguments
 from ..equivalence import classify
 from ..forms import holds
 from ..functions import parameter_paths, trace
-from ..params import restore_params
+from ..params import check_converted, restore_params
 from ..plan import LayerPlan, Plan, PlanError
 from ..product_forms import (
     conv_arguments,
@@ -46,14 +46,9 @@ class ConvertedFunction:
         Raises:
           PlanError: planned params are still in the form that the plan comes from.
         """
-        arrays, static = arguments.split(((params, *inputs), kwargs))
-        try:
-            hash(static)
-        except TypeError as error:
-            raise TypeError(
-                f"{_name(self.function)}: an argument that is no array must be "
-                f"hashable, as under jax.jit ({error})"
-            ) from None
+        arrays, static = arguments.split_hashable(
+            ((params, *inputs), kwargs), _name(self.function)
+        )
         return self._jitted(static, arrays)
 
     def __repr__(self) -> str:
@@ -65,7 +60,7 @@ class ConvertedFunction:
     def _jitted(self) -> Any:
         def converted(static: arguments.Static, arrays: Any) -> Any:
             (params, *inputs), kwargs = static.merge(arrays)
-            _check_form(params, self.plan)
+            check_converted(parameter_paths(params), self.plan)
             params = restore_params(params, self.plan)
             traced = trace(self.function, (params, *inputs), kwargs)
             outs = rewrite(traced.program, traced.operands, self._wanted, self._replace)
@@ -88,22 +83,6 @@ class ConvertedFunction:
         layer = self.plan[path]
         _check_product(path, product, layer)
         return run_other_form(product, layer, operands)
-
-
-def _check_form(params: Any, plan: Plan) -> None:
-    """Refuses params that were not converted, by name."""
-    shapes = parameter_paths(params)
-    for path, layer in plan.items():
-        if path not in shapes:
-            continue
-        shape = list(shapes[path])
-        for axis in reversed(layer.stack_axes):
-            del shape[axis : axis + 1]
-        if tuple(shape) == layer.kernel.source != layer.kernel.target:
-            raise PlanError(
-                f"params {path!r} have shape {shapes[path]}: they are not converted "
-                "yet; pass convert_params(params, plan)"
-            )
 
 
 def _check_product(path: str, product: Product, layer: LayerPlan) -> None:

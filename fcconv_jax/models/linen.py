@@ -23,7 +23,7 @@ from ..linen_layers import (
     layer_kind,
     module_path,
 )
-from ..params import convert_leaf, leaf_path
+from ..params import check_converted, convert_leaf, flatten_with_path
 from ..plan import Form, LayerPlan, Plan, PlanError
 
 
@@ -60,14 +60,9 @@ class ConvertedLinen:
         Raises:
           PlanError: planned params are still in the form that the plan comes from.
         """
-        arrays, static = arguments.split((args, kwargs))
-        try:
-            hash(static)
-        except TypeError as error:
-            raise TypeError(
-                f"{type(self.model).__name__}.apply: an argument that is no array must "
-                f"be hashable, as under jax.jit ({error})"
-            ) from None
+        arrays, static = arguments.split_hashable(
+            (args, kwargs), f"{type(self.model).__name__}.apply"
+        )
         return self._jitted(static, variables, arrays)
 
     def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
@@ -95,7 +90,9 @@ class ConvertedLinen:
     def _jitted(self) -> Any:
         def apply(static: arguments.Static, variables: Any, arrays: Any) -> Any:
             args, kwargs = static.merge(arrays)
-            _check_form(variables, self.plan)
+            leaves, _ = flatten_with_path(variables.get("params", {}))
+            shapes = {path: nn.meta.unbox(leaf).shape for path, leaf in leaves}
+            check_converted(shapes, self.plan)
             with self._swapping():
                 return self.model.apply(variables, *args, **kwargs)
 
@@ -104,27 +101,6 @@ class ConvertedLinen:
     def _swapping(self, initialising: bool = False) -> AbstractContextManager[None]:
         key = ("fcconv_jax", self.plan, initialising)
         return intercepting(_Swap(self.plan, initialising), key=key)
-
-
-def _check_form(variables: Mapping[str, Any], plan: Plan) -> None:
-    """Refuses params that were not converted, by name."""
-    params = variables.get("params", {})
-    leaves, _ = jax.tree_util.tree_flatten_with_path(
-        params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
-    )
-    shapes = {leaf_path(p): tuple(nn.meta.unbox(leaf).shape) for p, leaf in leaves}
-    for path, layer in plan.items():
-        key = f"{path}/kernel".lstrip("/")
-        if key not in shapes:
-            continue
-        shape = list(shapes[key])
-        for axis in reversed(layer.stack_axes):
-            del shape[axis]
-        if tuple(shape) == layer.kernel.source != layer.kernel.target:
-            raise PlanError(
-                f"params {key!r} have shape {shapes[key]}: they are not converted yet; "
-                "pass convert_params(params, plan)"
-            )
 
 
 @dataclasses.dataclass
