@@ -12,16 +12,16 @@ import jax
 from .. import arguments
 from ..equivalence import classify
 from ..forms import holds
-from ..functions import parameter_paths, trace
-from ..params import check_converted, restore_params
-from ..plan import LayerPlan, Plan, PlanError
-from ..product_forms import (
+from ..functions.forms import (
     conv_arguments,
     form_of,
     leaf_rearrangement,
     run_other_form,
 )
-from ..products import Product, rewrite
+from ..functions.products import Product, rewrite
+from ..functions.trace import parameter_paths, trace
+from ..params import check_converted, restore_params
+from ..plan import LayerPlan, Plan, PlanError
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

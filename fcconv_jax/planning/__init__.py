@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ..functions import is_function
+from ..functions.trace import is_function
 from ..plan import Form, Plan, PlanError, Rule, as_rules
 from ..variables import is_nnx_module
 from .linen import plan_linen

@@ -8,9 +8,7 @@ from typing import Any
 
 import jax
 
-from ..functions import Traced, trace
-from ..plan import Form, LayerPlan, Plan, Rule
-from ..product_forms import (
+from ..functions.forms import (
     conv_arguments,
     dense_axes,
     form_of,
@@ -19,7 +17,9 @@ from ..product_forms import (
     leaf_rearrangement,
     stack_axes,
 )
-from ..products import Product, rewrite
+from ..functions.products import Product, rewrite
+from ..functions.trace import Traced, trace
+from ..plan import Form, LayerPlan, Plan, Rule
 from .flatten import mark
 from .layers import Call, LeftError, plan_layers
 

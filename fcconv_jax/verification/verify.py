@@ -13,7 +13,7 @@ import numpy as np
 
 from .. import arguments
 from ..forms import pair_of_forms
-from ..functions import is_function
+from ..functions.trace import is_function
 from ..linen_layers import module_path
 from ..models import convert_model
 from ..params import convert_opt_state, convert_params, leaf_path, restore_params

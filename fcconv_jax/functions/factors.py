@@ -12,7 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterable, Sequence
 
-from .kernels import Rearrangement
+from ..kernels import Rearrangement
 
 Factor = tuple[int, int]
 Axis = tuple[Factor, ...]

@@ -5,7 +5,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcconv_jax.factors import axes_of, rearrangement, regroup, size, stacked_axes
+from fcconv_jax.functions.factors import (
+    axes_of,
+    rearrangement,
+    regroup,
+    size,
+    stacked_axes,
+)
 
 
 def entries(axes):

@@ -3,7 +3,7 @@
 Every value of the trace gets a tag: it holds the entries of one parameter
 (:class:`Weight`), or it is something else (:class:`Other`). A product counts as a
 layer where one operand is a weight and the other depends on the program's inputs.
-:mod:`fcconv_jax.dataflow` finds them.
+:mod:`fcconv_jax.functions.dataflow` finds them.
 """
 
 from __future__ import annotations
@@ -12,8 +12,8 @@ import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+from ..jaxprs import bind, evaluate, opened, rerun
 from .factors import Axis, Factor, axes_of
-from .jaxprs import bind, evaluate, opened, rerun
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
 
@@ -26,7 +26,7 @@ class Weight:
       path: the parameter's path.
       shape: the parameter's shape.
       axes: where each axis of the value steps in the parameter's flat index, see
-        :mod:`fcconv_jax.factors`.
+        :mod:`fcconv_jax.functions.factors`.
       stack: the factors of which a scan or an index took one step.
     """
 

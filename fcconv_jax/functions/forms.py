@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from jax import lax
 
+from ..forms import pair_of_forms
+from ..kernels import Rearrangement, channel_last, kernel_rearrangement
+from ..linen_layers import DenseAxes
+from ..plan import Form, LayerPlan
 from .factors import rearrangement, regroup, stacked_axes
-from .forms import pair_of_forms
-from .kernels import Rearrangement, channel_last, kernel_rearrangement
-from .linen_layers import DenseAxes
-from .plan import Form, LayerPlan
 from .products import Product
 
 Array = jax.Array

@@ -9,8 +9,8 @@ from typing import Any
 
 from jax import lax
 
+from ..jaxprs import Literal, bodies, opened, subjaxprs
 from .factors import Axis, regroup, size
-from .jaxprs import Literal, bodies, opened, subjaxprs
 from .products import (
     ACTIVE,
     NUMBER,

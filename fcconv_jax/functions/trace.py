@@ -9,10 +9,10 @@ from typing import Any
 import flax.linen as nn
 import jax
 
-from . import arguments
+from .. import arguments
+from ..params import flatten_with_path
+from ..plan import PlanError
 from .dataflow import analyse
-from .params import flatten_with_path
-from .plan import PlanError
 from .products import ACTIVE, Program, Tag, Weight
 
 

@@ -1,0 +1,1 @@
+"""Functions of params and inputs: their trace, and the products in it."""
