@@ -1,4 +1,4 @@
-"""Counts what a program is made of: dots, convolutions and custom calls.
+"""Counts what a program is made of: dots, convolutions, collectives, custom calls.
 
 Read off the text of the program: StableHLO before compilation (what was asked for) and
 HLO after it (what the backend made of it).
@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,8 +20,13 @@ _STABLEHLO_CALL = re.compile(r'(?:func\.)?call @("[^"]+"|[\w.$-]+)')
 _STABLEHLO_FUNC = re.compile(r'func\.func (?:\w+ )*@("[^"]+"|[\w.$-]+)')
 _STABLEHLO_TARGET = re.compile(r'custom_call @([\w.$-]+)|call_target_name = "([^"]+)"')
 # "%name = shape opcode(": a shape is a type with layout, or a tuple of them.
-_HLO = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (?:\(.*?\) |\S+ )([a-z][\w-]*)\(")
+_HLO = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\) |\S+ )([a-z][\w-]*)\(")
 _HLO_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_HLO_ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
+_COLLECTIVES = (
+    "all-gather all-reduce all-to-all collective-broadcast collective-permute "
+    "ragged-all-to-all reduce-scatter"
+).split()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,11 +40,17 @@ class OpCounts:
       dots: matrix products.
       convolutions: convolutions.
       custom_calls: library calls by target name, e.g. cuBLAS or cuDNN ones.
+      collectives: exchanges between devices by kind, e.g. ``"all-reduce"``. XLA puts
+        them in while it compiles, so StableHLO has few or none.
+      collective_bytes: size of the arrays that each kind makes on one device. XLA
+        merges collectives at will, which changes how many there are and not this.
     """
 
     dots: int = 0
     convolutions: int = 0
     custom_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    collective_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,33 +109,54 @@ def count_hlo(text: str) -> OpCounts:
     """Counts the operations of a compiled module, ``lowered.compile().as_text()``.
 
     Example:
-      >>> count_hlo('ROOT %d = f32[2,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}')
-      OpCounts(dots=1, convolutions=0, custom_calls={})
+      >>> count_hlo("%d = f32[2,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}").dots
+      1
+      >>> count_hlo("%r = f32[2,4]{1,0} all-reduce(%d), to_apply=%add").collective_bytes
+      {'all-reduce': 32}
     """
     total: collections.Counter = collections.Counter()
+    exchanged: collections.Counter = collections.Counter()
     for line in text.splitlines():
         found = _HLO.match(line)
         if not found:
             continue
-        op = found.group(1)
-        if op == "custom-call":
+        shape, op = found.groups()
+        kind = op.removesuffix("-start").removesuffix("-done")
+        if kind in _COLLECTIVES:
+            # An asynchronous one is two operations: the second has the result alone.
+            total[f"collective:{kind}"] += not op.endswith("-done")
+            exchanged[kind] += 0 if op.endswith("-start") else _bytes(shape)
+        elif op == "custom-call":
             target = _HLO_TARGET.search(line)
             total[f"custom_call:{target.group(1) if target else None}"] += 1
         else:
             total[op] += 1
-    return _op_counts(total, ("dot", "ragged-dot"))
+    counts = _op_counts(total, ("dot", "ragged-dot"))
+    return dataclasses.replace(counts, collective_bytes=dict(sorted(exchanged.items())))
+
+
+def _bytes(shape: str) -> int:
+    """Size of an array, or of a tuple of arrays, by its type in HLO."""
+    sizes = (
+        int(bits or 8) * math.prod(int(n) for n in dims.split(",") if n)
+        for bits, dims in _HLO_ARRAY.findall(shape)
+    )
+    return sum((size + 7) // 8 for size in sizes)
 
 
 def _op_counts(total: collections.Counter, dots: tuple[str, ...]) -> OpCounts:
-    prefix = "custom_call:"
-    return OpCounts(
-        dots=sum(total[name] for name in dots),
-        convolutions=total["convolution"],
-        custom_calls={
+    def named(prefix: str) -> dict[str, int]:
+        return {
             name.removeprefix(prefix): count
             for name, count in sorted(total.items())
             if name.startswith(prefix)
-        },
+        }
+
+    return OpCounts(
+        dots=sum(total[name] for name in dots),
+        convolutions=total["convolution"],
+        custom_calls=named("custom_call:"),
+        collectives=named("collective:"),
     )
 
 

@@ -47,7 +47,7 @@ class Report:
       layers: one entry for each converted layer.
       outputs: the model's outputs against the bound.
       steps: gradients and the parameters after one optimizer step, likewise.
-      original: dots and convolutions of the original program.
+      original: dots, convolutions and collectives of the original program.
       converted: those of the converted program.
       skipped: path and reason of every linear layer left alone.
       notes: what could not be checked, and why.
@@ -162,6 +162,9 @@ class Report:
                     f"bound {worst.bound:.1e}{verdict}"
                 )
         lines.append(f"program: {_counts(self.original)} -> {_counts(self.converted)}")
+        before, after = _exchanges(self.original), _exchanges(self.converted)
+        if before or after:
+            lines.append(f"between devices: {before or 'none'} -> {after or 'none'}")
         lines += [f"left alone: {path}: {why}" for path, why in self.skipped]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"FAILED: {failure}" for failure in self.failures]
@@ -178,6 +181,16 @@ def _counts(census: Census) -> str:
     if found is None:
         return "-"
     return f"{found.dots} dots, {found.convolutions} convolutions"
+
+
+def _exchanges(census: Census) -> str:
+    """The collectives of a compiled program, with what they make on one device."""
+    found = census.hlo
+    if found is None:
+        return ""
+    size = sum(found.collective_bytes.values())
+    kinds = [f"{count} {kind}" for kind, count in found.collectives.items()]
+    return f"{', '.join(kinds)} ({size:,} bytes)" if kinds else ""
 
 
 def _plain(value: object) -> object:

@@ -78,3 +78,27 @@ custom_call_target="__cudnn$convForward"
   }
 """
     assert count_stablehlo(stablehlo) == OpCounts(0, 1, {"foo": 1})
+
+
+def test_collectives_are_counted_by_kind_and_size():
+    hlo = """
+  %all-reduce.1 = (f32[8,4]{1,0}, bf16[4]{0}) all-reduce(%a, %b), to_apply=%add
+  %start.2 = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(%p), dimensions={0}
+  %done.2 = f32[8,4]{1,0:T(8,128)S(1)} all-gather-done(%start.2)
+  ROOT %permute = pred[3]{0} collective-permute(%q), source_target_pairs={{0,1}}
+  %r = s4[3]{0} reduce-scatter(%q), dimensions={0}
+  %fusion = f32[8,4]{1,0} fusion(%all-reduce.1), calls=%all-to-all
+"""
+    found = count_hlo(hlo)
+    assert found.collectives == {
+        "all-gather": 1,
+        "all-reduce": 1,
+        "collective-permute": 1,
+        "reduce-scatter": 1,
+    }
+    assert found.collective_bytes == {
+        "all-gather": 128,
+        "all-reduce": 136,
+        "collective-permute": 3,
+        "reduce-scatter": 2,
+    }
