@@ -642,6 +642,21 @@ class TestProcess:
         assert "explain" in done.stdout
         assert "\x1b" not in done.stdout
 
+    def test_help_does_not_wait_for_jax(self):
+        code = """
+            import runpy, sys
+            sys.argv = ["fcconv", "--help"]
+            try:
+                runpy.run_module("fcconv_jax", run_name="__main__")
+            except SystemExit as stop:
+                assert not stop.code
+            slow = {"jax", "flax", "numpy", "optax", "orbax"} & set(sys.modules)
+            assert not slow, slow
+        """
+        done = self.start(sys.executable, "-c", textwrap.dedent(code))
+        assert done.returncode == 0, done.stderr
+        assert "explain" in done.stdout
+
     def test_entry_point(self):
         script = Path(sys.executable).with_name("fcconv")
         sizes = ("--input", "7x7", "--kernel", "7")
