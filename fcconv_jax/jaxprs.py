@@ -3,7 +3,15 @@
 Everything else goes through the names below, so a change in ``jax.extend`` is mended
 here. Tolerated differences, jax 0.10 to 0.12: ``ClosedJaxpr`` becomes an alias of
 ``Jaxpr``; ``pjit`` is called ``jit``; some primitives keep an open jaxpr in their
-parameters (``remat2``) and others a closed one.
+parameters (``remat2``) and others a closed one; ``scan`` loses ``num_consts`` and
+``num_carry``. What is used of ``jax.extend.core``:
+
+- ``Jaxpr``, ``ClosedJaxpr``: to tell jaxprs among an equation's parameters, and their
+  ``constvars``, ``consts``, ``invars``, ``eqns``, ``outvars``;
+- ``JaxprEqn``: ``primitive`` (its ``name``, ``bind``, ``get_bind_params`` and
+  ``multiple_results``), ``params``, ``invars``, ``outvars``;
+- ``Var``: a key of dictionaries, and its ``aval``;
+- ``Literal``: a constant among the ``invars``, and its ``val``.
 """
 
 from __future__ import annotations
@@ -28,6 +36,7 @@ __all__ = [
     "evaluate",
     "opened",
     "rerun",
+    "scan_parts",
     "subjaxprs",
 ]
 
@@ -130,6 +139,31 @@ def bodies(eqn: Any) -> tuple[Any, ...]:
     return () if body is None else (body,)
 
 
+def scan_parts(eqn: Any) -> tuple[int, int]:
+    """How many constants a ``scan`` takes, and how many values it carries.
+
+    Its operands are the constants, what it carries, and the arrays that it takes one
+    step of; its outputs are what it carries and the arrays that it stacks. Read off
+    the shapes, which tell one from the other in every version of JAX.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> f = lambda w, xs: jax.lax.scan(lambda c, x: (c + w * x, c), 0.0, xs)
+      >>> scan_parts(jax.make_jaxpr(f)(2.0, jnp.ones(3)).eqns[-1])
+      (1, 1)
+    """
+    body, _ = opened(eqn.params["jaxpr"])
+
+    def whole(outer: Sequence[Any], inner: Sequence[Any]) -> int:
+        return sum(
+            len(a.aval.shape) == len(b.aval.shape)
+            for a, b in zip(outer, inner, strict=True)
+        )
+
+    carry = whole(eqn.outvars, body.outvars)
+    return whole(eqn.invars, body.invars) - carry, carry
+
+
 def rerun(
     eqn: Any, operands: Sequence[Any], run: Callable[[int, Sequence[Any]], list[Any]]
 ) -> list[Any]:
@@ -156,7 +190,7 @@ def rerun(
     """
     name, p = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _rerun_scan(p, operands, run)
+        return _rerun_scan(eqn, operands, run)
     if name == "while":
         first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
         test, body = operands[:first], operands[first:second]
@@ -181,13 +215,15 @@ def rerun(
     return _constrained(run(0, ins), p.get("out_shardings"))
 
 
-def _rerun_scan(p: Any, operands: Sequence[Any], run: Any) -> list[Any]:
-    first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
+def _rerun_scan(eqn: Any, operands: Sequence[Any], run: Any) -> list[Any]:
+    p = eqn.params
+    first, carried = scan_parts(eqn)
+    second = first + carried
     consts = operands[:first]
 
     def body(carry: Any, xs: Any) -> Any:
         outs = run(0, [*consts, *carry, *xs])
-        return outs[: p["num_carry"]], outs[p["num_carry"] :]
+        return outs[:carried], outs[carried:]
 
     carry, ys = lax.scan(
         body,

@@ -9,7 +9,7 @@ from typing import Any
 
 from jax import lax
 
-from ..jaxprs import Literal, bodies, opened, subjaxprs
+from ..jaxprs import Literal, bodies, opened, scan_parts, subjaxprs
 from .factors import Axis, regroup, size
 from .products import (
     ACTIVE,
@@ -253,7 +253,8 @@ def _enter(
     """Goes into the bodies of a call, a loop or a branch."""
     name, p = eqn.primitive.name, eqn.params
     if name == "scan":
-        first, second = p["num_consts"], p["num_consts"] + p["num_carry"]
+        first, carried = scan_parts(eqn)
+        second = first + carried
         consts, carry, xs = ins[:first], ins[first:second], ins[second:]
         steps = []
         for tag in xs:

@@ -11,7 +11,7 @@ from typing import Any
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ..jaxprs import Literal, call_body, opened, subjaxprs
+from ..jaxprs import Literal, call_body, opened, scan_parts, subjaxprs
 from ..kernels import channel_last, window_letters
 
 MARK = "fcconv_jax:"
@@ -236,7 +236,7 @@ def _sources(place: _Place) -> list[_Place]:
         inner = [frame.enter(eqn, body) for body in bodies]
         return _variables([(f, f.jaxpr.outvars[index]) for f in inner], axes, sizes)
     if name == "scan":
-        stacked = index >= params["num_carry"]
+        stacked = index >= scan_parts(eqn)[1]
         if stacked and 0 in axes:
             return []
         axes = tuple(axis - stacked for axis in axes)
@@ -311,7 +311,7 @@ def _outer(
     if eqn.primitive.name == "while":
         return None
     if eqn.primitive.name == "scan":
-        consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+        consts, carry = scan_parts(eqn)
         if consts <= index < consts + carry:
             return None
         stacked = index >= consts + carry

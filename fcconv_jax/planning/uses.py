@@ -9,7 +9,7 @@ from typing import Any
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
-from ..jaxprs import Literal, call_body, opened
+from ..jaxprs import Literal, call_body, opened, scan_parts
 
 _MARK = "fcconv_jax parameter:"
 # They keep shape and meaning, so a parameter of another shape passes through as well.
@@ -169,7 +169,7 @@ def _run(
 def _through_scan(
     eqn: Any, tracks: Sequence[_Track | None], found: Mapping[int, Uses]
 ) -> Sequence[_Track | None] | None:
-    consts, carry = eqn.params["num_consts"], eqn.params["num_carry"]
+    consts, carry = scan_parts(eqn)
     inner = list(tracks)
     for i, track in enumerate(tracks):
         if i >= consts + carry and track is not None:

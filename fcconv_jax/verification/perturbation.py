@@ -122,16 +122,16 @@ def _run_scan(
     eqn: Any, ins: list[Any], shift: Any, unmodelled: dict[str, None]
 ) -> tuple[list[Any], Any]:
     p = eqn.params
-    consts = ins[: p["num_consts"]]
-    carry = ins[p["num_consts"] : p["num_consts"] + p["num_carry"]]
-    xs = ins[p["num_consts"] + p["num_carry"] :]
+    first, carried = jaxprs.scan_parts(eqn)
+    consts, xs = ins[:first], ins[first + carried :]
+    carry = ins[first : first + carried]
 
     def body(carry: Any, x: Any) -> Any:
         x, shifts = x
         outs, errors = run_shifted(
             p["jaxpr"], [*consts, *carry, *x], shifts, unmodelled
         )
-        return outs[: p["num_carry"]], (outs[p["num_carry"] :], errors)
+        return outs[:carried], (outs[carried:], errors)
 
     carry, (ys, errors) = lax.scan(
         body, carry, (xs, shift), length=p["length"], reverse=p["reverse"]
