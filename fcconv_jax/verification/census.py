@@ -27,6 +27,8 @@ _COLLECTIVES = (
     "all-gather all-reduce all-to-all collective-broadcast collective-permute "
     "ragged-all-to-all reduce-scatter"
 ).split()
+# A fusion that XLA hands to a compiler of its own, such as Triton.
+_HLO_KERNEL = re.compile(r'"kind":"(__\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -39,11 +41,14 @@ class OpCounts:
     Attributes:
       dots: matrix products.
       convolutions: convolutions.
-      custom_calls: library calls by target name, e.g. cuBLAS or cuDNN ones.
+      custom_calls: library calls and generated kernels by name, e.g. those of cuBLAS,
+        cuDNN or Triton; the products inside a Triton kernel count as dots too.
       collectives: exchanges between devices by kind, e.g. ``"all-reduce"``. XLA puts
         them in while it compiles, so StableHLO has few or none.
       collective_bytes: size of the arrays that each kind makes on one device. XLA
         merges collectives at will, which changes how many there are and not this.
+      copies: copies to another layout, and transposes.
+      fusions: loops that were fused into one.
     """
 
     dots: int = 0
@@ -51,6 +56,8 @@ class OpCounts:
     custom_calls: Mapping[str, int] = dataclasses.field(default_factory=dict)
     collectives: Mapping[str, int] = dataclasses.field(default_factory=dict)
     collective_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    copies: int = 0
+    fusions: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -84,7 +91,7 @@ def count_stablehlo(text: str) -> OpCounts:
                 targets = _STABLEHLO_TARGET.search(line)
                 target = targets and (targets.group(1) or targets.group(2))
                 counter[f"custom_call:{target}"] += 1
-            elif op in ("dot", "dot_general", "convolution"):
+            elif op in ("dot", "dot_general", "convolution", "transpose"):
                 counter[op] += 1
         elif found := _STABLEHLO_CALL.search(line):
             callees[found.group(1)] += 1
@@ -131,6 +138,8 @@ def count_hlo(text: str) -> OpCounts:
             total[f"custom_call:{target.group(1) if target else None}"] += 1
         else:
             total[op] += 1
+            if op == "fusion" and (kernel := _HLO_KERNEL.search(line)):
+                total[f"custom_call:{kernel.group(1)}"] += 1
     counts = _op_counts(total, ("dot", "ragged-dot"))
     return dataclasses.replace(counts, collective_bytes=dict(sorted(exchanged.items())))
 
@@ -157,6 +166,8 @@ def _op_counts(total: collections.Counter, dots: tuple[str, ...]) -> OpCounts:
         convolutions=total["convolution"],
         custom_calls=named("custom_call:"),
         collectives=named("collective:"),
+        copies=total["copy"] + total["transpose"],
+        fusions=total["fusion"],
     )
 
 

@@ -67,10 +67,17 @@ custom_call_target="__cublas$gemm", backend_config={"dot(": 1}
 custom_call_target="__cudnn$convForward"
   %convolution.3 = f32[1,2,2,4]{3,2,1,0} convolution(%x, %y), dim_labels=b01f_01io
   %dotted_fusion = f32[8,4]{1,0} fusion(%p0, %p1), kind=kLoop, calls=%fused_dot
+  %gemm = f32[8,4]{1,0} fusion(%p0, %p1), kind=kCustom, calls=%gemm_computation, \
+backend_config={"fusion_backend_config":{"kind":"__triton_nested_gemm_fusion"}}
+  %copy.1 = bf16[8,4]{1,0:T(8,128)(2,1)S(1)} copy(%args)
+  %copy-start = (f32[8]{0}, f32[8]{0}, u32[]{:S(2)}) copy-start(%args)
 """
-    assert count_hlo(hlo) == OpCounts(
-        0, 1, {"__cublas$gemm": 1, "__cudnn$convForward": 1}
-    )
+    calls = {
+        "__cublas$gemm": 1,
+        "__cudnn$convForward": 1,
+        "__triton_nested_gemm_fusion": 1,
+    }
+    assert count_hlo(hlo) == OpCounts(0, 1, calls, copies=1, fusions=2)
     stablehlo = """
   func.func public @main(%a: tensor<2xf32>) -> tensor<2xf32> {
     %0 = stablehlo.custom_call @foo(%a) : (tensor<2xf32>) -> tensor<2xf32>

@@ -1,0 +1,92 @@
+"""Compiles exported programs ahead of time; runs as a script in a process of its own.
+
+It imports JAX and nothing else, so that it starts quickly and that the model's code is
+not needed. The only argument is a folder: ``job.json`` says what to compile for, each
+``NAME.bin`` is a program from ``jax.export``. ``NAME.hlo`` and ``NAME.json`` are what
+the compiler made of it, ``error.txt`` says what it had against it.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export
+from jax.experimental import topologies
+
+
+def compile_job(folder: Path) -> None:
+    """Compiles every program of a job."""
+    job = json.loads((folder / "job.json").read_text())
+    jax.config.update("jax_enable_x64", job["x64"])
+    topology = topologies.get_topology_desc(**job["topology"])
+    for name in job["programs"]:
+        exported = export.deserialize(bytearray((folder / f"{name}.bin").read_bytes()))
+        started = time.perf_counter()
+        compiled = _compile(exported, job, topology.devices)
+        record = {
+            "seconds": time.perf_counter() - started,
+            "device": topology.devices[0].device_kind,
+            **describe(compiled),
+        }
+        (folder / f"{name}.hlo").write_text(compiled.as_text() or "")
+        (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def _compile(exported: Any, job: Any, devices: Any) -> Any:
+    if job["mesh"] is None:
+        one = jax.sharding.SingleDeviceSharding(devices[0])
+        shardings = [one] * len(exported.in_avals)
+    else:
+        shape = job["mesh"]["shape"]
+        mesh = jax.sharding.Mesh(
+            np.array(devices[: exported.nr_devices]).reshape(shape),
+            job["mesh"]["axis_names"],
+        )
+        replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        shardings = [s or replicated for s in exported.in_shardings_jax(mesh)]
+    flat = [
+        jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)
+        for aval, sharding in zip(exported.in_avals, shardings)
+    ]
+    args, kwargs = jax.tree.unflatten(exported.in_tree, flat)
+    traced = jax.jit(exported.call).trace(*args, **kwargs)
+    return traced.lower(lowering_platforms=tuple(exported.platforms)).compile()
+
+
+def describe(compiled: Any) -> dict[str, Any]:
+    """What a compiled program says of its own cost; None where it does not.
+
+    Example:
+      >>> describe(jax.jit(lambda x: x + 1).lower(1.0).compile())["output_bytes"]
+      4
+    """
+    costs = compiled.cost_analysis()
+    if isinstance(costs, list):  # older backends: one entry a partition
+        costs = costs[0] if costs else None
+    memory = compiled.memory_analysis()
+    return {
+        "flops": costs and costs.get("flops"),
+        "bytes_accessed": costs and costs.get("bytes accessed"),
+        "temp_bytes": getattr(memory, "temp_size_in_bytes", None),
+        "output_bytes": getattr(memory, "output_size_in_bytes", None),
+    }
+
+
+def main() -> None:
+    """Runs the job in the folder that the command line names."""
+    folder = Path(sys.argv[1])
+    try:
+        compile_job(folder)
+    except Exception as error:
+        (folder / "error.txt").write_text(f"{type(error).__name__}: {error}")
+        raise SystemExit(1) from error
+
+
+if __name__ == "__main__":
+    main()
