@@ -76,15 +76,17 @@ def error_bounds(f: Callable[..., Any], *args: Any) -> ErrorModel:
     flat = jax.tree.leaves(args)
     outputs = jax.tree.unflatten(treedef, jax.jit(_program(closed))(*flat))
     unmodelled: dict[str, None] = {}
-    jax.eval_shape(lambda a: run_shifted(closed, a, None, unmodelled), flat)
+    _, errors = jax.eval_shape(lambda a: run_shifted(closed, a, None, unmodelled), flat)
     inexact = tuple(
         i
         for i, leaf in enumerate(jax.tree.leaves(shape))
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     )
 
-    def run(operands: list[Any], shifts: Any) -> tuple[list[Any], Any]:
-        outs, errors = run_shifted(closed, operands, shifts, {})
+    def run(
+        operands: list[Any], shifts: Any, measure: bool = True
+    ) -> tuple[list[Any], Any]:
+        outs, errors = run_shifted(closed, operands, shifts, {} if measure else None)
         return [outs[i] for i in inexact], errors
 
     named = _naming(unmodelled)
@@ -96,7 +98,7 @@ def error_bounds(f: Callable[..., Any], *args: Any) -> ErrorModel:
         inexact=inexact,
         # The operands are arguments: as constants they would be folded by XLA.
         first_order=functools.partial(
-            named(jit(lambda a, cts: _first_order(run, a, cts))), flat
+            named(jit(lambda a, cts: _first_order(run, errors, a, cts))), flat
         ),
         remainder=tuple(np.asarray(r).astype(np.float64) for r in remainder),
     )
@@ -372,13 +374,10 @@ def _program(closed: Any) -> Callable[..., list[Any]]:
     return lambda *operands: jaxprs.evaluate(closed, operands)
 
 
-def _zero_shifts(run: Callable, operands: list[Any]) -> Any:
-    _, errors = jax.eval_shape(lambda a: run(a, None), operands)
-    return jax.tree.map(lambda e: jnp.zeros(e.shape, e.dtype), errors)
-
-
-def _first_order(run: Callable, operands: list[Any], cotangents: list[Any]) -> Any:
-    zeros = _zero_shifts(run, operands)
+def _first_order(
+    run: Callable, shapes: Any, operands: list[Any], cotangents: list[Any]
+) -> Any:
+    zeros = jax.tree.map(lambda e: jnp.zeros(e.shape, e.dtype), shapes)
     _, pullback, errors = jax.vjp(lambda s: run(operands, s), zeros, has_aux=True)
     (slopes,) = pullback(cotangents)
     total, squares = jnp.zeros(()), jnp.zeros(())
@@ -409,8 +408,10 @@ def _remainders(run: Callable, operands: list[Any]) -> list[Any]:
                 for e, start, end in zip(leaves, ends, ends[1:])
             ],
         )
-        y, linear = jax.jvp(lambda s: run(operands, s)[0], (zeros,), (shifts,))
-        moved, _ = run(operands, shifts)
+        y, linear = jax.jvp(
+            lambda s: run(operands, s, measure=False)[0], (zeros,), (shifts,)
+        )
+        moved, _ = run(operands, shifts, measure=False)
         gaps = [m - a - t for m, a, t in zip(moved, y, linear)]
         # A run that was pushed out of the function's domain says nothing.
         return [jnp.where(jnp.isfinite(g), jnp.abs(g), 0) for g in gaps]

@@ -1,0 +1,30 @@
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+
+from fcconv_jax.verification.perturbation import run_shifted
+
+
+def program(x):
+    def body(carry, row):
+        return carry * row, jnp.sin(carry)
+
+    carry, rows = lax.scan(body, x[0], x)
+    return lax.cond(carry[0] > 0, jnp.exp, lambda v: v * v, carry), jax.nn.relu(rows)
+
+
+def test_shifts_act_alike_whether_or_not_errors_are_worked_out():
+    x = jnp.arange(6.0).reshape(3, 2) + 1
+    closed = jax.make_jaxpr(program)(x)
+    unmodelled = {}
+    plain, errors = run_shifted(closed, [x], None, unmodelled)
+    shifts = jax.tree.map(lambda e: jnp.full_like(e, 0.5), errors)
+    shifted, _ = run_shifted(closed, [x], shifts, unmodelled)
+    again, _ = run_shifted(closed, [x], shifts, None)
+    unshifted, _ = run_shifted(closed, [x], None, None)
+    assert not unmodelled
+    for a, b, c, d in zip(plain, shifted, again, unshifted, strict=True):
+        assert not np.array_equal(a, b)
+        np.testing.assert_array_equal(b, c)
+        np.testing.assert_array_equal(a, d)
