@@ -107,6 +107,14 @@ class LayerPlan:
         """How the bias's entries move; None for a layer without bias."""
         return self.leaves[1][1] if len(self.leaves) > 1 else None
 
+    @property
+    def is_product(self) -> bool:
+        """Whether it is one parameter's products in a traced program.
+
+        Else it is a layer of Flax, which is swapped as a whole.
+        """
+        return not self.leaves[0][0]
+
     def inverse(self) -> LayerPlan:
         """The same layer, going the other way."""
         leaves = tuple((name, leaf.inverse()) for name, leaf in self.leaves)
@@ -216,6 +224,12 @@ class Plan(Mapping[str, LayerPlan]):
         """Path of each linear layer left alone, and why."""
         return MappingProxyType(dict(self.left))
 
+    @functools.cached_property
+    def products(self) -> Plan:
+        """The part of the plan that is taken in the traced program, by parameter."""
+        layers = tuple((p, layer) for p, layer in self.layers if layer.is_product)
+        return Plan(self.to, layers)
+
     def inverse(self) -> Plan:
         """The plan that goes the other way: ``plan.inverse().inverse() == plan``."""
         return Plan(
@@ -301,14 +315,20 @@ class Plan(Mapping[str, LayerPlan]):
 
     def __str__(self) -> str:
         lines = [f"{len(self)} layer{'s' * (len(self) != 1)} to {self.to}"]
-        rows = [("path", "layer", "case", "kernel", "order")]
+        rows = [("path", "layer", "case", "kernel", "order", "front end")]
         for path, layer in self.layers:
             kernel = f"{layer.kernel.source} -> {layer.kernel.target}"
             if layer.stack_axes:
                 kernel += f" stacked on {', '.join(map(str, layer.stack_axes))}"
+            taken = "product" if layer.is_product else "layer"
             rows.append(
-                (path or "(root)", layer.layer, layer.case, kernel + "  ", layer.order)
+                (
+                    *(path or "(root)", layer.layer, layer.case),
+                    *(kernel + "  ", layer.order, taken),
+                )
             )
+        if not self.products:  # layers only, as their classes say
+            rows = [row[:-1] for row in rows]
         if len(rows) > 1:
             widths = [max(map(len, column)) for column in zip(*rows)]
             lines += [

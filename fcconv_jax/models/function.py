@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -61,28 +61,46 @@ class ConvertedFunction:
         def converted(static: arguments.Static, arrays: Any) -> Any:
             (params, *inputs), kwargs = static.merge(arrays)
             check_converted(parameter_paths(params), self.plan)
-            params = restore_params(params, self.plan)
-            traced = trace(self.function, (params, *inputs), kwargs)
-            outs = rewrite(traced.program, traced.operands, self._wanted, self._replace)
-            return jax.tree.unflatten(traced.out_tree, outs)
+            return run_rewritten(self.function, self.plan, (params, *inputs), kwargs)
 
         converted.__name__ = _name(self.function)
         return jax.jit(converted, static_argnums=0)
 
-    def _wanted(self, product: Product) -> bool:
-        planned = product.weight.path in self.plan
-        from_dense = form_of(product) == "dense"
-        return (
-            planned
-            and from_dense == (self.plan.to == "conv")
-            and not (product.obstacle)
-        )
 
-    def _replace(self, product: Product, operands: Any) -> Any:
+def run_rewritten(
+    function: Callable[..., Any],
+    plan: Plan,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Traces a function and runs it with the planned products in their other form.
+
+    Args:
+      function: takes params and inputs.
+      plan: of its products.
+      inputs: the params, in the plan's form, then the inputs.
+      kwargs: further inputs.
+
+    Returns:
+      What the function returns.
+
+    Raises:
+      PlanError: the function multiplies a parameter in another way than planned.
+    """
+    params, *rest = inputs
+    traced = trace(function, (restore_params(params, plan), *rest), kwargs)
+
+    def wanted(product: Product) -> bool:
+        planned = product.weight.path in plan
+        return planned and form_of(product) != plan.to and not product.obstacle
+
+    def replace(product: Product, operands: Sequence[Any]) -> Any:
         path = product.weight.path
-        layer = self.plan[path]
-        _check_product(path, product, layer)
-        return run_other_form(product, layer, operands)
+        _check_product(path, product, plan[path])
+        return run_other_form(product, plan[path], operands)
+
+    outs = rewrite(traced.program, traced.operands, wanted, replace)
+    return jax.tree.unflatten(traced.out_tree, outs)
 
 
 def _check_product(path: str, product: Product, layer: LayerPlan) -> None:

@@ -23,8 +23,14 @@ from ..linen_layers import (
     layer_kind,
     module_path,
 )
-from ..params import check_converted, convert_leaf, flatten_with_path
+from ..params import (
+    check_converted,
+    convert_leaf,
+    convert_params,
+    flatten_with_path,
+)
 from ..plan import Form, LayerPlan, Plan, PlanError
+from .function import run_rewritten
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -36,6 +42,9 @@ class ConvertedLinen:
     jitted, one trace per shape: arrays are traced, everything else in the arguments
     (flags, numbers, functions) is static. ``init`` runs as Flax runs it, op by op,
     which keeps the bits of the initializers.
+
+    Where the plan takes products of the model's own code as well, each trace goes
+    that code's own way, with layers swapped, and is rewritten product by product.
 
     Args:
       model: the model that was planned.
@@ -52,7 +61,8 @@ class ConvertedLinen:
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Initialises variables and returns them behind the output."""
         with self._swapping(initialising=True):
-            return self.model.init_with_output(rngs, *args, **kwargs)
+            out, variables = self.model.init_with_output(rngs, *args, **kwargs)
+        return out, self._with_products(variables)
 
     def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
         """Calls the model; ``variables`` hold its params in the plan's form.
@@ -68,7 +78,8 @@ class ConvertedLinen:
     def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Initialises variables from shapes, as ``model.lazy_init`` does."""
         with self._swapping(initialising=True):
-            return self.model.lazy_init(rngs, *args, **kwargs)
+            variables = self.model.lazy_init(rngs, *args, **kwargs)
+        return self._with_products(variables)
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a bound module would run outside of the conversion."""
@@ -94,9 +105,35 @@ class ConvertedLinen:
             shapes = {path: nn.meta.unbox(leaf).shape for path, leaf in leaves}
             check_converted(shapes, self.plan)
             with self._swapping():
+                if self.plan.products:
+                    return self._rewritten(variables, args, kwargs)
                 return self.model.apply(variables, *args, **kwargs)
 
         return jax.jit(apply, static_argnums=0)
+
+    def _rewritten(self, variables: Any, args: Any, kwargs: Any) -> Any:
+        """Calls the model with its layers swapped, and its products replaced."""
+
+        def run(params: Any, state: Any, args: Any, kwargs: Any) -> Any:
+            return self.model.apply({**state, "params": params}, *args, **kwargs)
+
+        products = self.plan.products
+        state = {name: tree for name, tree in variables.items() if name != "params"}
+        inputs = (variables["params"], state, args, kwargs)
+        out = run_rewritten(run, products, inputs, {})
+        if kwargs.get("mutable", False) is False:
+            return out
+        y, updated = out
+        return y, self._with_products(updated)
+
+    def _with_products(self, variables: Any) -> Any:
+        """Variables that come out of the model, with the products' params converted."""
+        products = self.plan.products
+        return (
+            convert_params(variables, products)
+            if "params" in variables and products
+            else variables
+        )
 
     def _swapping(self, initialising: bool = False) -> AbstractContextManager[None]:
         key = ("fcconv_jax", self.plan, initialising)

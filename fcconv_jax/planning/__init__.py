@@ -24,9 +24,11 @@ def make_plan(
 ) -> Plan:
     """Finds the linear layers of a model and how each moves to the other form.
 
-    The model is traced once on abstract inputs: no array is made, nothing is computed.
+    The model is traced on abstract inputs: no array is made, nothing is computed.
     The window of a Dense behind a flatten, and the order of that flatten, are read
-    off the trace.
+    off the trace. Where a linen model has parameters that no layer of Flax reads, it
+    is traced a second time, and their products are planned by the parameter's path,
+    as those of a function are.
 
     Args:
       model: a ``flax.linen`` or ``flax.nnx`` Module; it is left as it is. Or any
@@ -36,7 +38,7 @@ def make_plan(
       to: ``"conv"`` converts Dense and DenseGeneral layers (in NNX, Linear and
         LinearGeneral), ``"dense"`` Conv layers.
       rules: :class:`Rule` or text such as ``"head=7x7"``; the first that matches a
-        module path (for a function, a parameter's path) overrides what the trace says.
+        module path (for a product, a parameter's path) overrides what the trace says.
       rngs: as for ``model.init``; a fixed key by default. NNX models hold
         their own; one that takes ``rngs=`` in its call gets these.
       method: as for ``model.init``; for NNX, a method's name or a function of the

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -19,7 +19,7 @@ from ..functions.forms import (
 )
 from ..functions.products import Product, rewrite
 from ..functions.trace import Traced, trace
-from ..plan import Form, LayerPlan, Plan, Rule
+from ..plan import Form, LayerPlan, Plan, Rule, match_rules
 from .flatten import mark
 from .layers import Call, LeftError, plan_layers
 
@@ -43,30 +43,63 @@ def plan_function(
             "or jax.ShapeDtypeStruct"
         )
     traced = trace(function, inputs, kwargs)
-    source = "dense" if to == "conv" else "conv"
+    layers = find_layers(traced, to)
+    chosen = match_rules(rules, layers)
+    planned, left = plan_products(traced, layers, to, chosen)
+    left |= _unweighted(traced, to)
+    return Plan(to, tuple(planned.items()), tuple(left.items()))
+
+
+def find_layers(
+    traced: Traced, to: Form, known: Container[str] = ()
+) -> dict[str, list[Product]]:
+    """The products in a trace that may go to the other form.
+
+    Args:
+      traced: the function's trace.
+      to: the form to go to.
+      known: parameters that another front end has decided about.
+
+    Returns:
+      By the path of the parameter, its products.
+    """
     layers: dict[str, list[Product]] = {}
-    left: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for eqn, found in traced.program.walk():
-        name = eqn.primitive.name
-        number = counts[name] = counts.get(name, -1) + 1
-        if not isinstance(found, Product):
-            if (name == "dot_general") == (source == "dense"):
-                left[f"{name}[{number}]"] = found
-        elif form_of(found) == source:
+    for _, found in traced.program.walk():
+        if isinstance(found, Product) and form_of(found) != to:
             layers.setdefault(found.weight.path, []).append(found)
+    return {path: products for path, products in layers.items() if path not in known}
+
+
+def plan_products(
+    traced: Traced,
+    layers: Mapping[str, Sequence[Product]],
+    to: Form,
+    chosen: Mapping[str, Rule | None],
+) -> tuple[dict[str, LayerPlan], dict[str, str]]:
+    """Plans the products of each parameter, or says why it is left alone.
+
+    Args:
+      traced: the function's trace.
+      layers: from :func:`find_layers`.
+      to: the form to go to.
+      chosen: the user's rule for each parameter, if any.
+
+    Returns:
+      The plans, and the reasons, by the path of the parameter; reasons also for
+      parameters that come near a product without being a layer's.
+    """
     numbers = {
         id(product): number
         for number, product in enumerate(p for each in layers.values() for p in each)
     }
-    elsewhere = _other_uses(traced, layers, source)
+    elsewhere = _other_uses(traced, layers, to)
     calls = {
         path: [_call(p, numbers[id(p)], elsewhere.get(path)) for p in products]
         for path, products in layers.items()
     }
-    jaxpr = _marked(traced, layers, numbers) if to == "conv" else None
+    jaxpr = _marked(traced, numbers) if to == "conv" else None
     planned, reasons = plan_layers(
-        jaxpr, calls, to, rules, lambda path, _: _stack_axes(layers[path])
+        jaxpr, calls, to, chosen, lambda path, _: _stack_axes(layers[path])
     )
     for path, plan in list(planned.items()):
         try:
@@ -74,8 +107,20 @@ def plan_function(
         except LeftError as reason:
             del planned[path]
             reasons[path] = str(reason)
-    left = {**reasons, **_untouched(traced, layers, planned), **left}
-    return Plan(to, tuple(planned.items()), tuple(left.items()))
+    return planned, {**reasons, **_untouched(traced, layers)}
+
+
+def _unweighted(traced: Traced, to: Form) -> dict[str, str]:
+    """The products of no parameter, numbered in the order of the program."""
+    kind = "dot_general" if to == "conv" else "conv_general_dilated"
+    left: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for eqn, found in traced.program.walk():
+        name = eqn.primitive.name
+        number = counts[name] = counts.get(name, -1) + 1
+        if isinstance(found, str) and name == kind:
+            left[f"{name}[{number}]"] = found
+    return left
 
 
 def _call(product: Product, number: int, elsewhere: str | None) -> Call:
@@ -96,38 +141,33 @@ def _call(product: Product, number: int, elsewhere: str | None) -> Call:
 
 
 def _other_uses(
-    traced: Traced, layers: Mapping[str, Sequence[Product]], source: Form
+    traced: Traced, layers: Mapping[str, Sequence[Product]], to: Form
 ) -> dict[str, str]:
     """For each parameter of a layer, what else happens to it."""
     reasons = {}
     for use in traced.program.uses:
         if use.path in layers:
             reasons[use.path] = f"also {use.reason}"
-    for _, found in traced.program.walk():
+    for eqn, found in traced.program.walk():
         if (
             isinstance(found, Product)
             and found.weight.path in layers
-            and form_of(found) != source
+            and form_of(found) == to
         ):
-            other = found.eqn.primitive.name
-            reasons[found.weight.path] = f"also multiplied in a {other}"
+            reasons[found.weight.path] = f"also multiplied in a {eqn.primitive.name}"
     return reasons
 
 
-def _untouched(
-    traced: Traced, layers: Mapping[str, Any], planned: Mapping[str, LayerPlan]
-) -> dict[str, str]:
+def _untouched(traced: Traced, layers: Mapping[str, Any]) -> dict[str, str]:
     """Parameters that come near a product, or are tables, without being a layer's."""
     return {
         use.path: f"it is {use.reason}"
         for use in traced.program.uses
-        if use.telling and use.path not in layers and use.path not in planned
+        if use.telling and use.path not in layers
     }
 
 
-def _marked(
-    traced: Traced, layers: Mapping[str, Sequence[Product]], numbers: Mapping[int, int]
-) -> Any:
+def _marked(traced: Traced, numbers: Mapping[int, int]) -> Any:
     """The trace again, with the activation of each product marked by its number."""
 
     def replace(product: Product, operands: Sequence[Any]) -> Any:

@@ -11,7 +11,7 @@ from ..equivalence import classify
 from ..forms import holds
 from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..linen_layers import DenseAxes
-from ..plan import Form, LayerPlan, PlanError, Rule, is_order, match_rules
+from ..plan import Form, LayerPlan, PlanError, Rule, is_order
 from .flatten import Features, Flatten, find_flattens
 
 
@@ -37,7 +37,7 @@ def plan_layers(
     jaxpr: Any,
     layers: Mapping[str, Sequence[Call]],
     to: Form,
-    rules: Sequence[Rule],
+    chosen: Mapping[str, Rule | None],
     stack_axes: Callable[[str, Call], tuple[int, ...]],
 ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
     """Plans each layer of a trace, or says why it is left alone.
@@ -46,7 +46,7 @@ def plan_layers(
       jaxpr: the trace, with the input of each call marked by the call's number.
       layers: by path, the calls of each layer that is in the other form.
       to: the form to go to.
-      rules: the user's; the first that matches a path counts.
+      chosen: the user's rule for each path, if any.
       stack_axes: gives the axes that lifted transforms added to a layer's stored
         parameters, or raises :class:`LeftError`.
 
@@ -54,10 +54,9 @@ def plan_layers(
       The plans, and the reasons, by path.
 
     Raises:
-      PlanError: a rule matches no layer, or asks for what cannot be.
+      PlanError: a rule asks for what cannot be.
     """
     flattens = _flattens(jaxpr, layers) if to == "conv" else {}
-    chosen = match_rules(rules, layers)
     planned: dict[str, LayerPlan] = {}
     left: dict[str, str] = {}
     for path, calls in layers.items():

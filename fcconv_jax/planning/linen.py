@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -22,9 +22,10 @@ from ..linen_layers import (
     module_path,
     obstacle,
 )
-from ..plan import Form, Plan, Rule
+from ..plan import Form, Plan, Rule, match_rules
 from .flatten import mark
 from .layers import Call, LeftError, plan_layers
+from .own_parameters import OwnParameters
 
 
 @dataclasses.dataclass
@@ -33,6 +34,7 @@ class _Recorder:
 
     calls: dict[str, list[Call]] = dataclasses.field(default_factory=dict)
     owners: dict[str, str] = dataclasses.field(default_factory=dict)
+    tables: set[str] = dataclasses.field(default_factory=set)
     stack: list[nn.Module] = dataclasses.field(default_factory=list)
     own: OwnCalls = dataclasses.field(default_factory=OwnCalls)
     count: int = 0
@@ -44,6 +46,8 @@ class _Recorder:
                 return next_fun(*args, **kwargs)
             path = module_path(module)
             self.owners[path] = type(module).__name__
+            if isinstance(module, nn.Embed) and context.method_name == "__call__":
+                self.tables.add(f"{path}/embedding".lstrip("/"))
             kind = layer_kind(context)
             self.stack.append(module)
             try:
@@ -147,18 +151,36 @@ def plan_linen(
     with intercepting(recorder, key=recorder_key(recorder)):
         jaxpr, (_, variables) = jax.make_jaxpr(run, return_shape=True)(arrays)
     params = _stored(variables.get("params", {}))
-    own = {
+    calls = {
         path: calls
         for path, calls in recorder.calls.items()
         if f"{path}/kernel".lstrip("/") in params
     }
     source_kinds = ("Conv",) if to == "dense" else ("Dense", "DenseGeneral")
-    layers = {p: c for p, c in own.items() if c[0].kind in source_kinds}
-    planned, left = plan_layers(
-        jaxpr, layers, to, rules, lambda path, call: _stack_axes(path, call, params)
+    layers = {p: c for p, c in calls.items() if c[0].kind in source_kinds}
+    known = {f"{path}/{n}".lstrip("/") for path in calls for n in ("kernel", "bias")}
+    own = OwnParameters.find(
+        _described(params, known | recorder.tables, recorder.owners),
+        known,
+        to,
+        model,
+        _without_stack_axes(variables),
+        (inputs, {**kwargs, "method": method}),
+        rngs,
     )
-    left.update(_other_kernels(params, own, recorder.owners))
-    return Plan(to, tuple(planned.items()), tuple(left.items()))
+    chosen = match_rules(rules, [*layers, *own.layers])
+    planned, left = plan_layers(
+        jaxpr, layers, to, chosen, lambda path, call: _stack_axes(path, call, params)
+    )
+    more, reasons = own.plan(to, chosen)
+    tables = {
+        path: f"the table of an Embed, {_shape(params[path])}: looked up by index; a "
+        "head tied to it (attend) multiplies by the same array"
+        for path in sorted(recorder.tables & params.keys())
+    }
+    layer_plans = {**planned, **more}
+    left = {**left, **reasons, **tables}
+    return Plan(to, tuple(layer_plans.items()), tuple(left.items()))
 
 
 def recorder_key(recorder: _Recorder) -> Any:
@@ -189,28 +211,29 @@ def _stack_axes(path: str, call: Call, params: Mapping[str, Any]) -> tuple[int, 
     return axes
 
 
-def _other_kernels(
-    params: Mapping[str, Any],
-    own: Mapping[str, Sequence[Call]],
-    owners: Mapping[str, str],
+def _without_stack_axes(variables: Any) -> Any:
+    """The variables as the model made them."""
+    return jax.tree.map(
+        lambda leaf: leaf.value if isinstance(leaf, _StackAxes) else leaf,
+        variables,
+        is_leaf=lambda node: isinstance(node, _StackAxes),
+    )
+
+
+def _described(
+    params: Mapping[str, Any], known: Container[str], owners: Mapping[str, str]
 ) -> dict[str, str]:
-    """Parameters of two or more axes that belong to no layer that converts."""
-    left = {}
-    for leaf_path, box in params.items():
-        path, _, name = leaf_path.rpartition("/")
-        shape = tuple(nn.meta.unbox(box).shape)
+    """Whose parameters those of two or more axes are that no layer of Flax reads."""
+    described = {}
+    for leaf, box in params.items():
+        path, _, name = leaf.rpartition("/")
+        shape = _shape(box)
         stacked = len(box.axes) if isinstance(box, _StackAxes) else 0
-        if path in own or len(shape) - stacked < 2:
-            continue
-        owner = owners.get(path, "the model")
-        if owner == "Embed":
-            left[leaf_path] = (
-                f"the table of an Embed, {shape}: looked up by index; a head tied to "
-                "it (attend) multiplies by the same array"
-            )
-        else:
-            left[leaf_path] = (
-                f"{owner} uses its own parameter {name!r} {shape}: no Dense, "
-                "DenseGeneral or Conv layer reads it"
-            )
-    return left
+        if leaf not in known and len(shape) - stacked >= 2:
+            owner = owners.get(path, "the model")
+            described[leaf] = f"{owner} uses its own parameter {name!r} {shape}"
+    return described
+
+
+def _shape(box: Any) -> tuple[int, ...]:
+    return tuple(nn.meta.unbox(box).shape)

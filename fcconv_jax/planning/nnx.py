@@ -12,7 +12,7 @@ from flax import nnx
 
 from .. import arguments, nnx_layers
 from ..linen_layers import conv_geometry
-from ..plan import Form, LayerPlan, Plan, Rule
+from ..plan import Form, LayerPlan, Plan, Rule, match_rules
 from ..variables import is_variable
 from .flatten import mark
 from .layers import Call, LeftError, plan_layers
@@ -115,7 +115,8 @@ def plan_nnx(
     layers = {p: c for p, c in recorder.calls.items() if c[0].kind in source}
     names = [number for number, path in enumerate(stored) if path is not None]
     parameters = _Parameters(stored, find_uses(jaxpr, names), recorder.paths, layers)
-    planned, left = plan_layers(jaxpr, layers, to, rules, parameters.stack_axes)
+    chosen = match_rules(rules, layers)
+    planned, left = plan_layers(jaxpr, layers, to, chosen, parameters.stack_axes)
     _leave_tied(planned, left, parameters)
     planned = {p: parameters.with_ties(p, layer) for p, layer in planned.items()}
     for path, kind in kinds.items():

@@ -293,7 +293,7 @@ def certify_layer(
       >>> certify_layer(plan[""], plan.to).passed
       True
     """
-    if not layer.leaves[0][0]:  # planned by the path of the parameter itself
+    if layer.is_product:
         layer = canonical_layer(layer, to)
     source, target = pair_of_forms(layer, to)
     bias = layer.bias
