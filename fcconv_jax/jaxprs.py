@@ -16,7 +16,6 @@ parameters (``remat2``) and others a closed one; ``scan`` loses ``num_consts`` a
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -165,7 +164,9 @@ def scan_parts(eqn: Any) -> tuple[int, int]:
 
 
 def rerun(
-    eqn: Any, operands: Sequence[Any], run: Callable[[int, Sequence[Any]], list[Any]]
+    eqn: Any,
+    operands: Sequence[Any],
+    runs: Sequence[Callable[[Sequence[Any]], list[Any]]],
 ) -> list[Any]:
     """Runs a call or control flow with other code in the place of its bodies.
 
@@ -175,9 +176,10 @@ def rerun(
     Args:
       eqn: an equation for which :func:`bodies` gives something.
       operands: its operands.
-      run: called as ``run(number, operands)`` in place of body ``number``; may be
-        traced several times. A ``custom_vjp`` must not be given: its rule would be
-        lost.
+      runs: called as ``run(operands)`` in place of the body of the same number; may
+        be traced several times. A ``jit`` and a remat stay what they are, so the same
+        function given again is not traced again. A ``custom_vjp`` must not be given:
+        its rule would be lost.
 
     Returns:
       The outputs.
@@ -185,34 +187,38 @@ def rerun(
     Example:
       >>> import jax
       >>> eqn = jax.make_jaxpr(jax.checkpoint(lambda x: x * 2.0))(1.0).eqns[0]
-      >>> float(rerun(eqn, [3.0], lambda number, operands: [operands[0] + 1])[0])
+      >>> float(rerun(eqn, [3.0], [lambda operands: [operands[0] + 1]])[0])
       4.0
     """
     name, p = eqn.primitive.name, eqn.params
     if name == "scan":
-        return _rerun_scan(eqn, operands, run)
+        return _rerun_scan(eqn, operands, *runs)
     if name == "while":
         first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
         test, body = operands[:first], operands[first:second]
         carry = lax.while_loop(
-            lambda carry: run(0, [*test, *carry])[0],
-            lambda carry: run(1, [*body, *carry]),
+            lambda carry: runs[0]([*test, *carry])[0],
+            lambda carry: runs[1]([*body, *carry]),
             list(operands[second:]),
         )
         return list(carry)
     if name == "cond":
         which, *rest = operands
-        branches = [functools.partial(run, i) for i in range(len(p["branches"]))]
-        return lax.switch(which, branches, rest)
+        return lax.switch(which, runs, rest)
     if name in ("checkpoint", "remat", "remat2"):
-        body = jax.checkpoint(
-            functools.partial(run, 0), prevent_cse=p["prevent_cse"], policy=p["policy"]
-        )
+        body = jax.checkpoint(runs[0], prevent_cse=p["prevent_cse"], policy=p["policy"])
         return body(list(operands))
     if name == "custom_jvp_call":
-        return _rerun_custom_jvp(eqn, operands, run)
+        return _rerun_custom_jvp(eqn, operands, *runs)
     ins = _constrained(operands, p.get("in_shardings"))
-    return _constrained(run(0, ins), p.get("out_shardings"))
+    inner = runs[0] if p.get("inline", True) else _named_jit(runs[0], p["name"])
+    return _constrained(inner(ins), p.get("out_shardings"))
+
+
+def _named_jit(run: Any, name: str) -> Any:
+    """The function jitted, under the name that the program shows."""
+    run.__name__ = run.__qualname__ = name
+    return jax.jit(run)
 
 
 def _rerun_scan(eqn: Any, operands: Sequence[Any], run: Any) -> list[Any]:
@@ -222,7 +228,7 @@ def _rerun_scan(eqn: Any, operands: Sequence[Any], run: Any) -> list[Any]:
     consts = operands[:first]
 
     def body(carry: Any, xs: Any) -> Any:
-        outs = run(0, [*consts, *carry, *xs])
+        outs = run([*consts, *carry, *xs])
         return outs[:carried], outs[carried:]
 
     carry, ys = lax.scan(
@@ -239,7 +245,7 @@ def _rerun_scan(eqn: Any, operands: Sequence[Any], run: Any) -> list[Any]:
 def _rerun_custom_jvp(eqn: Any, operands: Sequence[Any], run: Any) -> list[Any]:
     @jax.custom_jvp
     def call(*operands: Any) -> list[Any]:
-        return list(run(0, operands))
+        return list(run(operands))
 
     @call.defjvp
     def _(primals: Any, tangents: Any) -> Any:

@@ -1,3 +1,5 @@
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -89,7 +91,9 @@ def test_every_body_is_rerun_in_its_place():
             if not bodies or eqn.primitive.name.startswith("custom_vjp"):
                 return jaxprs.bind(eqn, ins)
             seen.add(eqn.primitive.name)
-            return jaxprs.rerun(eqn, ins, lambda i, x: run(bodies[i], x))
+            return jaxprs.rerun(
+                eqn, ins, [functools.partial(run, body) for body in bodies]
+            )
 
         return jaxprs.evaluate(jaxpr, operands, visit)
 

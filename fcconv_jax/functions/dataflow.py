@@ -181,11 +181,10 @@ def _product(
 ) -> Tag:
     """Notes a product, and gives the tag of its result."""
     name = eqn.primitive.name
-    shapes = " and ".join(str(tuple(v.aval.shape)) for v in eqn.invars)
     weights = [i for i, tag in enumerate(ins) if isinstance(tag, Weight)]
     active = [i for i, tag in enumerate(ins) if tag == ACTIVE]
     if len(active) == 2:
-        program.unweighted[id(eqn)] = f"a product of two activations, {shapes}"
+        program.unweighted[id(eqn)] = f"a product of two activations, {_shapes(eqn)}"
     elif len(weights) == len(active) == 1:
         weight: Any = ins[weights[0]]
         obstacle = obstacle or _obstacle(eqn, weights[0])
@@ -201,10 +200,14 @@ def _product(
                 program.uses.append(Use(path, reason, True))
         elif active and not tag.active:
             program.unweighted[id(eqn)] = (
-                f"a product with a constant of the program, {shapes}: no parameter "
-                "holds it; hand it over in params"
+                f"a product with a constant of the program, {_shapes(eqn)}: no "
+                "parameter holds it; hand it over in params"
             )
     return _mixed(ins, name)
+
+
+def _shapes(eqn: Any) -> str:
+    return " and ".join(str(tuple(v.aval.shape)) for v in eqn.invars)
 
 
 def _obstacle(eqn: Any, side: int) -> str | None:

@@ -9,7 +9,7 @@ layer where one operand is a weight and the other depends on the program's input
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from typing import Any
 
 from ..jaxprs import bind, evaluate, opened, rerun
@@ -131,6 +131,8 @@ def rewrite(
     operands: Sequence[Any],
     wanted: Callable[[Product], bool],
     replace: Callable[[Product, Sequence[Any]], Any],
+    alike: Callable[[Product], Hashable] = id,
+    bodies: dict[Hashable, Callable[[Sequence[Any]], list[Any]]] | None = None,
 ) -> list[Any]:
     """Runs a program with other code in the place of some of its products.
 
@@ -139,11 +141,28 @@ def rewrite(
       operands: one value for each input.
       wanted: whether to replace a product.
       replace: gives the result of a product from its operands.
+      alike: what ``replace`` looks at in a product. A body that is run several times
+        with alike products is the same function each time, so that JAX traces it once,
+        as it did the original.
+      bodies: the functions made so far.
 
     Returns:
       The outputs. Calls, loops and branches that hold no wanted product run as they
       are.
     """
+    made = {} if bodies is None else bodies
+
+    def body(inner: Program) -> Callable[[Sequence[Any]], list[Any]]:
+        found = tuple(
+            (id(eqn), alike(product))
+            for eqn, product in inner.walk()
+            if isinstance(product, Product) and wanted(product)
+        )
+
+        def run(operands: Sequence[Any]) -> list[Any]:
+            return rewrite(inner, operands, wanted, replace, alike, made)
+
+        return made.setdefault((id(inner.jaxpr), found), run)
 
     def visit(eqn: Any, ins: list[Any]) -> Sequence[Any]:
         product = program.products.get(id(eqn))
@@ -151,9 +170,7 @@ def rewrite(
             return [replace(product, ins)]
         inner = program.inner.get(id(eqn), [])
         if any(_holds(each, wanted) for each in inner):
-            return rerun(
-                eqn, ins, lambda i, x: rewrite(inner[i], list(x), wanted, replace)
-            )
+            return rerun(eqn, ins, [body(each) for each in inner])
         return bind(eqn, ins)
 
     return evaluate(program.jaxpr, operands, visit)

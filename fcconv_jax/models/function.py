@@ -99,7 +99,11 @@ def run_rewritten(
         _check_product(path, product, plan[path])
         return run_other_form(product, plan[path], operands)
 
-    outs = rewrite(traced.program, traced.operands, wanted, replace)
+    def alike(product: Product) -> Any:
+        weight = product.weight
+        return weight.shape, weight.axes, weight.stack, plan[weight.path]
+
+    outs = rewrite(traced.program, traced.operands, wanted, replace, alike)
     return jax.tree.unflatten(traced.out_tree, outs)
 
 

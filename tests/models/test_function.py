@@ -370,6 +370,41 @@ def test_an_inner_jit_keeps_its_sharding():
     )
 
 
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+def test_a_block_that_runs_often_is_rewritten_once(wrap):
+    """As JAX traces it once; blocks that convert differently are told apart."""
+
+    @wrap
+    def block(p, x):
+        h = jnp.einsum("nf,fo->no", x, p["a"])
+        return x + jnp.where(h > 0, h, 0) @ p["b"]
+
+    def f(params, x):
+        for p in params:
+            x = block(p, x)
+        return x
+
+    params = [integers({"a": (6, 8), "b": (8, 6)}, seed) for seed in range(4)]
+    x = integers((5, 6))
+
+    def distinct_bodies(jaxpr):
+        name = "jit" if wrap is jax.jit else "remat2"
+        calls = [eqn for eqn in jaxpr.eqns if eqn.primitive.name == name]
+        return len(calls), len({id(eqn.params["jaxpr"]) for eqn in calls})
+
+    assert distinct_bodies(jax.make_jaxpr(f)(params, x)) == (4, 1)
+    whole = check(f, params, x)
+    (eqn,) = jax.make_jaxpr(whole.converted)(whole.moved, x).eqns
+    assert distinct_bodies(eqn.params["jaxpr"]) == (4, 1)
+    assert len(whole.plan) == 8
+    part = check(f, params, x, rules=["2/a=skip"])
+    (eqn,) = jax.make_jaxpr(part.converted)(part.moved, x).eqns
+    assert distinct_bodies(eqn.params["jaxpr"]) == (4, 2)
+    assert count_stablehlo(jax.jit(f).lower(params, x).as_text()) != count_stablehlo(
+        jax.jit(part.converted).lower(part.moved, x).as_text()
+    )
+
+
 def test_python_numbers_stay_static():
     def f(p, x, repeats):
         for _ in range(repeats):
