@@ -6,7 +6,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ..functions.trace import is_function
+from ..functions.trace import is_function, not_a_model
 from ..plan import Plan
 from ..variables import is_nnx_module
 from .linen import ConvertedLinen
@@ -58,8 +58,5 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
 
         return ConvertedFunction(model, plan)
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            "convert_model takes a flax.linen or flax.nnx Module or a function of "
-            f"params and inputs, got {type(model).__name__}"
-        )
+        raise not_a_model("convert_model", model)
     return ConvertedLinen(model, plan)

@@ -7,7 +7,7 @@ from typing import Any
 
 import flax.linen as nn
 
-from ..functions.trace import is_function
+from ..functions.trace import is_function, not_a_model
 from ..plan import Form, Plan, PlanError, Rule, as_rules
 from ..variables import is_nnx_module
 from .linen import plan_linen
@@ -79,8 +79,5 @@ def make_plan(
         kwargs |= {name: value for name, value in own.items() if value is not None}
         return plan_function(model, inputs, to, as_rules(rules), kwargs)
     if not isinstance(model, nn.Module):
-        raise TypeError(
-            "make_plan takes a flax.linen or flax.nnx Module or a function of params "
-            f"and inputs, got {type(model).__name__}"
-        )
+        raise not_a_model("make_plan", model)
     return plan_linen(model, inputs, to, as_rules(rules), rngs, method, kwargs)

@@ -234,3 +234,24 @@ def test_no_second_trace_where_layers_explain_every_parameter():
         traced.clear()
         fc.make_plan(Net(own), zeros(2, dtype=jnp.int32))
         assert len(traced) == times
+
+
+def test_an_object_around_a_linen_module_is_refused_with_the_way_out():
+    class Pretrained:
+        """As transformers' FlaxPreTrainedModel: a module, its params, and a call."""
+
+        module = nn.Dense(3)
+
+        def __call__(self, x, params: Any = None):
+            return self.module.apply({"params": params}, x)
+
+    model, x = Pretrained(), zeros(2, 4)
+    for refused in (
+        lambda: fc.make_plan(model, x),
+        lambda: fc.convert_model(model, fc.Plan("conv")),
+    ):
+        with pytest.raises(TypeError, match=r"Pretrained .* hand over model\.module"):
+            refused()
+    params = {"kernel": zeros(4, 3), "bias": zeros(3)}
+    plan = fc.make_plan(lambda params, x: model(x, params=params), params, x)
+    assert set(plan) == {"kernel"}
