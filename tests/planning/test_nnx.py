@@ -1,3 +1,4 @@
+import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -419,11 +420,38 @@ def test_linen_inside_nnx_is_left_by_name():
     assert "a linen module inside ToNNX" in plan.skipped["kernel"]
 
 
-def test_nnx_inside_linen_is_left_by_name():
-    model = nnx.bridge.ToLinen(nnx.Linear, args=(4, 3))
-    plan = fc.make_plan(model, np.ones((2, 4), np.float32))
-    assert not plan
-    assert "ToLinen uses its own parameter" in plan.skipped["kernel"]
+class Inner(nnx.Module):
+    """With parameters, statistics and randomness, to stand inside a linen model."""
+
+    def __init__(self, features, *, rngs):
+        self.fc = nnx.Linear(4, features, rngs=rngs)
+        self.bn = nnx.BatchNorm(features, rngs=rngs)
+        self.dropout = nnx.Dropout(0.5, rngs=rngs)
+        self.w = nnx.Param(jnp.ones((features, 2)))
+
+    def __call__(self, x):
+        return self.dropout(self.bn(nnx.relu(self.fc(x)))) @ self.w[...]
+
+
+def test_nnx_inside_linen_converts_by_its_products():
+    class Outer(linen.Module):
+        @linen.compact
+        def __call__(self, x):
+            x = linen.Dense(4)(x)
+            return nnx.bridge.ToLinen(Inner, args=(5,), name="inner")(x)
+
+    model, x = Outer(), jax.random.normal(jax.random.key(1), (6, 4))
+    rngs = {"params": jax.random.key(0), "dropout": jax.random.key(2)}
+    variables = model.init(rngs, x)
+    plan = fc.make_plan(model, x, rngs=rngs)
+    assert set(plan) == {"Dense_0", "inner/fc/kernel", "inner/w"}
+    moved, conv = fc.convert_params(variables, plan), fc.convert_model(model, plan)
+    options = {"rngs": {"dropout": jax.random.key(2)}, "mutable": ["batch_stats"]}
+    y, stats = model.apply(variables, x, **options)
+    z, there = conv.apply(moved, x, **options)
+    np.testing.assert_allclose(y, z, atol=1e-5)
+    chex.assert_trees_all_close(dict(stats), dict(there), atol=1e-5)
+    chex.assert_trees_all_equal(conv.init(rngs, x)["params"], moved["params"])
 
 
 def test_another_kind_of_model_is_refused():
