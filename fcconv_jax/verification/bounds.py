@@ -33,21 +33,18 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax import lax
 
-from .. import jaxprs
-from .perturbation import UnboundedError, run_shifted
+from .compiling import Compiling
+from .sensitivity import Functional, Sensitivity
 
 # Root-sum-squares allowed by ``likely``.
 _DEVIATIONS = 7
-# Pairs of opposite random signs for the sampled part.
-_SAMPLES = 4
 
 
 def error_bounds(f: Callable[..., Any], *args: Any) -> ErrorModel:
@@ -55,7 +52,8 @@ def error_bounds(f: Callable[..., Any], *args: Any) -> ErrorModel:
 
     Args:
       f: any JAX function of PyTrees of arrays: a model, its gradient, an optimizer
-        step. It is traced once; its output is computed once, under ``jax.jit``.
+        step. It is traced once. It and its error model compile in the background, and
+        run when they are asked for something.
       *args: PyTrees of arrays.
 
     Returns:
@@ -63,7 +61,7 @@ def error_bounds(f: Callable[..., Any], *args: Any) -> ErrorModel:
 
     Raises:
       UnboundedError: floats go through a ``while`` loop, or a primitive without a rule
-        cannot be differentiated (this may show only when a bound is asked for).
+        cannot be differentiated.
 
     Example:
       >>> import jax.numpy as jnp
@@ -71,37 +69,14 @@ def error_bounds(f: Callable[..., Any], *args: Any) -> ErrorModel:
       >>> float(model.outputs), bool(0 < model.bound(jnp.float32(1.0)) < 1e-4)
       (8.0, True)
     """
-    closed, shape = jax.make_jaxpr(f, return_shape=True)(*args)
-    treedef = jax.tree.structure(shape)
-    flat = jax.tree.leaves(args)
-    outputs = jax.tree.unflatten(treedef, jax.jit(_program(closed))(*flat))
-    unmodelled: dict[str, None] = {}
-    _, errors = jax.eval_shape(lambda a: run_shifted(closed, a, None, unmodelled), flat)
+    flat, treedef = jax.tree.flatten(args)
+    program = Compiling(lambda flat: f(*jax.tree.unflatten(treedef, flat)), flat)
     inexact = tuple(
         i
-        for i, leaf in enumerate(jax.tree.leaves(shape))
+        for i, leaf in enumerate(jax.tree.leaves(program.out_info))
         if jnp.issubdtype(leaf.dtype, jnp.inexact)
     )
-
-    def run(
-        operands: list[Any], shifts: Any, measure: bool = True
-    ) -> tuple[list[Any], Any]:
-        outs, errors = run_shifted(closed, operands, shifts, {} if measure else None)
-        return [outs[i] for i in inexact], errors
-
-    named = _naming(unmodelled)
-    jit = _quick_jit()
-    remainder = named(jit(lambda a: _remainders(run, a)))(flat) if inexact else []
-    return ErrorModel(
-        outputs=outputs,
-        unmodelled=tuple(unmodelled),
-        inexact=inexact,
-        # The operands are arguments: as constants they would be folded by XLA.
-        first_order=functools.partial(
-            named(jit(lambda a, cts: _first_order(run, errors, a, cts))), flat
-        ),
-        remainder=tuple(np.asarray(r).astype(np.float64) for r in remainder),
-    )
+    return ErrorModel(program, Sensitivity(program.jaxpr, flat, inexact), inexact)
 
 
 def compare(reference: ErrorModel, got: Any) -> list[LeafComparison]:
@@ -137,9 +112,17 @@ def compare(reference: ErrorModel, got: Any) -> list[LeafComparison]:
             f"outputs differ in structure: expected "
             f"{jax.tree.structure(reference.outputs)}, got {jax.tree.structure(got)}"
         )
-    return [
+    found = [
         _compare_leaf(reference, number, path, leaf, other)
         for number, ((path, leaf), other) in enumerate(zip(want, jax.tree.leaves(got)))
+    ]
+    open_ = [each for each in found if isinstance(each, _Difference)]
+    functionals = [f for each in open_ for f in each.functionals()]
+    weights = {each.number: each.signs for each in open_}
+    # One run for all of them.
+    bounds = iter(reference.bounds(functionals, weights) if functionals else [])
+    return [
+        each.judged(bounds) if isinstance(each, _Difference) else each for each in found
     ]
 
 
@@ -157,6 +140,7 @@ class LeafComparison:
       l1_bound: the bound on it.
       passed: whether every tested functional is within its (finite) bound.
       reason: what was found when not passed, else ''.
+      nonfinite: entries that are NaN or infinite, the same in both: they tell nothing.
     """
 
     path: str
@@ -168,32 +152,44 @@ class LeafComparison:
     passed: bool
     reason: str = ""
     likely_bound: float = 0.0
+    nonfinite: int = 0
 
     @property
     def tightness(self) -> float:
         """Bound over error at the worst coordinate; below 1 is a failure."""
         return self.bound / self.max_abs_error if self.max_abs_error else float("inf")
 
+    @property
+    def likely_tightness(self) -> float:
+        """Likely bound over error there; below 1 is remarkable."""
+        if not self.max_abs_error:
+            return float("inf")
+        return self.likely_bound / self.max_abs_error
 
-@dataclasses.dataclass(frozen=True)
+
+@dataclasses.dataclass(frozen=True, eq=False)
 class ErrorModel:
     """The outputs of a program and the bound on their errors.
 
     Attributes:
-      outputs: what the program computed.
-      unmodelled: primitives whose own rounding is not in the bound; empty is good.
+      program: the program.
+      sensitivity: how local errors reach its outputs.
       inexact: positions of the float leaves among the output leaves.
-      first_order: for cotangents of the float leaves, the sum of |derivative| * error
-        and the root of the sum of its squares.
-      remainder: for each float leaf, samples (K, *shape) of the size of what is not
-        first order, in float64.
     """
 
-    outputs: Any
-    unmodelled: tuple[str, ...]
+    program: Compiling
+    sensitivity: Sensitivity
     inexact: tuple[int, ...]
-    first_order: Callable[[list[Any]], tuple[jax.Array, jax.Array]]
-    remainder: tuple[np.ndarray, ...]
+
+    @functools.cached_property
+    def outputs(self) -> Any:
+        """What the program computed."""
+        return self.program(self.sensitivity.operands)
+
+    @property
+    def unmodelled(self) -> tuple[str, ...]:
+        """Primitives whose own rounding is not in the bound; empty is good."""
+        return self.sensitivity.unmodelled
 
     def bound(self, cotangents: Any, *, programs: int = 2) -> float:
         """Bounds the error of ``sum(cotangents * outputs)``.
@@ -203,46 +199,81 @@ class ErrorModel:
           programs: 2 for the difference of two programs, 1 for the error of one
             against exact arithmetic.
         """
-        leaves = jax.tree.leaves(cotangents)
-        return self._bounds({i: leaves[i] for i in self.inexact}, programs)[0]
+        return self._both(cotangents, programs)[0]
 
     def likely(self, cotangents: Any, *, programs: int = 2) -> float:
         """Bounds it with probability 1 - 5e-11 if rounding errors are independent.
 
         Takes and returns what ``bound`` does.
         """
-        leaves = jax.tree.leaves(cotangents)
-        return self._bounds({i: leaves[i] for i in self.inexact}, programs)[1]
+        return self._both(cotangents, programs)[1]
 
-    def _bounds(self, cotangents: dict[int, Any], programs: int) -> tuple[float, float]:
-        """Both for some of the leaves; the others have cotangent 0."""
-        # NumPy: as JAX operations these would compile anew for the shape of each leaf.
-        flat = jax.tree.leaves(self.outputs)
-        cts, sampled = [], 0.0
-        for i, samples in zip(self.inexact, self.remainder):
-            ct = np.asarray(cotangents.get(i, 0)).astype(flat[i].dtype)
-            cts.append(np.broadcast_to(ct, flat[i].shape))
-            if i in cotangents:
-                weighted = samples * np.abs(ct).astype(samples.dtype)
-                sampled += float(weighted.reshape(len(samples), -1).sum(1).max())
-        total, root = map(float, self.first_order(cts))
-        likely = min(programs * total, _DEVIATIONS * programs**0.5 * root)
-        return programs * total + sampled, likely + sampled
+    def _both(self, cotangents: Any, programs: int) -> tuple[float, float]:
+        leaves = jax.tree.leaves(cotangents)
+        weights = {i: np.asarray(leaves[i]) for i in self.inexact}
+        return self.bounds([Functional()], weights, programs)[0]
+
+    def bounds(
+        self,
+        functionals: Sequence[Functional],
+        weights: Mapping[int, Any],
+        programs: int = 2,
+    ) -> list[tuple[float, float]]:
+        """Both bounds for several functionals at once.
+
+        Args:
+          functionals: their leaves are numbered among all output leaves.
+          weights: for each such leaf its weights; 0 where there are none.
+          programs: as for :meth:`bound`.
+        """
+        flat = jax.tree.leaves(self.program.out_info)
+        full = []
+        for i in self.inexact:
+            # NumPy: as JAX operations these would compile anew for each shape.
+            w = np.asarray(weights.get(i, 0)).astype(flat[i].dtype)
+            full.append(np.broadcast_to(w, flat[i].shape))
+        number = {leaf: j for j, leaf in enumerate(self.inexact)}
+        inner = [
+            Functional(None if f.leaf is None else number[f.leaf], f.place)
+            for f in functionals
+        ]
+        found = []
+        for f, total, root in zip(inner, *self.sensitivity.first_order(inner, full)):
+            sampled = self._sampled(f, full)
+            likely = min(programs * total, _DEVIATIONS * programs**0.5 * root)
+            found.append((float(programs * total + sampled), float(likely + sampled)))
+        return found
+
+    def _sampled(self, functional: Functional, weights: Sequence[Any]) -> float:
+        total = 0.0
+        for j, samples in enumerate(self.sensitivity.remainder):
+            if functional.leaf not in (None, j):
+                continue
+            rows = samples.reshape(len(samples), -1)
+            if functional.place is None:
+                size = np.abs(weights[j]).astype(rows.dtype).reshape(-1)
+                total += float((rows * size).sum(1).max())
+            else:
+                total += float(rows[:, functional.place].max())
+        return total
 
 
 def _compare_leaf(
     reference: ErrorModel, number: int, path: Any, want: Any, got: Any
-) -> LeafComparison:
+) -> LeafComparison | _Difference:
     name = jax.tree_util.keystr(path, simple=True, separator="/")
-    fail = (float("inf"), (), 0.0, float("inf"), 0.0, False)
+
+    def fail(reason: str) -> LeafComparison:
+        return LeafComparison(
+            name, float("inf"), (), 0.0, float("inf"), 0.0, False, reason
+        )
+
     if jnp.shape(want) != jnp.shape(got) or jnp.result_type(want) != (
         jnp.result_type(got)
     ):
-        return LeafComparison(
-            name,
-            *fail,
+        return fail(
             f"expected {jnp.result_type(want)}{jnp.shape(want)}, "
-            f"got {jnp.result_type(got)}{jnp.shape(got)}",
+            f"got {jnp.result_type(got)}{jnp.shape(got)}"
         )
     if jnp.issubdtype(jnp.result_type(want), jax.dtypes.prng_key):
         want, got = jax.random.key_data(want), jax.random.key_data(got)
@@ -252,76 +283,99 @@ def _compare_leaf(
         if not len(wrong):
             return LeafComparison(name, 0.0, (), 0.0, 0.0, 0.0, True)
         index = tuple(int(i) for i in wrong[0])
-        return LeafComparison(
-            name, *fail, f"expected {a[index]} at {index}, got {b[index]}; no rounding"
-        )
+        return fail(f"expected {a[index]} at {index}, got {b[index]}; no rounding")
     wide = np.complex128 if np.iscomplexobj(a) else np.float64
     a, b = a.astype(wide), b.astype(wide)
     finite = np.isfinite(a)
     wrong = np.argwhere(~np.where(finite, np.isfinite(b), _same(a, b)))
     if len(wrong):
         index = tuple(int(i) for i in wrong[0])
-        return LeafComparison(
-            name, *fail, f"expected {a[index]} at {index}, got {b[index]}"
-        )
-    if not a.size:
-        return LeafComparison(name, 0.0, (), 0.0, 0.0, 0.0, True)
+        return fail(f"expected {a[index]} at {index}, got {b[index]}")
+    nonfinite = int(a.size - finite.sum())
+    if nonfinite == a.size:
+        return LeafComparison(name, 0.0, (), 0.0, 0.0, 0.0, True, nonfinite=nonfinite)
     difference = np.where(finite, b, 0) - np.where(finite, a, 0)
-    return _bounded(reference, number, name, np.where(finite, a, 0), difference)
+    return _Difference(name, number, np.where(finite, a, 0), difference, nonfinite)
 
 
-def _bounded(
-    reference: ErrorModel, number: int, name: str, want: Any, difference: Any
-) -> LeafComparison:
-    error = abs(difference)
-    size = abs(want)
-    worst = _argmax(error)
-    with np.errstate(divide="ignore", invalid="ignore"):
-        relative = [
-            _argmax(error / (size + size.mean())),
-            _argmax(np.where(size > 0, error / size, 0)),
-        ]
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Difference:
+    """A float leaf whose difference is known and whose bounds are not yet."""
 
-    def at(index: tuple[int, ...]) -> tuple[float, float]:
-        one = np.zeros(want.shape, want.dtype)
-        one[index] = 1
-        return reference._bounds({number: one}, 2)
+    name: str
+    number: int
+    want: np.ndarray
+    difference: np.ndarray
+    nonfinite: int
 
-    bound, likely = at(worst)
-    checks = [
-        (
-            error[worst],
-            bound,
-            f"differs by {{:.3g}} at {worst}, more than the bound {{:.3g}}",
-        )
-    ]
-    l1_bound = 0.0
-    if error[worst] > 0:
+    @functools.cached_property
+    def error(self) -> np.ndarray:
+        return abs(self.difference)
+
+    @functools.cached_property
+    def signs(self) -> np.ndarray:
         # For complex y the functional is Re <c, y>, with c of modulus one.
-        signs = np.where(error > 0, difference / np.where(error > 0, error, 1), 0)
-        l1_bound = reference._bounds({number: signs.conj()}, 2)[0]
-        if error.size > 1:
-            text = "differences sum to {:.3g}, more than the bound {:.3g}"
-            checks.append((error.sum(), l1_bound, text))
-        for index in dict.fromkeys(relative):
-            if index != worst:
-                text = f"differs by {{:.3g}} at {index}, more than the bound {{:.3g}}"
-                checks.append((error[index], at(index)[0], text))
-    failed = [
-        text.format(found, limit)
-        for found, limit, text in checks
-        if found and not (found <= limit < float("inf"))
-    ]
-    return LeafComparison(
-        name,
-        float(error[worst]),
-        worst,
-        bound,
-        float(error.sum()),
-        l1_bound,
-        not failed,
-        "; ".join(failed),
-        likely,
+        error = self.error
+        signs = np.where(error > 0, self.difference / np.where(error > 0, error, 1), 0)
+        return signs.conj()
+
+    @functools.cached_property
+    def places(self) -> list[tuple[int, ...]]:
+        """The largest difference, and the largest ones for their size."""
+        size = abs(self.want)
+        with np.errstate(divide="ignore", invalid="ignore"):
+            relative = [
+                _argmax(self.error / (size + size.mean())),
+                _argmax(np.where(size > 0, self.error / size, 0)),
+            ]
+        worst = _argmax(self.error)
+        found = dict.fromkeys([worst, *relative] if self.error[worst] > 0 else [worst])
+        return list(found)
+
+    def functionals(self) -> list[Functional]:
+        shape = self.want.shape
+        flat = [int(np.ravel_multi_index(i, shape)) if i else 0 for i in self.places]
+        whole = [Functional(self.number)] if self.error[self.places[0]] > 0 else []
+        return [Functional(self.number, place) for place in flat] + whole
+
+    def judged(self, bounds: Iterator[tuple[float, float]]) -> LeafComparison:
+        limits = [next(bounds) for _ in self.places]
+        worst, (bound, likely) = self.places[0], limits[0]
+        error = self.error
+        checks = [
+            (error[index], limit, f"differs by {{:.3g}} at {index}")
+            for index, (limit, _) in zip(self.places, limits)
+        ]
+        l1_bound = 0.0
+        if error[worst] > 0:
+            l1_bound = next(bounds)[0]
+            if error.size > 1:
+                checks.append((error.sum(), l1_bound, "differences sum to {:.3g}"))
+        failed = [
+            text.format(found) + _against(limit)
+            for found, limit, text in checks
+            if found and not (found <= limit < float("inf"))
+        ]
+        return LeafComparison(
+            self.name,
+            float(error[worst]),
+            worst,
+            bound,
+            float(error.sum()),
+            l1_bound,
+            not failed,
+            "; ".join(failed),
+            likely,
+            self.nonfinite,
+        )
+
+
+def _against(limit: float) -> str:
+    if limit < float("inf"):
+        return f", more than the bound {limit:.3g}"
+    return (
+        ", and no finite bound exists: the magnitudes that are summed overflow, or the "
+        "program goes through infinities or NaN"
     )
 
 
@@ -331,91 +385,3 @@ def _same(a: np.ndarray, b: np.ndarray) -> np.ndarray:
 
 def _argmax(x: np.ndarray) -> tuple[int, ...]:
     return tuple(int(i) for i in np.unravel_index(np.argmax(x), x.shape))
-
-
-def _naming(unmodelled: dict[str, None]) -> Callable[[Callable], Callable]:
-    """Makes a failure to differentiate name the primitives that may be its cause."""
-
-    def wrap(f: Callable) -> Callable:
-        def named(*operands: Any) -> Any:
-            try:
-                return f(*operands)
-            except (ValueError, NotImplementedError) as error:
-                if not unmodelled:
-                    raise
-                raise UnboundedError(
-                    f"no derivative through {', '.join(unmodelled)}, which also has no "
-                    "rounding rule: compare a function without it"
-                ) from error
-
-        return named
-
-    return wrap
-
-
-@functools.cache
-def _quick_jit() -> Callable[[Callable], Any]:
-    """``jit`` for programs that run a few times: their compile time is what counts."""
-    if jax.default_backend() != "cpu":
-        return jax.jit
-    options: Any = {
-        "xla_backend_optimization_level": 0,
-        "xla_cpu_use_fusion_emitters": False,
-    }
-    quick = functools.partial(jax.jit, compiler_options=options)
-    try:
-        quick(lambda x: x)(0.0)
-    except jax.errors.JaxRuntimeError:  # an XLA that no longer knows these options
-        return jax.jit
-    return quick
-
-
-def _program(closed: Any) -> Callable[..., list[Any]]:
-    return lambda *operands: jaxprs.evaluate(closed, operands)
-
-
-def _first_order(
-    run: Callable, shapes: Any, operands: list[Any], cotangents: list[Any]
-) -> Any:
-    zeros = jax.tree.map(lambda e: jnp.zeros(e.shape, e.dtype), shapes)
-    _, pullback, errors = jax.vjp(lambda s: run(operands, s), zeros, has_aux=True)
-    (slopes,) = pullback(cotangents)
-    total, squares = jnp.zeros(()), jnp.zeros(())
-    for slope, error in zip(jax.tree.leaves(slopes), jax.tree.leaves(errors)):
-        # Results below the smallest normal number may be flushed to zero.
-        size = jnp.abs(slope)
-        error = jnp.abs(error) + jnp.finfo(size.dtype).tiny
-        product = jnp.where(size == 0, 0, size * error)
-        total += jnp.sum(product)
-        squares += jnp.sum(jnp.square(product))
-    return total, jnp.sqrt(squares)
-
-
-def _remainders(run: Callable, operands: list[Any]) -> list[Any]:
-    """Samples y(s) - y(0) - y'(0) s at |s| = twice the local errors."""
-    _, errors = run(operands, None)
-    leaves, treedef = jax.tree.flatten(errors)
-    zeros = jax.tree.unflatten(treedef, [jnp.zeros_like(e) for e in leaves])
-
-    def sample(key: jax.Array, sign: jax.Array) -> list[Any]:
-        # One draw for all: hundreds of small ones take long to compile.
-        ends = np.cumsum([0] + [e.size for e in leaves])
-        signs = sign * jax.random.rademacher(key, (int(ends[-1]),), jnp.int8)
-        shifts = jax.tree.unflatten(
-            treedef,
-            [
-                2 * e * signs[start:end].reshape(e.shape).astype(e.dtype)
-                for e, start, end in zip(leaves, ends, ends[1:])
-            ],
-        )
-        y, linear = jax.jvp(
-            lambda s: run(operands, s, measure=False)[0], (zeros,), (shifts,)
-        )
-        moved, _ = run(operands, shifts, measure=False)
-        gaps = [m - a - t for m, a, t in zip(moved, y, linear)]
-        # A run that was pushed out of the function's domain says nothing.
-        return [jnp.where(jnp.isfinite(g), jnp.abs(g), 0) for g in gaps]
-
-    keys = jax.random.split(jax.random.key(0), _SAMPLES)
-    signs = jnp.tile(jnp.array([1, -1], jnp.int8), _SAMPLES)
-    return lax.map(lambda pair: sample(*pair), (jnp.repeat(keys, 2), signs))

@@ -32,6 +32,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .compiling import Compiling
 from .precision import (
     Arithmetic,
     measure_precision,
@@ -46,6 +47,32 @@ _MISS = 1e-9
 def certify(
     source_form: Callable[[Any, Any, Any], Any],
     target_form: Callable[[Any, Any, Any], Any],
+    **options: Any,
+) -> Certificate:
+    """Checks ``source_form(x, k, b) == target_form(x, map_kernel(k), map_bias(b))``.
+
+    Takes what :func:`prepare_certificate` takes, and waits for the result.
+
+    Example:
+      >>> import jax
+      >>> certificate = certify(
+      ...     lambda x, k, b: x @ k + b,
+      ...     lambda x, k, b: (x[:, None] @ k[0] + b)[:, 0],
+      ...     x=jax.ShapeDtypeStruct((2, 6), "float32"),
+      ...     kernel=jax.ShapeDtypeStruct((6, 3), "float32"),
+      ...     bias=jax.ShapeDtypeStruct((3,), "float32"),
+      ...     map_kernel=lambda k: k[None],
+      ...     reduction=6,
+      ... )
+      >>> certificate.passed, certificate.proved, certificate.miss_probability < 1e-9
+      (True, True, True)
+    """
+    return prepare_certificate(source_form, target_form, **options)()
+
+
+def prepare_certificate(
+    source_form: Callable[[Any, Any, Any], Any],
+    target_form: Callable[[Any, Any, Any], Any],
     *,
     x: jax.ShapeDtypeStruct,
     kernel: jax.ShapeDtypeStruct,
@@ -58,8 +85,8 @@ def certify(
     precision: Any = None,
     seed: int = 0,
     device: Any = None,
-) -> Certificate:
-    """Checks ``source_form(x, k, b) == target_form(x, map_kernel(k), map_bias(b))``.
+) -> Callable[[], Certificate]:
+    """Prepares :func:`certify`: both forms compile in the background.
 
     Args:
       source_form: the layer as it is, a function of x, kernel and bias (None without).
@@ -82,64 +109,56 @@ def certify(
       device: where to run; None is JAX's default device.
 
     Returns:
-      The certificate; ``passed`` is False with the first mismatch if there is one.
+      A function that runs the probes and gives the certificate; ``passed`` is False
+      with the first mismatch if there is one.
 
     Raises:
       ValueError: the dtype cannot hold even sums of two products exactly, or
         ``reduction_index`` has the wrong shape.
-
-    Example:
-      >>> import jax
-      >>> certificate = certify(
-      ...     lambda x, k, b: x @ k + b,
-      ...     lambda x, k, b: (x[:, None] @ k[0] + b)[:, 0],
-      ...     x=jax.ShapeDtypeStruct((2, 6), "float32"),
-      ...     kernel=jax.ShapeDtypeStruct((6, 3), "float32"),
-      ...     bias=jax.ShapeDtypeStruct((3,), "float32"),
-      ...     map_kernel=lambda k: k[None],
-      ...     reduction=6,
-      ... )
-      >>> certificate.passed, certificate.proved, certificate.miss_probability < 1e-9
-      (True, True, True)
     """
-    source, target = jax.jit(source_form), jax.jit(target_form)
     shapes = (x, kernel, bias)
-    out = jax.eval_shape(source, *shapes)
     mapped = jax.eval_shape(lambda k, b: (map_kernel(k), map_bias(b)), kernel, bias)
-    other = jax.eval_shape(target, x, *mapped)
+    source = Compiling(source_form, *_placed(shapes, device))
+    target = Compiling(target_form, *_placed((x, *mapped), device))
+    out, other = source.out_info, target.out_info
     arithmetic = _arithmetic(x.dtype, kernel.dtype, out.dtype, precision, device)
     plan = _plan_draws(arithmetic, _integer_limits(shapes, out), reduction, probes)
     classes = _classes(x, reduction, reduction_index, plan)
-    mismatch = None
+    wrong = None
     if (out.shape, out.dtype) != (other.shape, other.dtype):
-        mismatch = Mismatch(
+        wrong = Mismatch(
             (), f"{other.dtype}{other.shape}", f"{out.dtype}{out.shape}", "shapes"
         )
-    rng = np.random.default_rng(seed)
-    random = _random_draws(rng, shapes, plan, classes)
-    placement = list(_placement_draws(shapes, plan)) if not mismatch else []
-    seen = 0
-    for kind, draws in (("placement", placement), ("random", random)):
-        for number, (xs, k, b) in enumerate(draws):
-            if mismatch:
-                break
-            xs, k = _put(xs, x, device), _put(k, kernel, device)
-            b = None if bias is None else _put(b, bias, device)
-            want = np.asarray(source(xs, k, b))
-            got = np.asarray(target(xs, map_kernel(k), map_bias(b)))
-            mismatch = _first_mismatch(want, got, f"{kind} probe {number}")
-            seen += 1
-    return Certificate(
-        passed=mismatch is None,
-        proved=mismatch is None and bool(placement),
-        probes=plan.probes,
-        calls=seen,
-        set_size=plan.set_size,
-        miss_probability=min(1.0, (2 / plan.set_size) ** plan.probes),
-        dtype=str(jnp.dtype(x.dtype)),
-        arithmetic=arithmetic,
-        mismatch=mismatch,
-    )
+
+    def run() -> Certificate:
+        mismatch = wrong
+        rng = np.random.default_rng(seed)
+        random = _random_draws(rng, shapes, plan, classes)
+        placement = list(_placement_draws(shapes, plan)) if not mismatch else []
+        seen = 0
+        for kind, draws in (("placement", placement), ("random", random)):
+            for number, (xs, k, b) in enumerate(draws):
+                if mismatch:
+                    break
+                xs, k = _put(xs, x, device), _put(k, kernel, device)
+                b = None if bias is None else _put(b, bias, device)
+                want = np.asarray(source(xs, k, b))
+                got = np.asarray(target(xs, map_kernel(k), map_bias(b)))
+                mismatch = _first_mismatch(want, got, f"{kind} probe {number}")
+                seen += 1
+        return Certificate(
+            passed=mismatch is None,
+            proved=mismatch is None and bool(placement),
+            probes=plan.probes,
+            calls=seen,
+            set_size=plan.set_size,
+            miss_probability=min(1.0, (2 / plan.set_size) ** plan.probes),
+            dtype=str(jnp.dtype(x.dtype)),
+            arithmetic=arithmetic,
+            mismatch=mismatch,
+        )
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)
@@ -330,6 +349,15 @@ def _placement_draws(shapes: Any, plan: _Draws) -> Iterator[tuple[Any, Any, Any]
         if bias is not None:
             zeros = np.zeros(x.shape, int)
             yield zeros, np.zeros(kernel.shape, int), digit(bias.shape, place)
+
+
+def _placed(shapes: Any, device: Any) -> Any:
+    if device is None:
+        return shapes
+    where = jax.sharding.SingleDeviceSharding(device)
+    return jax.tree.map(
+        lambda s: jax.ShapeDtypeStruct(s.shape, s.dtype, sharding=where), shapes
+    )
 
 
 def _put(values: Any, like: Any, device: Any) -> jax.Array:

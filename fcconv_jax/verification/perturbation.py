@@ -30,8 +30,8 @@ def run_shifted(
 
     Returns the outputs and, in the structure that ``shifts`` has to have, the local
     errors; ``shifts=None`` adds nothing. The names of primitives without a rule are
-    put into ``unmodelled``. Where that is None, no local errors are worked out, which
-    halves the time of a trace.
+    put into ``unmodelled``; where that is None, no errors are worked out, and all that
+    is returned for them is None.
     """
     errors: list[Any] = []
     remaining = None if shifts is None else iter(shifts)
@@ -67,24 +67,28 @@ def _run_leaf(
     if name == "stop_gradient":  # stops derivatives, not errors
         return list(ins), None
     outs = _regular(eqn)(*ins) if name in _SINGULAR else jaxprs.bind(eqn, ins)
-    error = None
-    if unmodelled is not None:
-        fixed = [lax.stop_gradient(x) for x in outs]
-        error = local_errors(eqn, [lax.stop_gradient(x) for x in ins], fixed)
-        if error is None:
-            unmodelled[name] = None
-            return outs, None
-        # A complex output is shifted along the real axis and the imaginary one.
-        error = [
-            e if e is None or not jnp.iscomplexobj(o) else e * (1 + 1j)
-            for e, o in zip(error, outs)
-        ]
+    error = None if unmodelled is None else _errors(eqn, ins, outs, unmodelled)
     if shift is not None:
         outs = [
             o if s is None else (o.astype(jnp.result_type(o, s)) + s).astype(o.dtype)
             for o, s in zip(outs, shift)
         ]
     return outs, error
+
+
+def _errors(
+    eqn: Any, ins: list[Any], outs: list[Any], unmodelled: dict[str, None]
+) -> Any:
+    fixed = [lax.stop_gradient(x) for x in outs]
+    error = local_errors(eqn, [lax.stop_gradient(x) for x in ins], fixed)
+    if error is None:
+        unmodelled[eqn.primitive.name] = None
+        return None
+    # A complex output is shifted along the real axis and the imaginary one.
+    return [
+        e if e is None or not jnp.iscomplexobj(o) else e * (1 + 1j)
+        for e, o in zip(error, outs)
+    ]
 
 
 # Derivatives of these are infinite somewhere. Backpropagated, an infinity meets a zero

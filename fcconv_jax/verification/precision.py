@@ -113,7 +113,7 @@ def measure_precision(
         return Arithmetic(0.0, 0.0, 0.0)
     if jnp.issubdtype(dtype, jnp.complexfloating):
         dtype = jnp.finfo(dtype).dtype
-    device = device or jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore
+    device = _device(device)
     default = jax.config.jax_default_matmul_precision  # pyright: ignore
     x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore
     return _measure(dtype, form, precision, device, default, x64)
@@ -142,6 +142,58 @@ def _measure(dtype, form, precision, device, default, x64) -> Arithmetic:
                 )
             )
     return functools.reduce(Arithmetic.worse, found)
+
+
+def subnormal_inputs(x: Any) -> bool:
+    """Whether an array holds subnormal numbers, which the device may take for 0.
+
+    Example:
+      >>> subnormal_inputs(np.float32([1, 0])), subnormal_inputs(np.float32([1e-40]))
+      (False, True)
+    """
+    dtype = jnp.result_type(x)
+    if not jnp.issubdtype(dtype, jnp.floating) or not underflow_error(dtype) >= float(
+        jnp.finfo(dtype).tiny
+    ):
+        return False
+    # NumPy: the device would compare what it has already flushed.
+    x = np.asarray(x)
+    return bool(((x != 0) & (abs(x) < jnp.finfo(dtype).tiny)).any())
+
+
+def underflow_error(dtype: Any, device: Any = None) -> float:
+    """The absolute error of a result so small that it is subnormal: measured.
+
+    Returns:
+      The smallest normal number where subnormal results or operands are flushed to
+      zero, half of the smallest subnormal one where they are kept; 0 for integers.
+    """
+    dtype = jnp.dtype(dtype)
+    if not jnp.issubdtype(dtype, jnp.inexact):
+        return 0.0
+    return _underflow(jnp.finfo(dtype).dtype, _device(device))
+
+
+@functools.cache
+def _underflow(dtype: Any, device: Any) -> float:
+    info = jnp.finfo(dtype)
+    tiny = float(info.tiny)
+    with jax.ensure_compile_time_eval():
+        # Results: a product and a sum. Operands: one that is subnormal.
+        x = np.asarray([tiny, 1.5 * tiny, float(info.smallest_subnormal)]).astype(dtype)
+        y = np.asarray([0.5, -tiny, 4]).astype(dtype)
+        x, y = jax.device_put(x, device), jax.device_put(y, device)
+
+        def run(x: Any, y: Any) -> Any:
+            return x[0] * y[0], x[1] + y[1], x[2] * y[2]
+
+        found = [np.asarray(z).astype(np.float64) for z in jax.jit(run)(x, y)]
+    kept = all(z != 0 for z in found)
+    return float(info.smallest_subnormal) / 2 if kept else tiny
+
+
+def _device(device: Any) -> Any:
+    return device or jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore
 
 
 def _dot(rows: jax.Array, columns: jax.Array, precision: Any) -> jax.Array:
@@ -197,6 +249,8 @@ def _input_roundoff(run: Any, dtype: Any) -> float:
     probes = np.concatenate(
         [1 + 2.0 ** -np.arange(1, bits), random / float(1 << (bits - 1))]
     )
+    # As many as the accumulator's probes: programs of one shape compile once.
+    probes = np.resize(probes, max(len(probes), len(_accumulator_probes(dtype)[0])))
     rows = np.zeros((len(probes), _REDUCTION))
     rows[:, 0] = probes
     columns = np.zeros((_REDUCTION, len(probes)))
@@ -208,13 +262,16 @@ def _input_roundoff(run: Any, dtype: Any) -> float:
     found = _power_above(max(abs(left).max(), abs(right).max()))
     # Both operands full: what multi-pass schemes drop must be covered as well. One
     # rounding of the output (and one in the accumulator) is not the operands' doing.
+    probes = probes[: bits - 1 + len(random)]
     exact = np.outer(probes, probes)
-    both = abs(run(rows, columns) / exact - 1).max()
+    few = len(probes)
+    both = abs(run(rows[:few], columns[:, :few]) / exact - 1).max()
     rest = both - 2 * unit_roundoff(dtype) - 2 * found
     return max(found, _power_above(rest)) if rest > 0 else found
 
 
-def _accumulate_roundoff(run: Any, dtype: Any) -> float:
+def _accumulator_probes(dtype: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
+    """Rows to be summed and their sums, in units of 2**top; top, and the reach."""
     info = jnp.finfo(dtype)
     top = min(int(info.maxexp) - 2, 60)
     reach = min(top - int(info.minexp) - 1, 2 * _bits(dtype), 60)
@@ -230,8 +287,12 @@ def _accumulate_roundoff(run: Any, dtype: Any) -> float:
         rows[index, :, first] = 1
         rows[index, :, second] = sizes
         rows[index, :, third] = -1
-    rows = rows.reshape(-1, _REDUCTION) * 2.0**top
-    want = np.tile(sizes, len(orders))
+    return rows.reshape(-1, _REDUCTION), np.tile(sizes, len(orders)), top, reach
+
+
+def _accumulate_roundoff(run: Any, dtype: Any) -> float:
+    rows, want, top, reach = _accumulator_probes(dtype)
+    rows = rows * 2.0**top
     ones = np.ones((_REDUCTION, _WIDTH))
     left = run(rows, ones) * 2.0**-top - want[:, None]
     right = run(ones.T, rows.T) * 2.0**-top - want

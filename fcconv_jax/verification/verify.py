@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -19,11 +20,10 @@ from ..models import convert_model
 from ..params import convert_opt_state, convert_params, leaf_path, restore_params
 from ..plan import Form, LayerPlan, Plan
 from ..variables import is_nnx_module
-from .bounds import LeafComparison, compare, error_bounds
-from .census import census
-from .certificate import Certificate, certify
+from .bounds import LeafComparison
+from .certificate import Certificate, prepare_certificate
 from .function_program import FunctionProgram, canonical_layer, function_variables
-from .perturbation import UnboundedError
+from .pair import Pair
 from .report import LayerReport, Report
 
 Progress = Callable[[str, int, int], None]
@@ -107,13 +107,24 @@ def verify(
     failures = _check_params(expected, other)
     if not failures:
         failures = _check_params(variables, restore_params(other, plan))
-    certificates = _certificates(variables, plan, tell)
-
     original = _program(model, plan, inputs, kwargs)
     changed = _program(converted_model, plan, inputs, kwargs)
-    tell("model on the input", 0, 1)
     notes: list[str] = []
-    comparisons = _bounded(original.run, changed.run, variables, other, notes)
+    # All is traced before anything runs: XLA compiles it meanwhile.
+    tell("tracing", 0, 2 + gradients)
+    proofs = _certificates(variables, plan)
+    tell("tracing", 1, 2 + gradients)
+    forward = Pair(original.run, changed.run, variables, other, notes)
+    step = None
+    if gradients:
+        tell("tracing", 2, 2 + gradients)
+        step = _pair_of_steps(original, changed, variables, other, plan, tx, notes)
+    certificates = {}
+    for done, (path, proof) in enumerate(proofs.items()):
+        tell("certificates", done, len(proofs))
+        certificates[path] = proof()
+    tell("model on the input", 0, 1)
+    comparisons = forward.compare()
     layers = tuple(
         LayerReport(
             path,
@@ -126,18 +137,19 @@ def verify(
     )
     outputs = tuple(c for c in comparisons if not c.path.startswith("layers/"))
     steps: tuple[LeafComparison, ...] = ()
-    if gradients:
+    if step is not None:
         tell("gradients and a step", 0, 1)
-        steps = _compare_step(original, changed, variables, other, plan, tx, notes)
+        steps = tuple(step.compare())
     tell("census", 0, 1)
+    counts = forward.censuses()
     return Report(
         to=plan.to,
         failed_params=tuple(failures),
         layers=layers,
         outputs=outputs,
         steps=steps,
-        original=census(original.run, variables),
-        converted=census(changed.run, other),
+        original=counts[0],
+        converted=counts[1],
         skipped=tuple(plan.skipped.items()),
         notes=tuple(notes),
         device=str(jax.devices()[0].device_kind),
@@ -257,21 +269,20 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def _certificates(
-    variables: Mapping[str, Any], plan: Plan, tell: Progress
-) -> dict[str, Certificate]:
-    """An exact certificate for each layer; layers that are alike share one."""
+    variables: Mapping[str, Any], plan: Plan
+) -> dict[str, Callable[[], Certificate]]:
+    """What gives the certificate of each layer; layers that are alike share one."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(nn.meta.unbox(variables["params"]))
     dtypes = {leaf_path(path): jnp.result_type(leaf) for path, leaf in leaves}
-    known: dict[Any, Certificate] = {}
+    known: dict[Any, Callable[[], Certificate]] = {}
     found = {}
-    for done, (path, layer) in enumerate(plan.items()):
-        tell("certificates", done, len(plan))
+    for path, layer in plan.items():
         # A tied kernel is stored under another path, in the dtype of its model.
         leaf = "/".join(part for part in (path, layer.leaves[0][0]) if part)
         dtype = dtypes.get(leaf, next(iter(dtypes.values())))
         key = (layer, dtype)
         if key not in known:
-            known[key] = certify_layer(layer, plan.to, dtype)
+            known[key] = functools.cache(_certification(layer, plan.to, dtype))
         found[path] = known[key]
     return found
 
@@ -293,6 +304,12 @@ def certify_layer(
       >>> certify_layer(plan[""], plan.to).passed
       True
     """
+    return _certification(layer, to, dtype, **options)()
+
+
+def _certification(
+    layer: LayerPlan, to: Form, dtype: Any, **options: Any
+) -> Callable[[], Certificate]:
     if layer.is_product:
         layer = canonical_layer(layer, to)
     source, target = pair_of_forms(layer, to)
@@ -307,7 +324,7 @@ def certify_layer(
         rest = layer.input_shape[-1 - len(layer.window) :]
         reduction = math.prod(layer.kernel.source[:-1])
         index = _window_index(layer, rest)
-    return certify(
+    return prepare_certificate(
         source,
         target,
         x=jax.ShapeDtypeStruct((_ROWS, *rest), dtype),
@@ -331,41 +348,7 @@ def _window_index(layer: LayerPlan, shape: tuple[int, ...]) -> np.ndarray:
     return index * per_group + np.arange(shape[-1]) % per_group
 
 
-def _bounded(
-    original: Callable[[Any], Any],
-    changed: Callable[[Any], Any],
-    variables: Any,
-    other: Any,
-    notes: list[str],
-) -> list[LeafComparison]:
-    """Compares two programs within the bound derived from the first."""
-    got = jax.jit(changed)(other)
-    try:
-        model = error_bounds(original, variables)
-    except UnboundedError as error:
-        notes.append(f"no bound could be derived: {error}")
-        return []
-    if model.unmodelled:
-        notes.append(f"rounding not modelled in: {', '.join(model.unmodelled)}")
-    return compare(model, _shaped_like(model.outputs, got))
-
-
-def _shaped_like(want: Any, got: Any) -> Any:
-    """Gives layer outputs the shape of the original's: a conv's has axes of size 1."""
-    if not isinstance(got, Mapping) or "layers" not in got:
-        return got
-    layers = {}
-    for path, calls in want["layers"].items():
-        layers[path] = {}
-        for number, y in calls.items():
-            z = got["layers"][path].get(number)
-            if z is not None and z.size == y.size:
-                z = z.reshape(y.shape)
-            layers[path][number] = z
-    return {**got, "layers": layers}
-
-
-def _compare_step(
+def _pair_of_steps(
     original: Any,
     changed: Any,
     variables: Mapping[str, Any],
@@ -373,16 +356,16 @@ def _compare_step(
     plan: Plan,
     tx: Any,
     notes: list[str],
-) -> tuple[LeafComparison, ...]:
-    """Compares gradients, and the parameters after one optimizer step."""
+) -> Pair | None:
+    """Gradients, and the parameters after one optimizer step."""
     import optax
 
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(variables["params"])]
     if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
         notes.append("no gradients: some params are not floats")
-        return ()
+        return None
     tx = optax.sgd(1e-2, momentum=0.9) if tx is None else tx
-    state = tx.init(variables["params"])
+    state = jax.jit(tx.init)(variables["params"])
     other_state = convert_opt_state(state, plan, tx=tx, params=variables["params"])
 
     def step(program: _Program, variables: Any, state: Any) -> dict[str, Any]:
@@ -397,6 +380,4 @@ def _compare_step(
         after = step(changed, variables, other_state)
         return {name: restore_params(tree, plan) for name, tree in after.items()}
 
-    return tuple(
-        _bounded(lambda v: step(original, v, state), restored, variables, other, notes)
-    )
+    return Pair(lambda v: step(original, v, state), restored, variables, other, notes)
