@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 
 import fcconv_jax as fc
+from fcconv_jax.plan import Layout
 
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "MLP (64, 1024) -> 1024, 1-D": (nn.Dense(1024), (64, 1024), ["*=1"]),
@@ -25,6 +26,7 @@ LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "map (8, 14, 14, 256) -> 512": (nn.Dense(512), (8, 14, 14, 256), []),
     "head (8, 7*7*256) -> 512": (nn.Dense(512), (8, 12544), ["*=7x7"]),
 }
+LAYOUTS: tuple[Layout, ...] = ("fold", "keep", "flat")
 
 
 def medians(functions: dict[str, Any], rounds: int) -> dict[str, float]:
@@ -45,7 +47,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=30, help="default: %(default)s")
     rounds = parser.parse_args().rounds
     print(f"jax {jax.__version__} on {jax.devices()[0].device_kind}")
-    print(f"{'layer':32}{'dense':>9}{'fold':>9}{'keep':>9}   conv / dense")
+    names = "".join(f"{name:>9}" for name in ("dense", *LAYOUTS))
+    print(f"{'layer':32}{names}   conv / dense")
     for name, (model, shape, rules) in LAYERS.items():
         x = jax.random.normal(jax.random.key(1), shape, jnp.float32)
         variables = model.init(jax.random.key(0), x)
@@ -54,14 +57,14 @@ def main() -> None:
         functions["dense"] = lambda f=dense, v=variables, x=x: f(v, x)
         plan = fc.make_plan(model, x, rules=rules)
         window = plan[""].window
-        for layout in ("fold", "keep"):
+        for layout in LAYOUTS:
             rule = fc.Rule("*", window=window, layout=layout)
             plan = fc.make_plan(model, x, rules=[rule])
             conv = fc.convert_model(model, plan)
             moved = fc.convert_params(variables, plan)
             functions[layout] = lambda f=conv.apply, v=moved, x=x: f(v, x)
         ms = medians(functions, rounds)
-        ratios = "  ".join(f"{ms[k] / ms['dense']:.2f}x" for k in ("fold", "keep"))
+        ratios = "  ".join(f"{ms[k] / ms['dense']:.2f}x" for k in LAYOUTS)
         print(f"{name:32}" + "".join(f"{ms[k]:9.2f}" for k in ms) + f"   {ratios}")
 
 

@@ -214,26 +214,53 @@ def _conv(
     """The conv form on channel-last input, unpadded, as ``nn.Conv`` computes it."""
     batch = x.shape[: -1 - len(layer.window)]
     x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
+    y = convolve(layer, x, kernel, **settings)
+    y = y.reshape(*batch, *y.shape[1:])
+    return y if bias is None else y + bias
+
+
+def convolve(layer: LayerPlan, x: Array, kernel: Array, **settings: Any) -> Array:
+    """The convolution of a layer's conv form, in the plan's layout.
+
+    Args:
+      layer: the layer's plan.
+      x: ``(N, *spatial, C)``.
+      kernel: as the plan stores it.
+      **settings: precision, preferred_element_type.
+
+    Returns:
+      ``(N, *positions, O)``.
+    """
+    strides, ones = layer.strides, x.shape[1:-1]
+    if layer.layout == "flat":
+        # One position only: the window and the channels are one axis of features.
+        ones = (1,) * len(ones)
+        x = x.reshape(x.shape[0], 1, -1)
+        out = kernel.shape[-1 if layer.kernel_layout == "HWIO" else 0]
+        inner = kernel.size // out
+        flat = (1, inner, out) if layer.kernel_layout == "HWIO" else (out, 1, inner)
+        kernel, strides = kernel.reshape(flat), (1,)
     last = x.ndim - 1
     lhs = (0, last, *range(1, last))
     rhs = (last, last - 1, *range(last - 1))
     y = lax.conv_general_dilated(
         x,
         kernel,
-        layer.strides,
+        strides,
         "VALID",
-        dimension_numbers=lax.ConvDimensionNumbers(lhs, rhs, lhs),
+        dimension_numbers=lax.ConvDimensionNumbers(
+            lhs, rhs if layer.kernel_layout == "HWIO" else lhs, lhs
+        ),
         feature_group_count=layer.groups,
         **settings,
     )
-    y = y.reshape(*batch, *y.shape[1:])
-    return y if bias is None else y + bias
+    return y.reshape(y.shape[0], *ones, y.shape[-1]) if layer.layout == "flat" else y
 
 
 def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:
     """Batch and spatial axes of a pointwise conv on a dense input's leading axes."""
     rank = len(layer.window)
-    if layer.layout == "fold" or len(lead) < 2:
+    if layer.layout != "keep" or len(lead) < 2:
         return (math.prod(lead), *[1] * rank)
     spatial = tuple(lead[1:][-rank:])
     batch = math.prod(lead[: len(lead) - len(spatial)])

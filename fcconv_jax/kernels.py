@@ -249,6 +249,26 @@ class Rearrangement:
             self.source,
         )
 
+    def last_axis_first(self) -> Rearrangement:
+        """This rearrangement with the last axis of the target moved to the front.
+
+        Raises:
+          ValueError: the transpose does not end in the entries of that axis.
+
+        Example:
+          >>> kernel_rearrangement((12, 5), (2, 2)).last_axis_first().target
+          (5, 2, 2, 3)
+        """
+        last, at, size = self.target[-1], len(self.perm), 1
+        while size < last:
+            at -= 1
+            size *= self.split[self.perm[at]]
+        if size != last:
+            raise ValueError(f"{self}: the last axis is a part of a transposed one")
+        perm = (*self.perm[at:], *self.perm[:at])
+        target = (last, *self.target[:-1])
+        return Rearrangement(self.source, self.split, perm, target)
+
     def __call__(self, array: Any) -> Any:
         """Rearranges ``array`` of shape ``source`` into shape ``target``.
 

@@ -17,7 +17,8 @@ from .geometry import Case
 from .kernels import Rearrangement
 
 Form = Literal["conv", "dense"]
-Layout = Literal["fold", "keep"]
+Layout = Literal["fold", "keep", "flat"]
+KernelLayout = Literal["HWIO", "OHWI"]
 
 FORMAT = "fcconv_jax.plan"
 VERSION = 1
@@ -45,10 +46,13 @@ class LayerPlan:
       groups: feature groups of the conv form.
       stack_axes: axes that ``nn.scan`` and ``nn.vmap`` add to the stored parameters,
         innermost first, as Flax numbers them.
-      layout: where the leading axes of a pointwise layer go in its conv form:
-        ``"fold"`` into the batch, or ``"keep"`` them as spatial axes.
+      layout: how the conv form is run: ``"fold"`` the leading axes into the batch,
+        ``"keep"`` those of a pointwise layer as spatial axes, or run it ``"flat"``, as
+        a 1-D convolution 1x1 over the window and channels in one axis.
       tied: names of the leaves that a tree holds only once, under another layer's
         path.
+      kernel_layout: how a kernel that goes to conv is stored: ``"HWIO"``, as Flax
+        has it (for one dimension WIO, for three DHWIO), or ``"OHWI"``.
 
     Raises:
       PlanError: the fields do not describe one layer.
@@ -65,6 +69,7 @@ class LayerPlan:
     stack_axes: tuple[int, ...] = ()
     layout: Layout = "fold"
     tied: tuple[str, ...] = ()
+    kernel_layout: KernelLayout = "HWIO"
 
     def __post_init__(self):
         sizes = (*self.window, *self.strides, self.groups)
@@ -74,6 +79,10 @@ class LayerPlan:
             problem = f"base {self.base!r}"
         elif self.layout not in get_args(Layout):
             problem = f"layout {self.layout!r}"
+        elif self.kernel_layout not in get_args(KernelLayout):
+            problem = f"kernel_layout {self.kernel_layout!r}"
+        elif self.layout == "flat" and self.groups > 1 and math.prod(self.window) > 1:
+            problem = "layout 'flat' for a window of several groups"
         elif any(type(n) is not int or n < 1 for n in sizes):
             problem = (
                 f"window {self.window}, strides {self.strides}, {self.groups} groups"
@@ -115,6 +124,16 @@ class LayerPlan:
         """
         return not self.leaves[0][0]
 
+    def lay_out(self, move: Rearrangement) -> Rearrangement:
+        """A move to a kernel ``(*window, in, out)``, made to end as it is stored."""
+        return move.last_axis_first() if self.kernel_layout == "OHWI" else move
+
+    def channels_last(self, stored: Sequence[int]) -> tuple[int, ...]:
+        """The shape ``(*window, in, out)`` of a conv kernel, from its stored shape."""
+        if self.kernel_layout == "OHWI":
+            return (*stored[1:], stored[0])
+        return tuple(stored)
+
     def inverse(self) -> LayerPlan:
         """The same layer, going the other way."""
         leaves = tuple((name, leaf.inverse()) for name, leaf in self.leaves)
@@ -130,12 +149,14 @@ class Rule:
         ``/``): ``"head"``, ``"*/attention/*"``.
       window: kernel size of the conv form; None leaves it to the trace.
       order: flatten order such as ``"CHW"``; None leaves it to the trace.
-      layout: see :class:`LayerPlan`; None for the default.
+      layout: see :class:`LayerPlan`; None for the backend's default.
       skip: leave the layer as it is.
+      kernel_layout: see :class:`LayerPlan`; None for the backend's default.
 
     Example:
-      >>> Rule.parse("head/fc6=7x7:CHW")
-      Rule(pattern='head/fc6', window=(7, 7), order='CHW', layout=None, skip=False)
+      >>> rule = Rule.parse("head/fc6=7x7:CHW")
+      >>> rule.pattern, rule.window, rule.order
+      ('head/fc6', (7, 7), 'CHW')
       >>> Rule.parse("*=skip").skip
       True
     """
@@ -145,6 +166,7 @@ class Rule:
     order: str | None = None
     layout: Layout | None = None
     skip: bool = False
+    kernel_layout: KernelLayout | None = None
 
     @classmethod
     def parse(cls, text: str) -> Rule:
@@ -320,6 +342,8 @@ class Plan(Mapping[str, LayerPlan]):
             kernel = f"{layer.kernel.source} -> {layer.kernel.target}"
             if layer.stack_axes:
                 kernel += f" stacked on {', '.join(map(str, layer.stack_axes))}"
+            if (layer.layout, layer.kernel_layout) != ("fold", "HWIO"):
+                kernel += f" {layer.kernel_layout} {layer.layout}"
             taken = "product" if layer.is_product else "layer"
             rows.append(
                 (

@@ -14,19 +14,30 @@ def letters(rank):
     return "DHW"[3 - rank :] + "C"
 
 
-def layer_plan(base, window, channels, features, groups=1, order=None, layout="fold"):
+def layer_plan(
+    base, window, channels, features, groups=1, order=None, layout="fold", stored="HWIO"
+):
     """A layer plan towards conv, with the dense kernel in its canonical shape."""
     order = order or letters(len(window))
     shape = (int(np.prod(window)) * channels, features)
     dense = shape if groups == 1 else (groups, *shape)
     bias = (features,) if groups == 1 else (groups, features)
-    leaves = (
-        ("kernel", kernel_rearrangement(dense, window, order=order, groups=groups)),
-        ("bias", bias_rearrangement(bias)),
-    )
+    kernel = kernel_rearrangement(dense, window, order=order, groups=groups)
+    if stored == "OHWI":
+        kernel = kernel.last_axis_first()
+    leaves = (("kernel", kernel), ("bias", bias_rearrangement(bias)))
     strides = window if base == "patchify" else (1,) * len(window)
     return fc.LayerPlan(
-        base, "Dense", window, order, leaves, (), strides, groups, (), layout
+        base,
+        "Dense",
+        window,
+        order,
+        leaves,
+        (),
+        strides,
+        groups,
+        layout=layout,
+        kernel_layout=stored,
     )
 
 
@@ -43,8 +54,11 @@ def layers(draw):
     window = tuple(draw(st.lists(sizes, min_size=rank, max_size=rank)))
     order = "".join(draw(st.permutations(letters(rank))))
     groups, channels = draw(st.integers(1, 3)), draw(st.integers(1, 3))
-    layout = draw(st.sampled_from(["fold", "keep"]))
-    return layer_plan(base, window, channels, 2, groups, order, layout), channels
+    flat = ["flat"] if groups == 1 or base == "pointwise" else []
+    layout = draw(st.sampled_from(["fold", "keep", *flat]))
+    stored = draw(st.sampled_from(["HWIO", "OHWI"]))
+    layer = layer_plan(base, window, channels, 2, groups, order, layout, stored)
+    return layer, channels
 
 
 @settings(max_examples=25, deadline=None)

@@ -168,7 +168,8 @@ def _dot_as_conv(
     move = kernel_rearrangement(
         canonical, layer.window, order=layer.order, groups=layer.groups
     )
-    y = axes.restore(conv(axes.canonical(x), move(kernel), None), batch)
+    kernel = layer.lay_out(move)(kernel)
+    y = axes.restore(conv(axes.canonical(x), kernel, None), batch)
     if product.side == 0:  # the kernel's axes come first in the result
         first, lead = len(batch), len(axes.lead)
         y = y.transpose(

@@ -110,7 +110,7 @@ def run_rewritten(
 def _check_product(path: str, product: Product, layer: LayerPlan) -> None:
     """Refuses to run a product that is not the one that was planned."""
     move = leaf_rearrangement(product, layer.window, layer.order, layer.groups)
-    if move != layer.kernel:
+    if move is None or layer.lay_out(move) != layer.kernel:
         raise PlanError(
             f"{path!r} was planned as {layer.kernel.source} -> {layer.kernel.target} "
             "and is now multiplied in another way: make the plan from this function "

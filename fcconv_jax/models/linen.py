@@ -222,7 +222,7 @@ def _show_as(module: Any, layer: LayerPlan, to: Form) -> None:
     """
     clone = module.clone
     run = functools.partial(_call_layer, module=clone(parent=None), layer=layer, to=to)
-    shape = layer.kernel.target
+    shape = layer.channels_last(layer.kernel.target)
     if to == "conv":
         other = Conv(shape[-1], layer.window, padding="VALID", run=run, parent=None)
     else:

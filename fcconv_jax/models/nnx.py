@@ -216,14 +216,15 @@ def _settings(
 ) -> tuple[type[nnx.Module], dict[str, Any]]:
     """Class and attributes of the layer in its new form."""
     shape = layer.kernel.target
+    *_, inner, features = layer.channels_last(shape)
     same = ("use_bias", "dtype", "param_dtype", "precision", "promote_dtype")
     settings = {name: getattr(old, name) for name in same}
     settings["preferred_element_type"] = old.preferred_element_type
     if to == "conv":
         settings |= {
             "kernel_shape": shape,
-            "in_features": shape[-2] * layer.groups,
-            "out_features": shape[-1],
+            "in_features": inner * layer.groups,
+            "out_features": features,
             "kernel_size": layer.window,
             "strides": layer.strides,
             "padding": "VALID",
@@ -231,7 +232,7 @@ def _settings(
             "kernel_dilation": 1,
             "feature_group_count": layer.groups,
             "mask": None,
-            "conv_general_dilated": lax.conv_general_dilated,
+            "conv_general_dilated": _convolution(layer),
         }
         return Conv, settings
     if layer.groups == 1:
@@ -246,6 +247,34 @@ def _settings(
         "dot_general_cls": None,
     }
     return LinearGeneral, settings
+
+
+def _convolution(layer: LayerPlan) -> Any:
+    """What ``nnx.Conv`` calls to convolve: its default, where the layout is."""
+    usual = layer.layout != "flat" and layer.kernel_layout == "HWIO"
+    return lax.conv_general_dilated if usual else _LaidOut(layer)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LaidOut:
+    """A convolution in a layout of its own, called as ``lax.conv_general_dilated``."""
+
+    layer: LayerPlan
+
+    def __call__(
+        self, x: Any, kernel: Any, *_: Any, out_sharding: Any = None, **settings: Any
+    ) -> Any:
+        same = ("precision", "preferred_element_type")
+        wanted = {k: v for k, v in settings.items() if k in same}
+        if out_sharding is not None:
+            if self.layer.layout == "flat":
+                ones = (1,) * len(self.layer.window)
+                features = self.layer.channels_last(kernel.shape)[-1]
+                shape = (x.shape[0], *ones, features)
+                flat = Rearrangement.reshape(shape, (x.shape[0], 1, features))
+                out_sharding = convert_leaf(flat, out_sharding)
+            wanted["out_sharding"] = out_sharding
+        return forms.convolve(self.layer, x, kernel, **wanted)
 
 
 def _become(module: Any, cls: type[nnx.Module], settings: dict[str, Any]) -> None:

@@ -10,6 +10,7 @@ import flax.linen as nn
 from ..functions.trace import is_function, not_a_model
 from ..plan import Form, Plan, PlanError, Rule, as_rules
 from ..variables import is_nnx_module
+from .layouts import lay_out
 from .linen import plan_linen
 
 
@@ -20,6 +21,7 @@ def make_plan(
     rules: Iterable[Rule | str] = (),
     rngs: Any = None,
     method: Any = None,
+    backend: str | None = None,
     **kwargs: Any,
 ) -> Plan:
     """Finds the linear layers of a model and how each moves to the other form.
@@ -43,6 +45,10 @@ def make_plan(
         their own; one that takes ``rngs=`` in its call gets these.
       method: as for ``model.init``; for NNX, a method's name or a function of the
         model. Plans of several methods join with ``|``.
+      backend: where the conv form will run: ``"cpu"``, ``"cuda:h100"``, ``"tpu:v5e"``.
+        Each layer gets the layout that was quickest there; a kernel may be stored as
+        OHWI then, which a plain ``nn.Conv`` does not load. None gives the layout that
+        every backend runs, and a plain ``nn.Conv`` too.
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:
@@ -67,17 +73,32 @@ def make_plan(
     """
     if to not in ("conv", "dense"):
         raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")
+    chosen = as_rules(rules)
+    plan = _plan(model, inputs, to, chosen, rngs, method, kwargs)
+    return lay_out(plan, chosen, backend)
+
+
+def _plan(
+    model: Any,
+    inputs: tuple[Any, ...],
+    to: Form,
+    rules: tuple[Rule, ...],
+    rngs: Any,
+    method: Any,
+    kwargs: dict[str, Any],
+) -> Plan:
+    """The plan of a model of any kind, in the layout that every backend runs."""
     if is_nnx_module(model):
         from .nnx import plan_nnx
 
         options = kwargs if rngs is None else {**kwargs, "rngs": rngs}
-        return plan_nnx(model, inputs, to, as_rules(rules), method, options)
+        return plan_nnx(model, inputs, to, rules, method, options)
     if is_function(model):
         from .function import plan_function
 
         own = {"rngs": rngs, "method": method}
-        kwargs |= {name: value for name, value in own.items() if value is not None}
-        return plan_function(model, inputs, to, as_rules(rules), kwargs)
+        given = {name: value for name, value in own.items() if value is not None}
+        return plan_function(model, inputs, to, rules, {**kwargs, **given})
     if not isinstance(model, nn.Module):
         raise not_a_model("make_plan", model)
-    return plan_linen(model, inputs, to, as_rules(rules), rngs, method, kwargs)
+    return plan_linen(model, inputs, to, rules, rngs, method, kwargs)

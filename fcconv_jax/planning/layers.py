@@ -121,7 +121,6 @@ def _plan_dense(
         strides=(1,) * len(flatten.window),
         groups=groups,
         stack_axes=stack_axes,
-        layout=(rule.layout if rule else None) or "fold",
     )
 
 

@@ -12,6 +12,7 @@ from flax.core import meta
 from ..kernels import bias_rearrangement, channel_last, kernel_rearrangement
 from ..params import leaf_path
 from ..plan import Form, LayerPlan, Plan, PlanError, Rule, as_rules, match_rules
+from .layouts import lay_out
 
 Shape = tuple[int, ...]
 
@@ -95,7 +96,8 @@ def plan_from_params(
         path, _, last = name.rpartition("/")
         if len(shape) > 1 and not (path in kernels and last in ("kernel", "bias")):
             left[name] = f"called {last!r} {shape}, not 'kernel': no rule can match it"
-    return Plan(to, tuple(layers.items()), tuple(left.items()))
+    plan = Plan(to, tuple(layers.items()), tuple(left.items()))
+    return lay_out(plan, rules, None)
 
 
 def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> LayerPlan:
@@ -148,7 +150,6 @@ def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> Laye
         leaves=tuple(moves),
         input_shape=(1, dense[0]) if to == "conv" else (1, *window, channels),
         strides=(1,) * rest,
-        layout=rule.layout or "fold",
     )
 
 

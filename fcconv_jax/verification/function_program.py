@@ -36,14 +36,14 @@ def canonical_layer(layer: LayerPlan, to: Form) -> LayerPlan:
     The plan moves the parameter as it is stored, such as ``(out, in)``; the product
     sees it in the canonical order, whatever lies between.
     """
-    *window, rows, out = layer.kernel.target
+    *window, rows, out = layer.channels_last(layer.kernel.target)
     if to == "conv":
         rows, out = math.prod(window) * rows, out // layer.groups
     shape = (layer.groups, rows, out)[layer.groups == 1 :]
     kernel = kernel_rearrangement(
         shape, layer.window, order=layer.order, groups=layer.groups
     )
-    kernel = kernel if to == "conv" else kernel.inverse()
+    kernel = layer.lay_out(kernel) if to == "conv" else kernel.inverse()
     return dataclasses.replace(layer, leaves=(("kernel", kernel),))
 
 

@@ -316,8 +316,8 @@ def _certification(
     bias = layer.bias
     if to == "conv":
         groups = (layer.groups,) if layer.groups > 1 else ()
-        window, channels = math.prod(layer.window), layer.kernel.target[-2]
-        reduction = window * channels
+        *window, channels, _ = layer.channels_last(layer.kernel.target)
+        reduction = math.prod(window) * channels
         rest = (*groups, reduction)
         index = np.broadcast_to(np.arange(reduction), rest)
     else:

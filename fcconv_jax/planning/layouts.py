@@ -1,0 +1,79 @@
+"""Chooses how the convolutions of a plan are run: what changes speed, not numbers.
+
+The defaults are measured (``benchmarks/layouts.py``): run times on CPU, cycles that XLA
+estimates for each TPU generation, and for CUDA the weights that it would copy at every
+call. Without a backend they are those that agree with the dense form to the bit on CPU
+and load into a plain ``nn.Conv``.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Sequence
+
+from ..plan import KernelLayout, LayerPlan, Layout, Plan, PlanError, Rule
+
+PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
+# Generations whose 1-D convolutions are quicker with the sequence folded away.
+_FOLD_SEQUENCES = ("v2", "v3", "v4")
+
+
+def lay_out(plan: Plan, rules: Sequence[Rule], backend: str | None) -> Plan:
+    """The plan with the layout of each layer: from its rule, else the backend's.
+
+    Args:
+      plan: where each layer has the default layout.
+      rules: the user's; the first that matches a path counts.
+      backend: such as ``"cpu"``, ``"cuda:h100"`` or ``"tpu:v5e"``; None for any.
+
+    Raises:
+      PlanError: the backend is unknown.
+    """
+    if backend is not None and backend.partition(":")[0] not in PLATFORMS:
+        raise PlanError(
+            f"backend={backend!r}: it is one of {', '.join(PLATFORMS)}, with a "
+            "generation where that matters, such as 'tpu:v5e'"
+        )
+    if plan.to == "dense":
+        return plan
+    layers = []
+    for path, layer in plan.items():
+        rule = next((rule for rule in rules if rule.matches(path)), Rule(path))
+        layout, kernel_layout = _default(layer, backend)
+        layers.append(
+            (
+                path,
+                _with_layout(
+                    layer,
+                    rule.layout or layout,
+                    rule.kernel_layout or kernel_layout,
+                ),
+            )
+        )
+    return dataclasses.replace(plan, layers=tuple(layers))
+
+
+def _default(layer: LayerPlan, backend: str | None) -> tuple[Layout, KernelLayout]:
+    """The layout that a backend runs best."""
+    platform, _, generation = (backend or "").partition(":")
+    window = math.prod(layer.window)
+    flat: Layout = "fold" if layer.groups > 1 and window > 1 else "flat"
+    if platform == "cpu":
+        return flat, "HWIO"
+    if platform in ("cuda", "gpu"):
+        return flat, "OHWI"
+    if platform == "tpu" and window == 1:
+        sequences = len(layer.window) == 1
+        old = generation.startswith(_FOLD_SEQUENCES)
+        return ("fold" if sequences and old else "keep"), "HWIO"
+    return "fold", "HWIO"
+
+
+def _with_layout(
+    layer: LayerPlan, layout: Layout, kernel_layout: KernelLayout
+) -> LayerPlan:
+    """A layer of the default layout, in another."""
+    laid = dataclasses.replace(layer, layout=layout, kernel_layout=kernel_layout)
+    (name, kernel), *others = layer.leaves
+    return dataclasses.replace(laid, leaves=((name, laid.lay_out(kernel)), *others))
