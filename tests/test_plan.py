@@ -22,7 +22,8 @@ class Net(nn.Module):
         x = nn.Dense(6, use_bias=False, name="head")(x)
         x, _ = scan(name="steps")(x, None)
         x = nn.DenseGeneral((2, 3), batch_dims=(0,), name="groups")(x)
-        return nn.Embed(3, 6, name="table").attend(x.reshape(-1, 6))
+        table = nn.Embed(3, 6, name="table")
+        return table.attend(x.reshape(-1, 6) + table(jnp.array(1)))
 
 
 class Step(nn.Module):
