@@ -22,7 +22,8 @@ _ELEMENTWISE = frozenset(
     abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
     convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2
     expm1 floor integer_pow is_finite lgamma log log1p logistic max min mul name neg
-    nextafter not optimization_barrier or pow pvary reduce_precision rem round rsqrt
+    nextafter not one_minus_square optimization_barrier or pow pvary
+    reduce_precision rem round rsqrt
     select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh
     xor
     """.split()

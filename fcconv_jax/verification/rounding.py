@@ -35,6 +35,7 @@ ELEMENTWISE: dict[str, tuple[float, float]] = {
     "sub": (1, 0),
     "mul": (1, 0),
     "square": (1, 0),
+    "one_minus_square": (3, 1),  # as 1 - x*x or as (1 - x) (1 + x)
     "div": (4, 0),
     "sqrt": (2, 0),
     "rsqrt": (4, 0),
