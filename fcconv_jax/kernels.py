@@ -284,10 +284,10 @@ class Rearrangement:
         if self.source == self.target and self.is_reshape:
             return array
         if self.is_reshape:
-            alias = _reshaped_without_copy(array, self.target)
-            return array.reshape(self.target) if alias is None else alias
+            return _reshape(array, self.target)
         xp = np if isinstance(array, np.ndarray) else jnp
-        return xp.transpose(array.reshape(self.split), self.perm).reshape(self.target)
+        moved = xp.transpose(_reshape(array, self.split), self.perm)
+        return _reshape(moved, self.target)
 
 
 def _flatten_order(order: str | None, rank: int) -> tuple[int, ...]:
@@ -301,6 +301,12 @@ def _flatten_order(order: str | None, rank: int) -> tuple[int, ...]:
             f"axis first, as in {letters!r} or {'C' + letters[:-1]!r}"
         )
     return tuple(letters.index(letter) for letter in order)
+
+
+def _reshape(array: Any, shape: tuple[int, ...]) -> Any:
+    """``array.reshape(shape)``, without a copy where none is needed."""
+    alias = _reshaped_without_copy(array, shape)
+    return array.reshape(shape) if alias is None else alias
 
 
 def _reshaped_without_copy(array: Any, shape: tuple[int, ...]) -> Any:
