@@ -24,17 +24,20 @@ batch are treated alike, agreement is a proof.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from .. import jaxprs
 from .compiling import Compiling
 from .precision import (
     Arithmetic,
+    Form,
     measure_precision,
     unit_roundoff,
 )
@@ -121,8 +124,13 @@ def prepare_certificate(
     source = Compiling(source_form, *_placed(shapes, device))
     target = Compiling(target_form, *_placed((x, *mapped), device))
     out, other = source.out_info, target.out_info
-    arithmetic = _arithmetic(x.dtype, kernel.dtype, out.dtype, precision, device)
-    plan = _plan_draws(arithmetic, _integer_limits(shapes, out), reduction, probes)
+    products = [found for form in (source, target) for found in _products(form.jaxpr)]
+    arithmetic = _arithmetic(products, x.dtype, out.dtype, precision, device)
+    held = [*(s.dtype for s in shapes if s is not None)]
+    held += [dtype for product in products for dtype in product.operands]
+    sums = [out.dtype, *(product.out for product in products)]
+    limits = min(map(_integer_limit, held)), min(map(_integer_limit, sums))
+    plan = _plan_draws(arithmetic, limits, reduction, probes)
     classes = _classes(x, reduction, reduction_index, plan)
     wrong = None
     if (out.shape, out.dtype) != (other.shape, other.dtype):
@@ -233,29 +241,58 @@ class _Draws:
         return 2 * self.size + 1
 
 
+@dataclasses.dataclass(frozen=True)
+class _Product:
+    """What a form asks of a dot or a convolution."""
+
+    form: Form
+    operands: tuple[Any, ...]
+    out: Any
+    precision: Any
+
+
+def _products(jaxpr: Any) -> Iterator[_Product]:
+    """The dots and convolutions of a trace, wherever they are."""
+    forms: dict[str, Form] = {"dot_general": "dot", "conv_general_dilated": "conv"}
+    for eqn in jaxprs.opened(jaxpr)[0].eqns:
+        form = forms.get(eqn.primitive.name)
+        if form is not None:
+            yield _Product(
+                form,
+                tuple(v.aval.dtype for v in eqn.invars),
+                eqn.outvars[0].aval.dtype,
+                eqn.params["precision"],
+            )
+        for _, inner in jaxprs.subjaxprs(eqn):
+            yield from _products(inner)
+
+
 def _arithmetic(
-    x: Any, kernel: Any, out: Any, precision: Any, device: Any
+    products: Sequence[_Product], x: Any, out: Any, precision: Any, device: Any
 ) -> Arithmetic:
-    dtype = jnp.promote_types(x, kernel)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return measure_precision(dtype)
-    dot, conv = (
-        measure_precision(dtype, form=form, precision=precision, device=device)
-        for form in ("dot", "conv")
-    )
-    return dot.worse(conv).worse(Arithmetic(0.0, 0.0, unit_roundoff(out)))
+    """The worst of what the products of both forms do, measured on the device."""
+    found = Arithmetic(0.0, 0.0, unit_roundoff(out))
+    if not products:  # none of lax's own: take it for either
+        forms: tuple[Form, ...] = ("dot", "conv")
+        products = [_Product(form, (x,), x, precision) for form in forms]
+    for product in dict.fromkeys(products):
+        measured = measure_precision(
+            functools.reduce(jnp.promote_types, product.operands),
+            form=product.form,
+            precision=product.precision,
+            out=product.out,
+            device=device,
+        )
+        found = found.worse(measured)
+    return found
 
 
-def _integer_limits(shapes: Any, out: Any) -> tuple[int, int]:
-    """Largest entry and largest sum that the dtypes hold exactly."""
-
-    def limit(dtype: Any) -> int:
-        if jnp.issubdtype(dtype, jnp.integer):
-            return int(jnp.iinfo(dtype).max)
-        info = jnp.finfo(dtype)
-        return min(2 ** (info.nmant + 1), int(min(float(info.max), 2.0**62)))
-
-    return min(limit(s.dtype) for s in shapes if s is not None), limit(out.dtype)
+def _integer_limit(dtype: Any) -> int:
+    """The largest N such that the dtype holds all integers up to N in size."""
+    if jnp.issubdtype(dtype, jnp.integer):
+        return int(jnp.iinfo(dtype).max)
+    info = jnp.finfo(dtype)
+    return min(2 ** (info.nmant + 1), int(min(float(info.max), 2.0**62)))
 
 
 def _plan_draws(

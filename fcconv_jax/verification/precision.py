@@ -82,6 +82,7 @@ def measure_precision(
     form: Form = "dot",
     precision: Any = None,
     device: Any = None,
+    out: Any = None,
 ) -> Arithmetic:
     """Measures the arithmetic of a contraction of two ``dtype`` arrays.
 
@@ -93,11 +94,14 @@ def measure_precision(
     cached. Complex dtypes are measured by their real part's dtype; integers are exact.
 
     Args:
-      dtype: dtype of both operands and of the output.
+      dtype: dtype of both operands.
       form: 'dot' (``lax.dot_general``), 'conv' (1x1 and full-window convolutions) or
         'sum' (``lax.reduce_sum`` over rows and over columns; no operands to round).
       precision: as ``jax.lax.dot_general`` takes it; None is JAX's default here.
       device: where to measure; None is JAX's default device.
+      out: dtype of the output (``preferred_element_type``); None is that of the
+        operands. How much a wider one keeps is only probed as far as the operands
+        reach: for float8 operands and a float32 output to 2**-13 or so.
 
     Raises:
       ValueError: an unknown ``form``.
@@ -111,23 +115,28 @@ def measure_precision(
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
         return Arithmetic(0.0, 0.0, 0.0)
+    out = dtype if out is None else jnp.dtype(out)
     if jnp.issubdtype(dtype, jnp.complexfloating):
-        dtype = jnp.finfo(dtype).dtype
+        dtype, out = jnp.finfo(dtype).dtype, jnp.finfo(out).dtype
     device = _device(device)
     default = jax.config.jax_default_matmul_precision  # pyright: ignore
     x64 = bool(jax.config.jax_enable_x64)  # pyright: ignore
-    return _measure(dtype, form, precision, device, default, x64)
+    return _measure(dtype, out, form, precision, device, default, x64)
 
 
 @functools.cache
-def _measure(dtype, form, precision, device, default, x64) -> Arithmetic:
+def _measure(dtype, out, form, precision, device, default, x64) -> Arithmetic:
     del default, x64  # part of the key only: they change what is compiled
     forms = {"dot": [_dot], "conv": [_pointwise, _full_window], "sum": [_sum]}[form]
     found = []
     # The caller may be tracing; the probes must run now.
     with jax.ensure_compile_time_eval():
         for contraction in forms:
-            compiled = jax.jit(functools.partial(contraction, precision=precision))
+            compiled = jax.jit(
+                functools.partial(
+                    contraction, precision=precision, out=None if out == dtype else out
+                )
+            )
 
             def run(rows, columns, compiled=compiled):
                 rows = jax.device_put(rows.astype(dtype), device)
@@ -136,9 +145,9 @@ def _measure(dtype, form, precision, device, default, x64) -> Arithmetic:
 
             found.append(
                 Arithmetic(
-                    0.0 if form == "sum" else _input_roundoff(run, dtype),
+                    0.0 if form == "sum" else _input_roundoff(run, dtype, out),
                     _accumulate_roundoff(run, dtype),
-                    unit_roundoff(dtype),
+                    unit_roundoff(out),
                 )
             )
     return functools.reduce(Arithmetic.worse, found)
@@ -196,13 +205,25 @@ def _device(device: Any) -> Any:
     return device or jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore
 
 
-def _dot(rows: jax.Array, columns: jax.Array, precision: Any) -> jax.Array:
+def _dot(
+    rows: jax.Array, columns: jax.Array, precision: Any, out: Any = None
+) -> jax.Array:
     return jax.lax.dot_general(
-        rows, columns, (((1,), (0,)), ((), ())), precision=precision
+        rows,
+        columns,
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=out,
     )
 
 
-def _conv(rows: jax.Array, columns: jax.Array, window: tuple[int, int], precision: Any):
+def _conv(
+    rows: jax.Array,
+    columns: jax.Array,
+    window: tuple[int, int],
+    precision: Any,
+    preferred: Any,
+) -> jax.Array:
     shape = (*window, rows.shape[1] // math.prod(window))
     out = jax.lax.conv_general_dilated(
         rows.reshape(rows.shape[0], *shape),
@@ -211,21 +232,28 @@ def _conv(rows: jax.Array, columns: jax.Array, window: tuple[int, int], precisio
         "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=precision,
+        preferred_element_type=preferred,
     )
     return out.reshape(rows.shape[0], columns.shape[1])
 
 
-def _pointwise(rows: jax.Array, columns: jax.Array, precision: Any) -> jax.Array:
-    return _conv(rows, columns, (1, 1), precision)
+def _pointwise(
+    rows: jax.Array, columns: jax.Array, precision: Any, out: Any = None
+) -> jax.Array:
+    return _conv(rows, columns, (1, 1), precision, out)
 
 
-def _full_window(rows: jax.Array, columns: jax.Array, precision: Any) -> jax.Array:
-    return _conv(rows, columns, (4, 4), precision)
+def _full_window(
+    rows: jax.Array, columns: jax.Array, precision: Any, out: Any = None
+) -> jax.Array:
+    return _conv(rows, columns, (4, 4), precision, out)
 
 
-def _sum(rows: jax.Array, columns: jax.Array, precision: Any) -> jax.Array:
+def _sum(
+    rows: jax.Array, columns: jax.Array, precision: Any, out: Any = None
+) -> jax.Array:
     # The side that is all ones is the narrow one; the other holds the probes.
-    del precision
+    del precision, out
     if rows.shape[0] > columns.shape[1]:
         return jax.lax.reduce_sum(rows, (1,))[:, None]
     return jax.lax.reduce_sum(columns, (0,))[None]
@@ -243,7 +271,7 @@ def _bits(dtype: Any) -> int:
     return round(-math.log2(unit_roundoff(dtype)))
 
 
-def _input_roundoff(run: Any, dtype: Any) -> float:
+def _input_roundoff(run: Any, dtype: Any, out: Any = None) -> float:
     bits = _bits(dtype)
     random = np.random.default_rng(0).integers(1 << (bits - 1), 1 << bits, 512)
     probes = np.concatenate(
@@ -266,7 +294,7 @@ def _input_roundoff(run: Any, dtype: Any) -> float:
     exact = np.outer(probes, probes)
     few = len(probes)
     both = abs(run(rows[:few], columns[:, :few]) / exact - 1).max()
-    rest = both - 2 * unit_roundoff(dtype) - 2 * found
+    rest = both - 2 * unit_roundoff(out or dtype) - 2 * found
     return max(found, _power_above(rest)) if rest > 0 else found
 
 
@@ -292,10 +320,17 @@ def _accumulator_probes(dtype: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
 
 def _accumulate_roundoff(run: Any, dtype: Any) -> float:
     rows, want, top, reach = _accumulator_probes(dtype)
-    rows = rows * 2.0**top
     ones = np.ones((_REDUCTION, _WIDTH))
-    left = run(rows, ones) * 2.0**-top - want[:, None]
-    right = run(ones.T, rows.T) * 2.0**-top - want
-    worst = max(abs(left).max(), abs(right).max())
+    worst = math.inf
+    # Operands may be cut to a type of smaller range, such as float16 or float8.
+    for power in dict.fromkeys((top, min(top, 12), min(top, 6))):
+        big = rows * 2.0**power
+        left = run(big, ones) * 2.0**-power - want[:, None]
+        right = run(ones.T, big.T) * 2.0**-power - want
+        worst = max(abs(left).max(), abs(right).max())
+        if worst < 0.5:  # else what is big was not even held
+            break
+    if not worst < math.inf:
+        worst = 1.0
     # Nothing lost within the dtype's range: the accumulator keeps at least that much.
     return _power_above(worst) or 2.0 ** -(reach + 1)

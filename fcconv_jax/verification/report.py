@@ -128,7 +128,17 @@ class Report:
         return f"{'EQUIVALENT' if self.passed else 'DIFFERENT'}: {count}, on {where}"
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
-        rows = [("layer", "case", "exact", "miss probability", "max error", "bound")]
+        rows = [
+            (
+                "layer",
+                "case",
+                "exact",
+                "miss probability",
+                "max error",
+                "bound",
+                "slack",
+            )
+        ]
         for layer in self.layers:
             proof = layer.certificate
             worst = _worst(layer.outputs)
@@ -141,6 +151,7 @@ class Report:
                     f"{proof.miss_probability:.0e}",
                     f"{worst.max_abs_error:.1e}" if worst else "-",
                     f"{worst.bound:.1e}" if worst else "-",
+                    _slack(worst) if worst else "-",
                 )
             )
         return rows
@@ -159,7 +170,7 @@ class Report:
                 verdict = "" if all(c.passed for c in leaves) else " FAILED"
                 lines.append(
                     f"{title}: max error {worst.max_abs_error:.1e} at {worst.path}, "
-                    f"bound {worst.bound:.1e}{verdict}"
+                    f"bound {worst.bound:.1e}, slack {_slack(worst)}{verdict}"
                 )
         lines.append(f"program: {_counts(self.original)} -> {_counts(self.converted)}")
         before, after = _exchanges(self.original), _exchanges(self.converted)
@@ -174,6 +185,13 @@ class Report:
 def _worst(leaves: Sequence[LeafComparison]) -> LeafComparison | None:
     """The comparison that comes closest to its bound."""
     return min(leaves, key=lambda c: (c.passed, c.tightness), default=None)
+
+
+def _slack(leaf: LeafComparison) -> str:
+    """Bound over error: of the worst case, and of independent errors."""
+    if not leaf.max_abs_error:
+        return "-"
+    return f"{leaf.tightness:.0f}x ({leaf.likely_tightness:.0f}x likely)"
 
 
 def _counts(census: Census) -> str:
@@ -200,6 +218,9 @@ def _plain(value: object) -> object:
             field.name: _plain(getattr(value, field.name))
             for field in dataclasses.fields(value)
         }
+        if isinstance(value, LeafComparison):
+            fields["tightness"] = _plain(value.tightness)
+            fields["likely_tightness"] = _plain(value.likely_tightness)
         passed = getattr(value, "passed", None)
         return fields if passed is None else {**fields, "passed": passed}
     if isinstance(value, tuple | list):

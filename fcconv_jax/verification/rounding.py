@@ -20,6 +20,7 @@ from .. import jaxprs
 from .precision import (
     Arithmetic,
     measure_precision,
+    underflow_error,
     unit_roundoff,
 )
 
@@ -112,7 +113,11 @@ def local_errors(
     error = rule(eqn, operands, outputs[0])
     if error is None:
         return [None]
-    return [jnp.where(jnp.isfinite(outputs[0]) & jnp.isfinite(error), error, 0)]
+    # A result that is subnormal errs by a constant, however small it is.
+    error += underflow_error(outputs[0].dtype)
+    # What overflows stays: then there is no finite bound, and not a bound of 0.
+    error = jnp.where(jnp.isnan(error), jnp.inf, error)
+    return [jnp.where(jnp.isfinite(outputs[0]), error, 0)]
 
 
 def _is_inexact(x: Any) -> bool:
@@ -173,24 +178,28 @@ def _reduce_precision(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:
     return 2.0 ** -(eqn.params["mantissa_bits"] + 1) * _magnitude(out)
 
 
-def contraction_arithmetic(dtype: Any, precision: Any) -> Arithmetic:
+def contraction_arithmetic(dtype: Any, precision: Any, out: Any = None) -> Arithmetic:
     """The worse of dot and convolution: the other form may use either.
 
     Example:
       >>> contraction_arithmetic("int8", None).accumulate_roundoff
       0.0
     """
-    dot = measure_precision(dtype, form="dot", precision=precision)
-    return dot.worse(measure_precision(dtype, form="conv", precision=precision))
+    dot = measure_precision(dtype, form="dot", precision=precision, out=out)
+    return dot.worse(
+        measure_precision(dtype, form="conv", precision=precision, out=out)
+    )
 
 
 def _contraction(eqn: Any, operands: Any, out: Any, size: Any, n: int) -> jax.Array:
     dtype = jnp.result_type(*operands)
-    arithmetic = contraction_arithmetic(dtype, eqn.params.get("precision"))
+    arithmetic = contraction_arithmetic(dtype, eqn.params.get("precision"), out.dtype)
     loss = 2 * arithmetic.input_roundoff + n * arithmetic.accumulate_roundoff
     if jnp.issubdtype(dtype, jnp.complexfloating):
         loss *= 4
-    return loss * size + _roundoff(out) * _magnitude(out)
+    # Each product and each sum may underflow, in the type it is accumulated in.
+    underflow = n * max(underflow_error(out.dtype), underflow_error("float32"))
+    return loss * size + _roundoff(out) * _magnitude(out) + underflow
 
 
 def _dot_general(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:
@@ -228,7 +237,8 @@ def _sum(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:
     n = math.prod(x.shape[axis] for axis in axes)
     accumulate = measure_precision(x.dtype, form="sum").accumulate_roundoff
     size = jnp.sum(_magnitude(x), axis=axes)
-    return n * accumulate * size + _roundoff(out) * _magnitude(out)
+    underflow = n * underflow_error(out.dtype)
+    return n * accumulate * size + _roundoff(out) * _magnitude(out) + underflow
 
 
 def _product(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:
@@ -243,19 +253,21 @@ def _cumulative(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:
         return n * _roundoff(out) * _magnitude(out)
     if name == "cumlogsumexp":  # each step is an exp, a sum and a log
         return 8 * n * _roundoff(out) * (1 + _magnitude(out))
-    return n * _roundoff(out) * jaxprs.bind(eqn, [_magnitude(operands[0])])[0]
+    size = jaxprs.bind(eqn, [_magnitude(operands[0])])[0]
+    return n * (_roundoff(out) * size + underflow_error(out.dtype))
 
 
 def _window_sum(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:
     n = math.prod(eqn.params["window_dimensions"])
-    return n * _roundoff(out) * jaxprs.bind(eqn, [_magnitude(operands[0])])[0]
+    size = jaxprs.bind(eqn, [_magnitude(operands[0])])[0]
+    return n * (_roundoff(out) * size + underflow_error(out.dtype))
 
 
 def _select_and_scatter_add(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:
     source, operand = operands
     n = math.prod(eqn.params["window_dimensions"])
     size = jaxprs.bind(eqn, [jnp.abs(source), operand])[0]
-    return n * _roundoff(out) * _magnitude(size)
+    return n * (_roundoff(out) * _magnitude(size) + underflow_error(out.dtype))
 
 
 def _scatter_add(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:
@@ -263,7 +275,7 @@ def _scatter_add(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:
     size = jaxprs.bind(eqn, [_magnitude(base), indices, _magnitude(updates)])[0]
     ones = jnp.ones_like(_magnitude(updates))
     count = jaxprs.bind(eqn, [jnp.zeros_like(size), indices, ones])[0]
-    return count * _roundoff(out) * size
+    return count * (_roundoff(out) * size + underflow_error(out.dtype))
 
 
 def _fft(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array:

@@ -288,14 +288,21 @@ def _certificates(
 
 
 def certify_layer(
-    layer: LayerPlan, to: Form, dtype: Any = jnp.float32, **options: Any
+    layer: LayerPlan,
+    to: Form,
+    dtype: Any = jnp.float32,
+    *,
+    preferred_element_type: Any = None,
+    **options: Any,
 ) -> Certificate:
     """Certifies that a layer's two forms are the same map, to the bit.
 
     Args:
       layer: the layer's plan.
       to: the form that the plan goes to.
-      dtype: dtype of input and parameters.
+      dtype: dtype of input and parameters; quantised ones too, such as ``int8`` and
+        ``float8_e4m3fn``.
+      preferred_element_type: dtype of the product's sums, such as ``int32``.
       **options: of :func:`fcconv_jax.verification.certificate.certify`.
 
     Example:
@@ -304,15 +311,24 @@ def certify_layer(
       >>> certify_layer(plan[""], plan.to).passed
       True
     """
-    return _certification(layer, to, dtype, **options)()
+    return _certification(layer, to, dtype, preferred_element_type, **options)()
 
 
 def _certification(
-    layer: LayerPlan, to: Form, dtype: Any, **options: Any
+    layer: LayerPlan,
+    to: Form,
+    dtype: Any,
+    preferred_element_type: Any = None,
+    **options: Any,
 ) -> Callable[[], Certificate]:
     if layer.is_product:
         layer = canonical_layer(layer, to)
-    source, target = pair_of_forms(layer, to)
+    source, target = pair_of_forms(
+        layer,
+        to,
+        precision=options.get("precision"),
+        preferred_element_type=preferred_element_type,
+    )
     bias = layer.bias
     if to == "conv":
         groups = (layer.groups,) if layer.groups > 1 else ()
@@ -329,7 +345,10 @@ def _certification(
         target,
         x=jax.ShapeDtypeStruct((_ROWS, *rest), dtype),
         kernel=jax.ShapeDtypeStruct(layer.kernel.source, dtype),
-        bias=None if bias is None else jax.ShapeDtypeStruct(bias.source, dtype),
+        # Added to the sums: narrow floats do not promote.
+        bias=None
+        if bias is None
+        else jax.ShapeDtypeStruct(bias.source, preferred_element_type or dtype),
         map_kernel=layer.kernel,
         map_bias=bias or (lambda none: none),
         reduction=reduction,

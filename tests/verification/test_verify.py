@@ -121,7 +121,12 @@ def test_report_as_text_json_and_markdown(report):
     assert content["layers"][0]["certificate"]["proved"] is True
     markdown = report.to_markdown().splitlines()
     assert markdown[0].startswith("**EQUIVALENT")
-    assert markdown[2].count("|") == markdown[4].count("|") == 7
+    assert markdown[2].count("|") == markdown[4].count("|") == 8
+    leaf = content["outputs"][0]
+    if leaf["max_abs_error"]:
+        assert leaf["tightness"] == leaf["bound"] / leaf["max_abs_error"] >= 1
+        assert leaf["likely_tightness"] <= leaf["tightness"]
+        assert "x likely)" in str(report)
 
 
 def test_progress_is_told(case):
