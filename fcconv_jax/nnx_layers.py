@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import types
+from collections.abc import Callable, Iterator
 from typing import Any
 
+import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
@@ -15,6 +17,7 @@ KINDS: dict[str, type[nnx.Module]] = {
     "Linear": nnx.Linear,
     "LinearGeneral": nnx.LinearGeneral,
     "Conv": nnx.Conv,
+    "Einsum": nnx.Einsum,
 }
 
 
@@ -60,6 +63,7 @@ def obstacle(layer: Any) -> str | None:
         ("dot_general", lax.dot_general),
         ("dot_general_cls", None),
         ("conv_general_dilated", lax.conv_general_dilated),
+        ("einsum_op", jnp.einsum),
     ):
         if getattr(layer, field, None) not in (None, default):
             return f"{name} computes its product by a {field} of its own"
@@ -79,6 +83,22 @@ def obstacle(layer: Any) -> str | None:
         if own or hooks.get("on_get_value") or hooks.get("on_set_value"):
             return f"its {type(variable).__name__} changes its value when it is read"
     return None
+
+
+def einsum_function(layer: Any) -> Callable[..., Any]:
+    """An ``nnx.Einsum`` as a function of its kernel, its input and its equation."""
+
+    def call(kernel: Any, inputs: Any, equation: str | None) -> Any:
+        plain = types.SimpleNamespace(
+            **vars(layer),
+            _einsum_str_check=layer._einsum_str_check,
+            _infer_broadcasted_bias_shape=layer._infer_broadcasted_bias_shape,
+        )
+        plain.kernel, plain.bias = kernel, bias_of(layer)
+        method: Any = nnx.Einsum.__call__
+        return method(plain, inputs, equation)
+
+    return call
 
 
 def bias_of(layer: Any) -> Any:

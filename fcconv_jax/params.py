@@ -258,7 +258,11 @@ def _moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, _Move]:
         for name, leaf in layer.leaves
     }
     prefix = _prefix(wanted, found)
-    tied = {f"{path}/{name}" for path, layer in plan.items() for name in layer.tied}
+    tied = {
+        "/".join(part for part in (path, name) if part)
+        for path, layer in plan.items()
+        for name in layer.tied
+    }
     # A parameter that is the whole tree has no name of its own.
     paths = {key: (prefix + key).rstrip("/") for key in wanted}
     present = set(found)

@@ -20,6 +20,7 @@ from .. import forms, nnx_layers
 from ..kernels import Rearrangement
 from ..params import convert_leaf, move_metadata
 from ..plan import Form, LayerPlan, Plan, PlanError
+from .nnx_einsum import Einsum, turn
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -28,6 +29,12 @@ def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
     """The model in the plan's form; see :func:`fcconv_jax.convert_model`."""
     model = model if inplace else nnx.clone(model, graph=True)
     modules = dict(nnx_layers.modules(model))
+    # An Einsum is planned by the path of its kernel.
+    modules |= {
+        f"{path}/kernel".lstrip("/"): module
+        for path, module in modules.items()
+        if isinstance(module, nnx.Einsum)
+    }
     # All checks come first: a model that is converted in place is never left half done.
     for path, layer in plan.items():
         if path not in modules:
@@ -138,7 +145,8 @@ class LinearGeneral(nnx.LinearGeneral):
         return forms.dense_output(self._layer, y)
 
 
-_CONVERTED = (Conv, Linear, LinearGeneral)
+_SWAPPED = (Conv, Linear, LinearGeneral)
+_CONVERTED = (*_SWAPPED, Einsum)
 
 
 def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
@@ -160,6 +168,11 @@ def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
                 f"{path!r} is a {type(module).__name__}, and the plan takes a "
                 f"{layer.layer} to {to}: pass the model that was planned"
             )
+        if (kind == "Einsum") != layer.is_product:
+            raise PlanError(
+                f"{path!r} is a {type(module).__name__}, and the plan takes a "
+                f"{layer.layer}: pass the model that was planned"
+            )
         canonical = 2 + (layer.groups > 1)
         if to == "dense" and len(layer.kernel.target) != canonical:
             raise PlanError(
@@ -170,6 +183,7 @@ def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
         if (reason := nnx_layers.obstacle(module)) is not None:
             raise PlanError(f"{path!r}: {reason}")
     for name, move in layer.leaves:
+        name = name or "kernel"
         variable = getattr(module, name)
         if variable is None:
             raise PlanError(f"{path!r} has no {name}, which the plan converts")
@@ -190,7 +204,7 @@ def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
 def _convert_layer(module: Any, layer: LayerPlan, to: Form, moved: set[int]) -> None:
     """Turns one module into the layer of the other form, itself and its Variables."""
     for name, move in layer.leaves:
-        variable = getattr(module, name)
+        variable = getattr(module, name or "kernel")
         if id(variable) in moved:  # a tied one
             continue
         moved.add(id(variable))
@@ -198,7 +212,10 @@ def _convert_layer(module: Any, layer: LayerPlan, to: Form, moved: set[int]) -> 
             variable.set_metadata(**updates)
         value = convert_leaf(move, variable.get_raw_value(), layer.stack_axes)
         variable.set_raw_value(value)
-    if isinstance(module, _CONVERTED):
+    if layer.is_product:
+        turn(module, layer)
+        return
+    if isinstance(module, _SWAPPED):
         origin = module._origin
         _become(module, origin.cls, dict(origin.settings))
         added = [k for k in vars(module) if not k.startswith("_pytree__")]
@@ -285,7 +302,7 @@ def _become(module: Any, cls: type[nnx.Module], settings: dict[str, Any]) -> Non
     old = vars(module).copy()
     nodes = module._pytree__nodes
     dropped: Sequence[str] = ("_layer", "_origin")
-    if isinstance(module, _CONVERTED):
+    if isinstance(module, _SWAPPED):
         known: Any = inspect.signature(type(module).__mro__[1].__init__).parameters
     else:
         known = inspect.signature(type(module).__init__).parameters

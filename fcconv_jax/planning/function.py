@@ -94,16 +94,22 @@ def plan_products(
     }
     elsewhere = _other_uses(traced, layers, to)
     calls = {
-        path: [_call(p, numbers[id(p)], elsewhere.get(path)) for p in products]
+        path: [as_call(p, numbers[id(p)], elsewhere.get(path)) for p in products]
         for path, products in layers.items()
     }
-    jaxpr = _marked(traced, numbers) if to == "conv" else None
+    jaxpr = (
+        jax.make_jaxpr(lambda operands: run_marked(traced, operands, numbers))(
+            traced.operands
+        )
+        if to == "conv"
+        else None
+    )
     planned, reasons = plan_layers(
         jaxpr, calls, to, chosen, lambda path, _: _stack_axes(layers[path])
     )
     for path, plan in list(planned.items()):
         try:
-            planned[path] = _on_leaf(plan, layers[path])
+            planned[path] = on_leaf(plan, layers[path])
         except LeftError as reason:
             del planned[path]
             reasons[path] = str(reason)
@@ -123,7 +129,7 @@ def _unweighted(traced: Traced, to: Form) -> dict[str, str]:
     return left
 
 
-def _call(product: Product, number: int, elsewhere: str | None) -> Call:
+def as_call(product: Product, number: int, elsewhere: str | None = None) -> Call:
     """One product, as a call of a layer."""
     obstacle = product.obstacle or elsewhere
     dense = form_of(product) == "dense"
@@ -167,8 +173,16 @@ def _untouched(traced: Traced, layers: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def _marked(traced: Traced, numbers: Mapping[int, int]) -> Any:
-    """The trace again, with the activation of each product marked by its number."""
+def run_marked(
+    traced: Traced, operands: Sequence[Any], numbers: Mapping[int, int]
+) -> list[Any]:
+    """Runs a trace with the activation of each product marked by its number.
+
+    Args:
+      traced: the trace.
+      operands: one value for each of its inputs.
+      numbers: by the identity of the product.
+    """
 
     def replace(product: Product, operands: Sequence[Any]) -> Any:
         marked = list(operands)
@@ -176,14 +190,12 @@ def _marked(traced: Traced, numbers: Mapping[int, int]) -> Any:
         marked[other] = mark(operands[other], numbers[id(product)])
         return product.eqn.primitive.bind(*marked, **product.eqn.params)
 
-    return jax.make_jaxpr(
-        lambda operands: rewrite(
-            traced.program,
-            operands,
-            lambda product: id(product) in numbers and product.obstacle is None,
-            replace,
-        )
-    )(traced.operands)
+    return rewrite(
+        traced.program,
+        operands,
+        lambda product: id(product) in numbers and product.obstacle is None,
+        replace,
+    )
 
 
 def _stack_axes(products: Sequence[Product]) -> tuple[int, ...]:
@@ -206,7 +218,7 @@ def _stack_axes(products: Sequence[Product]) -> tuple[int, ...]:
     return found[0]
 
 
-def _on_leaf(plan: LayerPlan, products: Sequence[Product]) -> LayerPlan:
+def on_leaf(plan: LayerPlan, products: Sequence[Product]) -> LayerPlan:
     """The plan with the move of the parameter itself, through all that lies between."""
     moves = [
         leaf_rearrangement(p, plan.window, plan.order, plan.groups) for p in products

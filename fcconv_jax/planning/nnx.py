@@ -11,10 +11,13 @@ import jax
 from flax import nnx
 
 from .. import arguments, nnx_layers
+from ..functions.products import Product
+from ..functions.trace import trace
 from ..linen_layers import conv_geometry
 from ..plan import Form, LayerPlan, Plan, Rule, match_rules
 from ..variables import is_variable
 from .flatten import mark
+from .function import as_call, on_leaf, run_marked
 from .layers import Call, LeftError, plan_layers
 from .uses import Uses, find_uses, mark_parameter
 
@@ -31,6 +34,8 @@ class _Recorder:
 
     calls: dict[str, list[Call]] = dataclasses.field(default_factory=dict)
     paths: list[str] = dataclasses.field(default_factory=list)
+    products: dict[str, list[Product]] = dataclasses.field(default_factory=dict)
+    left: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def call(self, layer: Any, kind: str, path: str, x: Any, out_sharding: Any) -> Any:
         """Calls a layer as it is, on marked input and parameters."""
@@ -57,11 +62,38 @@ class _Recorder:
         method: Any = nnx_layers.KINDS[kind].__call__
         return method(shadow, mark(x, number), out_sharding=out_sharding)
 
+    def einsum(self, layer: Any, path: str, x: Any, equation: str | None) -> Any:
+        """Calls an ``nnx.Einsum``, whose product a trace of its own shows."""
+        number = len(self.paths)
+        self.paths.append(f"{path}/kernel".lstrip("/"))
+        kernel = mark_parameter(layer.kernel.get_value(), number, "")
+        function = nnx_layers.einsum_function(layer)
+        traced = trace(function, (kernel, x, equation), {})
+        products = [p for _, p in traced.program.walk() if isinstance(p, Product)]
+        if traced.program.uses or len(products) != 1:
+            self.left[path] = "its einsum is no product of the input with its kernel"
+            return function(kernel, x, equation)
+        self.products.setdefault(self.paths[-1], []).append(products[0])
+        self.calls.setdefault(self.paths[-1], []).append(as_call(products[0], number))
+        numbers = {id(products[0]): number}
+        return run_marked(traced, traced.operands, numbers)[0]
+
 
 def _recorded_call(self: Any, inputs: Any, out_sharding: Any = None) -> Any:
     """What a stand-in does when it is called."""
     recorder, kind, path = getattr(self, _RECORDER)
     return recorder.call(self, kind, path, inputs, out_sharding)
+
+
+def _recorded_einsum(
+    self: Any, inputs: Any, einsum_str: str | None = None, out_sharding: Any = None
+) -> Any:
+    """What a stand-in for an ``nnx.Einsum`` does when it is called."""
+    recorder, _, path = getattr(self, _RECORDER)
+    if out_sharding is None:
+        return recorder.einsum(self, path, inputs, einsum_str)
+    recorder.left[path] = "its product is given an out_sharding"
+    return nnx.Einsum.__call__(self, inputs, einsum_str, out_sharding)
 
 
 # Subclasses with one base each: Python lets an object of the base become one.
@@ -77,7 +109,16 @@ class _Conv(nnx.Conv):
     __call__ = _recorded_call
 
 
-_STAND_INS = {"Linear": _Linear, "LinearGeneral": _LinearGeneral, "Conv": _Conv}
+class _Einsum(nnx.Einsum):
+    __call__ = _recorded_einsum
+
+
+_STAND_INS = {
+    "Linear": _Linear,
+    "LinearGeneral": _LinearGeneral,
+    "Conv": _Conv,
+    "Einsum": _Einsum,
+}
 
 
 def plan_nnx(
@@ -111,17 +152,25 @@ def plan_nnx(
         return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)]
 
     jaxpr = jax.make_jaxpr(run)(leaves, arrays)
-    source = ("Conv",) if to == "dense" else ("Linear", "LinearGeneral")
+    dense = ("Linear", "LinearGeneral", "Einsum", "dot_general")
+    source = ("Conv",) if to == "dense" else dense
     layers = {p: c for p, c in recorder.calls.items() if c[0].kind in source}
     names = [number for number, path in enumerate(stored) if path is not None]
     parameters = _Parameters(stored, find_uses(jaxpr, names), recorder.paths, layers)
     chosen = match_rules(rules, layers)
     planned, left = plan_layers(jaxpr, layers, to, chosen, parameters.stack_axes)
+    for path in planned.keys() & recorder.products.keys():
+        try:
+            planned[path] = on_leaf(planned[path], recorder.products[path])
+        except LeftError as reason:
+            del planned[path]
+            left[path] = str(reason)
     _leave_tied(planned, left, parameters)
     planned = {p: parameters.with_ties(p, layer) for p, layer in planned.items()}
     for path, kind in kinds.items():
-        if kind in source and path not in layers:
-            left[path] = _why_not_called(model, path)
+        key = f"{path}/kernel".lstrip("/") if kind == "Einsum" else path
+        if kind in source and key not in layers:
+            left[path] = recorder.left.get(path) or _why_not_called(model, path)
     left.update(_others(model, state, kinds))
     return Plan(to, tuple(planned.items()), tuple(left.items()))
 
@@ -192,22 +241,24 @@ class _Parameters:
         Raises:
           LeftError: something else than the layer reads them, or changes them before.
         """
+        if call.kind == "dot_general":  # planned by the path of the kernel itself
+            return (0,) * self._depth(path, "", "kernel")
         depths = {
-            name: self._depth(path, name)
+            name: self._depth(path, name, name)
             for name in ("kernel", "bias")[: 1 + (call.bias is not None)]
         }
         if len(set(depths.values())) > 1:
             raise LeftError("its kernel and its bias are stacked differently")
         return (0,) * depths["kernel"]
 
-    def _depth(self, path: str, name: str) -> int:
-        read = self.of(path, name)
+    def _depth(self, path: str, parameter: str, name: str) -> int:
+        read = self.of(path, parameter)
         calls = {call.number for call in self.layers[path]}
         marked = {
             number
             for leaf in read
-            for number, parameter in self.uses[leaf].layers
-            if parameter == name and number in calls
+            for number, other in self.uses[leaf].layers
+            if other == parameter and number in calls
         }
         if len(read) != 1:
             raise LeftError(
@@ -321,12 +372,8 @@ def _why_alone(owner: str, name: str, shape: tuple[int, ...]) -> str:
             f"{shape}, of a linen module inside ToNNX: plan and convert the linen "
             "module before wrapping it"
         )
-    if owner == "Einsum":
-        return (
-            f"the kernel of an Einsum, {shape}, which may lie in any order: write it "
-            "as an nnx.LinearGeneral"
-        )
     return (
-        f"{owner} uses its own parameter {name!r} {shape}: no Linear, LinearGeneral or "
-        "Conv layer reads it"
+        f"{owner} uses its own parameter {name!r} {shape}: no Linear, LinearGeneral, "
+        "Einsum or Conv layer reads it; plan the model as a function of its state, "
+        "lambda state, x: nnx.merge(graphdef, state)(x), with nnx.split(model)"
     )
