@@ -1,3 +1,5 @@
+from typing import Any
+
 import chex
 import jax
 import jax.numpy as jnp
@@ -459,3 +461,34 @@ def test_another_kind_of_model_is_refused():
         fc.make_plan("model", X)
     with pytest.raises(fc.PlanError, match="'conv' or 'dense'"):
         make_plan(Net, X, to="einsum")
+
+
+def test_the_ways_out_for_own_params_and_for_linen_inside_nnx():
+    class Own(nnx.Module):
+        def __init__(self):
+            self.w = nnx.Param(jnp.arange(12.0).reshape(4, 3))
+            self.fc = linear(3, 2)
+
+        def __call__(self, x):
+            return self.fc(x @ self.w[...])
+
+    x = np.ones((2, 4), np.float32)
+    model = Own()
+    graphdef, state = nnx.split(model)
+
+    def function(state, x):
+        return nnx.merge(graphdef, state)(x)
+
+    plan = fc.make_plan(function, state, x)
+    assert set(plan) == {"w", "fc/kernel"}
+    y = fc.convert_model(function, plan)(fc.convert_params(state, plan), x)
+    np.testing.assert_allclose(y, model(x), rtol=1e-6)
+
+    inner = linen.Dense(3)
+    conv: Any = fc.convert_model(inner, fc.make_plan(inner, x))
+    wrapped, plain = (
+        nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
+        for module in (conv, inner)
+    )
+    assert wrapped.kernel.shape == (1, 4, 3)
+    np.testing.assert_allclose(wrapped(x), plain(x), rtol=1e-6)
