@@ -205,7 +205,7 @@ class TestHelp:
                 run(line.strip().removeprefix("fcconv "))
                 ran += 1
         assert ran >= 14
-        assert len(verified) == 3
+        assert len(verified) == 4
         assert {p.name for p in Path().iterdir()} >= {"plan.json", "report.md", "back"}
 
     def test_version(self):
@@ -455,6 +455,25 @@ class TestVerify:
         run("verify model.py:Net --input 2,8,8,1 --kwarg train=false")
         assert verified[-1][-1]["train"] is False
         assert verified[-1][-1]["gradients"] is True
+
+    def test_backends(self, verified):
+        command = "verify model.py:wide --input 2,4"
+        run(f"{command} --backend rocm --backend CPU --timeout 7")
+        _, variables, (x,), options = verified[0]
+        assert [str(backend) for backend in options["backends"]] == ["rocm", "cpu"]
+        assert options["timeout"] == 7
+        assert isinstance(x, jax.Array)
+        run(f"{command} --backend rocm")
+        _, variables, (x,), _ = verified[1]
+        assert isinstance(x, jax.ShapeDtypeStruct)
+        assert isinstance(variables["params"]["fc"]["kernel"], jax.ShapeDtypeStruct)
+        run(command)
+        assert verified[2][-1]["backends"] is None
+        fails(f"{command} --backend npu", "--backend: no backend 'npu'", 2)
+
+    def test_a_backend_that_is_not_present(self):
+        result = run("verify model.py:wide --input 2,4 --backend rocm")
+        assert result.stdout.startswith("LOWERED, NOT EXECUTED: 1 layer to conv")
 
     def test_json_markdown_and_file(self):
         command = "verify model.py:wide --input 2,4 --no-gradients"

@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from .inputs import ArgumentError, parse_padding, parse_sizes
 from .options import (
     AsJson,
+    Backends,
     FileFormat,
     Inputs,
     Kwargs,
@@ -32,6 +33,7 @@ from .options import (
 from .output import print_plan, print_table, progress_bar, write_text
 from .steps import (
     ModelCall,
+    parse_backends,
     plan_checkpoint,
     read_plan,
     require_layers,
@@ -216,6 +218,7 @@ def restore(src: Source, dst: Target, overwrite: Overwrite = False) -> None:
         "verify model.py:Net --input 2,8,8,1",
         "verify model.py:Net --input 2,8,8,1 --checkpoint ckpt --out report.md",
         "verify model.py:Net --input 2,8,8,1 --no-gradients --json",
+        "verify model.py:Net --input 2,8,8,1 --backend cpu --backend tpu:v6e",
     )
 )
 def verify(
@@ -233,6 +236,11 @@ def verify(
     rules: Rules = None,
     kwargs: Kwargs = None,
     method: Method = None,
+    backends: Backends = None,
+    timeout: Annotated[
+        float,
+        typer.Option(help="Seconds for each backend that is compiled ahead of time."),
+    ] = 600.0,
     gradients: Annotated[
         bool,
         typer.Option(
@@ -251,15 +259,23 @@ def verify(
 ) -> None:
     """Prove that the two forms of a model are equal on this machine.
 
+    With --backend, on others too: one that is not present is compiled for
+    ahead of time, which shows what becomes of both forms, and proves no more.
+
     Exit status 0 when every check passes, 1 when one does not.
     """
     if as_json and as_markdown:
         raise ArgumentError("give one of --json and --markdown")
     call = ModelCall.read(model, inputs, kwargs, method)
+    options = {
+        "gradients": gradients,
+        "backends": parse_backends(backends),
+        "timeout": timeout,
+    }
     if checkpoint is None:
-        report = verify_model(call, call.plan(to, rules), seed, gradients)
+        report = verify_model(call, call.plan(to, rules), seed, options)
     else:
-        report = verify_checkpoint(call, checkpoint, to, rules, seed, gradients)
+        report = verify_checkpoint(call, checkpoint, to, rules, seed, options)
     if out is not None:
         to_json = out.suffix == ".json"
         write_text(out, report.to_json() if to_json else report.to_markdown())

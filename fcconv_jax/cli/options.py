@@ -64,6 +64,17 @@ ToForm = Annotated[
     To | None,
     typer.Option(help="The form to go to; conv, or what a given plan says."),
 ]
+Backends = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--backend",
+        metavar="NAME",
+        help="A backend: cpu, gpu, cuda:h100, tpu, tpu:v6e, tpu:v5e:16x16, rocm, ... "
+        "It is executed if it is present, else compiled ahead of time if its compiler "
+        "is installed (fcconv-jax[tpu-aot], [cuda-aot]), else lowered. Once for each; "
+        "JAX's default unless said.",
+    ),
+]
 Source = Annotated[
     Path,
     typer.Argument(

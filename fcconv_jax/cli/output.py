@@ -12,6 +12,8 @@ import typer
 from .inputs import ArgumentError
 
 if TYPE_CHECKING:
+    from rich.progress import TaskID
+
     from ..plan import Plan
 
 
@@ -65,6 +67,13 @@ def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr, where that is a terminal."""
+    with progress_rows() as tell:
+        yield lambda what, done, total: tell(f"{title}: {what}", done, total)
+
+
+@contextlib.contextmanager
+def progress_rows() -> Iterator[Callable[[str, int, int], None]]:
+    """Progress bars on stderr, where that is a terminal: one for each "row: step"."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
@@ -77,11 +86,12 @@ def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
     with Progress(
         *columns, console=console, transient=True, disable=not console.is_terminal
     ) as progress:
-        task = progress.add_task(title, total=None)
+        rows: dict[str, TaskID] = {}
 
         def tell(what: str, done: int, total: int) -> None:
-            progress.update(
-                task, description=f"{title}: {what}", completed=done, total=total
-            )
+            row = what.partition(":")[0]
+            if row not in rows:
+                rows[row] = progress.add_task(what, total=None)
+            progress.update(rows[row], description=what, completed=done, total=total)
 
         yield tell

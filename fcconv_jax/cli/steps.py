@@ -11,13 +11,14 @@ import typer
 
 from .inputs import ArgumentError, load_model, parse_input, parse_kwargs, random_inputs
 from .options import To
-from .output import progress_bar
+from .output import progress_rows
 
 if TYPE_CHECKING:
     import flax.linen as nn
     import jax
 
     from ..plan import Plan
+    from ..verification.backends.backend import Backend
     from ..verification.report import Report
 
 
@@ -75,13 +76,35 @@ def plan_checkpoint(src: Path, rules: Sequence[str], to: To) -> Plan:
     return plan_from_params(shapes, rules, to.value)
 
 
-def verify_model(call: ModelCall, made: Plan, seed: int, gradients: bool) -> Report:
-    """The report on a model with random parameters and inputs."""
+def parse_backends(names: Sequence[str] | None) -> list[Backend] | None:
+    """The values of ``--backend``."""
+    from ..verification.backends.backend import Backend, BackendError
+
+    try:
+        return [Backend.parse(name) for name in names] if names else None
+    except BackendError as error:
+        raise ArgumentError(f"--backend: {error}") from None
+
+
+def verify_model(
+    call: ModelCall, made: Plan, seed: int, options: Mapping[str, Any]
+) -> Report:
+    """The report on a model with random parameters and inputs.
+
+    Where nothing is executed, shapes will do in their place.
+    """
     import jax
 
+    from ..verification.backends.resolution import resolve
+    from .variables import abstract_variables
+
+    backends = options["backends"]
+    if backends and all(resolve(backend).how != "executed" for backend in backends):
+        variables = abstract_variables(call.model, call.specs, call.options)
+        return _verify(call, made, variables, None, call.specs, options)
     arrays = random_inputs(call.specs, seed)
     variables = call.model.init(jax.random.key(seed), *arrays, **call.options)
-    return _verify(call, made, variables, None, arrays, gradients)
+    return _verify(call, made, variables, None, arrays, options)
 
 
 def verify_checkpoint(
@@ -90,7 +113,7 @@ def verify_checkpoint(
     to: To | None,
     rules: Sequence[str] | None,
     seed: int,
-    gradients: bool,
+    options: Mapping[str, Any],
 ) -> Report:
     """The report on a model with the parameters of a checkpoint in either form."""
     from ..checkpoints import read_checkpoint
@@ -103,7 +126,7 @@ def verify_checkpoint(
     if saved.plan is None:
         made = call.plan(to, rules)
         variables = find_variables(saved, wanted, str(checkpoint))
-        return _verify(call, made, variables, None, arrays, gradients)
+        return _verify(call, made, variables, None, arrays, options)
     if to or rules:
         raise ArgumentError(
             f"--to and --rule do not go with {checkpoint}: it is converted, and holds "
@@ -113,7 +136,7 @@ def verify_checkpoint(
     wanted = convert_params(wanted, saved.plan)
     converted = find_variables(saved, wanted, str(checkpoint))
     variables = restore_params(converted, saved.plan)
-    return _verify(call, saved.plan, variables, converted, arrays, gradients)
+    return _verify(call, saved.plan, variables, converted, arrays, options)
 
 
 def _verify(
@@ -121,21 +144,21 @@ def _verify(
     made: Plan,
     variables: Any,
     converted: Any,
-    arrays: Sequence[jax.Array],
-    gradients: bool,
+    arrays: Sequence[Any],
+    options: Mapping[str, Any],
 ) -> Report:
     from ..verification.verify import verify
 
     require_layers(made)
-    with progress_bar("verifying") as tell:
+    with progress_rows() as tell:
         return verify(
             call.model,
             variables,
             *arrays,
             plan=made,
             converted_params=converted,
-            gradients=gradients,
             progress=tell,
+            **options,
             **call.options,
         )
 

@@ -56,9 +56,9 @@ class FunctionProgram:
         self.function = function
         self.arrays, self.static = arguments.split((inputs, dict(kwargs)))
 
-    def call(self, variables: Mapping[str, Any]) -> Any:
-        """The output alone."""
-        args, kwargs = self.static.merge(self.arrays)
+    def call(self, variables: Mapping[str, Any], arrays: Any = None) -> Any:
+        """The output alone; ``arrays`` stand in for those of the inputs."""
+        args, kwargs = self.static.merge(self.arrays if arrays is None else arrays)
         return self.function(variables["params"], *args, **kwargs)
 
     def run(self, variables: Mapping[str, Any]) -> dict[str, Any]:

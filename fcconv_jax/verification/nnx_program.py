@@ -33,12 +33,12 @@ class NnxProgram:
         )
         self.arrays, self.static = arguments.split((inputs, dict(kwargs)))
 
-    def call(self, variables: Mapping[str, Any]) -> Any:
-        """The output alone."""
-        return self._call(variables)[0]
+    def call(self, variables: Mapping[str, Any], arrays: Any = None) -> Any:
+        """The output alone; ``arrays`` stand in for those of the inputs."""
+        return self._call(variables, self.arrays if arrays is None else arrays)[0]
 
-    def _call(self, variables: Mapping[str, Any]) -> tuple[Any, Any]:
-        args, kwargs = self.static.merge(self.arrays)
+    def _call(self, variables: Mapping[str, Any], arrays: Any) -> tuple[Any, Any]:
+        args, kwargs = self.static.merge(arrays)
         state = jax.tree.map(lambda leaf: leaf, self.params)
         nnx.replace_by_pure_dict(state, variables["params"])
         model: Any = nnx.merge(self.graphdef, state, self.rest, copy=True)
@@ -47,5 +47,5 @@ class NnxProgram:
 
     def run(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Output and updated statistics; the layers' own outputs are not captured."""
-        out, updated = self._call(variables)
+        out, updated = self._call(variables, self.arrays)
         return {"output": out, "updated": updated, "layers": {}}

@@ -6,7 +6,6 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .bounds import ErrorModel, LeafComparison, compare, error_bounds
-from .census import Census, count_hlo, count_stablehlo
 from .compiling import Compiling
 from .perturbation import UnboundedError
 
@@ -58,15 +57,6 @@ class Pair:
                     "infinite, in both forms alike, and tell nothing"
                 )
         return found
-
-    def censuses(self) -> tuple[Census, Census]:
-        """What the two programs are made of."""
-        return _census(self._original), _census(self._changed)
-
-
-def _census(program: Compiling) -> Census:
-    text = program.compiled.as_text() or ""
-    return Census(count_stablehlo(program.lowered.as_text()), count_hlo(text))
 
 
 def _shaped_like(want: Any, got: Any) -> Any:

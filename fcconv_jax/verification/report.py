@@ -7,6 +7,8 @@ import json
 from collections.abc import Iterator, Sequence
 
 from ..plan import Case, Form
+from .backends import report as backend_report
+from .backends.report import BackendReport
 from .bounds import LeafComparison
 from .census import Census
 from .certificate import Certificate
@@ -54,6 +56,10 @@ class Report:
       device: the kind of device that ran it.
       backend: its platform.
       jax_version: the version of JAX that compiled it.
+      planned: number of planned layers.
+      abstract: whether the parameters were abstract: no bits to compare.
+      backends: what each backend showed. The fields above tell of the first that was
+        executed; where none was, ``layers``, ``outputs`` and ``steps`` are empty.
     """
 
     to: Form
@@ -68,10 +74,16 @@ class Report:
     device: str
     backend: str
     jax_version: str
+    planned: int
+    abstract: bool
+    backends: tuple[BackendReport, ...]
 
     @property
     def passed(self) -> bool:
-        """Whether every check passed."""
+        """Whether every check passed of those that were made.
+
+        What was not executed was not compared: ``backends`` says how far each was.
+        """
         return not self.failures
 
     @property
@@ -91,41 +103,79 @@ class Report:
         for leaf in (*self.outputs, *self.steps):
             if not leaf.passed:
                 yield f"{leaf.path!r} {leaf.reason}"
+        for found in self.backends:
+            yield from found.failures
+            if found.execution is not None:
+                for failure in found.execution.failures:
+                    yield f"{found.backend}: {failure}"
+
+    @property
+    def executed(self) -> bool:
+        """Whether anything was executed."""
+        return any(found.how == "executed" for found in self.backends)
 
     def to_json(self) -> str:
         """The report as JSON text; bounds that do not exist are null."""
-        content = {
+        return json.dumps(self._content(), default=str)
+
+    def _content(self) -> dict[str, object]:
+        backends = []
+        for found in self.backends:
+            nested = found.execution and found.execution._content()
+            backends.append({**found.to_json(), "execution": nested})
+        fields = {
+            field.name: _plain(getattr(self, field.name))
+            for field in dataclasses.fields(self)
+        }
+        return {
             "passed": self.passed,
             "failures": self.failures,
-            **{
-                field.name: _plain(getattr(self, field.name))
-                for field in dataclasses.fields(self)
-            },
+            **fields,
+            "backends": backends,
         }
-        return json.dumps(content, default=str)
 
     def to_markdown(self) -> str:
         """The report as Markdown: a verdict, the table of layers, and the rest."""
-        head, *rows = self._layer_rows()
-        table = [head, tuple("---" for _ in head), *rows]
         lines = [f"**{self._verdict()}**", ""]
-        lines += ["| " + " | ".join(row) + " |" for row in table]
-        lines += ["", *(f"- {line}" for line in self._details())]
+        if self.layers:
+            head, *rows = self._layer_rows()
+            table = [head, tuple("---" for _ in head), *rows]
+            lines += ["| " + " | ".join(row) + " |" for row in table]
+            lines.append("")
+        lines += [f"- {line}" for line in self._details()]
+        if self.backends:
+            lines += ["", *backend_report.markdown(self.backends), ""]
+            lines += [f"- {found.headline()}" for found in self.backends]
+        for found in self.backends:
+            if found.execution is not None:
+                lines += ["", found.execution.to_markdown().rstrip()]
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
-        rows = self._layer_rows()
-        widths = [max(map(len, column)) for column in zip(*rows)]
-        table = [
-            "  ".join(cell.ljust(w) for cell, w in zip(row, widths)).rstrip()
-            for row in rows
-        ]
-        return "\n".join([self._verdict(), *table, *self._details()])
+        table = backend_report.aligned(self._layer_rows()) if self.layers else []
+        lines = [self._verdict(), *table, *self._details()]
+        for found in self.backends:
+            lines += found.lines()
+            if found.execution is not None:
+                lines += ["  " + line for line in str(found.execution).splitlines()]
+        return "\n".join(lines)
 
     def _verdict(self) -> str:
-        count = f"{len(self.layers)} layer{'s' * (len(self.layers) != 1)} to {self.to}"
-        where = f"{self.backend} ({self.device}), jax {self.jax_version}"
-        return f"{'EQUIVALENT' if self.passed else 'DIFFERENT'}: {count}, on {where}"
+        count = f"{self.planned} layer{'s' * (self.planned != 1)} to {self.to}"
+        done = {
+            how: ", ".join(found.backend for found in self.backends if found.how == how)
+            for how in ("executed", "compiled", "lowered")
+        }
+        verdict = "EQUIVALENT" if self.passed else "DIFFERENT"
+        if self.layers:
+            where = f"on {self.backend} ({self.device}), jax {self.jax_version}"
+        else:
+            best = "compiled" if done["compiled"] else "lowered"
+            verdict = f"{best.upper()}, NOT EXECUTED" if self.passed else "FAILED"
+            where = f"for {done.pop(best)}, jax {self.jax_version}"
+        rest = [f"{how}: {names}" for how, names in done.items() if names]
+        more = f" ({'; '.join(rest)})" if len(self.backends) > 1 and rest else ""
+        return f"{verdict}: {count}, {where}{more}"
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
         rows = [
@@ -158,7 +208,7 @@ class Report:
 
     def _details(self) -> list[str]:
         lines = []
-        if not self.failed_params:
+        if not self.failed_params and not self.abstract:
             lines.append("parameters: the same bits, rearranged; the way back too")
         for title, leaves in (
             ("outputs", self.outputs),

@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import contextlib
+import copy
+import dataclasses
 import functools
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -12,18 +15,21 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import arguments
 from ..forms import pair_of_forms
-from ..functions.trace import is_function
-from ..linen_layers import module_path
 from ..models import convert_model
 from ..params import convert_opt_state, convert_params, leaf_path, restore_params
 from ..plan import Form, LayerPlan, Plan
-from ..variables import is_nnx_module
+from .backends.backend import Backend, BackendError
+from .backends.compilation import TIMEOUT, Compiling, Program, compile_present
+from .backends.report import BackendReport
+from .backends.resolution import Resolution, resolve, resolve_default
+from .backends.timing import milliseconds
 from .bounds import LeafComparison
+from .census import Census
 from .certificate import Certificate, prepare_certificate
-from .function_program import FunctionProgram, canonical_layer, function_variables
+from .function_program import canonical_layer
 from .pair import Pair
+from .programs import compilable, program_of, variables_of
 from .report import LayerReport, Report
 
 Progress = Callable[[str, int, int], None]
@@ -58,14 +64,16 @@ def verify(
     params: Any,
     *inputs: Any,
     plan: Plan,
+    backends: Sequence[str | Backend] | None = None,
     converted_model: Any = None,
     converted_params: Any = None,
     tx: Any = None,
     gradients: bool = True,
     progress: Progress | None = None,
+    timeout: float = TIMEOUT,
     **kwargs: Any,
 ) -> Report:
-    """Checks every claim that a conversion makes, on the device at hand.
+    """Checks every claim that a conversion makes, on the devices at hand.
 
     1. Parameters: ``converted_params`` hold the same bits, rearranged by the plan.
     2. Each layer: both forms agree to the bit on integers that leave no rounding
@@ -74,56 +82,158 @@ def verify(
        within the rounding-error bound derived for this model, these parameters and
        this input (:mod:`fcconv_jax.verification.bounds`).
     4. Gradients, and the parameters after one optimizer step, likewise.
-    5. A census: matrix products and convolutions of the two compiled programs.
+    5. The two compiled programs: operations, cost, run time.
+
+    A backend that is present is *executed*: 2 to 5. For another the two programs are
+    *compiled* ahead of time if its compiler is installed, which gives 5 but no run
+    time, else *lowered*, which counts the operations that a compiler would be handed.
+    The report says which, and ``passed`` claims no more.
 
     Args:
       model: the ``flax.linen`` or ``flax.nnx`` Module, or the function of params and
         inputs, that was planned.
       params: its params or its variables; for an NNX model an ``nnx.State``, a pure
         dict of its params, or None for the model's own. The outputs of the layers in
-        between are then not compared, only the model's.
+        between are then not compared, only the model's. Where nothing is executed,
+        abstract ones will do.
       *inputs: what it is called with.
       plan: from :func:`fcconv_jax.make_plan`.
+      backends: such as ``["cpu", "cuda:h100", "tpu:v5e"]``; None is JAX's default.
       converted_model: what to compare with; ``convert_model(model, plan)`` if None. A
         linen Module of your own, say one written with ``nn.Conv``.
       converted_params: its params or variables; ``convert_params(params, plan)`` if
         None.
       tx: the ``optax`` optimizer of the step; SGD with momentum if None.
       gradients: whether to do 4.
-      progress: called with a phase, the steps done and the steps in all.
+      progress: called with a phase, the steps done and the steps in all; also from the
+        thread that waits for the compilers.
+      timeout: seconds for each backend that is compiled ahead of time.
       **kwargs: keyword arguments of ``model.apply``: ``train=``, ``rngs=``, ...
 
     Returns:
       A report; ``report.passed`` tells, ``print(report)`` shows.
+
+    Raises:
+      BackendError: there is no such backend.
     """
     tell = progress or (lambda phase, done, total: None)
+    chosen = _resolve_all(backends)
     if converted_model is None:
         converted_model = convert_model(model, plan)
-    variables = _variables(model, params)
+    variables = variables_of(model, params)
     expected = convert_params(variables, plan)
     other = expected
     if converted_params is not None:
-        other = _variables(converted_model, converted_params)
+        other = variables_of(converted_model, converted_params)
+    abstract = _is_abstract((variables, other, inputs, kwargs))
+    if abstract and any(resolution.how == "executed" for resolution in chosen):
+        raise TypeError(
+            "verify needs arrays to execute on "
+            f"{', '.join(str(r.backend) for r in chosen if r.how == 'executed')}, got "
+            "abstract ones: hand over arrays, or name backends that are not present"
+        )
     failures = _check_params(expected, other)
     if not failures:
         failures = _check_params(variables, restore_params(other, plan))
-    original = _program(model, plan, inputs, kwargs)
-    changed = _program(converted_model, plan, inputs, kwargs)
+
+    original = program_of(model, plan, inputs, kwargs)
+    changed = program_of(converted_model, plan, inputs, kwargs)
+    pair = _Forms(plan, original, changed, variables, other)
+    absent = [resolution for resolution in chosen if resolution.how != "executed"]
+    with Compiling(
+        pair.by_form(),
+        absent,
+        timeout=timeout,
+        progress=lambda what, done, total: tell(f"compilers: {what}", done, total),
+    ) as compiling:
+        executed = {
+            resolution.backend: _execute(pair, resolution, tx, gradients, tell)
+            for resolution in chosen
+            if resolution.how == "executed"
+        }
+        compiled = compiling.results() if absent else {}
+    return _report(pair, chosen, failures, abstract, executed, compiled)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Forms:
+    """A model and its converted form, on the same inputs."""
+
+    plan: Plan
+    original: Any
+    changed: Any
+    variables: Mapping[str, Any]
+    other: Mapping[str, Any]
+
+    def by_form(self) -> dict[str, Program]:
+        """What is compiled, under 'dense' and 'conv'."""
+        forms = ("dense", "conv") if self.plan.to == "conv" else ("conv", "dense")
+        original = compilable(self.original, self.variables)
+        changed = compilable(self.changed, self.other)
+        return dict(zip(forms, (original, changed)))
+
+    def on(self, device: Any) -> _Forms:
+        """The same with all arrays on one device."""
+        moved = [copy.copy(program) for program in (self.original, self.changed)]
+        for program in moved:
+            program.arrays = jax.device_put(program.arrays, device)
+        trees = jax.device_put((self.variables, self.other), device)
+        return _Forms(self.plan, *moved, *trees)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Execution:
+    """What one device showed."""
+
+    report: BackendReport
+    layers: tuple[LayerReport, ...]
+    outputs: tuple[LeafComparison, ...]
+    steps: tuple[LeafComparison, ...]
+    notes: tuple[str, ...]
+
+
+def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:
+    if backends is None:
+        return [resolve_default()]
+    if isinstance(backends, str | Backend):
+        backends = [backends]
+    if not backends:
+        raise BackendError("no backend to verify on: name one, such as 'cpu'")
+    return [resolve(b) for b in dict.fromkeys(map(Backend.parse, backends))]
+
+
+def _execute(
+    pair: _Forms, resolution: Resolution, tx: Any, gradients: bool, tell: Progress
+) -> _Execution:
+    """Runs both forms on a device that is present, and compares."""
+    with contextlib.ExitStack() as stack:
+        if resolution.device.platform != jax.default_backend():
+            stack.enter_context(jax.default_device(resolution.device))
+            pair = pair.on(resolution.device)
+        return _execute_here(pair, resolution, tx, gradients, tell)
+
+
+def _execute_here(
+    pair: _Forms, resolution: Resolution, tx: Any, gradients: bool, tell: Progress
+) -> _Execution:
+    plan, name = pair.plan, resolution.backend
     notes: list[str] = []
     # All is traced before anything runs: XLA compiles it meanwhile.
-    tell("tracing", 0, 2 + gradients)
-    proofs = _certificates(variables, plan)
-    tell("tracing", 1, 2 + gradients)
-    forward = Pair(original.run, changed.run, variables, other, notes)
+    tell(f"{name}: tracing", 0, 2 + gradients)
+    proofs = _certificates(pair.variables, plan)
+    tell(f"{name}: tracing", 1, 2 + gradients)
+    forward = Pair(
+        pair.original.run, pair.changed.run, pair.variables, pair.other, notes
+    )
     step = None
     if gradients:
-        tell("tracing", 2, 2 + gradients)
-        step = _pair_of_steps(original, changed, variables, other, plan, tx, notes)
+        tell(f"{name}: tracing", 2, 2 + gradients)
+        step = _pair_of_steps(pair, tx, notes)
     certificates = {}
     for done, (path, proof) in enumerate(proofs.items()):
-        tell("certificates", done, len(proofs))
+        tell(f"{name}: certificates", done, len(proofs))
         certificates[path] = proof()
-    tell("model on the input", 0, 1)
+    tell(f"{name}: model on the input", 0, 1)
     comparisons = forward.compare()
     layers = tuple(
         LayerReport(
@@ -138,75 +248,93 @@ def verify(
     outputs = tuple(c for c in comparisons if not c.path.startswith("layers/"))
     steps: tuple[LeafComparison, ...] = ()
     if step is not None:
-        tell("gradients and a step", 0, 1)
+        tell(f"{name}: gradients and a step", 0, 1)
         steps = tuple(step.compare())
-    tell("census", 0, 1)
-    counts = forward.censuses()
-    return Report(
-        to=plan.to,
-        failed_params=tuple(failures),
-        layers=layers,
-        outputs=outputs,
-        steps=steps,
-        original=counts[0],
-        converted=counts[1],
-        skipped=tuple(plan.skipped.items()),
-        notes=tuple(notes),
-        device=str(jax.devices()[0].device_kind),
-        backend=jax.default_backend(),
-        jax_version=jax.__version__,
+    tell(f"{name}: run times", 0, 1)
+    return _Execution(
+        _compare_programs(pair, resolution), layers, outputs, steps, tuple(notes)
     )
 
 
-class _Program:
-    """A model on fixed inputs, as functions of its variables alone."""
+def _compare_programs(pair: _Forms, resolution: Resolution) -> BackendReport:
+    """The cost and the run time of both forms on a present device."""
+    programs = pair.by_form()
+    compiled = {
+        form: compile_present(program, resolution) for form, program in programs.items()
+    }
+    runs = {
+        form: functools.partial(compiled[form].executable, *program.args)
+        for form, program in programs.items()
+    }
+    return BackendReport(
+        str(resolution.backend),
+        "executed",
+        device=str(resolution.device.device_kind),
+        dense=compiled["dense"],
+        conv=compiled["conv"],
+        milliseconds=milliseconds(runs),
+    )
 
-    def __init__(self, model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]):
-        self.model, self.plan = model, plan
-        self.arrays, self.static = arguments.split((inputs, dict(kwargs)))
 
-    def _apply(self, variables: Any, **extra: Any) -> Any:
-        args, kwargs = self.static.merge(self.arrays)
-        return self.model.apply(variables, *args, **{**kwargs, **extra})
+def _report(
+    pair: _Forms,
+    chosen: Sequence[Resolution],
+    failed_params: Sequence[str],
+    abstract: bool,
+    executed: Mapping[Backend, _Execution],
+    compiled: Mapping[Backend, Any],
+) -> Report:
+    """The report on the first backend that was executed, with all others in it."""
+    plan = pair.plan
 
-    def run(self, variables: Any) -> dict[str, Any]:
-        """Output, updated collections, and the outputs of every planned layer."""
-        _, kwargs = self.static.merge(self.arrays)
-        mutable = kwargs.get("mutable", False)
-        collections = [mutable] if isinstance(mutable, str) else list(mutable or ())
-        out, updated = self._apply(
-            variables,
-            mutable=[*collections, "intermediates"],
-            capture_intermediates=self._is_planned,
+    def of_one(execution: _Execution | None, failed: Any, backends: Any) -> Report:
+        shown = execution.report if execution else backends[0]
+        forms = {
+            form: Census(program.stablehlo, program.hlo)
+            for form, program in (("dense", shown.dense), ("conv", shown.conv))
+            if program
+        }
+        nothing = Census(None, None)
+        return Report(
+            to=plan.to,
+            failed_params=tuple(failed),
+            layers=execution.layers if execution else (),
+            outputs=execution.outputs if execution else (),
+            steps=execution.steps if execution else (),
+            original=forms.get("dense" if plan.to == "conv" else "conv", nothing),
+            converted=forms.get(plan.to, nothing),
+            skipped=tuple(plan.skipped.items()),
+            notes=execution.notes if execution else (),
+            device=shown.device,
+            backend=shown.backend,
+            jax_version=jax.__version__,
+            planned=len(plan),
+            abstract=abstract,
+            backends=tuple(backends),
         )
-        captured = updated.get("intermediates", {})
-        layers = {}
-        for path in self.plan:
-            node = captured
-            for name in path.split("/") if path else ():
-                node = node.get(name, {})
-            calls = node.get("__call__", ())
-            layers[path] = {str(i): y for i, y in enumerate(calls)}
-        rest = {name: updated[name] for name in collections if name in updated}
-        return {"output": out, "updated": rest, "layers": layers}
 
-    def _is_planned(self, module: nn.Module, method: str) -> bool:
-        return method == "__call__" and module_path(module) in self.plan
-
-    def call(self, variables: Any) -> Any:
-        """The output alone."""
-        return self._apply(variables)
+    main = next(iter(executed.values()), None)
+    backends = []
+    for resolution in chosen:
+        execution = executed.get(resolution.backend)
+        if execution is None:
+            backends.append(_absent(resolution, compiled[resolution.backend]))
+        elif execution is main:
+            backends.append(execution.report)
+        else:
+            nested = of_one(execution, (), ())
+            backends.append(dataclasses.replace(execution.report, execution=nested))
+    return of_one(main, failed_params, backends)
 
 
-def _program(model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]) -> Any:
-    """A model of either kind on fixed inputs."""
-    if is_nnx_module(model):
-        from .nnx_program import NnxProgram
-
-        return NnxProgram(model, inputs, kwargs)
-    if is_function(model):
-        return FunctionProgram(model, inputs, kwargs)
-    return _Program(model, plan, inputs, kwargs)
+def _absent(resolution: Resolution, outcome: Any) -> BackendReport:
+    """The report on a backend that was not executed."""
+    found: dict[str, Any] = {"failures": (str(outcome),)}
+    if not isinstance(outcome, BackendError):
+        found = {**outcome, "device": outcome["dense"].device}
+    return BackendReport(
+        str(resolution.backend), resolution.how, resolution.reason, **found
+    )
 
 
 def _gradient(program: Any, variables: Any) -> Any:
@@ -227,15 +355,8 @@ def _gradient(program: Any, variables: Any) -> Any:
     return jax.grad(loss)(variables["params"])
 
 
-def _variables(model: Any, params: Any) -> Mapping[str, Any]:
-    if is_nnx_module(model):
-        from .nnx_program import nnx_variables
-
-        return nnx_variables(model, params)
-    if is_function(model):
-        return function_variables(params)
-    is_variables = isinstance(params, Mapping) and "params" in params
-    return params if is_variables else {"params": params}
+def _is_abstract(tree: Any) -> bool:
+    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
 
 def _check_params(want: Any, got: Any) -> list[str]:
@@ -251,6 +372,8 @@ def _check_params(want: Any, got: Any) -> list[str]:
         jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got)
     ):
         if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
+            continue
+        if _is_abstract((a, b)):
             continue
         a, b = np.asarray(a), np.asarray(b)
         differ = _bits(a) != _bits(b)
@@ -367,18 +490,11 @@ def _window_index(layer: LayerPlan, shape: tuple[int, ...]) -> np.ndarray:
     return index * per_group + np.arange(shape[-1]) % per_group
 
 
-def _pair_of_steps(
-    original: Any,
-    changed: Any,
-    variables: Mapping[str, Any],
-    other: Mapping[str, Any],
-    plan: Plan,
-    tx: Any,
-    notes: list[str],
-) -> Pair | None:
+def _pair_of_steps(pair: _Forms, tx: Any, notes: list[str]) -> Pair | None:
     """Gradients, and the parameters after one optimizer step."""
     import optax
 
+    plan, variables, other = pair.plan, pair.variables, pair.other
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(variables["params"])]
     if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
         notes.append("no gradients: some params are not floats")
@@ -387,7 +503,7 @@ def _pair_of_steps(
     state = jax.jit(tx.init)(variables["params"])
     other_state = convert_opt_state(state, plan, tx=tx, params=variables["params"])
 
-    def step(program: _Program, variables: Any, state: Any) -> dict[str, Any]:
+    def step(program: Any, variables: Any, state: Any) -> dict[str, Any]:
         grads = _gradient(program, variables)
         updates, _ = tx.update(grads, state, variables["params"])
         return {
@@ -396,7 +512,9 @@ def _pair_of_steps(
         }
 
     def restored(variables: Any) -> Any:
-        after = step(changed, variables, other_state)
+        after = step(pair.changed, variables, other_state)
         return {name: restore_params(tree, plan) for name, tree in after.items()}
 
-    return Pair(lambda v: step(original, v, state), restored, variables, other, notes)
+    return Pair(
+        lambda v: step(pair.original, v, state), restored, variables, other, notes
+    )

@@ -140,9 +140,9 @@ def test_progress_is_told(case):
         gradients=False,
         progress=lambda *step: told.append(step),
     )
-    assert told[0] == ("tracing", 0, 2)
-    assert ("certificates", 0, 2) in told
-    assert told[-1] == ("census", 0, 1)
+    assert told[0] == ("cpu: tracing", 0, 2)
+    assert ("cpu: certificates", 0, 2) in told
+    assert told[-1] == ("cpu: run times", 0, 1)
 
 
 class TestPlantedDefects:

@@ -140,7 +140,7 @@ class Compiling:
       programs: what to compile, by name.
       resolutions: for which backends; none of them 'executed'.
       timeout: seconds for each backend.
-      progress: called with a backend's name, how many are done, and how many there are.
+      progress: called with what is running, how many are done, how many there are.
     """
 
     def __init__(

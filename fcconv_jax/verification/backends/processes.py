@@ -91,7 +91,7 @@ class Pool:
     Args:
       jobs: by the name that they are asked for by.
       timeout: seconds for each.
-      progress: called with the name, how many are done, and how many there are.
+      progress: called with what is running, how many are done, how many there are.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Pool:
         progress: Callable[[str, int, int], None] | None = None,
     ):
         self._jobs, self._timeout = jobs, timeout
-        self._progress = progress or (lambda name, done, total: None)
+        self._progress = progress or (lambda running, done, total: None)
         self._results: dict[Backend, Any] = {}
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
@@ -127,18 +127,23 @@ class Pool:
         limit = os.cpu_count() or 1
         try:
             while (waiting or running) and not self._stopped.is_set():
+                before = len(running)
                 while waiting and len(running) < limit:
                     running.append(_Process(*waiting.pop(0)))
+                if len(running) != before:
+                    self._tell(running)
                 for process in [p for p in running if p.finished(self._timeout)]:
                     running.remove(process)
                     self._results[process.backend] = process.result()
-                    self._progress(
-                        str(process.backend), len(self._results), len(self._jobs)
-                    )
+                    self._tell(running)
                 time.sleep(_POLL)
         finally:
             for process in running:
                 process.kill()
+
+    def _tell(self, running: list[_Process]) -> None:
+        names = ", ".join(str(process.backend) for process in running)
+        self._progress(names or "done", len(self._results), len(self._jobs))
 
 
 class _Process:

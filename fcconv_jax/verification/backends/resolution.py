@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from .backend import Backend, Platform
+from .backend import Backend, Platform, jax_platform
 
 How = Literal["executed", "compiled", "lowered"]
 
@@ -53,6 +53,18 @@ def resolve(backend: str | Backend) -> Resolution:
     if missing:
         return Resolution(backend, "lowered", f"{absent}, and {missing}")
     return Resolution(backend, "compiled", absent)
+
+
+def resolve_default() -> Resolution:
+    """The platform and the device that JAX uses unless told otherwise.
+
+    Example:
+      >>> resolve_default().how
+      'executed'
+    """
+    device = jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore
+    platform: Any = jax_platform(device)
+    return Resolution(Backend(platform), "executed", device=device)
 
 
 def present(backend: Backend) -> list[Any]:

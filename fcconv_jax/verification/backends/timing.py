@@ -1,0 +1,37 @@
+"""Run times of programs that are compared: measured in turns, so that drift cancels."""
+
+from __future__ import annotations
+
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+
+_ROUNDS = (5, 101)
+_SECONDS = 0.2
+
+
+def milliseconds(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
+    """Median run time of each function, in milliseconds.
+
+    Each runs once to warm up, then all in turn: at least 5 times, at most 101 times or
+    0.2 seconds.
+
+    Example:
+      >>> list(milliseconds({"fast": lambda: 1, "slow": lambda: 2}))
+      ['fast', 'slow']
+    """
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    for run in runs.values():
+        jax.block_until_ready(run())
+    begin = time.perf_counter()
+    for number in range(_ROUNDS[1]):
+        if number >= _ROUNDS[0] and time.perf_counter() - begin > _SECONDS:
+            break
+        for name, run in runs.items():
+            start = time.perf_counter()
+            jax.block_until_ready(run())
+            times[name].append(time.perf_counter() - start)
+    return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
