@@ -196,7 +196,8 @@ def _product(
             program.uses.append(Use(tag.path, reason, True))
         elif tag.made_of and active:
             for path, how in sorted(tag.made_of):
-                reason = f"changed by {how!r} on the way to its product"
+                kind = "product" if name == "dot_general" else "convolution"
+                reason = f"changed by {how!r} on the way to its {kind}"
                 program.uses.append(Use(path, reason, True))
         elif active and not tag.active:
             program.unweighted[id(eqn)] = (

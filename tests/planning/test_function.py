@@ -221,6 +221,17 @@ LEFT = {
         (4, 4),
         {"": "changed by 'mul'"},
     ),
+    "masked for a convolution": (
+        lambda p, x: lax.conv_general_dilated(
+            x[None],
+            p * np.tri(4, dtype=np.float32)[None],
+            (1,),
+            "VALID",
+            dimension_numbers=("NWC", "WIO", "NWC"),
+        ),
+        (1, 4, 4),
+        {"": "changed by 'mul' on the way to its convolution"},
+    ),
     "normalised": (
         lambda p, x: x @ (p - p.mean(0)),
         (4, 4),
