@@ -1,0 +1,1 @@
+"""A zoo of real models: each is planned with no hints, converted and checked."""

@@ -1,0 +1,171 @@
+"""What is checked of every model of the zoo, in one pass."""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import jax
+import numpy as np
+from flax import linen as nn
+from flax import nnx
+
+import fcconv_jax as fc
+from fcconv_jax.functions.forms import form_of
+from fcconv_jax.functions.products import Product
+from fcconv_jax.functions.trace import parameter_paths, trace
+from fcconv_jax.verification.bounds import LeafComparison, compare, error_bounds
+
+from .entry import Subject
+
+
+@dataclasses.dataclass(frozen=True)
+class Findings:
+    """What came out.
+
+    Args:
+      plan: made with no hints.
+      found: number of weight matmuls in the model's trace.
+      left: for each weight matmul of the converted model's trace, the parameter's path
+        and the reason in ``plan.skipped``, or None where the plan does not say.
+      round_trip: whether the restored params are the original's, every bit.
+      comparisons: the outputs against the bound, leaf by leaf.
+      unmodelled: primitives whose rounding is not in the bound.
+    """
+
+    plan: fc.Plan
+    found: int
+    left: tuple[tuple[str, str | None], ...]
+    round_trip: bool
+    comparisons: tuple[LeafComparison, ...]
+    unmodelled: tuple[str, ...]
+
+    @property
+    def kinds(self) -> Mapping[str, int]:
+        """How many layers of each kind convert."""
+        return collections.Counter(layer.layer for layer in self.plan.values())
+
+    @property
+    def worst(self) -> LeafComparison:
+        """The output that comes closest to its bound."""
+        return min(self.comparisons, key=lambda leaf: leaf.tightness)
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """What does not hold, one text each."""
+        lost = () if self.round_trip else ("params do not come back to the bit",)
+        return (
+            *lost,
+            *(
+                f"{p} is multiplied, the plan is silent"
+                for p, why in self.left
+                if not why
+            ),
+            *(f"{c.path}: {c.reason}" for c in self.comparisons if not c.passed),
+            *(f"rounding of {name} has no bound" for name in self.unmodelled),
+        )
+
+
+def examine(subject: Subject) -> Findings:
+    """Plans, converts and compares one model."""
+    model, inputs, kwargs = subject.model, subject.inputs, dict(subject.kwargs)
+    planned_with = inputs
+    if not isinstance(model, nn.Module | nnx.Module):
+        planned_with = (subject.variables, *inputs)
+    plan = fc.make_plan(model, *planned_with, **kwargs)
+    converted = fc.convert_model(model, plan)
+    params, run = as_function(model, subject.variables)
+    moved = fc.convert_params(params, plan)
+    _, run_converted = as_function(converted, subject.variables)
+    with _compiling_quickly():
+        reference = error_bounds(lambda p: run(p, *inputs, **kwargs), params)
+        got = jax.jit(lambda p: run_converted(p, *inputs, **kwargs))(moved)
+        comparisons = tuple(compare(reference, got))
+    return Findings(
+        plan=plan,
+        found=len(weight_products(run, params, inputs, kwargs)),
+        left=tuple(
+            (path, reason(plan, path))
+            for path in weight_products(run_converted, moved, inputs, kwargs)
+        ),
+        round_trip=same_bits(fc.restore_params(moved, plan), params),
+        comparisons=comparisons,
+        unmodelled=reference.unmodelled,
+    )
+
+
+@contextlib.contextmanager
+def _compiling_quickly() -> Iterator[None]:
+    """Each program runs once, so compiling it is nearly all of the time."""
+    before = jax.config.read("jax_disable_most_optimizations")
+    jax.config.update("jax_disable_most_optimizations", True)
+    try:
+        yield
+    finally:
+        jax.config.update("jax_disable_most_optimizations", before)
+
+
+def as_function(model: Any, variables: Any) -> tuple[Any, Callable[..., Any]]:
+    """The params of a model of any kind, and the model as a function of them."""
+    if isinstance(model, nnx.Module):
+        graphdef, state, rest = nnx.split(model, nnx.Param, ..., graph=True)
+
+        def run(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+            return nnx.merge(graphdef, params, rest, copy=True)(*inputs, **kwargs)
+
+        return state, run
+    if not hasattr(model, "apply"):
+        return variables, model
+    others = {name: tree for name, tree in variables.items() if name != "params"}
+
+    def apply(params: Any, *inputs: Any, **kwargs: Any) -> Any:
+        return model.apply({"params": params, **others}, *inputs, **kwargs)
+
+    return variables["params"], apply
+
+
+def weight_products(
+    run: Callable[..., Any], params: Any, inputs: Any, kwargs: Mapping[str, Any]
+) -> list[str]:
+    """The parameter of each matmul of an activation with a weight, in program order.
+
+    Also a parameter that is changed on its way to one. Products of two activations,
+    such as attention scores, do not count.
+    """
+    program = trace(run, (params, *inputs), kwargs).program
+    paths = [
+        found.weight.path
+        for _, found in program.walk()
+        if isinstance(found, Product) and form_of(found) == "dense"
+    ]
+    shapes = parameter_paths(params)
+    changed = [
+        use.path
+        for use in program.uses
+        # A vector on the way, such as the scale of a weight norm, is no matrix.
+        if use.reason.endswith("to its product") and len(shapes[use.path]) > 1
+    ]
+    return paths + changed
+
+
+def reason(plan: fc.Plan, path: str) -> str | None:
+    """Why a parameter is left alone: the plan may name it, or its layer."""
+    while path:
+        if path in plan.skipped:
+            return plan.skipped[path]
+        path = path.rpartition("/")[0]
+    return None
+
+
+def same_bits(a: Any, b: Any) -> bool:
+    """Whether two trees hold the same arrays, bit by bit."""
+    pairs = zip(jax.tree.leaves(a), jax.tree.leaves(b), strict=True)
+    return jax.tree.structure(a) == jax.tree.structure(b) and all(
+        x.dtype == y.dtype
+        and x.shape == y.shape
+        and np.asarray(x).tobytes() == np.asarray(y).tobytes()
+        for x, y in pairs
+    )

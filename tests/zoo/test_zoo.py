@@ -1,0 +1,22 @@
+import pytest
+
+pytest.importorskip("transformers", reason="the zoo wants: pip install -e '.[zoo]'")
+
+from .everyone import everyone
+from .examine import examine
+
+ENTRIES = everyone()
+
+
+@pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.group}-{e.name}")
+def test_a_model_converts_and_nothing_changes(entry):
+    with entry.shim():
+        findings = examine(entry.build())
+    assert len(findings.plan) + len(findings.left), "no layer found"
+    assert findings.failures == ()
+
+
+def test_the_zoo_is_as_large_as_it_says():
+    library = {entry.name for entry in ENTRIES if entry.group == "transformers"}
+    assert len(library) >= 25
+    assert len({(entry.group, entry.name) for entry in ENTRIES}) == len(ENTRIES)
