@@ -8,6 +8,7 @@ from typing import Any
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 from .kernels import Rearrangement
+from .meshes import regroup
 
 
 def move_names(
@@ -37,10 +38,10 @@ def move_names(
     inner, stack = list(names), []
     for axis in reversed(stack_axes):
         stack.append(inner.pop(axis))
-    split = _regroup(rearrange.source, inner, rearrange.split)
+    split = regroup(rearrange.source, inner, rearrange.split)
     moved = [split[p] for p in rearrange.perm]
     sizes = [rearrange.split[p] for p in rearrange.perm]
-    out = _regroup(sizes, moved, rearrange.target)
+    out = regroup(sizes, moved, rearrange.target)
     for axis in stack_axes:
         out.insert(axis if axis >= 0 else axis + len(out) + 1, stack.pop())
     return tuple(out)
@@ -71,69 +72,3 @@ def move_sharding(
             f"the new shape ({error}); gather the leaf first"
         ) from None
     return moved
-
-
-def _regroup(
-    source: Sequence[int], names: Sequence[Any], target: Sequence[int]
-) -> list[Any]:
-    """Names of the axes after a row-major reshape from ``source`` to ``target``."""
-    out: list[Any] = [None] * len(target)
-    for from_axes, to_axes in _blocks(source, target):
-        named = [(i, names[i]) for i in from_axes if names[i] is not None]
-        if not named:
-            continue
-        if len(to_axes) == len(from_axes):
-            for i, j in zip(from_axes, to_axes):
-                out[j] = names[i]
-            continue
-        lead = from_axes[: len(named)]
-        if [i for i, _ in named] != lead or len(to_axes) > 1 < len(from_axes):
-            sizes = [source[i] for i in from_axes]
-            raise ValueError(
-                f"the axes of sizes {sizes}, named {[names[i] for i in from_axes]}, "
-                f"become {[target[j] for j in to_axes]}: that partition has no name "
-                "there; gather or rename the axis first, or leave the layer out with "
-                "a rule"
-            )
-        if len(from_axes) == 1:
-            parts = named[0][1] if isinstance(named[0][1], tuple) else (named[0][1],)
-            if len(parts) == len(to_axes):
-                for j, part in zip(to_axes, parts):
-                    out[j] = part
-            else:
-                out[to_axes[0]] = named[0][1]
-        else:
-            flat = tuple(
-                part
-                for _, name in named
-                for part in (name if isinstance(name, tuple) else (name,))
-            )
-            out[to_axes[0]] = flat[0] if len(flat) == 1 else flat
-    return out
-
-
-def _blocks(
-    source: Sequence[int], target: Sequence[int]
-) -> list[tuple[list[int], list[int]]]:
-    """The finest aligned groups of axes that a row-major reshape maps to each other.
-
-    Axes of size 1 carry no partition; they pair with each other where the groups
-    are otherwise equal, else belong to no group.
-    """
-    if tuple(source) == tuple(target):
-        return [([i], [i]) for i in range(len(source))]
-    a = [i for i, size in enumerate(source) if size != 1]
-    b = [j for j, size in enumerate(target) if size != 1]
-    blocks = []
-    while a and b:
-        left, right = [a.pop(0)], [b.pop(0)]
-        p, q = source[left[0]], target[right[0]]
-        while p != q:
-            if p < q:
-                left.append(a.pop(0))
-                p *= source[left[-1]]
-            else:
-                right.append(b.pop(0))
-                q *= target[right[-1]]
-        blocks.append((left, right))
-    return blocks

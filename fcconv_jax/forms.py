@@ -15,13 +15,15 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
 
 from .equivalence import Equivalence
 from .kernels import channel_last, window_letters
+from .meshes import parts, reshape, respec, typed_sharding, with_mesh
 from .plan import Form, LayerPlan, PlanError
 
 Array = jax.Array
-FormFn = Callable[[Array, Array, Array | None], Array]
+FormFn = Callable[..., Array]
 
 
 def conv_input(layer: LayerPlan, x: Array) -> Array:
@@ -32,28 +34,34 @@ def conv_input(layer: LayerPlan, x: Array) -> Array:
       x: ``(*lead, [groups,] in)``; ``in`` is flattened in ``layer.order``.
 
     Returns:
-      ``(N, *spatial, C)``. A full window gives ``spatial == window``. A pointwise
-      layer gives spatial axes of size 1, or its leading axes with layout ``"keep"``.
+      ``(N, *spatial, C)``. A full window gives ``spatial == window``, or with layout
+      ``"flat"`` spatial axes of size 1. A pointwise layer gives spatial axes of size 1,
+      or its leading axes with layout ``"keep"``.
     """
     grouped = layer.groups > 1
     lead = x.shape[: -2 if grouped else -1]
-    if math.prod(layer.window) == 1:
+    letters = channel_last(len(layer.window))
+    flat = layer.layout == "flat" and layer.order == letters  # as it comes
+    if math.prod(layer.window) == 1 or flat:
         channels = x.shape[len(lead) :]
-        return x.reshape(*_spatial(layer, lead), math.prod(channels))
+        return reshape(x, (*_spatial(layer, lead), math.prod(channels)))
     letters = window_letters(len(layer.window))
     sizes = dict(zip(letters, layer.window))
     sizes["C"] = x.shape[-1] // math.prod(layer.window)
     split = (math.prod(lead), layer.groups, *(sizes[axis] for axis in layer.order))
     target = (*letters, "G", "C")
     axes = [1 if a == "G" else 2 + layer.order.index(a) for a in target]
-    x = x.reshape(split).transpose(0, *axes)
-    return x.reshape(math.prod(lead), *layer.window, layer.groups * sizes["C"])
+    x = reshape(x, split).transpose(0, *axes)
+    return reshape(x, (math.prod(lead), *layer.window, layer.groups * sizes["C"]))
 
 
-def conv_output(layer: LayerPlan, y: Array, lead: Sequence[int]) -> Array:
+def conv_output(
+    layer: LayerPlan, y: Array, lead: Sequence[int], out_sharding: Any = None
+) -> Array:
     """The dense form's output ``(*lead, [groups,] out)``, from the conv form's."""
     groups = (layer.groups,) if layer.groups > 1 else ()
-    return y.reshape(*lead, *groups, y.shape[-1] // layer.groups)
+    shape = (*lead, *groups, y.shape[-1] // layer.groups)
+    return reshape(y, shape, out_sharding)
 
 
 def dense_input(layer: LayerPlan, x: Array) -> Array:
@@ -80,7 +88,7 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
         x = x[(..., *covered, slice(None))]
     pairs = [size for pair in zip(positions, layer.window) for size in pair]
     per_group = channels // layer.groups
-    x = x.reshape(*batch, *pairs, layer.groups, per_group)
+    x = reshape(x, (*batch, *pairs, layer.groups, per_group))
     n = len(batch)
     at = [n + 2 * i for i in range(rank)]
     letters = channel_last(rank)
@@ -89,14 +97,15 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
     features = [inner[axis] for axis in order]
     x = x.transpose(*range(n), *at, n + 2 * rank, *features)
     groups = (layer.groups,) if layer.groups > 1 else ()
-    return x.reshape(*batch, *positions, *groups, math.prod(layer.window) * per_group)
+    features = math.prod(layer.window) * per_group
+    return reshape(x, (*batch, *positions, *groups, features))
 
 
-def dense_output(layer: LayerPlan, y: Array) -> Array:
+def dense_output(layer: LayerPlan, y: Array, out_sharding: Any = None) -> Array:
     """The conv form's output ``(N, *positions, O)``, from the dense form's."""
     if layer.groups == 1:
         return y
-    return y.reshape(*y.shape[:-2], y.shape[-2] * y.shape[-1])
+    return reshape(y, (*y.shape[:-2], y.shape[-2] * y.shape[-1]), out_sharding)
 
 
 def holds(layer: LayerPlan, found: Equivalence) -> bool:
@@ -142,7 +151,9 @@ def pair_of_forms(
 
     Both take the same ``x`` and give the same output; kernel and bias are those of
     the form (``bias`` may be None). This is the linear map that a converted model
-    runs, and what verification certifies.
+    runs, and what verification certifies. On a mesh with explicit axes the output is
+    sharded as the form that the layer was found in would have it; both functions take
+    ``out_sharding=`` as ``jax.lax.dot_general`` does.
 
     Args:
       layer: the layer's plan.
@@ -169,14 +180,38 @@ def pair_of_forms(
     conv = functools.partial(_conv, layer, settings)
     if to == "conv":
 
-        def as_conv(x: Array, kernel: Array, bias: Array | None) -> Array:
+        def as_conv(
+            x: Array, kernel: Array, bias: Array | None, out_sharding: Any = None
+        ) -> Array:
             lead = x.shape[: -2 if layer.groups > 1 else -1]
-            return conv_output(layer, conv(conv_input(layer, x), kernel, bias), lead)
+            sharding = with_mesh(out_sharding, x, kernel)
+            if sharding is None:
+                sharding = _dense_sharding(layer, settings, x, kernel)
+            image = conv_input(layer, x)
+            kernel = _gathered(layer, kernel, x, sharding, len(lead) + 1)
+            features = layer.channels_last(kernel.shape)[-1]
+            groups = (layer.groups,) if layer.groups > 1 else ()
+            shape = (*lead, *groups, features // layer.groups)
+            whole = layer.base == "full_window"  # one position is left
+            positions = [1 if whole else n for n in image.shape[1:-1]]
+            inner = (image.shape[0], *positions, features)
+            y = conv(image, kernel, bias, respec(sharding, shape, inner))
+            return conv_output(layer, y, lead, sharding)
 
         return dense, as_conv
 
-    def as_dense(x: Array, kernel: Array, bias: Array | None) -> Array:
-        return dense_output(layer, dense(dense_input(layer, x), kernel, bias))
+    def as_dense(
+        x: Array, kernel: Array, bias: Array | None, out_sharding: Any = None
+    ) -> Array:
+        rows = dense_input(layer, x)
+        sharding = with_mesh(out_sharding, x, kernel)
+        inner = sharding
+        if layer.groups > 1:
+            *lead, groups, fan_in = rows.shape
+            features = kernel.size // (groups * fan_in)
+            shape = (*lead, groups, features)
+            inner = respec(sharding, (*lead, groups * features), shape)
+        return dense_output(layer, dense(rows, kernel, bias, inner), sharding)
 
     return conv, as_dense
 
@@ -187,21 +222,29 @@ def _dense(
     x: Array,
     kernel: Array,
     bias: Array | None,
+    out_sharding: Any = None,
 ) -> Array:
     """``x @ kernel + bias`` in the canonical dense layout."""
     last = x.ndim - 1
+    rows = x.shape[-1]
     if layer.groups == 1:
-        matrix = kernel.reshape(x.shape[-1], -1)
+        matrix = reshape(kernel, (rows, kernel.size // rows))
         contract = (((last,), (0,)), ((), ()))
-        y = lax.dot_general(x, matrix, contract, **settings)
+        y = lax.dot_general(x, matrix, contract, out_sharding=out_sharding, **settings)
     else:
-        matrix = kernel.reshape(layer.groups, x.shape[-1], -1)
+        matrix = reshape(
+            kernel, (layer.groups, rows, kernel.size // (layer.groups * rows))
+        )
         contract = (((last,), (1,)), ((last - 1,), (0,)))
-        y = lax.dot_general(x, matrix, contract, **settings)
+        if out_sharding is not None:  # of (*lead, groups, out)
+            *lead, group, out = parts(out_sharding, x.ndim)
+            spec = PartitionSpec(group, *lead, out)
+            out_sharding = NamedSharding(out_sharding.mesh, spec)
+        y = lax.dot_general(x, matrix, contract, out_sharding=out_sharding, **settings)
         y = jnp.moveaxis(y, 0, -2)
     if bias is None:
         return y
-    return y + bias.reshape(y.shape[-2 if layer.groups > 1 else -1 :])
+    return y + reshape(bias, y.shape[-2 if layer.groups > 1 else -1 :])
 
 
 def _conv(
@@ -210,22 +253,30 @@ def _conv(
     x: Array,
     kernel: Array,
     bias: Array | None,
+    out_sharding: Any = None,
 ) -> Array:
     """The conv form on channel-last input, unpadded, as ``nn.Conv`` computes it."""
     batch = x.shape[: -1 - len(layer.window)]
-    x = x.reshape(math.prod(batch), *x.shape[len(batch) :])
-    y = convolve(layer, x, kernel, **settings)
-    y = y.reshape(*batch, *y.shape[1:])
+    x = reshape(x, (math.prod(batch), *x.shape[len(batch) :]))
+    y = convolve(layer, x, kernel, out_sharding, **settings)
+    y = reshape(y, (*batch, *y.shape[1:]))
     return y if bias is None else y + bias
 
 
-def convolve(layer: LayerPlan, x: Array, kernel: Array, **settings: Any) -> Array:
+def convolve(
+    layer: LayerPlan,
+    x: Array,
+    kernel: Array,
+    out_sharding: NamedSharding | None = None,
+    **settings: Any,
+) -> Array:
     """The convolution of a layer's conv form, in the plan's layout.
 
     Args:
       layer: the layer's plan.
       x: ``(N, *spatial, C)``.
       kernel: as the plan stores it.
+      out_sharding: of the result, on a mesh with explicit axes.
       **settings: precision, preferred_element_type.
 
     Returns:
@@ -235,11 +286,13 @@ def convolve(layer: LayerPlan, x: Array, kernel: Array, **settings: Any) -> Arra
     if layer.layout == "flat":
         # One position only: the window and the channels are one axis of features.
         ones = (1,) * len(ones)
-        x = x.reshape(x.shape[0], 1, -1)
+        x = reshape(x, (x.shape[0], 1, math.prod(x.shape[1:])))
         out = kernel.shape[-1 if layer.kernel_layout == "HWIO" else 0]
         inner = kernel.size // out
         flat = (1, inner, out) if layer.kernel_layout == "HWIO" else (out, 1, inner)
-        kernel, strides = kernel.reshape(flat), (1,)
+        kernel, strides = reshape(kernel, flat), (1,)
+        shape = (x.shape[0], *ones, out)
+        out_sharding = respec(out_sharding, shape, (x.shape[0], 1, out))
     last = x.ndim - 1
     lhs = (0, last, *range(1, last))
     rhs = (last, last - 1, *range(last - 1))
@@ -252,9 +305,82 @@ def convolve(layer: LayerPlan, x: Array, kernel: Array, **settings: Any) -> Arra
             lhs, rhs if layer.kernel_layout == "HWIO" else lhs, lhs
         ),
         feature_group_count=layer.groups,
+        out_sharding=out_sharding,
         **settings,
     )
-    return y.reshape(y.shape[0], *ones, y.shape[-1]) if layer.layout == "flat" else y
+    if layer.layout != "flat":
+        return y
+    return reshape(y, (y.shape[0], *ones, y.shape[-1]))
+
+
+def _gathered(
+    layer: LayerPlan, kernel: Array, x: Array, y: NamedSharding | None, ndim: int
+) -> Array:
+    """The kernel whole along what it is sharded over and neither input nor output is.
+
+    A dot leaves that to XLA, which gathers a fully sharded kernel once. For a
+    convolution and its gradient it would do so twice.
+
+    Args:
+      layer: the layer's plan.
+      kernel: the conv kernel, as the plan stores it.
+      x: the dense form's input, features last.
+      y: the sharding of the dense form's output, features last.
+      ndim: how many axes that has.
+    """
+    mine, theirs = typed_sharding(kernel), typed_sharding(x)
+    if mine is None or theirs is None or y is None:
+        return kernel
+    summed, made = (_names(parts(s, n)[-1]) for s, n in ((theirs, x.ndim), (y, ndim)))
+    kept = [
+        part if set(wanted).issuperset(_names(part)) else None
+        for part, wanted in zip(
+            parts(mine, kernel.ndim),
+            [made, *[summed] * (kernel.ndim - 1)]
+            if layer.kernel_layout == "OHWI"
+            else [*[summed] * (kernel.ndim - 1), made],
+        )
+    ]
+    if kept == parts(mine, kernel.ndim):
+        return kernel
+    return jax.sharding.reshard(kernel, NamedSharding(mine.mesh, PartitionSpec(*kept)))
+
+
+def _names(part: Any) -> tuple[Any, ...]:
+    """The mesh axes that one axis is sharded over."""
+    if part is None:
+        return ()
+    return part if isinstance(part, tuple) else (part,)
+
+
+def _dense_sharding(
+    layer: LayerPlan, settings: Mapping[str, Any], x: Array, kernel: Array
+) -> NamedSharding | None:
+    """The sharding that JAX infers for the dense form's output, from the types.
+
+    A convolution whose channels are sharded has none until it is told. Where the
+    dense form would be refused, so is this.
+    """
+    found = [typed_sharding(operand) for operand in (x, kernel)]
+    known = [s for s in found if s is not None and any(s.spec)]
+    if not known or found[1] is None:
+        return None
+    *inner, out = layer.channels_last(parts(found[1], kernel.ndim))
+    summed = [name for part in inner for name in _names(part)]
+    features = layer.channels_last(kernel.shape)[-1]
+    shape = (kernel.size // features, features)
+    spec = PartitionSpec(tuple(summed) or None, out)
+    if layer.groups > 1:
+        raise PlanError(
+            f"a grouped layer on {jax.typeof(x)} with a kernel {jax.typeof(kernel)}: "
+            "XLA partitions grouped convolutions wrongly; leave the layer out with a "
+            "rule"
+        )
+    matrix = jax.ShapeDtypeStruct(
+        shape, kernel.dtype, sharding=NamedSharding(known[0].mesh, spec)
+    )
+    y = jax.eval_shape(functools.partial(_dense, layer, settings, bias=None), x, matrix)
+    return y.sharding
 
 
 def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from .meshes import reshape
+
 
 def dense_kernel_to_conv(
     kernel: Any,
@@ -306,7 +308,7 @@ def _flatten_order(order: str | None, rank: int) -> tuple[int, ...]:
 def _reshape(array: Any, shape: tuple[int, ...]) -> Any:
     """``array.reshape(shape)``, without a copy where none is needed."""
     alias = _reshaped_without_copy(array, shape)
-    return array.reshape(shape) if alias is None else alias
+    return reshape(array, shape) if alias is None else alias
 
 
 def _reshaped_without_copy(array: Any, shape: tuple[int, ...]) -> Any:

@@ -6,13 +6,15 @@ import contextlib
 import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
+
+from .meshes import permuted, reshape, respec
 
 Array = jax.Array
 KINDS: dict[str, type[nn.Module]] = {
@@ -149,16 +151,33 @@ class DenseAxes:
         inner = x.shape[len(self.lead) + len(self.batch) :]
         n = math.prod(x.shape[len(lead) : len(lead) + len(self.batch)])
         groups = (n,) if n > 1 else ()
-        return x.reshape(*lead, *groups, math.prod(inner))
+        return reshape(x, (*lead, *groups, math.prod(inner)))
 
     def restore(self, y: Array, batch: tuple[int, ...]) -> Array:
         """The layer's own output from ``(*lead, [groups,] out)``."""
         n = len(self.lead)
-        y = y.reshape(*y.shape[:n], *batch, *self.features)
+        y = reshape(y, (*y.shape[:n], *batch, *self.features))
         if batch:
             front = range(n, n + len(batch))
             y = jnp.moveaxis(y, tuple(front), tuple(range(len(batch))))
         return y
+
+    def canonical_sharding(self, sharding: Any, shape: Sequence[int]) -> Any:
+        """The sharding of ``(*lead, [groups,] out)`` from that of the layer's output.
+
+        Args:
+          sharding: a ``PartitionSpec`` or ``NamedSharding`` of the output; or None.
+          shape: of the layer's input, as it takes it.
+        """
+        batch, lead = ([shape[a] for a in axes] for axes in (self.batch, self.lead))
+        n, ndim = len(batch), len(batch) + len(lead) + len(self.features)
+        order = [*range(n, n + len(lead)), *range(n), *range(n + len(lead), ndim)]
+        groups = (math.prod(batch),) if math.prod(batch) > 1 else ()
+        return respec(
+            permuted(sharding, order),
+            (*lead, *batch, *self.features),
+            (*lead, *groups, math.prod(self.features)),
+        )
 
 
 def conv_geometry(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:

@@ -11,10 +11,12 @@ import jax
 import numpy as np
 from flax.core import meta
 from flax.linen.partitioning import AxisMetadata as AxisNames
+from jax.core import Tracer
 from jax.sharding import PartitionSpec, Sharding
 
 from .axis_names import move_names, move_sharding
 from .kernels import Rearrangement
+from .meshes import over_mesh
 from .plan import Plan, PlanError
 from .variables import is_variable
 
@@ -162,6 +164,12 @@ def convert_leaf(rearrange: Rearrangement, leaf: Any, stack_axes: Sequence[int] 
         if leaf.sharding is None:
             return out
         return out.update(sharding=convert_leaf(rearrange, leaf.sharding, stack_axes))
+    concrete = isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer)
+    if concrete and over_mesh(leaf):
+        # Left to itself, XLA may gather what it reshapes.
+        there = move_sharding(rearrange, leaf.sharding, stack_axes)
+        move = jax.jit(_on_stack, static_argnums=(0, 2), out_shardings=there)
+        return move(rearrange, leaf, tuple(stack_axes))
     return _on_stack(rearrange, leaf, stack_axes)
 
 
@@ -226,8 +234,15 @@ class _Move:
     path: str
     rearrange: Rearrangement
     stack_axes: tuple[int, ...]
+    to_grouped_conv: bool = False
 
     def __call__(self, leaf: Any) -> Any:
+        if self.to_grouped_conv and over_mesh(leaf):
+            raise PlanError(
+                f"leaf {self.path!r} is sharded as {getattr(leaf, 'sharding', leaf)}, "
+                "and its layer becomes a grouped convolution, which XLA partitions "
+                "wrongly: leave the layer out with a rule, or convert it on one device"
+            )
         try:
             return convert_leaf(self.rearrange, leaf, self.stack_axes)
         except ValueError as error:
@@ -253,7 +268,11 @@ def _moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, _Move]:
     """How each planned leaf of the tree moves, by its path in the tree."""
     found = [path for path, _ in flatten_with_path(tree)[0]]
     wanted = {
-        "/".join(part for part in (path, name) if part): (leaf, layer.stack_axes)
+        "/".join(part for part in (path, name) if part): (
+            leaf,
+            layer.stack_axes,
+            layer.groups > 1 and plan.to == "conv",
+        )
         for path, layer in plan.items()
         for name, leaf in layer.leaves
     }

@@ -128,8 +128,11 @@ class LayerPlan:
         """A move to a kernel ``(*window, in, out)``, made to end as it is stored."""
         return move.last_axis_first() if self.kernel_layout == "OHWI" else move
 
-    def channels_last(self, stored: Sequence[int]) -> tuple[int, ...]:
-        """The shape ``(*window, in, out)`` of a conv kernel, from its stored shape."""
+    def channels_last(self, stored: Sequence[Any]) -> tuple[Any, ...]:
+        """The shape ``(*window, in, out)`` of a conv kernel, from its stored shape.
+
+        Or whatever else there is for each axis.
+        """
         if self.kernel_layout == "OHWI":
             return (*stored[1:], stored[0])
         return tuple(stored)

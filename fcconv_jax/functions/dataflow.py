@@ -219,8 +219,6 @@ def _obstacle(eqn: Any, side: int) -> str | None:
         return f"multiplied in two dtypes, {' and '.join(sorted(dtypes))}"
     if any(0 in v.aval.shape for v in eqn.invars):
         return "in a product without entries"
-    if _explicit(eqn):
-        return "in a product whose sharding is explicit (mesh axes of type Explicit)"
     if eqn.primitive.name == "dot_general":
         if not p["dimension_numbers"][0][0]:
             return "in an outer product: nothing is summed over"
@@ -239,16 +237,6 @@ def _obstacle(eqn: Any, side: int) -> str | None:
 def _known_precision(precision: Any) -> bool:
     pair = precision if isinstance(precision, tuple) else (precision,)
     return all(p is None or isinstance(p, lax.Precision) for p in pair)
-
-
-def _explicit(eqn: Any) -> bool:
-    if eqn.params.get("out_sharding") is not None:
-        return True
-    for var in (*eqn.invars, *eqn.outvars):
-        spec = getattr(getattr(var.aval, "sharding", None), "spec", ())
-        if any(part is not None for part in spec):
-            return True
-    return False
 
 
 def _enter(

@@ -12,6 +12,7 @@ from jax import lax
 from ..forms import pair_of_forms
 from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..linen_layers import DenseAxes
+from ..meshes import permuted, reshape
 from ..plan import Form, LayerPlan
 from .factors import rearrangement, regroup, stacked_axes
 from .products import Product
@@ -60,7 +61,7 @@ def dense_axes(product: Product) -> DenseAxes:
     return DenseAxes(
         batch=tuple(batch[other]),
         lead=tuple(axis for axis in range(len(x.shape)) if axis not in taken),
-        contracted=tuple(contract[other]),
+        contracted=tuple(sorted(contract[other])),
         features=tuple(kernel.shape[axis] for axis in _kernel_axes(product)[2]),
     )
 
@@ -164,16 +165,24 @@ def _dot_as_conv(
     batch = tuple(x.shape[axis] for axis in axes.batch)
     *_, rows, features = kernel_shape(product)
     canonical = (layer.groups, rows, features)[layer.groups == 1 :]
-    kernel = kernel.transpose(_flat(_kernel_axes(product))).reshape(canonical)
+    kernel = reshape(kernel.transpose(_flat(_kernel_axes(product))), canonical)
     move = kernel_rearrangement(
         canonical, layer.window, order=layer.order, groups=layer.groups
     )
-    kernel = layer.lay_out(move)(kernel)
-    y = axes.restore(conv(axes.canonical(x), kernel, None), batch)
+    first, lead, outs = len(batch), len(axes.lead), len(axes.features)
+    ndim = first + lead + outs
+    sharding = product.eqn.params["out_sharding"]
     if product.side == 0:  # the kernel's axes come first in the result
-        first, lead = len(batch), len(axes.lead)
+        sharding = permuted(
+            sharding,
+            [*range(first), *range(first + outs, ndim), *range(first, first + outs)],
+        )
+    sharding = axes.canonical_sharding(sharding, x.shape)
+    kernel = layer.lay_out(move)(kernel)
+    y = axes.restore(conv(axes.canonical(x), kernel, None, sharding), batch)
+    if product.side == 0:
         y = y.transpose(
-            *range(first), *range(first + lead, y.ndim), *range(first, first + lead)
+            *range(first), *range(first + lead, ndim), *range(first, first + lead)
         )
     return y
 
@@ -189,8 +198,9 @@ def _conv_as_dot(
         canonical, layer.window, order=layer.order, groups=layer.groups
     )
     kernel = move.inverse()(kernel.transpose(_kernel_last(product)))
-    y = dense(x.transpose(_channel_last(lhs)), kernel, None)
     order = _channel_last(out)
+    sharding = permuted(product.eqn.params["out_sharding"], order)
+    y = dense(x.transpose(_channel_last(lhs)), kernel, None, sharding)
     return y.transpose([order.index(axis) for axis in range(y.ndim)])
 
 
@@ -199,7 +209,10 @@ def _kernel_axes(
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The axes of a dot's weight: shared with the activation, summed over, new."""
     contract, batch = product.eqn.params["dimension_numbers"]
-    contracted, shared = tuple(contract[product.side]), tuple(batch[product.side])
+    # einsum sums in an order of its own; the activation's is that of a flatten.
+    order = sorted(range(len(contract[0])), key=contract[1 - product.side].__getitem__)
+    contracted = tuple(contract[product.side][i] for i in order)
+    shared = tuple(batch[product.side])
     ndim = len(product.eqn.invars[product.side].aval.shape)
     features = [a for a in range(ndim) if a not in (*contracted, *shared)]
     return shared, contracted, tuple(features)

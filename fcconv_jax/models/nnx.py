@@ -5,19 +5,16 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import inspect
-import math
 import types
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import jax
-import jax.numpy as jnp
 from flax import nnx
 from flax.core.frozen_dict import FrozenDict
 from jax import lax
 
 from .. import forms, nnx_layers
-from ..kernels import Rearrangement
 from ..params import convert_leaf, move_metadata
 from ..plan import Form, LayerPlan, Plan, PlanError
 from .nnx_einsum import Einsum, turn
@@ -87,27 +84,11 @@ class Conv(nnx.Conv):
           inputs: as the original layer takes them.
           out_sharding: of the output, as the original layer takes it.
         """
-        plan = self._layer
         axes = nnx_layers.dense_axes(self._origin.stand_in(), inputs.ndim)
         batch = tuple(inputs.shape[axis] for axis in axes.batch)
-        x = axes.canonical(inputs)
-        lead = x.shape[: len(axes.lead)]
-        x = forms.conv_input(plan, x)
-        if out_sharding is None:
-            y = forms.conv_output(plan, super().__call__(x), lead)
-            return axes.restore(y, batch)
-        if batch:
-            raise PlanError(
-                "a layer with a batch_axis takes no out_sharding in its conv form: "
-                "leave it out with a rule, or constrain the output after the call"
-            )
-        shape = (*lead, *axes.features)
-        positions = forms.output_positions(plan, x.shape[1:-1])
-        here = Rearrangement.reshape(
-            shape, (x.shape[0], *positions, math.prod(axes.features))
-        )
-        y = super().__call__(x, out_sharding=convert_leaf(here, out_sharding))
-        return jnp.reshape(y, shape, out_sharding=out_sharding)
+        sharding = axes.canonical_sharding(out_sharding, inputs.shape)
+        y = _call_other_form(self, "conv", axes.canonical(inputs), sharding)
+        return axes.restore(y, batch)
 
 
 class Linear(nnx.Linear):
@@ -118,9 +99,7 @@ class Linear(nnx.Linear):
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer to the convolution's input; arguments as there."""
-        return super().__call__(
-            forms.dense_input(self._layer, inputs), out_sharding=out_sharding
-        )
+        return _call_other_form(self, "dense", inputs, out_sharding)
 
 
 class LinearGeneral(nnx.LinearGeneral):
@@ -130,19 +109,20 @@ class LinearGeneral(nnx.LinearGeneral):
     _origin: Origin
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Applies the layer to the convolution's input.
+        """Applies the layer to the convolution's input; arguments as there."""
+        return _call_other_form(self, "dense", inputs, out_sharding)
 
-        Raises:
-          PlanError: ``out_sharding`` is given, which does not fit grouped products.
-        """
-        if out_sharding is not None:
-            raise PlanError(
-                "a grouped convolution takes no out_sharding in its dense form: leave "
-                "it out with a rule, or constrain the output after the call"
-            )
-        x = jnp.moveaxis(forms.dense_input(self._layer, inputs), -2, 0)
-        y = jnp.moveaxis(super().__call__(x), 0, -2)
-        return forms.dense_output(self._layer, y)
+
+def _call_other_form(layer: Any, to: Form, x: jax.Array, out_sharding: Any) -> Any:
+    """Runs a converted layer, with the settings that it has as an NNX layer."""
+    kernel, bias = layer.kernel[...], nnx_layers.bias_of(layer)
+    x, kernel, bias = layer.promote_dtype((x, kernel, bias), dtype=layer.dtype)
+    settings = {
+        "precision": layer.precision,
+        "preferred_element_type": layer.preferred_element_type,
+    }
+    _, converted = forms.pair_of_forms(layer._layer, to, **settings)
+    return converted(x, kernel, bias, out_sharding)
 
 
 _SWAPPED = (Conv, Linear, LinearGeneral)
@@ -249,7 +229,7 @@ def _settings(
             "kernel_dilation": 1,
             "feature_group_count": layer.groups,
             "mask": None,
-            "conv_general_dilated": _convolution(layer),
+            "conv_general_dilated": lax.conv_general_dilated,
         }
         return Conv, settings
     if layer.groups == 1:
@@ -264,34 +244,6 @@ def _settings(
         "dot_general_cls": None,
     }
     return LinearGeneral, settings
-
-
-def _convolution(layer: LayerPlan) -> Any:
-    """What ``nnx.Conv`` calls to convolve: its default, where the layout is."""
-    usual = layer.layout != "flat" and layer.kernel_layout == "HWIO"
-    return lax.conv_general_dilated if usual else _LaidOut(layer)
-
-
-@dataclasses.dataclass(frozen=True)
-class _LaidOut:
-    """A convolution in a layout of its own, called as ``lax.conv_general_dilated``."""
-
-    layer: LayerPlan
-
-    def __call__(
-        self, x: Any, kernel: Any, *_: Any, out_sharding: Any = None, **settings: Any
-    ) -> Any:
-        same = ("precision", "preferred_element_type")
-        wanted = {k: v for k, v in settings.items() if k in same}
-        if out_sharding is not None:
-            if self.layer.layout == "flat":
-                ones = (1,) * len(self.layer.window)
-                features = self.layer.channels_last(kernel.shape)[-1]
-                shape = (x.shape[0], *ones, features)
-                flat = Rearrangement.reshape(shape, (x.shape[0], 1, features))
-                out_sharding = convert_leaf(flat, out_sharding)
-            wanted["out_sharding"] = out_sharding
-        return forms.convolve(self.layer, x, kernel, **wanted)
 
 
 def _become(module: Any, cls: type[nnx.Module], settings: dict[str, Any]) -> None:

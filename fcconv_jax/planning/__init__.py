@@ -12,6 +12,7 @@ from ..plan import Form, Plan, PlanError, Rule, as_rules
 from ..variables import is_nnx_module
 from .layouts import lay_out
 from .linen import plan_linen
+from .sharded import for_mesh
 
 
 def make_plan(
@@ -36,7 +37,8 @@ def make_plan(
       model: a ``flax.linen`` or ``flax.nnx`` Module; it is left as it is. Or any
         function ``f(params, *inputs)``, whose layers are its products with a parameter.
       *inputs: what the model is called with: arrays or ``jax.ShapeDtypeStruct``. For a
-        function the params, in a PyTree of any kind, come first.
+        function the params, in a PyTree of any kind, come first. Where they are sharded
+        over a mesh, layouts are chosen that add no collectives.
       to: ``"conv"`` converts Dense and DenseGeneral layers (in NNX, Linear and
         LinearGeneral), ``"dense"`` Conv layers.
       rules: :class:`Rule` or text such as ``"head=7x7"``; the first that matches a
@@ -75,7 +77,8 @@ def make_plan(
         raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")
     chosen = as_rules(rules)
     plan = _plan(model, inputs, to, chosen, rngs, method, kwargs)
-    return lay_out(plan, chosen, backend)
+    plan = lay_out(plan, chosen, backend)
+    return for_mesh(plan, model, inputs, chosen)
 
 
 def _plan(
