@@ -257,6 +257,11 @@ class Plan(Mapping[str, LayerPlan]):
 
     def inverse(self) -> Plan:
         """The plan that goes the other way: ``plan.inverse().inverse() == plan``."""
+        return self._inverse
+
+    @functools.cached_property
+    def _inverse(self) -> Plan:
+        # Every trace of a converted function moves its params back.
         return Plan(
             "dense" if self.to == "conv" else "conv",
             tuple((path, layer.inverse()) for path, layer in self.layers),

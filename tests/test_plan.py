@@ -77,6 +77,7 @@ def test_inverse():
     assert back.to == "dense"
     assert back != PLAN
     assert back.inverse() == PLAN
+    assert PLAN.inverse() is back
     assert back["head"].kernel.source == PLAN["head"].kernel.target
     assert fc.Plan.from_json(back.to_json()) == back
 

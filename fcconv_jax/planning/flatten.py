@@ -3,18 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
-from jax import lax
-from jax.ad_checkpoint import checkpoint_name
-
-from ..jaxprs import Literal, call_body, opened, scan_parts, subjaxprs
+from ..jaxprs import Literal, call_body, scan_parts
 from ..kernels import channel_last, window_letters
-
-MARK = "fcconv_jax:"
+from .inputs import Frame, LayerInput, is_mark, marked_array
 
 # Shape-preserving: entry i of the output depends on entry i of the operands alone.
 _ELEMENTWISE = frozenset(
@@ -63,36 +58,6 @@ class Features:
     lead: int
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Frame:
-    """A jaxpr in the context of the equation that calls it.
-
-    One jaxpr may be called from several places (``nn.relu`` is traced once), so
-    frames, not jaxprs, tell places apart.
-    """
-
-    jaxpr: Any
-    parent: _Frame | None = None
-    call: Any = None
-    inner: dict[tuple[int, int], _Frame] = dataclasses.field(default_factory=dict)
-
-    @functools.cached_property
-    def producers(self) -> Mapping[Any, tuple[Any, int]]:
-        """What makes each variable: the equation and the number of its output."""
-        return {
-            var: (eqn, index)
-            for eqn in self.jaxpr.eqns
-            for index, var in enumerate(eqn.outvars)
-        }
-
-    def enter(self, eqn: Any, body: Any) -> _Frame:
-        """The frame of a jaxpr that an equation of this frame runs."""
-        key = (id(eqn), id(body))
-        if key not in self.inner:
-            self.inner[key] = _Frame(opened(body)[0], self, eqn)
-        return self.inner[key]
-
-
 @dataclasses.dataclass(frozen=True)
 class _Place:
     """An array in the trace, and which of its axes are followed.
@@ -101,7 +66,7 @@ class _Place:
     further back changes the array's sizes, not the axes' meaning.
     """
 
-    frame: _Frame
+    frame: Frame
     var: Any
     axes: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -116,53 +81,39 @@ class _Place:
         return self.frame.producers.get(self.var, (None, 0))
 
 
-def mark(x: Any, number: int) -> Any:
-    """Names an array in the trace, to be found again by its number.
-
-    The axis of size 1 around the name makes ``vmap`` put its axes in front of it,
-    wherever the mapped axis was.
-    """
-    named = checkpoint_name(lax.expand_dims(x, (0,)), f"{MARK}{number}")
-    return lax.squeeze(named, (0,))
-
-
-def _marked(frame: _Frame, var: Any) -> Any:
-    """The array that went into a mark, given the named one inside."""
-    return frame.producers[var][0].invars[0]
-
-
 def find_flattens(
-    jaxpr: Any, features: Mapping[int, Features]
+    inputs: Iterable[LayerInput], features: Mapping[int, Features]
 ) -> dict[int, tuple[Flatten, ...]]:
-    """The flattens behind each marked array.
+    """The flattens behind the inputs of layers.
 
     Args:
-      jaxpr: the trace, as ``jax.make_jaxpr`` returns it.
-      features: for each mark, where the features lie in the array.
+      inputs: where they are in one trace.
+      features: for the number of each call, where the features lie in its input.
 
     Returns:
-      For each mark the distinct answers of all paths back. Where the features were
+      For each call the distinct answers of all paths back. Where the features were
       never split, as in a layer on the last axis, a window of ones that only tells
       how many spatial axes there are.
     """
     found: dict[int, dict[Flatten, None]] = {}
     ranks: dict[int, int] = {}
     memo: dict[_Place, tuple[_Place, ...]] = {}
-    for number, frame, eqn in _marks(_Frame(opened(jaxpr)[0])):
-        if number not in features:
+    for seen in inputs:
+        if seen.number not in features:
             continue
-        seen, var = features[number], eqn.invars[0]
-        shape = tuple(var.aval.shape)
+        known, shape = features[seen.number], tuple(seen.var.aval.shape)
         # Under vmap the array in the trace has leading axes that the layer never saw.
-        axes = tuple(len(shape) + axis for axis in seen.axes)
-        start = _Place(frame, var, axes, tuple(shape[axis] for axis in axes))
+        axes = tuple(len(shape) + axis for axis in known.axes)
+        sizes = tuple(shape[axis] for axis in axes)
+        start = _Place(seen.frame, seen.var, axes, sizes)
         answers = [_describe(end) for end in _ends(start, memo)]
-        found.setdefault(number, {}).update({a: None for a in answers if a is not None})
-        spatial = min(seen.lead - 1, 3)
+        each = found.setdefault(seen.number, {})
+        each.update({a: None for a in answers if a is not None})
+        spatial = min(known.lead - 1, 3)
         if spatial < 1:
-            mapped = len(shape) - 1 - seen.rank
-            spatial = _upstream_rank(frame, _marked(frame, var), mapped)
-        ranks[number] = max(spatial, ranks.get(number, 1))
+            mapped = len(seen.source.aval.shape) - known.rank
+            spatial = _upstream_rank(seen.frame, seen.source, mapped)
+        ranks[seen.number] = max(spatial, ranks.get(seen.number, 1))
     flattens = {}
     for number, answers in found.items():
         rank = ranks[number]
@@ -262,7 +213,7 @@ def _sources(place: _Place) -> list[_Place]:
 
 
 def _variables(
-    found: Sequence[tuple[_Frame, Any]], axes: tuple[int, ...], sizes: tuple[int, ...]
+    found: Sequence[tuple[Frame, Any]], axes: tuple[int, ...], sizes: tuple[int, ...]
 ) -> list[_Place]:
     return [
         _Place(frame, var, axes, sizes)
@@ -290,7 +241,7 @@ def _axes_before(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     return None
 
 
-def _carries(frame: _Frame, var: Any, shape: tuple[int, ...]) -> bool:
+def _carries(frame: Frame, var: Any, shape: tuple[int, ...]) -> bool:
     """Whether an operand of an elementwise equation can hold the features."""
     if isinstance(var, Literal) or tuple(var.aval.shape) != shape:
         return False
@@ -302,8 +253,8 @@ def _carries(frame: _Frame, var: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _outer(
-    frame: _Frame, var: Any, axes: tuple[int, ...]
-) -> tuple[_Frame, Any, tuple[int, ...]] | None:
+    frame: Frame, var: Any, axes: tuple[int, ...]
+) -> tuple[Frame, Any, tuple[int, ...]] | None:
     """The operand behind an input of a sub-jaxpr, with the axes there."""
     if frame.parent is None or var not in frame.jaxpr.invars:
         return None
@@ -359,12 +310,12 @@ def _unbroadcast(eqn: Any, axes: Sequence[int]) -> tuple[int, ...] | None:
     return tuple(placed[axis] for axis in axes)
 
 
-def _upstream_rank(frame: _Frame, var: Any, mapped: int) -> int:
+def _upstream_rank(frame: Frame, var: Any, mapped: int) -> int:
     """Spatial axes of a pointwise conv: those of the nearest array that has some."""
     while not isinstance(var, Literal):
         eqn, index = frame.producers.get(var, (None, 0))
         rank = len(var.aval.shape) - mapped
-        if rank > 2 and not (eqn is not None and _is_mark(eqn)):
+        if rank > 2 and not (eqn is not None and is_mark(eqn)):
             return min(rank - 2, 3)
         if eqn is None:
             outer = _outer(frame, var, ())
@@ -374,8 +325,8 @@ def _upstream_rank(frame: _Frame, var: Any, mapped: int) -> int:
         elif (body := call_body(eqn)) is not None:
             frame = frame.enter(eqn, body)
             var = frame.jaxpr.outvars[index]
-        elif _is_mark(eqn):
-            var = _marked(frame, eqn.invars[0])
+        elif is_mark(eqn):
+            var = marked_array(frame, eqn.invars[0])
         else:
             var = _main_operand(eqn)
     return 1
@@ -389,16 +340,3 @@ def _main_operand(eqn: Any) -> Any:
     if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
         return operands[0]
     return max(operands, key=lambda v: len(v.aval.shape))
-
-
-def _is_mark(eqn: Any) -> bool:
-    return eqn.primitive.name == "name" and eqn.params["name"].startswith(MARK)
-
-
-def _marks(frame: _Frame) -> Iterator[tuple[int, _Frame, Any]]:
-    """Every marked equation of a jaxpr and its sub-jaxprs."""
-    for eqn in frame.jaxpr.eqns:
-        if _is_mark(eqn):
-            yield int(eqn.params["name"].removeprefix(MARK)), frame, eqn
-        for _, body in subjaxprs(eqn):
-            yield from _marks(frame.enter(eqn, body))

@@ -3,10 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
 from typing import Any
-
-import jax
 
 from ..functions.forms import (
     conv_arguments,
@@ -17,10 +15,10 @@ from ..functions.forms import (
     leaf_rearrangement,
     stack_axes,
 )
-from ..functions.products import Product, rewrite
+from ..functions.products import Product, Program
 from ..functions.trace import Traced, trace
 from ..plan import Form, LayerPlan, Plan, Rule, match_rules
-from .flatten import mark
+from .inputs import Frame, LayerInput
 from .layers import Call, LeftError, plan_layers
 
 _TWO_ROLES = (
@@ -97,15 +95,9 @@ def plan_products(
         path: [as_call(p, numbers[id(p)], elsewhere.get(path)) for p in products]
         for path, products in layers.items()
     }
-    jaxpr = (
-        jax.make_jaxpr(lambda operands: run_marked(traced, operands, numbers))(
-            traced.operands
-        )
-        if to == "conv"
-        else None
-    )
+    inputs = _inputs(traced.program, Frame.of(traced.program.jaxpr), numbers)
     planned, reasons = plan_layers(
-        jaxpr, calls, to, chosen, lambda path, _: _stack_axes(layers[path])
+        inputs, calls, to, chosen, lambda path, _: _stack_axes(layers[path])
     )
     for path, plan in list(planned.items()):
         try:
@@ -173,29 +165,23 @@ def _untouched(traced: Traced, layers: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def run_marked(
-    traced: Traced, operands: Sequence[Any], numbers: Mapping[int, int]
-) -> list[Any]:
-    """Runs a trace with the activation of each product marked by its number.
+def _inputs(
+    program: Program, frame: Frame, numbers: Mapping[int, int]
+) -> Iterator[LayerInput]:
+    """Where the activations of products are in a trace.
 
     Args:
-      traced: the trace.
-      operands: one value for each of its inputs.
+      program: what was found in a trace.
+      frame: the trace.
       numbers: by the identity of the product.
     """
-
-    def replace(product: Product, operands: Sequence[Any]) -> Any:
-        marked = list(operands)
-        other = 1 - product.side
-        marked[other] = mark(operands[other], numbers[id(product)])
-        return product.eqn.primitive.bind(*marked, **product.eqn.params)
-
-    return rewrite(
-        traced.program,
-        operands,
-        lambda product: id(product) in numbers and product.obstacle is None,
-        replace,
-    )
+    for eqn in frame.jaxpr.eqns:
+        product = program.products.get(id(eqn))
+        if product is not None and id(product) in numbers and not product.obstacle:
+            var = eqn.invars[1 - product.side]
+            yield LayerInput(numbers[id(product)], frame, var, var)
+        for inner in program.inner.get(id(eqn), ()):
+            yield from _inputs(inner, frame.enter(eqn, inner.jaxpr), numbers)
 
 
 def _stack_axes(products: Sequence[Product]) -> tuple[int, ...]:

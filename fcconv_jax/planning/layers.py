@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 from ..equivalence import classify
@@ -13,6 +13,7 @@ from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..linen_layers import DenseAxes
 from ..plan import Form, LayerPlan, PlanError, Rule, is_order
 from .flatten import Features, Flatten, find_flattens
+from .inputs import LayerInput
 
 
 class LeftError(Exception):
@@ -34,7 +35,7 @@ class Call:
 
 
 def plan_layers(
-    jaxpr: Any,
+    inputs: Iterable[LayerInput],
     layers: Mapping[str, Sequence[Call]],
     to: Form,
     chosen: Mapping[str, Rule | None],
@@ -43,7 +44,7 @@ def plan_layers(
     """Plans each layer of a trace, or says why it is left alone.
 
     Args:
-      jaxpr: the trace, with the input of each call marked by the call's number.
+      inputs: where the inputs of the calls are in the trace; read to go to conv.
       layers: by path, the calls of each layer that is in the other form.
       to: the form to go to.
       chosen: the user's rule for each path, if any.
@@ -56,7 +57,7 @@ def plan_layers(
     Raises:
       PlanError: a rule asks for what cannot be.
     """
-    flattens = _flattens(jaxpr, layers) if to == "conv" else {}
+    flattens = _flattens(inputs, layers) if to == "conv" else {}
     planned: dict[str, LayerPlan] = {}
     left: dict[str, str] = {}
     for path, calls in layers.items():
@@ -71,7 +72,9 @@ def plan_layers(
     return planned, left
 
 
-def _flattens(jaxpr: Any, layers: Mapping[str, Sequence[Call]]) -> Any:
+def _flattens(
+    inputs: Iterable[LayerInput], layers: Mapping[str, Sequence[Call]]
+) -> dict[int, tuple[Flatten, ...]]:
     features = {}
     for calls in layers.values():
         for call in calls:
@@ -79,7 +82,7 @@ def _flattens(jaxpr: Any, layers: Mapping[str, Sequence[Call]]) -> Any:
             assert call.axes is not None
             from_end = tuple(axis - rank for axis in call.axes.contracted)
             features[call.number] = Features(rank, from_end, len(call.axes.lead))
-    return find_flattens(jaxpr, features)
+    return find_flattens(inputs, features)
 
 
 def _plan_dense(

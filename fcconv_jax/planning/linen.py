@@ -23,7 +23,7 @@ from ..linen_layers import (
     obstacle,
 )
 from ..plan import Form, Plan, Rule, match_rules
-from .flatten import mark
+from .inputs import mark, marked
 from .layers import Call, LeftError, plan_layers
 from .own_parameters import OwnParameters
 
@@ -170,7 +170,11 @@ def plan_linen(
     )
     chosen = match_rules(rules, [*layers, *own.layers])
     planned, left = plan_layers(
-        jaxpr, layers, to, chosen, lambda path, call: _stack_axes(path, call, params)
+        marked(jaxpr),
+        layers,
+        to,
+        chosen,
+        lambda path, call: _stack_axes(path, call, params),
     )
     more, reasons = own.plan(to, chosen)
     tables = {

@@ -11,13 +11,13 @@ import jax
 from flax import nnx
 
 from .. import arguments, nnx_layers
-from ..functions.products import Product
+from ..functions.products import Product, rewrite
 from ..functions.trace import trace
 from ..linen_layers import conv_geometry
 from ..plan import Form, LayerPlan, Plan, Rule, match_rules
 from ..variables import is_variable
-from .flatten import mark
-from .function import as_call, on_leaf, run_marked
+from .function import as_call, on_leaf
+from .inputs import mark, marked
 from .layers import Call, LeftError, plan_layers
 from .uses import Uses, find_uses, mark_parameter
 
@@ -75,8 +75,16 @@ class _Recorder:
             return function(kernel, x, equation)
         self.products.setdefault(self.paths[-1], []).append(products[0])
         self.calls.setdefault(self.paths[-1], []).append(as_call(products[0], number))
-        numbers = {id(products[0]): number}
-        return run_marked(traced, traced.operands, numbers)[0]
+
+        def replace(product: Product, operands: Sequence[Any]) -> Any:
+            inputs = list(operands)
+            inputs[1 - product.side] = mark(operands[1 - product.side], number)
+            return product.eqn.primitive.bind(*inputs, **product.eqn.params)
+
+        def wanted(product: Product) -> bool:
+            return product.obstacle is None
+
+        return rewrite(traced.program, traced.operands, wanted, replace)[0]
 
 
 def _recorded_call(self: Any, inputs: Any, out_sharding: Any = None) -> Any:
@@ -158,7 +166,9 @@ def plan_nnx(
     names = [number for number, path in enumerate(stored) if path is not None]
     parameters = _Parameters(stored, find_uses(jaxpr, names), recorder.paths, layers)
     chosen = match_rules(rules, layers)
-    planned, left = plan_layers(jaxpr, layers, to, chosen, parameters.stack_axes)
+    planned, left = plan_layers(
+        marked(jaxpr), layers, to, chosen, parameters.stack_axes
+    )
     for path in planned.keys() & recorder.products.keys():
         try:
             planned[path] = on_leaf(planned[path], recorder.products[path])

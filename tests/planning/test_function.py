@@ -155,6 +155,49 @@ def test_a_part_of_an_axis_is_no_stack():
     assert "scanned over a part of one of its axes" in plan.skipped[""]
 
 
+def test_planning_traces_the_function_once_and_its_inner_jit_once(monkeypatch):
+    calls, traces = [], []
+    make_jaxpr = jax.make_jaxpr
+
+    def counted(*args, **kwargs):
+        traces.append(args)
+        return make_jaxpr(*args, **kwargs)
+
+    @jax.jit
+    def block(p, x):
+        calls.append(x)
+        return jnp.tanh(x @ p)
+
+    def f(params, x):
+        for p in params:
+            x = block(p, x)
+        return x
+
+    params = [jnp.ones((4, 4))] * 3
+    monkeypatch.setattr(jax, "make_jaxpr", counted)
+    assert len(fc.make_plan(f, params, jnp.ones((2, 5, 4)))) == 3
+    assert len(traces) == len(calls) == 1
+
+
+@pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
+def test_the_window_behind_a_flatten_is_found_through_inner_calls(wrap):
+    @wrap
+    def flatten(x):
+        return x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+
+    @wrap
+    def head(w, x):
+        return flatten(x) @ w
+
+    def f(params, x, y):
+        return head(params["chw"], x), head(params["wide"], y)
+
+    params = {"chw": jnp.ones((2 * 3 * 4, 5)), "wide": jnp.ones((3 * 6 * 2, 5))}
+    plan = fc.make_plan(f, params, jnp.ones((1, 2, 3, 4)), jnp.ones((1, 3, 6, 2)))
+    assert (plan["chw"].window, plan["chw"].order) == ((2, 3), "CHW")
+    assert (plan["wide"].window, plan["wide"].order) == ((3, 6), "CHW")
+
+
 @pytest.mark.parametrize("channel_first", [False, True])
 @pytest.mark.parametrize("torch_kernel", [False, True])
 def test_the_window_behind_a_flatten_is_found(channel_first, torch_kernel):
