@@ -40,8 +40,22 @@ class Case:
     moved_output: Any
 
 
-@pytest.fixture(scope="session")
-def check():
+@pytest.fixture
+def check_there(fcconv_backend, assert_equivalent):
+    """Checks a conversion on the backend that the test runs for.
+
+    Does nothing on JAX's default one: there each test compares both forms itself.
+    """
+
+    def run(model, params, *inputs, **options):
+        if fcconv_backend != jax.default_backend():
+            assert_equivalent(model, params, *inputs, gradients=False, **options)
+
+    return run
+
+
+@pytest.fixture
+def check(check_there):
     """Plans a linen model and checks all that must hold for every plan.
 
     The plan survives JSON and its inverse, params go there and back to the bit, the
@@ -82,6 +96,7 @@ def check():
         for a, b in zip(jax.tree.leaves(y), jax.tree.leaves(z), strict=True):
             assert a.dtype == b.dtype
             np.testing.assert_allclose(a, b, rtol=atol, atol=atol)
+        check_there(model, variables, *inputs, plan=plan, **kwargs)
         return Case(plan, model, converted, variables, moved, y, z)
 
     return run

@@ -39,53 +39,61 @@ class Checked:
     output: object
 
 
-def check(f, params, *inputs, to="conv", rules=(), rtol=0.0, gradient=True, vmap=False):
+@pytest.fixture
+def check(check_there):
     """Plans a function and checks all that must hold for every plan.
 
     The params go there and back to the bit; both forms give the same output and the
     same gradient, to the bit or within ``rtol``.
     """
-    plan = fc.make_plan(f, params, *inputs, to=to, rules=rules)
-    assert fc.Plan.from_json(plan.to_json()) == plan
-    moved = fc.convert_params(params, plan)
-    assert bits(fc.restore_params(moved, plan)) == bits(params)
-    converted = fc.convert_model(f, plan)
 
-    def same(a, b):
-        assert jax.tree.structure(a) == jax.tree.structure(b)
-        for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
-            if hasattr(x, "dtype"):
-                assert x.dtype == y.dtype
-                x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
-                np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol)
+    def checked(
+        f, params, *inputs, to="conv", rules=(), rtol=0.0, gradient=True, vmap=False
+    ):
+        plan = fc.make_plan(f, params, *inputs, to=to, rules=rules)
+        assert fc.Plan.from_json(plan.to_json()) == plan
+        moved = fc.convert_params(params, plan)
+        assert bits(fc.restore_params(moved, plan)) == bits(params)
+        converted = fc.convert_model(f, plan)
 
-    def run(g):
-        def loss(params):
-            out = g(params, *inputs)
-            floats = [
-                jnp.sum(x)
-                for x in jax.tree.leaves(out)
-                if jnp.issubdtype(x.dtype, jnp.inexact)
-            ]
-            return sum(floats), out
+        def same(a, b):
+            assert jax.tree.structure(a) == jax.tree.structure(b)
+            for x, y in zip(jax.tree.leaves(a), jax.tree.leaves(b)):
+                if hasattr(x, "dtype"):
+                    assert x.dtype == y.dtype
+                    x, y = np.asarray(x, np.float64), np.asarray(y, np.float64)
+                    np.testing.assert_allclose(x, y, rtol=rtol, atol=rtol)
 
+        def run(g):
+            def loss(params):
+                out = g(params, *inputs)
+                floats = [
+                    jnp.sum(x)
+                    for x in jax.tree.leaves(out)
+                    if jnp.issubdtype(x.dtype, jnp.inexact)
+                ]
+                return sum(floats), out
+
+            if gradient:
+                return jax.jit(jax.grad(loss, has_aux=True))
+            return lambda params: (None, g(params, *inputs))
+
+        want, y = run(f)(params)
+        got, z = run(converted)(moved)
+        same(y, z)
         if gradient:
-            return jax.jit(jax.grad(loss, has_aux=True))
-        return lambda params: (None, g(params, *inputs))
+            same(want, fc.restore_params(got, plan))
+        else:
+            same(y, f(params, *inputs))
+        if vmap:
+            mapped = [np.stack([x, x]) for x in inputs]
+            run_all = jax.jit(jax.vmap(converted, (None, *[0] * len(inputs))))
+            for row in range(2):
+                same(y, jax.tree.map(lambda z, r=row: z[r], run_all(moved, *mapped)))
+        check_there(f, params, *inputs, plan=plan)
+        return Checked(plan, converted, moved, y)
 
-    want, y = run(f)(params)
-    got, z = run(converted)(moved)
-    same(y, z)
-    if gradient:
-        same(want, fc.restore_params(got, plan))
-    else:
-        same(y, f(params, *inputs))
-    if vmap:
-        mapped = [np.stack([x, x]) for x in inputs]
-        run_all = jax.jit(jax.vmap(converted, (None, *[0] * len(inputs))))
-        for row in range(2):
-            same(y, jax.tree.map(lambda z, r=row: z[r], run_all(moved, *mapped)))
-    return Checked(plan, converted, moved, y)
+    return checked
 
 
 def products(f, *args):
@@ -237,7 +245,7 @@ CASES = {
 
 
 @pytest.mark.parametrize("name", CASES)
-def test_a_converted_function_is_the_same_function(name):
+def test_a_converted_function_is_the_same_function(check, name):
     f, params, x, layers = CASES[name]
     params, x = integers(params), integers(x, seed=1)
     with_vmap = name in ("attention", "scan of remat", "experts", "switch")
@@ -270,14 +278,14 @@ TO_DENSE = {
 
 
 @pytest.mark.parametrize("name", TO_DENSE)
-def test_convolutions_become_dots(name):
+def test_convolutions_become_dots(check, name):
     f, kernel, x = TO_DENSE[name]
     kernel, x = integers(kernel), integers(x, seed=1)
     checked = check(lambda p, x: jnp.abs(f(x, p["k"])), {"k": kernel}, x, to="dense")
     assert products(checked.converted, checked.moved, x) == (1, 0)
 
 
-def test_there_and_back_again():
+def test_there_and_back_again(check):
     """A function of conv params is planned back to dense."""
     f, params, x, _ = CASES["attention"]
     params, x = integers(params), integers(x, seed=1)
@@ -306,14 +314,14 @@ def test_one_plan_serves_every_batch_and_one_trace_every_shape():
     assert len(calls) == 5, "a flag is static: it makes a trace of its own"
 
 
-def test_only_planned_layers_change():
+def test_only_planned_layers_change(check):
     params, x = integers(ATTENTION), integers((2, 5, 4), seed=1)
     checked = check(attention, params, x, rules=["[qkv]=skip"])
     assert list(checked.plan) == ["out"]
     assert products(checked.converted, checked.moved, x) == (5, 1)
 
 
-def test_what_is_left_still_runs():
+def test_what_is_left_still_runs(check):
     def f(p, x):
         h = jnp.asarray(p["emb"])[x] @ p["w"]
         return h @ p["emb"].T, lax.cond(h.sum() > 0, jnp.sin, jnp.cos, h)
@@ -324,7 +332,7 @@ def test_what_is_left_still_runs():
     assert "looked up by index" in checked.plan.skipped["emb"]
 
 
-def test_a_custom_vjp_keeps_its_rule():
+def test_a_custom_vjp_keeps_its_rule(check):
     @jax.custom_vjp
     def product(x, w):
         return x @ w
@@ -338,7 +346,7 @@ def test_a_custom_vjp_keeps_its_rule():
     assert list(checked.plan) == ["v"]
 
 
-def test_precision_and_dtypes_are_kept():
+def test_precision_and_dtypes_are_kept(check):
     def f(p, x):
         return lax.dot_general(
             x, p, (((1,), (0,)), ((), ())), "highest", preferred_element_type=jnp.int32
@@ -351,7 +359,7 @@ def test_precision_and_dtypes_are_kept():
     assert "preferred_element_type=int32" in text
 
 
-def test_remat_and_its_policy_stay():
+def test_remat_and_its_policy_stay(check):
     policy = jax.checkpoint_policies.nothing_saveable
     f = jax.checkpoint(lambda p, x: jnp.sin(x @ p).sum(), policy=policy)
     params, x = integers((4, 4)), integers((2, 4), seed=1)
@@ -360,7 +368,7 @@ def test_remat_and_its_policy_stay():
     assert "nothing_saveable" in str(jaxpr)
 
 
-def test_an_inner_jit_keeps_its_sharding():
+def test_an_inner_jit_keeps_its_sharding(check):
     mesh = jax.make_mesh((1,), ("x",), axis_types=(jax.sharding.AxisType.Auto,))
     rows = jax.NamedSharding(mesh, jax.P("x"))
     f = jax.jit(lambda p, x: x @ p, out_shardings=rows)
@@ -371,7 +379,7 @@ def test_an_inner_jit_keeps_its_sharding():
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
-def test_a_block_that_runs_often_is_rewritten_once(wrap):
+def test_a_block_that_runs_often_is_rewritten_once(check, wrap):
     """As JAX traces it once; blocks that convert differently are told apart."""
 
     @wrap
@@ -405,7 +413,7 @@ def test_a_block_that_runs_often_is_rewritten_once(wrap):
     )
 
 
-def test_python_numbers_stay_static():
+def test_python_numbers_stay_static(check):
     def f(p, x, repeats):
         for _ in range(repeats):
             x = x @ p["w"] * p["scale"]
@@ -419,7 +427,7 @@ def test_python_numbers_stay_static():
         checked.converted(checked.moved, x, bytearray())
 
 
-def test_an_optimizer_steps_alike():
+def test_an_optimizer_steps_alike(check):
     params, x = integers(MLP), integers((5, 4), seed=1)
     checked = check(mlp, params, x)
     tx = optax.adam(0.1)
@@ -466,7 +474,7 @@ def test_a_convolution_that_pads_on_another_input_is_refused():
         dense(fc.convert_params(kernel, plan), integers((1, 5, 6, 3)))
 
 
-def test_a_linen_model_as_a_function():
+def test_a_linen_model_as_a_function(check):
     class Block(nn.Module):
         @nn.compact
         def __call__(self, x, _):
@@ -508,7 +516,7 @@ class Linear:
         return self.weight @ x + self.bias
 
 
-def test_a_tree_of_layers_with_fields():
+def test_a_tree_of_layers_with_fields(check):
     params = Linear(integers((5, 4)), integers((5,)))
     checked = check(
         lambda model, x: jax.vmap(model)(x), params, integers((3, 4), seed=1)
@@ -519,7 +527,7 @@ def test_a_tree_of_layers_with_fields():
 
 
 @pytest.mark.filterwarnings("default")
-def test_equinox():
+def test_equinox(check):
     eqx = pytest.importorskip("equinox")
     model = eqx.nn.Sequential(
         [

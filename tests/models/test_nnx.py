@@ -66,21 +66,27 @@ def assert_same(want, got):
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
-def assert_exact(model, *inputs, count=None, to="conv", rules=()):
+@pytest.fixture
+def assert_exact(check_there):
     """Converts a model: exact on whole numbers, there and back."""
-    plan = fc.make_plan(model, *inputs, to=to, rules=rules)
-    assert len(plan) if count is None else len(plan) == count
-    model = with_whole_numbers(model)
-    inputs = whole(inputs, seed=1)
-    other = fc.convert_model(model, plan)
-    assert_same(model(*inputs), other(*inputs))
-    state = nnx.state(model)
-    assert_same(fc.convert_params(state, plan), nnx.state(other))
-    assert_same(fc.restore_params(nnx.state(other), plan), state)
-    back = fc.convert_model(other, plan.inverse())
-    assert nnx.graphdef(back) == nnx.graphdef(model)
-    assert_same(nnx.state(back), state)
-    return other
+
+    def run(model, *inputs, count=None, to="conv", rules=()):
+        plan = fc.make_plan(model, *inputs, to=to, rules=rules)
+        assert len(plan) if count is None else len(plan) == count
+        model = with_whole_numbers(model)
+        inputs = whole(inputs, seed=1)
+        other = fc.convert_model(model, plan)
+        assert_same(model(*inputs), other(*inputs))
+        state = nnx.state(model)
+        assert_same(fc.convert_params(state, plan), nnx.state(other))
+        assert_same(fc.restore_params(nnx.state(other), plan), state)
+        back = fc.convert_model(other, plan.inverse())
+        assert nnx.graphdef(back) == nnx.graphdef(model)
+        assert_same(nnx.state(back), state)
+        check_there(model, None, *inputs, plan=plan)
+        return other
+
+    return run
 
 
 @pytest.mark.parametrize("order", ["HWC", "CHW"])
@@ -129,7 +135,7 @@ def test_training_mode_draws_the_same_and_counts_the_same():
     assert int(conv.drop.rngs.count[...]) == 2
 
 
-def test_layers_of_every_kind_are_exact():
+def test_layers_of_every_kind_are_exact(assert_exact):
     rngs = nnx.Rngs(0)
     x = jnp.ones((2, 5, 8))
     assert_exact(linear(8, 3), x, count=1)
@@ -143,7 +149,7 @@ def test_layers_of_every_kind_are_exact():
     assert_exact(grouped, x, count=1)
 
 
-def test_keeping_the_leading_axes_is_exact():
+def test_keeping_the_leading_axes_is_exact(assert_exact):
     x = jnp.ones((2, 5, 3, 8))
     other = assert_exact(linear(8, 3), x, rules=[fc.Rule("*", layout="keep")])
     assert other.kernel.shape == (1, 1, 8, 3)
@@ -164,7 +170,7 @@ def test_keeping_the_leading_axes_is_exact():
         ),
     ],
 )
-def test_convolutions_to_dense(kwargs, shape, kind):
+def test_convolutions_to_dense(assert_exact, kwargs, shape, kind):
     conv = nnx.Conv(4, 6, padding="VALID", rngs=nnx.Rngs(0), **kwargs)
     if kind is None:
         plan = fc.make_plan(conv, jnp.ones(shape), to="dense")
@@ -193,7 +199,7 @@ def test_attention():
     np.testing.assert_allclose(model(x), conv(x), rtol=1e-5, atol=1e-6)
 
 
-def test_containers_and_recurrent_cells():
+def test_containers_and_recurrent_cells(assert_exact):
     blocks = nnx.Sequential(linear(4, 6), nnx.relu, nnx.Sequential(linear(6, 3)))
     assert_exact(blocks, jnp.ones((2, 4)), count=2)
     model = nnx.RNN(nnx.GRUCell(4, 5, rngs=nnx.Rngs(0)), rngs=nnx.Rngs(0))
@@ -215,7 +221,7 @@ class Shared(nnx.Module):
         return self.c(nnx.relu(self.b(nnx.relu(self.a(x)))))
 
 
-def test_shared_modules_and_tied_params_stay_shared():
+def test_shared_modules_and_tied_params_stay_shared(assert_exact):
     model = Shared()
     plan = fc.make_plan(model, jnp.ones((2, 4)))
     other = assert_exact(model, jnp.ones((2, 4)), count=2)
@@ -258,7 +264,7 @@ class Mapped(Scanned):
 
 
 @pytest.mark.parametrize("model", [Scanned, Mapped])
-def test_stacks_run_under_scan_and_vmap(model):
+def test_stacks_run_under_scan_and_vmap(assert_exact, model):
     other = assert_exact(model(), jnp.ones((2, 4)), count=1)
     assert other.blocks.kernel.shape == (3, 1, 4, 4)
 
@@ -311,7 +317,7 @@ def test_split_merge_and_clone_keep_the_conversion():
     assert abstract.fc1.kernel.shape == (6, 5, 4, 8)
 
 
-def test_low_precision_keeps_dtypes_and_is_exact():
+def test_low_precision_keeps_dtypes_and_is_exact(assert_exact):
     dtype = jnp.bfloat16
     model = linear(8, 3, dtype=dtype, param_dtype=dtype, precision="highest")
     other = assert_exact(model, jnp.ones((2, 8), dtype), count=1)
@@ -323,7 +329,7 @@ def test_low_precision_keeps_dtypes_and_is_exact():
     assert other(jnp.ones((2, 8), dtype)).dtype == dtype
 
 
-def test_mixed_precision_and_preferred_element_type():
+def test_mixed_precision_and_preferred_element_type(assert_exact):
     model = linear(8, 3, dtype=jnp.bfloat16, preferred_element_type=jnp.float32)
     other = assert_exact(model, jnp.ones((2, 8)), count=1)
     assert other(jnp.ones((2, 8))).dtype == model(jnp.ones((2, 8))).dtype
@@ -363,7 +369,7 @@ def test_other_attributes_of_a_layer_stay_on_it():
     assert set(nnx.to_pure_dict(nnx.state(other))) == {"bias", "calls", "kernel"}
 
 
-def test_adapters_are_kept_and_applied():
+def test_adapters_are_kept_and_applied(assert_exact):
     model = nnx.LoRA(4, 2, 3, base_module=linear(4, 3), rngs=nnx.Rngs(0))
     model = with_whole_numbers(model)
     other = assert_exact(model, jnp.ones((2, 4)), count=1)
