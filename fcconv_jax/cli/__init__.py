@@ -1,4 +1,5 @@
-"""The command line ``fcconv``: plan, convert, restore, verify, inspect, explain."""
+"""The command line ``fcconv``: plan, convert, restore, verify, hlo, inspect, ..."""
 
 from .commands import app as app
 from .commands import main as main
+from .hlo import hlo as hlo

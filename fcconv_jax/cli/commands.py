@@ -1,4 +1,4 @@
-"""The command line: ``fcconv plan | convert | restore | verify | inspect | explain``.
+"""The command line: ``fcconv plan``, ``convert``, ``verify`` and so on.
 
 A command's result goes to stdout; progress and messages go to stderr. Exit status 0
 means that it succeeded, 1 that it failed or found a difference, 2 wrong usage. Whatever
@@ -54,15 +54,16 @@ class _Commands(TyperGroup):
         except ValueError as error:
             from ..checkpoints import CheckpointError
             from ..plan import PlanError
+            from ..verification.backends.backend import BackendError
 
             # A model's own ValueError keeps its traceback.
-            if not isinstance(error, PlanError | CheckpointError):
+            if not isinstance(error, PlanError | CheckpointError | BackendError):
                 raise
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(1) from None
 
 
-def _examples(*commands: str) -> str:
+def examples(*commands: str) -> str:
     """An epilog; in those of Typer a blank line stands for the end of a line."""
     return "\n\n".join(["Examples:", *(f"  fcconv {command}" for command in commands)])
 
@@ -101,7 +102,7 @@ def _root(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "plan model.py:Net --input 1,8,8,1",
         "plan model.py:Net --input 1,8,8,1 --rule 'fc1=4x4:HWC' --out plan.json",
         "plan model.py:Net --input 1,8,8,1 --kwarg train=false --json",
@@ -133,7 +134,7 @@ def plan(
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "convert ckpt conv --model model.py:Net --input 1,8,8,1",
         "convert ckpt conv2 --plan plan.json",
         "convert ckpt conv3 --rule 'fc1=4x4' --rule 'fc2=1x1'",
@@ -198,7 +199,7 @@ def convert(
     typer.echo(str(report))
 
 
-@app.command(epilog=_examples("restore conv back", "restore conv back --overwrite"))
+@app.command(epilog=examples("restore conv back", "restore conv back --overwrite"))
 def restore(src: Source, dst: Target, overwrite: Overwrite = False) -> None:
     """Undo a conversion to the bit, with the plan that is stored in the checkpoint."""
     from ..checkpoints import restore_checkpoint
@@ -214,7 +215,7 @@ def restore(src: Source, dst: Target, overwrite: Overwrite = False) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "verify model.py:Net --input 2,8,8,1",
         "verify model.py:Net --input 2,8,8,1 --checkpoint ckpt --out report.md",
         "verify model.py:Net --input 2,8,8,1 --no-gradients --json",
@@ -287,7 +288,7 @@ def verify(
         raise typer.Exit(1)
 
 
-@app.command(name="inspect", epilog=_examples("inspect ckpt", "inspect conv --json"))
+@app.command(name="inspect", epilog=examples("inspect ckpt", "inspect conv --json"))
 def inspect_(src: Source, as_json: AsJson = False) -> None:
     """List what a checkpoint holds: leaves, dtypes, shapes, bytes, the stored plan."""
     from ..checkpoints import inspect_checkpoint
@@ -327,7 +328,7 @@ def inspect_(src: Source, as_json: AsJson = False) -> None:
 
 
 @app.command(
-    epilog=_examples(
+    epilog=examples(
         "explain --input 7x7 --kernel 7x7 --stride 2",
         "explain --input 7x7 --kernel 7x7 --padding 1",
         "explain --input 224x224 --kernel 16 --stride 16 --groups 3 --json",

@@ -71,7 +71,7 @@ Backends = Annotated[
         metavar="NAME",
         help="A backend: cpu, gpu, cuda:h100, tpu, tpu:v6e, tpu:v5e:16x16, rocm, ... "
         "It is executed if it is present, else compiled ahead of time if its compiler "
-        "is installed (fcconv-jax[tpu-aot], [cuda-aot]), else lowered. Once for each; "
+        "is installed (the extras tpu-aot and cuda-aot), else lowered. Once for each; "
         "JAX's default unless said.",
     ),
 ]

@@ -51,13 +51,20 @@ class ModelCall:
             options["method"] = method
         return cls(load_model(name), specs, options)
 
-    def plan(self, to: To | None, rules: Sequence[str] | None) -> Plan:
-        """Plans it by tracing."""
+    def plan(
+        self, to: To | None, rules: Sequence[str] | None, backend: str | None = None
+    ) -> Plan:
+        """Plans it by tracing; with the layouts of a backend, if one is given."""
         from ..planning import make_plan
 
         form = (to or To.CONV).value
         return make_plan(
-            self.model, *self.specs, to=form, rules=rules or (), **self.options
+            self.model,
+            *self.specs,
+            to=form,
+            rules=rules or (),
+            backend=backend,
+            **self.options,
         )
 
 

@@ -10,7 +10,6 @@ import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -29,7 +28,7 @@ from .census import Census
 from .certificate import Certificate, prepare_certificate
 from .function_program import canonical_layer
 from .pair import Pair
-from .programs import compilable, program_of, variables_of
+from .programs import compilable, layer_dtypes, program_of, variables_of
 from .report import LayerReport, Report
 
 Progress = Callable[[str, int, int], None]
@@ -49,6 +48,7 @@ def assert_equivalent(
       AssertionError: names the layer or leaf, what was got and the bound.
 
     Example:
+      >>> import flax.linen as nn
       >>> import fcconv_jax as fc
       >>> model, x = nn.Dense(3), jnp.ones((2, 4))
       >>> params = model.init(jax.random.key(0), x)
@@ -395,14 +395,11 @@ def _certificates(
     variables: Mapping[str, Any], plan: Plan
 ) -> dict[str, Callable[[], Certificate]]:
     """What gives the certificate of each layer; layers that are alike share one."""
-    leaves, _ = jax.tree_util.tree_flatten_with_path(nn.meta.unbox(variables["params"]))
-    dtypes = {leaf_path(path): jnp.result_type(leaf) for path, leaf in leaves}
+    dtypes = layer_dtypes(variables, plan)
     known: dict[Any, Callable[[], Certificate]] = {}
     found = {}
     for path, layer in plan.items():
-        # A tied kernel is stored under another path, in the dtype of its model.
-        leaf = "/".join(part for part in (path, layer.leaves[0][0]) if part)
-        dtype = dtypes.get(leaf, next(iter(dtypes.values())))
+        dtype = dtypes[path]
         key = (layer, dtype)
         if key not in known:
             known[key] = functools.cache(_certification(layer, plan.to, dtype))
@@ -429,6 +426,7 @@ def certify_layer(
       **options: of :func:`fcconv_jax.verification.certificate.certify`.
 
     Example:
+      >>> import flax.linen as nn
       >>> import fcconv_jax as fc
       >>> plan = fc.make_plan(nn.Dense(3), jnp.ones((2, 4)))
       >>> certify_layer(plan[""], plan.to).passed

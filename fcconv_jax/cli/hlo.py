@@ -1,0 +1,138 @@
+"""The command ``fcconv hlo``: the two compiled programs of a layer, side by side."""
+
+from __future__ import annotations
+
+import itertools
+import json
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+from .commands import app, examples
+from .inputs import ArgumentError
+from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules, ToForm
+from .output import print_columns, progress_bar
+from .steps import ModelCall, parse_backends
+
+if TYPE_CHECKING:
+    from ..plan import Form
+    from ..verification.backends.reading import Step
+    from ..verification.layer_programs import LayerPrograms
+
+
+@app.command(
+    epilog=examples(
+        "hlo model.py:Net fc1 --input 8,8,8,1",
+        "hlo model.py:Net fc1 --input 8,8,8,1 --backend tpu:v5e",
+        "hlo model.py:Net fc1 --input 8,8,8,1 --dtype bfloat16 --json",
+    )
+)
+def hlo(
+    model: ModelName,
+    layer: Annotated[
+        str, typer.Argument(metavar="LAYER", help="Its path, as 'fcconv plan' has it.")
+    ],
+    inputs: Inputs = None,
+    backend: Annotated[
+        str | None,
+        typer.Option(
+            metavar="NAME",
+            help="A backend: cpu, cuda:h100, tpu:v6e, ... One that is not present is "
+            "compiled for ahead of time, if its compiler is installed (the extras "
+            "tpu-aot and cuda-aot); JAX's default unless said.",
+        ),
+    ] = None,
+    dtype: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Of input and parameters: bfloat16, ...; that of the layer's "
+            "parameters unless said.",
+        ),
+    ] = None,
+    to: ToForm = None,
+    rules: Rules = None,
+    kwargs: Kwargs = None,
+    method: Method = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show what a backend makes of one layer in each form, side by side.
+
+    Each form is compiled as a program of its own, on the input that the layer
+    has in the model. Shown are the steps that compute or move data: what a
+    fusion is made of, calls into libraries, copies to another layout; shapes
+    with the order of their axes in memory, fastest first. A device that is
+    present also runs and times them.
+    """
+    from ..verification.backends.resolution import resolve_default
+    from ..verification.layer_programs import compile_layers, find_layer
+    from .variables import abstract_variables
+
+    call = ModelCall.read(model, inputs, kwargs, method)
+    given = parse_backends([backend] if backend else None)
+    chosen = given[0] if given else resolve_default().backend
+    made = call.plan(to, rules, str(chosen))
+    path = find_layer(made, layer)
+    params = abstract_variables(call.model, call.specs, call.options)
+    with progress_bar(str(chosen)) as tell:
+        found = compile_layers(
+            made,
+            chosen,
+            only=[path],
+            params=params,
+            dtype=dtype and _dtype(dtype),
+            progress=tell,
+        )
+    programs = found[path]
+    typer.echo(json.dumps(programs.to_json()) if as_json else _head(programs))
+    if not as_json:
+        _print_programs(programs)
+        typer.echo(programs.verdict)
+
+
+def _dtype(name: str) -> object:
+    import jax.numpy as jnp
+
+    try:
+        return jnp.dtype(name)
+    except TypeError:
+        raise ArgumentError(
+            f"--dtype {name!r} is no dtype such as float32 or bfloat16"
+        ) from None
+
+
+def _head(programs: LayerPrograms) -> str:
+    return (
+        f"{programs.path or '(root)'}: {programs.layer.layer}, {programs.layer.case}, "
+        f"on {programs.dense.backend} ({programs.dense.device})"
+    )
+
+
+def _print_programs(programs: LayerPrograms) -> None:
+    forms: tuple[Form, Form] = ("dense", "conv")
+    cells = [
+        [f"{form}: {programs.show_cost(form)}", *map(_describe, programs.steps[form])]
+        for form in forms
+    ]
+    print_columns(list(itertools.zip_longest(*cells, fillvalue="")))
+
+
+def _describe(step: Step) -> str:
+    """A step in three lines: what, of what, at what price."""
+    from ..verification.backends.reading import short_layout
+    from ..verification.layer_programs import mebibytes
+
+    price = [mebibytes(step.bytes)]
+    if step.cycles is not None:
+        price.insert(0, f"{step.cycles:,} cycles")
+    if step.relayout:
+        price.append("another layout")
+    operands = " ".join(map(short_layout, step.operands))
+    return "\n".join(
+        (
+            str(step),
+            f"  {operands}",
+            f"  -> {short_layout(step.result)}",
+            f"  {', '.join(price)}",
+        )
+    )
