@@ -22,9 +22,9 @@ if TYPE_CHECKING:
     from .plan import LayerPlan as LayerPlan
     from .plan import Plan as Plan
     from .plan import PlanError as PlanError
-    from .plan import Rule as Rule
     from .planning import make_plan as make_plan
     from .planning.shapes import plan_from_params as plan_from_params
+    from .rules import Rule as Rule
     from .unroll import roll_dense as roll_dense
     from .unroll import unroll_conv as unroll_conv
     from .verification.report import Report as Report
@@ -40,7 +40,7 @@ _HOMES = {
     "PlanError": "plan",
     "Rearrangement": "kernels",
     "Report": "verification.report",
-    "Rule": "plan",
+    "Rule": "rules",
     "assert_equivalent": "verification.verify",
     "certify_layer": "verification.verify",
     "classify": "equivalence",

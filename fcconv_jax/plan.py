@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-import difflib
-import fnmatch
 import functools
 import json
 import math
-import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
@@ -141,58 +138,6 @@ class LayerPlan:
         """The same layer, going the other way."""
         leaves = tuple((name, leaf.inverse()) for name, leaf in self.leaves)
         return dataclasses.replace(self, leaves=leaves)
-
-
-@dataclasses.dataclass(frozen=True)
-class Rule:
-    """What to do with the layers whose module path matches a pattern.
-
-    Args:
-      pattern: shell-style pattern for the whole module path (``*`` also crosses
-        ``/``): ``"head"``, ``"*/attention/*"``.
-      window: kernel size of the conv form; None leaves it to the trace.
-      order: flatten order such as ``"CHW"``; None leaves it to the trace.
-      layout: see :class:`LayerPlan`; None for the backend's default.
-      skip: leave the layer as it is.
-      kernel_layout: see :class:`LayerPlan`; None for the backend's default.
-
-    Example:
-      >>> rule = Rule.parse("head/fc6=7x7:CHW")
-      >>> rule.pattern, rule.window, rule.order
-      ('head/fc6', (7, 7), 'CHW')
-      >>> Rule.parse("*=skip").skip
-      True
-    """
-
-    pattern: str
-    window: tuple[int, ...] | None = None
-    order: str | None = None
-    layout: Layout | None = None
-    skip: bool = False
-    kernel_layout: KernelLayout | None = None
-
-    @classmethod
-    def parse(cls, text: str) -> Rule:
-        """Reads ``PATTERN=WINDOW[:ORDER]`` or ``PATTERN=skip``, as on the command line.
-
-        Raises:
-          PlanError: the text has another form.
-        """
-        pattern, _, value = text.rpartition("=")
-        window, _, order = value.partition(":")
-        if pattern and value == "skip":
-            return cls(pattern, skip=True)
-        known = re.fullmatch(r"\d+(x\d+)*", window) and re.fullmatch("[A-Z]*", order)
-        if not pattern or not known:
-            raise PlanError(
-                f"rule {text!r} is not of the form PATTERN=WINDOW[:ORDER] or "
-                "PATTERN=skip, such as 'head=7x7', 'head=7x7:CHW' or 'decoder/*=skip'"
-            )
-        return cls(pattern, tuple(map(int, window.split("x"))), order or None)
-
-    def matches(self, path: str) -> bool:
-        """Whether the rule is for the layer at this module path."""
-        return fnmatch.fnmatchcase(path, self.pattern)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -343,8 +288,8 @@ class Plan(Mapping[str, LayerPlan]):
             raise PlanError(f"damaged plan: 'to' is {to!r}, not 'conv' or 'dense'")
         return cls(to, layers, left)
 
-    def __str__(self) -> str:
-        lines = [f"{len(self)} layer{'s' * (len(self) != 1)} to {self.to}"]
+    def table(self) -> list[tuple[str, ...]]:
+        """The layers as rows of text, below a row of headings."""
         rows = [("path", "layer", "case", "kernel", "order", "front end")]
         for path, layer in self.layers:
             kernel = f"{layer.kernel.source} -> {layer.kernel.target}"
@@ -356,13 +301,19 @@ class Plan(Mapping[str, LayerPlan]):
             rows.append(
                 (
                     *(path or "(root)", layer.layer, layer.case),
-                    *(kernel + "  ", layer.order, taken),
+                    *(kernel, layer.order, taken),
                 )
             )
         if not self.products:  # layers only, as their classes say
-            rows = [row[:-1] for row in rows]
+            return [row[:-1] for row in rows]
+        return rows
+
+    def __str__(self) -> str:
+        lines = [f"{len(self)} layer{'s' * (len(self) != 1)} to {self.to}"]
+        rows = self.table()
         if len(rows) > 1:
             widths = [max(map(len, column)) for column in zip(*rows)]
+            widths[3] += 2
             lines += [
                 "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip()
                 for row in rows
@@ -396,30 +347,3 @@ def is_order(order: str, rank: int) -> bool:
       (True, False)
     """
     return sorted(order) == sorted("DHW"[3 - rank :] + "C")
-
-
-def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
-    """Reads rules given as :class:`Rule` or as command-line text."""
-    if isinstance(rules, Rule | str):
-        rules = (rules,)
-    return tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules)
-
-
-def match_rules(
-    rules: Sequence[Rule], paths: Iterable[str]
-) -> Mapping[str, Rule | None]:
-    """The first rule that matches each path.
-
-    Raises:
-      PlanError: a rule matches no path at all; the message lists near misses.
-    """
-    paths = list(paths)
-    for rule in rules:
-        if not any(rule.matches(path) for path in paths):
-            close = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.3)
-            hint = f"close to it: {close}" if close else f"there are: {paths[:10]}"
-            raise PlanError(f"rule {rule.pattern!r} matches no linear layer; {hint}")
-    return {
-        path: next((rule for rule in rules if rule.matches(path)), None)
-        for path in paths
-    }

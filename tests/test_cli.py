@@ -227,7 +227,7 @@ class TestPlan:
         out = run("plan model.py:Net --input 1,8,8,1").stdout
         lines = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
         assert lines[0] == ["2 layers to conv"]
-        assert lines[1] == ["layer", "class", "case", "kernel", "order"]
+        assert lines[1] == ["path", "layer", "case", "kernel", "order"]
         kernel = "(48, 5) -> (4, 4, 3, 5)"
         assert lines[2] == ["fc1", "Dense", "full_window", kernel, "HWC"]
 
@@ -251,6 +251,13 @@ class TestPlan:
         assert list(import_model) == ["fc1", "fc2"]
         assert fc.Plan.from_json(Path("plan.json").read_text()) == import_model
         assert result.stderr == "wrote plan.json\n"
+
+    def test_layouts_for_a_backend(self):
+        out = run("plan model.py:Net --input 1,8,8,1 --for cuda:h100").stdout
+        assert "(48, 5) -> (5, 4, 4, 3) OHWI flat" in out
+        out = run("plan model.py:Net --input 1,8,8,1 --rule '*<100=skip'").stdout
+        assert "fc2   excluded by rule '*<100'" in out
+        fails("plan model.py:Net --input 1,8,8,1 --for xpu", "backend='xpu'")
 
     def test_rules_direction_kwargs_and_method(self):
         rules = "--rule fc1=2x2:CHW --rule 'fc2=skip' --kwarg train=false"
@@ -531,13 +538,13 @@ class TestVerify:
         fails(f"{command} --rule fc1=4x4", "do not go with conv", status=2)
 
     def test_exit_status_when_it_fails(self, monkeypatch):
-        certify = verify_module.certify_layer
+        prepare = verify_module._certification
 
         def differ(*arguments, **options):
-            found = certify(*arguments, **options)
-            return dataclasses.replace(found, passed=False)
+            certificate = prepare(*arguments, **options)
+            return lambda: dataclasses.replace(certificate(), passed=False)
 
-        monkeypatch.setattr(verify_module, "certify_layer", differ)
+        monkeypatch.setattr(verify_module, "_certification", differ)
         result = run("verify model.py:wide --input 2,4 --no-gradients", 1)
         assert result.stdout.startswith("DIFFERENT")
         result = run("verify model.py:wide --input 2,4 --no-gradients --json", 1)

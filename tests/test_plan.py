@@ -178,6 +178,14 @@ def test_joining_plans():
         ("a=b/head=7:CW", fc.Rule("a=b/head", (7,), "CW")),
         ("*/fc=2x3x4:DHWC", fc.Rule("*/fc", (2, 3, 4), "DHWC")),
         ("decoder/*=skip", fc.Rule("decoder/*", skip=True)),
+        ("head=auto", fc.Rule("head")),
+        ("*<1000=skip", fc.Rule("*", skip=True, below=1000)),
+        ("a<b<9=1x1", fc.Rule("a<b", (1, 1), below=9)),
+        ("*=keep", fc.Rule("*", layout="keep")),
+        (
+            "fc=4x4:OHWI:CHW:flat",
+            fc.Rule("fc", (4, 4), "CHW", "flat", kernel_layout="OHWI"),
+        ),
     ],
 )
 def test_rules_from_text(text, rule):
@@ -185,15 +193,28 @@ def test_rules_from_text(text, rule):
 
 
 @pytest.mark.parametrize(
-    "text", ["head", "=7x7", "head=", "head=7x", "head=x7", "head=a", "head=7:C:H", ""]
+    "text",
+    [
+        "head",
+        "=7x7",
+        "head=",
+        "head=7x",
+        "head=x7",
+        "head=a",
+        "head=7:C:H",
+        "a=1:2",
+        "",
+    ],
 )
 def test_texts_that_are_no_rules(text):
-    with pytest.raises(fc.PlanError, match="not of the form PATTERN=WINDOW"):
+    with pytest.raises(fc.PlanError, match="not of the form PATTERN="):
         fc.Rule.parse(text)
 
 
 def test_patterns_match_the_whole_path():
-    assert fc.Rule("*/fc?").matches("a/b/fc1")
-    assert not fc.Rule("fc").matches("a/fc")
-    assert not fc.Rule("FC").matches("fc")
-    assert fc.Rule("layers_[01]").matches("layers_1")
+    assert fc.Rule("*/fc?").matches("a/b/fc1", 6)
+    assert not fc.Rule("fc").matches("a/fc", 6)
+    assert not fc.Rule("FC").matches("fc", 6)
+    assert fc.Rule("layers_[01]").matches("layers_1", 6)
+    assert fc.Rule("fc", below=7).matches("fc", 6)
+    assert not fc.Rule("fc", below=6).matches("fc", 6)

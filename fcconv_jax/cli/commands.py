@@ -17,6 +17,7 @@ from typer.core import TyperGroup
 from .inputs import ArgumentError, parse_padding, parse_sizes
 from .options import (
     AsJson,
+    BackendFor,
     Backends,
     FileFormat,
     Inputs,
@@ -27,12 +28,12 @@ from .options import (
     Rules,
     Source,
     Target,
-    To,
     ToForm,
 )
 from .output import print_plan, print_table, progress_bar, write_text
 from .steps import (
     ModelCall,
+    Wishes,
     parse_backends,
     plan_checkpoint,
     read_plan,
@@ -105,6 +106,8 @@ def _root(
     epilog=examples(
         "plan model.py:Net --input 1,8,8,1",
         "plan model.py:Net --input 1,8,8,1 --rule 'fc1=4x4:HWC' --out plan.json",
+        "plan model.py:Net --input 1,8,8,1 --rule fc2=auto --rule '*=skip'",
+        "plan model.py:Net --input 1,8,8,1 --rule '*<10000=skip' --for tpu:v5e",
         "plan model.py:Net --input 1,8,8,1 --kwarg train=false --json",
     )
 )
@@ -113,6 +116,7 @@ def plan(
     inputs: Inputs = None,
     to: ToForm = None,
     rules: Rules = None,
+    backend_for: BackendFor = None,
     kwargs: Kwargs = None,
     method: Method = None,
     out: Annotated[
@@ -124,7 +128,8 @@ def plan(
 
     The model is traced on abstract inputs; nothing is computed.
     """
-    made = ModelCall.read(model, inputs, kwargs, method).plan(to, rules)
+    wishes = Wishes(to, rules, backend_for)
+    made = ModelCall.read(model, inputs, kwargs, method).plan(wishes)
     if out is not None:
         write_text(out, made.to_json())
     if as_json:
@@ -153,6 +158,7 @@ def convert(
     inputs: Inputs = None,
     to: ToForm = None,
     rules: Rules = None,
+    backend_for: BackendFor = None,
     kwargs: Kwargs = None,
     method: Method = None,
     overwrite: Overwrite = False,
@@ -172,20 +178,23 @@ def convert(
     """
     from ..checkpoints import convert_checkpoint
 
+    wishes = Wishes(to, rules, backend_for)
     if (plan_file is None) == (model is None) and (plan_file or not rules):
         raise ArgumentError(
             "give one of --plan FILE, --model MODULE:NAME with --input, or --rule alone"
         )
-    if plan_file is not None and (to or rules):
-        raise ArgumentError("--to and --rule do not go with --plan, which has decided")
+    if plan_file is not None and wishes.any:
+        raise ArgumentError(
+            "--to, --rule and --for do not go with --plan, which has decided"
+        )
     if model is None and (inputs or kwargs or method):
         raise ArgumentError("--input, --kwarg and --method need --model")
     if plan_file is not None:
         made = read_plan(plan_file)
     elif model is not None:
-        made = ModelCall.read(model, inputs, kwargs, method).plan(to, rules)
+        made = ModelCall.read(model, inputs, kwargs, method).plan(wishes)
     else:
-        made = plan_checkpoint(src, rules or [], to or To.CONV)
+        made = plan_checkpoint(src, wishes)
     require_layers(made)
     with progress_bar("converting") as tell:
         report = convert_checkpoint(
@@ -235,6 +244,7 @@ def verify(
     seed: Annotated[int, typer.Option(help="Of random inputs and parameters.")] = 0,
     to: ToForm = None,
     rules: Rules = None,
+    backend_for: BackendFor = None,
     kwargs: Kwargs = None,
     method: Method = None,
     backends: Backends = None,
@@ -267,6 +277,7 @@ def verify(
     """
     if as_json and as_markdown:
         raise ArgumentError("give one of --json and --markdown")
+    wishes = Wishes(to, rules, backend_for)
     call = ModelCall.read(model, inputs, kwargs, method)
     options = {
         "gradients": gradients,
@@ -274,9 +285,9 @@ def verify(
         "timeout": timeout,
     }
     if checkpoint is None:
-        report = verify_model(call, call.plan(to, rules), seed, options)
+        report = verify_model(call, call.plan(wishes), seed, options)
     else:
-        report = verify_checkpoint(call, checkpoint, to, rules, seed, options)
+        report = verify_checkpoint(call, checkpoint, wishes, seed, options)
     if out is not None:
         to_json = out.suffix == ".json"
         write_text(out, report.to_json() if to_json else report.to_markdown())

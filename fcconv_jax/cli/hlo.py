@@ -12,7 +12,7 @@ from .commands import app, examples
 from .inputs import ArgumentError
 from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules, ToForm
 from .output import print_columns, progress_bar
-from .steps import ModelCall, parse_backends
+from .steps import ModelCall, Wishes, parse_backends
 
 if TYPE_CHECKING:
     from ..plan import Form
@@ -71,7 +71,7 @@ def hlo(
     call = ModelCall.read(model, inputs, kwargs, method)
     given = parse_backends([backend] if backend else None)
     chosen = given[0] if given else resolve_default().backend
-    made = call.plan(to, rules, str(chosen))
+    made = call.plan(Wishes(to, rules, str(chosen)))
     path = find_layer(made, layer)
     params = abstract_variables(call.model, call.specs, call.options)
     with progress_bar(str(chosen)) as tell:

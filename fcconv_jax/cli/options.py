@@ -57,7 +57,18 @@ Rules = Annotated[
         "--rule",
         metavar="PATTERN=WINDOW[:ORDER]",
         help="The window of the layers at the paths that PATTERN matches: head=7x7, "
-        "'block_*=1x1', head=7x7:CHW; or PATTERN=skip. The first that matches counts.",
+        "'block_*=1x1', head=7x7:CHW; or their layout: '*=keep'; or PATTERN=skip; or "
+        "PATTERN=auto, as the trace says. 'PATTERN<SIZE=...' is for kernels of fewer "
+        "entries. The first that matches counts.",
+    ),
+]
+BackendFor = Annotated[
+    str | None,
+    typer.Option(
+        "--for",
+        metavar="BACKEND",
+        help="Lay the convolutions out as this backend runs them best: cpu, "
+        "cuda:h100, tpu:v5e.",
     ),
 ]
 ToForm = Annotated[

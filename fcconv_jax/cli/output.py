@@ -29,20 +29,11 @@ def write_text(file: Path, text: str) -> None:
 def print_plan(made: Plan) -> None:
     """Prints what converts, and what is left alone and why."""
     typer.echo(f"{len(made)} layer{'s' * (len(made) != 1)} to {made.to}")
-    rows = [
-        (
-            path or "(root)",
-            layer.layer,
-            layer.case,
-            f"{layer.kernel.source} -> {layer.kernel.target}",
-            layer.order,
-        )
-        for path, layer in made.items()
-    ]
-    print_table(("layer", "class", "case", "kernel", "order"), rows)
+    headings, *rows = made.table()
+    print_table(headings, rows)
     if made.skipped:
         typer.echo(f"{len(made.skipped)} left alone")
-        print_table(("layer", "reason"), list(made.skipped.items()))
+        print_table(("path", "reason"), list(made.skipped.items()))
 
 
 def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:

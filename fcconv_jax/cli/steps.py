@@ -23,6 +23,20 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
+class Wishes:
+    """What the user says about the plan, where it is made here."""
+
+    to: To | None = None
+    rules: Sequence[str] | None = None
+    backend: str | None = None
+
+    @property
+    def any(self) -> bool:
+        """Whether something is said."""
+        return bool(self.to or self.rules or self.backend)
+
+
+@dataclasses.dataclass(frozen=True)
 class ModelCall:
     """A model and how it is called.
 
@@ -51,24 +65,21 @@ class ModelCall:
             options["method"] = method
         return cls(load_model(name), specs, options)
 
-    def plan(
-        self, to: To | None, rules: Sequence[str] | None, backend: str | None = None
-    ) -> Plan:
-        """Plans it by tracing; with the layouts of a backend, if one is given."""
+    def plan(self, wishes: Wishes) -> Plan:
+        """Plans it by tracing."""
         from ..planning import make_plan
 
-        form = (to or To.CONV).value
         return make_plan(
             self.model,
             *self.specs,
-            to=form,
-            rules=rules or (),
-            backend=backend,
+            to=(wishes.to or To.CONV).value,
+            rules=wishes.rules or (),
+            backend=wishes.backend,
             **self.options,
         )
 
 
-def plan_checkpoint(src: Path, rules: Sequence[str], to: To) -> Plan:
+def plan_checkpoint(src: Path, wishes: Wishes) -> Plan:
     """Plans from the shapes in a checkpoint, without the model's code."""
     from ..checkpoints import inspect_checkpoint
     from ..planning.shapes import plan_from_params
@@ -80,7 +91,8 @@ def plan_checkpoint(src: Path, rules: Sequence[str], to: To) -> Plan:
     shapes = {leaf.path: leaf.shape for leaf in info.leaves}
     if info.format == "safetensors":
         shapes = {"/".join(split_key(key, shapes)): shapes[key] for key in shapes}
-    return plan_from_params(shapes, rules, to.value)
+    to = (wishes.to or To.CONV).value
+    return plan_from_params(shapes, wishes.rules or (), to, wishes.backend)
 
 
 def parse_backends(names: Sequence[str] | None) -> list[Backend] | None:
@@ -117,8 +129,7 @@ def verify_model(
 def verify_checkpoint(
     call: ModelCall,
     checkpoint: Path,
-    to: To | None,
-    rules: Sequence[str] | None,
+    wishes: Wishes,
     seed: int,
     options: Mapping[str, Any],
 ) -> Report:
@@ -131,15 +142,15 @@ def verify_checkpoint(
     arrays = random_inputs(call.specs, seed)
     wanted = abstract_variables(call.model, call.specs, call.options)
     if saved.plan is None:
-        made = call.plan(to, rules)
+        made = call.plan(wishes)
         variables = find_variables(saved, wanted, str(checkpoint))
         return _verify(call, made, variables, None, arrays, options)
-    if to or rules:
+    if wishes.any:
         raise ArgumentError(
-            f"--to and --rule do not go with {checkpoint}: it is converted, and holds "
-            "the plan that decided"
+            f"--to, --rule and --for do not go with {checkpoint}: it is converted, "
+            "and holds the plan that decided"
         )
-    _tell_differences(saved.plan, call.plan(To(saved.plan.to), None), checkpoint)
+    _tell_differences(saved.plan, call.plan(Wishes(To(saved.plan.to))), checkpoint)
     wanted = convert_params(wanted, saved.plan)
     converted = find_variables(saved, wanted, str(checkpoint))
     variables = restore_params(converted, saved.plan)

@@ -8,7 +8,8 @@ from typing import Any
 import flax.linen as nn
 
 from ..functions.trace import is_function, not_a_model
-from ..plan import Form, Plan, PlanError, Rule, as_rules
+from ..plan import Form, Plan, PlanError
+from ..rules import Rule, as_rules
 from ..variables import is_nnx_module
 from .layouts import lay_out
 from .linen import plan_linen

@@ -17,7 +17,8 @@ from ..functions.forms import (
 )
 from ..functions.products import Product, Program
 from ..functions.trace import Traced, trace
-from ..plan import Form, LayerPlan, Plan, Rule, match_rules
+from ..plan import Form, LayerPlan, Plan
+from ..rules import Rule, match_rules
 from .inputs import Frame, LayerInput
 from .layers import Call, LeftError, plan_layers
 
@@ -42,7 +43,7 @@ def plan_function(
         )
     traced = trace(function, inputs, kwargs)
     layers = find_layers(traced, to)
-    chosen = match_rules(rules, layers)
+    chosen = match_rules(rules, product_sizes(layers))
     planned, left = plan_products(traced, layers, to, chosen)
     left |= _unweighted(traced, to)
     return Plan(to, tuple(planned.items()), tuple(left.items()))
@@ -66,6 +67,12 @@ def find_layers(
         if isinstance(found, Product) and form_of(found) != to:
             layers.setdefault(found.weight.path, []).append(found)
     return {path: products for path, products in layers.items() if path not in known}
+
+
+def product_sizes(layers: Mapping[str, Sequence[Product]]) -> dict[str, int]:
+    """The number of entries of each parameter, as one product sees it."""
+    kernels = {path: p[0].eqn.invars[p[0].side] for path, p in layers.items()}
+    return {path: kernel.aval.size for path, kernel in kernels.items()}
 
 
 def plan_products(

@@ -11,7 +11,8 @@ from ..equivalence import classify
 from ..forms import holds
 from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..linen_layers import DenseAxes
-from ..plan import Form, LayerPlan, PlanError, Rule, is_order
+from ..plan import Form, LayerPlan, PlanError, is_order
+from ..rules import Rule
 from .flatten import Features, Flatten, find_flattens
 from .inputs import LayerInput
 
@@ -32,6 +33,11 @@ class Call:
     axes: DenseAxes | None
     geometry: Mapping[str, Any] | None
     obstacle: str | None
+
+
+def kernel_sizes(layers: Mapping[str, Sequence[Call]]) -> dict[str, int]:
+    """The number of entries of each layer's kernel, as one call sees it."""
+    return {path: math.prod(calls[0].kernel) for path, calls in layers.items()}
 
 
 def plan_layers(
@@ -178,7 +184,7 @@ def _plan_conv(
 def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:
     """Leaves a layer alone that a rule excludes or that is not what it seems."""
     if rule is not None and rule.skip:
-        raise LeftError(f"excluded by rule {rule.pattern!r}")
+        raise LeftError(f"excluded by rule {str(rule)!r}")
     for call in calls:
         if call.obstacle is not None:
             raise LeftError(call.obstacle)

@@ -12,7 +12,8 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ..plan import KernelLayout, LayerPlan, Layout, Plan, PlanError, Rule
+from ..plan import KernelLayout, LayerPlan, Layout, Plan, PlanError
+from ..rules import Rule, first_match
 
 PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
 # Generations whose 1-D convolutions are quicker with the sequence folded away.
@@ -39,7 +40,7 @@ def lay_out(plan: Plan, rules: Sequence[Rule], backend: str | None) -> Plan:
         return plan
     layers = []
     for path, layer in plan.items():
-        rule = next((rule for rule in rules if rule.matches(path)), Rule(path))
+        rule = first_match(rules, path, layer)
         layout, kernel_layout = _default(layer, backend)
         layers.append(
             (

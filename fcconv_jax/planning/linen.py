@@ -22,9 +22,11 @@ from ..linen_layers import (
     module_path,
     obstacle,
 )
-from ..plan import Form, Plan, Rule, match_rules
+from ..plan import Form, Plan
+from ..rules import Rule, match_rules
+from .function import product_sizes
 from .inputs import mark, marked
-from .layers import Call, LeftError, plan_layers
+from .layers import Call, LeftError, kernel_sizes, plan_layers
 from .own_parameters import OwnParameters
 
 
@@ -168,7 +170,7 @@ def plan_linen(
         (inputs, {**kwargs, "method": method}),
         rngs,
     )
-    chosen = match_rules(rules, [*layers, *own.layers])
+    chosen = match_rules(rules, {**kernel_sizes(layers), **product_sizes(own.layers)})
     planned, left = plan_layers(
         marked(jaxpr),
         layers,

@@ -14,11 +14,12 @@ from .. import arguments, nnx_layers
 from ..functions.products import Product, rewrite
 from ..functions.trace import trace
 from ..linen_layers import conv_geometry
-from ..plan import Form, LayerPlan, Plan, Rule, match_rules
+from ..plan import Form, LayerPlan, Plan
+from ..rules import Rule, match_rules
 from ..variables import is_variable
 from .function import as_call, on_leaf
 from .inputs import mark, marked
-from .layers import Call, LeftError, plan_layers
+from .layers import Call, LeftError, kernel_sizes, plan_layers
 from .uses import Uses, find_uses, mark_parameter
 
 _RECORDER = "_fcconv_jax_recorder"
@@ -165,7 +166,7 @@ def plan_nnx(
     layers = {p: c for p, c in recorder.calls.items() if c[0].kind in source}
     names = [number for number, path in enumerate(stored) if path is not None]
     parameters = _Parameters(stored, find_uses(jaxpr, names), recorder.paths, layers)
-    chosen = match_rules(rules, layers)
+    chosen = match_rules(rules, kernel_sizes(layers))
     planned, left = plan_layers(
         marked(jaxpr), layers, to, chosen, parameters.stack_axes
     )

@@ -13,7 +13,8 @@ from flax.core import DenyList
 from .. import arguments
 from ..functions.products import Product
 from ..functions.trace import Traced, trace
-from ..plan import Form, LayerPlan, Rule
+from ..plan import Form, LayerPlan
+from ..rules import Rule
 from .function import find_layers, plan_products
 
 

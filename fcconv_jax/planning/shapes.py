@@ -11,7 +11,8 @@ from flax.core import meta
 
 from ..kernels import bias_rearrangement, channel_last, kernel_rearrangement
 from ..params import leaf_path
-from ..plan import Form, LayerPlan, Plan, PlanError, Rule, as_rules, match_rules
+from ..plan import Form, LayerPlan, Plan, PlanError
+from ..rules import Rule, as_rules, match_rules
 from .layouts import lay_out
 
 Shape = tuple[int, ...]
@@ -25,7 +26,10 @@ _BOXES = ("value", "raw_value")
 
 
 def plan_from_params(
-    params: Any, rules: Iterable[Rule | str], to: Form = "conv"
+    params: Any,
+    rules: Iterable[Rule | str],
+    to: Form = "conv",
+    backend: str | None = None,
 ) -> Plan:
     """Plans the layers that rules name, from the shapes of their parameters.
 
@@ -44,6 +48,7 @@ def plan_from_params(
         kernel has, and says that strides and padding are those of a Dense (see
         :func:`fcconv_jax.classify`) and that there is one group.
       to: the form to go to.
+      backend: as in :func:`fcconv_jax.make_plan`.
 
     Returns:
       A :class:`Plan`, as from :func:`fcconv_jax.make_plan`. ``plan.skipped`` has every
@@ -82,14 +87,16 @@ def plan_from_params(
             "no leaf called 'kernel' with two axes or more: only the layers of Flax "
             f"are known by their names; there are: {list(shapes)[:10]}"
         )
-    chosen = match_rules(rules, kernels)
+    chosen = match_rules(
+        rules, {path: math.prod(shape) for path, shape in kernels.items()}
+    )
     layers, left = {}, {}
     for path, kernel in kernels.items():
         rule = chosen[path]
         if rule is None:
             left[path] = f"no rule matches it (its kernel is {kernel})"
         elif rule.skip:
-            left[path] = f"excluded by rule {rule.pattern!r}"
+            left[path] = f"excluded by rule {str(rule)!r}"
         else:
             layers[path] = _layer(path, shapes, rule, to)
     for name, shape in shapes.items():
@@ -97,7 +104,7 @@ def plan_from_params(
         if len(shape) > 1 and not (path in kernels and last in ("kernel", "bias")):
             left[name] = f"called {last!r} {shape}, not 'kernel': no rule can match it"
     plan = Plan(to, tuple(layers.items()), tuple(left.items()))
-    return lay_out(plan, rules, None)
+    return lay_out(plan, rules, backend)
 
 
 def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> LayerPlan:

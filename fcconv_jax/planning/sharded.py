@@ -12,7 +12,8 @@ from flax import nnx
 
 from ..functions.trace import is_function
 from ..meshes import over_mesh, parts
-from ..plan import LayerPlan, Layout, Plan, Rule
+from ..plan import LayerPlan, Layout, Plan
+from ..rules import Rule, first_match
 from ..variables import is_nnx_module
 
 GROUPED = (
@@ -46,7 +47,7 @@ def for_mesh(plan: Plan, model: Any, inputs: Any, rules: Sequence[Rule]) -> Plan
         if layer.groups > 1:
             left.append((path, GROUPED))
             continue
-        rule = next((rule for rule in rules if rule.matches(path)), Rule(path))
+        rule = first_match(rules, path, layer)
         layout = rule.layout or _layout(layer, keep)
         layers.append((path, dataclasses.replace(layer, layout=layout)))
     return dataclasses.replace(plan, layers=tuple(layers), left=tuple(left))

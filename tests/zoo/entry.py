@@ -72,9 +72,10 @@ def random_variables(shapes: Any) -> Any:
 
 def normal(*shape: int, seed: int = 0) -> jax.Array:
     """A normal input."""
-    return jax.random.normal(jax.random.key(seed), shape)
+    values = np.random.default_rng(seed).standard_normal(shape)
+    return jnp.asarray(values, jnp.float32)
 
 
 def tokens(*shape: int, below: int, seed: int = 0) -> jax.Array:
     """Token ids, from 3 up: lower ones are special in most vocabularies."""
-    return jax.random.randint(jax.random.key(seed), shape, 3, below)
+    return jnp.asarray(np.random.default_rng(seed).integers(3, below, shape), jnp.int32)

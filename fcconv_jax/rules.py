@@ -1,0 +1,142 @@
+"""The user's rules: which layers convert, and how, where the trace is not to decide."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import fnmatch
+import math
+import re
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, get_args
+
+from .plan import KernelLayout, LayerPlan, Layout, PlanError
+
+_SYNTAX = (
+    "PATTERN=skip, PATTERN=auto or PATTERN=WINDOW[:ORDER][:LAYOUT], such as "
+    "'head=7x7', 'head=7x7:CHW', '*=keep' or 'fc*=1x1:OHWI:flat'; PATTERN<SIZE is for "
+    "kernels of fewer entries, as in '*<10000=skip'"
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Rule:
+    """What to do with the layers whose module path matches a pattern.
+
+    A rule that says nothing but the pattern leaves all to the trace: it keeps its
+    layers from the rules behind it.
+
+    Args:
+      pattern: shell-style pattern for the whole module path (``*`` also crosses
+        ``/``): ``"head"``, ``"*/attention/*"``.
+      window: kernel size of the conv form; None leaves it to the trace.
+      order: flatten order such as ``"CHW"``; None leaves it to the trace.
+      layout: see :class:`fcconv_jax.LayerPlan`; None for the backend's default.
+      skip: leave the layer as it is.
+      kernel_layout: as ``layout``.
+      below: if given, the rule is only for kernels of fewer entries.
+
+    Example:
+      >>> rule = Rule.parse("head/fc6=7x7:CHW:keep")
+      >>> rule.pattern, rule.window, rule.order, rule.layout
+      ('head/fc6', (7, 7), 'CHW', 'keep')
+      >>> Rule.parse("*<10000=skip") == Rule("*", skip=True, below=10000)
+      True
+    """
+
+    pattern: str
+    window: tuple[int, ...] | None = None
+    order: str | None = None
+    layout: Layout | None = None
+    skip: bool = False
+    kernel_layout: KernelLayout | None = None
+    below: int | None = None
+
+    @classmethod
+    def parse(cls, text: str) -> Rule:
+        """Reads a rule as it is written on the command line.
+
+        Args:
+          text: ``PATTERN=skip``; ``PATTERN=auto``, for what the trace says; or
+            ``PATTERN=`` and a window, an order and layouts, all optional, between
+            colons. ``PATTERN<SIZE`` is for kernels of fewer entries.
+
+        Raises:
+          PlanError: the text has another form.
+        """
+        pattern, _, value = text.rpartition("=")
+        if limited := re.fullmatch(r"(.+)<(\d+)", pattern):
+            pattern = limited[1]
+        below = int(limited[2]) if limited else None
+        if pattern and value in ("skip", "auto"):
+            return cls(pattern, skip=value == "skip", below=below)
+        found: dict[str, Any] = {}
+        for word in value.split(":"):
+            name = _meaning(word)
+            if not pattern or name is None or name in found:
+                raise PlanError(f"rule {text!r} is not of the form {_SYNTAX}")
+            window = name == "window"
+            found[name] = tuple(map(int, word.split("x"))) if window else word
+        return cls(pattern, **found, below=below)
+
+    def __str__(self) -> str:
+        """The pattern and the size, as they are written."""
+        return self.pattern if self.below is None else f"{self.pattern}<{self.below}"
+
+    def matches(self, path: str, size: int) -> bool:
+        """Whether the rule is for a layer.
+
+        Args:
+          path: the layer's module path.
+          size: number of entries of its kernel, without stack axes.
+        """
+        small = self.below is None or size < self.below
+        return small and fnmatch.fnmatchcase(path, self.pattern)
+
+
+def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
+    """Reads rules given as :class:`Rule` or as command-line text."""
+    if isinstance(rules, Rule | str):
+        rules = (rules,)
+    return tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules)
+
+
+def match_rules(
+    rules: Sequence[Rule], sizes: Mapping[str, int]
+) -> Mapping[str, Rule | None]:
+    """The first rule that matches each layer.
+
+    Args:
+      rules: the user's.
+      sizes: by path, the number of entries of each layer's kernel.
+
+    Raises:
+      PlanError: a rule's pattern matches no path at all; the message lists near misses.
+    """
+    paths = list(sizes)
+    for rule in rules:
+        if not any(fnmatch.fnmatchcase(path, rule.pattern) for path in paths):
+            close = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.3)
+            hint = f"close to it: {close}" if close else f"there are: {paths[:10]}"
+            raise PlanError(f"rule {rule.pattern!r} matches no linear layer; {hint}")
+    return {
+        path: next((rule for rule in rules if rule.matches(path, size)), None)
+        for path, size in sizes.items()
+    }
+
+
+def first_match(rules: Sequence[Rule], path: str, layer: LayerPlan) -> Rule:
+    """The first rule that matches a planned layer; else one that says nothing."""
+    size = math.prod(layer.kernel.source)
+    return next((rule for rule in rules if rule.matches(path, size)), Rule(path))
+
+
+def _meaning(word: str) -> str | None:
+    """What a word of a rule says: the name of the field."""
+    if re.fullmatch(r"\d+(x\d+)*", word):
+        return "window"
+    if word in get_args(Layout):
+        return "layout"
+    if word in get_args(KernelLayout):
+        return "kernel_layout"
+    return "order" if re.fullmatch("[A-Z]+", word) else None
