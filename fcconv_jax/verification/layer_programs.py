@@ -207,7 +207,8 @@ class CompiledLayers(Mapping[str, LayerPrograms]):
             wins = "moves less" if quantity == "bytes" else "wins"
             word = f"{cheaper} {wins}" if cheaper else "no difference"
             names = ", ".join(layer.path or "(root)" for layer in alike)
-            lines.append(f"- {word} ({span}x) in {names}: {alike[0].why}.")
+            first = f" (the sizes are {alike[0].path}'s)" if len(alike) > 1 else ""
+            lines.append(f"- {word} ({span}x) in {names}: {alike[0].why}{first}.")
         return "\n".join(lines)
 
     def _score(self) -> str:

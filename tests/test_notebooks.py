@@ -1,0 +1,70 @@
+"""The notebooks: without outputs in git, and running from top to bottom on a CPU."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parent.parent
+NOTEBOOKS = sorted((ROOT / "examples").glob("*.ipynb"))
+
+
+def _ids(path):
+    return path.stem
+
+
+def test_there_are_notebooks():
+    assert [path.stem for path in NOTEBOOKS] == ["colab_gpu", "colab_tpu"]
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=_ids)
+def test_outputs_are_stripped(path):
+    for cell in json.loads(path.read_text())["cells"]:
+        if cell["cell_type"] == "code":
+            assert cell["outputs"] == []
+            assert cell["execution_count"] is None
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=_ids)
+def test_runs_on_a_cpu(path, tmp_path):
+    command = [
+        *(sys.executable, "-m", "nbconvert", "--execute", "--to", "markdown"),
+        *("--output-dir", str(tmp_path), str(path)),
+    ]
+    done = subprocess.run(
+        command,
+        capture_output=True,
+        text=True,
+        env={**os.environ, "JAX_PLATFORMS": "cpu"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
+    text = (tmp_path / f"{path.stem}.md").read_text()
+    assert "EQUIVALENT: 2 layers to conv" in text
+    # Both models, and the same accuracy in both forms.
+    before, after = re.findall(r"accuracy.*: (\S+%)", text)
+    assert before == after
+    assert float(after[:-1]) > 85
+    assert "to dense: 1 layers, equivalent: True" in text
+    answers = re.findall(r"On (\S+) \(.*conv .* less in (\d+) of (\d+) layers", text)
+    assert len(answers) == 3
+    assert list(tmp_path.rglob("*.png"))
+
+
+@pytest.mark.parametrize("path", NOTEBOOKS, ids=_ids)
+def test_rendered_with_the_same_code(path):
+    rendered = ROOT / "docs" / f"{path.stem}.md"
+    text = rendered.read_text()
+    for cell in json.loads(path.read_text())["cells"]:
+        assert "".join(cell["source"]).strip() in text, (
+            f"{rendered.name} is older than the notebook; the README says how to "
+            "render it"
+        )
+    assert not re.search(r"/(?:tmp|home|work|root|usr|opt)/", text)
+    pictures = list((ROOT / "docs").glob(f"{path.stem}_files/*.png"))
+    assert pictures
+    assert rendered.stat().st_size + sum(p.stat().st_size for p in pictures) < 2**20
