@@ -88,9 +88,13 @@ def line_of(name: tuple[str, str]) -> tuple[str, tuple[str, ...]]:
     from .everyone import everyone
 
     (entry,) = (e for e in everyone() if (e.group, e.name) == name)
-    with entry.shim():
-        findings = examine(entry.build())
-        line = row(entry, findings, planning_ratio(entry))
+    try:
+        with entry.shim():
+            findings = examine(entry.build())
+            line = row(entry, findings, planning_ratio(entry))
+    except Exception as error:
+        # The other models still have their say.
+        return f"| {entry.name} | | | | |", (f"{type(error).__name__}: {error}",)
     jax.clear_caches()
     return line, findings.failures
 

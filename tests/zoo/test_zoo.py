@@ -1,9 +1,12 @@
+from pathlib import Path
+
 import pytest
 
 pytest.importorskip("transformers", reason="the zoo wants: pip install -e '.[zoo]'")
 
 from .everyone import everyone
 from .examine import examine
+from .table import README, names_in
 
 ENTRIES = everyone()
 
@@ -20,3 +23,8 @@ def test_the_zoo_is_as_large_as_it_says():
     library = {entry.name for entry in ENTRIES if entry.group == "transformers"}
     assert len(library) >= 25
     assert len({(entry.group, entry.name) for entry in ENTRIES}) == len(ENTRIES)
+
+
+def test_the_readme_shows_exactly_the_zoo():
+    shown = names_in(Path(README).read_text())
+    assert shown == [(entry.group, entry.name) for entry in ENTRIES]
