@@ -166,10 +166,12 @@ def _convert(eqn: Any, operands: Sequence[Any], out: Any) -> jax.Array | None:
     if source == jnp.bool_:
         return None
     if jnp.issubdtype(source, jnp.integer):
-        bits = jnp.iinfo(source).bits
-        rounds = 2.0**-bits < unit_roundoff(out.dtype)
-    else:
-        rounds = unit_roundoff(source) < unit_roundoff(out.dtype)
+        roundoff, size = unit_roundoff(out.dtype), _magnitude(out)
+        if jnp.iinfo(source).bits <= -math.log2(roundoff):
+            return None
+        # Small ones are exact, such as a mask that is then scaled by 1e30.
+        return jnp.where(size < 1 / roundoff, 0, roundoff * size)
+    rounds = unit_roundoff(source) < unit_roundoff(out.dtype)
     return unit_roundoff(out.dtype) * _magnitude(out) if rounds else None
 
 

@@ -167,7 +167,11 @@ def test_conversions():
     assert error(jnp.ones(3, jnp.bfloat16), "float32") is None
     assert error(jnp.ones(3, bool), "float32") is None
     assert error(jnp.ones(3, jnp.int8), "float32") is None
-    np.testing.assert_allclose(error(jnp.ones(3, "int32"), "float32"), 2.0**-24)
+    whole = jnp.array([1, -(2**24) + 1, 2**24 + 1, -(2**25) - 1], "int32")
+    found = error(whole, "float32")
+    np.testing.assert_allclose(found, [0, 0, 1, 2], rtol=1e-6, atol=1e-30)
+    assert (np.abs(np.float64(np.float32(whole)) - np.float64(whole)) <= found).all()
+    assert error(jnp.array([257], "int32"), jnp.bfloat16) >= 1
     np.testing.assert_allclose(error(jnp.ones(3), jnp.bfloat16), 2.0**-8)
 
 
