@@ -29,10 +29,10 @@ _TINY: dict[str, Any] = {
     "d_model": 24,
     "n_embd": 24,
     "dim": 24,
-    "num_hidden_layers": 2,
-    "num_layers": 2,
-    "n_layers": 2,
-    "n_layer": 2,
+    "num_hidden_layers": 1,
+    "num_layers": 1,
+    "n_layers": 1,
+    "n_layer": 1,
     "encoder_layers": 1,
     "decoder_layers": 1,
     "num_decoder_layers": 1,
@@ -55,12 +55,16 @@ _TINY: dict[str, Any] = {
     "num_labels": 5,
 }
 _OWN: dict[str, dict[str, Any]] = {
-    "albert": {"num_hidden_groups": 2},
+    "albert": {"num_hidden_layers": 2, "num_hidden_groups": 2},
     "big_bird": {"block_size": 2, "num_random_blocks": 1},
     # With other numbers of heads it calls jnp.cat, which never was.
     "bloom": {"n_head": 4, "num_attention_heads": 4},
     "gemma": {"num_key_value_heads": 1, "head_dim": 10},
-    "gpt_neo": {"attention_types": [[["global", "local"], 1]], "window_size": 4},
+    "gpt_neo": {
+        "num_layers": 2,
+        "attention_types": [[["global", "local"], 1]],
+        "window_size": 4,
+    },
     "gptj": {"rotary_dim": 4},
     "llama": {"num_key_value_heads": 3},
     "longt5": {"local_radius": 3, "encoder_attention_type": "transient-global"},

@@ -65,18 +65,18 @@ def short(reason: str) -> str:
 
 
 def planning_ratio(entry: Entry) -> float:
-    """Time of planning over the time of tracing, each the best of two."""
+    """CPU time of planning over that of tracing, each the best of three."""
     subject = entry.build()
     model, inputs, kwargs = subject.model, subject.inputs, dict(subject.kwargs)
     params, run = as_function(model, subject.variables)
 
     def best(f: Callable[[], Any]) -> float:
         times = []
-        for _ in range(2):
+        for _ in range(3):
             jax.clear_caches()
-            start = time.perf_counter()
+            start = time.process_time()
             f()
-            times.append(time.perf_counter() - start)
+            times.append(time.process_time() - start)
         return min(times)
 
     traced = best(lambda: jax.make_jaxpr(lambda p: run(p, *inputs, **kwargs))(params))
