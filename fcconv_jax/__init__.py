@@ -27,9 +27,9 @@ if TYPE_CHECKING:
     from .rules import Rule as Rule
     from .unroll import roll_dense as roll_dense
     from .unroll import unroll_conv as unroll_conv
+    from .verification.layer_certificates import certify_layer as certify_layer
     from .verification.report import Report as Report
     from .verification.verify import assert_equivalent as assert_equivalent
-    from .verification.verify import certify_layer as certify_layer
     from .verification.verify import verify as verify
 
 _HOMES = {
@@ -42,7 +42,7 @@ _HOMES = {
     "Report": "verification.report",
     "Rule": "rules",
     "assert_equivalent": "verification.verify",
-    "certify_layer": "verification.verify",
+    "certify_layer": "verification.layer_certificates",
     "classify": "equivalence",
     "conv_kernel_to_dense": "kernels",
     "convert_checkpoint": "checkpoints",

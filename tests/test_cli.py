@@ -24,6 +24,7 @@ import fcconv_jax as fc
 from fcconv_jax.checkpoints import read_checkpoint
 from fcconv_jax.cli import app
 from fcconv_jax.cli.inputs import parse_input, random_inputs
+from fcconv_jax.verification import layer_certificates as certificates_module
 from fcconv_jax.verification import verify as verify_module
 
 KEY = jax.random.key(0)
@@ -538,13 +539,13 @@ class TestVerify:
         fails(f"{command} --rule fc1=4x4", "do not go with conv", status=2)
 
     def test_exit_status_when_it_fails(self, monkeypatch):
-        prepare = verify_module._certification
+        prepare = certificates_module.prepare_layer
 
         def differ(*arguments, **options):
             certificate = prepare(*arguments, **options)
             return lambda: dataclasses.replace(certificate(), passed=False)
 
-        monkeypatch.setattr(verify_module, "_certification", differ)
+        monkeypatch.setattr(certificates_module, "prepare_layer", differ)
         result = run("verify model.py:wide --input 2,4 --no-gradients", 1)
         assert result.stdout.startswith("DIFFERENT")
         result = run("verify model.py:wide --input 2,4 --no-gradients --json", 1)

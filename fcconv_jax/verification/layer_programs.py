@@ -320,7 +320,7 @@ def layer_forms(layer: LayerPlan, to: Form, dtype: Any) -> dict[Form, Program]:
       >>> import flax.linen as nn, fcconv_jax as fc
       >>> plan = fc.make_plan(nn.Dense(3), jnp.ones((2, 4)))
       >>> [x.shape for x in layer_forms(plan[""], "conv", jnp.float32)["conv"].args]
-      [(2, 4), (1, 1, 4, 3), (3,)]
+      [(2, 4), (1, 4, 3), (3,)]
     """
     if layer.is_product:
         layer = canonical_layer(layer, to)

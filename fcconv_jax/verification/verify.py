@@ -6,7 +6,6 @@ import contextlib
 import copy
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -14,10 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..forms import pair_of_forms
 from ..models import convert_model
-from ..params import convert_opt_state, convert_params, leaf_path, restore_params
-from ..plan import Form, LayerPlan, Plan
+from ..params import convert_params, leaf_path, restore_params
+from ..plan import Plan
 from .backends.backend import Backend, BackendError
 from .backends.compilation import TIMEOUT, Compiling, Program, compile_present
 from .backends.report import BackendReport
@@ -25,15 +23,13 @@ from .backends.resolution import Resolution, resolve, resolve_default
 from .backends.timing import milliseconds
 from .bounds import LeafComparison
 from .census import Census
-from .certificate import Certificate, prepare_certificate
-from .function_program import canonical_layer
+from .layer_certificates import layer_certificates
 from .pair import Pair
-from .programs import compilable, layer_dtypes, program_of, variables_of
+from .programs import compilable, program_of, variables_of
 from .report import LayerReport, Report
+from .training_step import pair_of_steps
 
 Progress = Callable[[str, int, int], None]
-# Examples in a certificate's input: enough to tell rows of a batch apart.
-_ROWS = 4
 
 
 def assert_equivalent(
@@ -220,7 +216,7 @@ def _execute_here(
     notes: list[str] = []
     # All is traced before anything runs: XLA compiles it meanwhile.
     tell(f"{name}: tracing", 0, 2 + gradients)
-    proofs = _certificates(pair.variables, plan)
+    proofs = layer_certificates(pair.variables, plan)
     tell(f"{name}: tracing", 1, 2 + gradients)
     forward = Pair(
         pair.original.run, pair.changed.run, pair.variables, pair.other, notes
@@ -228,7 +224,7 @@ def _execute_here(
     step = None
     if gradients:
         tell(f"{name}: tracing", 2, 2 + gradients)
-        step = _pair_of_steps(pair, tx, notes)
+        step = pair_of_steps(pair, tx, notes)
     certificates = {}
     for done, (path, proof) in enumerate(proofs.items()):
         tell(f"{name}: certificates", done, len(proofs))
@@ -337,24 +333,6 @@ def _absent(resolution: Resolution, outcome: Any) -> BackendReport:
     )
 
 
-def _gradient(program: Any, variables: Any) -> Any:
-    """Gradient of a fixed random projection of the float outputs."""
-
-    def loss(params: Any) -> Any:
-        out = program.call({**variables, "params": params})
-        floats = [
-            leaf
-            for leaf in jax.tree.leaves(out)
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-        ]
-        rng, signs = np.random.default_rng(0), np.array([-1, 1], np.int8)
-        return sum(
-            jnp.sum(jnp.real(leaf) * rng.choice(signs, leaf.shape)) for leaf in floats
-        )
-
-    return jax.grad(loss)(variables["params"])
-
-
 def _is_abstract(tree: Any) -> bool:
     return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
 
@@ -389,130 +367,3 @@ def _check_params(want: Any, got: Any) -> list[str]:
 def _bits(array: np.ndarray) -> np.ndarray:
     flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
     return flat.reshape(*array.shape, -1) if array.size else flat
-
-
-def _certificates(
-    variables: Mapping[str, Any], plan: Plan
-) -> dict[str, Callable[[], Certificate]]:
-    """What gives the certificate of each layer; layers that are alike share one."""
-    dtypes = layer_dtypes(variables, plan)
-    known: dict[Any, Callable[[], Certificate]] = {}
-    found = {}
-    for path, layer in plan.items():
-        dtype = dtypes[path]
-        key = (layer, dtype)
-        if key not in known:
-            known[key] = functools.cache(_certification(layer, plan.to, dtype))
-        found[path] = known[key]
-    return found
-
-
-def certify_layer(
-    layer: LayerPlan,
-    to: Form,
-    dtype: Any = jnp.float32,
-    *,
-    preferred_element_type: Any = None,
-    **options: Any,
-) -> Certificate:
-    """Certifies that a layer's two forms are the same map, to the bit.
-
-    Args:
-      layer: the layer's plan.
-      to: the form that the plan goes to.
-      dtype: dtype of input and parameters; quantised ones too, such as ``int8`` and
-        ``float8_e4m3fn``.
-      preferred_element_type: dtype of the product's sums, such as ``int32``.
-      **options: of :func:`fcconv_jax.verification.certificate.certify`.
-
-    Example:
-      >>> import flax.linen as nn
-      >>> import fcconv_jax as fc
-      >>> plan = fc.make_plan(nn.Dense(3), jnp.ones((2, 4)))
-      >>> certify_layer(plan[""], plan.to).passed
-      True
-    """
-    return _certification(layer, to, dtype, preferred_element_type, **options)()
-
-
-def _certification(
-    layer: LayerPlan,
-    to: Form,
-    dtype: Any,
-    preferred_element_type: Any = None,
-    **options: Any,
-) -> Callable[[], Certificate]:
-    if layer.is_product:
-        layer = canonical_layer(layer, to)
-    source, target = pair_of_forms(
-        layer,
-        to,
-        precision=options.get("precision"),
-        preferred_element_type=preferred_element_type,
-    )
-    bias = layer.bias
-    if to == "conv":
-        groups = (layer.groups,) if layer.groups > 1 else ()
-        *window, channels, _ = layer.channels_last(layer.kernel.target)
-        reduction = math.prod(window) * channels
-        rest = (*groups, reduction)
-        index = np.broadcast_to(np.arange(reduction), rest)
-    else:
-        rest = layer.input_shape[-1 - len(layer.window) :]
-        reduction = math.prod(layer.kernel.source[:-1])
-        index = _window_index(layer, rest)
-    return prepare_certificate(
-        source,
-        target,
-        x=jax.ShapeDtypeStruct((_ROWS, *rest), dtype),
-        kernel=jax.ShapeDtypeStruct(layer.kernel.source, dtype),
-        # Added to the sums: narrow floats do not promote.
-        bias=None
-        if bias is None
-        else jax.ShapeDtypeStruct(bias.source, preferred_element_type or dtype),
-        map_kernel=layer.kernel,
-        map_bias=bias or (lambda none: none),
-        reduction=reduction,
-        reduction_index=index,
-        **options,
-    )
-
-
-def _window_index(layer: LayerPlan, shape: tuple[int, ...]) -> np.ndarray:
-    """Numbers the entries of an image by their place in the window that covers them."""
-    per_group = shape[-1] // layer.groups
-    index = np.zeros(shape, int)
-    for axis, size in enumerate(layer.window):
-        place = np.arange(shape[axis]) % size
-        index = index * size + place.reshape(-1, *[1] * (len(shape) - axis - 1))
-    return index * per_group + np.arange(shape[-1]) % per_group
-
-
-def _pair_of_steps(pair: _Forms, tx: Any, notes: list[str]) -> Pair | None:
-    """Gradients, and the parameters after one optimizer step."""
-    import optax
-
-    plan, variables, other = pair.plan, pair.variables, pair.other
-    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(variables["params"])]
-    if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
-        notes.append("no gradients: some params are not floats")
-        return None
-    tx = optax.sgd(1e-2, momentum=0.9) if tx is None else tx
-    state = jax.jit(tx.init)(variables["params"])
-    other_state = convert_opt_state(state, plan, tx=tx, params=variables["params"])
-
-    def step(program: Any, variables: Any, state: Any) -> dict[str, Any]:
-        grads = _gradient(program, variables)
-        updates, _ = tx.update(grads, state, variables["params"])
-        return {
-            "gradient": grads,
-            "params": optax.apply_updates(variables["params"], updates),
-        }
-
-    def restored(variables: Any) -> Any:
-        after = step(pair.changed, variables, other_state)
-        return {name: restore_params(tree, plan) for name, tree in after.items()}
-
-    return Pair(
-        lambda v: step(pair.original, v, state), restored, variables, other, notes
-    )

@@ -1,0 +1,119 @@
+"""Exact certificates of planned layers: both forms, on integers that fit them."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..forms import pair_of_forms
+from ..plan import Form, LayerPlan, Plan
+from .certificate import Certificate, prepare_certificate
+from .function_program import canonical_layer
+from .programs import layer_dtypes
+
+# Examples in a certificate's input: enough to tell rows of a batch apart.
+_ROWS = 4
+
+
+def layer_certificates(
+    variables: Mapping[str, Any], plan: Plan
+) -> dict[str, Callable[[], Certificate]]:
+    """What gives the certificate of each layer; layers that are alike share one."""
+    dtypes = layer_dtypes(variables, plan)
+    known: dict[Any, Callable[[], Certificate]] = {}
+    found = {}
+    for path, layer in plan.items():
+        dtype = dtypes[path]
+        key = (layer, dtype)
+        if key not in known:
+            known[key] = functools.cache(prepare_layer(layer, plan.to, dtype))
+        found[path] = known[key]
+    return found
+
+
+def certify_layer(
+    layer: LayerPlan,
+    to: Form,
+    dtype: Any = jnp.float32,
+    *,
+    preferred_element_type: Any = None,
+    **options: Any,
+) -> Certificate:
+    """Certifies that a layer's two forms are the same map, to the bit.
+
+    Args:
+      layer: the layer's plan.
+      to: the form that the plan goes to.
+      dtype: dtype of input and parameters; quantised ones too, such as ``int8`` and
+        ``float8_e4m3fn``.
+      preferred_element_type: dtype of the product's sums, such as ``int32``.
+      **options: of :func:`fcconv_jax.verification.certificate.certify`.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> import fcconv_jax as fc
+      >>> plan = fc.make_plan(nn.Dense(3), jnp.ones((2, 4)))
+      >>> certify_layer(plan[""], plan.to).passed
+      True
+    """
+    return prepare_layer(layer, to, dtype, preferred_element_type, **options)()
+
+
+def prepare_layer(
+    layer: LayerPlan,
+    to: Form,
+    dtype: Any,
+    preferred_element_type: Any = None,
+    **options: Any,
+) -> Callable[[], Certificate]:
+    """What :func:`certify_layer` waits for, compiling in the background."""
+    if layer.is_product:
+        layer = canonical_layer(layer, to)
+    source, target = pair_of_forms(
+        layer,
+        to,
+        precision=options.get("precision"),
+        preferred_element_type=preferred_element_type,
+    )
+    bias = layer.bias
+    if to == "conv":
+        groups = (layer.groups,) if layer.groups > 1 else ()
+        *window, channels, _ = layer.channels_last(layer.kernel.target)
+        reduction = math.prod(window) * channels
+        rest = (*groups, reduction)
+        index = np.broadcast_to(np.arange(reduction), rest)
+    else:
+        rest = layer.input_shape[-1 - len(layer.window) :]
+        reduction = math.prod(layer.kernel.source[:-1])
+        index = _window_index(layer, rest)
+    return prepare_certificate(
+        source,
+        target,
+        x=jax.ShapeDtypeStruct((_ROWS, *rest), dtype),
+        kernel=jax.ShapeDtypeStruct(layer.kernel.source, dtype),
+        # Added to the sums: narrow floats do not promote.
+        bias=None
+        if bias is None
+        else jax.ShapeDtypeStruct(bias.source, preferred_element_type or dtype),
+        map_kernel=layer.kernel,
+        map_bias=bias or (lambda none: none),
+        reduction=reduction,
+        reduction_index=index,
+        **options,
+    )
+
+
+def _window_index(layer: LayerPlan, shape: tuple[int, ...]) -> np.ndarray:
+    """Numbers the entries of an image by their place in the window that covers them."""
+    per_group = shape[-1] // layer.groups
+    index = np.zeros(shape, int)
+    for axis, size in enumerate(layer.window):
+        place = np.arange(shape[axis]) % size
+        index = index * size + place.reshape(-1, *[1] * (len(shape) - axis - 1))
+    return index * per_group + np.arange(shape[-1]) % per_group
