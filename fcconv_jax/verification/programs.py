@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,6 +18,32 @@ from ..variables import is_nnx_module
 from .backends.compilation import Program
 from .function_program import FunctionProgram, function_variables
 from .linen_program import LinenProgram
+
+
+@dataclasses.dataclass(frozen=True)
+class BothForms:
+    """A model and its converted form, on the same inputs."""
+
+    plan: Plan
+    original: Any
+    changed: Any
+    variables: Mapping[str, Any]
+    other: Mapping[str, Any]
+
+    def by_form(self) -> dict[str, Program]:
+        """What is compiled, under 'dense' and 'conv'."""
+        forms = ("dense", "conv") if self.plan.to == "conv" else ("conv", "dense")
+        original = compilable(self.original, self.variables)
+        changed = compilable(self.changed, self.other)
+        return dict(zip(forms, (original, changed)))
+
+    def on(self, device: Any) -> BothForms:
+        """The same with all arrays on one device."""
+        moved = [copy.copy(program) for program in (self.original, self.changed)]
+        for program in moved:
+            program.arrays = jax.device_put(program.arrays, device)
+        trees = jax.device_put((self.variables, self.other), device)
+        return BothForms(self.plan, *moved, *trees)
 
 
 def program_of(model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]) -> Any:

@@ -10,10 +10,17 @@ import numpy as np
 
 from ..params import convert_opt_state, restore_params
 from .pair import Pair
+from .programs import BothForms
 
 
-def pair_of_steps(pair: Any, tx: Any, notes: list[str]) -> Pair | None:
-    """Gradients, and the parameters after one optimizer step."""
+def pair_of_steps(pair: BothForms, tx: Any, notes: list[str]) -> Pair | None:
+    """Gradients, and the parameters after one optimizer step.
+
+    Args:
+      pair: the two programs.
+      tx: the ``optax`` optimizer; SGD with momentum if None.
+      notes: takes what is to be told; that there are no gradients, say.
+    """
     import optax
 
     plan, variables, other = pair.plan, pair.variables, pair.other

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
@@ -17,7 +16,7 @@ from ..models import convert_model
 from ..params import convert_params, leaf_path, restore_params
 from ..plan import Plan
 from .backends.backend import Backend, BackendError
-from .backends.compilation import TIMEOUT, Compiling, Program, compile_present
+from .backends.compilation import TIMEOUT, Compiling, compile_present
 from .backends.report import BackendReport
 from .backends.resolution import Resolution, resolve, resolve_default
 from .backends.timing import milliseconds
@@ -25,7 +24,7 @@ from .bounds import LeafComparison
 from .census import Census
 from .layer_certificates import layer_certificates
 from .pair import Pair
-from .programs import compilable, program_of, variables_of
+from .programs import BothForms, program_of, variables_of
 from .report import LayerReport, Report
 from .training_step import pair_of_steps
 
@@ -134,7 +133,7 @@ def verify(
 
     original = program_of(model, plan, inputs, kwargs)
     changed = program_of(converted_model, plan, inputs, kwargs)
-    pair = _Forms(plan, original, changed, variables, other)
+    pair = BothForms(plan, original, changed, variables, other)
     absent = [resolution for resolution in chosen if resolution.how != "executed"]
     with Compiling(
         pair.by_form(),
@@ -149,32 +148,6 @@ def verify(
         }
         compiled = compiling.results() if absent else {}
     return _report(pair, chosen, failures, abstract, executed, compiled)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Forms:
-    """A model and its converted form, on the same inputs."""
-
-    plan: Plan
-    original: Any
-    changed: Any
-    variables: Mapping[str, Any]
-    other: Mapping[str, Any]
-
-    def by_form(self) -> dict[str, Program]:
-        """What is compiled, under 'dense' and 'conv'."""
-        forms = ("dense", "conv") if self.plan.to == "conv" else ("conv", "dense")
-        original = compilable(self.original, self.variables)
-        changed = compilable(self.changed, self.other)
-        return dict(zip(forms, (original, changed)))
-
-    def on(self, device: Any) -> _Forms:
-        """The same with all arrays on one device."""
-        moved = [copy.copy(program) for program in (self.original, self.changed)]
-        for program in moved:
-            program.arrays = jax.device_put(program.arrays, device)
-        trees = jax.device_put((self.variables, self.other), device)
-        return _Forms(self.plan, *moved, *trees)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -199,7 +172,7 @@ def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:
 
 
 def _execute(
-    pair: _Forms, resolution: Resolution, tx: Any, gradients: bool, tell: Progress
+    pair: BothForms, resolution: Resolution, tx: Any, gradients: bool, tell: Progress
 ) -> _Execution:
     """Runs both forms on a device that is present, and compares."""
     with contextlib.ExitStack() as stack:
@@ -210,7 +183,7 @@ def _execute(
 
 
 def _execute_here(
-    pair: _Forms, resolution: Resolution, tx: Any, gradients: bool, tell: Progress
+    pair: BothForms, resolution: Resolution, tx: Any, gradients: bool, tell: Progress
 ) -> _Execution:
     plan, name = pair.plan, resolution.backend
     notes: list[str] = []
@@ -252,7 +225,7 @@ def _execute_here(
     )
 
 
-def _compare_programs(pair: _Forms, resolution: Resolution) -> BackendReport:
+def _compare_programs(pair: BothForms, resolution: Resolution) -> BackendReport:
     """The cost and the run time of both forms on a present device."""
     programs = pair.by_form()
     compiled = {
@@ -273,7 +246,7 @@ def _compare_programs(pair: _Forms, resolution: Resolution) -> BackendReport:
 
 
 def _report(
-    pair: _Forms,
+    pair: BothForms,
     chosen: Sequence[Resolution],
     failed_params: Sequence[str],
     abstract: bool,
