@@ -79,7 +79,7 @@ EXACT = frozenset(
     reduce_window_max reduce_window_min scatter_max scatter_min select_and_gather_add
     scatter-max scatter-min bitcast_convert_type device_put sharding_constraint
     optimization_barrier name pvary mesh_cast reshard axis_index ppermute all_gather
-    all_to_all pmax pmin empty empty2 zeros_like copysign layout_constraint
+    stack all_to_all pmax pmin empty empty2 zeros_like copysign layout_constraint
     """.split()
 )
 

@@ -175,6 +175,12 @@ def test_conversions():
     np.testing.assert_allclose(error(jnp.ones(3), jnp.bfloat16), 2.0**-8)
 
 
+def test_a_stack_moves_values():
+    x = jnp.ones(3)
+    eqns = jax.make_jaxpr(lambda x: jnp.stack([x, x]))(x).eqns
+    assert {eqn.primitive.name for eqn in eqns} <= EXACT
+
+
 def test_no_primitive_is_both_exact_and_rounding():
     assert not EXACT & set(ELEMENTWISE)
 
