@@ -9,6 +9,8 @@ from .examine import examine
 from .table import README, names_in
 
 ENTRIES = everyone()
+# The library's code calls what newer JAX frowns at.
+pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.group}-{e.name}")
