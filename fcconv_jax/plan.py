@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from .geometry import Case
 from .kernels import Rearrangement
+from .tables import aligned
 
 Form = Literal["conv", "dense"]
 Layout = Literal["fold", "keep", "flat"]
@@ -310,14 +311,11 @@ class Plan(Mapping[str, LayerPlan]):
 
     def __str__(self) -> str:
         lines = [f"{len(self)} layer{'s' * (len(self) != 1)} to {self.to}"]
-        rows = self.table()
-        if len(rows) > 1:
-            widths = [max(map(len, column)) for column in zip(*rows)]
-            widths[3] += 2
-            lines += [
-                "  ".join(c.ljust(w) for c, w in zip(row, widths)).rstrip()
-                for row in rows
-            ]
+        if self.layers:
+            rows = [list(row) for row in self.table()]
+            for row in rows:
+                row[3] += "  "
+            lines += aligned(rows)
         if self.left:
             lines.append(f"{len(self.left)} left alone")
             width = max(len(path or "(root)") for path, _ in self.left)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal
@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..plan import Plan, PlanError
+from ..tables import aligned
 
 Format = Literal["orbax", "msgpack", "safetensors"]
 Parts = tuple[str, ...]
@@ -211,7 +212,7 @@ class CheckpointInfo:
         lines = [
             f"{self.path}: {self.format}{where}, {len(rows)} leaves, {self.nbytes} "
             "bytes",
-            *_table([("leaf", "dtype", "shape", "bytes"), *rows]),
+            *aligned([("leaf", "dtype", "shape", "bytes"), *rows]),
             plan,
         ]
         return "\n".join(lines)
@@ -244,14 +245,6 @@ class CheckpointReport:
             [
                 f"{self.dst}: {self.format}, {len(rows)} of {self.leaves} leaves "
                 f"converted, {self.nbytes} bytes",
-                *_table(rows),
+                *aligned(rows),
             ]
         )
-
-
-def _table(rows: Sequence[tuple[str, ...]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        for row in rows
-    ]

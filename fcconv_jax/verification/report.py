@@ -7,6 +7,7 @@ import json
 from collections.abc import Iterator, Sequence
 
 from ..plan import Case, Form
+from ..tables import aligned
 from .backends import report as backend_report
 from .backends.report import BackendReport
 from .bounds import LeafComparison
@@ -152,7 +153,7 @@ class Report:
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
-        table = backend_report.aligned(self._layer_rows()) if self.layers else []
+        table = aligned(self._layer_rows()) if self.layers else []
         lines = [self._verdict(), *table, *self._details()]
         for found in self.backends:
             lines += found.lines()

@@ -6,6 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ...tables import aligned
 from ..census import OpCounts
 from .compilation import Compilation
 from .resolution import How
@@ -167,20 +168,6 @@ def markdown(reports: Sequence[BackendReport]) -> list[str]:
             ]
             lines.append("| " + " | ".join(cells) + " |")
     return lines
-
-
-def aligned(rows: Sequence[Sequence[str]]) -> list[str]:
-    """Rows of cells in columns, two blanks apart.
-
-    Example:
-      >>> aligned([("a", "b"), ("long", "c")])
-      ['a     b', 'long  c']
-    """
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    return [
-        "  ".join(cell.ljust(width) for cell, width in zip(row, widths)).rstrip()
-        for row in rows
-    ]
 
 
 def _value(name: str, value: Any) -> str:
