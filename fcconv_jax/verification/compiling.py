@@ -29,7 +29,6 @@ class Compiling:
     Attributes:
       jaxpr: the trace, closed.
       out_info: shapes and dtypes of the outputs.
-      lowered: the program as it was handed to XLA.
 
     Example:
       >>> import jax.numpy as jnp
@@ -43,8 +42,7 @@ class Compiling:
         traced = jax.jit(f, keep_unused=True).trace(*args)
         self.jaxpr = traced.jaxpr
         self.out_info = traced.out_info
-        self.lowered = traced.lower()
-        self._future: Future[Any] = _pool().submit(_compile, self.lowered, quick)
+        self._future: Future[Any] = _pool().submit(_compile, traced.lower(), quick)
 
     @property
     def compiled(self) -> Any:

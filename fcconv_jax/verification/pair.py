@@ -34,10 +34,8 @@ class Pair:
         self._model: ErrorModel | None = None
         try:
             self._model = error_bounds(original, variables)
-            self._original = self._model.program
         except UnboundedError as error:
             notes.append(f"no bound could be derived: {error}")
-            self._original = Compiling(original, variables)
             return
         if self._model.unmodelled:
             names = ", ".join(self._model.unmodelled)
