@@ -19,16 +19,20 @@ _STABLEHLO = re.compile(r'"?stablehlo\.(\w+)"?')
 _STABLEHLO_CALL = re.compile(r'(?:func\.)?call @("[^"]+"|[\w.$-]+)')
 _STABLEHLO_FUNC = re.compile(r'func\.func (?:\w+ )*@("[^"]+"|[\w.$-]+)')
 _STABLEHLO_TARGET = re.compile(r'custom_call @([\w.$-]+)|call_target_name = "([^"]+)"')
-# "%name = shape opcode(": a shape is a type with layout, or a tuple of them.
-_HLO = re.compile(r"^\s*(?:ROOT )?%?[\w.-]+ = (\(.*?\) |\S+ )([a-z][\w-]*)\(")
-_HLO_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+# "%name = shape opcode(...": a shape is a type with layout, or a tuple of them.
+HLO_INSTRUCTION = re.compile(
+    r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$"
+)
+HLO_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+# What XLA for TPUs says of an instruction.
+HLO_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _HLO_ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
 _COLLECTIVES = (
     "all-gather all-reduce all-to-all collective-broadcast collective-permute "
     "ragged-all-to-all reduce-scatter"
 ).split()
 # A fusion that XLA hands to a compiler of its own, such as Triton.
-_HLO_KERNEL = re.compile(r'"kind":"(__\w+)"')
+HLO_KERNEL = re.compile(r'"kind":"(__\w+)"')
 
 
 @dataclasses.dataclass(frozen=True)
@@ -124,21 +128,21 @@ def count_hlo(text: str) -> OpCounts:
     total: collections.Counter = collections.Counter()
     exchanged: collections.Counter = collections.Counter()
     for line in text.splitlines():
-        found = _HLO.match(line)
+        found = HLO_INSTRUCTION.match(line)
         if not found:
             continue
-        shape, op = found.groups()
+        _, shape, op, _ = found.groups()
         kind = op.removesuffix("-start").removesuffix("-done")
         if kind in _COLLECTIVES:
             # An asynchronous one is two operations: the second has the result alone.
             total[f"collective:{kind}"] += not op.endswith("-done")
             exchanged[kind] += 0 if op.endswith("-start") else _bytes(shape)
         elif op == "custom-call":
-            target = _HLO_TARGET.search(line)
+            target = HLO_TARGET.search(line)
             total[f"custom_call:{target.group(1) if target else None}"] += 1
         else:
             total[op] += 1
-            if op == "fusion" and (kernel := _HLO_KERNEL.search(line)):
+            if op == "fusion" and (kernel := HLO_KERNEL.search(line)):
                 total[f"custom_call:{kernel.group(1)}"] += 1
     counts = _op_counts(total, ("dot", "ragged-dot"))
     return dataclasses.replace(counts, collective_bytes=dict(sorted(exchanged.items())))

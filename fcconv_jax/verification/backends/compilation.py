@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import re
 import time
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
@@ -13,13 +12,12 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from ..census import OpCounts, count_hlo, count_stablehlo
+from ..census import HLO_CYCLES, OpCounts, count_hlo, count_stablehlo
 from . import processes
 from .backend import Backend, BackendError
 from .resolution import Resolution, resolve
 from .worker import describe
 
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 TIMEOUT = 600.0
 
 
@@ -232,7 +230,7 @@ def _compilation(
     record: Mapping[str, Any],
     executable: Any,
 ) -> Compilation:
-    cycles = [int(number) for number in _CYCLES.findall(hlo)]
+    cycles = [int(number) for number in HLO_CYCLES.findall(hlo)]
     return Compilation(
         backend=resolution.backend,
         how="compiled",

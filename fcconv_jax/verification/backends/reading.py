@@ -7,18 +7,12 @@ import math
 import re
 from collections.abc import Iterator, Mapping, Sequence
 
-# "%name = shape opcode(": a shape is a type with layout, or a tuple of them.
-_INSTRUCTION = re.compile(
-    r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$"
-)
+from ..census import HLO_CYCLES, HLO_INSTRUCTION, HLO_KERNEL, HLO_TARGET
+
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
-_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
-_TARGET = re.compile(r'custom_call_target="([^"]+)"')
-# A fusion that XLA hands to a compiler of its own, such as Triton.
-_KERNEL = re.compile(r'"kind":"(__\w+)"')
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^{}]*))?\})?")
 _BITS = re.compile(r"\d+")
 # Names for what is there already.
@@ -135,7 +129,7 @@ def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
             name = found[2]
             computations[name] = []
             entry = name if found[1] else entry
-        elif name and (found := _INSTRUCTION.match(line)):
+        elif name and (found := HLO_INSTRUCTION.match(line)):
             end = _closing(found[4])
             computations[name].append(
                 _Instruction(
@@ -178,14 +172,14 @@ def _step(
 ) -> Step:
     body = list(_inside(computations, line)) if line.op == "fusion" else []
     attributes = line.attributes
-    detail = _first(_TARGET, attributes) or _first(_KERNEL, attributes)
+    detail = _first(HLO_TARGET, attributes) or _first(HLO_KERNEL, attributes)
     if line.op == "fusion" and not detail:
         detail = _first(re.compile(r"kind=(\w+)"), attributes)
     results = [array for array in _arrays(line.shape) if _size(array)]
     if line.op.endswith("-start"):  # a tuple of the result, the operand, a token
         results, detail = results[:1], BACKGROUND
     result = ", ".join(results)
-    cycles = _first(_CYCLES, attributes)
+    cycles = _first(HLO_CYCLES, attributes)
     written = _size(result)
     # A fusion of nothing but moves is a copy too.
     moves = [each for each, _ in body if each.op != "broadcast"] or [line]
