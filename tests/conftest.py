@@ -7,6 +7,7 @@ import pytest
 from flax.core import meta
 
 import fcconv_jax as fc
+from fcconv_jax.verification.backends.resolution import resolve
 
 
 def integers(tree, seed=0, high=3):
@@ -27,6 +28,35 @@ def same_bits(a, b):
         p.shape == q.shape and p.dtype == q.dtype and p.tobytes() == q.tobytes()
         for p, q in zip(map(np.asarray, x), map(np.asarray, y))
     )
+
+
+@pytest.fixture(scope="module")
+def device(request):
+    """The device that a module's ``BACKEND`` names; the module is skipped without."""
+    found = resolve(request.module.BACKEND)
+    if found.how != "executed":
+        pytest.skip(
+            f"no {request.module.BACKEND} device is present (JAX_PLATFORMS hides those "
+            "it leaves out)"
+        )
+    with jax.default_device(found.device):
+        yield found.device
+
+
+@pytest.fixture
+def verify_there(device, request):
+    """Verifies a model on that device, in the default layouts or in its own."""
+
+    def run(model, params, x, backend):
+        plan = fc.make_plan(model, x, backend=backend)
+        there = [request.module.BACKEND]
+        report = fc.verify(model, params, x, plan=plan, backends=there)
+        assert report.passed, str(report)
+        (found,) = report.backends
+        assert found.how == "executed"
+        assert all(found.milliseconds[form] > 0 for form in ("dense", "conv"))
+
+    return run
 
 
 @dataclasses.dataclass(frozen=True)

@@ -8,22 +8,11 @@ import jax
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.verification.backends.resolution import resolve
 from fcconv_jax.verification.precision import measure_precision
 
 BACKEND = "cuda"
+pytestmark = pytest.mark.usefixtures("device")
 ROOT = Path(__file__).parents[2]
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device():
-    found = resolve(BACKEND)
-    if found.how != "executed":
-        pytest.skip(
-            f"no {BACKEND} device is present (JAX_PLATFORMS hides those it leaves out)"
-        )
-    with jax.default_device(found.device):
-        yield found.device
 
 
 class Block(nn.Module):
@@ -67,14 +56,9 @@ def _case(name):
 
 @pytest.mark.parametrize("backend", [None, BACKEND])
 @pytest.mark.parametrize("name", MODELS)
-def test_models_verify_and_are_timed(name, backend):
+def test_models_verify_and_are_timed(verify_there, name, backend):
     model, params, x = _case(name)
-    plan = fc.make_plan(model, x, backend=backend)
-    report = fc.verify(model, params, x, plan=plan, backends=[BACKEND])
-    assert report.passed, str(report)
-    (found,) = report.backends
-    assert found.how == "executed"
-    assert all(found.milliseconds[form] > 0 for form in ("dense", "conv"))
+    verify_there(model, params, x, backend)
 
 
 def test_its_own_layouts_are_planned():

@@ -5,20 +5,9 @@ import jax
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.verification.backends.resolution import resolve
 
 BACKEND = "tpu"
-
-
-@pytest.fixture(scope="module", autouse=True)
-def device():
-    found = resolve(BACKEND)
-    if found.how != "executed":
-        pytest.skip(
-            f"no {BACKEND} device is present (JAX_PLATFORMS hides those it leaves out)"
-        )
-    with jax.default_device(found.device):
-        yield found.device
+pytestmark = pytest.mark.usefixtures("device")
 
 
 class Net(nn.Module):
@@ -38,14 +27,9 @@ def case(device):
 
 
 @pytest.mark.parametrize("backend", [None, BACKEND])
-def test_a_model_verifies_and_is_timed(case, backend):
+def test_a_model_verifies_and_is_timed(verify_there, case, backend):
     model, params, x = case
-    plan = fc.make_plan(model, x, backend=backend)
-    report = fc.verify(model, params, x, plan=plan, backends=[BACKEND])
-    assert report.passed, str(report)
-    (found,) = report.backends
-    assert found.how == "executed"
-    assert all(found.milliseconds[form] > 0 for form in ("dense", "conv"))
+    verify_there(model, params, x, backend)
 
 
 @pytest.mark.parametrize("precision", ["bfloat16", "high", "highest"])

@@ -17,7 +17,7 @@ import jax
 
 import fcconv_jax as fc
 
-from .entry import Entry
+from .entry import Entry, Subject
 from .examine import Findings, as_function, examine
 
 README = Path(__file__).parents[2] / "README.md"
@@ -64,9 +64,8 @@ def short(reason: str) -> str:
     return re.sub(r",? \(\d[\d, ]*\)", "", clause).replace("|", "/")
 
 
-def planning_ratio(entry: Entry) -> float:
+def planning_ratio(subject: Subject) -> float:
     """CPU time of planning over that of tracing, each the best of three."""
-    subject = entry.build()
     model, inputs, kwargs = subject.model, subject.inputs, dict(subject.kwargs)
     params, run = as_function(model, subject.variables)
 
@@ -90,8 +89,9 @@ def line_of(name: tuple[str, str]) -> tuple[str, tuple[str, ...]]:
     (entry,) = (e for e in everyone() if (e.group, e.name) == name)
     try:
         with entry.shim():
-            findings = examine(entry.build())
-            line = row(entry, findings, planning_ratio(entry))
+            subject = entry.build()
+            findings = examine(subject)
+            line = row(entry, findings, planning_ratio(subject))
     except Exception as error:
         # The other models still have their say.
         return f"| {entry.name} | | | | |", (f"{type(error).__name__}: {error}",)
