@@ -24,6 +24,7 @@ HLO_INSTRUCTION = re.compile(
     r"^\s*(?:ROOT )?%?([\w.-]+) = (\(.*?\)|\S+) ([a-z][\w-]*)\((.*)$"
 )
 HLO_TARGET = re.compile(r'custom_call_target="([^"]+)"')
+_HLO_CHANNEL = re.compile(r"\bchannel_id=(\d+)")
 # What XLA for TPUs says of an instruction.
 HLO_CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _HLO_ARRAY = re.compile(r"\b[a-z]+(\d*)\w*\[([\d,]*)\]")
@@ -48,7 +49,8 @@ class OpCounts:
       custom_calls: library calls and generated kernels by name, e.g. those of cuBLAS,
         cuDNN or Triton; the products inside a Triton kernel count as dots too.
       collectives: exchanges between devices by kind, e.g. ``"all-reduce"``. XLA puts
-        them in while it compiles, so StableHLO has few or none.
+        them in while it compiles, so StableHLO has few or none. One that XLA runs in
+        several parts, beside what it computes meanwhile, counts once.
       collective_bytes: size of the arrays that each kind makes on one device. XLA
         merges collectives at will, which changes how many there are and not this.
       copies: copies to another layout, and transposes.
@@ -127,13 +129,21 @@ def count_hlo(text: str) -> OpCounts:
     """
     total: collections.Counter = collections.Counter()
     exchanged: collections.Counter = collections.Counter()
+    seen: set[tuple[str, str]] = set()
     for line in text.splitlines():
         found = HLO_INSTRUCTION.match(line)
         if not found:
             continue
-        _, shape, op, _ = found.groups()
+        _, shape, op, rest = found.groups()
         kind = op.removesuffix("-start").removesuffix("-done")
         if kind in _COLLECTIVES:
+            # XLA for TPUs spreads one exchange over several fusions that compute
+            # meanwhile; its channel tells that they are one.
+            if channel := _HLO_CHANNEL.search(rest):
+                part = (op, channel.group(1))
+                if part in seen:
+                    continue
+                seen.add(part)
             # An asynchronous one is two operations: the second has the result alone.
             total[f"collective:{kind}"] += not op.endswith("-done")
             exchanged[kind] += 0 if op.endswith("-start") else _bytes(shape)

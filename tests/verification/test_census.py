@@ -109,3 +109,23 @@ def test_collectives_are_counted_by_kind_and_size():
         "collective-permute": 3,
         "reduce-scatter": 2,
     }
+
+
+def test_a_collective_in_several_parts_counts_once():
+    """As XLA for TPUs writes one: several fusions on one channel."""
+    line = "  %g.{} = f32[256,1,16]{{2,1,0}} {}(%p), channel_id={}, dimensions={{0}}"
+    hlo = "\n".join(
+        line.format(number, kind, channel)
+        for number, (kind, channel) in enumerate(
+            [
+                ("all-gather", 6),
+                ("all-gather", 6),
+                ("all-gather", 16),
+                ("all-gather", 6),
+                ("all-to-all", 6),
+            ]
+        )
+    )
+    found = count_hlo(hlo)
+    assert found.collectives == {"all-gather": 2, "all-to-all": 1}
+    assert found.collective_bytes == {"all-gather": 2 * 16384, "all-to-all": 16384}
