@@ -43,7 +43,8 @@ class Compilation:
       backend: what it was compiled for, or lowered to.
       how: 'compiled' on a present device or ahead of time, or only 'lowered'.
       reason: why it was not compiled, or not on a device.
-      device: kind of the device that the compiler had in mind.
+      device: kind of the device that the compiler had in mind, and how many of them
+        the program is spread over.
       stablehlo: operations that were asked for.
       hlo: operations that the compiler made of them.
       flops: floating point operations; None where XLA does not count them (CUDA ahead

@@ -32,11 +32,21 @@ def compile_job(folder: Path) -> None:
         compiled = _compile(exported, job, topology.devices)
         record = {
             "seconds": time.perf_counter() - started,
-            "device": topology.devices[0].device_kind,
+            "device": _device(topology.devices[0].device_kind, exported.nr_devices),
             **describe(compiled),
         }
         (folder / f"{name}.hlo").write_text(compiled.as_text() or "")
         (folder / f"{name}.json").write_text(json.dumps(record))
+
+
+def _device(kind: str, number: int) -> str:
+    """The device that a program is compiled for, or the devices that it is spread over.
+
+    Example:
+      >>> _device("TPU v5 lite", 1), _device("TPU v5 lite", 256)
+      ('TPU v5 lite', '256 x TPU v5 lite')
+    """
+    return kind if number == 1 else f"{number} x {kind}"
 
 
 def _warm_up(job: Any, devices: Any) -> None:
