@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from typing import Any
 
 from jax import lax
@@ -40,13 +40,22 @@ _UNIFORM = _SAME | frozenset(
 _CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
 
 
-def analyse(jaxpr: Any, tags: Sequence[Tag], obstacle: str | None = None) -> Program:
+Memo = dict[Hashable, Program]
+
+
+def analyse(
+    jaxpr: Any,
+    tags: Sequence[Tag],
+    obstacle: str | None = None,
+    memo: Memo | None = None,
+) -> Program:
     """Tags every value of a jaxpr.
 
     Args:
       jaxpr: open or closed.
       tags: one for each input.
       obstacle: why no product in it may be converted, if so.
+      memo: the bodies analysed so far.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -55,6 +64,7 @@ def analyse(jaxpr: Any, tags: Sequence[Tag], obstacle: str | None = None) -> Pro
       >>> [found.weight.axes for _, found in program.walk()]
       [(((1, 4),), ((4, 3),))]
     """
+    memo = {} if memo is None else memo
     body, consts = opened(jaxpr)
     program = Program(jaxpr)
     known: dict[Any, Tag] = dict(zip(body.constvars, map(_constant, consts)))
@@ -65,7 +75,7 @@ def analyse(jaxpr: Any, tags: Sequence[Tag], obstacle: str | None = None) -> Pro
 
     for eqn in body.eqns:
         ins = [tag(atom) for atom in eqn.invars]
-        outs = _visit(program, eqn, ins, obstacle)
+        outs = _visit(program, eqn, ins, obstacle, memo)
         known.update(zip(eqn.outvars, outs, strict=True))
     program.outs = [tag(atom) for atom in body.outvars]
     return program
@@ -76,7 +86,7 @@ def _constant(value: Any) -> Other:
 
 
 def _visit(
-    program: Program, eqn: Any, ins: list[Tag], obstacle: str | None
+    program: Program, eqn: Any, ins: list[Tag], obstacle: str | None, memo: Memo
 ) -> Sequence[Tag]:
     name = eqn.primitive.name
     if name in PRODUCTS:
@@ -84,7 +94,7 @@ def _visit(
     if bodies(eqn):
         if name in _CUSTOM_VJP:
             obstacle = "inside a custom_vjp, whose rule expects it as it is"
-        return _enter(program, eqn, ins, obstacle)
+        return _enter(program, eqn, ins, obstacle, memo)
     if any(True for _ in subjaxprs(eqn)):
         reason = f"handed to a {name}, which runs code of its own on it"
         return _elsewhere(program, eqn, ins, reason, telling=True)
@@ -240,9 +250,13 @@ def _known_precision(precision: Any) -> bool:
 
 
 def _enter(
-    program: Program, eqn: Any, ins: list[Tag], obstacle: str | None
+    program: Program, eqn: Any, ins: list[Tag], obstacle: str | None, memo: Memo
 ) -> list[Tag]:
     """Goes into the bodies of a call, a loop or a branch."""
+
+    def analysed(body: Any, tags: Sequence[Tag]) -> Program:
+        return _analysed(body, tags, obstacle, memo)
+
     name, p = eqn.primitive.name, eqn.params
     if name == "scan":
         first, carried = scan_parts(eqn)
@@ -253,7 +267,7 @@ def _enter(
             steps.append(tag.drop(0) if isinstance(tag, Weight) else tag)
 
         def step(carry: list[Tag]) -> list[Program]:
-            return [analyse(p["jaxpr"], [*consts, *carry, *steps], obstacle)]
+            return [analysed(p["jaxpr"], [*consts, *carry, *steps])]
 
         inner, carry = _settle(program, step, carry, name)
         stacked = inner[0].outs[len(carry) :]
@@ -264,24 +278,46 @@ def _enter(
 
         def step(carry: list[Tag]) -> list[Program]:
             return [
-                analyse(p["body_jaxpr"], [*consts, *carry], obstacle),
-                analyse(p["cond_jaxpr"], [*test, *carry], obstacle),
+                analysed(p["body_jaxpr"], [*consts, *carry]),
+                analysed(p["cond_jaxpr"], [*test, *carry]),
             ]
 
         inner, outs = _settle(program, step, carry, name)
         inner = inner[::-1]
     elif name == "cond":
-        inner = [analyse(b, ins[1:], obstacle) for b in bodies(eqn)]
+        inner = [analysed(b, ins[1:]) for b in bodies(eqn)]
         outs = [_joined(program, tags, name) for tags in zip(*(p.outs for p in inner))]
         if ins[0] == ACTIVE:
             outs = [ACTIVE if t == Other() or t == NUMBER else t for t in outs]
     else:
-        inner = [analyse(b, ins, obstacle) for b in bodies(eqn)]
+        inner = [analysed(b, ins) for b in bodies(eqn)]
         outs = inner[0].outs
     program.inner[id(eqn)] = inner
     for each in inner:
         program.uses += each.uses
     return outs
+
+
+def _analysed(
+    body: Any, tags: Sequence[Tag], obstacle: str | None, memo: Memo
+) -> Program:
+    """A body in the context of one call; analysed once for alike operands.
+
+    A function that is called for one layer after the other is one jaxpr: each further
+    call only puts the names of other parameters on what was found.
+    """
+    names: dict[str, None] = {}
+    for tag in tags:
+        if isinstance(tag, Weight):
+            names[tag.path] = None
+        else:
+            names |= dict.fromkeys(path for path, _ in sorted(tag.made_of))
+    numbers = {name: str(number) for number, name in enumerate(names)}
+    plain = tuple(tag.renamed(numbers) for tag in tags)
+    key = id(body), plain, obstacle
+    if key not in memo:
+        memo[key] = analyse(body, plain, obstacle, memo)
+    return memo[key].renamed({number: name for name, number in numbers.items()})
 
 
 def _settle(

@@ -9,7 +9,7 @@ layer where one operand is a weight and the other depends on the program's input
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..jaxprs import bind, evaluate, opened, rerun
@@ -47,6 +47,10 @@ class Weight:
             self, axes=rest, stack=(*self.stack, *self.axes[axis])
         )
 
+    def renamed(self, names: Mapping[str, str]) -> Weight:
+        """The same entries of a parameter of another name."""
+        return dataclasses.replace(self, path=names[self.path])
+
 
 @dataclasses.dataclass(frozen=True)
 class Other:
@@ -62,6 +66,13 @@ class Other:
     active: bool = False
     made_of: frozenset[tuple[str, str]] = frozenset()
     uniform: bool = False
+
+    def renamed(self, names: Mapping[str, str]) -> Other:
+        """The same, of parameters of other names."""
+        if not self.made_of:
+            return self
+        made_of = frozenset((names[path], how) for path, how in self.made_of)
+        return dataclasses.replace(self, made_of=made_of)
 
 
 Tag = Weight | Other
@@ -124,6 +135,22 @@ class Program:
                 yield eqn, self.unweighted[key]
             for program in self.inner.get(key, ()):
                 yield from program.walk()
+
+    def renamed(self, names: Mapping[str, str]) -> Program:
+        """The same program on parameters of other names."""
+        if not names:
+            return self
+        return Program(
+            self.jaxpr,
+            [tag.renamed(names) for tag in self.outs],
+            {
+                key: dataclasses.replace(p, weight=p.weight.renamed(names))
+                for key, p in self.products.items()
+            },
+            self.unweighted,
+            {key: [p.renamed(names) for p in each] for key, each in self.inner.items()},
+            [dataclasses.replace(use, path=names[use.path]) for use in self.uses],
+        )
 
 
 def rewrite(

@@ -8,6 +8,7 @@ import pytest
 from jax import lax
 
 import fcconv_jax as fc
+from fcconv_jax.functions import dataflow
 
 
 def struct(tree, dtype=jnp.float32):
@@ -177,6 +178,39 @@ def test_planning_traces_the_function_once_and_its_inner_jit_once(monkeypatch):
     monkeypatch.setattr(jax, "make_jaxpr", counted)
     assert len(fc.make_plan(f, params, jnp.ones((2, 5, 4)))) == 3
     assert len(traces) == len(calls) == 1
+
+
+def test_a_body_is_told_apart_by_how_it_is_called(monkeypatch):
+    """One jaxpr, analysed once for alike operands, has the names of each call."""
+    analysed = []
+    analyse = dataflow.analyse
+
+    def counted(jaxpr, *args):
+        analysed.append(jaxpr)
+        return analyse(jaxpr, *args)
+
+    monkeypatch.setattr(dataflow, "analyse", counted)
+
+    @jax.jit
+    def block(a, b, x):
+        return x @ a + x @ b.T
+
+    def f(p, x):
+        x = block(p["a"], p["b"], x) + block(p["b"], p["a"], x)  # in the other roles
+        x = block(p["c"], p["c"], x)  # in both roles at once
+        x = block(p["d"], p["e"] @ p["e"], x)  # changed before
+        return block(p["f"], x, p["g"])  # an activation in a weight's place
+
+    params = {name: jnp.ones((4, 4)) for name in "abcdefg"}
+    plan = fc.make_plan(f, params, jnp.ones((4, 4)))
+    assert list(plan) == ["d"]
+    for name, reason in {
+        **dict.fromkeys("abc", "in two roles"),
+        "e": "changed by 'dot_general'",
+        **dict.fromkeys("fg", "with no activation"),
+    }.items():
+        assert reason in plan.skipped[name], name
+    assert len(analysed) == 4
 
 
 @pytest.mark.parametrize("wrap", [jax.jit, jax.checkpoint])
