@@ -139,11 +139,12 @@ def plan_linen(
 ) -> Plan:
     """The plan of a linen model; see :func:`fcconv_jax.make_plan`."""
     recorder = _Recorder()
-    arrays, static = arguments.split((tuple(inputs), dict(kwargs)))
-    rngs = jax.random.key(0) if rngs is None else rngs
+    if rngs is None:
+        rngs = jax.eval_shape(jax.random.key, 0)  # any key: nothing is computed
+    arrays, static = arguments.split((rngs, tuple(inputs), dict(kwargs)))
 
     def run(arrays: Sequence[Any]) -> Any:
-        args, options = static.merge(arrays)
+        rngs, args, options = static.merge(arrays)
         out, variables = model.init_with_output(rngs, *args, method=method, **options)
         return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)], (
             variables

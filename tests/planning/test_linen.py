@@ -510,6 +510,17 @@ def test_planning_makes_no_array_and_leaves_no_trace():
     assert "fcconv" not in text
 
 
+def test_planning_compiles_nothing(caplog):
+    jax.clear_caches()
+    with jax.log_compiles():
+        fc.make_plan(
+            nn.Sequential([nn.Dense(3), nn.Dropout(0.5, deterministic=False)]),
+            zeros(2, 4),
+        )
+    assert "Finished tracing" in caplog.text
+    assert "Compiling" not in caplog.text
+
+
 # ------------------------------------------------------------ towards dense
 
 
