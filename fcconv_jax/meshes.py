@@ -73,7 +73,9 @@ def reshape(array: Any, shape: Sequence[int], to: Any = None) -> Any:
     """
     shape = tuple(shape)
     found = typed_sharding(array)
-    if array.shape == shape or (found is None and to is None):
+    if array.shape == shape:
+        return array
+    if not isinstance(array, jax.Array):
         return array.reshape(shape)
     if to is None:
         to = respec(found, array.shape, shape)
