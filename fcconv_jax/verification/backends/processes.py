@@ -20,6 +20,8 @@ from . import worker
 from .backend import Backend, BackendError
 
 _POLL = 0.05
+# Each takes up to a GiB.
+_PROCESSES = 4
 # libtpu looks for the machine that it is on, and locks it, unless told not to.
 _ENVIRONMENT = {
     "JAX_PLATFORMS": "cpu",
@@ -56,6 +58,20 @@ class Job:
         }
         (folder / "job.json").write_text(json.dumps(content))
 
+    def split(self, number: int) -> list[Job]:
+        """At most so many jobs, with the programs dealt out in turns.
+
+        Example:
+          >>> job = Job(Backend("tpu", "v4"), dict.fromkeys("abc", b""), None)
+          >>> [list(part.programs) for part in job.split(2)]
+          [['a', 'c'], ['b']]
+        """
+        items = list(self.programs.items())
+        return [
+            dataclasses.replace(self, programs=dict(items[first::number]))
+            for first in range(min(number, len(items)))
+        ]
+
     def read(self, folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
         """What the worker left there: cost and HLO of each program."""
         return {
@@ -86,11 +102,13 @@ def topology(target: Backend) -> dict[str, str]:
 
 
 class Pool:
-    """Compiles jobs, as many at a time as there are cores.
+    """Compiles jobs in processes: one a core, and four at most.
+
+    Where there are fewer jobs than that, each is done by several processes.
 
     Args:
       jobs: by the name that they are asked for by.
-      timeout: seconds for each.
+      timeout: seconds for each process.
       progress: called with what is running, how many are done, how many there are.
     """
 
@@ -101,9 +119,17 @@ class Pool:
         timeout: float,
         progress: Callable[[str, int, int], None] | None = None,
     ):
-        self._jobs, self._timeout = jobs, timeout
+        self._limit = min(_PROCESSES, os.cpu_count() or 1)
+        parts = max(1, self._limit // max(1, len(jobs)))
+        self._parts = [
+            (backend, part)
+            for backend, job in jobs.items()
+            for part in job.split(parts)
+        ]
+        self._timeout = timeout
         self._progress = progress or (lambda running, done, total: None)
         self._results: dict[Backend, Any] = {}
+        self._done = 0
         self._stopped = threading.Event()
         self._thread = threading.Thread(target=self._run, daemon=True)
 
@@ -122,28 +148,36 @@ class Pool:
         self._thread.join()
 
     def _run(self) -> None:
-        waiting = list(self._jobs.items())
+        waiting = list(self._parts)
         running: list[_Process] = []
-        limit = os.cpu_count() or 1
         try:
             while (waiting or running) and not self._stopped.is_set():
                 before = len(running)
-                while waiting and len(running) < limit:
+                while waiting and len(running) < self._limit:
                     running.append(_Process(*waiting.pop(0)))
                 if len(running) != before:
                     self._tell(running)
                 for process in [p for p in running if p.finished(self._timeout)]:
                     running.remove(process)
-                    self._results[process.backend] = process.result()
+                    self._add(process.backend, process.result())
                     self._tell(running)
                 time.sleep(_POLL)
         finally:
             for process in running:
                 process.kill()
 
+    def _add(self, backend: Backend, result: Any) -> None:
+        """Keeps what a process found, unless another of its job has failed."""
+        self._done += 1
+        known = self._results.setdefault(backend, {})
+        if isinstance(result, BackendError):
+            self._results[backend] = result
+        elif not isinstance(known, BackendError):
+            known.update(result)
+
     def _tell(self, running: list[_Process]) -> None:
-        names = ", ".join(str(process.backend) for process in running)
-        self._progress(names or "done", len(self._results), len(self._jobs))
+        names = ", ".join(dict.fromkeys(str(process.backend) for process in running))
+        self._progress(names or "done", self._done, len(self._parts))
 
 
 class _Process:

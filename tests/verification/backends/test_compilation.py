@@ -107,6 +107,41 @@ def test_a_failing_compiler_becomes_an_error(tmp_path, monkeypatch, script, mess
         raise error
 
 
+@pytest.mark.parametrize("failing", [None, "conv"])
+def test_cores_that_are_free_share_a_job(tmp_path, monkeypatch, failing):
+    """Each writes its process as the program that it compiled."""
+    (tmp_path / "worker.py").write_text(f"""
+import json, os, pathlib, sys
+folder = pathlib.Path(sys.argv[1])
+for name in json.loads((folder / "job.json").read_text())["programs"]:
+    if name == {failing!r}:
+        (folder / "error.txt").write_text("no")
+        sys.exit(1)
+    (folder / f"{{name}}.json").write_text("{{}}")
+    (folder / f"{{name}}.hlo").write_text(str(os.getpid()))
+""")
+    monkeypatch.setattr(processes.worker, "__file__", str(tmp_path / "worker.py"))
+    monkeypatch.setattr(processes.os, "cpu_count", lambda: 2)
+    job = processes.Job(Backend.parse("tpu:v4"), {"dense": b"", "conv": b""}, None)
+    said = []
+    for backends, workers in ((["tpu:v4"], 2), (["tpu:v4", "tpu:v5e"], 1)):
+        pool = processes.Pool(
+            {Backend.parse(name): job for name in backends},
+            timeout=30.0,
+            progress=lambda *step: said.append(step),
+        )
+        pool.start()
+        found = pool.wait()
+        assert {str(backend) for backend in found} == set(backends)
+        assert said[-1] == ("done", 2, 2)
+        for result in found.values():
+            if failing:
+                assert isinstance(result, BackendError)
+            else:
+                pids = {text for _, text in result.values()}
+                assert (set(result), len(pids)) == ({"dense", "conv"}, workers)
+
+
 def test_stopping_ends_the_process_and_removes_its_folder(tmp_path, monkeypatch):
     folder = tmp_path / "folder"
     script = f"""
