@@ -251,6 +251,21 @@ class Rearrangement:
             self.source,
         )
 
+    def stacked(self, lead: Sequence[int]) -> Rearrangement:
+        """The same of each entry of a stack, whose axes ``lead`` come first.
+
+        Example:
+          >>> Rearrangement.reshape((6,), (2, 3)).stacked((4,)).target
+          (4, 2, 3)
+        """
+        lead, n = tuple(lead), len(lead)
+        return Rearrangement(
+            (*lead, *self.source),
+            (*lead, *self.split),
+            (*range(n), *(n + p for p in self.perm)),
+            (*lead, *self.target),
+        )
+
     def last_axis_first(self) -> Rearrangement:
         """This rearrangement with the last axis of the target moved to the front.
 

@@ -348,12 +348,7 @@ def _on_stack(rearrange: Rearrangement, array: Any, stack_axes: Sequence[int]) -
     to_front = [source.index(-1 - label) for label in range(n)]
     to_front += [source.index(i) for i in range(len(rearrange.source))]
     back = [n + label if label >= 0 else -1 - label for label in target]
-    stacked = Rearrangement(
-        (*lead, *rearrange.source),
-        (*lead, *rearrange.split),
-        (*range(n), *(n + p for p in rearrange.perm)),
-        (*lead, *rearrange.target),
-    )
+    stacked = rearrange.stacked(lead)
     return stacked(array.transpose(to_front)).transpose(back)
 
 

@@ -20,8 +20,9 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
         function of params and inputs.
       plan: from :func:`fcconv_jax.make_plan`.
       inplace: for an NNX model, change it itself, layer by layer, so that no second
-        copy of the parameters is alive; else a clone is converted, which shares what
-        does not change.
+        copy of the parameters is alive: a large kernel whose entries change their
+        order is donated, unless something else holds the array. Else a clone is
+        converted, which shares what does not change.
 
     Returns:
       For a linen Module an object with its ``init`` and ``apply`` (same arguments),

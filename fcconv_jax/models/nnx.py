@@ -15,6 +15,7 @@ from flax.core.frozen_dict import FrozenDict
 from jax import lax
 
 from .. import forms, nnx_layers
+from ..inplace import convert_in_place
 from ..params import convert_leaf, move_metadata
 from ..plan import Form, LayerPlan, Plan, PlanError
 from .nnx_einsum import Einsum, turn
@@ -43,7 +44,7 @@ def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
         _check(path, modules[path], layer, plan.to)
     moved: set[int] = set()
     for path, layer in plan.items():
-        _convert_layer(modules[path], layer, plan.to, moved)
+        _convert_layer(modules[path], layer, plan.to, moved, inplace)
     return model
 
 
@@ -181,7 +182,9 @@ def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
             raise PlanError(f"the {name} of {path!r}: {error}") from None
 
 
-def _convert_layer(module: Any, layer: LayerPlan, to: Form, moved: set[int]) -> None:
+def _convert_layer(
+    module: Any, layer: LayerPlan, to: Form, moved: set[int], inplace: bool
+) -> None:
     """Turns one module into the layer of the other form, itself and its Variables."""
     for name, move in layer.leaves:
         variable = getattr(module, name or "kernel")
@@ -190,8 +193,11 @@ def _convert_layer(module: Any, layer: LayerPlan, to: Form, moved: set[int]) -> 
         moved.add(id(variable))
         if updates := move_metadata(move, variable, layer.stack_axes):
             variable.set_metadata(**updates)
-        value = convert_leaf(move, variable.get_raw_value(), layer.stack_axes)
-        variable.set_raw_value(value)
+        if inplace:
+            convert_in_place(variable, move, layer.stack_axes)
+        else:
+            value = convert_leaf(move, variable.get_raw_value(), layer.stack_axes)
+            variable.set_raw_value(value)
     if layer.is_product:
         turn(module, layer)
         return
