@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from flax import nnx
 from jax import lax
+from jax.core import Tracer
 
 from .kernels import Rearrangement
 from .params import convert_leaf
@@ -54,7 +55,7 @@ def _within(
     if (
         move.is_reshape
         or not isinstance(array, jax.Array)
-        or isinstance(array, jax.core.Tracer)
+        or isinstance(array, Tracer)
         or not isinstance(array.sharding, jax.sharding.SingleDeviceSharding)
         or array.nbytes < _WORTH
     ):
