@@ -135,6 +135,23 @@ class LayerPlan:
             return (*stored[1:], stored[0])
         return tuple(stored)
 
+    def dense_input_shape(self) -> tuple[int, ...]:
+        """Shape of the dense form's input ``(*lead, [groups,] in)``, of a plan to conv.
+
+        As the layer had it when the plan was made, with all its features in one axis.
+        """
+        *window, channels, _ = self.channels_last(self.kernel.target)
+        features = math.prod(window) * channels
+        total = features * self.groups
+        lead = self.input_shape
+        while lead and math.prod(self.input_shape[len(lead) :]) < total:
+            lead = lead[:-1]
+        if math.prod(self.input_shape[len(lead) :]) != total:
+            # Features that do not come last: only their number counts for the product.
+            lead = (math.prod(self.input_shape) // total,)
+        groups = (self.groups,) if self.groups > 1 else ()
+        return (*lead, *groups, features)
+
     def inverse(self) -> LayerPlan:
         """The same layer, going the other way."""
         leaves = tuple((name, leaf.inverse()) for name, leaf in self.leaves)

@@ -16,8 +16,8 @@ from ..plan import KernelLayout, LayerPlan, Layout, Plan, PlanError
 from ..rules import Rule, first_match
 
 PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
-# Generations whose 1-D convolutions are quicker with the sequence folded away.
-_FOLD_SEQUENCES = ("v2", "v3", "v4")
+# Rows of a tile of TPU memory: an axis of a multiple of them folds without a copy.
+_TPU_ROWS = 8
 
 
 def lay_out(plan: Plan, rules: Sequence[Rule], backend: str | None) -> Plan:
@@ -57,7 +57,7 @@ def lay_out(plan: Plan, rules: Sequence[Rule], backend: str | None) -> Plan:
 
 def _default(layer: LayerPlan, backend: str | None) -> tuple[Layout, KernelLayout]:
     """The layout that a backend runs best."""
-    platform, _, generation = (backend or "").partition(":")
+    platform = (backend or "").partition(":")[0]
     window = math.prod(layer.window)
     flat: Layout = "fold" if layer.groups > 1 and window > 1 else "flat"
     if platform == "cpu":
@@ -65,10 +65,20 @@ def _default(layer: LayerPlan, backend: str | None) -> tuple[Layout, KernelLayou
     if platform in ("cuda", "gpu"):
         return flat, "OHWI"
     if platform == "tpu" and window == 1:
-        sequences = len(layer.window) == 1
-        old = generation.startswith(_FOLD_SEQUENCES)
-        return ("fold" if sequences and old else "keep"), "HWIO"
+        return ("keep" if _folding_copies(layer) else "fold"), "HWIO"
     return "fold", "HWIO"
+
+
+def _folding_copies(layer: LayerPlan) -> bool:
+    """Whether a TPU copies a pointwise layer's input to fold its leading axes.
+
+    Tiles of its memory hold 8 rows: an axis that does not fill them is padded, and
+    what is padded has to be moved together. Then the dense form makes that copy, and
+    the kept form does not. Where nothing is padded, folding is free, and it is the
+    kept form that XLA adds a copy to.
+    """
+    *outer, rows = layer.dense_input_shape()[: -2 if layer.groups > 1 else -1] or (1,)
+    return math.prod(outer) > 1 and rows % _TPU_ROWS > 0
 
 
 def _with_layout(

@@ -325,7 +325,8 @@ def layer_forms(layer: LayerPlan, to: Form, dtype: Any) -> dict[Form, Program]:
     if layer.is_product:
         layer = canonical_layer(layer, to)
     moves = [move for _, move in layer.leaves]
-    x = _abstract(_input_shape(layer, to), dtype)
+    shape = layer.input_shape if to == "dense" else layer.dense_input_shape()
+    x = _abstract(shape, dtype)
     bias = [] if layer.bias else [None]
     found: dict[Form, Program] = {}
     source: Form = "dense" if to == "conv" else "conv"
@@ -372,22 +373,6 @@ def mebibytes(number: float) -> str:
             return f"{number:.3g} {unit}"
         number /= 1024
     return f"{number:.3g} GiB"
-
-
-def _input_shape(layer: LayerPlan, to: Form) -> tuple[int, ...]:
-    """The input of the form that the layer is in: in the dense form, features last."""
-    if to == "dense":
-        return layer.input_shape
-    *window, channels, _ = layer.channels_last(layer.kernel.target)
-    features = math.prod(window) * channels
-    groups = (layer.groups,) if layer.groups > 1 else ()
-    lead = layer.input_shape
-    while lead and math.prod(layer.input_shape[len(lead) :]) < features * layer.groups:
-        lead = lead[:-1]
-    if math.prod(layer.input_shape[len(lead) :]) != features * layer.groups:
-        # Features that do not come last: only their number counts for the product.
-        lead = (math.prod(layer.input_shape) // (features * layer.groups),)
-    return (*lead, *groups, features)
 
 
 def _abstract(shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:

@@ -112,11 +112,35 @@ def test_the_defaults_of_backends():
     assert layouts(Net(), X, None) == layouts(Net(), X, "rocm") == every
     assert layouts(Net(), X, "cpu") == dict.fromkeys(every, "HWIO flat")
     assert layouts(Net(), X, "cuda:a100") == dict.fromkeys(every, "OHWI flat")
-    assert layouts(Net(), X, "tpu:v5e")["map"] == "HWIO keep"
-    assert layouts(Net(), X, "tpu:v5e")["fc"] == "HWIO fold"
-    tokens = jnp.zeros((2, 3, 5))
-    assert layouts(Sequence(), tokens, "tpu:v4") == {"tokens": "HWIO fold"}
-    assert layouts(Sequence(), tokens, "tpu:v6e") == {"tokens": "HWIO keep"}
+    # Rows of 2 do not fill a TPU's tiles: folding them would copy.
+    assert layouts(Net(), X, "tpu:v5e") == {**every, "map": "HWIO keep"}
+
+
+@pytest.mark.parametrize("generation", ["tpu", "tpu:v4", "tpu:v5e", "tpu:7x"])
+def test_a_tpu_keeps_the_axes_that_it_would_copy_to_fold(generation):
+    for shape, layout in (
+        ((4, 128, 6), "fold"),  # 16 tiles of 8 rows each
+        ((8, 197, 6), "keep"),  # the tokens of ViT-B/16
+        ((1, 197, 6), "fold"),  # one image: nothing to fold
+        ((8, 14, 14, 6), "keep"),
+        ((2, 14, 16, 6), "fold"),  # the rows are those of the last axis
+        ((64, 6), "fold"),
+        ((6,), "fold"),
+    ):
+        found = layouts(Sequence(), jnp.zeros(shape), generation)
+        assert found == {"tokens": f"HWIO {layout}"}, shape
+
+
+def test_the_rows_are_those_beside_all_features():
+    def heads(params, x):
+        return jnp.einsum("nthd,hdo->nto", x, params["out"])
+
+    params = {"out": jnp.zeros((4, 16, 6))}
+    for tokens, layout in ((16, "fold"), (10, "keep")):
+        x = jnp.zeros((2, tokens, 4, 16))
+        plan = fc.make_plan(heads, params, x, rules=["out=1"], backend="tpu")
+        assert plan["out"].dense_input_shape() == (2, tokens, 64)
+        assert plan["out"].layout == layout
 
 
 def test_a_stored_ohwi_kernel(net):
