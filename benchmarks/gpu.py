@@ -19,7 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
-from forms import LAYERS
+from layouts import LAYERS
 
 import fcconv_jax as fc
 from fcconv_jax.verification.backends.resolution import resolve
