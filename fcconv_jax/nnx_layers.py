@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import types
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import jax.numpy as jnp
 from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
@@ -17,7 +15,6 @@ KINDS: dict[str, type[nnx.Module]] = {
     "Linear": nnx.Linear,
     "LinearGeneral": nnx.LinearGeneral,
     "Conv": nnx.Conv,
-    "Einsum": nnx.Einsum,
 }
 
 
@@ -36,6 +33,20 @@ def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     for path, node in nnx.iter_graph(model, graph=True):
         if isinstance(node, nnx.Module):
             yield path_text(path), node
+
+
+def variables(model: Any) -> dict[str, nnx.Variable]:
+    """Every Variable of a model once, by its first path, as its state has it."""
+    return {
+        path_text(path): node
+        for path, node in nnx.iter_graph(model, graph=True)
+        if isinstance(node, nnx.Variable)
+    }
+
+
+def is_converted(module: Any) -> bool:
+    """Whether a module is a layer that has been swapped for one of the other form."""
+    return hasattr(module, "_origin")
 
 
 def dense_axes(layer: Any, ndim: int) -> DenseAxes:
@@ -63,7 +74,6 @@ def obstacle(layer: Any) -> str | None:
         ("dot_general", lax.dot_general),
         ("dot_general_cls", None),
         ("conv_general_dilated", lax.conv_general_dilated),
-        ("einsum_op", jnp.einsum),
     ):
         if getattr(layer, field, None) not in (None, default):
             return f"{name} computes its product by a {field} of its own"
@@ -83,22 +93,6 @@ def obstacle(layer: Any) -> str | None:
         if own or hooks.get("on_get_value") or hooks.get("on_set_value"):
             return f"its {type(variable).__name__} changes its value when it is read"
     return None
-
-
-def einsum_function(layer: Any) -> Callable[..., Any]:
-    """An ``nnx.Einsum`` as a function of its kernel, its input and its equation."""
-
-    def call(kernel: Any, inputs: Any, equation: str | None) -> Any:
-        plain = types.SimpleNamespace(
-            **vars(layer),
-            _einsum_str_check=layer._einsum_str_check,
-            _infer_broadcasted_bias_shape=layer._infer_broadcasted_bias_shape,
-        )
-        plain.kernel, plain.bias = kernel, bias_of(layer)
-        method: Any = nnx.Einsum.__call__
-        return method(plain, inputs, equation)
-
-    return call
 
 
 def bias_of(layer: Any) -> Any:

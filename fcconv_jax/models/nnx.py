@@ -6,7 +6,7 @@ import dataclasses
 import difflib
 import inspect
 import types
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
@@ -16,9 +16,10 @@ from jax import lax
 
 from .. import forms, nnx_layers
 from ..inplace import convert_in_place
+from ..kernels import Rearrangement
 from ..params import convert_leaf, move_metadata
 from ..plan import Form, LayerPlan, Plan, PlanError
-from .nnx_einsum import Einsum, turn
+from .nnx_products import converted_products, set_classes
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -27,24 +28,31 @@ def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
     """The model in the plan's form; see :func:`fcconv_jax.convert_model`."""
     model = model if inplace else nnx.clone(model, graph=True)
     modules = dict(nnx_layers.modules(model))
-    # An Einsum is planned by the path of its kernel.
-    modules |= {
-        f"{path}/kernel".lstrip("/"): module
-        for path, module in modules.items()
-        if isinstance(module, nnx.Einsum)
-    }
+    variables = nnx_layers.variables(model)
+    products = converted_products(model)
     # All checks come first: a model that is converted in place is never left half done.
     for path, layer in plan.items():
-        if path not in modules:
-            close = difflib.get_close_matches(path, modules, n=3, cutoff=0.4)
+        known: Mapping[str, Any] = variables if layer.is_product else modules
+        if path not in known:
+            what = "parameter" if layer.is_product else "module"
+            close = difflib.get_close_matches(path, known, n=3, cutoff=0.4)
             raise PlanError(
-                f"the model has no module {path!r}, which the plan converts; close to "
-                f"it: {close or list(modules)[:5]}. Pass the model that was planned"
+                f"the model has no {what} {path!r}, which the plan converts; close to "
+                f"it: {close or list(known)[:5]}. Pass the model that was planned"
             )
-        _check(path, modules[path], layer, plan.to)
+        if layer.is_product:
+            _check_product(path, variables[path], layer, plan.to, products)
+        else:
+            _check(path, modules[path], layer, plan.to)
     moved: set[int] = set()
+    new: dict[int, tuple[Form, LayerPlan]] = {}
     for path, layer in plan.items():
-        _convert_layer(modules[path], layer, plan.to, moved, inplace)
+        if not layer.is_product:
+            _convert_layer(modules[path], layer, plan.to, moved, inplace)
+            continue
+        _move(variables[path], layer.kernel, layer, inplace)
+        new[id(variables[path])] = (plan.to, layer)
+    set_classes(model, new.keys() & products.keys(), new)
     return model
 
 
@@ -127,7 +135,6 @@ def _call_other_form(layer: Any, to: Form, x: jax.Array, out_sharding: Any) -> A
 
 
 _SWAPPED = (Conv, Linear, LinearGeneral)
-_CONVERTED = (*_SWAPPED, Einsum)
 
 
 def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
@@ -136,7 +143,7 @@ def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
     Raises:
       PlanError: names the module, what was found, and the way out.
     """
-    if isinstance(module, _CONVERTED):
+    if isinstance(module, _SWAPPED):
         if module._layer != layer.inverse():
             raise PlanError(
                 f"{path!r} is converted already, by another plan; go back with that "
@@ -149,11 +156,6 @@ def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
                 f"{path!r} is a {type(module).__name__}, and the plan takes a "
                 f"{layer.layer} to {to}: pass the model that was planned"
             )
-        if (kind == "Einsum") != layer.is_product:
-            raise PlanError(
-                f"{path!r} is a {type(module).__name__}, and the plan takes a "
-                f"{layer.layer}: pass the model that was planned"
-            )
         canonical = 2 + (layer.groups > 1)
         if to == "dense" and len(layer.kernel.target) != canonical:
             raise PlanError(
@@ -164,22 +166,61 @@ def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
         if (reason := nnx_layers.obstacle(module)) is not None:
             raise PlanError(f"{path!r}: {reason}")
     for name, move in layer.leaves:
-        name = name or "kernel"
         variable = getattr(module, name)
         if variable is None:
             raise PlanError(f"{path!r} has no {name}, which the plan converts")
-        shape = list(variable.shape)
+        _check_move(f"the {name} of {path!r}", variable, move, layer)
+
+
+def _check_product(
+    path: str,
+    variable: Any,
+    layer: LayerPlan,
+    to: Form,
+    products: Mapping[int, tuple[Form, LayerPlan]],
+) -> None:
+    """Refuses a parameter that the plan of its products is not for.
+
+    Args:
+      path: of the parameter.
+      variable: the parameter.
+      layer: its plan.
+      to: the form to go to.
+      products: of the model, as it is.
+
+    Raises:
+      PlanError: names the parameter, what was found, and the way out.
+    """
+    _, before = products.get(id(variable), (None, None))
+    if before is not None and before.kernel != layer.inverse().kernel:
+        raise PlanError(
+            f"{path!r} is converted already, by another plan; go back with that plan's "
+            "inverse() first"
+        )
+    forms = sorted({form for form, _ in products.values()} - {to})
+    if before is None and forms:
+        raise PlanError(
+            f"the plan takes {path!r} to {to}, and other parameters of the model went "
+            f"to {forms[0]} before; go back with that plan's inverse() first"
+        )
+    _check_move(repr(path), variable, layer.kernel, layer)
+
+
+def _check_move(what: str, variable: Any, move: Rearrangement, layer: LayerPlan):
+    """Refuses a parameter whose shape or names do not move as planned."""
+    shape = list(variable.shape)
+    if len(shape) == len(move.source) + len(layer.stack_axes):
         for axis in reversed(layer.stack_axes):
             del shape[axis]
-        if tuple(shape) != move.source:
-            raise PlanError(
-                f"the {name} of {path!r} has shape {tuple(variable.shape)}, the plan "
-                f"is for {move.source}: pass the model that was planned"
-            )
-        try:
-            move_metadata(move, variable, layer.stack_axes)
-        except ValueError as error:
-            raise PlanError(f"the {name} of {path!r}: {error}") from None
+    if tuple(shape) != move.source:
+        raise PlanError(
+            f"{what} has shape {tuple(variable.shape)}, the plan is for "
+            f"{move.source}: pass the model that was planned"
+        )
+    try:
+        move_metadata(move, variable, layer.stack_axes)
+    except ValueError as error:
+        raise PlanError(f"{what}: {error}") from None
 
 
 def _convert_layer(
@@ -187,20 +228,10 @@ def _convert_layer(
 ) -> None:
     """Turns one module into the layer of the other form, itself and its Variables."""
     for name, move in layer.leaves:
-        variable = getattr(module, name or "kernel")
-        if id(variable) in moved:  # a tied one
-            continue
-        moved.add(id(variable))
-        if updates := move_metadata(move, variable, layer.stack_axes):
-            variable.set_metadata(**updates)
-        if inplace:
-            convert_in_place(variable, move, layer.stack_axes)
-        else:
-            value = convert_leaf(move, variable.get_raw_value(), layer.stack_axes)
-            variable.set_raw_value(value)
-    if layer.is_product:
-        turn(module, layer)
-        return
+        variable = getattr(module, name)
+        if id(variable) not in moved:  # a tied one
+            moved.add(id(variable))
+            _move(variable, move, layer, inplace)
     if isinstance(module, _SWAPPED):
         origin = module._origin
         _become(module, origin.cls, dict(origin.settings))
@@ -212,6 +243,17 @@ def _convert_layer(
     cls, settings = _settings(origin.stand_in(), layer, to)
     _become(module, cls, settings)
     module._layer, module._origin = layer, origin
+
+
+def _move(variable: Any, move: Rearrangement, layer: LayerPlan, inplace: bool) -> None:
+    """Moves the entries of one parameter, and its metadata."""
+    if updates := move_metadata(move, variable, layer.stack_axes):
+        variable.set_metadata(**updates)
+    if inplace:
+        convert_in_place(variable, move, layer.stack_axes)
+        return
+    value = convert_leaf(move, variable.get_raw_value(), layer.stack_axes)
+    variable.set_raw_value(value)
 
 
 def _settings(

@@ -30,7 +30,7 @@ def make_plan(
 
     The model is traced on abstract inputs: no array is made, nothing is computed.
     The window of a Dense behind a flatten, and the order of that flatten, are read
-    off the trace. Where a linen model has parameters that no layer of Flax reads, it
+    off the trace. Where a model has parameters that no layer of Flax reads, it
     is traced a second time, and their products are planned by the parameter's path,
     as those of a function are.
 

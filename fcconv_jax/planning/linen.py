@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
 import jax
 from flax import struct
+from flax.core import DenyList
 
 from .. import arguments
 from ..context import intercepting
+from ..functions.trace import Traced, trace
 from ..linen_layers import (
     DenseAxes,
     OwnCalls,
@@ -166,10 +169,7 @@ def plan_linen(
         _described(params, known | recorder.tables, recorder.owners),
         known,
         to,
-        model,
-        _without_stack_axes(variables),
-        (inputs, {**kwargs, "method": method}),
-        rngs,
+        _traces(model, variables, (inputs, {**kwargs, "method": method}), rngs),
     )
     chosen = match_rules(rules, {**kernel_sizes(layers), **product_sizes(own.layers)})
     planned, left = plan_layers(
@@ -188,6 +188,41 @@ def plan_linen(
     layer_plans = {**planned, **more}
     left = {**left, **reasons, **tables}
     return Plan(to, tuple(layer_plans.items()), tuple(left.items()))
+
+
+def _traces(
+    model: nn.Module,
+    variables: Any,
+    inputs: tuple[Sequence[Any], Mapping[str, Any]],
+    rngs: Any,
+) -> list[Any]:
+    """What traces ``apply`` on the variables that ``init`` made."""
+    variables = _without_stack_axes(variables)
+    params = variables.get("params", {})
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
+    # A cache that init has made may expect other inputs than init: try without.
+    return [
+        functools.partial(_trace, model, params, state, inputs, rngs)
+        for state in ((rest, {}) if rest else (rest,))
+    ]
+
+
+def _trace(
+    model: nn.Module,
+    params: Any,
+    state: Mapping[str, Any],
+    inputs: tuple[Sequence[Any], Mapping[str, Any]],
+    rngs: Any,
+) -> Traced:
+    """The trace of ``apply`` with fixed params; all other collections may change."""
+    args, kwargs = inputs
+    kwargs = {**kwargs, "mutable": DenyList("params")}
+
+    def run(params: Any, state: Any, rngs: Any, args: Any, kwargs: Any) -> list[Any]:
+        out = model.apply({"params": params, **state}, *args, rngs=rngs, **kwargs)
+        return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)]
+
+    return trace(run, (params, state, rngs, args, kwargs), {})
 
 
 def recorder_key(recorder: _Recorder) -> Any:

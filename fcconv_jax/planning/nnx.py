@@ -3,24 +3,26 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
 from flax import nnx
 
 from .. import arguments, nnx_layers
-from ..functions.products import Product, rewrite
-from ..functions.trace import trace
+from ..functions.trace import Traced, trace
 from ..linen_layers import conv_geometry
-from ..plan import Form, LayerPlan, Plan
+from ..plan import Form, Plan
 from ..rules import Rule, match_rules
 from ..variables import is_variable
-from .function import as_call, on_leaf
+from .function import product_sizes
 from .inputs import mark, marked
-from .layers import Call, LeftError, kernel_sizes, plan_layers
-from .uses import Uses, find_uses, mark_parameter
+from .layers import Call, kernel_sizes, plan_layers
+from .nnx_parameters import Parameters, leave_tied, stored_paths
+from .own_parameters import OwnParameters
+from .uses import find_uses, mark_parameter
 
 _RECORDER = "_fcconv_jax_recorder"
 
@@ -35,8 +37,6 @@ class _Recorder:
 
     calls: dict[str, list[Call]] = dataclasses.field(default_factory=dict)
     paths: list[str] = dataclasses.field(default_factory=list)
-    products: dict[str, list[Product]] = dataclasses.field(default_factory=dict)
-    left: dict[str, str] = dataclasses.field(default_factory=dict)
 
     def call(self, layer: Any, kind: str, path: str, x: Any, out_sharding: Any) -> Any:
         """Calls a layer as it is, on marked input and parameters."""
@@ -63,46 +63,11 @@ class _Recorder:
         method: Any = nnx_layers.KINDS[kind].__call__
         return method(shadow, mark(x, number), out_sharding=out_sharding)
 
-    def einsum(self, layer: Any, path: str, x: Any, equation: str | None) -> Any:
-        """Calls an ``nnx.Einsum``, whose product a trace of its own shows."""
-        number = len(self.paths)
-        self.paths.append(f"{path}/kernel".lstrip("/"))
-        kernel = mark_parameter(layer.kernel.get_value(), number, "")
-        function = nnx_layers.einsum_function(layer)
-        traced = trace(function, (kernel, x, equation), {})
-        products = [p for _, p in traced.program.walk() if isinstance(p, Product)]
-        if traced.program.uses or len(products) != 1:
-            self.left[path] = "its einsum is no product of the input with its kernel"
-            return function(kernel, x, equation)
-        self.products.setdefault(self.paths[-1], []).append(products[0])
-        self.calls.setdefault(self.paths[-1], []).append(as_call(products[0], number))
-
-        def replace(product: Product, operands: Sequence[Any]) -> Any:
-            inputs = list(operands)
-            inputs[1 - product.side] = mark(operands[1 - product.side], number)
-            return product.eqn.primitive.bind(*inputs, **product.eqn.params)
-
-        def wanted(product: Product) -> bool:
-            return product.obstacle is None
-
-        return rewrite(traced.program, traced.operands, wanted, replace)[0]
-
 
 def _recorded_call(self: Any, inputs: Any, out_sharding: Any = None) -> Any:
     """What a stand-in does when it is called."""
     recorder, kind, path = getattr(self, _RECORDER)
     return recorder.call(self, kind, path, inputs, out_sharding)
-
-
-def _recorded_einsum(
-    self: Any, inputs: Any, einsum_str: str | None = None, out_sharding: Any = None
-) -> Any:
-    """What a stand-in for an ``nnx.Einsum`` does when it is called."""
-    recorder, _, path = getattr(self, _RECORDER)
-    if out_sharding is None:
-        return recorder.einsum(self, path, inputs, einsum_str)
-    recorder.left[path] = "its product is given an out_sharding"
-    return nnx.Einsum.__call__(self, inputs, einsum_str, out_sharding)
 
 
 # Subclasses with one base each: Python lets an object of the base become one.
@@ -118,16 +83,7 @@ class _Conv(nnx.Conv):
     __call__ = _recorded_call
 
 
-class _Einsum(nnx.Einsum):
-    __call__ = _recorded_einsum
-
-
-_STAND_INS = {
-    "Linear": _Linear,
-    "LinearGeneral": _LinearGeneral,
-    "Conv": _Conv,
-    "Einsum": _Einsum,
-}
+_STAND_INS = {"Linear": _Linear, "LinearGeneral": _LinearGeneral, "Conv": _Conv}
 
 
 def plan_nnx(
@@ -150,7 +106,7 @@ def plan_nnx(
         if kind is not None:
             kinds[path] = kind
     graphdef, state = nnx.split(twin, graph=True)
-    stored = _stored(state)
+    stored = stored_paths(state)
     leaves, fixed = arguments.split(state)
     arrays, static = arguments.split((tuple(inputs), dict(kwargs)))
 
@@ -161,29 +117,75 @@ def plan_nnx(
         return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)]
 
     jaxpr = jax.make_jaxpr(run)(leaves, arrays)
-    dense = ("Linear", "LinearGeneral", "Einsum", "dot_general")
-    source = ("Conv",) if to == "dense" else dense
+    source = ("Conv",) if to == "dense" else ("Linear", "LinearGeneral")
     layers = {p: c for p, c in recorder.calls.items() if c[0].kind in source}
     names = [number for number, path in enumerate(stored) if path is not None]
-    parameters = _Parameters(stored, find_uses(jaxpr, names), recorder.paths, layers)
-    chosen = match_rules(rules, kernel_sizes(layers))
-    planned, left = plan_layers(
-        marked(jaxpr), layers, to, chosen, parameters.stack_axes
+    parameters = Parameters(stored, find_uses(jaxpr, names), recorder.paths, layers)
+    blocked = parameters.blocked()
+    left = {
+        path: _why_not_called(model, path)
+        for path, kind in kinds.items()
+        if kind in source and path not in layers
+    }
+    left |= blocked | _subclasses(model, source)
+    owners = _owners(model, left)
+    described, tables = _described(
+        model, parameters.read_otherwise(blocked), left, owners
     )
-    for path in planned.keys() & recorder.products.keys():
-        try:
-            planned[path] = on_leaf(planned[path], recorder.products[path])
-        except LeftError as reason:
-            del planned[path]
-            left[path] = str(reason)
-    _leave_tied(planned, left, parameters)
+    known = [path for path in stored if path not in described]
+    own = OwnParameters.find(
+        described,
+        known,
+        to,
+        [functools.partial(_trace, model, described, inputs, method, kwargs)],
+    )
+    sizes = {**kernel_sizes(layers), **product_sizes(own.layers)}
+    chosen = dict(match_rules(rules, sizes))
+    for path in own.layers:  # a rule may name the layer, too
+        found = [chosen.get(p) for p in (path, *owners.get(path, ()))]
+        chosen[path] = min(filter(None, found), key=rules.index, default=None)
+    free = {path: calls for path, calls in layers.items() if path not in blocked}
+    planned, reasons = plan_layers(
+        marked(jaxpr), free, to, chosen, parameters.stack_axes
+    )
+    leave_tied(planned, reasons, parameters)
     planned = {p: parameters.with_ties(p, layer) for p, layer in planned.items()}
-    for path, kind in kinds.items():
-        key = f"{path}/kernel".lstrip("/") if kind == "Einsum" else path
-        if kind in source and key not in layers:
-            left[path] = recorder.left.get(path) or _why_not_called(model, path)
-    left.update(_others(model, state, kinds))
-    return Plan(to, tuple(planned.items()), tuple(left.items()))
+    products, more = own.plan(to, chosen)
+    for leaf, (path, *tied) in owners.items():
+        # What is said of a layer's kernel is said of the layer.
+        if leaf in products:
+            left = {p: why for p, why in left.items() if p not in (path, *tied)}
+        elif leaf in more:
+            left[path] = more.pop(leaf)
+    layer_plans = {**planned, **products}
+    left = {**reasons, **left, **more, **tables}
+    return Plan(to, tuple(layer_plans.items()), tuple(left.items()))
+
+
+def _trace(
+    model: nnx.Module,
+    wanted: Container[str],
+    inputs: Sequence[Any],
+    method: Any,
+    kwargs: Mapping[str, Any],
+) -> Traced:
+    """The trace of an NNX model as a function of its parameters."""
+    graphdef, params, rest = nnx.split(
+        _abstract(model),
+        nnx.Any(nnx.Param, lambda path, _: nnx_layers.path_text(path) in wanted),
+        ...,
+        graph=True,
+    )
+    for variable in jax.tree.leaves((params, rest), is_leaf=is_variable):
+        if is_variable(variable) and (variable.ref or variable.hijax):
+            raise TypeError("it holds mutable references, whose shape is fixed")
+
+    def run(params: Any, rest: Any, args: Any, kwargs: Any) -> list[Any]:
+        called = nnx.merge(graphdef, params, rest, copy=True)
+        out = _bound(called, method)(*args, **kwargs)
+        return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)]
+
+    return trace(run, (params, rest, tuple(inputs), dict(kwargs)), {})
 
 
 def _abstract(model: nnx.Module) -> nnx.Module:
@@ -206,185 +208,86 @@ def _bound(model: Any, method: Any) -> Any:
     return lambda *args, **kwargs: method(model, *args, **kwargs)
 
 
-def _stored(state: Any) -> list[str | None]:
-    """The path of each array in the state, in order; None for what is no Variable's."""
-    found: list[str | None] = []
-    leaves, _ = jax.tree_util.tree_flatten_with_path(state, is_leaf=is_variable)
-    for path, leaf in leaves:
-        arrays = [a for a in jax.tree.leaves(leaf) if arguments.is_array(a)]
-        text = nnx_layers.path_text(tuple(_key(key) for key in path))
-        single = is_variable(leaf) and len(arrays) == 1
-        found += [text if single else None] * len(arrays)
-    return found
-
-
-def _key(key: Any) -> Any:
-    return getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
-
-
-@dataclasses.dataclass(frozen=True)
-class _Parameters:
-    """Which stored parameters each layer reads, as the trace says."""
-
-    stored: Sequence[str | None]
-    uses: Mapping[int, Uses]
-    paths: Sequence[str]
-    layers: Mapping[str, Sequence[Call]]
-
-    def of(self, path: str, name: str) -> dict[int, set[tuple[int, ...]]]:
-        """Numbers of the leaves that a layer reads, with the axes taken off each."""
-        found: dict[int, set[tuple[int, ...]]] = {}
-        for leaf, uses in self.uses.items():
-            for (number, parameter), removed in uses.layers.items():
-                if self.paths[number] == path and parameter == name:
-                    found.setdefault(leaf, set()).update(removed)
-        return found
-
-    def readers(self, leaf: int) -> list[str]:
-        """Paths of the layers that read a leaf."""
-        return list(
-            dict.fromkeys(self.paths[number] for number, _ in self.uses[leaf].layers)
-        )
-
-    def stack_axes(self, path: str, call: Call) -> tuple[int, ...]:
-        """Axes of the stored parameters that the layer does not see.
-
-        Raises:
-          LeftError: something else than the layer reads them, or changes them before.
-        """
-        if call.kind == "dot_general":  # planned by the path of the kernel itself
-            return (0,) * self._depth(path, "", "kernel")
-        depths = {
-            name: self._depth(path, name, name)
-            for name in ("kernel", "bias")[: 1 + (call.bias is not None)]
-        }
-        if len(set(depths.values())) > 1:
-            raise LeftError("its kernel and its bias are stacked differently")
-        return (0,) * depths["kernel"]
-
-    def _depth(self, path: str, parameter: str, name: str) -> int:
-        read = self.of(path, parameter)
-        calls = {call.number for call in self.layers[path]}
-        marked = {
-            number
-            for leaf in read
-            for number, other in self.uses[leaf].layers
-            if other == parameter and number in calls
-        }
-        if len(read) != 1:
-            raise LeftError(
-                f"its {name} is transformed on the way to the layer, or is another one "
-                "in each call"
-                if read or not marked
-                else f"its {name} comes from several parameters"
-            )
-        ((leaf, removed),) = read.items()
-        if self.uses[leaf].others:
-            what = ", ".join(sorted(set(self.uses[leaf].others)))
-            raise LeftError(
-                f"its {name} {self.stored[leaf]!r} is also read outside of the layer's "
-                f"own call (by {what}), where the other shape would not fit"
-            )
-        if len(removed) > 1:
-            raise LeftError(f"its {name} is stacked differently from call to call")
-        (axes,) = removed
-        if sorted(axes) != list(range(len(axes))):
-            raise LeftError(
-                f"its {name} is stacked on axis {axes[0]}, which may count from either "
-                "end and would move in another shape: stack on axis 0"
-            )
-        return len(axes)
-
-    def with_ties(self, path: str, layer: LayerPlan) -> LayerPlan:
-        """The plan of a layer, naming the parameters stored under other paths."""
-        own = {"/".join(part for part in (path, n) if part): n for n, _ in layer.leaves}
-        tied = tuple(name for key, name in own.items() if key not in self.stored)
-        return dataclasses.replace(layer, tied=tied) if tied else layer
-
-
-def _leave_tied(
-    planned: dict[str, LayerPlan], left: dict[str, str], parameters: _Parameters
-) -> None:
-    """Leaves layers alone whose parameters another layer needs as they are."""
-    shared = [leaf for leaf in parameters.uses if len(parameters.readers(leaf)) > 1]
-    changed = True
-    while changed:
-        changed = False
-        for leaf in shared:
-            readers = parameters.readers(leaf)
-            moves = {
-                (move, planned[path].stack_axes)
-                for path in readers
-                if path in planned
-                for name, move in planned[path].leaves
-                if leaf in parameters.of(path, name)
-            }
-            if len(moves) <= 1 and all(path in planned for path in readers):
-                continue
-            for path in [path for path in readers if path in planned]:
-                others = ", ".join(repr(p) for p in readers if p != path)
-                del planned[path]
-                left[path] = (
-                    f"its parameter {parameters.stored[leaf]!r} is tied to that of "
-                    f"{others}, which does not convert in the same way"
-                )
-                changed = True
-
-
 def _why_not_called(model: nnx.Module, path: str) -> str:
     """Why a linear layer was not seen in the trace."""
     layer = dict(nnx_layers.modules(model))[path]
     return nnx_layers.obstacle(layer) or "the trace of these inputs does not call it"
 
 
-def _others(model: nnx.Module, state: Any, kinds: Mapping[str, str]) -> dict[str, str]:
-    """Layers of other classes, and parameters of two or more axes that stand alone."""
-    left, covered = {}, set(kinds)
-    classes = {}
+def _subclasses(model: nnx.Module, kinds: Sequence[str]) -> dict[str, str]:
+    """Layers of classes that stand on one of NNX's linear layers, or are converted."""
+    left = {}
     for path, module in nnx_layers.modules(model):
-        name = type(module).__name__
-        classes[path] = name
-        base = next(
-            (k for k, cls in nnx_layers.KINDS.items() if isinstance(module, cls)), None
-        )
-        if base is None or path in kinds:
+        base = next((k for k in kinds if isinstance(module, nnx_layers.KINDS[k])), None)
+        if base is None or type(module) is nnx_layers.KINDS[base]:
             continue
-        covered.add(path)
-        left[path] = (
-            f"{name} is a class of its own on top of nnx.{base}, which may change the "
-            "kernel or add to the product"
-        )
-        if isinstance(module, nnx.LoRALinear):
-            left[path] += (
-                "; nnx.LoRA(..., base_module=linear) keeps the adapter beside a "
-                "plain nnx.Linear, which converts"
+        if nnx_layers.is_converted(module):
+            left[path] = (
+                "it is converted already: the inverse() of the plan that did it goes "
+                "back"
             )
-    for path, variable in nnx.to_flat_state(state):
-        owner = nnx_layers.path_text(path[:-1])
-        inside = owner in covered or any(c and owner.startswith(f"{c}/") for c in left)
-        if not isinstance(variable, nnx.Param) or inside:
-            continue
-        shape = getattr(variable.get_value(), "shape", ())
-        if len(shape) < 2:
-            continue
-        name = classes.get(owner, "the model")
-        left[nnx_layers.path_text(path)] = _why_alone(name, str(path[-1]), tuple(shape))
+        else:
+            left[path] = (
+                f"{type(module).__name__} is a class of its own on top of nnx.{base}, "
+                "which may change the kernel or add to the product"
+            )
     return left
 
 
-def _why_alone(owner: str, name: str, shape: tuple[int, ...]) -> str:
-    if owner == "Embed":
-        return (
-            f"the table of an Embed, {shape}: looked up by index; a head tied to it "
-            "(attend) multiplies by the same array"
-        )
-    if owner == "ToNNX":
-        return (
-            f"{shape}, of a linen module inside ToNNX: plan and convert the linen "
-            "module before wrapping it"
-        )
-    return (
-        f"{owner} uses its own parameter {name!r} {shape}: no Linear, LinearGeneral, "
-        "Einsum or Conv layer reads it; plan the model as a function of its state, "
-        "lambda state, x: nnx.merge(graphdef, state)(x), with nnx.split(model)"
-    )
+def _owners(model: nnx.Module, left: Container[str]) -> dict[str, list[str]]:
+    """By the path of its kernel, the layers that do not convert as layers."""
+    paths = {id(v): path for path, v in nnx_layers.variables(model).items()}
+    owners: dict[str, list[str]] = {}
+    module: Any
+    for path, module in nnx_layers.modules(model):
+        if path in left and not nnx_layers.is_converted(module):
+            kernel: Any = module.kernel
+            if id(kernel) in paths:
+                owners.setdefault(paths[id(kernel)], []).append(path)
+    return owners
+
+
+def _described(
+    model: nnx.Module,
+    read: Mapping[str, set[str]],
+    left: Mapping[str, str],
+    owners: Mapping[str, Sequence[str]],
+) -> tuple[dict[str, str], dict[str, str]]:
+    """The parameters to look for in a trace: whose they are.
+
+    Args:
+      model: the model.
+      read: parameters that no layer reads which converts as a layer, with the
+        primitives that do.
+      left: reasons of the layers that do not.
+      owners: from :func:`_owners`.
+
+    Returns:
+      By the path of the parameter, the beginning of a reason; and the reasons of the
+      tables that are looked up by index.
+    """
+    described, tables = {}, {}
+    modules = dict(nnx_layers.modules(model))
+    for path, variable in nnx_layers.variables(model).items():
+        owner, _, name = path.rpartition("/")
+        while owner and owner not in modules:  # a list or a dict in between
+            owner, _, part = owner.rpartition("/")
+            name = f"{part}/{name}"
+        module = modules[owner]
+        shape = tuple(getattr(variable.get_raw_value(), "shape", ()))
+        if path not in read or len(shape) < 2 or nnx_layers.is_converted(module):
+            continue
+        if path in owners:
+            described[path] = left[owners[path][0]]
+        elif not isinstance(variable, nnx.Param):
+            continue
+        elif isinstance(module, nnx.Embed) and "gather" in read[path]:
+            tables[path] = (
+                f"the table of an Embed, {shape}: looked up by index; a head tied to "
+                "it (attend) multiplies by the same array"
+            )
+        else:
+            described[path] = (
+                f"{type(module).__name__} uses its own parameter {name!r} {shape}"
+            )
+    return described, tables

@@ -1,18 +1,12 @@
-"""Plans the parameters that a linen model's own code multiplies, by its products."""
+"""Plans the parameters that a model's own code multiplies, by its products."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Container, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
-import flax.linen as nn
-import jax
-from flax.core import DenyList
-
-from .. import arguments
 from ..functions.products import Product
-from ..functions.trace import Traced, trace
+from ..functions.trace import Traced
 from ..plan import Form, LayerPlan
 from ..rules import Rule
 from .function import find_layers, plan_products
@@ -24,7 +18,8 @@ class OwnParameters:
 
     Args:
       described: by path, whose each is, as the beginning of a reason.
-      traced: the trace of ``apply``, where one was needed and could be made.
+      traced: the trace of the model as a function of its params, where one was needed
+        and could be made.
       layers: the products in it with a parameter that is no layer's.
       failure: why it could not be made.
     """
@@ -40,31 +35,23 @@ class OwnParameters:
         described: Mapping[str, str],
         known: Container[str],
         to: Form,
-        model: nn.Module,
-        variables: Mapping[str, Any],
-        inputs: tuple[Sequence[Any], Mapping[str, Any]],
-        rngs: Any,
+        traces: Iterable[Callable[[], Traced]],
     ) -> OwnParameters:
-        """Traces ``apply``, if there is a parameter to look for.
+        """Traces the model, if there is a parameter to look for.
 
         Args:
           described: the parameters to look for.
           known: parameters of layers, which are decided about as layers.
           to: the form to go to.
-          model: the model.
-          variables: its variables, abstract, as ``init`` made them.
-          inputs: arguments and keyword arguments of the call.
-          rngs: as for ``model.apply``.
+          traces: make the trace of the model as a function of its params; the first
+            that can counts.
         """
         if not described:
             return cls({})
-        params = variables["params"]
-        rest = {name: tree for name, tree in variables.items() if name != "params"}
-        # A cache that init has made may expect other inputs than init: try without.
         failure = ""
-        for state in (rest, {}) if rest else (rest,):
+        for trace in traces:
             try:
-                traced = _trace(model, params, state, inputs, rngs)
+                traced = trace()
             except Exception as error:  # whatever the model's code raises
                 failure = failure or f"{type(error).__name__}: {error}"
                 continue
@@ -81,7 +68,7 @@ class OwnParameters:
         """
         if self.traced is None:
             return {}, {
-                path: f"{words}; how cannot be seen, as apply on the inputs of init "
+                path: f"{words}; how cannot be seen, as the model on these inputs "
                 f"raises {self.failure}"
                 for path, words in self.described.items()
             }
@@ -92,21 +79,3 @@ class OwnParameters:
             if path in self.described or path in self.layers
         }
         return planned, left
-
-
-def _trace(
-    model: nn.Module,
-    params: Any,
-    state: Mapping[str, Any],
-    inputs: tuple[Sequence[Any], Mapping[str, Any]],
-    rngs: Any,
-) -> Traced:
-    """The trace of ``apply`` with fixed params; all other collections may change."""
-    args, kwargs = inputs
-    kwargs = {**kwargs, "mutable": DenyList("params")}
-
-    def run(params: Any, state: Any, rngs: Any, args: Any, kwargs: Any) -> list[Any]:
-        out = model.apply({"params": params, **state}, *args, rngs=rngs, **kwargs)
-        return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)]
-
-    return trace(run, (params, state, rngs, args, kwargs), {})

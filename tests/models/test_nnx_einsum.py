@@ -1,7 +1,6 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
-import pytest
 from flax import nnx
 
 import fcconv_jax as fc
@@ -83,7 +82,7 @@ def test_stacked_shared_and_called_with_an_equation():
     np.testing.assert_array_equal(fc.convert_model(model, plan)(x), model(x))
 
 
-def test_what_is_no_product_of_input_and_kernel_is_left_by_name():
+def test_what_is_no_product_of_input_and_kernel_is_left():
     class Odd(nnx.Module):
         def __init__(self):
             self.summed = nnx.Einsum("bc,cd->bc", (4, 2), rngs=nnx.Rngs(0))
@@ -98,12 +97,25 @@ def test_what_is_no_product_of_input_and_kernel_is_left_by_name():
 
     plan = fc.make_plan(Odd(), X[0])
     assert not plan
-    assert "no product of the input with its kernel" in plan.skipped["summed"]
-    assert "einsum_op" in plan.skipped["own"]
-    assert "also read outside" in plan.skipped["read/kernel"]
-    model = Attention(rngs=nnx.Rngs(0))
-    plan = fc.make_plan(model, X, rules=["q/kernel=skip"])
+    assert set(plan.skipped) == {"read/kernel", "summed/kernel"}
+    assert "it is also used by 'reduce_sum'" in plan.skipped["read/kernel"]
+    assert "changed by 'reduce_sum' on the way" in plan.skipped["summed/kernel"]
+    plan = fc.make_plan(Attention(rngs=nnx.Rngs(0)), X, rules=["q/kernel=skip"])
     assert "excluded by rule" in plan.skipped["q/kernel"]
-    conv = fc.convert_model(model, plan)
-    with pytest.raises(fc.PlanError, match="takes no out_sharding"):
-        conv.o(jnp.ones((2, 5, 2, 3)), out_sharding=jax.sharding.PartitionSpec())
+
+
+def test_an_einsum_keeps_its_out_sharding():
+    mesh = jax.make_mesh((1, 1), ("x", "y"), (jax.sharding.AxisType.Explicit,) * 2)
+    model = integers(nnx.Einsum("btc,cd->btd", (4, 6), rngs=nnx.Rngs(0)))
+    conv = fc.convert_model(model, fc.make_plan(model, X))
+    spec = jax.sharding.PartitionSpec("x", None, "y")
+
+    @nnx.jit
+    def run(model, x):
+        return model(x, out_sharding=spec)
+
+    with jax.set_mesh(mesh):
+        x = jax.device_put(X, jax.sharding.PartitionSpec("x"))
+        want, got = run(model, x), run(conv, x)
+    assert jax.typeof(got).sharding.spec == jax.typeof(want).sharding.spec == spec
+    np.testing.assert_array_equal(got, want)
