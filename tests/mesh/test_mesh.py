@@ -1,5 +1,6 @@
 """Both forms over 8 CPU devices: the same numbers, and no collective more."""
 
+import itertools
 import json
 import os
 import pathlib
@@ -18,8 +19,7 @@ from fcconv_jax import meshes
 PROGRAMS = pathlib.Path(__file__).with_name("programs.py")
 
 
-@pytest.fixture(scope="module")
-def found():
+def run_programs():
     """What the programs found, by case; JAX counts its devices once per process."""
     environment = {
         **os.environ,
@@ -38,27 +38,26 @@ def found():
     return {case["case"]: case for case in cases}
 
 
-def test_every_program_ran(found):
+def every_program_ran(found):
     failed = {name: case["error"] for name, case in found.items() if "error" in case}
     assert not failed, "\n".join(failed.values())
     for kind in ("linen", "nnx", "function", "shard_map", "Auto", "Explicit"):
         assert any(kind.lower() in name.lower() for name in found)
 
 
-def test_numbers_and_shardings_are_those_of_the_original(found):
+def numbers_and_shardings_are_those_of_the_original(found):
     assert [n for n, case in found.items() if not case["equal"]] == []
     assert [n for n, case in found.items() if not case["typed"]] == []
 
 
-def test_the_layers_are_converted(found):
+def the_layers_are_converted(found):
     for name, case in found.items():
         assert (case["convolutions"] > 0) == ("to dense" not in name), name
 
 
-@pytest.mark.parametrize("phase", ["forward", "step"])
-def test_no_collective_is_added(found, phase):
+def no_collective_is_added(found):
     added = {}
-    for name, case in found.items():
+    for (name, case), phase in itertools.product(found.items(), ("forward", "step")):
         if f"{phase}/original" not in case:
             continue
         (before, size), (after, new_size) = (
@@ -67,19 +66,33 @@ def test_no_collective_is_added(found, phase):
         counts = sum(before.values()), sum(after.values())
         sizes = sum(size.values()), sum(new_size.values())
         if counts[0] < counts[1] or sizes[0] < sizes[1]:
-            added[name] = (before, after)
+            added[name, phase] = (before, after)
     assert added == {}
 
 
-def test_collectives_were_there_to_be_counted(found):
+def collectives_were_there_to_be_counted(found):
     assert found["linen data 2"]["step/original"][0]["all-reduce"] > 0
     assert found["linen tensor 2"]["forward/original"][0]["all-reduce"] > 0
     assert found["linen fsdp 3"]["forward/original"][0]["all-gather"] > 0
 
 
-def test_params_stay_sharded(found):
+def params_stay_sharded(found):
     assert [1, 32, 16] in found["linen tensor 3"]["shards"]
     assert [1, 16, 64] in found["linen fsdp 3"]["shards"]
+
+
+def test_programs_over_eight_devices(subtests):
+    found = run_programs()
+    for check in (
+        every_program_ran,
+        numbers_and_shardings_are_those_of_the_original,
+        the_layers_are_converted,
+        no_collective_is_added,
+        collectives_were_there_to_be_counted,
+        params_stay_sharded,
+    ):
+        with subtests.test(check.__name__):
+            check(found)
 
 
 MESH = AbstractMesh((2, 4), ("data", "model"), axis_types=(AxisType.Auto,) * 2)
