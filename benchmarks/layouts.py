@@ -29,10 +29,10 @@ import jax.numpy as jnp
 import numpy as np
 
 import fcconv_jax as fc
+from fcconv_jax.backend import BackendError
 from fcconv_jax.cli.output import progress_rows
 from fcconv_jax.plan import KernelLayout, Layout
 from fcconv_jax.tables import aligned
-from fcconv_jax.verification.backends.backend import BackendError
 from fcconv_jax.verification.backends.compilation import (
     Compilation,
     Compiling,

@@ -138,7 +138,7 @@ def _chosen(config: pytest.Config) -> list[str]:
         names = [n for word in config.getini(source) for n in word.split(",") if n]
         if not names:
             return []
-    from .verification.backends.backend import Backend, BackendError
+    from .backend import Backend, BackendError
 
     try:
         return [str(b) for b in dict.fromkeys(map(Backend.parse, names))]
@@ -148,7 +148,7 @@ def _chosen(config: pytest.Config) -> list[str]:
 
 def _default() -> list[str]:
     """What is present, and a target for each compiler that is installed."""
-    from .verification.backends.backend import Backend
+    from .backend import Backend
     from .verification.backends.resolution import missing_extra, present
 
     names = [

@@ -53,9 +53,9 @@ class _Commands(TyperGroup):
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
         except ValueError as error:
+            from ..backend import BackendError
             from ..checkpoints import CheckpointError
             from ..plan import PlanError
-            from ..verification.backends.backend import BackendError
 
             # A model's own ValueError keeps its traceback.
             if not isinstance(error, PlanError | CheckpointError | BackendError):

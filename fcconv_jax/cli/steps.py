@@ -17,8 +17,8 @@ if TYPE_CHECKING:
     import flax.linen as nn
     import jax
 
+    from ..backend import Backend
     from ..plan import Plan
-    from ..verification.backends.backend import Backend
     from ..verification.report import Report
 
 
@@ -97,7 +97,7 @@ def plan_checkpoint(src: Path, wishes: Wishes) -> Plan:
 
 def parse_backends(names: Sequence[str] | None) -> list[Backend] | None:
     """The values of ``--backend``."""
-    from ..verification.backends.backend import Backend, BackendError
+    from ..backend import Backend, BackendError
 
     try:
         return [Backend.parse(name) for name in names] if names else None

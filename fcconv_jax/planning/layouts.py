@@ -12,10 +12,10 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
+from ..backend import Backend, BackendError
 from ..plan import KernelLayout, LayerPlan, Layout, Plan, PlanError
 from ..rules import Rule, first_match
 
-PLATFORMS = ("cpu", "cuda", "gpu", "rocm", "tpu")
 # Rows of a tile of TPU memory: an axis of a multiple of them folds without a copy.
 _TPU_ROWS = 8
 
@@ -31,17 +31,16 @@ def lay_out(plan: Plan, rules: Sequence[Rule], backend: str | None) -> Plan:
     Raises:
       PlanError: the backend is unknown.
     """
-    if backend is not None and backend.partition(":")[0] not in PLATFORMS:
-        raise PlanError(
-            f"backend={backend!r}: it is one of {', '.join(PLATFORMS)}, with a "
-            "generation where that matters, such as 'tpu:v5e'"
-        )
+    try:
+        platform = backend and Backend.parse(backend).platform
+    except BackendError as error:
+        raise PlanError(f"backend={backend!r}: {error}") from None
     if plan.to == "dense":
         return plan
     layers = []
     for path, layer in plan.items():
         rule = first_match(rules, path, layer)
-        layout, kernel_layout = _default(layer, backend)
+        layout, kernel_layout = _default(layer, platform)
         layers.append(
             (
                 path,
@@ -55,14 +54,13 @@ def lay_out(plan: Plan, rules: Sequence[Rule], backend: str | None) -> Plan:
     return dataclasses.replace(plan, layers=tuple(layers))
 
 
-def _default(layer: LayerPlan, backend: str | None) -> tuple[Layout, KernelLayout]:
+def _default(layer: LayerPlan, platform: str | None) -> tuple[Layout, KernelLayout]:
     """The layout that a backend runs best."""
-    platform = (backend or "").partition(":")[0]
     window = math.prod(layer.window)
     flat: Layout = "fold" if layer.groups > 1 and window > 1 else "flat"
     if platform == "cpu":
         return flat, "HWIO"
-    if platform in ("cuda", "gpu"):
+    if platform == "cuda":
         return flat, "OHWI"
     if platform == "tpu" and window == 1:
         return ("keep" if _folding_copies(layer) else "fold"), "HWIO"

@@ -13,9 +13,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..backend import Backend, BackendError
 from ..forms import pair_of_forms
 from ..plan import Form, LayerPlan, Plan, PlanError
-from .backends.backend import Backend, BackendError
 from .backends.compilation import (
     TIMEOUT,
     Compilation,

@@ -12,10 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..backend import Backend, BackendError
 from ..models import convert_model
 from ..params import convert_params, leaf_path, restore_params
 from ..plan import Plan
-from .backends.backend import Backend, BackendError
 from .backends.compilation import TIMEOUT, Compiling, compile_present
 from .backends.report import BackendReport
 from .backends.resolution import Resolution, resolve, resolve_default

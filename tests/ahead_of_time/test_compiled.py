@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.verification.backends.backend import Backend
+from fcconv_jax.backend import Backend
 from fcconv_jax.verification.backends.resolution import missing_extra
 
 TPUS = ["tpu:v4", "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:7x"]

@@ -6,7 +6,7 @@ import jax.numpy as jnp
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.verification.backends.backend import Backend, BackendError
+from fcconv_jax.backend import Backend, BackendError
 from fcconv_jax.verification.backends.resolution import missing_extra
 from fcconv_jax.verification.layer_programs import compile_layers
 

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
+from fcconv_jax.backend import BackendError
 from fcconv_jax.verification import layer_programs
-from fcconv_jax.verification.backends.backend import BackendError
 from fcconv_jax.verification.backends.compilation import compile_for
 from fcconv_jax.verification.layer_programs import (
     compile_layers,

@@ -12,9 +12,9 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from ...backend import Backend, BackendError
 from ..census import HLO_CYCLES, OpCounts, count_hlo, count_stablehlo
 from . import processes
-from .backend import Backend, BackendError
 from .resolution import Resolution, resolve
 from .worker import describe
 

@@ -16,8 +16,8 @@ from typing import Any
 
 import jax
 
+from ...backend import Backend, BackendError
 from . import worker
-from .backend import Backend, BackendError
 
 _POLL = 0.05
 # Each takes up to a GiB.

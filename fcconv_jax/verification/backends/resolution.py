@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from .backend import Backend, Platform, jax_platform
+from ...backend import Backend, Platform, jax_platform
 
 How = Literal["executed", "compiled", "lowered"]
 

@@ -11,8 +11,8 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
+from fcconv_jax.backend import Backend, BackendError
 from fcconv_jax.verification.backends import processes
-from fcconv_jax.verification.backends.backend import Backend, BackendError
 from fcconv_jax.verification.backends.compilation import compile_for
 from fcconv_jax.verification.census import census
 

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
+from fcconv_jax.backend import Backend, BackendError
 from fcconv_jax.verification import verify as verify_module
 from fcconv_jax.verification.backends import compilation
-from fcconv_jax.verification.backends.backend import Backend, BackendError
 from fcconv_jax.verification.backends.resolution import Resolution
 
 

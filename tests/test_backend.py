@@ -5,7 +5,7 @@ import types
 import jax
 import pytest
 
-from fcconv_jax.verification.backends.backend import Backend, BackendError, names
+from fcconv_jax.backend import Backend, BackendError, names
 from fcconv_jax.verification.backends.processes import topology
 from fcconv_jax.verification.backends.resolution import missing_extra, resolve
 
