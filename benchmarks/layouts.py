@@ -40,7 +40,8 @@ from fcconv_jax.verification.backends.compilation import (
     compile_present,
 )
 from fcconv_jax.verification.backends.resolution import Resolution, resolve
-from fcconv_jax.verification.layer_programs import layer_forms, mebibytes
+from fcconv_jax.verification.layer_comparison import mebibytes
+from fcconv_jax.verification.layer_programs import layer_forms
 
 BACKENDS = (
     *("tpu:v4", "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:7x"),

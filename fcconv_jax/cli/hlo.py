@@ -17,7 +17,7 @@ from .steps import ModelCall, Wishes, parse_backends
 if TYPE_CHECKING:
     from ..plan import Form
     from ..verification.backends.reading import Step
-    from ..verification.layer_programs import LayerPrograms
+    from ..verification.layer_comparison import LayerPrograms
 
 
 @app.command(
@@ -120,7 +120,7 @@ def _print_programs(programs: LayerPrograms) -> None:
 def _describe(step: Step) -> str:
     """A step in three lines: what, of what, at what price."""
     from ..verification.backends.reading import short_layout
-    from ..verification.layer_programs import mebibytes
+    from ..verification.layer_comparison import mebibytes
 
     price = [mebibytes(step.bytes)]
     if step.cycles is not None:

@@ -40,7 +40,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .compiling import Compiling
+from .compiling import BackgroundProgram
 from .sensitivity import Functional, Sensitivity
 
 # Root-sum-squares allowed by ``likely``.
@@ -70,7 +70,9 @@ def error_bounds(f: Callable[..., Any], *args: Any) -> ErrorModel:
       (8.0, True)
     """
     flat, treedef = jax.tree.flatten(args)
-    program = Compiling(lambda flat: f(*jax.tree.unflatten(treedef, flat)), flat)
+    program = BackgroundProgram(
+        lambda flat: f(*jax.tree.unflatten(treedef, flat)), flat
+    )
     inexact = tuple(
         i
         for i, leaf in enumerate(jax.tree.leaves(program.out_info))
@@ -177,7 +179,7 @@ class ErrorModel:
       inexact: positions of the float leaves among the output leaves.
     """
 
-    program: Compiling
+    program: BackgroundProgram
     sensitivity: Sensitivity
     inexact: tuple[int, ...]
 

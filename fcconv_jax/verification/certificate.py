@@ -34,7 +34,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .. import jaxprs
-from .compiling import Compiling
+from .compiling import BackgroundProgram
 from .precision import (
     Arithmetic,
     Form,
@@ -121,8 +121,8 @@ def prepare_certificate(
     """
     shapes = (x, kernel, bias)
     mapped = jax.eval_shape(lambda k, b: (map_kernel(k), map_bias(b)), kernel, bias)
-    source = Compiling(source_form, *_placed(shapes, device))
-    target = Compiling(target_form, *_placed((x, *mapped), device))
+    source = BackgroundProgram(source_form, *_placed(shapes, device))
+    target = BackgroundProgram(target_form, *_placed((x, *mapped), device))
     out, other = source.out_info, target.out_info
     products = [found for form in (source, target) for found in _products(form.jaxpr)]
     arithmetic = _arithmetic(products, x.dtype, out.dtype, precision, device)

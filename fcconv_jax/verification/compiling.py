@@ -18,7 +18,7 @@ _QUICK = {
 }
 
 
-class Compiling:
+class BackgroundProgram:
     """A program that has been traced and lowered, and compiles in the background.
 
     Args:
@@ -32,7 +32,7 @@ class Compiling:
 
     Example:
       >>> import jax.numpy as jnp
-      >>> program = Compiling(lambda x: x * 2.0, jnp.ones(3))
+      >>> program = BackgroundProgram(lambda x: x * 2.0, jnp.ones(3))
       >>> program(jnp.ones(3)).tolist()
       [2.0, 2.0, 2.0]
     """

@@ -6,7 +6,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from .bounds import ErrorModel, LeafComparison, compare, error_bounds
-from .compiling import Compiling
+from .compiling import BackgroundProgram
 from .perturbation import UnboundedError
 
 
@@ -30,7 +30,7 @@ class Pair:
         notes: list[str],
     ):
         self._other, self._notes = other, notes
-        self._changed = Compiling(changed, other)
+        self._changed = BackgroundProgram(changed, other)
         self._model: ErrorModel | None = None
         try:
             self._model = error_bounds(original, variables)

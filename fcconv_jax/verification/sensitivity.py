@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from .compiling import Compiling
+from .compiling import BackgroundProgram
 from .perturbation import UnboundedError, run_shifted
 from .precision import subnormal_inputs
 
@@ -72,7 +72,7 @@ class Sensitivity:
             jax.ShapeDtypeStruct((), jnp.bool_),
         )
         try:
-            self._program = Compiling(
+            self._program = BackgroundProgram(
                 self._propagate, self.operands, *abstract, quick=True
             )
         except (ValueError, NotImplementedError) as error:
