@@ -49,9 +49,9 @@ def make_plan(
       method: as for ``model.init``; for NNX, a method's name or a function of the
         model. Plans of several methods join with ``|``.
       backend: where the conv form will run: ``"cpu"``, ``"cuda:h100"``, ``"tpu:v5e"``.
-        Each layer gets the layout that was quickest there; a kernel may be stored as
-        OHWI then, which a plain ``nn.Conv`` does not load. None gives the layout that
-        every backend runs, and a plain ``nn.Conv`` too.
+        Each layer gets the layout that was quickest there for inputs of these shapes;
+        a kernel may be stored as OHWI then, which a plain ``nn.Conv`` does not load.
+        None gives the layout that every backend runs, and a plain ``nn.Conv`` too.
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:
