@@ -428,6 +428,36 @@ def test_in_place_and_a_part_of_a_model():
     assert_same(want, model(x))
 
 
+def test_a_part_converted_by_itself_stays_so_in_what_is_converted_around_it():
+    class Pair(nnx.Module):
+        def __init__(self):
+            self.w, self.v = param(4, 4), param(4, 4)
+
+        def __call__(self, x):
+            return x @ self.w @ self.v
+
+    class Root(nnx.Module):
+        def __init__(self):
+            self.pair, self.u = Pair(), param(4, 3)
+
+        def __call__(self, x):
+            return self.pair(x) @ self.u
+
+    model, x = Root(), whole(X, seed=1)
+    want, graphdef = model(x), nnx.graphdef(model)
+    part = fc.make_plan(model.pair, x, rules=["v=skip"])
+    fc.convert_model(model.pair, part, inplace=True)
+    plan = fc.make_plan(model, x)
+    assert list(plan) == ["pair/v", "u"]
+    fc.convert_model(model, plan, inplace=True)
+    assert_same(want, model(x))
+    assert "dot_general[" not in str(jax.make_jaxpr(model)(x))
+    fc.convert_model(model, plan.inverse(), inplace=True)
+    assert_same(want, model(x))
+    fc.convert_model(model.pair, part.inverse(), inplace=True)
+    assert nnx.graphdef(model) == graphdef
+
+
 def test_a_plan_from_the_converted_model_goes_back():
     model = Own()
     other = fc.convert_model(model, fc.make_plan(model, X, rules=["fc=skip"]))

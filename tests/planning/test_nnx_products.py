@@ -193,6 +193,9 @@ def test_rules_name_a_product_or_the_layer_that_it_is_of():
         assert list(plan) == ["blocks/w"]
         assert "stacked on axis 1" in plan.skipped["blocks/fc"]
         assert f"excluded by rule {rule[:-5]!r}" in plan.skipped["blocks/fc"]
+    plan = fc.make_plan(stacked, zeros(2, 4), rules=["blocks/fc=keep", "*=flat"])
+    layouts = {path: layer.layout for path, layer in plan.items()}
+    assert layouts == {"blocks/fc/kernel": "keep", "blocks/w": "flat"}
     with pytest.raises(fc.PlanError, match=r"matches no linear layer.*'w'"):
         fc.make_plan(model, zeros(2, 4), rules=["v=skip"])
 

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
+from flax import linen, nnx
 
 from .entry import Entry, Subject, normal, tokens
 
@@ -152,6 +152,45 @@ class Adapted(nnx.Module):
         return self.fourth(nnx.relu(self.third(x)))
 
 
+class Doubled(nnx.Linear):
+    """A subclass that does more than the layer."""
+
+    def __call__(self, x):
+        return super().__call__(x) * 2
+
+
+class Research(nnx.Module):
+    """Parameters of its own, a subclass, a linen module, a stack on the last axis."""
+
+    def __init__(self, rngs: nnx.Rngs):
+        draw = nnx.initializers.lecun_normal()
+        self.qkv = nnx.Param(draw(rngs(), (3, 8, 2, 4)))
+        self.out = nnx.Param(draw(rngs(), (8, 2, 4)))
+        self.double = Doubled(8, 8, rngs=rngs)
+        self.position = nnx.Param(draw(rngs(), (5, 8)))
+        axes = nnx.StateAxes({nnx.Param: -1, ...: 0})
+        make = nnx.vmap(
+            lambda rngs: nnx.Linear(8, 8, rngs=rngs), in_axes=0, out_axes=axes
+        )
+        self.stack = make(rngs.fork(split=3))
+        head = nnx.bridge.ToNNX(linen.Dense(3), rngs=rngs)
+        self.head = head.lazy_init(jnp.ones((1, 8)))
+
+    def __call__(self, x):
+        x = self.double(x + self.position)
+        q, k, v = jnp.einsum("btc,nchd->nbthd", x, self.qkv[...])
+        weights = jax.nn.softmax(jnp.einsum("bthd,bshd->bhts", q, k))
+        y = jnp.einsum("bhts,bshd->bthd", weights, v)
+        x = x + jnp.einsum("bthd,chd->btc", y, self.out[...])
+        axes = nnx.StateAxes({nnx.Param: -1, ...: 0})
+
+        @nnx.scan(in_axes=(axes, nnx.Carry), out_axes=nnx.Carry)
+        def run(layer, x):
+            return nnx.relu(layer(x))
+
+        return self.head(run(self.stack, x).mean(1))
+
+
 def entries() -> list[Entry]:
     """The models by their class's name, each with an input."""
     models: list[tuple[Callable[..., nnx.Module], tuple[Any, ...]]] = [
@@ -162,6 +201,7 @@ def entries() -> list[Entry]:
         (Experts, (normal(2, 5, 6),)),
         (UNet, (normal(2, 4, 6, 3),)),
         (Adapted, (normal(3, 7),)),
+        (Research, (normal(2, 5, 8),)),
     ]
     return [
         Entry(make.__name__, GROUP, functools.partial(_build, make, inputs))
