@@ -250,15 +250,19 @@ class _Call:
             module, *nodes = merge.merge(self.graphdef, state)
         before = _objects((module, *nodes))
         rewritten = [
-            (each, type(each))
-            for each in before.values()
+            (path, each, type(each))
+            for path, each in before.items()
             if isinstance(each, nnx.Module) and _PLAN in vars(type(each))
         ]
-        here = {id(before[f"0/{path}"]) for path in plan}
-        for each, _ in rewritten:
+        here = {f"0/{path}": id(before[f"0/{path}"]) for path in plan}
+        for path, each, cls in rewritten:
+            if all(f"{path}/{below}" in here for below in vars(cls)[_PLAN]):
+                _set_class(each, vars(cls)[_ORIGINAL])
+                continue
             # A part that was converted by itself, before, still is.
-            others = _products_of(each).items()
-            _set_products(each, {key: p for key, p in others if key not in here})
+            rest = _products_of(each).items()
+            rest = {key: p for key, p in rest if key not in here.values()}
+            _set_products(each, rest)
         there = {}
         for path, layer in plan.inverse().items():
             there[path] = before[f"0/{path}"].get_raw_value()
@@ -284,7 +288,7 @@ class _Call:
                 )
             if key in after:
                 _set(after[key], there[path], layer)
-        for each, cls in rewritten:
+        for _, each, cls in rewritten:
             _set_class(each, cls)
         returned, rest = _without_nodes(out)
         outs, static = arguments.split(rest)
