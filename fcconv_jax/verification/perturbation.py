@@ -66,7 +66,12 @@ def _run_leaf(
         )
     if name == "stop_gradient":  # stops derivatives, not errors
         return list(ins), None
-    outs = _regular(eqn)(*ins) if name in _SINGULAR else jaxprs.bind(eqn, ins)
+    if name == "nextafter":
+        outs = _following(eqn)(*ins)
+    elif name in _SINGULAR:
+        outs = _regular(eqn)(*ins)
+    else:
+        outs = jaxprs.bind(eqn, ins)
     error = None if unmodelled is None else _errors(eqn, ins, outs, unmodelled)
     if shift is not None:
         outs = [
@@ -89,6 +94,20 @@ def _errors(
         e if e is None or not jnp.iscomplexobj(o) else e * (1 + 1j)
         for e, o in zip(error, outs)
     ]
+
+
+def _following(eqn: Any) -> Callable[..., list[Any]]:
+    """The equation with the derivative of its first operand: JAX has none for it."""
+
+    @jax.custom_jvp
+    def primitive(*ins: Any) -> list[Any]:
+        return jaxprs.bind(eqn, ins)
+
+    @primitive.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        return primitive(*primals), [tangents[0]]
+
+    return primitive
 
 
 # Derivatives of these are infinite somewhere. Backpropagated, an infinity meets a zero

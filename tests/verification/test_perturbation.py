@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from fcconv_jax.verification.bounds import compare, error_bounds
 from fcconv_jax.verification.perturbation import run_shifted
 
 
@@ -12,6 +13,20 @@ def program(x):
 
     carry, rows = lax.scan(body, x[0], x)
     return lax.cond(carry[0] > 0, jnp.exp, lambda v: v * v, carry), jax.nn.relu(rows)
+
+
+def test_random_numbers_between_computed_limits_have_a_bound():
+    """``truncated_normal`` takes the next number after the error function's value."""
+
+    def f(x, key):
+        return x * jax.random.truncated_normal(key, x[0] - 3, 2, x.shape)
+
+    x, key = jnp.ones(5), jax.random.key(0)
+    model = error_bounds(f, x, key)
+    assert model.unmodelled == ()
+    (leaf,) = compare(model, f(x, key))
+    assert leaf.passed
+    assert 0 < leaf.bound < 1e-3
 
 
 def test_shifts_act_alike_whether_or_not_errors_are_worked_out():
