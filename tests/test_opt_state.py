@@ -36,7 +36,6 @@ def loss(apply, params):
 
 
 DENSE_GRAD = jax.jit(jax.grad(lambda p: loss(MODEL.apply, p)))
-CONV_GRAD = jax.jit(jax.grad(lambda p: loss(CONV.apply, p)))
 
 
 def bits(tree):
@@ -89,7 +88,7 @@ def train(tx, grad, params, state, steps=3):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_in_the_other_form(name):
+def test_training_goes_on_in_the_other_form(assert_close, name):
     tx = OPTIMIZERS[name]()
     params, state = train(tx, DENSE_GRAD, PARAMS, tx.init(PARAMS))
     moved = fc.convert_opt_state(state, PLAN, tx=tx, params=params)
@@ -101,11 +100,18 @@ def test_training_goes_on_in_the_other_form(name):
     ]
     back = fc.convert_opt_state(moved, PLAN.inverse(), tx=tx, params=conv_params)
     assert bits(back) == bits(state)
-    want, _ = train(tx, DENSE_GRAD, params, state)
-    got, _ = train(tx, CONV_GRAD, conv_params, moved)
-    got = fc.restore_params(got, PLAN)
-    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
-        np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5)
+
+    def gradient(moved):  # the same numbers, so that only the optimizer counts
+        return fc.convert_params(DENSE_GRAD(fc.restore_params(moved, PLAN)), PLAN)
+
+    def training(params):
+        return train(tx, DENSE_GRAD, params, state)[0]
+
+    got = fc.restore_params(train(tx, gradient, conv_params, moved)[0], PLAN)
+    if name == "lamb":  # sums the squares of a kernel in its own order
+        assert_close(got, training, params)
+    else:
+        assert bits(got) == bits(training(params))
 
 
 def test_moments_move_as_the_params_do():

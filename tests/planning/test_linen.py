@@ -86,24 +86,27 @@ def test_dense_general(check, name, bias):
 
 
 def test_attention(check):
-    case = check(nn.MultiHeadDotProductAttention(2), zeros(2, 5, 6), atol=2e-5)
+    case = check(nn.MultiHeadDotProductAttention(2), zeros(2, 5, 6), exact=False)
     assert {k: v.window for k, v in case.plan.items()} == dict.fromkeys(
         ("query", "key", "value", "out"), (1,)
     )
     assert case.plan["out"].kernel.source == (2, 3, 6)
 
 
-def test_attention_with_a_decode_cache():
+def test_attention_with_a_decode_cache(assert_close):
     model, x = nn.MultiHeadAttention(2, decode=True), np.ones((2, 1, 6), np.float32)
     plan = fc.make_plan(model, zeros(2, 5, 6))
     conv = fc.convert_model(model, plan)
     variables = model.init(jax.random.key(0), np.ones((2, 5, 6), np.float32))
     moved = fc.convert_params(variables, plan)
     for step in range(2):
-        y, cache = model.apply(variables, x * step, mutable=["cache"])
+
+        def apply(variables, inputs):
+            return model.apply(variables, inputs, mutable=["cache"])
+
+        _, cache = apply(variables, x * step)
         z, moved_cache = conv.apply(moved, x * step, mutable=["cache"])
-        for a, b in zip(jax.tree.leaves((y, cache)), jax.tree.leaves((z, moved_cache))):
-            np.testing.assert_allclose(a, b, atol=1e-6)
+        assert_close((z, moved_cache), apply, variables, x * step)
         variables, moved = {**variables, **cache}, {**moved, **moved_cache}
     assert variables["cache"]["cache_index"] == 2
 
@@ -112,7 +115,7 @@ def test_attention_with_a_decode_cache():
     ("cell", "layers"), [(nn.LSTMCell, 8), (nn.GRUCell, 6), (nn.SimpleCell, 2)]
 )
 def test_layers_inside_rnn_cells(check, cell, layers):
-    case = check(nn.RNN(cell(4)), zeros(2, 5, 3), atol=2e-5)
+    case = check(nn.RNN(cell(4)), zeros(2, 5, 3), exact=False)
     assert len(case.plan) == layers
     assert all(layer.stack_axes == () for layer in case.plan.values())
 

@@ -28,7 +28,7 @@ def sample(shape=(2, 5, 4, 3)):
 
 
 @pytest.mark.parametrize("chw", [False, True])
-def test_same_kernels_as_the_plan_from_the_model(chw):
+def test_same_kernels_as_the_plan_from_the_model(assert_close, chw):
     model, x = Net(chw), sample()
     variables = model.init(KEY, x)
     traced = fc.make_plan(model, x)
@@ -41,7 +41,7 @@ def test_same_kernels_as_the_plan_from_the_model(chw):
     assert plan.skipped == {"trunk": "no rule matches it (its kernel is (3, 3, 3, 6))"}
     converted = fc.convert_model(model, plan)
     y = converted.apply(fc.convert_params(variables, plan), x)
-    np.testing.assert_allclose(y, model.apply(variables, x), rtol=1e-5, atol=1e-6)
+    assert_close(y, model.apply, variables, x)
     assert fc.Plan.from_json(plan.to_json()) == plan
 
 
