@@ -122,15 +122,17 @@ def plan_nnx(
     names = [number for number, path in enumerate(stored) if path is not None]
     parameters = Parameters(stored, find_uses(jaxpr, names), recorder.paths, layers)
     blocked = parameters.blocked()
+    modules = dict(nnx_layers.modules(model))
+    variables = nnx_layers.variables(model)
     left = {
-        path: _why_not_called(model, path)
+        path: _why_not_called(modules[path])
         for path, kind in kinds.items()
         if kind in source and path not in layers
     }
-    left |= blocked | _subclasses(model, source)
-    owners = _owners(model, left)
+    left |= blocked | _subclasses(modules, source)
+    owners = _owners(modules, variables, left)
     described, tables = _described(
-        model, parameters.read_otherwise(blocked), left, owners
+        modules, variables, parameters.read_otherwise(blocked), left, owners
     )
     known = [path for path in stored if path not in described]
     own = OwnParameters.find(
@@ -208,16 +210,17 @@ def _bound(model: Any, method: Any) -> Any:
     return lambda *args, **kwargs: method(model, *args, **kwargs)
 
 
-def _why_not_called(model: nnx.Module, path: str) -> str:
+def _why_not_called(layer: nnx.Module) -> str:
     """Why a linear layer was not seen in the trace."""
-    layer = dict(nnx_layers.modules(model))[path]
     return nnx_layers.obstacle(layer) or "the trace of these inputs does not call it"
 
 
-def _subclasses(model: nnx.Module, kinds: Sequence[str]) -> dict[str, str]:
+def _subclasses(
+    modules: Mapping[str, nnx.Module], kinds: Sequence[str]
+) -> dict[str, str]:
     """Layers of classes that stand on one of NNX's linear layers, or are converted."""
     left = {}
-    for path, module in nnx_layers.modules(model):
+    for path, module in modules.items():
         base = next((k for k in kinds if isinstance(module, nnx_layers.KINDS[k])), None)
         if base is None or type(module) is nnx_layers.KINDS[base]:
             continue
@@ -234,12 +237,15 @@ def _subclasses(model: nnx.Module, kinds: Sequence[str]) -> dict[str, str]:
     return left
 
 
-def _owners(model: nnx.Module, left: Container[str]) -> dict[str, list[str]]:
+def _owners(
+    modules: Mapping[str, Any],
+    variables: Mapping[str, nnx.Variable],
+    left: Container[str],
+) -> dict[str, list[str]]:
     """By the path of its kernel, the layers that do not convert as layers."""
-    paths = {id(v): path for path, v in nnx_layers.variables(model).items()}
+    paths = {id(v): path for path, v in variables.items()}
     owners: dict[str, list[str]] = {}
-    module: Any
-    for path, module in nnx_layers.modules(model):
+    for path, module in modules.items():
         if path in left and not nnx_layers.is_converted(module):
             kernel: Any = module.kernel
             if id(kernel) in paths:
@@ -248,7 +254,8 @@ def _owners(model: nnx.Module, left: Container[str]) -> dict[str, list[str]]:
 
 
 def _described(
-    model: nnx.Module,
+    modules: Mapping[str, nnx.Module],
+    variables: Mapping[str, nnx.Variable],
     read: Mapping[str, set[str]],
     left: Mapping[str, str],
     owners: Mapping[str, Sequence[str]],
@@ -256,7 +263,8 @@ def _described(
     """The parameters to look for in a trace: whose they are.
 
     Args:
-      model: the model.
+      modules: those of the model, by path.
+      variables: likewise.
       read: parameters that no layer reads which converts as a layer, with the
         primitives that do.
       left: reasons of the layers that do not.
@@ -267,8 +275,7 @@ def _described(
       tables that are looked up by index.
     """
     described, tables = {}, {}
-    modules = dict(nnx_layers.modules(model))
-    for path, variable in nnx_layers.variables(model).items():
+    for path, variable in variables.items():
         owner, _, name = path.rpartition("/")
         while owner and owner not in modules:  # a list or a dict in between
             owner, _, part = owner.rpartition("/")
