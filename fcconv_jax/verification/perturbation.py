@@ -98,16 +98,7 @@ def _errors(
 
 def _following(eqn: Any) -> Callable[..., list[Any]]:
     """The equation with the derivative of its first operand: JAX has none for it."""
-
-    @jax.custom_jvp
-    def primitive(*ins: Any) -> list[Any]:
-        return jaxprs.bind(eqn, ins)
-
-    @primitive.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        return primitive(*primals), [tangents[0]]
-
-    return primitive
+    return _with_derivative(eqn, lambda out, primals, tangents: tangents[0])
 
 
 # Derivatives of these are infinite somewhere. Backpropagated, an infinity meets a zero
@@ -121,14 +112,8 @@ _SINGULAR = frozenset(
 def _regular(eqn: Any) -> Callable[..., list[Any]]:
     """The equation with infinite derivatives replaced by large finite ones."""
 
-    @jax.custom_jvp
-    def primitive(*ins: Any) -> list[Any]:
-        return jaxprs.bind(eqn, ins)
-
-    @primitive.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
-        outs = primitive(*primals)
-        total = jnp.zeros_like(outs[0])
+    def derivative(out: Any, primals: Any, tangents: Any) -> Any:
+        total = jnp.zeros_like(out)
         for i, (x, tangent) in enumerate(zip(primals, tangents)):
             if not jnp.issubdtype(jnp.result_type(x), jnp.inexact):
                 continue
@@ -142,7 +127,29 @@ def _regular(eqn: Any) -> Callable[..., list[Any]]:
             if not jnp.iscomplexobj(slope):
                 slope = jnp.clip(slope, -limit, limit)
             total = total + slope * tangent
-        return outs, [total]
+        return total
+
+    return _with_derivative(eqn, derivative)
+
+
+def _with_derivative(
+    eqn: Any, derivative: Callable[[Any, Any, Any], Any]
+) -> Callable[..., list[Any]]:
+    """An equation of one output, with another derivative.
+
+    Args:
+      eqn: the equation.
+      derivative: called as ``derivative(output, primals, tangents)``.
+    """
+
+    @jax.custom_jvp
+    def primitive(*ins: Any) -> list[Any]:
+        return jaxprs.bind(eqn, ins)
+
+    @primitive.defjvp
+    def _(primals: Any, tangents: Any) -> Any:
+        outs = primitive(*primals)
+        return outs, [derivative(outs[0], primals, tangents)]
 
     return primitive
 
