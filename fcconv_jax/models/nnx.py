@@ -206,7 +206,9 @@ def _check_product(
     _check_move(repr(path), variable, layer.kernel, layer)
 
 
-def _check_move(what: str, variable: Any, move: Rearrangement, layer: LayerPlan):
+def _check_move(
+    what: str, variable: Any, move: Rearrangement, layer: LayerPlan
+) -> None:
     """Refuses a parameter whose shape or names do not move as planned."""
     shape = list(variable.shape)
     if len(shape) == len(move.source) + len(layer.stack_axes):

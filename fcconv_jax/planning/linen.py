@@ -149,9 +149,7 @@ def plan_linen(
     def run(arrays: Sequence[Any]) -> Any:
         rngs, args, options = static.merge(arrays)
         out, variables = model.init_with_output(rngs, *args, method=method, **options)
-        return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)], (
-            variables
-        )
+        return arguments.split(out)[0], variables
 
     # An object of its own as the key: no other trace may see the marks.
     with intercepting(recorder, key=recorder_key(recorder)):
@@ -220,7 +218,7 @@ def _trace(
 
     def run(params: Any, state: Any, rngs: Any, args: Any, kwargs: Any) -> list[Any]:
         out = model.apply({"params": params, **state}, *args, rngs=rngs, **kwargs)
-        return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)]
+        return arguments.split(out)[0]
 
     return trace(run, (params, state, rngs, args, kwargs), {})
 

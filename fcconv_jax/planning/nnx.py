@@ -114,7 +114,7 @@ def plan_nnx(
         args, options = static.merge(arrays)
         called = nnx.merge(graphdef, fixed.merge(leaves))
         out = _bound(called, method)(*args, **options)
-        return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)]
+        return arguments.split(out)[0]
 
     jaxpr = jax.make_jaxpr(run)(leaves, arrays)
     source = ("Conv",) if to == "dense" else ("Linear", "LinearGeneral")
@@ -185,7 +185,7 @@ def _trace(
     def run(params: Any, rest: Any, args: Any, kwargs: Any) -> list[Any]:
         called = nnx.merge(graphdef, params, rest, copy=True)
         out = _bound(called, method)(*args, **kwargs)
-        return [leaf for leaf in jax.tree.leaves(out) if arguments.is_array(leaf)]
+        return arguments.split(out)[0]
 
     return trace(run, (params, rest, tuple(inputs), dict(kwargs)), {})
 

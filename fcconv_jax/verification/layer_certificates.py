@@ -83,10 +83,8 @@ def prepare_layer(
     )
     bias = layer.bias
     if to == "conv":
-        groups = (layer.groups,) if layer.groups > 1 else ()
-        *window, channels, _ = layer.channels_last(layer.kernel.target)
-        reduction = math.prod(window) * channels
-        rest = (*groups, reduction)
+        rest = layer.dense_input_shape()[-2 if layer.groups > 1 else -1 :]
+        reduction = rest[-1]
         index = np.broadcast_to(np.arange(reduction), rest)
     else:
         rest = layer.input_shape[-1 - len(layer.window) :]
