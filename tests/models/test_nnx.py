@@ -5,6 +5,7 @@ import optax
 import pytest
 from flax import nnx
 from jax.sharding import PartitionSpec
+from nnx_models import assert_same
 
 import fcconv_jax as fc
 from fcconv_jax.models import nnx as converted
@@ -64,16 +65,6 @@ def as_function(model, x):
         return nnx.merge(graphdef, params, rest, copy=True)(x)
 
     return run, params
-
-
-def assert_same(want, got):
-    """Equal trees, to the bit; keys of random streams by their data."""
-    assert jax.tree.structure(want) == jax.tree.structure(got)
-    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 @pytest.fixture

@@ -7,6 +7,7 @@ import optax
 import pytest
 from flax import linen, nnx, serialization
 from jax.sharding import PartitionSpec
+from nnx_models import Stacked, assert_same
 
 import fcconv_jax as fc
 
@@ -37,16 +38,6 @@ def linear(*shape, **kwargs):
     return nnx.Linear(
         *shape, kernel_init=nnx.initializers.ones, rngs=nnx.Rngs(0), **kwargs
     )
-
-
-def assert_same(want, got):
-    """Equal trees, to the bit; keys of random streams by their data."""
-    assert jax.tree.structure(want) == jax.tree.structure(got)
-    for a, b in zip(jax.tree.leaves(want), jax.tree.leaves(got)):
-        if jnp.issubdtype(a.dtype, jax.dtypes.prng_key):
-            a, b = jax.random.key_data(a), jax.random.key_data(b)
-        assert (a.shape, a.dtype) == (b.shape, b.dtype)
-        np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
 
 
 def assert_exact(model, *inputs, **options):
@@ -139,36 +130,15 @@ class Block(nnx.Module):
         return nnx.relu(self.fc(x) @ self.w) - 3
 
 
-class Stacked(nnx.Module):
-    def __init__(self, axis, run):
-        self.run, self.axes = run, nnx.StateAxes({nnx.Param: axis, ...: None})
-        self.blocks = nnx.vmap(
-            lambda _: Block(), in_axes=0, out_axes=self.axes, axis_size=3
-        )(jnp.arange(3))
-
-    def __call__(self, x):
-        if self.run == "slice":
-            for i in range(3):
-                x = jax.tree.map(lambda a, i=i: a[i], self.blocks)(x)
-            return x
-        if self.run == "vmap":
-            ins = (self.axes, None)
-            return nnx.vmap(lambda m, x: m(x), in_axes=ins)(self.blocks, x)
-        ins = (self.axes, nnx.Carry)
-        return nnx.scan(lambda m, x: m(x), in_axes=ins, out_axes=nnx.Carry)(
-            self.blocks, x
-        )
-
-
 @pytest.mark.parametrize(
     ("axis", "run"),
     [(0, "scan"), (1, "scan"), (-1, "scan"), (0, "vmap"), (1, "vmap"), (0, "slice")],
 )
 def test_stacks_are_exact(axis, run):
-    other = assert_exact(Stacked(axis, run), X[0])
+    other = assert_exact(Stacked(Block, axis, run), X[0])
     if run == "scan" and axis >= 0:
         # The stack, run by other code than the model's, sees a layer at a time.
-        model = with_whole_numbers(Stacked(axis, run))
+        model = with_whole_numbers(Stacked(Block, axis, run))
         other = fc.convert_model(model, fc.make_plan(model, X[0]))
         ins = (model.axes, nnx.Carry)
         scan = nnx.scan(lambda m, x: m(x), in_axes=ins, out_axes=nnx.Carry)

@@ -2,6 +2,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import linen, nnx
+from nnx_models import Stacked
 
 import fcconv_jax as fc
 
@@ -137,28 +138,6 @@ class Block(nnx.Module):
         return self.fc(nnx.relu(x @ self.w))
 
 
-class Stacked(nnx.Module):
-    def __init__(self, axis, run):
-        self.run, axes = run, nnx.StateAxes({nnx.Param: axis, ...: None})
-        self.axes = axes
-        self.blocks = nnx.vmap(
-            lambda _: Block(), in_axes=0, out_axes=axes, axis_size=3
-        )(jnp.arange(3))
-
-    def __call__(self, x):
-        if self.run == "slice":
-            for i in range(3):
-                x = jax.tree.map(lambda a, i=i: a[i], self.blocks)(x)
-            return x
-        if self.run == "vmap":
-            ins = (self.axes, None)
-            return nnx.vmap(lambda m, x: m(x), in_axes=ins)(self.blocks, x)
-        ins = (self.axes, nnx.Carry)
-        return nnx.scan(lambda m, x: m(x), in_axes=ins, out_axes=nnx.Carry)(
-            self.blocks, x
-        )
-
-
 @pytest.mark.parametrize(
     ("axis", "run", "paths", "stack"),
     [
@@ -170,7 +149,7 @@ class Stacked(nnx.Module):
     ],
 )
 def test_stacks(axis, run, paths, stack):
-    plan = fc.make_plan(nnx.eval_shape(lambda: Stacked(axis, run)), zeros(2, 4))
+    plan = fc.make_plan(nnx.eval_shape(lambda: Stacked(Block, axis, run)), zeros(2, 4))
     assert set(plan) == paths
     assert not plan.skipped
     if run != "vmap" or axis == 0:
@@ -187,7 +166,7 @@ def test_rules_name_a_product_or_the_layer_that_it_is_of():
     assert plan["w"].window == (2, 1)
     plan = fc.make_plan(model, zeros(2, 4), rules=["*<20=skip"])
     assert list(plan) == ["w"]
-    stacked = nnx.eval_shape(lambda: Stacked(1, "scan"))
+    stacked = nnx.eval_shape(lambda: Stacked(Block, 1, "scan"))
     for rule in ("blocks/fc=skip", "blocks/fc/kernel=skip"):
         plan = fc.make_plan(stacked, zeros(2, 4), rules=[rule])
         assert list(plan) == ["blocks/w"]
