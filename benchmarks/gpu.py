@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from layouts import LAYERS
 
 import fcconv_jax as fc
-from fcconv_jax.verification.backends.resolution import resolve
+from fcconv_jax.backends.resolution import resolve
 
 
 def measure(model: nn.Module, shape: tuple[int, ...], rules: Any, backend: str) -> Any:

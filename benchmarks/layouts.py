@@ -29,19 +29,19 @@ import jax.numpy as jnp
 import numpy as np
 
 import fcconv_jax as fc
-from fcconv_jax.backend import BackendError
-from fcconv_jax.cli.output import progress_rows
-from fcconv_jax.plan import KernelLayout, Layout
-from fcconv_jax.tables import aligned
-from fcconv_jax.verification.backends.compilation import (
+from fcconv_jax.backends.compilation import (
     Compilation,
     Compiling,
     Program,
     compile_present,
 )
-from fcconv_jax.verification.backends.resolution import Resolution, resolve
-from fcconv_jax.verification.layer_comparison import mebibytes
-from fcconv_jax.verification.layer_programs import layer_forms
+from fcconv_jax.backends.layer_comparison import mebibytes
+from fcconv_jax.backends.layer_programs import layer_forms
+from fcconv_jax.backends.name import BackendError
+from fcconv_jax.backends.resolution import Resolution, resolve
+from fcconv_jax.cli.output import progress_rows
+from fcconv_jax.plan import KernelLayout, Layout
+from fcconv_jax.tables import aligned
 
 BACKENDS = (
     *("tpu:v4", "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:7x"),

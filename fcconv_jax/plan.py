@@ -10,7 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from .geometry import Case
+from .geometry.convolution import Case
 from .kernels import Rearrangement
 from .tables import aligned
 

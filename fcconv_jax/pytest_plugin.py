@@ -78,7 +78,7 @@ def fcconv_backend(request: pytest.FixtureRequest) -> str:
     Skips the test where the device is absent and its compiler is not installed; the
     reason says how to install it.
     """
-    from .verification.backends.resolution import resolve
+    from .backends.resolution import resolve
 
     found = resolve(request.param)
     if found.how == "lowered" and "pip install" in found.reason:
@@ -138,7 +138,7 @@ def _chosen(config: pytest.Config) -> list[str]:
         names = [n for word in config.getini(source) for n in word.split(",") if n]
         if not names:
             return []
-    from .backend import Backend, BackendError
+    from .backends.name import Backend, BackendError
 
     try:
         return [str(b) for b in dict.fromkeys(map(Backend.parse, names))]
@@ -148,8 +148,8 @@ def _chosen(config: pytest.Config) -> list[str]:
 
 def _default() -> list[str]:
     """What is present, and a target for each compiler that is installed."""
-    from .backend import Backend
-    from .verification.backends.resolution import missing_extra, present
+    from .backends.name import Backend
+    from .backends.resolution import missing_extra, present
 
     names = [
         name for name in ("cpu", "cuda", "rocm", "tpu") if present(Backend.parse(name))

@@ -7,7 +7,7 @@ import pytest
 from flax.core import meta
 
 import fcconv_jax as fc
-from fcconv_jax.verification.backends.resolution import resolve
+from fcconv_jax.backends.resolution import resolve
 from fcconv_jax.verification.bounds import compare, error_bounds
 
 

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
+from fcconv_jax.backends import resolution
 from fcconv_jax.cli import app
-from fcconv_jax.verification.backends import resolution
 
 MODEL = """
 import flax.linen as nn

@@ -6,8 +6,8 @@ import sys
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.backend import names
-from fcconv_jax.verification.backends import resolution
+from fcconv_jax.backends import resolution
+from fcconv_jax.backends.name import names
 
 # The runs below forget what they import: what is heavy is imported once, here.
 assert fc.verify

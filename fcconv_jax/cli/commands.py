@@ -53,7 +53,7 @@ class _Commands(TyperGroup):
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
         except ValueError as error:
-            from ..backend import BackendError
+            from ..backends.name import BackendError
             from ..checkpoints import CheckpointError
             from ..plan import PlanError
 
@@ -373,7 +373,7 @@ def explain(
 
     Both answers are a success: the exit status is 0.
     """
-    from .. import equivalence
+    from ..geometry import classify as equivalence
 
     try:
         found = equivalence.classify(

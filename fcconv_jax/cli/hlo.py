@@ -15,9 +15,9 @@ from .output import print_columns, progress_bar
 from .steps import ModelCall, Wishes, parse_backends
 
 if TYPE_CHECKING:
+    from ..backends.layer_comparison import LayerPrograms
+    from ..backends.steps import Step
     from ..plan import Form
-    from ..verification.backends.reading import Step
-    from ..verification.layer_comparison import LayerPrograms
 
 
 @app.command(
@@ -64,8 +64,8 @@ def hlo(
     with the order of their axes in memory, fastest first. A device that is
     present also runs and times them.
     """
-    from ..verification.backends.resolution import resolve_default
-    from ..verification.layer_programs import compile_layers, find_layer
+    from ..backends.layer_programs import compile_layers, find_layer
+    from ..backends.resolution import resolve_default
     from .variables import abstract_variables
 
     call = ModelCall.read(model, inputs, kwargs, method)
@@ -119,8 +119,8 @@ def _print_programs(programs: LayerPrograms) -> None:
 
 def _describe(step: Step) -> str:
     """A step in three lines: what, of what, at what price."""
-    from ..verification.backends.reading import short_layout
-    from ..verification.layer_comparison import mebibytes
+    from ..backends.layer_comparison import mebibytes
+    from ..backends.steps import short_layout
 
     price = [mebibytes(step.bytes)]
     if step.cycles is not None:

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     import flax.linen as nn
     import jax
 
-    from ..backend import Backend
+    from ..backends.name import Backend
     from ..plan import Plan
     from ..verification.report import Report
 
@@ -67,7 +67,7 @@ class ModelCall:
 
     def plan(self, wishes: Wishes) -> Plan:
         """Plans it by tracing."""
-        from ..planning import make_plan
+        from ..frontends.make_plan import make_plan
 
         return make_plan(
             self.model,
@@ -82,7 +82,7 @@ class ModelCall:
 def plan_checkpoint(src: Path, wishes: Wishes) -> Plan:
     """Plans from the shapes in a checkpoint, without the model's code."""
     from ..checkpoints import inspect_checkpoint
-    from ..planning.shapes import plan_from_params
+    from ..planning.from_shapes import plan_from_params
     from .variables import split_key
 
     info = inspect_checkpoint(src)
@@ -97,7 +97,7 @@ def plan_checkpoint(src: Path, wishes: Wishes) -> Plan:
 
 def parse_backends(names: Sequence[str] | None) -> list[Backend] | None:
     """The values of ``--backend``."""
-    from ..backend import Backend, BackendError
+    from ..backends.name import Backend, BackendError
 
     try:
         return [Backend.parse(name) for name in names] if names else None
@@ -114,7 +114,7 @@ def verify_model(
     """
     import jax
 
-    from ..verification.backends.resolution import resolve
+    from ..backends.resolution import resolve
     from .variables import abstract_variables
 
     backends = options["backends"]
@@ -135,7 +135,7 @@ def verify_checkpoint(
 ) -> Report:
     """The report on a model with the parameters of a checkpoint in either form."""
     from ..checkpoints import read_checkpoint
-    from ..params import convert_params, restore_params
+    from ..params.trees import convert_params, restore_params
     from .variables import abstract_variables, find_variables
 
     saved = read_checkpoint(checkpoint)

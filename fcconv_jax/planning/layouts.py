@@ -12,7 +12,7 @@ import dataclasses
 import math
 from collections.abc import Sequence
 
-from ..backend import Backend, BackendError
+from ..backends.name import Backend, BackendError
 from ..plan import KernelLayout, LayerPlan, Layout, Plan, PlanError
 from ..rules import Rule, first_match
 

@@ -33,14 +33,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from .. import jaxprs
-from .compiling import BackgroundProgram
-from .precision import (
+from ..tracing import jaxprs
+from .arithmetic import (
     Arithmetic,
     Form,
     measure_precision,
     unit_roundoff,
 )
+from .compiling import BackgroundProgram
 
 # The placement proof runs only if it takes no more calls than this.
 _PLACEMENT_CALLS = 64

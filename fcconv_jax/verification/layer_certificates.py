@@ -11,11 +11,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..forms import pair_of_forms
+from ..frontends.function.program import canonical_layer
+from ..frontends.programs import layer_dtypes
+from ..layer_forms import pair_of_forms
 from ..plan import Form, LayerPlan, Plan
 from .certificate import Certificate, prepare_certificate
-from .function_program import canonical_layer
-from .programs import layer_dtypes
 
 # Examples in a certificate's input: enough to tell rows of a batch apart.
 _ROWS = 4

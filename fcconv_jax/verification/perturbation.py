@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import jaxprs
+from ..tracing import jaxprs
 from .rounding import local_errors
 
 

@@ -6,12 +6,12 @@ import dataclasses
 import json
 from collections.abc import Iterator, Sequence
 
+from ..backends import report as backend_report
+from ..backends.census import Census
+from ..backends.report import BackendReport
 from ..plan import Case, Form
 from ..tables import aligned
-from .backends import report as backend_report
-from .backends.report import BackendReport
 from .bounds import LeafComparison
-from .census import Census
 from .certificate import Certificate
 
 

@@ -16,8 +16,8 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 
-from .. import jaxprs
-from .precision import (
+from ..tracing import jaxprs
+from .arithmetic import (
     Arithmetic,
     measure_precision,
     underflow_error,

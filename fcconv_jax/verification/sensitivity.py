@@ -12,9 +12,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from .arithmetic import subnormal_inputs
 from .compiling import BackgroundProgram
 from .perturbation import UnboundedError, run_shifted
-from .precision import subnormal_inputs
 
 # Pairs of opposite random signs for the sampled part.
 _SAMPLES = 4

@@ -8,9 +8,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..params import convert_opt_state, restore_params
+from ..frontends.programs import BothForms
+from ..params.trees import convert_opt_state, restore_params
 from .pair import Pair
-from .programs import BothForms
 
 
 def pair_of_steps(pair: BothForms, tx: Any, notes: list[str]) -> Pair | None:

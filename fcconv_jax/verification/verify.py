@@ -12,19 +12,19 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..backend import Backend, BackendError
-from ..models import convert_model
-from ..params import convert_params, leaf_path, restore_params
+from ..backends.census import Census
+from ..backends.compilation import TIMEOUT, Compiling, compile_present
+from ..backends.name import Backend, BackendError
+from ..backends.report import BackendReport
+from ..backends.resolution import Resolution, resolve, resolve_default
+from ..backends.timing import milliseconds
+from ..frontends.convert_model import convert_model
+from ..frontends.programs import BothForms, program_of, variables_of
+from ..params.trees import convert_params, leaf_path, restore_params
 from ..plan import Plan
-from .backends.compilation import TIMEOUT, Compiling, compile_present
-from .backends.report import BackendReport
-from .backends.resolution import Resolution, resolve, resolve_default
-from .backends.timing import milliseconds
 from .bounds import LeafComparison
-from .census import Census
 from .layer_certificates import layer_certificates
 from .pair import Pair
-from .programs import BothForms, program_of, variables_of
 from .report import LayerReport, Report
 from .training_step import pair_of_steps
 

@@ -6,8 +6,8 @@ import jax.numpy as jnp
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.backend import Backend
-from fcconv_jax.verification.backends.resolution import missing_extra
+from fcconv_jax.backends.name import Backend
+from fcconv_jax.backends.resolution import missing_extra
 
 TPUS = ["tpu:v4", "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:7x"]
 GPUS = ["cuda:a100", "cuda:h100"]

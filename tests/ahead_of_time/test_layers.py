@@ -6,9 +6,9 @@ import jax.numpy as jnp
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.backend import Backend, BackendError
-from fcconv_jax.verification.backends.resolution import missing_extra
-from fcconv_jax.verification.layer_programs import compile_layers
+from fcconv_jax.backends.layer_programs import compile_layers
+from fcconv_jax.backends.name import Backend, BackendError
+from fcconv_jax.backends.resolution import missing_extra
 
 
 class Net(nn.Module):

@@ -8,8 +8,8 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fcconv_jax as fc
-from fcconv_jax.verification.backends.compilation import compile_for
-from fcconv_jax.verification.backends.resolution import missing_extra
+from fcconv_jax.backends.compilation import compile_for
+from fcconv_jax.backends.resolution import missing_extra
 
 POD = "tpu:v5e:16x16"
 MESH = AbstractMesh((16, 16), ("data", "model"), axis_types=(AxisType.Auto,) * 2)

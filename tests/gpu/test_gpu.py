@@ -8,7 +8,7 @@ import jax
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.verification.precision import measure_precision
+from fcconv_jax.verification.arithmetic import measure_precision
 
 BACKEND = "cuda"
 pytestmark = pytest.mark.usefixtures("device")

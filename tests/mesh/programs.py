@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fcconv_jax as fc
-from fcconv_jax.verification.census import census
+from fcconv_jax.backends.census import census
 
 CASES = {}
 

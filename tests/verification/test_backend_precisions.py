@@ -12,9 +12,9 @@ from jax import lax
 import fcconv_jax as fc
 from fcconv_jax.kernels import Rearrangement
 from fcconv_jax.verification import precision
+from fcconv_jax.verification.arithmetic import measure_precision
 from fcconv_jax.verification.bounds import compare, error_bounds
 from fcconv_jax.verification.certificate import certify
-from fcconv_jax.verification.precision import measure_precision
 
 _dot, _conv = lax.dot_general, lax.conv_general_dilated
 

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fcconv_jax.verification.precision import unit_roundoff
+from fcconv_jax.verification.arithmetic import unit_roundoff
 from fcconv_jax.verification.rounding import ELEMENTWISE, EXACT, local_errors
 
 _vectorised = np.vectorize
@@ -52,7 +52,7 @@ _SWEEPS = {
 
 def _errors(f, x):
     """Outputs of f and the bound on the error of its last equation."""
-    from fcconv_jax import jaxprs
+    from fcconv_jax.tracing import jaxprs
 
     bounds = []
 
@@ -113,7 +113,7 @@ def test_table_is_not_loose():
 def _one_equation(f, *args):
     closed = jax.make_jaxpr(f)(*args)
     (eqn,) = closed.eqns
-    from fcconv_jax import jaxprs
+    from fcconv_jax.tracing import jaxprs
 
     outs = jaxprs.bind(eqn, args)
     return local_errors(eqn, args, outs), outs[0]

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 import fcconv_jax as fc
-from fcconv_jax.verification.nnx_program import NnxProgram, nnx_variables
+from fcconv_jax.frontends.nnx.program import NnxProgram, nnx_variables
 
 
 class Net(nnx.Module):

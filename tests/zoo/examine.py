@@ -14,9 +14,9 @@ from flax import linen as nn
 from flax import nnx
 
 import fcconv_jax as fc
-from fcconv_jax.functions.forms import form_of
-from fcconv_jax.functions.products import Product
-from fcconv_jax.functions.trace import parameter_paths, trace
+from fcconv_jax.matmuls.as_layer import form_of
+from fcconv_jax.matmuls.matmul import Product
+from fcconv_jax.matmuls.trace import parameter_paths, trace
 from fcconv_jax.verification.bounds import LeafComparison, compare, error_bounds
 
 from .entry import Subject

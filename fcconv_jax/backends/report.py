@@ -1,0 +1,192 @@
+"""What was found out about one backend: the figures of both forms, side by side."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ..tables import aligned
+from .census import OpCounts
+from .compilation import Compilation
+from .resolution import How
+
+# Quantity, its title in tables, and how a value is written.
+_FIGURES = (
+    ("dots", "dots"),
+    ("convolutions", "convs"),
+    ("copies", "copies"),
+    ("flops", "flops"),
+    ("bytes_accessed", "bytes"),
+    ("temp_bytes", "scratch"),
+    ("cycles", "cycles"),
+    ("compile_seconds", "compile s"),
+    ("milliseconds", "run ms"),
+)
+_COUNTS = ("dots", "convolutions", "copies")
+
+
+@dataclasses.dataclass(frozen=True)
+class BackendReport:
+    """How far one backend was checked, and what that showed.
+
+    Attributes:
+      backend: its name, as it was asked for.
+      how: 'executed', 'compiled' ahead of time without being run, or only 'lowered'.
+      reason: why it was not more.
+      device: kind of the device.
+      dense: the model in dense form, as this backend compiled or was handed it.
+      conv: the model in conv form.
+      milliseconds: run times of the two forms, where they were executed.
+      failures: what is wrong, such as a compiler that failed.
+      execution: the report of the execution, where it is not the main one.
+    """
+
+    backend: str
+    how: How
+    reason: str = ""
+    device: str = ""
+    dense: Compilation | None = None
+    conv: Compilation | None = None
+    milliseconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    failures: tuple[str, ...] = ()
+    execution: Any = None
+
+    @property
+    def figures(self) -> dict[str, dict[str, Any]]:
+        """Each quantity as ``{'dense': ..., 'conv': ..., 'ratio': ...}``.
+
+        Operations are those of the compiled program, where it was compiled. The ratio
+        is conv / dense, and None for counts of operations. So is what is not known.
+        """
+        both = {"dense": self._figures("dense"), "conv": self._figures("conv")}
+        found = {}
+        for name in (*(name for name, _ in _FIGURES), "custom_calls"):
+            dense, conv = both["dense"].get(name), both["conv"].get(name)
+            ratio = None
+            # A ratio of counts would say nothing: dots become convolutions.
+            if name not in (*_COUNTS, "custom_calls") and dense and conv is not None:
+                ratio = conv / dense
+            found[name] = {"dense": dense, "conv": conv, "ratio": ratio}
+        return found
+
+    def _figures(self, form: str) -> dict[str, Any]:
+        program: Compilation | None = getattr(self, form)
+        if program is None:
+            return {}
+        counts: OpCounts = program.hlo or program.stablehlo
+        return {
+            "dots": counts.dots,
+            "convolutions": counts.convolutions,
+            "copies": counts.copies,
+            "custom_calls": dict(counts.custom_calls),
+            "flops": program.flops,
+            "bytes_accessed": program.bytes_accessed,
+            "temp_bytes": program.temp_bytes,
+            "cycles": program.cycles,
+            "compile_seconds": program.seconds,
+            "milliseconds": self.milliseconds.get(form),
+        }
+
+    def to_json(self) -> dict[str, Any]:
+        """All but the programs' texts, as what JSON knows."""
+        return {
+            "backend": self.backend,
+            "how": self.how,
+            "reason": self.reason,
+            "device": self.device,
+            "failures": list(self.failures),
+            "figures": self.figures,
+        }
+
+    def headline(self) -> str:
+        """Which backend, and what was done about it."""
+        done = {
+            "executed": f"executed on {self.device}",
+            "compiled": f"compiled for {self.device}, not executed",
+            "lowered": "lowered to StableHLO, neither compiled nor executed",
+        }[self.how]
+        if self.failures:
+            done = "FAILED"
+        return f"{self.backend}: {done}" + (f" ({self.reason})" if self.reason else "")
+
+    def lines(self) -> list[str]:
+        """The headline, a small table, and the calls into libraries."""
+        if self.failures:
+            return [self.headline()]
+        figures = self.figures
+        shown = [
+            (name, title)
+            for name, title in _FIGURES
+            if any(value is not None for value in figures[name].values())
+        ]
+        rows = [("", *(title for _, title in shown))]
+        for form in ("dense", "conv"):
+            rows.append(
+                (form, *(_value(name, figures[name][form]) for name, _ in shown))
+            )
+        ratios = [_ratio(figures[name]["ratio"]) for name, _ in shown]
+        if any(ratios):
+            rows.append(("ratio", *ratios))
+        return [
+            self.headline(),
+            *("  " + line for line in aligned(rows)),
+            *("  " + line for line in self.calls()),
+        ]
+
+    def calls(self) -> list[str]:
+        """The library calls and generated kernels of either form, in words."""
+        found = self.figures["custom_calls"]
+        return [
+            f"{form} calls " + ", ".join(f"{n}x {name}" for name, n in calls.items())
+            for form, calls in found.items()
+            if calls
+        ]
+
+
+def markdown(reports: Sequence[BackendReport]) -> list[str]:
+    """One table of all backends, a row for each form."""
+    titles = ("backend", "", "form", *(title for _, title in _FIGURES), "calls")
+    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+    for report in reports:
+        figures = report.figures
+        for form in ("dense", "conv", "ratio"):
+            calls = figures["custom_calls"][form] or {}
+            cells = [
+                report.backend if form == "dense" else "",
+                ("failed" if report.failures else report.how)
+                if form == "dense"
+                else "",
+                form,
+                *(
+                    (_ratio if form == "ratio" else lambda v, n=name: _value(n, v))(
+                        figures[name][form]
+                    )
+                    for name, _ in _FIGURES
+                ),
+                ", ".join(f"{n}x `{name}`" for name, n in calls.items()),
+            ]
+            lines.append("| " + " | ".join(cells) + " |")
+    return lines
+
+
+def _value(name: str, value: Any) -> str:
+    if value is None:
+        return "-"
+    if name == "compile_seconds":
+        return f"{value:.1f}"
+    if name == "milliseconds":
+        return f"{value:.3g}"
+    return _thousands(value)
+
+
+def _thousands(value: float) -> str:
+    """Three digits and a unit: 1.23M."""
+    power = 0
+    while value >= 999.5 and power < 4:
+        value, power = value / 1000, power + 1
+    return f"{value:.3g}{' kMGT'[power].strip()}"
+
+
+def _ratio(ratio: float | None) -> str:
+    return "" if ratio is None else f"{ratio:.2f}x"

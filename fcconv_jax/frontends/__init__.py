@@ -1,0 +1,1 @@
+"""Models as people have them: one room for each framework."""

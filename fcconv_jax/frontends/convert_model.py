@@ -1,0 +1,65 @@
+"""Runs a model in its other form without touching its code: ``convert_model``."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+
+from ..matmuls.trace import is_function, not_a_model
+from ..params.variables import is_nnx_module
+from ..plan import Plan
+from .linen.model import ConvertedLinen
+
+
+def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
+    """The model in the plan's form: same calls, same numbers, converted parameters.
+
+    Args:
+      model: the ``flax.linen`` or ``flax.nnx`` Module that was planned, or the
+        function of params and inputs.
+      plan: from :func:`fcconv_jax.make_plan`.
+      inplace: for an NNX model, change it itself, layer by layer, so that no second
+        copy of the parameters is alive: a large kernel whose entries change their
+        order is donated, unless something else holds the array. Else a clone is
+        converted, which shares what does not change.
+
+    Returns:
+      For a linen Module an object with its ``init`` and ``apply`` (same arguments),
+      jitted. For an NNX model a model of the same class, parameters included, in which
+      each planned layer is an ``nnx.Conv`` (or ``nnx.Linear``, ``nnx.LinearGeneral``)
+      that takes the inputs of the layer that it was; ``plan.inverse()`` goes back.
+      Where the plan takes products of its own code, modules are of a subclass of their
+      class, whose methods are traced, rewritten and jitted.
+      For a function ``f(params, *inputs)`` a function of the same arguments, jitted.
+
+    Raises:
+      PlanError: an NNX model is not the one that was planned.
+      TypeError: the model is of another kind, or a linen Module with ``inplace``.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import fcconv_jax as fc
+      >>> model, x = nn.Dense(3), jnp.arange(8.0).reshape(2, 4)
+      >>> variables = model.init(jax.random.key(0), x)
+      >>> plan = fc.make_plan(model, x)
+      >>> conv = fc.convert_model(model, plan)
+      >>> y = conv.apply(fc.convert_params(variables, plan), x)
+      >>> bool((y == model.apply(variables, x)).all())
+      True
+    """
+    if is_nnx_module(model):
+        from .nnx.model import convert_nnx
+
+        return convert_nnx(model, plan, inplace=inplace)
+    if inplace:
+        raise TypeError(
+            f"{type(model).__name__} holds no parameters: inplace is for NNX models"
+        )
+    if is_function(model):
+        from .function.model import ConvertedFunction
+
+        return ConvertedFunction(model, plan)
+    if not isinstance(model, nn.Module):
+        raise not_a_model("convert_model", model)
+    return ConvertedLinen(model, plan)

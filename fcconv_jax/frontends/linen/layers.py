@@ -1,0 +1,225 @@
+"""Flax linen's linear layers: which calls are theirs, and how their axes lie."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.linen.dtypes import promote_dtype
+
+from ...meshes import permuted, reshape, respec
+
+Array = jax.Array
+KINDS: dict[str, type[nn.Module]] = {
+    "Dense": nn.Dense,
+    "DenseGeneral": nn.DenseGeneral,
+    "Conv": nn.Conv,
+}
+
+
+def layer_kind(context: nn.module.InterceptorContext) -> str | None:
+    """The kind of linear layer whose own ``__call__`` is being intercepted, if any.
+
+    Comparing the method, not the class, sees through subclasses that call ``super``
+    and through the classes that lifted transforms such as ``nn.remat`` make.
+    """
+    if context.method_name != "__call__":
+        return None
+    method = context.orig_method
+    function = method.func if isinstance(method, functools.partial) else method
+    for kind, cls in KINDS.items():
+        own = getattr(cls.__call__, "__wrapped__", cls.__call__)
+        if function is own and isinstance(context.module, cls):
+            return kind
+    return None
+
+
+def module_path(module: nn.Module) -> str:
+    """Where the module's parameters are: ``"encoder/layer_0/Dense_0"``."""
+    return "/".join(module.path)
+
+
+def is_lifted(module: nn.Module) -> bool:
+    """Whether the module runs below a lifted transform, which may add axes."""
+    return module.scope is not None and bool(module.scope.root.debug_path)
+
+
+def below_map_variables(module: nn.Module) -> bool:
+    """Whether ``nn.map_variables`` stands between the module and its parameters."""
+    path = () if module.scope is None else module.scope.debug_path
+    return any("map_variables(" in part for part in path)
+
+
+def obstacle(module: Any) -> str | None:
+    """Why a Dense, DenseGeneral or Conv computes something else than it says, if so."""
+    name = type(module).__name__
+    if below_map_variables(module):
+        return "runs under nn.map_variables, which may change its kernel on the way"
+    if type(module).param is not nn.Module.param:
+        return (
+            f"{name} overrides param(): its kernel is changed on the way to the layer"
+        )
+    for field in (
+        "dot_general",
+        "dot_general_cls",
+        "conv_general_dilated",
+        "conv_general_dilated_cls",
+    ):
+        if getattr(module, field, None) is not None:
+            return f"{name} computes its product by a {field} of its own"
+    if module.promote_dtype is not promote_dtype:
+        return f"{name} has a promote_dtype of its own, which may read the shapes"
+    if getattr(module, "mask", None) is not None:
+        return f"{name} has a mask on its kernel"
+    return None
+
+
+class OwnCalls:
+    """Tells a model's own calls from those of modules that it merely applies.
+
+    ``other.apply({"params": ...}, x)`` inside a model runs on parameters of its own
+    making, under paths that may collide with the model's.
+    """
+
+    def __init__(self):
+        self._root: Any = None
+        self._foreign = False
+
+    @contextlib.contextmanager
+    def enter(self, module: nn.Module) -> Iterator[bool]:
+        """Runs a call; gives whether the module's parameters are the model's own."""
+        scope = module.scope
+        if scope is None:  # a method of an unbound module, which has no parameters
+            yield False
+            return
+        before = self._foreign
+        if self._root is None:
+            self._root = scope.root
+        # The roots that lifted transforms make tell so by their path.
+        if scope.root is not self._root and not is_lifted(module):
+            self._foreign = True
+        try:
+            yield not self._foreign
+        finally:
+            self._foreign = before
+
+
+@dataclasses.dataclass(frozen=True)
+class DenseAxes:
+    """How a Dense or DenseGeneral reads its input: axes by number, all non-negative.
+
+    Args:
+      batch: leading axes that the kernel has too.
+      lead: axes that it leaves alone.
+      contracted: axes that it sums over.
+      features: shape that it puts in their place.
+    """
+
+    batch: tuple[int, ...]
+    lead: tuple[int, ...]
+    contracted: tuple[int, ...]
+    features: tuple[int, ...]
+
+    @classmethod
+    def of(cls, module: Any, ndim: int) -> DenseAxes:
+        """Reads them off a bound ``nn.Dense`` or ``nn.DenseGeneral``."""
+        # Flax sorts the axes: (3, 2) means (2, 3).
+        axis = _as_tuple(getattr(module, "axis", -1))
+        contracted = tuple(sorted(a % ndim for a in axis))
+        batch = _as_tuple(getattr(module, "batch_dims", ()))
+        batch = tuple(sorted(b % ndim for b in batch))
+        lead = tuple(a for a in range(ndim) if a not in (*batch, *contracted))
+        return cls(batch, lead, contracted, _as_tuple(module.features))
+
+    def groups(self, x: Any) -> int:
+        """How many kernels stand side by side."""
+        return math.prod(x.shape[b] for b in self.batch)
+
+    def canonical(self, x: Array) -> Array:
+        """``x`` as ``(*lead, [groups,] in)``."""
+        order = (*self.lead, *self.batch, *self.contracted)
+        if order != tuple(range(x.ndim)):
+            x = x.transpose(order)
+        lead = x.shape[: len(self.lead)]
+        inner = x.shape[len(self.lead) + len(self.batch) :]
+        n = math.prod(x.shape[len(lead) : len(lead) + len(self.batch)])
+        groups = (n,) if n > 1 else ()
+        return reshape(x, (*lead, *groups, math.prod(inner)))
+
+    def restore(self, y: Array, batch: tuple[int, ...]) -> Array:
+        """The layer's own output from ``(*lead, [groups,] out)``."""
+        n = len(self.lead)
+        y = reshape(y, (*y.shape[:n], *batch, *self.features))
+        if batch:
+            front = range(n, n + len(batch))
+            y = jnp.moveaxis(y, tuple(front), tuple(range(len(batch))))
+        return y
+
+    def canonical_sharding(self, sharding: Any, shape: Sequence[int]) -> Any:
+        """The sharding of ``(*lead, [groups,] out)`` from that of the layer's output.
+
+        Args:
+          sharding: a ``PartitionSpec`` or ``NamedSharding`` of the output; or None.
+          shape: of the layer's input, as it takes it.
+        """
+        batch, lead = ([shape[a] for a in axes] for axes in (self.batch, self.lead))
+        n, ndim = len(batch), len(batch) + len(lead) + len(self.features)
+        order = [*range(n, n + len(lead)), *range(n), *range(n + len(lead), ndim)]
+        groups = (math.prod(batch),) if math.prod(batch) > 1 else ()
+        return respec(
+            permuted(sharding, order),
+            (*lead, *batch, *self.features),
+            (*lead, *groups, math.prod(self.features)),
+        )
+
+
+def conv_geometry(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
+    """The arguments of :func:`fcconv_jax.classify` for an ``nn.Conv`` and its input."""
+    window = _as_tuple(module.kernel_size)
+    return {
+        "input_shape": shape[-1 - len(window) : -1],
+        "kernel_size": window,
+        "strides": module.strides or 1,
+        "padding": module.padding,
+        "input_dilation": module.input_dilation or 1,
+        "kernel_dilation": module.kernel_dilation or 1,
+        "groups": module.feature_group_count,
+    }
+
+
+def flat_init(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
+    """Initializers of kernel and bias that take the parameter's own shape.
+
+    ``nn.DenseGeneral`` draws its parameters flat and reshapes them; drawing them
+    the same way keeps the bits.
+    """
+    if not isinstance(module, nn.DenseGeneral):
+        return module.kernel_init, module.bias_init
+    outs = len(_as_tuple(module.features))
+
+    def reshaped(init: Callable[..., Any], flatten: Callable[..., tuple[int, ...]]):
+        def initializer(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
+            drawn = init(key, flatten(shape), dtype)
+            value = nn.meta.unbox(drawn).reshape(shape)
+            return nn.meta.replace_boxed(drawn, value)
+
+        return initializer
+
+    def matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (math.prod(shape[:-outs]), math.prod(shape[-outs:]))
+
+    def vector(shape: tuple[int, ...]) -> tuple[int, ...]:
+        return (math.prod(shape),)
+
+    return reshaped(module.kernel_init, matrix), reshaped(module.bias_init, vector)
+
+
+def _as_tuple(value: Any) -> tuple[int, ...]:
+    return (value,) if isinstance(value, int) else tuple(value)

@@ -1,0 +1,108 @@
+"""Traces a model once on abstract inputs and decides what converts: ``make_plan``."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from typing import Any
+
+import flax.linen as nn
+
+from ..matmuls.trace import is_function, not_a_model
+from ..params.variables import is_nnx_module
+from ..plan import Form, Plan, PlanError
+from ..planning.layouts import lay_out
+from ..planning.mesh_layouts import for_mesh
+from ..rules import Rule, as_rules
+from .linen.plan import plan_linen
+
+
+def make_plan(
+    model: Any,
+    *inputs: Any,
+    to: Form = "conv",
+    rules: Iterable[Rule | str] = (),
+    rngs: Any = None,
+    method: Any = None,
+    backend: str | None = None,
+    **kwargs: Any,
+) -> Plan:
+    """Finds the linear layers of a model and how each moves to the other form.
+
+    The model is traced on abstract inputs: no array is made, nothing is computed.
+    The window of a Dense behind a flatten, and the order of that flatten, are read
+    off the trace. Where a model has parameters that no layer of Flax reads, it
+    is traced a second time, and their products are planned by the parameter's path,
+    as those of a function are.
+
+    Args:
+      model: a ``flax.linen`` or ``flax.nnx`` Module; it is left as it is. Or any
+        function ``f(params, *inputs)``, whose layers are its products with a parameter.
+      *inputs: what the model is called with: arrays or ``jax.ShapeDtypeStruct``. For a
+        function the params, in a PyTree of any kind, come first. Where they are sharded
+        over a mesh, layouts are chosen that add no collectives.
+      to: ``"conv"`` converts Dense and DenseGeneral layers (in NNX, Linear and
+        LinearGeneral), ``"dense"`` Conv layers.
+      rules: :class:`Rule` or text such as ``"head=7x7"``; the first that matches a
+        module path (for a product, a parameter's path) overrides what the trace says.
+      rngs: as for ``model.init``; a fixed key by default. NNX models hold
+        their own; one that takes ``rngs=`` in its call gets these.
+      method: as for ``model.init``; for NNX, a method's name or a function of the
+        model. Plans of several methods join with ``|``.
+      backend: where the conv form will run: ``"cpu"``, ``"cuda:h100"``, ``"tpu:v5e"``.
+        Each layer gets the layout that was quickest there for inputs of these shapes;
+        a kernel may be stored as OHWI then, which a plain ``nn.Conv`` does not load.
+        None gives the layout that every backend runs, and a plain ``nn.Conv`` too.
+      **kwargs: keyword arguments of the call, such as ``train=False``.
+
+    Returns:
+      A :class:`Plan`; ``plan.skipped`` says why each layer left alone was left alone.
+
+    Raises:
+      PlanError: a rule matches no layer, or asks for what cannot be.
+      TypeError: the model is of another kind.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         x = nn.relu(nn.Conv(8, (3, 3))(x))
+      ...         x = x.reshape(x.shape[0], -1)
+      ...         return nn.Dense(10, name="head")(x)
+      >>> print(make_plan(Net(), jnp.zeros((1, 6, 5, 3))))
+      1 layer to conv
+      path  layer  case         kernel                        order
+      head  Dense  full_window  (240, 10) -> (6, 5, 8, 10)    HWC
+    """
+    if to not in ("conv", "dense"):
+        raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")
+    chosen = as_rules(rules)
+    plan = _plan(model, inputs, to, chosen, rngs, method, kwargs)
+    plan = lay_out(plan, chosen, backend)
+    return for_mesh(plan, model, inputs, chosen)
+
+
+def _plan(
+    model: Any,
+    inputs: tuple[Any, ...],
+    to: Form,
+    rules: tuple[Rule, ...],
+    rngs: Any,
+    method: Any,
+    kwargs: dict[str, Any],
+) -> Plan:
+    """The plan of a model of any kind, in the layout that every backend runs."""
+    if is_nnx_module(model):
+        from .nnx.plan import plan_nnx
+
+        options = kwargs if rngs is None else {**kwargs, "rngs": rngs}
+        return plan_nnx(model, inputs, to, rules, method, options)
+    if is_function(model):
+        from ..matmuls.plan import plan_function
+
+        own = {"rngs": rngs, "method": method}
+        given = {name: value for name, value in own.items() if value is not None}
+        return plan_function(model, inputs, to, rules, {**kwargs, **given})
+    if not isinstance(model, nn.Module):
+        raise not_a_model("make_plan", model)
+    return plan_linen(model, inputs, to, rules, rngs, method, kwargs)

@@ -1,0 +1,359 @@
+"""Runs the methods of NNX modules with some of their products in the other form.
+
+A module that multiplies parameters in its own code, and every module above it, becomes
+a subclass of its class. Its methods go their own way, on a copy of the module of the
+original classes that lives in a trace, and the trace is rewritten product by product.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import inspect
+from collections.abc import Callable, Container, Mapping, Sequence
+from typing import Any
+
+import jax
+from flax import nnx
+
+from ...params.trees import convert_leaf, move_metadata
+from ...plan import Form, LayerPlan, Plan, PlanError
+from ...tracing import arguments
+from ..function.model import run_rewritten
+from . import layers as nnx_layers
+
+_PLAN, _ORIGINAL = "_fcconv_jax_plan", "_fcconv_jax_original"
+_TAG = "fcconv_jax"
+
+
+def converted_products(model: nnx.Module) -> dict[int, tuple[Form, LayerPlan]]:
+    """The plan that each parameter went through, by the identity of its Variable."""
+    found: dict[int, tuple[Form, LayerPlan]] = {}
+    for _, module in nnx_layers.modules(model):
+        found |= _products_of(module)
+    return found
+
+
+def set_classes(
+    model: nnx.Module,
+    gone: Container[int],
+    new: Mapping[int, tuple[Form, LayerPlan]],
+) -> None:
+    """Makes each module of a model the class that its products ask for.
+
+    Args:
+      model: its planned parameters are converted.
+      gone: parameters that went back, by the identity of the Variable.
+      new: parameters that have been converted, as :func:`converted_products` has them.
+    """
+    for _, module in nnx_layers.modules(model):
+        if not isinstance(module, nnx.List | nnx.Dict):
+            products = {**_products_of(module), **new}
+            _set_products(module, {k: p for k, p in products.items() if k not in gone})
+
+
+def _products_of(module: Any) -> dict[int, tuple[Form, LayerPlan]]:
+    """:func:`converted_products` of a module's own class."""
+    plan = vars(type(module)).get(_PLAN)
+    if plan is None:
+        return {}
+    own = nnx_layers.variables(module)
+    return {id(own[path]): (plan.to, layer) for path, layer in plan.items()}
+
+
+def _set_products(module: Any, products: Mapping[int, tuple[Form, LayerPlan]]) -> None:
+    """Gives a module the class that runs those products that are below it."""
+    own = {
+        path: products[id(variable)]
+        for path, variable in nnx_layers.variables(module).items()
+        if id(variable) in products
+    }
+    cls = vars(type(module)).get(_ORIGINAL, type(module))
+    if own:
+        to: Form = next(form for form, _ in own.values())
+        layers = tuple((path, layer) for path, (_, layer) in own.items())
+        cls = _rewritten_class(cls, Plan(to, layers))
+    if cls is not type(module):
+        _set_class(module, cls)
+
+
+def _rewritten_class(cls: type[nnx.Module], plan: Plan) -> type[nnx.Module]:
+    """The subclass whose methods are rewritten; one for each class and plan.
+
+    So modules that are alike have equal ``GraphDef``s, and share entries of jit caches.
+    """
+    for known in cls.__subclasses__():
+        if vars(known).get(_PLAN) == plan:
+            return known
+    names = {
+        "__module__": cls.__module__,
+        "__qualname__": cls.__qualname__,
+        "__doc__": cls.__doc__,
+        _PLAN: plan,
+        _ORIGINAL: cls,
+    }
+    methods = {name: _rewritten_method(cls, name) for name in _methods(cls)}
+    is_pytree = cls._pytree__is_pytree
+    make: Any = type(cls)
+    return make(cls.__name__, (cls,), {**names, **methods}, pytree=is_pytree)
+
+
+def _methods(cls: type) -> list[str]:
+    """Names of the public methods that a class has on top of ``nnx.Module``'s own."""
+    known = set(dir(nnx.Module))
+    return list(
+        dict.fromkeys(
+            name
+            for base in cls.__mro__
+            if base not in nnx.Module.__mro__
+            for name, value in vars(base).items()
+            if (name == "__call__" or not name.startswith("_"))
+            and name not in known
+            and callable(value)
+            and hasattr(value, "__get__")
+            and not isinstance(value, staticmethod | type)
+            and not inspect.isgeneratorfunction(value)
+        )
+    )
+
+
+def _rewritten_method(cls: type, name: str) -> Callable[..., Any]:
+    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return _call_method(self, name, args, kwargs)
+
+    return functools.wraps(getattr(cls, name))(method)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Static:
+    """What comes out of a trace beside arrays, as a PyTree without leaves."""
+
+    value: Any
+
+
+jax.tree_util.register_static(_Static)
+
+
+class _Node:
+    """Stands for a module or a Variable among the arguments of a method."""
+
+    def __repr__(self) -> str:
+        return "<nnx object>"
+
+
+_NODE = _Node()
+
+
+def _is_node(value: Any) -> bool:
+    return isinstance(value, nnx.Pytree | nnx.Variable)
+
+
+def _without_nodes(tree: Any) -> tuple[list[Any], Any]:
+    """The modules and Variables in a PyTree, and the PyTree without them."""
+    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_node)
+    nodes = [leaf for leaf in leaves if _is_node(leaf)]
+    rest = [_NODE if _is_node(leaf) else leaf for leaf in leaves]
+    return nodes, jax.tree.unflatten(treedef, rest)
+
+
+def _with_nodes(tree: Any, nodes: Sequence[Any]) -> Any:
+    rest = iter(nodes)
+    return jax.tree.map(lambda leaf: next(rest) if leaf is _NODE else leaf, tree)
+
+
+def _call_method(module: Any, name: str, args: Any, kwargs: Any) -> Any:
+    """Calls a method of a module, and updates what the method changes."""
+    nodes, rest = _without_nodes((args, kwargs))
+    arrays, static = arguments.split(rest)
+    with nnx.update_context(_TAG):
+        with nnx.split_context(_TAG) as split:
+            graphdef, state = split.split((module, *nodes))
+        call = _Call(name, vars(type(module))[_PLAN], graphdef, static)
+        try:
+            hash(call)
+        except TypeError:  # an attribute or an argument: fine outside of jit
+            ended = call.run(state, arrays)
+        else:
+            ended = _jitted(call, state, arrays)
+        found: tuple[Any, ...] = ()
+        if ended.structure is not None:
+            with nnx.merge_context(_TAG, inner=False) as merge:
+                merged: Any = merge.merge(*ended.structure)
+            found = merged[1 + len(nodes) :]
+    if ended.changed:
+        variables = nnx_layers.variables((module, *nodes))
+        for path, value in ended.changed.items():
+            variables[path].set_raw_value(value)
+    return _with_nodes(ended.static.value.merge(ended.arrays), found)
+
+
+@jax.tree_util.register_dataclass
+@dataclasses.dataclass(frozen=True)
+class _Ended:
+    """What a call has come to.
+
+    Args:
+      arrays: of what the method returns.
+      static: the rest of it.
+      changed: new values of Variables, by path.
+      structure: where more than that has changed, or a module is returned: all objects
+        of the call, those that it returns at the end, as ``split`` gives them.
+    """
+
+    arrays: list[Any]
+    static: _Static
+    changed: dict[str, Any]
+    structure: tuple[Any, Any] | None
+
+
+@dataclasses.dataclass(frozen=True)
+class _Call:
+    """One call of a method: all that is static about it.
+
+    Args:
+      name: of the method.
+      plan: of the module's products.
+      graphdef: of the module, and of modules and Variables among the arguments.
+      static: the arguments without their arrays.
+    """
+
+    name: str
+    plan: Plan
+    graphdef: Any
+    static: arguments.Static
+
+    def run(self, state: Any, arrays: Sequence[Any]) -> _Ended:
+        """Runs it, rewritten."""
+        stored = {
+            nnx_layers.path_text(path[1:]): variable.get_raw_value()
+            for path, variable in nnx.to_flat_state(state)
+            if path[0] == 0 and isinstance(variable, nnx.Variable)
+        }
+        params = {path: stored[path] for path in self.plan}
+        layers = tuple(
+            (path, _as_present(path, layer, params[path]))
+            for path, layer in self.plan.items()
+        )
+        plan = Plan(self.plan.to, layers)
+        follow = functools.partial(self._follow, plan)
+        return run_rewritten(follow, plan, (params, state, list(arrays)), {})
+
+    def _follow(self, plan: Plan, params: Any, state: Any, arrays: Any) -> _Ended:
+        """The original method, on parameters as it knows them.
+
+        Args:
+          plan: of its products.
+          params: their parameters in the form that the plan comes from.
+          state: of all objects of the call, in the plan's form.
+          arrays: among the arguments.
+        """
+        with nnx.merge_context(_TAG, inner=True) as merge:
+            module, *nodes = merge.merge(self.graphdef, state)
+        before = _objects((module, *nodes))
+        rewritten = [
+            (path, each, type(each))
+            for path, each in before.items()
+            if isinstance(each, nnx.Module) and _PLAN in vars(type(each))
+        ]
+        here = {f"0/{path}": id(before[f"0/{path}"]) for path in plan}
+        for path, each, cls in rewritten:
+            if all(f"{path}/{below}" in here for below in vars(cls)[_PLAN]):
+                _set_class(each, vars(cls)[_ORIGINAL])
+                continue
+            # A part that was converted by itself, before, still is.
+            rest = _products_of(each).items()
+            rest = {key: p for key, p in rest if key not in here.values()}
+            _set_products(each, rest)
+        there = {}
+        for path, layer in plan.inverse().items():
+            there[path] = before[f"0/{path}"].get_raw_value()
+            _set(before[f"0/{path}"], params[path], layer)
+        values = _values(before)
+        args, kwargs = _with_nodes(self.static.merge(arrays), nodes)
+        out = getattr(module, self.name)(*args, **kwargs)
+
+        after = _objects((module, *nodes))
+        same = before.keys() == after.keys() and all(
+            before[path] is after[path] for path in before
+        )
+        changed = {
+            path: jax.tree.unflatten(*reversed(value))
+            for path, value in _values(after).items()
+            if not _is_same(value, values.get(path))
+        }
+        for path, layer in plan.items():
+            key = f"0/{path}"
+            if key in changed:
+                there[path] = changed[key] = convert_leaf(
+                    layer.kernel, changed[key], layer.stack_axes
+                )
+            if key in after:
+                _set(after[key], there[path], layer)
+        for _, each, cls in rewritten:
+            _set_class(each, cls)
+        returned, rest = _without_nodes(out)
+        outs, static = arguments.split(rest)
+        same = same and nnx.graphdef((module, *nodes), graph=True) == self.graphdef
+        structure = None
+        if returned or not same:
+            with nnx.split_context(_TAG) as split:
+                structure = split.split((module, *nodes, *returned))
+                changed = {}
+        return _Ended(outs, _Static(static), changed, structure)
+
+
+_jitted = jax.jit(_Call.run, static_argnums=0)
+
+
+def _as_present(path: str, layer: LayerPlan, value: Any) -> LayerPlan:
+    """The plan of a product with the stack axes that the parameter still has.
+
+    Raises:
+      PlanError: the parameter has another shape than the plan gave it.
+    """
+    shape = list(value.shape)
+    target = layer.kernel.target
+    axes = layer.stack_axes[: max(len(shape) - len(target), 0)]
+    for axis in reversed(axes):
+        del shape[axis]
+    if tuple(shape) != target:
+        raise PlanError(
+            f"{path!r} has shape {tuple(value.shape)}, and was converted to {target}: "
+            "the model does not hold the converted params"
+        )
+    return dataclasses.replace(layer, stack_axes=axes)
+
+
+def _set(variable: nnx.Variable, value: Any, layer: LayerPlan) -> None:
+    """Puts a value that has moved into a Variable, and moves its metadata."""
+    if updates := move_metadata(layer.kernel, variable, layer.stack_axes):
+        variable.set_metadata(**updates)
+    variable.set_raw_value(value)
+
+
+def _set_class(module: Any, cls: type[nnx.Module]) -> None:
+    object.__setattr__(module, "__class__", cls)
+
+
+def _objects(nodes: Any) -> dict[str, Any]:
+    """All objects of a graph, by their first path."""
+    return {
+        nnx_layers.path_text(path): node
+        for path, node in nnx.iter_graph(nodes, graph=True)
+        if path
+    }
+
+
+def _values(objects: Mapping[str, Any]) -> dict[str, tuple[list[Any], Any]]:
+    """The values of the Variables, flat: one may be changed in place."""
+    return {
+        path: jax.tree.flatten(node.get_raw_value())
+        for path, node in objects.items()
+        if isinstance(node, nnx.Variable)
+    }
+
+
+def _is_same(after: Any, before: Any) -> bool:
+    if before is None or after[1] != before[1]:
+        return False
+    return all(a is b for a, b in zip(after[0], before[0], strict=True))

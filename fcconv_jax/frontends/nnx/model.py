@@ -1,0 +1,323 @@
+"""Turns the layers of an NNX model into their other form, on a clone or in place."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+import types
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import jax
+from flax import nnx
+from flax.core.frozen_dict import FrozenDict
+from jax import lax
+
+from ... import layer_forms as forms
+from ...kernels import Rearrangement
+from ...params.inplace import convert_in_place
+from ...params.trees import convert_leaf, move_metadata
+from ...plan import Form, LayerPlan, Plan, PlanError
+from . import layers as nnx_layers
+from .matmuls import converted_products, set_classes
+
+Model = TypeVar("Model", bound=nnx.Module)
+
+
+def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
+    """The model in the plan's form; see :func:`fcconv_jax.convert_model`."""
+    model = model if inplace else nnx.clone(model, graph=True)
+    modules = dict(nnx_layers.modules(model))
+    variables = nnx_layers.variables(model)
+    products = converted_products(model)
+    # All checks come first: a model that is converted in place is never left half done.
+    for path, layer in plan.items():
+        known: Mapping[str, Any] = variables if layer.is_product else modules
+        if path not in known:
+            what = "parameter" if layer.is_product else "module"
+            close = difflib.get_close_matches(path, known, n=3, cutoff=0.4)
+            raise PlanError(
+                f"the model has no {what} {path!r}, which the plan converts; close to "
+                f"it: {close or list(known)[:5]}. Pass the model that was planned"
+            )
+        if layer.is_product:
+            _check_product(path, variables[path], layer, plan.to, products)
+        else:
+            _check(path, modules[path], layer, plan.to)
+    moved: set[int] = set()
+    new: dict[int, tuple[Form, LayerPlan]] = {}
+    for path, layer in plan.items():
+        if not layer.is_product:
+            _convert_layer(modules[path], layer, plan.to, moved, inplace)
+            continue
+        _move(variables[path], layer.kernel, layer, inplace)
+        new[id(variables[path])] = (plan.to, layer)
+    set_classes(model, new.keys() & products.keys(), new)
+    return model
+
+
+@dataclasses.dataclass(frozen=True)
+class Origin:
+    """What a converted layer was: its class and the settings of its constructor.
+
+    ``nodes`` is NNX's note of which attributes are data; with the same one the way
+    back gives an equal ``GraphDef``, and so the same jit cache entries.
+    """
+
+    cls: type[nnx.Module]
+    settings: tuple[tuple[str, Any], ...]
+    nodes: Any
+
+    @classmethod
+    def of(cls, layer: Any) -> Origin:
+        """Reads them off an NNX layer."""
+        known = {*inspect.signature(type(layer).__init__).parameters, "kernel_shape"}
+        settings = {k: v for k, v in vars(layer).items() if k in known}
+        return cls(type(layer), tuple(settings.items()), layer._pytree__nodes)
+
+    def stand_in(self) -> Any:
+        """Something with the settings as attributes."""
+        return types.SimpleNamespace(**dict(self.settings))
+
+
+class Conv(nnx.Conv):
+    """An ``nnx.Conv`` in the place of a dense layer: takes that layer's inputs."""
+
+    _layer: LayerPlan
+    _origin: Origin
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer to the dense layer's input.
+
+        Args:
+          inputs: as the original layer takes them.
+          out_sharding: of the output, as the original layer takes it.
+        """
+        axes = nnx_layers.dense_axes(self._origin.stand_in(), inputs.ndim)
+        batch = tuple(inputs.shape[axis] for axis in axes.batch)
+        sharding = axes.canonical_sharding(out_sharding, inputs.shape)
+        y = _call_other_form(self, "conv", axes.canonical(inputs), sharding)
+        return axes.restore(y, batch)
+
+
+class Linear(nnx.Linear):
+    """An ``nnx.Linear`` in the place of a conv: takes that layer's inputs."""
+
+    _layer: LayerPlan
+    _origin: Origin
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer to the convolution's input; arguments as there."""
+        return _call_other_form(self, "dense", inputs, out_sharding)
+
+
+class LinearGeneral(nnx.LinearGeneral):
+    """An ``nnx.LinearGeneral`` in the place of a grouped conv: takes its inputs."""
+
+    _layer: LayerPlan
+    _origin: Origin
+
+    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+        """Applies the layer to the convolution's input; arguments as there."""
+        return _call_other_form(self, "dense", inputs, out_sharding)
+
+
+def _call_other_form(layer: Any, to: Form, x: jax.Array, out_sharding: Any) -> Any:
+    """Runs a converted layer, with the settings that it has as an NNX layer."""
+    kernel, bias = layer.kernel[...], nnx_layers.bias_of(layer)
+    x, kernel, bias = layer.promote_dtype((x, kernel, bias), dtype=layer.dtype)
+    settings = {
+        "precision": layer.precision,
+        "preferred_element_type": layer.preferred_element_type,
+    }
+    _, converted = forms.pair_of_forms(layer._layer, to, **settings)
+    return converted(x, kernel, bias, out_sharding)
+
+
+_SWAPPED = (Conv, Linear, LinearGeneral)
+
+
+def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
+    """Refuses a module that the plan of a layer is not for.
+
+    Raises:
+      PlanError: names the module, what was found, and the way out.
+    """
+    if isinstance(module, _SWAPPED):
+        if module._layer != layer.inverse():
+            raise PlanError(
+                f"{path!r} is converted already, by another plan; go back with that "
+                "plan's inverse() first"
+            )
+    else:
+        kind = nnx_layers.layer_kind(module)
+        if kind is None or (kind == "Conv") != (to == "dense"):
+            raise PlanError(
+                f"{path!r} is a {type(module).__name__}, and the plan takes a "
+                f"{layer.layer} to {to}: pass the model that was planned"
+            )
+        canonical = 2 + (layer.groups > 1)
+        if to == "dense" and len(layer.kernel.target) != canonical:
+            raise PlanError(
+                f"{path!r} is a plain nnx.Conv, and the plan goes back to a "
+                f"{layer.layer} with a kernel of shape {layer.kernel.target}: plan the "
+                "way to dense from this model"
+            )
+        if (reason := nnx_layers.obstacle(module)) is not None:
+            raise PlanError(f"{path!r}: {reason}")
+    for name, move in layer.leaves:
+        variable = getattr(module, name)
+        if variable is None:
+            raise PlanError(f"{path!r} has no {name}, which the plan converts")
+        _check_move(f"the {name} of {path!r}", variable, move, layer)
+
+
+def _check_product(
+    path: str,
+    variable: Any,
+    layer: LayerPlan,
+    to: Form,
+    products: Mapping[int, tuple[Form, LayerPlan]],
+) -> None:
+    """Refuses a parameter that the plan of its products is not for.
+
+    Args:
+      path: of the parameter.
+      variable: the parameter.
+      layer: its plan.
+      to: the form to go to.
+      products: of the model, as it is.
+
+    Raises:
+      PlanError: names the parameter, what was found, and the way out.
+    """
+    _, before = products.get(id(variable), (None, None))
+    if before is not None and before.kernel != layer.inverse().kernel:
+        raise PlanError(
+            f"{path!r} is converted already, by another plan; go back with that plan's "
+            "inverse() first"
+        )
+    forms = sorted({form for form, _ in products.values()} - {to})
+    if before is None and forms:
+        raise PlanError(
+            f"the plan takes {path!r} to {to}, and other parameters of the model went "
+            f"to {forms[0]} before; go back with that plan's inverse() first"
+        )
+    _check_move(repr(path), variable, layer.kernel, layer)
+
+
+def _check_move(
+    what: str, variable: Any, move: Rearrangement, layer: LayerPlan
+) -> None:
+    """Refuses a parameter whose shape or names do not move as planned."""
+    shape = list(variable.shape)
+    if len(shape) == len(move.source) + len(layer.stack_axes):
+        for axis in reversed(layer.stack_axes):
+            del shape[axis]
+    if tuple(shape) != move.source:
+        raise PlanError(
+            f"{what} has shape {tuple(variable.shape)}, the plan is for "
+            f"{move.source}: pass the model that was planned"
+        )
+    try:
+        move_metadata(move, variable, layer.stack_axes)
+    except ValueError as error:
+        raise PlanError(f"{what}: {error}") from None
+
+
+def _convert_layer(
+    module: Any, layer: LayerPlan, to: Form, moved: set[int], inplace: bool
+) -> None:
+    """Turns one module into the layer of the other form, itself and its Variables."""
+    for name, move in layer.leaves:
+        variable = getattr(module, name)
+        if id(variable) not in moved:  # a tied one
+            moved.add(id(variable))
+            _move(variable, move, layer, inplace)
+    if isinstance(module, _SWAPPED):
+        origin = module._origin
+        _become(module, origin.cls, dict(origin.settings))
+        added = [k for k in vars(module) if not k.startswith("_pytree__")]
+        if all(name in origin.nodes for name in added):
+            vars(module)["_pytree__nodes"] = origin.nodes
+        return
+    origin = Origin.of(module)
+    cls, settings = _settings(origin.stand_in(), layer, to)
+    _become(module, cls, settings)
+    module._layer, module._origin = layer, origin
+
+
+def _move(variable: Any, move: Rearrangement, layer: LayerPlan, inplace: bool) -> None:
+    """Moves the entries of one parameter, and its metadata."""
+    if updates := move_metadata(move, variable, layer.stack_axes):
+        variable.set_metadata(**updates)
+    if inplace:
+        convert_in_place(variable, move, layer.stack_axes)
+        return
+    value = convert_leaf(move, variable.get_raw_value(), layer.stack_axes)
+    variable.set_raw_value(value)
+
+
+def _settings(
+    old: Any, layer: LayerPlan, to: Form
+) -> tuple[type[nnx.Module], dict[str, Any]]:
+    """Class and attributes of the layer in its new form."""
+    shape = layer.kernel.target
+    *_, inner, features = layer.channels_last(shape)
+    same = ("use_bias", "dtype", "param_dtype", "precision", "promote_dtype")
+    settings = {name: getattr(old, name) for name in same}
+    settings["preferred_element_type"] = old.preferred_element_type
+    if to == "conv":
+        settings |= {
+            "kernel_shape": shape,
+            "in_features": inner * layer.groups,
+            "out_features": features,
+            "kernel_size": layer.window,
+            "strides": layer.strides,
+            "padding": "VALID",
+            "input_dilation": 1,
+            "kernel_dilation": 1,
+            "feature_group_count": layer.groups,
+            "mask": None,
+            "conv_general_dilated": lax.conv_general_dilated,
+        }
+        return Conv, settings
+    if layer.groups == 1:
+        settings |= {"in_features": shape[0], "out_features": shape[1]}
+        return Linear, settings | {"dot_general": lax.dot_general}
+    settings |= {
+        "in_features": (shape[1],),
+        "out_features": (shape[2],),
+        "axis": (-1,),
+        "batch_axis": FrozenDict({0: layer.groups}),
+        "dot_general": None,
+        "dot_general_cls": None,
+    }
+    return LinearGeneral, settings
+
+
+def _become(module: Any, cls: type[nnx.Module], settings: dict[str, Any]) -> None:
+    """Makes a module another class, with other settings and the same other attributes.
+
+    The object stays the same one, so whoever shares it sees the change.
+    """
+    old = vars(module).copy()
+    nodes = module._pytree__nodes
+    dropped: Sequence[str] = ("_layer", "_origin")
+    if isinstance(module, _SWAPPED):
+        known: Any = inspect.signature(type(module).__mro__[1].__init__).parameters
+    else:
+        known = inspect.signature(type(module).__init__).parameters
+    kept = {
+        name: value
+        for name, value in old.items()
+        if name not in (*dropped, *known, "kernel_shape")
+        and not name.startswith("_pytree__")
+    }
+    vars(module).clear()
+    vars(module)["_pytree__state"] = old["_pytree__state"]
+    object.__setattr__(module, "__class__", cls)
+    for name, value in (settings | kept).items():
+        data = name in kept and nodes.get(name, False)
+        setattr(module, name, nnx.data(value) if data else value)

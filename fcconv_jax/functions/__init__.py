@@ -1,1 +1,0 @@
-"""Functions of params and inputs: their trace, and the products in it."""

@@ -1,0 +1,1 @@
+"""When a convolution and a fully connected layer are the same."""

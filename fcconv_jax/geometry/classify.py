@@ -1,0 +1,180 @@
+"""Equivalence: which convolutions hold a dense layer's parameters, and why.
+
+Everything here is arithmetic on small integers; no array is made. A convolution
+has a dense layer's parameters exactly when, in every dimension, output position
+``i`` reads input ``i * kernel + j`` with tap ``j``: each tap meets a real input,
+positions share none, and none is skipped (Raschka, *Machine Learning Q and AI*,
+ch. 12).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from .convolution import Case, ConvGeometry, resolve_geometry
+from .reasons import why_it_fails, why_it_holds
+from .windows import PaddingLike, times
+
+
+def classify(
+    input_shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] | None = 1,
+    padding: PaddingLike = "VALID",
+    input_dilation: int | Sequence[int] | None = 1,
+    kernel_dilation: int | Sequence[int] | None = 1,
+    groups: int = 1,
+) -> Equivalence:
+    """Says which dense layer a convolution is, or the first reason why it is none.
+
+    Args:
+      input_shape: spatial sizes of the input, such as ``(height, width)``; an int
+        is one dimension.
+      kernel_size: taps per dimension; an int holds for every dimension.
+      strides: step between output positions, per dimension or one int.
+      padding: what ``flax.linen.Conv`` takes: a name (``"VALID"``, ``"SAME"``,
+        ``"SAME_LOWER"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"``), one int, an
+        int per dimension, or a ``(low, high)`` pair per dimension.
+      input_dilation: spacing of the inputs (``lhs_dilation``).
+      kernel_dilation: spacing of the kernel's taps (``rhs_dilation``).
+      groups: ``feature_group_count``.
+
+    Returns:
+      The case, in words too.
+
+    Raises:
+      ValueError: a size is not positive, ranks differ, the padding is unknown, or
+        the kernel does not fit into the padded input.
+
+    Example:
+      >>> classify((7, 7), (7, 7), strides=2).case
+      'full_window'
+      >>> classify((8, 8), 1, strides=2).fix[:65]
+      'It equals the Dense on the strided subsample x[:, ::2, ::2]: take'
+    """
+    geometry = resolve_geometry(
+        input_shape,
+        kernel_size,
+        strides,
+        padding,
+        input_dilation,
+        kernel_dilation,
+        groups,
+    )
+    return _classify(geometry)
+
+
+def explain(equivalence: Equivalence) -> str:
+    """Tells an equivalence in plain text, with the shapes of both kernels.
+
+    Example:
+      >>> print(explain(classify(16, 4, strides=4)))
+      input 16, kernel 4, strides 4, no padding -> output 4
+      case: patchify (the Dense and the Conv hold the same parameters)
+      why: The windows of 4 lie side by side, so each input is read by one position.
+      dense side: space-to-depth into 4 windows, then Dense on each
+      kernels: Dense (4*C, O) <-> Conv (4, C, O)
+    """
+    same = "the Dense and the Conv hold the same parameters"
+    if not equivalence.same_parameters:
+        same = "no Dense holds the same parameters"
+    label = equivalence.case
+    if equivalence.case == "grouped":
+        label = f"grouped, each group {equivalence.base}"
+    dense, conv = _kernel_shapes(equivalence)
+    lines = [
+        str(equivalence.geometry),
+        f"case: {label} ({same})",
+        f"why: {equivalence.reason}",
+        f"mend: {equivalence.fix}",
+        f"dense side: {_dense_side(equivalence)}",
+        f"kernels: Dense {dense} <-> Conv {conv}",
+    ]
+    return "\n".join(line for line in lines if line != "mend: ")
+
+
+@dataclasses.dataclass(frozen=True)
+class Equivalence:
+    """What :func:`classify` found.
+
+    Args:
+      case: the design's five cases; ``"unrolled"`` means no Dense has the same
+        parameters.
+      base: for ``"grouped"``, the case of each group; otherwise ``case``.
+      reason: why the case holds, or the first condition that fails.
+      fix: what would mend it; empty where the parameters are the same.
+      geometry: what was classified.
+
+    Example:
+      >>> classify(4, 4, groups=2).base
+      'full_window'
+    """
+
+    case: Case
+    base: Case
+    reason: str
+    fix: str
+    geometry: ConvGeometry
+
+    @property
+    def same_parameters(self) -> bool:
+        """Whether the Dense's entries are the Conv's, each exactly once."""
+        return self.case != "unrolled"
+
+    def to_json(self) -> dict[str, Any]:
+        """A dict of JSON values."""
+        geometry = dataclasses.asdict(self.geometry)
+        geometry["output_shape"] = self.geometry.output_shape
+        return {
+            "case": self.case,
+            "base": self.base,
+            "same_parameters": self.same_parameters,
+            "reason": self.reason,
+            "fix": self.fix,
+            "geometry": {k: _listed(v) for k, v in geometry.items()},
+        }
+
+    def __str__(self) -> str:
+        text = f"{self.case}: {self.reason}"
+        return f"{text} {self.fix}" if self.fix else text
+
+
+def _classify(geometry: ConvGeometry) -> Equivalence:
+    base = geometry.base
+    if base == "unrolled":
+        return Equivalence(base, base, *why_it_fails(geometry), geometry)
+    case = "grouped" if geometry.groups > 1 else base
+    return Equivalence(case, base, why_it_holds(geometry), "", geometry)
+
+
+def _dense_side(equivalence: Equivalence) -> str:
+    geometry = equivalence.geometry
+    output = times(geometry.output_shape)
+    dense = "Dense"
+    if equivalence.case == "grouped":
+        dense = f"{geometry.groups} Denses, one per group of channels,"
+    if equivalence.base == "pointwise":
+        return f"{dense} on the last axis, at every position"
+    if equivalence.base == "full_window":
+        return f"flatten the window (row-major, channel last), then {dense}".rstrip(",")
+    if equivalence.base == "patchify":
+        return f"space-to-depth into {output} windows, then {dense} on each"
+    return "flatten the whole input, then a Dense with repeated entries and zeros"
+
+
+def _kernel_shapes(equivalence: Equivalence) -> tuple[str, str]:
+    geometry = equivalence.geometry
+    g = geometry.groups
+    channels, out = (f"C/{g}", f"O/{g}") if g > 1 else ("C", "O")
+    taps = geometry.window_elements
+    rows = channels if taps == 1 else f"{taps}*{channels}"
+    dense = f"({g}, {rows}, {out})" if g > 1 else f"({rows}, {out})"
+    if not equivalence.same_parameters:
+        dense = f"({geometry.input_elements}*C, {geometry.output_elements}*O)"
+    return dense, f"({', '.join(map(str, geometry.kernel_size))}, {channels}, O)"
+
+
+def _listed(value: Any) -> Any:
+    return [_listed(v) for v in value] if isinstance(value, tuple) else value

@@ -1,0 +1,179 @@
+"""Reasons: why a geometry has a dense layer's parameters or not, in words."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+from .convolution import ConvGeometry
+from .windows import Dimension, times
+
+_NO_MEND = (
+    "Or opt in to unroll_conv: one Dense for this input size, its entries repeated."
+)
+
+
+def why_it_holds(geometry: ConvGeometry) -> str:
+    """Why a geometry has a dense layer's parameters, and what changes nothing."""
+    base = geometry.base
+    kernel, strides = times(geometry.kernel_size), times(geometry.strides)
+    one = geometry.output_elements == 1
+    words = []
+    if base == "pointwise":
+        words.append(
+            f"The kernel {kernel} reads each input alone, as a Dense on the last axis "
+            "does."
+        )
+    elif base == "full_window":
+        words.append(
+            f"The kernel {kernel} is as large as the input, so there is one output "
+            "position and it reads every input once."
+        )
+    else:
+        words.append(
+            f"The windows of {kernel} lie side by side, so each input is read by one "
+            "position."
+        )
+    if one and any(s != 1 for s in geometry.strides):
+        words.append(f"Strides {strides} change nothing: there is one position.")
+    if geometry.covered_shape != geometry.input_shape:
+        words.append(
+            f"Inputs beyond the first {times(geometry.covered_shape)} are dropped."
+        )
+    if any(any(pads) for pads in geometry.padding):
+        words.append("No window reaches the padding, so it changes nothing.")
+    if geometry.groups > 1:
+        words.append(
+            f"Each of the {geometry.groups} groups of channels is a Dense of its own."
+        )
+    return " ".join(words)
+
+
+def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
+    """The first condition that fails, and its mend: padding, dilations, strides."""
+    dimensions = list(enumerate(geometry.dimensions))
+    for i, d in dimensions:
+        if d.reaches_padding and not d.reads_in_order:
+            return _padding_failure(geometry, i, d)
+    for i, d in dimensions:
+        # A single tap is not spread, a single position does not step.
+        steps = [d.spread] * (d.kernel > 1) + [d.stride] * (d.output > 1)
+        if d.size > 1 and any(step % d.holes for step in steps):
+            return (
+                f"Input dilation {d.holes} puts holes between the inputs of dimension "
+                f"{i}, and the windows read them.",
+                f"Use input_dilation 1{_after(geometry, input_dilation=1)} {_NO_MEND}",
+            )
+    for i, d in dimensions:
+        if d.kernel > 1 and d.spread != d.holes:
+            return (
+                f"Kernel dilation {d.spread} spreads the taps of dimension {i}, so a "
+                "window skips the inputs between them.",
+                f"Use kernel_dilation {d.holes}"
+                f"{_after(geometry, kernel_dilation=d.holes)} {_NO_MEND}",
+            )
+    for i, d in dimensions:
+        if not d.reads_in_order:
+            return _stride_failure(geometry, i, d)
+    raise AssertionError(f"no condition fails for {geometry}")
+
+
+def _padding_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str, str]:
+    mend = f"Use padding VALID{_after(geometry, padding=0)}"
+    if geometry.kernel_size == geometry.input_shape and _plain(geometry):
+        offsets = tuple(dim.low for dim in geometry.dimensions)
+        padded = times(dim.padded for dim in geometry.dimensions)
+        output = times(geometry.output_shape)
+        reason = (
+            f"Padding enlarges the input from {times(geometry.input_shape)} to "
+            f"{padded}, so the kernel {times(geometry.kernel_size)} no longer sees it "
+            f"all at once: the output is {output}"
+        )
+        position = tuple(dim.low // dim.stride for dim in geometry.dimensions)
+        if all(dim.low % dim.stride == 0 for dim in geometry.dimensions):
+            return (
+                f"{reason}, position {_tuple(position)} of it is the Dense's value and "
+                "the rest are not.",
+                f"{mend} Or keep only position {_tuple(position)} of the output.",
+            )
+        return (
+            f"{reason}, and the Dense's value is lost: it stands at offset "
+            f"{_tuple(offsets)} of the padded input, which strides "
+            f"{times(geometry.strides)} step over.",
+            f"{mend} Or use strides 1 and keep only position {_tuple(offsets)}.",
+        )
+    if d.low < 0:
+        reason = f"Padding {(d.low, d.high)} crops the first inputs of dimension {i}."
+        return reason, f"Crop the input first, then use padding VALID. {_NO_MEND}"
+    what = {
+        "zeros": "zeros, so some taps meet no input",
+        "circular": "inputs from the other end, which other taps read too",
+        "reflect": "mirrored inputs, which other taps read too",
+    }[d.mode]
+    reason = f"Padding {(d.low, d.high)} in dimension {i} lets the windows read {what}."
+    return reason, f"{mend} {_NO_MEND}"
+
+
+def _stride_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str, str]:
+    kernel, strides = times(geometry.kernel_size), times(geometry.strides)
+    subsampled = all(
+        dim.output == -(-dim.size // dim.stride) and not dim.reaches_padding
+        for dim in geometry.dimensions
+    )
+    if geometry.window_elements == 1 and subsampled and _plain(geometry):
+        index = ", ".join(f"::{s}" if s > 1 else ":" for s in geometry.strides)
+        return (
+            f"Strides {strides} with a kernel {kernel} skip inputs: of "
+            f"{times(geometry.input_shape)}, {times(geometry.output_shape)} are "
+            "read.",
+            f"It equals the Dense on the strided subsample x[:, {index}]: take that "
+            "first, or use strides 1.",
+        )
+    step = d.holes * d.kernel
+    mend = (
+        f"Use strides equal to the kernel size"
+        f"{_after(geometry, strides=tuple(_steps(geometry)))}"
+    )
+    if d.stride > step:
+        return (
+            f"Stride {d.stride} in dimension {i} is larger than the kernel {d.kernel}: "
+            "the inputs between two windows are skipped.",
+            f"{mend} {_NO_MEND}",
+        )
+    return (
+        f"Stride {d.stride} in dimension {i} is smaller than the kernel {d.kernel}, "
+        f"and the kernel is smaller than the input {d.size}: windows overlap, so a "
+        "dense matrix repeats the kernel's entries.",
+        f"{mend} Or use a kernel as large as the input. {_NO_MEND}",
+    )
+
+
+def _after(geometry: ConvGeometry, **changes: Any) -> str:
+    """What a mend leads to, checked: the end of a sentence that proposes it."""
+    rank = len(geometry.input_shape)
+    if "padding" in changes:
+        changes = {"padding": ((0, 0),) * rank, "padding_mode": "zeros"}
+    changes = {k: (v,) * rank if isinstance(v, int) else v for k, v in changes.items()}
+    try:
+        mended = dataclasses.replace(geometry, **changes)
+    except ValueError:
+        return ", with a kernel cropped to the taps that meet an input."
+    if mended.base != "unrolled":
+        return f": that makes it {mended.base}."
+    return f"; then the next condition fails: {why_it_fails(mended)[0]}"
+
+
+def _steps(geometry: ConvGeometry) -> list[int]:
+    return [d.holes * d.kernel for d in geometry.dimensions]
+
+
+def _plain(geometry: ConvGeometry) -> bool:
+    """Whether taps and inputs are adjacent and nothing is cropped."""
+    return all(
+        d.holes == 1 and (d.spread == 1 or d.kernel == 1) and min(d.low, d.high) >= 0
+        for d in geometry.dimensions
+    )
+
+
+def _tuple(numbers: tuple[int, ...]) -> str:
+    return str(numbers) if len(numbers) > 1 else ", ".join(map(str, numbers))

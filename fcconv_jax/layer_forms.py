@@ -1,0 +1,393 @@
+"""How a layer's input and output move between its two forms: shapes only, no weights.
+
+Both directions use one canonical dense layout: input ``(*lead, [groups,] in)``, kernel
+``([groups,] in, out)``, output ``(*lead, [groups,] out)``; the groups axis is there
+only for grouped layers. Conv inputs are channel-last, ``(N, *spatial, C)``.
+"""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import NamedSharding, PartitionSpec
+
+from .geometry.classify import Equivalence
+from .kernels import channel_last, window_letters
+from .meshes import parts, reshape, respec, typed_sharding, with_mesh
+from .plan import Form, LayerPlan, PlanError
+
+Array = jax.Array
+FormFn = Callable[..., Array]
+
+
+def conv_input(layer: LayerPlan, x: Array) -> Array:
+    """The conv form's input, from the dense form's.
+
+    Args:
+      layer: the layer's plan.
+      x: ``(*lead, [groups,] in)``; ``in`` is flattened in ``layer.order``.
+
+    Returns:
+      ``(N, *spatial, C)``. A full window gives ``spatial == window``, or with layout
+      ``"flat"`` spatial axes of size 1. A pointwise layer gives spatial axes of size 1,
+      or its leading axes with layout ``"keep"``.
+    """
+    grouped = layer.groups > 1
+    lead = x.shape[: -2 if grouped else -1]
+    letters = channel_last(len(layer.window))
+    flat = layer.layout == "flat" and layer.order == letters  # as it comes
+    if math.prod(layer.window) == 1 or flat:
+        channels = x.shape[len(lead) :]
+        return reshape(x, (*_spatial(layer, lead), math.prod(channels)))
+    letters = window_letters(len(layer.window))
+    sizes = dict(zip(letters, layer.window))
+    sizes["C"] = x.shape[-1] // math.prod(layer.window)
+    split = (math.prod(lead), layer.groups, *(sizes[axis] for axis in layer.order))
+    target = (*letters, "G", "C")
+    axes = [1 if a == "G" else 2 + layer.order.index(a) for a in target]
+    x = reshape(x, split).transpose(0, *axes)
+    return reshape(x, (math.prod(lead), *layer.window, layer.groups * sizes["C"]))
+
+
+def conv_output(
+    layer: LayerPlan, y: Array, lead: Sequence[int], out_sharding: Any = None
+) -> Array:
+    """The dense form's output ``(*lead, [groups,] out)``, from the conv form's."""
+    groups = (layer.groups,) if layer.groups > 1 else ()
+    shape = (*lead, *groups, y.shape[-1] // layer.groups)
+    return reshape(y, shape, out_sharding)
+
+
+def dense_input(layer: LayerPlan, x: Array) -> Array:
+    """The dense form's input, from the conv form's.
+
+    Args:
+      layer: the layer's plan.
+      x: ``(N, *spatial, C)``.
+
+    Returns:
+      One row of features per position of the window, ``(N, *positions, [groups,] in)``,
+      flattened in ``layer.order``. A trailing remainder that no position covers is
+      dropped.
+    """
+    rank = len(layer.window)
+    batch, spatial, channels = (
+        x.shape[: -1 - rank],
+        x.shape[-1 - rank : -1],
+        x.shape[-1],
+    )
+    positions = output_positions(layer, spatial)
+    if math.prod(layer.window) > 1 or positions != spatial:
+        covered = [slice(p * k) for p, k in zip(positions, layer.window)]
+        x = x[(..., *covered, slice(None))]
+    pairs = [size for pair in zip(positions, layer.window) for size in pair]
+    per_group = channels // layer.groups
+    x = reshape(x, (*batch, *pairs, layer.groups, per_group))
+    n = len(batch)
+    at = [n + 2 * i for i in range(rank)]
+    letters = channel_last(rank)
+    inner = {axis: n + 2 * i + 1 for i, axis in enumerate(letters)}
+    order = letters if math.prod(layer.window) == 1 else layer.order
+    features = [inner[axis] for axis in order]
+    x = x.transpose(*range(n), *at, n + 2 * rank, *features)
+    groups = (layer.groups,) if layer.groups > 1 else ()
+    features = math.prod(layer.window) * per_group
+    return reshape(x, (*batch, *positions, *groups, features))
+
+
+def dense_output(layer: LayerPlan, y: Array, out_sharding: Any = None) -> Array:
+    """The conv form's output ``(N, *positions, O)``, from the dense form's."""
+    if layer.groups == 1:
+        return y
+    return reshape(y, (*y.shape[:-2], y.shape[-2] * y.shape[-1]), out_sharding)
+
+
+def holds(layer: LayerPlan, found: Equivalence) -> bool:
+    """Whether a conv on some input is the plain conv that the plan describes.
+
+    The plan's conv has no padding and no dilation; the model's own may have some that
+    is never read on one input and is read on another.
+    """
+    spatial = found.geometry.input_shape
+    return (
+        found.same_parameters
+        and (layer.base != "full_window" or spatial == layer.window)
+        and found.geometry.output_shape == output_positions(layer, spatial)
+    )
+
+
+def output_positions(layer: LayerPlan, spatial: Sequence[int]) -> tuple[int, ...]:
+    """How many positions the window has on an input of these spatial sizes.
+
+    Raises:
+      PlanError: the layer is a full window and the input is not its window.
+    """
+    if layer.base == "full_window" and tuple(spatial) != layer.window:
+        raise PlanError(
+            f"planned as a full window of {layer.window}, called on an input of "
+            f"spatial size {tuple(spatial)}: the two forms differ there; call it on "
+            f"{layer.window} or leave the layer out with a rule"
+        )
+    return tuple(
+        1 if n == k else (n - k) // s + 1
+        for n, k, s in zip(spatial, layer.window, layer.strides)
+    )
+
+
+def pair_of_forms(
+    layer: LayerPlan,
+    to: Form,
+    *,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> tuple[FormFn, FormFn]:
+    """The layer as two functions of ``(x, kernel, bias)``: as it is, and converted.
+
+    Both take the same ``x`` and give the same output; kernel and bias are those of
+    the form (``bias`` may be None). This is the linear map that a converted model
+    runs, and what verification certifies. On a mesh with explicit axes the output is
+    sharded as the form that the layer was found in would have it; both functions take
+    ``out_sharding=`` as ``jax.lax.dot_general`` does.
+
+    Args:
+      layer: the layer's plan.
+      to: the form that the plan goes to.
+      precision: as for ``jax.lax.dot_general``, in both forms.
+      preferred_element_type: likewise.
+
+    Example:
+      >>> import numpy as np
+      >>> from fcconv_jax.kernels import Rearrangement
+      >>> kernel = Rearrangement.reshape((8, 3), (2, 2, 2, 3))
+      >>> fc = LayerPlan("full_window", "Dense", (2, 2), "HWC", (("kernel", kernel),),
+      ...                (1, 8), (1, 1))
+      >>> dense, conv = pair_of_forms(fc, to="conv")
+      >>> x, w = np.ones((5, 8), np.float32), np.ones((8, 3), np.float32)
+      >>> bool((dense(x, w, None) == conv(x, kernel(w), None)).all())
+      True
+    """
+    settings = {
+        "precision": precision,
+        "preferred_element_type": preferred_element_type,
+    }
+    dense = functools.partial(_dense, layer, settings)
+    conv = functools.partial(_conv, layer, settings)
+    if to == "conv":
+
+        def as_conv(
+            x: Array, kernel: Array, bias: Array | None, out_sharding: Any = None
+        ) -> Array:
+            lead = x.shape[: -2 if layer.groups > 1 else -1]
+            sharding = with_mesh(out_sharding, x, kernel)
+            if sharding is None:
+                sharding = _dense_sharding(layer, settings, x, kernel)
+            image = conv_input(layer, x)
+            kernel = _gathered(layer, kernel, x, sharding, len(lead) + 1)
+            features = layer.channels_last(kernel.shape)[-1]
+            groups = (layer.groups,) if layer.groups > 1 else ()
+            shape = (*lead, *groups, features // layer.groups)
+            whole = layer.base == "full_window"  # one position is left
+            positions = [1 if whole else n for n in image.shape[1:-1]]
+            inner = (image.shape[0], *positions, features)
+            y = conv(image, kernel, bias, respec(sharding, shape, inner))
+            return conv_output(layer, y, lead, sharding)
+
+        return dense, as_conv
+
+    def as_dense(
+        x: Array, kernel: Array, bias: Array | None, out_sharding: Any = None
+    ) -> Array:
+        rows = dense_input(layer, x)
+        sharding = with_mesh(out_sharding, x, kernel)
+        inner = sharding
+        if layer.groups > 1:
+            *lead, groups, fan_in = rows.shape
+            features = kernel.size // (groups * fan_in)
+            shape = (*lead, groups, features)
+            inner = respec(sharding, (*lead, groups * features), shape)
+        return dense_output(layer, dense(rows, kernel, bias, inner), sharding)
+
+    return conv, as_dense
+
+
+def _dense(
+    layer: LayerPlan,
+    settings: Mapping[str, Any],
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
+    out_sharding: Any = None,
+) -> Array:
+    """``x @ kernel + bias`` in the canonical dense layout."""
+    last = x.ndim - 1
+    rows = x.shape[-1]
+    if layer.groups == 1:
+        matrix = reshape(kernel, (rows, kernel.size // rows))
+        contract = (((last,), (0,)), ((), ()))
+        y = lax.dot_general(x, matrix, contract, out_sharding=out_sharding, **settings)
+    else:
+        matrix = reshape(
+            kernel, (layer.groups, rows, kernel.size // (layer.groups * rows))
+        )
+        contract = (((last,), (1,)), ((last - 1,), (0,)))
+        if out_sharding is not None:  # of (*lead, groups, out)
+            *lead, group, out = parts(out_sharding, x.ndim)
+            spec = PartitionSpec(group, *lead, out)
+            out_sharding = NamedSharding(out_sharding.mesh, spec)
+        y = lax.dot_general(x, matrix, contract, out_sharding=out_sharding, **settings)
+        y = jnp.moveaxis(y, 0, -2)
+    if bias is None:
+        return y
+    return y + reshape(bias, y.shape[-2 if layer.groups > 1 else -1 :])
+
+
+def _conv(
+    layer: LayerPlan,
+    settings: Mapping[str, Any],
+    x: Array,
+    kernel: Array,
+    bias: Array | None,
+    out_sharding: Any = None,
+) -> Array:
+    """The conv form on channel-last input, unpadded, as ``nn.Conv`` computes it."""
+    batch = x.shape[: -1 - len(layer.window)]
+    x = reshape(x, (math.prod(batch), *x.shape[len(batch) :]))
+    y = convolve(layer, x, kernel, out_sharding, **settings)
+    y = reshape(y, (*batch, *y.shape[1:]))
+    return y if bias is None else y + bias
+
+
+def convolve(
+    layer: LayerPlan,
+    x: Array,
+    kernel: Array,
+    out_sharding: NamedSharding | None = None,
+    **settings: Any,
+) -> Array:
+    """The convolution of a layer's conv form, in the plan's layout.
+
+    Args:
+      layer: the layer's plan.
+      x: ``(N, *spatial, C)``.
+      kernel: as the plan stores it.
+      out_sharding: of the result, on a mesh with explicit axes.
+      **settings: precision, preferred_element_type.
+
+    Returns:
+      ``(N, *positions, O)``.
+    """
+    strides, ones = layer.strides, x.shape[1:-1]
+    if layer.layout == "flat":
+        # One position only: the window and the channels are one axis of features.
+        ones = (1,) * len(ones)
+        x = reshape(x, (x.shape[0], 1, math.prod(x.shape[1:])))
+        out = kernel.shape[-1 if layer.kernel_layout == "HWIO" else 0]
+        inner = kernel.size // out
+        flat = (1, inner, out) if layer.kernel_layout == "HWIO" else (out, 1, inner)
+        kernel, strides = reshape(kernel, flat), (1,)
+        shape = (x.shape[0], *ones, out)
+        out_sharding = respec(out_sharding, shape, (x.shape[0], 1, out))
+    last = x.ndim - 1
+    lhs = (0, last, *range(1, last))
+    rhs = (last, last - 1, *range(last - 1))
+    y = lax.conv_general_dilated(
+        x,
+        kernel,
+        strides,
+        "VALID",
+        dimension_numbers=lax.ConvDimensionNumbers(
+            lhs, rhs if layer.kernel_layout == "HWIO" else lhs, lhs
+        ),
+        feature_group_count=layer.groups,
+        out_sharding=out_sharding,
+        **settings,
+    )
+    if layer.layout != "flat":
+        return y
+    return reshape(y, (y.shape[0], *ones, y.shape[-1]))
+
+
+def _gathered(
+    layer: LayerPlan, kernel: Array, x: Array, y: NamedSharding | None, ndim: int
+) -> Array:
+    """The kernel whole along what it is sharded over and neither input nor output is.
+
+    A dot leaves that to XLA, which gathers a fully sharded kernel once. For a
+    convolution and its gradient it would do so twice.
+
+    Args:
+      layer: the layer's plan.
+      kernel: the conv kernel, as the plan stores it.
+      x: the dense form's input, features last.
+      y: the sharding of the dense form's output, features last.
+      ndim: how many axes that has.
+    """
+    mine, theirs = typed_sharding(kernel), typed_sharding(x)
+    if mine is None or theirs is None or y is None:
+        return kernel
+    summed, made = (_names(parts(s, n)[-1]) for s, n in ((theirs, x.ndim), (y, ndim)))
+    kept = [
+        part if set(wanted).issuperset(_names(part)) else None
+        for part, wanted in zip(
+            parts(mine, kernel.ndim),
+            [made, *[summed] * (kernel.ndim - 1)]
+            if layer.kernel_layout == "OHWI"
+            else [*[summed] * (kernel.ndim - 1), made],
+        )
+    ]
+    if kept == parts(mine, kernel.ndim):
+        return kernel
+    return jax.sharding.reshard(kernel, NamedSharding(mine.mesh, PartitionSpec(*kept)))
+
+
+def _names(part: Any) -> tuple[Any, ...]:
+    """The mesh axes that one axis is sharded over."""
+    if part is None:
+        return ()
+    return part if isinstance(part, tuple) else (part,)
+
+
+def _dense_sharding(
+    layer: LayerPlan, settings: Mapping[str, Any], x: Array, kernel: Array
+) -> NamedSharding | None:
+    """The sharding that JAX infers for the dense form's output, from the types.
+
+    A convolution whose channels are sharded has none until it is told. Where the
+    dense form would be refused, so is this.
+    """
+    found = [typed_sharding(operand) for operand in (x, kernel)]
+    known = [s for s in found if s is not None and any(s.spec)]
+    if not known or found[1] is None:
+        return None
+    *inner, out = layer.channels_last(parts(found[1], kernel.ndim))
+    summed = [name for part in inner for name in _names(part)]
+    features = layer.channels_last(kernel.shape)[-1]
+    shape = (kernel.size // features, features)
+    spec = PartitionSpec(tuple(summed) or None, out)
+    if layer.groups > 1:
+        raise PlanError(
+            f"a grouped layer on {jax.typeof(x)} with a kernel {jax.typeof(kernel)}: "
+            "XLA partitions grouped convolutions wrongly; leave the layer out with a "
+            "rule"
+        )
+    matrix = jax.ShapeDtypeStruct(
+        shape, kernel.dtype, sharding=NamedSharding(known[0].mesh, spec)
+    )
+    y = jax.eval_shape(functools.partial(_dense, layer, settings, bias=None), x, matrix)
+    return y.sharding
+
+
+def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:
+    """Batch and spatial axes of a pointwise conv on a dense input's leading axes."""
+    rank = len(layer.window)
+    if layer.layout != "keep" or len(lead) < 2:
+        return (math.prod(lead), *[1] * rank)
+    spatial = tuple(lead[1:][-rank:])
+    batch = math.prod(lead[: len(lead) - len(spatial)])
+    return (batch, *[1] * (rank - len(spatial)), *spatial)

@@ -1,0 +1,350 @@
+"""Follows parameters through a traced program to the products that they go into."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable, Sequence
+from typing import Any
+
+from jax import lax
+
+from ..tracing.jaxprs import Literal, bodies, opened, scan_parts, subjaxprs
+from .factors import Axis, regroup, size
+from .matmul import (
+    ACTIVE,
+    NUMBER,
+    PRODUCTS,
+    Other,
+    Product,
+    Program,
+    Tag,
+    Use,
+    Weight,
+)
+
+# Equations that leave the entries of a weight in place, apart from dtype and sign.
+_SAME = frozenset(
+    """
+    convert_element_type copy copy_p name neg optimization_barrier pvary
+    reduce_precision sharding_constraint stop_gradient
+    """.split()
+)
+# Equations whose result is one number everywhere if their operands are.
+_UNIFORM = _SAME | frozenset(
+    """
+    add broadcast_in_dim div exp exp2 expand_dims integer_pow log max min mul pow
+    reshape rsqrt sqrt square squeeze sub transpose
+    """.split()
+)
+_CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+
+
+Memo = dict[Hashable, Program]
+
+
+def analyse(
+    jaxpr: Any,
+    tags: Sequence[Tag],
+    obstacle: str | None = None,
+    memo: Memo | None = None,
+) -> Program:
+    """Tags every value of a jaxpr.
+
+    Args:
+      jaxpr: open or closed.
+      tags: one for each input.
+      obstacle: why no product in it may be converted, if so.
+      memo: the bodies analysed so far.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> jaxpr = jax.make_jaxpr(lambda w, x: x @ w.T)(jnp.ones((3, 4)), jnp.ones(4))
+      >>> program = analyse(jaxpr, [Weight.leaf("w", (3, 4)), ACTIVE])
+      >>> [found.weight.axes for _, found in program.walk()]
+      [(((1, 4),), ((4, 3),))]
+    """
+    memo = {} if memo is None else memo
+    body, consts = opened(jaxpr)
+    program = Program(jaxpr)
+    known: dict[Any, Tag] = dict(zip(body.constvars, map(_constant, consts)))
+    known.update(zip(body.invars, tags, strict=True))
+
+    def tag(atom: Any) -> Tag:
+        return _constant(atom.val) if isinstance(atom, Literal) else known[atom]
+
+    for eqn in body.eqns:
+        ins = [tag(atom) for atom in eqn.invars]
+        outs = _visit(program, eqn, ins, obstacle, memo)
+        known.update(zip(eqn.outvars, outs, strict=True))
+    program.outs = [tag(atom) for atom in body.outvars]
+    return program
+
+
+def _constant(value: Any) -> Other:
+    return NUMBER if math.prod(getattr(value, "shape", ())) == 1 else Other()
+
+
+def _visit(
+    program: Program, eqn: Any, ins: list[Tag], obstacle: str | None, memo: Memo
+) -> Sequence[Tag]:
+    name = eqn.primitive.name
+    if name in PRODUCTS:
+        return [_product(program, eqn, ins, obstacle)]
+    if bodies(eqn):
+        if name in _CUSTOM_VJP:
+            obstacle = "inside a custom_vjp, whose rule expects it as it is"
+        return _enter(program, eqn, ins, obstacle, memo)
+    if any(True for _ in subjaxprs(eqn)):
+        reason = f"handed to a {name}, which runs code of its own on it"
+        return _elsewhere(program, eqn, ins, reason, telling=True)
+    kept = _kept(eqn, ins)
+    if kept is not None:
+        return kept
+    looked_up = name == "gather" and isinstance(ins[0], Weight)
+    reason = "looked up by index" if looked_up else f"used by {name!r}"
+    # Products of other kinds: ragged_dot_general, scaled_dot, ...
+    return _elsewhere(program, eqn, ins, reason, telling=looked_up or "dot" in name)
+
+
+def _elsewhere(
+    program: Program, eqn: Any, ins: Sequence[Tag], reason: str, telling: bool
+) -> list[Tag]:
+    """An equation that makes something else of the weights that it takes."""
+    for tag in ins:
+        if isinstance(tag, Weight):
+            program.uses.append(Use(tag.path, reason, telling))
+    return [_mixed(ins, eqn.primitive.name)] * len(eqn.outvars)
+
+
+def _mixed(ins: Sequence[Tag], how: str) -> Other:
+    """What comes of operands that are computed with."""
+    made_of: set[tuple[str, str]] = set()
+    for tag in ins:
+        if isinstance(tag, Weight):
+            made_of.add((tag.path, how))
+        elif tag.active:
+            return ACTIVE
+        else:
+            made_of |= tag.made_of
+    uniform = how in _UNIFORM and all(isinstance(t, Other) and t.uniform for t in ins)
+    return Other(made_of=frozenset(made_of), uniform=uniform)
+
+
+def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
+    """The outputs of an equation that only moves or scales a weight, else None."""
+    name, p = eqn.primitive.name, eqn.params
+    if name in ("optimization_barrier", "device_put"):
+        return list(ins)
+    weight = ins[0] if ins else None
+    if name == "mul" and isinstance(ins[1], Weight):
+        weight, scale = ins[1], ins[0]
+    else:
+        scale = ins[1] if len(ins) > 1 else None
+    if not isinstance(weight, Weight):
+        return None
+    shape = tuple(eqn.outvars[0].aval.shape)
+    axes: Sequence[Axis] | None = None
+    if name in _SAME:
+        axes = weight.axes
+    elif name in ("mul", "div") and isinstance(scale, Other) and scale.uniform:
+        axes = weight.axes if shape == tuple(map(size, weight.axes)) else None
+    elif name == "reshape":
+        order = p["dimensions"] or range(len(weight.axes))  # transposed before
+        axes = regroup([f for axis in order for f in weight.axes[axis]], shape)
+    elif name == "transpose":
+        axes = [weight.axes[axis] for axis in p["permutation"]]
+    elif name == "squeeze":
+        axes = [a for i, a in enumerate(weight.axes) if i not in p["dimensions"]]
+    elif name == "expand_dims" or (
+        name == "broadcast_in_dim"
+        and math.prod(shape) == math.prod(map(size, weight.axes))
+    ):
+        placed = dict(zip(p["broadcast_dimensions"], weight.axes))
+        axes = [placed.get(axis, ()) for axis in range(len(shape))]
+    elif name in ("slice", "dynamic_slice"):
+        step = _one_step(weight, shape)
+        return None if step is None else [step]
+    elif name == "unstack":
+        return [weight.drop(p["axis"]) for _ in eqn.outvars]
+    if axes is None:
+        return None
+    return [dataclasses.replace(weight, axes=tuple(axes))]
+
+
+def _one_step(weight: Weight, shape: Sequence[int]) -> Weight | None:
+    """A slice that takes one step of some axes, and others whole."""
+    axes = []
+    stack = list(weight.stack)
+    for axis, taken in zip(weight.axes, shape):
+        if taken not in (1, size(axis)):
+            return None
+        if taken != size(axis):
+            stack += axis
+            axis = ()
+        axes.append(axis)
+    return dataclasses.replace(weight, axes=tuple(axes), stack=tuple(stack))
+
+
+def _product(
+    program: Program, eqn: Any, ins: Sequence[Tag], obstacle: str | None
+) -> Tag:
+    """Notes a product, and gives the tag of its result."""
+    name = eqn.primitive.name
+    weights = [i for i, tag in enumerate(ins) if isinstance(tag, Weight)]
+    active = [i for i, tag in enumerate(ins) if tag == ACTIVE]
+    if len(active) == 2:
+        program.unweighted[id(eqn)] = f"a product of two activations, {_shapes(eqn)}"
+    elif len(weights) == len(active) == 1:
+        weight: Any = ins[weights[0]]
+        obstacle = obstacle or _obstacle(eqn, weights[0])
+        program.products[id(eqn)] = Product(eqn, weight, weights[0], obstacle)
+        return ACTIVE
+    for tag in ins:
+        if isinstance(tag, Weight):
+            reason = "multiplied with no activation, but with parameters or constants"
+            program.uses.append(Use(tag.path, reason, True))
+        elif tag.made_of and active:
+            for path, how in sorted(tag.made_of):
+                kind = "product" if name == "dot_general" else "convolution"
+                reason = f"changed by {how!r} on the way to its {kind}"
+                program.uses.append(Use(path, reason, True))
+        elif active and not tag.active:
+            program.unweighted[id(eqn)] = (
+                f"a product with a constant of the program, {_shapes(eqn)}: no "
+                "parameter holds it; hand it over in params"
+            )
+    return _mixed(ins, name)
+
+
+def _shapes(eqn: Any) -> str:
+    return " and ".join(str(tuple(v.aval.shape)) for v in eqn.invars)
+
+
+def _obstacle(eqn: Any, side: int) -> str | None:
+    """Why a product with a weight cannot take the other form, if so."""
+    p = eqn.params
+    dtypes = {str(v.aval.dtype) for v in eqn.invars}
+    if len(dtypes) > 1:
+        return f"multiplied in two dtypes, {' and '.join(sorted(dtypes))}"
+    if any(0 in v.aval.shape for v in eqn.invars):
+        return "in a product without entries"
+    if eqn.primitive.name == "dot_general":
+        if not p["dimension_numbers"][0][0]:
+            return "in an outer product: nothing is summed over"
+        if not _known_precision(p["precision"]):
+            return f"multiplied by an algorithm of its own, {p['precision']}"
+        return None
+    if side != 1:
+        return "the input of a convolution, not its kernel"
+    if p["batch_group_count"] != 1:
+        return "in a convolution with batch groups"
+    if not 1 <= len(p["window_strides"]) <= 3:
+        return f"in a convolution of {len(p['window_strides'])} spatial dimensions"
+    return None
+
+
+def _known_precision(precision: Any) -> bool:
+    pair = precision if isinstance(precision, tuple) else (precision,)
+    return all(p is None or isinstance(p, lax.Precision) for p in pair)
+
+
+def _enter(
+    program: Program, eqn: Any, ins: list[Tag], obstacle: str | None, memo: Memo
+) -> list[Tag]:
+    """Goes into the bodies of a call, a loop or a branch."""
+
+    def analysed(body: Any, tags: Sequence[Tag]) -> Program:
+        return _analysed(body, tags, obstacle, memo)
+
+    name, p = eqn.primitive.name, eqn.params
+    if name == "scan":
+        first, carried = scan_parts(eqn)
+        second = first + carried
+        consts, carry, xs = ins[:first], ins[first:second], ins[second:]
+        steps = []
+        for tag in xs:
+            steps.append(tag.drop(0) if isinstance(tag, Weight) else tag)
+
+        def step(carry: list[Tag]) -> list[Program]:
+            return [analysed(p["jaxpr"], [*consts, *carry, *steps])]
+
+        inner, carry = _settle(program, step, carry, name)
+        stacked = inner[0].outs[len(carry) :]
+        outs = [*carry, *_elsewhere_each(program, stacked, name)]
+    elif name == "while":
+        first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
+        test, consts, carry = ins[:first], ins[first:second], ins[second:]
+
+        def step(carry: list[Tag]) -> list[Program]:
+            return [
+                analysed(p["body_jaxpr"], [*consts, *carry]),
+                analysed(p["cond_jaxpr"], [*test, *carry]),
+            ]
+
+        inner, outs = _settle(program, step, carry, name)
+        inner = inner[::-1]
+    elif name == "cond":
+        inner = [analysed(b, ins[1:]) for b in bodies(eqn)]
+        outs = [_joined(program, tags, name) for tags in zip(*(p.outs for p in inner))]
+        if ins[0] == ACTIVE:
+            outs = [ACTIVE if t == Other() or t == NUMBER else t for t in outs]
+    else:
+        inner = [analysed(b, ins) for b in bodies(eqn)]
+        outs = inner[0].outs
+    program.inner[id(eqn)] = inner
+    for each in inner:
+        program.uses += each.uses
+    return outs
+
+
+def _analysed(
+    body: Any, tags: Sequence[Tag], obstacle: str | None, memo: Memo
+) -> Program:
+    """A body in the context of one call; analysed once for alike operands.
+
+    A function that is called for one layer after the other is one jaxpr: each further
+    call only puts the names of other parameters on what was found.
+    """
+    names: dict[str, None] = {}
+    for tag in tags:
+        if isinstance(tag, Weight):
+            names[tag.path] = None
+        else:
+            names |= dict.fromkeys(path for path, _ in sorted(tag.made_of))
+    numbers = {name: str(number) for number, name in enumerate(names)}
+    plain = tuple(tag.renamed(numbers) for tag in tags)
+    key = id(body), plain, obstacle
+    if key not in memo:
+        memo[key] = analyse(body, plain, obstacle, memo)
+    return memo[key].renamed({number: name for name, number in numbers.items()})
+
+
+def _settle(
+    program: Program, step: Any, carry: list[Tag], name: str
+) -> tuple[list[Program], list[Tag]]:
+    """Runs the body of a loop until the tags of what it carries stay the same."""
+    while True:
+        inner = step(carry)
+        after = inner[0].outs[: len(carry)]
+        joined = [_joined(program, pair, name) for pair in zip(carry, after)]
+        if joined == carry:
+            return inner, carry
+        carry = joined
+
+
+def _joined(program: Program, tags: Sequence[Tag], name: str) -> Tag:
+    """The tag of a value that may be any of several."""
+    if all(tag == tags[0] for tag in tags):
+        return tags[0]
+    return _mixed(_elsewhere_each(program, tags, name), name)
+
+
+def _elsewhere_each(program: Program, tags: Sequence[Tag], name: str) -> list[Tag]:
+    outs: list[Tag] = []
+    for tag in tags:
+        if isinstance(tag, Weight):
+            program.uses.append(Use(tag.path, f"used by {name!r}", False))
+            tag = _mixed([tag], name)
+        outs.append(tag)
+    return outs

@@ -1,0 +1,209 @@
+"""A traced program with its products of activations and parameters, and rewriting it.
+
+Every value of the trace gets a tag: it holds the entries of one parameter
+(:class:`Weight`), or it is something else (:class:`Other`). A product counts as a
+layer where one operand is a weight and the other depends on the program's inputs.
+:mod:`fcconv_jax.matmuls.find` finds them.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..tracing.jaxprs import bind, evaluate, opened, rerun
+from .factors import Axis, Factor, axes_of
+
+PRODUCTS = ("dot_general", "conv_general_dilated")
+
+
+@dataclasses.dataclass(frozen=True)
+class Weight:
+    """A value that holds entries of one parameter, each once, perhaps scaled.
+
+    Args:
+      path: the parameter's path.
+      shape: the parameter's shape.
+      axes: where each axis of the value steps in the parameter's flat index, see
+        :mod:`fcconv_jax.matmuls.factors`.
+      stack: the factors of which a scan or an index took one step.
+    """
+
+    path: str
+    shape: tuple[int, ...]
+    axes: tuple[Axis, ...]
+    stack: tuple[Factor, ...] = ()
+
+    @classmethod
+    def leaf(cls, path: str, shape: Sequence[int]) -> Weight:
+        """The tag of a parameter itself."""
+        return cls(path, tuple(shape), axes_of(shape))
+
+    def drop(self, axis: int) -> Weight:
+        """One step of the axis, without the axis."""
+        rest = (*self.axes[:axis], *self.axes[axis + 1 :])
+        return dataclasses.replace(
+            self, axes=rest, stack=(*self.stack, *self.axes[axis])
+        )
+
+    def renamed(self, names: Mapping[str, str]) -> Weight:
+        """The same entries of a parameter of another name."""
+        return dataclasses.replace(self, path=names[self.path])
+
+
+@dataclasses.dataclass(frozen=True)
+class Other:
+    """A value that is no weight.
+
+    Args:
+      active: whether it depends on the program's inputs.
+      made_of: if it does not: the parameters it is made of, with the equation that
+        changed each.
+      uniform: whether it is one number everywhere, known from the program alone.
+    """
+
+    active: bool = False
+    made_of: frozenset[tuple[str, str]] = frozenset()
+    uniform: bool = False
+
+    def renamed(self, names: Mapping[str, str]) -> Other:
+        """The same, of parameters of other names."""
+        if not self.made_of:
+            return self
+        made_of = frozenset((names[path], how) for path, how in self.made_of)
+        return dataclasses.replace(self, made_of=made_of)
+
+
+Tag = Weight | Other
+ACTIVE = Other(active=True)
+NUMBER = Other(uniform=True)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Product:
+    """A ``dot_general`` or convolution whose operand ``side`` is a weight."""
+
+    eqn: Any
+    weight: Weight
+    side: int
+    obstacle: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Use:
+    """What else happens to a parameter.
+
+    Args:
+      path: the parameter.
+      reason: what happens, to be read after "it is".
+      telling: whether a user would miss the parameter in the plan.
+    """
+
+    path: str
+    reason: str
+    telling: bool
+
+
+@dataclasses.dataclass(eq=False)
+class Program:
+    """A jaxpr in the context of one call, with what was found in it.
+
+    Args:
+      jaxpr: open or closed.
+      outs: the tags of its outputs.
+      products: by identity of the equation.
+      unweighted: products of no weight with the reason, by identity of the equation.
+      inner: the programs of the bodies of an equation, by its identity.
+      uses: other uses of parameters, here and below.
+    """
+
+    jaxpr: Any
+    outs: list[Tag] = dataclasses.field(default_factory=list)
+    products: dict[int, Product] = dataclasses.field(default_factory=dict)
+    unweighted: dict[int, str] = dataclasses.field(default_factory=dict)
+    inner: dict[int, list[Program]] = dataclasses.field(default_factory=dict)
+    uses: list[Use] = dataclasses.field(default_factory=list)
+
+    def walk(self) -> Iterator[tuple[Any, Product | str]]:
+        """Every product in program order: the equation, and what was found."""
+        for eqn in opened(self.jaxpr)[0].eqns:
+            key = id(eqn)
+            if key in self.products:
+                yield eqn, self.products[key]
+            elif key in self.unweighted:
+                yield eqn, self.unweighted[key]
+            for program in self.inner.get(key, ()):
+                yield from program.walk()
+
+    def renamed(self, names: Mapping[str, str]) -> Program:
+        """The same program on parameters of other names."""
+        if not names:
+            return self
+        return Program(
+            self.jaxpr,
+            [tag.renamed(names) for tag in self.outs],
+            {
+                key: dataclasses.replace(p, weight=p.weight.renamed(names))
+                for key, p in self.products.items()
+            },
+            self.unweighted,
+            {key: [p.renamed(names) for p in each] for key, each in self.inner.items()},
+            [dataclasses.replace(use, path=names[use.path]) for use in self.uses],
+        )
+
+
+def rewrite(
+    program: Program,
+    operands: Sequence[Any],
+    wanted: Callable[[Product], bool],
+    replace: Callable[[Product, Sequence[Any]], Any],
+    alike: Callable[[Product], Hashable] = id,
+    bodies: dict[Hashable, Callable[[Sequence[Any]], list[Any]]] | None = None,
+) -> list[Any]:
+    """Runs a program with other code in the place of some of its products.
+
+    Args:
+      program: what :func:`analyse` found.
+      operands: one value for each input.
+      wanted: whether to replace a product.
+      replace: gives the result of a product from its operands.
+      alike: what ``replace`` looks at in a product. A body that is run several times
+        with alike products is the same function each time, so that JAX traces it once,
+        as it did the original.
+      bodies: the functions made so far.
+
+    Returns:
+      The outputs. Calls, loops and branches that hold no wanted product run as they
+      are.
+    """
+    made = {} if bodies is None else bodies
+
+    def body(inner: Program) -> Callable[[Sequence[Any]], list[Any]]:
+        found = tuple(
+            (id(eqn), alike(product))
+            for eqn, product in inner.walk()
+            if isinstance(product, Product) and wanted(product)
+        )
+
+        def run(operands: Sequence[Any]) -> list[Any]:
+            return rewrite(inner, operands, wanted, replace, alike, made)
+
+        return made.setdefault((id(inner.jaxpr), found), run)
+
+    def visit(eqn: Any, ins: list[Any]) -> Sequence[Any]:
+        product = program.products.get(id(eqn))
+        if product is not None and wanted(product):
+            return [replace(product, ins)]
+        inner = program.inner.get(id(eqn), [])
+        if any(_holds(each, wanted) for each in inner):
+            return rerun(eqn, ins, [body(each) for each in inner])
+        return bind(eqn, ins)
+
+    return evaluate(program.jaxpr, operands, visit)
+
+
+def _holds(program: Program, wanted: Callable[[Product], bool]) -> bool:
+    return any(
+        isinstance(found, Product) and wanted(found) for _, found in program.walk()
+    )

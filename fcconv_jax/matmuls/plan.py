@@ -1,0 +1,230 @@
+"""Plans a function of params and inputs: finds its products with parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from typing import Any
+
+from ..plan import Form, LayerPlan, Plan
+from ..planning.decide import Call, LeftError, plan_layers
+from ..rules import Rule, match_rules
+from ..tracing.marks import Frame, LayerInput
+from .as_layer import (
+    conv_arguments,
+    dense_axes,
+    form_of,
+    input_shape,
+    kernel_shape,
+    leaf_rearrangement,
+    stack_axes,
+)
+from .matmul import Product, Program
+from .trace import Traced, trace
+
+_TWO_ROLES = (
+    "it is multiplied in two roles: what is input features in one product is output "
+    "features in another, so no one kernel serves both"
+)
+
+
+def plan_function(
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    to: Form,
+    rules: Sequence[Rule],
+    kwargs: Mapping[str, Any],
+) -> Plan:
+    """The plan of ``function(params, *inputs)``; see :func:`fcconv_jax.make_plan`."""
+    if not inputs:
+        raise TypeError(
+            "make_plan(f, params, *inputs) needs the params that f takes first: arrays "
+            "or jax.ShapeDtypeStruct"
+        )
+    traced = trace(function, inputs, kwargs)
+    layers = find_layers(traced, to)
+    chosen = match_rules(rules, product_sizes(layers))
+    planned, left = plan_products(traced, layers, to, chosen)
+    left |= _unweighted(traced, to)
+    return Plan(to, tuple(planned.items()), tuple(left.items()))
+
+
+def find_layers(
+    traced: Traced, to: Form, known: Container[str] = ()
+) -> dict[str, list[Product]]:
+    """The products in a trace that may go to the other form.
+
+    Args:
+      traced: the function's trace.
+      to: the form to go to.
+      known: parameters that another front end has decided about.
+
+    Returns:
+      By the path of the parameter, its products.
+    """
+    layers: dict[str, list[Product]] = {}
+    for _, found in traced.program.walk():
+        if isinstance(found, Product) and form_of(found) != to:
+            layers.setdefault(found.weight.path, []).append(found)
+    return {path: products for path, products in layers.items() if path not in known}
+
+
+def product_sizes(layers: Mapping[str, Sequence[Product]]) -> dict[str, int]:
+    """The number of entries of each parameter, as one product sees it."""
+    kernels = {path: p[0].eqn.invars[p[0].side] for path, p in layers.items()}
+    return {path: kernel.aval.size for path, kernel in kernels.items()}
+
+
+def plan_products(
+    traced: Traced,
+    layers: Mapping[str, Sequence[Product]],
+    to: Form,
+    chosen: Mapping[str, Rule | None],
+) -> tuple[dict[str, LayerPlan], dict[str, str]]:
+    """Plans the products of each parameter, or says why it is left alone.
+
+    Args:
+      traced: the function's trace.
+      layers: from :func:`find_layers`.
+      to: the form to go to.
+      chosen: the user's rule for each parameter, if any.
+
+    Returns:
+      The plans, and the reasons, by the path of the parameter; reasons also for
+      parameters that come near a product without being a layer's.
+    """
+    numbers = {
+        id(product): number
+        for number, product in enumerate(p for each in layers.values() for p in each)
+    }
+    elsewhere = _other_uses(traced, layers, to)
+    calls = {
+        path: [as_call(p, numbers[id(p)], elsewhere.get(path)) for p in products]
+        for path, products in layers.items()
+    }
+    inputs = _inputs(traced.program, Frame.of(traced.program.jaxpr), numbers)
+    planned, reasons = plan_layers(
+        inputs, calls, to, chosen, lambda path, _: _stack_axes(layers[path])
+    )
+    for path, plan in list(planned.items()):
+        try:
+            planned[path] = on_leaf(plan, layers[path])
+        except LeftError as reason:
+            del planned[path]
+            reasons[path] = str(reason)
+    return planned, {**reasons, **_untouched(traced, layers)}
+
+
+def _unweighted(traced: Traced, to: Form) -> dict[str, str]:
+    """The products of no parameter, numbered in the order of the program."""
+    kind = "dot_general" if to == "conv" else "conv_general_dilated"
+    left: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for eqn, found in traced.program.walk():
+        name = eqn.primitive.name
+        number = counts[name] = counts.get(name, -1) + 1
+        if isinstance(found, str) and name == kind:
+            left[f"{name}[{number}]"] = found
+    return left
+
+
+def as_call(product: Product, number: int, elsewhere: str | None = None) -> Call:
+    """One product, as a call of a layer."""
+    obstacle = product.obstacle or elsewhere
+    dense = form_of(product) == "dense"
+    readable = dense or product.obstacle is None
+    return Call(
+        kind=product.eqn.primitive.name,
+        number=number,
+        shape=input_shape(product) if readable else (),
+        kernel=kernel_shape(product) if readable else (),
+        bias=None,
+        axes=dense_axes(product) if dense else None,
+        geometry=None if dense or not readable else conv_arguments(product),
+        obstacle=obstacle and f"it is {obstacle}",
+    )
+
+
+def _other_uses(
+    traced: Traced, layers: Mapping[str, Sequence[Product]], to: Form
+) -> dict[str, str]:
+    """For each parameter of a layer, what else happens to it."""
+    reasons = {}
+    for use in traced.program.uses:
+        if use.path in layers:
+            reasons[use.path] = f"also {use.reason}"
+    for eqn, found in traced.program.walk():
+        if (
+            isinstance(found, Product)
+            and found.weight.path in layers
+            and form_of(found) == to
+        ):
+            reasons[found.weight.path] = f"also multiplied in a {eqn.primitive.name}"
+    return reasons
+
+
+def _untouched(traced: Traced, layers: Mapping[str, Any]) -> dict[str, str]:
+    """Parameters that come near a product, or are tables, without being a layer's."""
+    return {
+        use.path: f"it is {use.reason}"
+        for use in traced.program.uses
+        if use.telling and use.path not in layers
+    }
+
+
+def _inputs(
+    program: Program, frame: Frame, numbers: Mapping[int, int]
+) -> Iterator[LayerInput]:
+    """Where the activations of products are in a trace.
+
+    Args:
+      program: what was found in a trace.
+      frame: the trace.
+      numbers: by the identity of the product.
+    """
+    for eqn in frame.jaxpr.eqns:
+        product = program.products.get(id(eqn))
+        if product is not None and id(product) in numbers and not product.obstacle:
+            var = eqn.invars[1 - product.side]
+            yield LayerInput(numbers[id(product)], frame, var, var)
+        for inner in program.inner.get(id(eqn), ()):
+            yield from _inputs(inner, frame.enter(eqn, inner.jaxpr), numbers)
+
+
+def _stack_axes(products: Sequence[Product]) -> tuple[int, ...]:
+    """The parameter's axes of which each product sees one step."""
+    readable = [p for p in products if p.obstacle is None]
+    if len({kernel_shape(product) for product in readable}) > 1:
+        raise LeftError(_TWO_ROLES)
+    found = [stack_axes(product) for product in products]
+    for product, axes in zip(products, found):
+        if axes is None:
+            raise LeftError(
+                f"it is scanned over a part of one of its axes {product.weight.shape}: "
+                "give each scan an axis of its own"
+            )
+        if axes != found[0]:
+            raise LeftError(
+                f"it is stacked on axes {found[0]} in one product, on {axes} in another"
+            )
+    assert found[0] is not None
+    return found[0]
+
+
+def on_leaf(plan: LayerPlan, products: Sequence[Product]) -> LayerPlan:
+    """The plan with the move of the parameter itself, through all that lies between."""
+    moves = [
+        leaf_rearrangement(p, plan.window, plan.order, plan.groups) for p in products
+    ]
+    for move in moves:
+        if move is None:
+            raise LeftError(
+                f"its axes are joined and split so that the window {plan.window} in "
+                f"order {plan.order} cuts through one of them"
+            )
+        if move != moves[0]:
+            raise LeftError(_TWO_ROLES)
+    assert moves[0] is not None
+    return dataclasses.replace(
+        plan, layer=products[0].eqn.primitive.name, leaves=(("", moves[0]),)
+    )

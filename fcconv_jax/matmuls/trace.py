@@ -1,0 +1,115 @@
+"""Traces ``f(params, *inputs)`` and tells which of its values are parameters."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from ..params.trees import flatten_with_path
+from ..plan import PlanError
+from ..tracing import arguments
+from .find import analyse
+from .matmul import ACTIVE, Program, Tag, Weight
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A function's trace.
+
+    Args:
+      program: what was found in it.
+      operands: one array for each input of the trace, params first.
+      out_tree: the structure of what the function returns.
+    """
+
+    program: Program
+    operands: list[Any]
+    out_tree: Any
+
+
+def is_function(model: Any) -> bool:
+    """Whether a model that is no ``nnx`` Module is a function of params and inputs.
+
+    Example:
+      >>> is_function(lambda params, x: x @ params), is_function(nn.Dense(3))
+      (True, False)
+    """
+    known = isinstance(model, nn.Module | type) or _holds_linen(model)
+    return callable(model) and not known
+
+
+def not_a_model(caller: str, model: Any) -> TypeError:
+    """The error about what is no model, naming the way out.
+
+    Example:
+      >>> print(not_a_model("make_plan", "bert"))
+      make_plan takes a flax.linen or flax.nnx Module or a function of params and ...
+    """
+    name = type(model).__name__
+    if _holds_linen(model):
+        return TypeError(
+            f"{name} is no flax.linen Module, it holds one and its params: hand over "
+            "model.module with the inputs of its own __call__, or a function such as "
+            "lambda params, ids: model(ids, params=params) with model.params"
+        )
+    return TypeError(
+        f"{caller} takes a flax.linen or flax.nnx Module or a function of params and "
+        f"inputs, got {name}"
+    )
+
+
+def _holds_linen(model: Any) -> bool:
+    """Whether it is an object around a linen Module, as those of transformers are."""
+    return isinstance(getattr(model, "module", None), nn.Module)
+
+
+def trace(
+    function: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> Traced:
+    """Traces a function once, on arrays or abstract arrays.
+
+    Args:
+      function: takes params and inputs.
+      inputs: the params, then the inputs. What is no array is static.
+      kwargs: further inputs.
+
+    Raises:
+      PlanError: two parameters have the same path.
+    """
+    params, *rest = inputs
+    arrays, static = arguments.split((params, rest, dict(kwargs)))
+
+    def run(arrays: Sequence[Any]) -> Any:
+        params, rest, kwargs = static.merge(arrays)
+        return function(params, *rest, **kwargs)
+
+    jaxpr, out = jax.make_jaxpr(run, return_shape=True)(arrays)
+    paths = list(parameter_paths(params))
+    tags: list[Tag] = [
+        Weight.leaf(path, array.shape) for path, array in zip(paths, arrays)
+    ]
+    tags += [ACTIVE] * (len(arrays) - len(paths))
+    return Traced(analyse(jaxpr, tags), arrays, jax.tree.structure(out))
+
+
+def parameter_paths(params: Any) -> dict[str, tuple[int, ...]]:
+    """Path and shape of each array among the params, in the order of the tree.
+
+    Example:
+      >>> import numpy as np
+      >>> parameter_paths({"fc": {"w": np.ones((2, 3)), "act": "relu"}})
+      {'fc/w': (2, 3)}
+    """
+    found: dict[str, tuple[int, ...]] = {}
+    for path, node in flatten_with_path(params)[0]:
+        for leaf in jax.tree.leaves(node):
+            if not arguments.is_array(leaf):
+                continue
+            if path in found:
+                raise PlanError(f"two parameters have the path {path!r}: rename one")
+            found[path] = tuple(leaf.shape)
+    return found

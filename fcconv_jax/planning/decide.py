@@ -1,0 +1,238 @@
+"""Decides how one linear layer moves, from the calls that a trace recorded of it."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
+
+from ..frontends.linen.layers import DenseAxes
+from ..geometry.classify import classify
+from ..kernels import Rearrangement, channel_last, kernel_rearrangement
+from ..layer_forms import holds
+from ..plan import Form, LayerPlan, PlanError, is_order
+from ..rules import Rule
+from ..tracing.flatten import Features, Flatten, find_flattens
+from ..tracing.marks import LayerInput
+
+
+class LeftError(Exception):
+    """A layer is left alone; the message is the reason that ``plan.skipped`` gives."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Call:
+    """One call of a linear layer, as the trace saw it."""
+
+    kind: str
+    number: int
+    shape: tuple[int, ...]
+    kernel: tuple[int, ...]
+    bias: tuple[int, ...] | None
+    axes: DenseAxes | None
+    geometry: Mapping[str, Any] | None
+    obstacle: str | None
+
+
+def kernel_sizes(layers: Mapping[str, Sequence[Call]]) -> dict[str, int]:
+    """The number of entries of each layer's kernel, as one call sees it."""
+    return {path: math.prod(calls[0].kernel) for path, calls in layers.items()}
+
+
+def plan_layers(
+    inputs: Iterable[LayerInput],
+    layers: Mapping[str, Sequence[Call]],
+    to: Form,
+    chosen: Mapping[str, Rule | None],
+    stack_axes: Callable[[str, Call], tuple[int, ...]],
+) -> tuple[dict[str, LayerPlan], dict[str, str]]:
+    """Plans each layer of a trace, or says why it is left alone.
+
+    Args:
+      inputs: where the inputs of the calls are in the trace; read to go to conv.
+      layers: by path, the calls of each layer that is in the other form.
+      to: the form to go to.
+      chosen: the user's rule for each path, if any.
+      stack_axes: gives the axes that lifted transforms added to a layer's stored
+        parameters, or raises :class:`LeftError`.
+
+    Returns:
+      The plans, and the reasons, by path.
+
+    Raises:
+      PlanError: a rule asks for what cannot be.
+    """
+    flattens = _flattens(inputs, layers) if to == "conv" else {}
+    planned: dict[str, LayerPlan] = {}
+    left: dict[str, str] = {}
+    for path, calls in layers.items():
+        try:
+            axes = stack_axes(path, calls[0])
+            if to == "conv":
+                planned[path] = _plan_dense(path, calls, flattens, axes, chosen[path])
+            else:
+                planned[path] = _plan_conv(path, calls, axes, chosen[path])
+        except LeftError as reason:
+            left[path] = str(reason)
+    return planned, left
+
+
+def _flattens(
+    inputs: Iterable[LayerInput], layers: Mapping[str, Sequence[Call]]
+) -> dict[int, tuple[Flatten, ...]]:
+    features = {}
+    for calls in layers.values():
+        for call in calls:
+            rank = len(call.shape)
+            assert call.axes is not None
+            from_end = tuple(axis - rank for axis in call.axes.contracted)
+            features[call.number] = Features(rank, from_end, len(call.axes.lead))
+    return find_flattens(inputs, features)
+
+
+def _plan_dense(
+    path: str,
+    calls: Sequence[Call],
+    flattens: Mapping[int, Sequence[Flatten]],
+    stack_axes: tuple[int, ...],
+    rule: Rule | None,
+) -> LayerPlan:
+    """Plans a Dense or DenseGeneral that goes to conv."""
+    call = calls[0]
+    axes = call.axes
+    assert axes is not None
+    _check_calls(calls, rule)
+    groups = math.prod(call.kernel[: len(axes.batch)])
+    fan_in = math.prod(call.shape[a] for a in axes.contracted)
+    flatten = _choose_flatten(path, calls, flattens, rule, fan_in)
+    _check_order(rule, len(flatten.window))
+    canonical = (fan_in, math.prod(axes.features))
+    if groups > 1:
+        canonical = (groups, *canonical)
+    kernel = dataclasses.replace(
+        kernel_rearrangement(
+            canonical, flatten.window, order=flatten.order, groups=groups
+        ),
+        source=call.kernel,
+    )
+    leaves = [("kernel", kernel)]
+    if call.bias is not None:
+        flat = (math.prod(call.bias),)
+        leaves.append(("bias", Rearrangement.reshape(call.bias, flat)))
+    return LayerPlan(
+        base="pointwise" if math.prod(flatten.window) == 1 else "full_window",
+        layer=call.kind,
+        window=flatten.window,
+        order=flatten.order,
+        leaves=tuple(leaves),
+        input_shape=call.shape,
+        strides=(1,) * len(flatten.window),
+        groups=groups,
+        stack_axes=stack_axes,
+    )
+
+
+def _plan_conv(
+    path: str, calls: Sequence[Call], stack_axes: tuple[int, ...], rule: Rule | None
+) -> LayerPlan:
+    """Plans a Conv that goes to dense."""
+    call = calls[0]
+    _check_calls(calls, rule)
+    found = [classify(**dict(each.geometry or {})) for each in calls]
+    for each in found:
+        if not each.same_parameters:
+            raise LeftError(f"{each.reason} {each.fix}".strip())
+    cases = sorted({each.base for each in found})
+    if len(cases) > 1:
+        raise LeftError(f"called in several cases: {', '.join(cases)}")
+    window, groups = found[0].geometry.kernel_size, found[0].geometry.groups
+    if rule is not None and rule.window not in (None, window):
+        raise PlanError(
+            f"rule {rule.pattern!r} says {rule.window}, the kernel of {path!r} is "
+            f"{window}"
+        )
+    _check_order(rule, len(window))
+    order = (rule.order if rule else None) or channel_last(len(window))
+    fan_in = math.prod(call.kernel[:-1])
+    canonical = (fan_in, call.kernel[-1] // groups)
+    if groups > 1:
+        canonical = (groups, *canonical)
+    forward = kernel_rearrangement(canonical, window, order=order, groups=groups)
+    leaves = [("kernel", forward.inverse())]
+    if call.bias is not None:
+        shape = call.bias if groups == 1 else (groups, canonical[-1])
+        leaves.append(("bias", Rearrangement.reshape(call.bias, shape)))
+    plan = LayerPlan(
+        base=found[0].base,
+        layer="Conv",
+        window=window,
+        order=order,
+        leaves=tuple(leaves),
+        input_shape=call.shape,
+        strides=found[0].geometry.strides,
+        groups=groups,
+        stack_axes=stack_axes,
+    )
+    if not holds(plan, found[0]):
+        raise LeftError(
+            f"it reads each input once only by its padding or dilation: {found[0]}"
+        )
+    return plan
+
+
+def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:
+    """Leaves a layer alone that a rule excludes or that is not what it seems."""
+    if rule is not None and rule.skip:
+        raise LeftError(f"excluded by rule {str(rule)!r}")
+    for call in calls:
+        if call.obstacle is not None:
+            raise LeftError(call.obstacle)
+        if call.kernel != calls[0].kernel or call.kind != calls[0].kind:
+            raise LeftError(
+                f"called with kernels of several shapes, {calls[0].kernel} and "
+                f"{call.kernel}: it runs under an apply of its own"
+            )
+
+
+def _check_order(rule: Rule | None, rank: int) -> None:
+    """Refuses an order that does not name each axis of the window once."""
+    letters = channel_last(rank)
+    if rule is not None and rule.order and not is_order(rule.order, rank):
+        raise PlanError(
+            f"rule {rule.pattern!r}: the order {rule.order!r} must hold each of "
+            f"{', '.join(letters)} once, slowest axis first, such as {letters!r}"
+        )
+
+
+def _choose_flatten(
+    path: str,
+    calls: Sequence[Call],
+    flattens: Mapping[int, Sequence[Flatten]],
+    rule: Rule | None,
+    fan_in: int,
+) -> Flatten:
+    """The window and order of a dense layer: from its rule, else from the trace."""
+    found = list(dict.fromkeys(f for c in calls for f in flattens.get(c.number, ())))
+    split = [f for f in found if math.prod(f.window) > 1]
+    if rule is not None and rule.window is not None:
+        window = rule.window
+        if len(window) > 3 or fan_in % math.prod(window):
+            raise PlanError(
+                f"rule {rule.pattern!r}: a window of {'x'.join(map(str, window))} does "
+                f"not divide the {fan_in} input features of {path!r}"
+            )
+        same = [f.order for f in split if f.window == window]
+        default = same[0] if len(same) == 1 else channel_last(len(window))
+        return Flatten(window, rule.order or default)
+    if len(split) > 1:
+        answers = ", ".join(f"{f.window} in order {f.order}" for f in split)
+        raise LeftError(
+            f"its input is flattened in several ways ({answers}): choose one with a "
+            f"rule such as '{path}={'x'.join(map(str, split[0].window))}'"
+        )
+    if split:
+        order = split[0].order if rule is None else rule.order or split[0].order
+        return Flatten(split[0].window, order)
+    rank = max((len(f.window) for f in found), default=1)
+    return Flatten((1,) * rank, channel_last(rank))

@@ -1,0 +1,1 @@
+"""Traces of programs: reading and rewriting them."""

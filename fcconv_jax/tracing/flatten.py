@@ -1,0 +1,342 @@
+"""Walks a trace back from a layer's input to the flatten that made its features."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from ..kernels import channel_last, window_letters
+from .jaxprs import Literal, call_body, scan_parts
+from .marks import Frame, LayerInput, is_mark, marked_array
+
+# Shape-preserving: entry i of the output depends on entry i of the operands alone.
+_ELEMENTWISE = frozenset(
+    """
+    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
+    convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2
+    expm1 floor integer_pow is_finite lgamma log log1p logistic max min mul name neg
+    nextafter not one_minus_square optimization_barrier or pow pvary
+    reduce_precision rem round rsqrt
+    select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh
+    xor
+    """.split()
+)
+_POOLS = frozenset(
+    """
+    reduce_window reduce_window_max reduce_window_min reduce_window_sum cumsum
+    """.split()
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class Flatten:
+    """Where the features of a dense layer come from.
+
+    Args:
+      window: spatial sizes of the array that was flattened.
+      order: its axes in the order of the flatten, slowest first, such as ``"CHW"``.
+    """
+
+    window: tuple[int, ...]
+    order: str
+
+
+@dataclasses.dataclass(frozen=True)
+class Features:
+    """Where the features of a dense layer lie in its input.
+
+    Args:
+      rank: number of axes, as the layer saw them.
+      axes: the features' axes in their order, counted from the end (-1, ...).
+      lead: number of axes that the layer leaves alone.
+    """
+
+    rank: int
+    axes: tuple[int, ...]
+    lead: int
+
+
+@dataclasses.dataclass(frozen=True)
+class _Place:
+    """An array in the trace, and which of its axes are followed.
+
+    ``sizes`` are those of the axes where the flatten happened; pooling on the way
+    further back changes the array's sizes, not the axes' meaning.
+    """
+
+    frame: Frame
+    var: Any
+    axes: tuple[int, ...]
+    sizes: tuple[int, ...]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return tuple(self.var.aval.shape)
+
+    @property
+    def producer(self) -> tuple[Any, int]:
+        """The equation that makes the array and the number of its output, if any."""
+        return self.frame.producers.get(self.var, (None, 0))
+
+
+def find_flattens(
+    inputs: Iterable[LayerInput], features: Mapping[int, Features]
+) -> dict[int, tuple[Flatten, ...]]:
+    """The flattens behind the inputs of layers.
+
+    Args:
+      inputs: where they are in one trace.
+      features: for the number of each call, where the features lie in its input.
+
+    Returns:
+      For each call the distinct answers of all paths back. Where the features were
+      never split, as in a layer on the last axis, a window of ones that only tells
+      how many spatial axes there are.
+    """
+    found: dict[int, dict[Flatten, None]] = {}
+    ranks: dict[int, int] = {}
+    memo: dict[_Place, tuple[_Place, ...]] = {}
+    for seen in inputs:
+        if seen.number not in features:
+            continue
+        known, shape = features[seen.number], tuple(seen.var.aval.shape)
+        # Under vmap the array in the trace has leading axes that the layer never saw.
+        axes = tuple(len(shape) + axis for axis in known.axes)
+        sizes = tuple(shape[axis] for axis in axes)
+        start = _Place(seen.frame, seen.var, axes, sizes)
+        answers = [_describe(end) for end in _ends(start, memo)]
+        each = found.setdefault(seen.number, {})
+        each.update({a: None for a in answers if a is not None})
+        spatial = min(known.lead - 1, 3)
+        if spatial < 1:
+            mapped = len(seen.source.aval.shape) - known.rank
+            spatial = _upstream_rank(seen.frame, seen.source, mapped)
+        ranks[seen.number] = max(spatial, ranks.get(seen.number, 1))
+    flattens = {}
+    for number, answers in found.items():
+        rank = ranks[number]
+        pointwise = Flatten((1,) * rank, channel_last(rank))
+        flattens[number] = tuple(answers) or (pointwise,)
+    return flattens
+
+
+def _describe(end: _Place) -> Flatten | None:
+    """Reads window and order off the array where a walk ended."""
+    eqn, _ = end.producer
+    name, params = ("", {}) if eqn is None else (eqn.primitive.name, eqn.params)
+    if name == "dot_general" and params["dimension_numbers"][1][0]:
+        return None  # heads of an attention, joined again: not a spatial flatten
+    channel = len(end.shape) - 1
+    if name == "conv_general_dilated":
+        channel = params["dimension_numbers"].out_spec[1]
+    # Axes of size 1 are lost in a reshape; between the others they belong to the map.
+    first = min(end.axes)
+    ones = [a for a, n in enumerate(end.shape) if n == 1 and a > first]
+    axes = (*end.axes, *(a for a in ones if a not in end.axes))
+    spatial = sorted(axis for axis in axes if axis != channel)
+    if not 0 < len(spatial) <= 3:
+        return None
+    letters = dict(zip(spatial, window_letters(len(spatial))))
+    letters[channel] = "C"
+    order = "".join(letters[axis] for axis in axes)
+    if channel not in axes:
+        order += "C"
+    size = dict(zip(end.axes, end.sizes))
+    return Flatten(tuple(size.get(axis, 1) for axis in spatial), order)
+
+
+def _ends(start: _Place, memo: dict[_Place, tuple[_Place, ...]]) -> tuple[_Place, ...]:
+    """Where the paths back from a place end, if the features were split on the way.
+
+    Of paths that join in one equation those count on which the features are split
+    further; a single axis that is never split has no ends. Runs on a stack of its
+    own: a deep model makes a trace deeper than Python's.
+    """
+    stack = [start]
+    while stack:
+        place = stack[-1]
+        if place in memo:
+            stack.pop()
+            continue
+        sources = _sources(place)
+        waiting = [source for source in sources if source not in memo]
+        if waiting:
+            stack += waiting
+            continue
+        stack.pop()
+        if sources:
+            ends = dict.fromkeys(end for s in sources for end in memo[s])
+            more = [end for end in ends if len(end.axes) > len(place.axes)]
+            memo[place] = tuple(more or ends)
+        else:
+            memo[place] = (place,) if len(place.axes) > 1 else ()
+    return memo[start]
+
+
+def _sources(place: _Place) -> list[_Place]:
+    """One step back: the arrays that the followed axes come from; none at an end."""
+    frame, axes, sizes = place.frame, place.axes, place.sizes
+    eqn, index = place.producer
+    if eqn is None:
+        outer = _outer(frame, place.var, axes)
+        return [] if outer is None else [_Place(*outer, sizes)]
+    name, params = eqn.primitive.name, eqn.params
+    bodies = params["branches"] if name == "cond" else (call_body(eqn),)
+    if bodies[0] is not None:
+        inner = [frame.enter(eqn, body) for body in bodies]
+        return _variables([(f, f.jaxpr.outvars[index]) for f in inner], axes, sizes)
+    if name == "scan":
+        stacked = index >= scan_parts(eqn)[1]
+        if stacked and 0 in axes:
+            return []
+        axes = tuple(axis - stacked for axis in axes)
+        inner = frame.enter(eqn, params["jaxpr"])
+        return _variables([(inner, inner.jaxpr.outvars[index])], axes, sizes)
+    if name in _ELEMENTWISE:
+        operands = eqn.invars
+        if name == "optimization_barrier":
+            operands = [eqn.invars[index]]
+        if name == "select_n":
+            operands = eqn.invars[1:]
+        same = [v for v in operands if _carries(frame, v, place.shape)]
+        return _variables([(frame, v) for v in same], axes, sizes)
+    back = _axes_before(eqn, axes)
+    if name == "reshape":
+        # Pooled sizes are no longer those of the flatten: do not split them further.
+        pooled = sizes != tuple(place.shape[axis] for axis in axes)
+        back = None if pooled else back
+        if back is not None:
+            sizes = tuple(eqn.invars[0].aval.shape[axis] for axis in back)
+    return [] if back is None else _variables([(frame, eqn.invars[0])], back, sizes)
+
+
+def _variables(
+    found: Sequence[tuple[Frame, Any]], axes: tuple[int, ...], sizes: tuple[int, ...]
+) -> list[_Place]:
+    return [
+        _Place(frame, var, axes, sizes)
+        for frame, var in found
+        if not isinstance(var, Literal)
+    ]
+
+
+def _axes_before(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+    """Which axes of the operand the result's ``axes`` are; None if it mixes them."""
+    name, params = eqn.primitive.name, eqn.params
+    if name == "transpose":
+        return tuple(params["permutation"][axis] for axis in axes)
+    if name == "squeeze":
+        rank = len(eqn.invars[0].aval.shape)
+        kept = [i for i in range(rank) if i not in params["dimensions"]]
+        return tuple(kept[axis] for axis in axes)
+    if name == "broadcast_in_dim":
+        return _unbroadcast(eqn, axes)
+    if name == "reshape" and params["dimensions"] is None:
+        operand, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
+        return _unflatten(operand, result, axes)
+    if name in _POOLS and len(axes) > 1:
+        return axes
+    return None
+
+
+def _carries(frame: Frame, var: Any, shape: tuple[int, ...]) -> bool:
+    """Whether an operand of an elementwise equation can hold the features."""
+    if isinstance(var, Literal) or tuple(var.aval.shape) != shape:
+        return False
+    eqn, _ = frame.producers.get(var, (None, 0))
+    return eqn is None or not (
+        eqn.primitive.name == "broadcast_in_dim"
+        and math.prod(eqn.invars[0].aval.shape) != math.prod(shape)
+    )
+
+
+def _outer(
+    frame: Frame, var: Any, axes: tuple[int, ...]
+) -> tuple[Frame, Any, tuple[int, ...]] | None:
+    """The operand behind an input of a sub-jaxpr, with the axes there."""
+    if frame.parent is None or var not in frame.jaxpr.invars:
+        return None
+    index = frame.jaxpr.invars.index(var)
+    eqn = frame.call
+    if eqn.primitive.name == "while":
+        return None
+    if eqn.primitive.name == "scan":
+        consts, carry = scan_parts(eqn)
+        if consts <= index < consts + carry:
+            return None
+        stacked = index >= consts + carry
+        axes = tuple(axis + stacked for axis in axes)
+    operand = eqn.invars[len(eqn.invars) - len(frame.jaxpr.invars) + index]
+    return None if isinstance(operand, Literal) else (frame.parent, operand, axes)
+
+
+def _unflatten(
+    before: Sequence[int], after: Sequence[int], axes: Sequence[int]
+) -> tuple[int, ...] | None:
+    """The axes before a reshape that make up ``axes`` after it, in the same order."""
+    source: list[int] = []
+    for axis in axes:
+        outer = math.prod(after[:axis])
+        size = after[axis]
+        start = 0
+        while start < len(before) and math.prod(before[:start]) < outer:
+            start += 1
+        # A batch of one is a batch, not the first axis of the window.
+        while start < min(axis, len(before)) and before[start] == 1:
+            start += 1
+        if math.prod(before[:start]) != outer:
+            return None
+        stop = start
+        while stop < len(before) and math.prod(before[start:stop]) < size:
+            stop += 1
+        if math.prod(before[start:stop]) != size:
+            return None
+        if size > 1:
+            source += range(start, stop)
+    return tuple(source) or None
+
+
+def _unbroadcast(eqn: Any, axes: Sequence[int]) -> tuple[int, ...] | None:
+    """The operand's axes behind ``axes`` of a broadcast, if none was stretched."""
+    placed = {out: i for i, out in enumerate(eqn.params["broadcast_dimensions"])}
+    operand, shape = eqn.invars[0], eqn.outvars[0].aval.shape
+    if isinstance(operand, Literal):
+        return None
+    for axis in axes:
+        if axis not in placed or operand.aval.shape[placed[axis]] != shape[axis]:
+            return None
+    return tuple(placed[axis] for axis in axes)
+
+
+def _upstream_rank(frame: Frame, var: Any, mapped: int) -> int:
+    """Spatial axes of a pointwise conv: those of the nearest array that has some."""
+    while not isinstance(var, Literal):
+        eqn, index = frame.producers.get(var, (None, 0))
+        rank = len(var.aval.shape) - mapped
+        if rank > 2 and not (eqn is not None and is_mark(eqn)):
+            return min(rank - 2, 3)
+        if eqn is None:
+            outer = _outer(frame, var, ())
+            if outer is None:
+                break
+            frame, var, _ = outer
+        elif (body := call_body(eqn)) is not None:
+            frame = frame.enter(eqn, body)
+            var = frame.jaxpr.outvars[index]
+        elif is_mark(eqn):
+            var = marked_array(frame, eqn.invars[0])
+        else:
+            var = _main_operand(eqn)
+    return 1
+
+
+def _main_operand(eqn: Any) -> Any:
+    """The operand that the activations come in by: the left one of a product."""
+    operands = eqn.invars[1:] if eqn.primitive.name == "select_n" else eqn.invars
+    if not operands:
+        return Literal(0, None)
+    if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+        return operands[0]
+    return max(operands, key=lambda v: len(v.aval.shape))

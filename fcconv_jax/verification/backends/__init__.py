@@ -1,1 +1,0 @@
-"""Backends that a program can be run on, compiled for, or lowered to."""

@@ -1,0 +1,125 @@
+"""Compiled programs, read: texts as XLA writes them for a TPU, a GPU and a CPU."""
+
+import jax
+import jax.numpy as jnp
+import pytest
+
+from fcconv_jax.backends.steps import BACKGROUND, read_steps
+
+TPU = """
+%fused_computation.1 (p: f32[8,14,14,256]) -> bf16[8,14,14,256] {
+  %p = f32[8,14,14,256]{3,0,2,1:T(8,128)} parameter(0)
+  ROOT %copy.4 = bf16[8,14,14,256]{3,2,1,0:T(8,128)(2,1)} copy(%p), metadata={x="(%q)"}
+}
+
+%fused_computation (p0: f32[8,14,14,256], p1: f32[256,512]) -> f32[8,14,14,512] {
+  %p0 = f32[8,14,14,256]{3,0,2,1:T(8,128)} parameter(0)
+  %fusion = bf16[8,14,14,256]{3,2,1,0:T(8,128)(2,1)} fusion(%p0), kind=kLoop, \
+calls=%fused_computation.1
+  %p1 = f32[256,512]{1,0:T(8,128)S(1)} parameter(1)
+  %bitcast = f32[256,512,1,1]{1,0,3,2:T(8,128)} bitcast(%p1)
+  ROOT %convolution.1 = f32[8,14,14,512]{3,2,1,0:T(8,128)} convolution(%fusion, \
+%bitcast), window={size=1x1}, dim_labels=01bf_io01->01bf
+}
+
+ENTRY %main.2 (x: f32[8,14,14,256], w: f32[256,512]) -> f32[8,14,14,512] {
+  %w = f32[256,512]{1,0:T(8,128)} parameter(1), sharding={replicated}
+  %copy-start = (f32[256,512]{1,0:T(8,128)S(1)}, f32[256,512]{1,0:T(8,128)}, \
+u32[]{:S(2)}) copy-start(%w), cross_program_prefetch_index=0
+  %x = f32[8,14,14,256]{3,0,2,1:T(8,128)} parameter(0)
+  %copy-done = f32[256,512]{1,0:T(8,128)S(1)} copy-done(%copy-start)
+  %convolution_fusion = f32[8,14,14,512]{3,2,1,0:T(8,128)S(1)} fusion(%x, \
+%copy-done), kind=kOutput, calls=%fused_computation, backend_config={"window_config":\
+{"estimated_cycles":"8904"}}
+  ROOT %copy.1 = f32[8,14,14,512]{3,0,2,1:T(8,128)} copy(%convolution_fusion), \
+backend_config={"window_config":{"estimated_cycles":"10109"}}
+}
+"""
+
+GPU = """
+%gemm (p0: f32[32,16], p1: f32[16,8]) -> f32[32,8] {
+  %p0 = f32[32,16]{1,0} parameter(0)
+  %p1 = f32[16,8]{1,0} parameter(1)
+  ROOT %dot.1 = f32[32,8]{1,0} dot(%p0, %p1), lhs_contracting_dims={1}
+}
+
+%wrapped_transpose_computation (p: f32[1,16,8]) -> f32[8,1,16] {
+  %p = f32[1,16,8]{2,1,0} parameter(0)
+  ROOT %transpose.1 = f32[8,1,16]{2,1,0} transpose(%p), dimensions={2,0,1}
+}
+
+ENTRY %main (x: f32[32,16], w: f32[16,8]) -> f32[32,8] {
+  %x = f32[32,16]{1,0} parameter(0)
+  %w = f32[16,8]{1,0} parameter(1)
+  %gemm_fusion = f32[32,8]{1,0} fusion(%x, %w), kind=kCustom, calls=%gemm, \
+backend_config={"fusion_backend_config":{"kind":"__triton_gemm"}}
+  %b = f32[1,16,8]{2,1,0} bitcast(%w)
+  %wrapped_transpose = f32[8,1,16]{2,1,0} fusion(%b), kind=kInput, \
+calls=%wrapped_transpose_computation
+  %cudnn = (f32[32,1,8]{2,1,0}, u8[0]{0}) custom-call(%x, %wrapped_transpose), \
+custom_call_target="__cudnn$convForward"
+  ROOT %r = f32[32,1,8]{2,1,0} get-tuple-element(%cudnn), index=0
+}
+"""
+
+
+def test_a_program_for_a_tpu():
+    prefetch, product, copy = read_steps(TPU)
+    assert (prefetch.op, prefetch.detail) == ("copy", BACKGROUND)
+    assert prefetch.bytes == 2 * 4 * 256 * 512
+    assert prefetch.relayout == 0
+    assert str(product) == "fusion kOutput: copy, convolution"
+    assert product.product == "convolution"
+    # A copy that a product takes in on the way is no copy of its own.
+    assert (product.cycles, product.relayout) == (8904, 0)
+    out = 4 * 8 * 14 * 14 * 512
+    assert product.bytes == out // 2 + 4 * 256 * 512 + out
+    assert (copy.op, copy.product, copy.cycles) == ("copy", "", 10109)
+    assert (copy.relayout, copy.bytes) == (out, 2 * out)
+    assert copy.operands == ("f32[8,14,14,512]{3,2,1,0:T(8,128)S(1)}",)
+
+
+def test_a_program_for_a_gpu():
+    gemm, transpose, cudnn = read_steps(GPU)
+    assert gemm.product == "dot in __triton_gemm"
+    assert transpose.product == ""
+    assert transpose.relayout == 4 * 8 * 16
+    assert (cudnn.product, cudnn.result) == (
+        "__cudnn$convForward",
+        "f32[32,1,8]{2,1,0}",
+    )
+    assert cudnn.cycles is None
+
+
+@pytest.mark.parametrize(
+    ("line", "moved"),
+    [
+        # Axes of size 1 lie anywhere.
+        ("%c = f32[4,1,8]{2,1,0} copy(%x.{2,0,1})", 0),
+        ("%c = f32[4,1,8]{0,1,2} copy(%x.{2,0,1})", 128),
+        ("%c = f32[4,1,8]{2,0,1:S(1)} copy(%x.{2,0,1})", 0),
+        ("%c = f32[8,1,4]{2,1,0} transpose(%x.{2,0,1}), dimensions={2,1,0}", 128),
+    ],
+)
+def test_which_copies_change_the_order_in_memory(line, moved):
+    text = f"""ENTRY %main (x: f32[4,1,8]) -> f32[4,1,8] {{
+  %x = f32[4,1,8]{{2,0,1}} parameter(0)
+  ROOT {line.replace("%x.{2,0,1}", "%x")}
+}}"""
+    (step,) = read_steps(text)
+    assert step.relayout == moved
+
+
+def test_loops_and_branches_stand_in_place_of_the_call():
+    def f(x):
+        x = jax.lax.fori_loop(0, 3, lambda i, x: x @ x, x)
+        return jax.lax.cond(x[0, 0] > 0, lambda: x @ x, lambda: x)
+
+    text = jax.jit(f).lower(jnp.ones((64, 64))).compile().as_text()
+    steps = read_steps(text)
+    assert sum(bool(step.product) for step in steps) == 2
+    assert not {"while", "conditional", "call"} & {step.op for step in steps}
+
+
+def test_a_text_without_a_program_has_no_steps():
+    assert read_steps("HloModule empty") == ()
