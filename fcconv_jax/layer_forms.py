@@ -7,6 +7,7 @@ only for grouped layers. Conv inputs are channel-last, ``(N, *spatial, C)``.
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +19,7 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
 from .geometry.classify import Equivalence
-from .kernels import channel_last, window_letters
+from .kernels import channel_last, kernel_rearrangement, window_letters
 from .meshes import parts, reshape, respec, typed_sharding, with_mesh
 from .plan import Form, LayerPlan, PlanError
 
@@ -391,3 +392,20 @@ def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:
     spatial = tuple(lead[1:][-rank:])
     batch = math.prod(lead[: len(lead) - len(spatial)])
     return (batch, *[1] * (rank - len(spatial)), *spatial)
+
+
+def canonical_layer(layer: LayerPlan, to: Form) -> LayerPlan:
+    """The layer of a matmul with its kernel as the forms take it.
+
+    The plan moves the parameter as it is stored, such as ``(out, in)``; the product
+    sees it in the canonical order, whatever lies between.
+    """
+    *window, rows, out = layer.channels_last(layer.kernel.target)
+    if to == "conv":
+        rows, out = math.prod(window) * rows, out // layer.groups
+    shape = (layer.groups, rows, out)[layer.groups == 1 :]
+    kernel = kernel_rearrangement(
+        shape, layer.window, order=layer.order, groups=layer.groups
+    )
+    kernel = layer.lay_out(kernel) if to == "conv" else kernel.inverse()
+    return dataclasses.replace(layer, leaves=(("kernel", kernel),))

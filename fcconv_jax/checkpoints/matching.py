@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..kernels import Rearrangement
-from ..params.trees import convert_leaf
+from ..params.leaves import convert_leaf
 from ..plan import Plan
 from .checkpoint import CheckpointError, Format, Parts
 from .formats import key_separator

@@ -4,12 +4,8 @@ from __future__ import annotations
 
 from typing import Any
 
-import flax.linen as nn
-
-from ..matmuls.trace import is_function, not_a_model
-from ..params.variables import is_nnx_module
 from ..plan import Plan
-from .linen.model import ConvertedLinen
+from .kinds import frontend_of
 
 
 def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
@@ -48,18 +44,4 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
       >>> bool((y == model.apply(variables, x)).all())
       True
     """
-    if is_nnx_module(model):
-        from .nnx.model import convert_nnx
-
-        return convert_nnx(model, plan, inplace=inplace)
-    if inplace:
-        raise TypeError(
-            f"{type(model).__name__} holds no parameters: inplace is for NNX models"
-        )
-    if is_function(model):
-        from .function.model import ConvertedFunction
-
-        return ConvertedFunction(model, plan)
-    if not isinstance(model, nn.Module):
-        raise not_a_model("convert_model", model)
-    return ConvertedLinen(model, plan)
+    return frontend_of(model, "convert_model").convert_model(model, plan, inplace)

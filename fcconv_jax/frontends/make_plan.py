@@ -5,15 +5,11 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-import flax.linen as nn
-
-from ..matmuls.trace import is_function, not_a_model
-from ..params.variables import is_nnx_module
 from ..plan import Form, Plan, PlanError
 from ..planning.layouts import lay_out
 from ..planning.mesh_layouts import for_mesh
 from ..rules import Rule, as_rules
-from .linen.plan import plan_linen
+from .kinds import frontend_of
 
 
 def make_plan(
@@ -62,7 +58,7 @@ def make_plan(
       TypeError: the model is of another kind.
 
     Example:
-      >>> import jax.numpy as jnp
+      >>> import flax.linen as nn, jax.numpy as jnp
       >>> class Net(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, x):
@@ -77,32 +73,8 @@ def make_plan(
     if to not in ("conv", "dense"):
         raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")
     chosen = as_rules(rules)
-    plan = _plan(model, inputs, to, chosen, rngs, method, kwargs)
+    room = frontend_of(model, "make_plan")
+    plan = room.make_plan(model, inputs, to, chosen, rngs, method, kwargs)
     plan = lay_out(plan, chosen, backend)
-    return for_mesh(plan, model, inputs, chosen)
-
-
-def _plan(
-    model: Any,
-    inputs: tuple[Any, ...],
-    to: Form,
-    rules: tuple[Rule, ...],
-    rngs: Any,
-    method: Any,
-    kwargs: dict[str, Any],
-) -> Plan:
-    """The plan of a model of any kind, in the layout that every backend runs."""
-    if is_nnx_module(model):
-        from .nnx.plan import plan_nnx
-
-        options = kwargs if rngs is None else {**kwargs, "rngs": rngs}
-        return plan_nnx(model, inputs, to, rules, method, options)
-    if is_function(model):
-        from ..matmuls.plan import plan_function
-
-        own = {"rngs": rngs, "method": method}
-        given = {name: value for name, value in own.items() if value is not None}
-        return plan_function(model, inputs, to, rules, {**kwargs, **given})
-    if not isinstance(model, nn.Module):
-        raise not_a_model("make_plan", model)
-    return plan_linen(model, inputs, to, rules, rngs, method, kwargs)
+    activations = room.activations(inputs)
+    return for_mesh(plan, (room.state(model), inputs), activations, chosen)

@@ -9,11 +9,11 @@ from typing import Any
 import jax
 from jax import lax
 
-from ..frontends.linen.layers import DenseAxes
 from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..layer_forms import pair_of_forms
 from ..meshes import permuted, reshape
 from ..plan import Form, LayerPlan
+from ..planning.layer_axes import DenseAxes
 from .factors import rearrangement, regroup, stacked_axes
 from .matmul import Product
 

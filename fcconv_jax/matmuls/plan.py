@@ -1,14 +1,14 @@
-"""Plans a function of params and inputs: finds its products with parameters."""
+"""Plans the products with parameters that are found in a trace."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterator, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..plan import Form, LayerPlan, Plan
+from ..plan import Form, LayerPlan
 from ..planning.decide import Call, LeftError, plan_layers
-from ..rules import Rule, match_rules
+from ..rules import Rule
 from ..tracing.marks import Frame, LayerInput
 from .as_layer import (
     conv_arguments,
@@ -20,33 +20,12 @@ from .as_layer import (
     stack_axes,
 )
 from .matmul import Product, Program
-from .trace import Traced, trace
+from .trace import Traced
 
 _TWO_ROLES = (
     "it is multiplied in two roles: what is input features in one product is output "
     "features in another, so no one kernel serves both"
 )
-
-
-def plan_function(
-    function: Callable[..., Any],
-    inputs: Sequence[Any],
-    to: Form,
-    rules: Sequence[Rule],
-    kwargs: Mapping[str, Any],
-) -> Plan:
-    """The plan of ``function(params, *inputs)``; see :func:`fcconv_jax.make_plan`."""
-    if not inputs:
-        raise TypeError(
-            "make_plan(f, params, *inputs) needs the params that f takes first: arrays "
-            "or jax.ShapeDtypeStruct"
-        )
-    traced = trace(function, inputs, kwargs)
-    layers = find_layers(traced, to)
-    chosen = match_rules(rules, product_sizes(layers))
-    planned, left = plan_products(traced, layers, to, chosen)
-    left |= _unweighted(traced, to)
-    return Plan(to, tuple(planned.items()), tuple(left.items()))
 
 
 def find_layers(
@@ -113,19 +92,6 @@ def plan_products(
             del planned[path]
             reasons[path] = str(reason)
     return planned, {**reasons, **_untouched(traced, layers)}
-
-
-def _unweighted(traced: Traced, to: Form) -> dict[str, str]:
-    """The products of no parameter, numbered in the order of the program."""
-    kind = "dot_general" if to == "conv" else "conv_general_dilated"
-    left: dict[str, str] = {}
-    counts: dict[str, int] = {}
-    for eqn, found in traced.program.walk():
-        name = eqn.primitive.name
-        number = counts[name] = counts.get(name, -1) + 1
-        if isinstance(found, str) and name == kind:
-            left[f"{name}[{number}]"] = found
-    return left
 
 
 def as_call(product: Product, number: int, elsewhere: str | None = None) -> Call:

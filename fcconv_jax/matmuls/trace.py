@@ -6,10 +6,9 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-import flax.linen as nn
 import jax
 
-from ..params.trees import flatten_with_path
+from ..params.leaves import flatten_with_path
 from ..plan import PlanError
 from ..tracing import arguments
 from .find import analyse
@@ -29,42 +28,6 @@ class Traced:
     program: Program
     operands: list[Any]
     out_tree: Any
-
-
-def is_function(model: Any) -> bool:
-    """Whether a model that is no ``nnx`` Module is a function of params and inputs.
-
-    Example:
-      >>> is_function(lambda params, x: x @ params), is_function(nn.Dense(3))
-      (True, False)
-    """
-    known = isinstance(model, nn.Module | type) or _holds_linen(model)
-    return callable(model) and not known
-
-
-def not_a_model(caller: str, model: Any) -> TypeError:
-    """The error about what is no model, naming the way out.
-
-    Example:
-      >>> print(not_a_model("make_plan", "bert"))
-      make_plan takes a flax.linen or flax.nnx Module or a function of params and ...
-    """
-    name = type(model).__name__
-    if _holds_linen(model):
-        return TypeError(
-            f"{name} is no flax.linen Module, it holds one and its params: hand over "
-            "model.module with the inputs of its own __call__, or a function such as "
-            "lambda params, ids: model(ids, params=params) with model.params"
-        )
-    return TypeError(
-        f"{caller} takes a flax.linen or flax.nnx Module or a function of params and "
-        f"inputs, got {name}"
-    )
-
-
-def _holds_linen(model: Any) -> bool:
-    """Whether it is an object around a linen Module, as those of transformers are."""
-    return isinstance(getattr(model, "module", None), nn.Module)
 
 
 def trace(

@@ -13,7 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from ..kernels import Rearrangement
-from .trees import convert_leaf
+from .leaves import convert_leaf
 
 # Arrays of fewer bytes are copied: they hardly count, and compiling takes its time.
 _WORTH = 1 << 20

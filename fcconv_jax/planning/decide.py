@@ -7,7 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..frontends.linen.layers import DenseAxes
 from ..geometry.classify import classify
 from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..layer_forms import holds
@@ -15,6 +14,7 @@ from ..plan import Form, LayerPlan, PlanError, is_order
 from ..rules import Rule
 from ..tracing.flatten import Features, Flatten, find_flattens
 from ..tracing.marks import LayerInput
+from .layer_axes import DenseAxes
 
 
 class LeftError(Exception):

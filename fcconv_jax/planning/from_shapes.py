@@ -10,7 +10,7 @@ import jax
 from flax.core import meta
 
 from ..kernels import bias_rearrangement, channel_last, kernel_rearrangement
-from ..params.trees import leaf_path
+from ..params.leaves import leaf_path
 from ..plan import Form, LayerPlan, Plan, PlanError
 from ..rules import Rule, as_rules, match_rules
 from .layouts import lay_out

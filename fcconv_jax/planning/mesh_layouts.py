@@ -8,11 +8,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from flax import nnx
 
-from ..matmuls.trace import is_function
 from ..meshes import over_mesh, parts
-from ..params.variables import is_nnx_module
 from ..plan import LayerPlan, Layout, Plan
 from ..rules import Rule, first_match
 
@@ -22,7 +19,7 @@ GROUPED = (
 )
 
 
-def for_mesh(plan: Plan, model: Any, inputs: Any, rules: Sequence[Rule]) -> Plan:
+def for_mesh(plan: Plan, arrays: Any, activations: Any, rules: Sequence[Rule]) -> Plan:
     """The plan with the layouts that suit the shardings of what it was made from.
 
     With leading axes sharded beyond the first, folding them into the batch would make
@@ -32,15 +29,14 @@ def for_mesh(plan: Plan, model: Any, inputs: Any, rules: Sequence[Rule]) -> Plan
 
     Args:
       plan: as the trace and the rules give it.
-      model: what was planned; of an NNX model the shardings of its state are read.
-      inputs: what it was planned with: arrays, abstract arrays, anything else.
+      arrays: all that it was planned with, params too: arrays, abstract arrays,
+        anything else.
+      activations: those of them that are no params.
       rules: the user's.
     """
-    state = nnx.split(model, graph=True)[1] if is_nnx_module(model) else ()
-    meshed = any(over_mesh(leaf) for leaf in jax.tree.leaves((state, inputs)))
+    meshed = any(map(over_mesh, jax.tree.leaves(arrays)))
     if plan.to != "conv" or not meshed:
         return plan
-    activations = inputs[1:] if is_function(model) else inputs
     keep = any(map(_leading, jax.tree.leaves(activations)))
     layers, left = [], list(plan.left)
     for path, layer in plan.items():

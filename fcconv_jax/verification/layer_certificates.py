@@ -11,9 +11,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..frontends.function.program import canonical_layer
-from ..frontends.programs import layer_dtypes
-from ..layer_forms import pair_of_forms
+from ..layer_forms import canonical_layer, pair_of_forms
+from ..params.layer_dtypes import layer_dtypes
 from ..plan import Form, LayerPlan, Plan
 from .certificate import Certificate, prepare_certificate
 

@@ -9,7 +9,8 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..frontends.programs import BothForms
-from ..params.trees import convert_opt_state, restore_params
+from ..params.opt_state import convert_opt_state
+from ..params.trees import restore_params
 from .pair import Pair
 
 

@@ -19,8 +19,10 @@ from ..backends.report import BackendReport
 from ..backends.resolution import Resolution, resolve, resolve_default
 from ..backends.timing import milliseconds
 from ..frontends.convert_model import convert_model
-from ..frontends.programs import BothForms, program_of, variables_of
-from ..params.trees import convert_params, leaf_path, restore_params
+from ..frontends.kinds import frontend_of
+from ..frontends.programs import BothForms
+from ..params.leaves import leaf_path
+from ..params.trees import convert_params, restore_params
 from ..plan import Plan
 from .bounds import LeafComparison
 from .layer_certificates import layer_certificates
@@ -115,11 +117,12 @@ def verify(
     chosen = _resolve_all(backends)
     if converted_model is None:
         converted_model = convert_model(model, plan)
-    variables = variables_of(model, params)
+    room = frontend_of(model, "verify")
+    variables = room.variables(model, params)
     expected = convert_params(variables, plan)
     other = expected
     if converted_params is not None:
-        other = variables_of(converted_model, converted_params)
+        other = room.variables(converted_model, converted_params)
     abstract = _is_abstract((variables, other, inputs, kwargs))
     if abstract and any(resolution.how == "executed" for resolution in chosen):
         raise TypeError(
@@ -131,8 +134,8 @@ def verify(
     if not failures:
         failures = _check_params(variables, restore_params(other, plan))
 
-    original = program_of(model, plan, inputs, kwargs)
-    changed = program_of(converted_model, plan, inputs, kwargs)
+    original = room.model_program(model, plan, inputs, kwargs)
+    changed = room.model_program(converted_model, plan, inputs, kwargs)
     pair = BothForms(plan, original, changed, variables, other)
     absent = [resolution for resolution in chosen if resolution.how != "executed"]
     with Compiling(

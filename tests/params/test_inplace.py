@@ -8,7 +8,7 @@ from flax import nnx
 
 from fcconv_jax.kernels import Rearrangement, kernel_rearrangement
 from fcconv_jax.params.inplace import convert_in_place
-from fcconv_jax.params.trees import convert_leaf
+from fcconv_jax.params.leaves import convert_leaf
 
 # 515 features: several pieces, and some that are left.
 BEHIND_CHW = kernel_rearrangement((32 * 5 * 7, 515), (5, 7), order="CHW")

@@ -15,7 +15,7 @@ from jax.sharding import (
 )
 
 import fcconv_jax as fc
-from fcconv_jax.params.trees import convert_leaf
+from fcconv_jax.params.leaves import convert_leaf
 
 
 class Net(nn.Module):

@@ -19,7 +19,8 @@ from ...matmuls.as_layer import (
 )
 from ...matmuls.matmul import Product, rewrite
 from ...matmuls.trace import parameter_paths, trace
-from ...params.trees import check_converted, restore_params
+from ...params.moves import check_converted
+from ...params.trees import restore_params
 from ...plan import LayerPlan, Plan, PlanError
 from ...tracing import arguments
 

@@ -2,15 +2,11 @@
 
 from __future__ import annotations
 
-import dataclasses
-import math
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 
-from ...kernels import kernel_rearrangement
-from ...plan import Form, LayerPlan
 from ...tracing import arguments
 
 
@@ -28,23 +24,6 @@ def function_variables(params: Any) -> dict[str, Any]:
                 "eqx.partition gives them) and a function that puts in the rest"
             )
     return {"params": params}
-
-
-def canonical_layer(layer: LayerPlan, to: Form) -> LayerPlan:
-    """A function's layer with its kernel as the forms take it.
-
-    The plan moves the parameter as it is stored, such as ``(out, in)``; the product
-    sees it in the canonical order, whatever lies between.
-    """
-    *window, rows, out = layer.channels_last(layer.kernel.target)
-    if to == "conv":
-        rows, out = math.prod(window) * rows, out // layer.groups
-    shape = (layer.groups, rows, out)[layer.groups == 1 :]
-    kernel = kernel_rearrangement(
-        shape, layer.window, order=layer.order, groups=layer.groups
-    )
-    kernel = layer.lay_out(kernel) if to == "conv" else kernel.inverse()
-    return dataclasses.replace(layer, leaves=(("kernel", kernel),))
 
 
 class FunctionProgram:

@@ -3,18 +3,16 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import flax.linen as nn
 import jax
-import jax.numpy as jnp
 from flax.linen.dtypes import promote_dtype
 
-from ...meshes import permuted, reshape, respec
+from ...planning.layer_axes import DenseAxes
 
 Array = jax.Array
 KINDS: dict[str, type[nn.Module]] = {
@@ -111,73 +109,15 @@ class OwnCalls:
             self._foreign = before
 
 
-@dataclasses.dataclass(frozen=True)
-class DenseAxes:
-    """How a Dense or DenseGeneral reads its input: axes by number, all non-negative.
-
-    Args:
-      batch: leading axes that the kernel has too.
-      lead: axes that it leaves alone.
-      contracted: axes that it sums over.
-      features: shape that it puts in their place.
-    """
-
-    batch: tuple[int, ...]
-    lead: tuple[int, ...]
-    contracted: tuple[int, ...]
-    features: tuple[int, ...]
-
-    @classmethod
-    def of(cls, module: Any, ndim: int) -> DenseAxes:
-        """Reads them off a bound ``nn.Dense`` or ``nn.DenseGeneral``."""
-        # Flax sorts the axes: (3, 2) means (2, 3).
-        axis = _as_tuple(getattr(module, "axis", -1))
-        contracted = tuple(sorted(a % ndim for a in axis))
-        batch = _as_tuple(getattr(module, "batch_dims", ()))
-        batch = tuple(sorted(b % ndim for b in batch))
-        lead = tuple(a for a in range(ndim) if a not in (*batch, *contracted))
-        return cls(batch, lead, contracted, _as_tuple(module.features))
-
-    def groups(self, x: Any) -> int:
-        """How many kernels stand side by side."""
-        return math.prod(x.shape[b] for b in self.batch)
-
-    def canonical(self, x: Array) -> Array:
-        """``x`` as ``(*lead, [groups,] in)``."""
-        order = (*self.lead, *self.batch, *self.contracted)
-        if order != tuple(range(x.ndim)):
-            x = x.transpose(order)
-        lead = x.shape[: len(self.lead)]
-        inner = x.shape[len(self.lead) + len(self.batch) :]
-        n = math.prod(x.shape[len(lead) : len(lead) + len(self.batch)])
-        groups = (n,) if n > 1 else ()
-        return reshape(x, (*lead, *groups, math.prod(inner)))
-
-    def restore(self, y: Array, batch: tuple[int, ...]) -> Array:
-        """The layer's own output from ``(*lead, [groups,] out)``."""
-        n = len(self.lead)
-        y = reshape(y, (*y.shape[:n], *batch, *self.features))
-        if batch:
-            front = range(n, n + len(batch))
-            y = jnp.moveaxis(y, tuple(front), tuple(range(len(batch))))
-        return y
-
-    def canonical_sharding(self, sharding: Any, shape: Sequence[int]) -> Any:
-        """The sharding of ``(*lead, [groups,] out)`` from that of the layer's output.
-
-        Args:
-          sharding: a ``PartitionSpec`` or ``NamedSharding`` of the output; or None.
-          shape: of the layer's input, as it takes it.
-        """
-        batch, lead = ([shape[a] for a in axes] for axes in (self.batch, self.lead))
-        n, ndim = len(batch), len(batch) + len(lead) + len(self.features)
-        order = [*range(n, n + len(lead)), *range(n), *range(n + len(lead), ndim)]
-        groups = (math.prod(batch),) if math.prod(batch) > 1 else ()
-        return respec(
-            permuted(sharding, order),
-            (*lead, *batch, *self.features),
-            (*lead, *groups, math.prod(self.features)),
-        )
+def dense_axes(module: Any, ndim: int) -> DenseAxes:
+    """How a bound ``nn.Dense`` or ``nn.DenseGeneral`` reads an input of that rank."""
+    # Flax sorts the axes: (3, 2) means (2, 3).
+    axis = _as_tuple(getattr(module, "axis", -1))
+    contracted = tuple(sorted(a % ndim for a in axis))
+    batch = _as_tuple(getattr(module, "batch_dims", ()))
+    batch = tuple(sorted(b % ndim for b in batch))
+    lead = tuple(a for a in range(ndim) if a not in (*batch, *contracted))
+    return DenseAxes(batch, lead, contracted, _as_tuple(module.features))
 
 
 def conv_geometry(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:

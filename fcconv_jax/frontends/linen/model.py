@@ -14,20 +14,17 @@ import jax
 from ... import layer_forms as forms
 from ...geometry.classify import classify
 from ...kernels import Rearrangement
-from ...params.trees import (
-    check_converted,
-    convert_leaf,
-    convert_params,
-    flatten_with_path,
-)
+from ...params.leaves import convert_leaf, flatten_with_path
+from ...params.moves import check_converted
+from ...params.trees import convert_params
 from ...plan import Form, LayerPlan, Plan, PlanError
 from ...tracing import arguments
 from ..function.model import run_rewritten
 from .interception import intercepting
 from .layers import (
-    DenseAxes,
     OwnCalls,
     conv_geometry,
+    dense_axes,
     flat_init,
     layer_kind,
     module_path,
@@ -183,7 +180,7 @@ def _call_layer(owner: Any, module: Any, layer: LayerPlan, to: Form, x: Any) -> 
     if to == "dense":
         _check_size(owner, module, layer, tuple(x.shape))
         return converted(x, kernel, bias)
-    axes = DenseAxes.of(module, x.ndim)
+    axes = dense_axes(module, x.ndim)
     batch = tuple(x.shape[axis] for axis in axes.batch)
     return axes.restore(converted(axes.canonical(x), kernel, bias), batch)
 

@@ -22,10 +22,10 @@ from ...tracing import arguments
 from ...tracing.marks import mark, marked
 from .interception import intercepting
 from .layers import (
-    DenseAxes,
     OwnCalls,
     below_map_variables,
     conv_geometry,
+    dense_axes,
     is_lifted,
     layer_kind,
     module_path,
@@ -88,7 +88,7 @@ class _Recorder:
             shape=shape,
             kernel=tuple(kernel.shape),
             bias=None if bias is None else tuple(bias.shape),
-            axes=DenseAxes.of(module, len(shape)) if dense else None,
+            axes=dense_axes(module, len(shape)) if dense else None,
             geometry=None if dense else conv_geometry(module, shape),
             obstacle=self._obstacle(module),
         )

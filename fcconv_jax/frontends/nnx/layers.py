@@ -9,7 +9,7 @@ from flax import nnx
 from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
-from ..linen.layers import DenseAxes
+from ...planning.layer_axes import DenseAxes
 
 KINDS: dict[str, type[nnx.Module]] = {
     "Linear": nnx.Linear,

@@ -16,7 +16,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ...params.trees import convert_leaf, move_metadata
+from ...params.leaves import convert_leaf, move_metadata
 from ...plan import Form, LayerPlan, Plan, PlanError
 from ...tracing import arguments
 from ..function.model import run_rewritten

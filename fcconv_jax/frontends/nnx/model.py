@@ -17,7 +17,7 @@ from jax import lax
 from ... import layer_forms as forms
 from ...kernels import Rearrangement
 from ...params.inplace import convert_in_place
-from ...params.trees import convert_leaf, move_metadata
+from ...params.leaves import convert_leaf, move_metadata
 from ...plan import Form, LayerPlan, Plan, PlanError
 from . import layers as nnx_layers
 from .matmuls import converted_products, set_classes

@@ -1,0 +1,45 @@
+"""Plans a function of params and inputs: finds its products with parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+from ...matmuls.plan import find_layers, plan_products, product_sizes
+from ...matmuls.trace import Traced, trace
+from ...plan import Form, Plan
+from ...rules import Rule, match_rules
+
+
+def plan_function(
+    function: Callable[..., Any],
+    inputs: Sequence[Any],
+    to: Form,
+    rules: Sequence[Rule],
+    kwargs: Mapping[str, Any],
+) -> Plan:
+    """The plan of ``function(params, *inputs)``; see :func:`fcconv_jax.make_plan`."""
+    if not inputs:
+        raise TypeError(
+            "make_plan(f, params, *inputs) needs the params that f takes first: arrays "
+            "or jax.ShapeDtypeStruct"
+        )
+    traced = trace(function, inputs, kwargs)
+    layers = find_layers(traced, to)
+    chosen = match_rules(rules, product_sizes(layers))
+    planned, left = plan_products(traced, layers, to, chosen)
+    left |= _unweighted(traced, to)
+    return Plan(to, tuple(planned.items()), tuple(left.items()))
+
+
+def _unweighted(traced: Traced, to: Form) -> dict[str, str]:
+    """The products of no parameter, numbered in the order of the program."""
+    kind = "dot_general" if to == "conv" else "conv_general_dilated"
+    left: dict[str, str] = {}
+    counts: dict[str, int] = {}
+    for eqn, found in traced.program.walk():
+        name = eqn.primitive.name
+        number = counts[name] = counts.get(name, -1) + 1
+        if isinstance(found, str) and name == kind:
+            left[f"{name}[{number}]"] = found
+    return left

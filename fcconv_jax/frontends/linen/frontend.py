@@ -1,0 +1,63 @@
+"""What linen's room offers; see :class:`fcconv_jax.frontends.kinds.Frontend`."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ...plan import Form, Plan
+from ...rules import Rule
+from .model import ConvertedLinen
+from .plan import plan_linen
+from .program import LinenProgram
+
+
+def make_plan(
+    model: Any,
+    inputs: Sequence[Any],
+    to: Form,
+    rules: Sequence[Rule],
+    rngs: Any,
+    method: Any,
+    kwargs: Mapping[str, Any],
+) -> Plan:
+    """The plan of a linen Module."""
+    return plan_linen(model, inputs, to, rules, rngs, method, kwargs)
+
+
+def convert_model(model: Any, plan: Plan, inplace: bool) -> ConvertedLinen:
+    """The Module in the plan's form.
+
+    Raises:
+      TypeError: ``inplace``: a linen Module holds no parameters.
+    """
+    if inplace:
+        raise TypeError(
+            f"{type(model).__name__} holds no parameters: inplace is for NNX models"
+        )
+    return ConvertedLinen(model, plan)
+
+
+def model_program(
+    model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]
+) -> LinenProgram:
+    """The Module, original or converted, on inputs that stay."""
+    return LinenProgram(model, plan, inputs, kwargs)
+
+
+def variables(model: Any, params: Any) -> Mapping[str, Any]:
+    """The params or variables of a Module, as variables with ``params`` in them."""
+    del model
+    is_variables = isinstance(params, Mapping) and "params" in params
+    return params if is_variables else {"params": params}
+
+
+def activations(inputs: Sequence[Any]) -> Sequence[Any]:
+    """All inputs of a Module's call: its params are none of them."""
+    return inputs
+
+
+def state(model: Any) -> tuple[()]:
+    """Nothing: a linen Module holds no arrays."""
+    del model
+    return ()
