@@ -19,6 +19,9 @@ from .plan import Plan as Plan
 from .plan import PlanError as PlanError
 from .planning.from_shapes import plan_from_params as plan_from_params
 from .rules import Rule as Rule
+from .verification.compare import Comparison as Comparison
+from .verification.compare import assert_same as assert_same
+from .verification.compare import compare as compare
 from .verification.layer_certificates import certify_layer as certify_layer
 from .verification.report import Report as Report
 from .verification.verify import assert_equivalent as assert_equivalent

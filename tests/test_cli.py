@@ -446,7 +446,7 @@ class TestVerify:
         result = run("verify model.py:wide --input 2,4 --rule fc=2")
         assert result.stdout.startswith("EQUIVALENT: 1 layer to conv")
         assert re.search(r"fc\s+full_window\s+proved", result.stdout)
-        assert "gradients: max error" in result.stdout
+        assert "gradients: " in result.stdout
         assert result.stderr == ""
 
     def test_what_is_verified(self, verified):
@@ -489,7 +489,7 @@ class TestVerify:
         command = "verify model.py:wide --input 2,4 --no-gradients"
         report = json.loads(run(f"{command} --json --out report.md").stdout)
         assert report["passed"] is True
-        assert report["steps"] == []
+        assert {array["kind"] for array in report["arrays"]} == {"outputs"}
         assert Path("report.md").read_text().startswith("**EQUIVALENT")
         assert "| fc | pointwise |" in run(f"{command} --markdown").stdout
         run(f"{command} --out report.json")

@@ -39,7 +39,6 @@ class BackendReport:
       conv: the model in conv form.
       milliseconds: run times of the two forms, where they were executed.
       failures: what is wrong, such as a compiler that failed.
-      execution: the report of the execution, where it is not the main one.
     """
 
     backend: str
@@ -50,7 +49,6 @@ class BackendReport:
     conv: Compilation | None = None
     milliseconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     failures: tuple[str, ...] = ()
-    execution: Any = None
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any, Literal, Protocol
 
@@ -22,7 +22,11 @@ class ModelProgram(Protocol):
     arrays: Any
 
     def call(self, variables: Any, arrays: Any = None) -> Any:
-        """The output alone; ``arrays`` stand in for those of the inputs."""
+        """What the model returns; ``arrays`` stand in for those of the inputs."""
+        ...
+
+    def named(self, variables: Any, arrays: Any, wanted: Callable[[str], bool]) -> Any:
+        """The same, with the outputs of wanted modules named in the trace."""
         ...
 
 
@@ -47,13 +51,19 @@ class Frontend(Protocol):
         ...
 
     def model_program(
-        self, model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]
+        self, model: Any, inputs: Any, kwargs: Mapping[str, Any]
     ) -> ModelProgram:
         """A model, original or converted, on inputs that stay."""
         ...
 
     def variables(self, model: Any, params: Any) -> Mapping[str, Any]:
         """The params or variables of a model, as variables with ``params`` in them."""
+        ...
+
+    def planning_call(
+        self, params: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> tuple[Sequence[Any], Mapping[str, Any]]:
+        """What ``make_plan`` takes, from how the model is called with params."""
         ...
 
     def activations(self, inputs: Sequence[Any]) -> Sequence[Any]:

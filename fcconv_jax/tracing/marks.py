@@ -7,12 +7,15 @@ import functools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+import jax
 from jax import lax
 from jax.ad_checkpoint import checkpoint_name
 
 from .jaxprs import opened, subjaxprs
 
 _MARK = "fcconv_jax:"
+_INPUT = "fcconv_jax.input:"
+_OUTPUT = "fcconv_jax.output:"
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -90,6 +93,38 @@ def _marks(frame: Frame) -> Iterator[LayerInput]:
             yield LayerInput(number, frame, var, marked_array(frame, var))
         for _, body in subjaxprs(eqn):
             yield from _marks(frame.enter(eqn, body))
+
+
+def name_input(path: str, x: Any) -> None:
+    """Names a layer's input in the trace; the name is found where the trace is run."""
+    _name(f"{_INPUT}{path}", x)
+
+
+def name_output(path: str, out: Any) -> Any:
+    """The output of a module, each of its arrays under the module's name."""
+    return jax.tree.map(lambda leaf: _name(f"{_OUTPUT}{path}", leaf), out)
+
+
+def _name(name: str, x: Any) -> Any:
+    return checkpoint_name(x, name) if isinstance(x, jax.Array) else x
+
+
+def named_inputs(named: Mapping[str, Any]) -> dict[str, Any]:
+    """By path, what :func:`name_input` named, of all names in a trace."""
+    return _with_prefix(named, _INPUT)
+
+
+def named_outputs(named: Mapping[str, Any]) -> dict[str, Any]:
+    """By path, what :func:`name_output` named, of all names in a trace."""
+    return _with_prefix(named, _OUTPUT)
+
+
+def _with_prefix(named: Mapping[str, Any], prefix: str) -> dict[str, Any]:
+    return {
+        name.removeprefix(prefix): value
+        for name, value in named.items()
+        if name.startswith(prefix)
+    }
 
 
 def is_mark(eqn: Any) -> bool:

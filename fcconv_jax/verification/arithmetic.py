@@ -1,8 +1,8 @@
 """What a dot or a convolution really does to its numbers here: measured, not assumed.
 
 XLA may round the operands (TF32 on CUDA, bf16 passes on TPU), accumulate in a type
-other than the output's, and cut instead of rounding. The error bounds and the exact
-certificate need the truth, so tiny probes read it off the device: products show what is
+other than the output's, and cut instead of rounding. The exact certificate needs
+the truth, so tiny probes read it off the device: products show what is
 kept of the operands, sums of ``big``, ``t`` and ``-big`` what the accumulator keeps.
 """
 
@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Form = Literal["dot", "conv", "sum"]
+Form = Literal["dot", "conv"]
 
 _REDUCTION = 256  # long enough for the blocked and vectorised paths
 _WIDTH = 32
@@ -95,8 +95,7 @@ def measure_precision(
 
     Args:
       dtype: dtype of both operands.
-      form: 'dot' (``lax.dot_general``), 'conv' (1x1 and full-window convolutions) or
-        'sum' (``lax.reduce_sum`` over rows and over columns; no operands to round).
+      form: 'dot' (``lax.dot_general``) or 'conv' (1x1 and full-window convolutions).
       precision: as ``jax.lax.dot_general`` takes it; None is JAX's default here.
       device: where to measure; None is JAX's default device.
       out: dtype of the output (``preferred_element_type``); None is that of the
@@ -110,8 +109,8 @@ def measure_precision(
       >>> measure_precision("int32")
       Arithmetic(input_roundoff=0.0, accumulate_roundoff=0.0, output_roundoff=0.0)
     """
-    if form not in ("dot", "conv", "sum"):
-        raise ValueError(f"form must be 'dot', 'conv' or 'sum', got {form!r}")
+    if form not in ("dot", "conv"):
+        raise ValueError(f"expected form 'dot' or 'conv', got {form!r}")
     dtype = jnp.dtype(dtype)
     if not jnp.issubdtype(dtype, jnp.inexact):
         return Arithmetic(0.0, 0.0, 0.0)
@@ -127,7 +126,7 @@ def measure_precision(
 @functools.cache
 def _measure(dtype, out, form, precision, device, default, x64) -> Arithmetic:
     del default, x64  # part of the key only: they change what is compiled
-    forms = {"dot": [_dot], "conv": [_pointwise, _full_window], "sum": [_sum]}[form]
+    forms = {"dot": [_dot], "conv": [_pointwise, _full_window]}[form]
     found = []
     # The caller may be tracing; the probes must run now.
     with jax.ensure_compile_time_eval():
@@ -145,60 +144,12 @@ def _measure(dtype, out, form, precision, device, default, x64) -> Arithmetic:
 
             found.append(
                 Arithmetic(
-                    0.0 if form == "sum" else _input_roundoff(run, dtype, out),
+                    _input_roundoff(run, dtype, out),
                     _accumulate_roundoff(run, dtype),
                     unit_roundoff(out),
                 )
             )
     return functools.reduce(Arithmetic.worse, found)
-
-
-def subnormal_inputs(x: Any) -> bool:
-    """Whether an array holds subnormal numbers, which the device may take for 0.
-
-    Example:
-      >>> subnormal_inputs(np.float32([1, 0])), subnormal_inputs(np.float32([1e-40]))
-      (False, True)
-    """
-    dtype = jnp.result_type(x)
-    if not jnp.issubdtype(dtype, jnp.floating) or not underflow_error(dtype) >= float(
-        jnp.finfo(dtype).tiny
-    ):
-        return False
-    # NumPy: the device would compare what it has already flushed.
-    x = np.asarray(x)
-    return bool(((x != 0) & (abs(x) < jnp.finfo(dtype).tiny)).any())
-
-
-def underflow_error(dtype: Any, device: Any = None) -> float:
-    """The absolute error of a result so small that it is subnormal: measured.
-
-    Returns:
-      The smallest normal number where subnormal results or operands are flushed to
-      zero, half of the smallest subnormal one where they are kept; 0 for integers.
-    """
-    dtype = jnp.dtype(dtype)
-    if not jnp.issubdtype(dtype, jnp.inexact):
-        return 0.0
-    return _underflow(jnp.finfo(dtype).dtype, _device(device))
-
-
-@functools.cache
-def _underflow(dtype: Any, device: Any) -> float:
-    info = jnp.finfo(dtype)
-    tiny = float(info.tiny)
-    with jax.ensure_compile_time_eval():
-        # Results: a product and a sum. Operands: one that is subnormal.
-        x = np.asarray([tiny, 1.5 * tiny, float(info.smallest_subnormal)]).astype(dtype)
-        y = np.asarray([0.5, -tiny, 4]).astype(dtype)
-        x, y = jax.device_put(x, device), jax.device_put(y, device)
-
-        def run(x: Any, y: Any) -> Any:
-            return x[0] * y[0], x[1] + y[1], x[2] * y[2]
-
-        found = [np.asarray(z).astype(np.float64) for z in jax.jit(run)(x, y)]
-    kept = all(z != 0 for z in found)
-    return float(info.smallest_subnormal) / 2 if kept else tiny
 
 
 def _device(device: Any) -> Any:
@@ -247,16 +198,6 @@ def _full_window(
     rows: jax.Array, columns: jax.Array, precision: Any, out: Any = None
 ) -> jax.Array:
     return _conv(rows, columns, (4, 4), precision, out)
-
-
-def _sum(
-    rows: jax.Array, columns: jax.Array, precision: Any, out: Any = None
-) -> jax.Array:
-    # The side that is all ones is the narrow one; the other holds the probes.
-    del precision, out
-    if rows.shape[0] > columns.shape[1]:
-        return jax.lax.reduce_sum(rows, (1,))[:, None]
-    return jax.lax.reduce_sum(columns, (0,))[None]
 
 
 def _power_above(error: float) -> float:

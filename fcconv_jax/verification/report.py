@@ -4,15 +4,18 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 
 from ..backends import report as backend_report
-from ..backends.census import Census
+from ..backends.census import OpCounts
 from ..backends.report import BackendReport
 from ..plan import Case, Form
 from ..tables import aligned
-from .bounds import LeafComparison
+from .agreement import Agreement, Kind, WorkingError
 from .certificate import Certificate
+from .teacher_forcing import ForcedLayer
+
+_KINDS: tuple[Kind, ...] = ("outputs", "gradients", "one step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -23,21 +26,60 @@ class LayerReport:
       path: its module path.
       case: why its two forms are equal.
       layer: class of the layer as it was found.
-      certificate: the exact comparison of its two forms.
-      outputs: its output on the user's input, for each call, against the bound; empty
-        where Flax does not hand it out, as inside a scan.
+      certificate: the exact comparison of its two forms, on the first backend.
+      outputs: its output on the user's input in float64, for each call; empty where
+        the trace does not tell it, as for a layer of a function.
+      forced: both forms on the input that the model gave it, where there is no
+        float64 reference.
     """
 
     path: str
     case: Case
     layer: str
     certificate: Certificate
-    outputs: tuple[LeafComparison, ...]
+    outputs: tuple[Agreement, ...]
+    forced: ForcedLayer | None = None
 
     @property
     def passed(self) -> bool:
         """Whether every check of this layer passed."""
-        return self.certificate.passed and all(c.passed for c in self.outputs)
+        forced = self.forced is None or self.forced.passed
+        return (
+            self.certificate.passed and forced and all(c.passed for c in self.outputs)
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """What one backend computed.
+
+    Attributes:
+      backend: its name.
+      device: the kind of device.
+      certificates: by layer, the exact comparison of its two forms.
+      errors: the error of each form against the float64 reference.
+      unit: the unit roundoff of the model's precision.
+    """
+
+    backend: str
+    device: str
+    certificates: Mapping[str, Certificate]
+    errors: tuple[WorkingError, ...]
+    unit: float
+
+    def failures(self, different: Container[str] = ()) -> Iterator[str]:
+        """Each failed check, by layer or array.
+
+        Args:
+          different: arrays that are other functions already, of whose errors there is
+            nothing to say.
+        """
+        for path, certificate in self.certificates.items():
+            if not certificate.passed:
+                yield f"layer {path or '(root)'!r}: {certificate}"
+        for error in self.errors:
+            if not error.passed and error.path not in different:
+                yield f"{error.path!r}: {error.reason}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,32 +90,24 @@ class Report:
       to: the form that the plan goes to.
       failed_params: leaves that are not the same bits rearranged.
       layers: one entry for each converted layer.
-      outputs: the model's outputs against the bound.
-      steps: gradients and the parameters after one optimizer step, likewise.
-      original: dots, convolutions and collectives of the original program.
-      converted: those of the converted program.
+      arrays: outputs, gradients and the params after a step, in float64.
+      executions: what each executed backend computed.
       skipped: path and reason of every linear layer left alone.
       notes: what could not be checked, and why.
-      device: the kind of device that ran it.
-      backend: its platform.
       jax_version: the version of JAX that compiled it.
       planned: number of planned layers.
       abstract: whether the parameters were abstract: no bits to compare.
-      backends: what each backend showed. The fields above tell of the first that was
-        executed; where none was, ``layers``, ``outputs`` and ``steps`` are empty.
+      backends: operations and cost of both forms on each backend. Where none was
+        executed, ``layers``, ``arrays`` and ``executions`` are empty.
     """
 
     to: Form
     failed_params: tuple[str, ...]
     layers: tuple[LayerReport, ...]
-    outputs: tuple[LeafComparison, ...]
-    steps: tuple[LeafComparison, ...]
-    original: Census
-    converted: Census
+    arrays: tuple[Agreement, ...]
+    executions: tuple[Execution, ...]
     skipped: tuple[tuple[str, str], ...]
     notes: tuple[str, ...]
-    device: str
-    backend: str
     jax_version: str
     planned: int
     abstract: bool
@@ -89,50 +123,90 @@ class Report:
 
     @property
     def failures(self) -> tuple[str, ...]:
-        """Each failed check, by layer or leaf, with what was got and the bound."""
+        """Each failed check, by layer or array, with what was expected and got."""
         return tuple(self._failures())
 
     def _failures(self) -> Iterator[str]:
         yield from self.failed_params
         for layer in self.layers:
-            name = layer.path or "(root)"
-            if not layer.certificate.passed:
-                yield f"layer {name!r}: {layer.certificate}"
+            name = repr(layer.path or "(root)")
             for call in layer.outputs:
                 if not call.passed:
-                    yield f"layer {name!r}: its output {call.reason}"
-        for leaf in (*self.outputs, *self.steps):
-            if not leaf.passed:
-                yield f"{leaf.path!r} {leaf.reason}"
+                    yield f"layer {name}: its output: {call.reason}"
+            if layer.forced is not None and not layer.forced.passed:
+                yield f"layer {name}: {layer.forced.reason}"
+        for array in self.arrays:
+            if not array.passed:
+                yield f"{array.path!r}: {array.reason}"
+        different = {array.path for array in self.arrays if not array.passed}
+        for execution in self.executions:
+            for why in execution.failures(different):
+                yield f"{execution.backend}: {why}"
         for found in self.backends:
             yield from found.failures
-            if found.execution is not None:
-                for failure in found.execution.failures:
-                    yield f"{found.backend}: {failure}"
 
     @property
     def executed(self) -> bool:
         """Whether anything was executed."""
-        return any(found.how == "executed" for found in self.backends)
+        return bool(self.executions)
+
+    @property
+    def outputs(self) -> tuple[Agreement, ...]:
+        """The model's outputs in float64."""
+        return self._of_kind("outputs")
+
+    @property
+    def gradients(self) -> tuple[Agreement, ...]:
+        """The gradients of the params in float64."""
+        return self._of_kind("gradients")
+
+    @property
+    def step(self) -> tuple[Agreement, ...]:
+        """The params after one optimizer step in float64."""
+        return self._of_kind("one step")
+
+    def _of_kind(self, kind: Kind) -> tuple[Agreement, ...]:
+        return tuple(array for array in self.arrays if array.kind == kind)
+
+    @property
+    def digits(self) -> float | None:
+        """To how many digits the two forms agree in float64, at the worst."""
+        found = [c.digits for c in self.arrays]
+        found += [c.digits for layer in self.layers for c in layer.outputs]
+        return min(found, default=None)
+
+    @property
+    def original(self) -> OpCounts | None:
+        """Operations that the original form asks a compiler for."""
+        return self._asked("dense" if self.to == "conv" else "conv")
+
+    @property
+    def converted(self) -> OpCounts | None:
+        """Operations that the converted form asks a compiler for."""
+        return self._asked(self.to)
+
+    def _asked(self, form: Form) -> OpCounts | None:
+        programs = (getattr(found, form) for found in self.backends)
+        return next((p.stablehlo for p in programs if p is not None), None)
 
     def to_json(self) -> str:
-        """The report as JSON text; bounds that do not exist are null."""
+        """The report as JSON text; what is no number is null."""
         return json.dumps(self._content(), default=str)
 
     def _content(self) -> dict[str, object]:
-        backends = []
-        for found in self.backends:
-            nested = found.execution and found.execution._content()
-            backends.append({**found.to_json(), "execution": nested})
         fields = {
             field.name: _plain(getattr(self, field.name))
             for field in dataclasses.fields(self)
+            if field.name != "backends"
         }
         return {
             "passed": self.passed,
             "failures": self.failures,
+            "digits": self.digits,
             **fields,
-            "backends": backends,
+            "original": _plain(self.original),
+            "converted": _plain(self.converted),
+            "backends": [found.to_json() for found in self.backends],
         }
 
     def to_markdown(self) -> str:
@@ -147,9 +221,6 @@ class Report:
         if self.backends:
             lines += ["", *backend_report.markdown(self.backends), ""]
             lines += [f"- {found.headline()}" for found in self.backends]
-        for found in self.backends:
-            if found.execution is not None:
-                lines += ["", found.execution.to_markdown().rstrip()]
         return "\n".join(lines) + "\n"
 
     def __str__(self) -> str:
@@ -157,8 +228,6 @@ class Report:
         lines = [self._verdict(), *table, *self._details()]
         for found in self.backends:
             lines += found.lines()
-            if found.execution is not None:
-                lines += ["  " + line for line in str(found.execution).splitlines()]
         return "\n".join(lines)
 
     def _verdict(self) -> str:
@@ -168,8 +237,9 @@ class Report:
             for how in ("executed", "compiled", "lowered")
         }
         verdict = "EQUIVALENT" if self.passed else "DIFFERENT"
-        if self.layers:
-            where = f"on {self.backend} ({self.device}), jax {self.jax_version}"
+        if self.executions:
+            first = self.executions[0]
+            where = f"on {first.backend} ({first.device}), jax {self.jax_version}"
         else:
             best = "compiled" if done["compiled"] else "lowered"
             verdict = f"{best.upper()}, NOT EXECUTED" if self.passed else "FAILED"
@@ -179,20 +249,9 @@ class Report:
         return f"{verdict}: {count}, {where}{more}"
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
-        rows = [
-            (
-                "layer",
-                "case",
-                "exact",
-                "miss probability",
-                "max error",
-                "bound",
-                "slack",
-            )
-        ]
+        rows = [("layer", "case", "exact", "miss probability", "float64")]
         for layer in self.layers:
             proof = layer.certificate
-            worst = _worst(layer.outputs)
             exact = "proved" if proof.proved else "equal"
             rows.append(
                 (
@@ -200,9 +259,7 @@ class Report:
                     layer.case,
                     exact if proof.passed else "DIFFERENT",
                     f"{proof.miss_probability:.0e}",
-                    f"{worst.max_abs_error:.1e}" if worst else "-",
-                    f"{worst.bound:.1e}" if worst else "-",
-                    _slack(worst) if worst else "-",
+                    _layer_agreement(layer),
                 )
             )
         return rows
@@ -211,50 +268,73 @@ class Report:
         lines = []
         if not self.failed_params and not self.abstract:
             lines.append("parameters: the same bits, rearranged; the way back too")
-        for title, leaves in (
-            ("outputs", self.outputs),
-            ("gradients", [c for c in self.steps if c.path.startswith("gradient")]),
-            ("one step", [c for c in self.steps if c.path.startswith("params")]),
-        ):
-            worst = _worst(leaves)
-            if worst:
-                verdict = "" if all(c.passed for c in leaves) else " FAILED"
-                lines.append(
-                    f"{title}: max error {worst.max_abs_error:.1e} at {worst.path}, "
-                    f"bound {worst.bound:.1e}, slack {_slack(worst)}{verdict}"
-                )
-        lines.append(f"program: {_counts(self.original)} -> {_counts(self.converted)}")
-        before, after = _exchanges(self.original), _exchanges(self.converted)
-        if before or after:
-            lines.append(f"between devices: {before or 'none'} -> {after or 'none'}")
+        for kind in _KINDS:
+            found = self._of_kind(kind)
+            if not found:
+                continue
+            verdict = "" if all(c.passed for c in found) else " FAILED"
+            lines.append(f"{kind}: {_agreement(found)}{verdict}")
+            lines += [
+                f"  {execution.backend}: {_errors(errors)}"
+                for execution in self.executions
+                if (errors := [e for e in execution.errors if e.kind == kind])
+            ]
+        for execution in self.executions[1:]:
+            proofs = execution.certificates.values()
+            exact = sum(proof.passed for proof in proofs)
+            lines.append(f"{execution.backend}: {exact} of {len(proofs)} layers exact")
+        lines.append(
+            f"asked of XLA: {_counts(self.original)} -> {_counts(self.converted)}"
+        )
+        lines += self._exchanges()
         lines += [f"left alone: {path}: {why}" for path, why in self.skipped]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"FAILED: {failure}" for failure in self.failures]
         return lines
 
-
-def _worst(leaves: Sequence[LeafComparison]) -> LeafComparison | None:
-    """The comparison that comes closest to its bound."""
-    return min(leaves, key=lambda c: (c.passed, c.tightness), default=None)
-
-
-def _slack(leaf: LeafComparison) -> str:
-    """Bound over error: of the worst case, and of independent errors."""
-    if not leaf.max_abs_error:
-        return "-"
-    return f"{leaf.tightness:.0f}x ({leaf.likely_tightness:.0f}x likely)"
+    def _exchanges(self) -> list[str]:
+        forms = ("dense", "conv") if self.to == "conv" else ("conv", "dense")
+        for found in self.backends[:1]:
+            before, after = (_collectives(getattr(found, form)) for form in forms)
+            if before or after:
+                return [f"between devices: {before or 'none'} -> {after or 'none'}"]
+        return []
 
 
-def _counts(census: Census) -> str:
-    found = census.stablehlo
+def _layer_agreement(layer: LayerReport) -> str:
+    if layer.outputs:
+        return _agreement(layer.outputs)
+    if layer.forced is not None:
+        forced = layer.forced
+        return f"none; alone {forced.difference:.1e} of {forced.allowed:.1e} allowed"
+    return "-"
+
+
+def _agreement(found: Sequence[Agreement]) -> str:
+    """The worst of several comparisons, in digits."""
+    digits = min(c.digits for c in found)
+    return "the same bits" if digits == 16 else f"agree to {digits:.1f} digits"
+
+
+def _errors(errors: Sequence[WorkingError]) -> str:
+    """The errors of both forms, where the converted form's comes closest to failing."""
+    worst = max(errors, key=lambda e: (not e.passed, e.converted / e.allowed))
+    verdict = "" if worst.passed else ", FAILED"
+    return (
+        f"error {worst.original:.1e} original, {worst.converted:.1e} converted "
+        f"({worst.allowed:.1e} allowed) at {worst.path}{verdict}"
+    )
+
+
+def _counts(found: OpCounts | None) -> str:
     if found is None:
         return "-"
     return f"{found.dots} dots, {found.convolutions} convolutions"
 
 
-def _exchanges(census: Census) -> str:
+def _collectives(program: object) -> str:
     """The collectives of a compiled program, with what they make on one device."""
-    found = census.hlo
+    found: OpCounts | None = getattr(program, "hlo", None)
     if found is None:
         return ""
     size = sum(found.collective_bytes.values())
@@ -269,14 +349,14 @@ def _plain(value: object) -> object:
             field.name: _plain(getattr(value, field.name))
             for field in dataclasses.fields(value)
         }
-        if isinstance(value, LeafComparison):
-            fields["tightness"] = _plain(value.tightness)
-            fields["likely_tightness"] = _plain(value.likely_tightness)
-        passed = getattr(value, "passed", None)
-        return fields if passed is None else {**fields, "passed": passed}
+        for name in ("passed", "digits"):
+            found = getattr(value, name, None)
+            if found is not None:
+                fields[name] = found
+        return fields
     if isinstance(value, tuple | list):
         return [_plain(item) for item in value]
-    if isinstance(value, dict):
+    if isinstance(value, Mapping):
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, float) and not (abs(value) < float("inf")):
         return None

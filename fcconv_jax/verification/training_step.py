@@ -1,7 +1,8 @@
-"""Gradients and one optimizer step of a model in both forms, to be compared."""
+"""Gradients and one optimizer step of a model in both forms."""
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -10,51 +11,60 @@ import numpy as np
 
 from ..frontends.programs import BothForms
 from ..params.opt_state import convert_opt_state
-from ..params.trees import restore_params
-from .pair import Pair
+from ..params.trees import convert_params, restore_params
 
 
-def pair_of_steps(pair: BothForms, tx: Any, notes: list[str]) -> Pair | None:
-    """Gradients, and the parameters after one optimizer step.
+class TrainingStep:
+    """Both forms' gradients, and the params after one step from given gradients.
+
+    The step is taken from the same gradients in both forms: whether they are the same
+    has been compared before, and adam would blow up what is nothing but rounding in
+    a gradient that is zero. All come out in the form of the original.
 
     Args:
       pair: the two programs.
       tx: the ``optax`` optimizer; SGD with momentum if None.
-      notes: takes what is to be told; that there are no gradients, say.
     """
-    import optax
 
-    plan, variables, other = pair.plan, pair.variables, pair.other
-    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(variables["params"])]
-    if not all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes):
-        notes.append("no gradients: some params are not floats")
-        return None
-    tx = optax.sgd(1e-2, momentum=0.9) if tx is None else tx
-    state = jax.jit(tx.init)(variables["params"])
-    other_state = convert_opt_state(state, plan, tx=tx, params=variables["params"])
+    def __init__(self, pair: BothForms, tx: Any):
+        import optax
 
-    def step(program: Any, variables: Any, state: Any) -> dict[str, Any]:
-        grads = gradient(program, variables)
-        updates, _ = tx.update(grads, state, variables["params"])
-        return {
-            "gradient": grads,
-            "params": optax.apply_updates(variables["params"], updates),
-        }
+        plan, params = pair.plan, pair.variables["params"]
+        tx = optax.sgd(1e-2, momentum=0.9) if tx is None else tx
+        self.state = jax.jit(tx.init)(params)
+        self.other_state = convert_opt_state(self.state, plan, tx=tx, params=params)
 
-    def restored(variables: Any) -> Any:
-        after = step(pair.changed, variables, other_state)
-        return {name: restore_params(tree, plan) for name, tree in after.items()}
+        def stepped(params: Any, state: Any, gradients: Any) -> Any:
+            updates, _ = tx.update(gradients, state, params)
+            return optax.apply_updates(params, updates)
 
-    return Pair(
-        lambda v: step(pair.original, v, state), restored, variables, other, notes
-    )
+        def converted_step(params: Any, state: Any, gradients: Any) -> Any:
+            after = stepped(params, state, convert_params(gradients, plan))
+            return restore_params(after, plan)
+
+        def gradients(variables: Any, arrays: Any) -> Any:
+            return gradient(pair.original.call, variables, arrays)
+
+        def converted_gradients(variables: Any, arrays: Any) -> Any:
+            found = gradient(pair.changed.call, variables, arrays)
+            return restore_params(found, plan)
+
+        self.gradients: tuple[Callable[..., Any], Callable[..., Any]]
+        self.gradients = gradients, converted_gradients
+        self.steps = stepped, converted_step
 
 
-def gradient(program: Any, variables: Any) -> Any:
-    """Gradient of a fixed random projection of the float outputs."""
+def gradient(call: Callable[..., Any], variables: Any, arrays: Any) -> Any:
+    """Gradient of a fixed random projection of the float outputs.
+
+    Args:
+      call: a function of variables and arrays.
+      variables: with ``params``, by which it is taken.
+      arrays: the inputs.
+    """
 
     def loss(params: Any) -> Any:
-        out = program.call({**variables, "params": params})
+        out = call({**variables, "params": params}, arrays)
         floats = [
             leaf
             for leaf in jax.tree.leaves(out)
@@ -66,3 +76,9 @@ def gradient(program: Any, variables: Any) -> Any:
         )
 
     return jax.grad(loss)(variables["params"])
+
+
+def has_gradients(params: Any) -> bool:
+    """Whether all params are floats."""
+    dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
+    return all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)

@@ -3,16 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import dataclasses
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
-from ..backends.census import Census
 from ..backends.compilation import TIMEOUT, Compiling, compile_present
 from ..backends.name import Backend, BackendError
 from ..backends.report import BackendReport
@@ -20,38 +16,36 @@ from ..backends.resolution import Resolution, resolve, resolve_default
 from ..backends.timing import milliseconds
 from ..frontends.convert_model import convert_model
 from ..frontends.kinds import frontend_of
+from ..frontends.make_plan import make_plan
 from ..frontends.programs import BothForms
-from ..params.leaves import leaf_path
 from ..params.trees import convert_params, restore_params
-from ..plan import Plan
-from .bounds import LeafComparison
-from .layer_certificates import layer_certificates
-from .pair import Pair
-from .report import LayerReport, Report
-from .training_step import pair_of_steps
-
-Progress = Callable[[str, int, int], None]
+from ..plan import Form, Plan
+from ..progress import Progress, shown
+from .bits import different_bits
+from .equality import Equality, execute
+from .report import Execution, LayerReport, Report
 
 
 def assert_equivalent(
-    model: Any, params: Any, *inputs: Any, plan: Plan, **options: Any
+    model: Any, params: Any, *inputs: Any, plan: Plan | None = None, **options: Any
 ) -> None:
     """Asserts that a model and its converted form are the same.
 
     In the spirit of chex: silent when it holds, else an error that says where it does
-    not. Takes what :func:`verify` takes.
+    not. Takes what :func:`verify` takes; shows no progress unless ``progress=`` is
+    given.
 
     Raises:
-      AssertionError: names the layer or leaf, what was got and the bound.
+      AssertionError: names the layer or leaf, what was expected and what was got.
 
     Example:
-      >>> import flax.linen as nn
+      >>> import flax.linen as nn, jax.numpy as jnp
       >>> import fcconv_jax as fc
       >>> model, x = nn.Dense(3), jnp.ones((2, 4))
       >>> params = model.init(jax.random.key(0), x)
-      >>> fc.assert_equivalent(model, params, x, plan=fc.make_plan(model, x))
+      >>> fc.assert_equivalent(model, params, x)
     """
-    report = verify(model, params, *inputs, plan=plan, **options)
+    report = verify(model, params, *inputs, plan=plan, **{"progress": False, **options})
     if not report.passed:
         raise AssertionError("the two forms differ\n" + "\n".join(report.failures))
 
@@ -60,26 +54,34 @@ def verify(
     model: Any,
     params: Any,
     *inputs: Any,
-    plan: Plan,
+    plan: Plan | None = None,
+    to: Form = "conv",
     backends: Sequence[str | Backend] | None = None,
     converted_model: Any = None,
     converted_params: Any = None,
     tx: Any = None,
     gradients: bool = True,
-    progress: Progress | None = None,
+    progress: Progress | Literal[False] | None = None,
     timeout: float = TIMEOUT,
     **kwargs: Any,
 ) -> Report:
-    """Checks every claim that a conversion makes, on the devices at hand.
+    """Checks every claim that a conversion makes.
 
     1. Parameters: ``converted_params`` hold the same bits, rearranged by the plan.
-    2. Each layer: both forms agree to the bit on integers that leave no rounding
-       (:mod:`fcconv_jax.verification.certificate`).
-    3. The model on ``inputs``: outputs, and the outputs of every converted layer, lie
-       within the rounding-error bound derived for this model, these parameters and
-       this input (:mod:`fcconv_jax.verification.bounds`).
-    4. Gradients, and the parameters after one optimizer step, likewise.
+    2. Each layer, on every executed backend: both forms agree to the bit on integers
+       that leave no rounding (:mod:`fcconv_jax.verification.certificate`).
+    3. The whole program on ``inputs``: outputs, the output of every converted layer,
+       gradients, and the params after one optimizer step. Both forms are run in
+       float64 on the CPU (:mod:`fcconv_jax.verification.reading`), where forms of one
+       function agree to about 15 digits; 12 are asked for.
+    4. On every executed backend, in the precision of the model: the error of each form
+       against that reference. The converted form's must be no worse than twice the
+       original's, plus a few units in the last place.
     5. The two compiled programs: operations, cost, run time.
+
+    What has no float64 reading, such as a Pallas kernel, is named in the report; there
+    each layer is compared in both forms on the input that the model gives it
+    (:mod:`fcconv_jax.verification.teacher_forcing`).
 
     A backend that is present is *executed*: 2 to 5. For another the two programs are
     *compiled* ahead of time if its compiler is installed, which gives 5 but no run
@@ -88,22 +90,23 @@ def verify(
 
     Args:
       model: the ``flax.linen`` or ``flax.nnx`` Module, or the function of params and
-        inputs, that was planned.
+        inputs.
       params: its params or its variables; for an NNX model an ``nnx.State``, a pure
-        dict of its params, or None for the model's own. The outputs of the layers in
-        between are then not compared, only the model's. Where nothing is executed,
+        dict of its params, or None for the model's own. Where nothing is executed,
         abstract ones will do.
       *inputs: what it is called with.
-      plan: from :func:`fcconv_jax.make_plan`.
+      plan: from :func:`fcconv_jax.make_plan`; made from the model and the inputs where
+        it is None.
+      to: the form that such a plan goes to.
       backends: such as ``["cpu", "cuda:h100", "tpu:v5e"]``; None is JAX's default.
       converted_model: what to compare with; ``convert_model(model, plan)`` if None. A
         linen Module of your own, say one written with ``nn.Conv``.
       converted_params: its params or variables; ``convert_params(params, plan)`` if
         None.
       tx: the ``optax`` optimizer of the step; SGD with momentum if None.
-      gradients: whether to do 4.
-      progress: called with a phase, the steps done and the steps in all; also from the
-        thread that waits for the compilers.
+      gradients: whether to compare gradients and the step.
+      progress: called with a phase, the steps done and the steps in all, also from the
+        thread that waits for the compilers; None for bars on stderr, False for none.
       timeout: seconds for each backend that is compiled ahead of time.
       **kwargs: keyword arguments of ``model.apply``: ``train=``, ``rngs=``, ...
 
@@ -112,56 +115,95 @@ def verify(
 
     Raises:
       BackendError: there is no such backend.
+      PlanError: the params do not fit the plan.
     """
-    tell = progress or (lambda phase, done, total: None)
     chosen = _resolve_all(backends)
+    with shown(progress) as tell:
+        if plan is None:
+            tell("planning", 0, 1)
+            plan = _plan(model, params, inputs, to, kwargs)
+        pair, failures = _both_forms(
+            model, params, inputs, kwargs, plan, converted_model, converted_params
+        )
+        executed = [r for r in chosen if r.how == "executed"]
+        absent = [r for r in chosen if r.how != "executed"]
+        trees = (pair.variables, pair.other, inputs, kwargs)
+        abstract = any(
+            isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trees)
+        )
+        if abstract and executed:
+            raise TypeError(
+                "verify needs arrays to execute on "
+                f"{', '.join(str(r.backend) for r in executed)}, got abstract ones: "
+                "hand over arrays, or name backends that are not present"
+            )
+        with Compiling(
+            pair.by_form(),
+            absent,
+            timeout=timeout,
+            progress=lambda what, done, total: tell(f"compilers: {what}", done, total),
+        ) as compiling:
+            equality, executions, reports = None, [], {}
+            if executed:
+                equality = Equality(pair, tx, gradients, tell)
+            for resolution in executed:
+                report, execution = _execute(equality, pair, resolution, tell)
+                reports[resolution.backend] = report
+                executions.append(execution)
+            compiled = compiling.results() if absent else {}
+        for resolution in absent:
+            outcome = compiled[resolution.backend]
+            reports[resolution.backend] = _absent(resolution, outcome)
+        if equality is not None:
+            equality.conclude(executions)
+    return Report(
+        to=plan.to,
+        failed_params=tuple(failures),
+        layers=tuple(_layer_reports(plan, equality, executions)),
+        arrays=equality.arrays if equality else (),
+        executions=tuple(executions),
+        skipped=tuple(plan.skipped.items()),
+        notes=tuple(equality.notes) if equality else (),
+        jax_version=jax.__version__,
+        planned=len(plan),
+        abstract=abstract,
+        backends=tuple(reports[r.backend] for r in chosen),
+    )
+
+
+def _plan(
+    model: Any, params: Any, inputs: Any, to: Form, kwargs: Mapping[str, Any]
+) -> Plan:
+    """The plan of a call, from the arguments of that call."""
+    room = frontend_of(model, "verify")
+    args, options = room.planning_call(params, inputs, kwargs)
+    return make_plan(model, *args, to=to, **options)
+
+
+def _both_forms(
+    model: Any,
+    params: Any,
+    inputs: Any,
+    kwargs: Mapping[str, Any],
+    plan: Plan,
+    converted_model: Any,
+    converted_params: Any,
+) -> tuple[BothForms, list[str]]:
+    """Both programs, and the parameters that are not the same bits."""
+    room = frontend_of(model, "verify")
     if converted_model is None:
         converted_model = convert_model(model, plan)
-    room = frontend_of(model, "verify")
     variables = room.variables(model, params)
     expected = convert_params(variables, plan)
     other = expected
     if converted_params is not None:
         other = room.variables(converted_model, converted_params)
-    abstract = _is_abstract((variables, other, inputs, kwargs))
-    if abstract and any(resolution.how == "executed" for resolution in chosen):
-        raise TypeError(
-            "verify needs arrays to execute on "
-            f"{', '.join(str(r.backend) for r in chosen if r.how == 'executed')}, got "
-            "abstract ones: hand over arrays, or name backends that are not present"
-        )
-    failures = _check_params(expected, other)
+    failures = different_bits(expected, other)
     if not failures:
-        failures = _check_params(variables, restore_params(other, plan))
-
-    original = room.model_program(model, plan, inputs, kwargs)
-    changed = room.model_program(converted_model, plan, inputs, kwargs)
-    pair = BothForms(plan, original, changed, variables, other)
-    absent = [resolution for resolution in chosen if resolution.how != "executed"]
-    with Compiling(
-        pair.by_form(),
-        absent,
-        timeout=timeout,
-        progress=lambda what, done, total: tell(f"compilers: {what}", done, total),
-    ) as compiling:
-        executed = {
-            resolution.backend: _execute(pair, resolution, tx, gradients, tell)
-            for resolution in chosen
-            if resolution.how == "executed"
-        }
-        compiled = compiling.results() if absent else {}
-    return _report(pair, chosen, failures, abstract, executed, compiled)
-
-
-@dataclasses.dataclass(frozen=True)
-class _Execution:
-    """What one device showed."""
-
-    report: BackendReport
-    layers: tuple[LayerReport, ...]
-    outputs: tuple[LeafComparison, ...]
-    steps: tuple[LeafComparison, ...]
-    notes: tuple[str, ...]
+        failures = different_bits(variables, restore_params(other, plan))
+    original = room.model_program(model, inputs, kwargs)
+    changed = room.model_program(converted_model, inputs, kwargs)
+    return BothForms(plan, original, changed, variables, other), failures
 
 
 def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:
@@ -175,128 +217,37 @@ def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:
 
 
 def _execute(
-    pair: BothForms, resolution: Resolution, tx: Any, gradients: bool, tell: Progress
-) -> _Execution:
-    """Runs both forms on a device that is present, and compares."""
+    equality: Any, pair: BothForms, resolution: Resolution, tell: Progress
+) -> tuple[BackendReport, Execution]:
+    """Runs both forms on a device that is present."""
     with contextlib.ExitStack() as stack:
         if resolution.device.platform != jax.default_backend():
             stack.enter_context(jax.default_device(resolution.device))
             pair = pair.on(resolution.device)
-        return _execute_here(pair, resolution, tx, gradients, tell)
-
-
-def _execute_here(
-    pair: BothForms, resolution: Resolution, tx: Any, gradients: bool, tell: Progress
-) -> _Execution:
-    plan, name = pair.plan, resolution.backend
-    notes: list[str] = []
-    # All is traced before anything runs: XLA compiles it meanwhile.
-    tell(f"{name}: tracing", 0, 2 + gradients)
-    proofs = layer_certificates(pair.variables, plan)
-    tell(f"{name}: tracing", 1, 2 + gradients)
-    forward = Pair(
-        pair.original.run, pair.changed.run, pair.variables, pair.other, notes
-    )
-    step = None
-    if gradients:
-        tell(f"{name}: tracing", 2, 2 + gradients)
-        step = pair_of_steps(pair, tx, notes)
-    certificates = {}
-    for done, (path, proof) in enumerate(proofs.items()):
-        tell(f"{name}: certificates", done, len(proofs))
-        certificates[path] = proof()
-    tell(f"{name}: model on the input", 0, 1)
-    comparisons = forward.compare()
-    layers = tuple(
-        LayerReport(
-            path,
-            layer.case,
-            layer.layer,
-            certificates[path],
-            tuple(c for c in comparisons if c.path.startswith(f"layers/{path}/")),
-        )
-        for path, layer in plan.items()
-    )
-    outputs = tuple(c for c in comparisons if not c.path.startswith("layers/"))
-    steps: tuple[LeafComparison, ...] = ()
-    if step is not None:
-        tell(f"{name}: gradients and a step", 0, 1)
-        steps = tuple(step.compare())
-    tell(f"{name}: run times", 0, 1)
-    return _Execution(
-        _compare_programs(pair, resolution), layers, outputs, steps, tuple(notes)
-    )
-
-
-def _compare_programs(pair: BothForms, resolution: Resolution) -> BackendReport:
-    """The cost and the run time of both forms on a present device."""
-    programs = pair.by_form()
-    compiled = {
-        form: compile_present(program, resolution) for form, program in programs.items()
-    }
-    runs = {
-        form: functools.partial(compiled[form].executable, *program.args)
-        for form, program in programs.items()
-    }
-    return BackendReport(
-        str(resolution.backend),
-        "executed",
-        device=str(resolution.device.device_kind),
-        dense=compiled["dense"],
-        conv=compiled["conv"],
-        milliseconds=milliseconds(runs),
-    )
-
-
-def _report(
-    pair: BothForms,
-    chosen: Sequence[Resolution],
-    failed_params: Sequence[str],
-    abstract: bool,
-    executed: Mapping[Backend, _Execution],
-    compiled: Mapping[Backend, Any],
-) -> Report:
-    """The report on the first backend that was executed, with all others in it."""
-    plan = pair.plan
-
-    def of_one(execution: _Execution | None, failed: Any, backends: Any) -> Report:
-        shown = execution.report if execution else backends[0]
-        forms = {
-            form: Census(program.stablehlo, program.hlo)
-            for form, program in (("dense", shown.dense), ("conv", shown.conv))
-            if program
+        tell(f"{resolution.backend}: compiling", 0, 1)
+        programs = pair.by_form()
+        compiled = {
+            form: compile_present(program, resolution)
+            for form, program in programs.items()
         }
-        nothing = Census(None, None)
-        return Report(
-            to=plan.to,
-            failed_params=tuple(failed),
-            layers=execution.layers if execution else (),
-            outputs=execution.outputs if execution else (),
-            steps=execution.steps if execution else (),
-            original=forms.get("dense" if plan.to == "conv" else "conv", nothing),
-            converted=forms.get(plan.to, nothing),
-            skipped=tuple(plan.skipped.items()),
-            notes=execution.notes if execution else (),
-            device=shown.device,
-            backend=shown.backend,
-            jax_version=jax.__version__,
-            planned=len(plan),
-            abstract=abstract,
-            backends=tuple(backends),
+        forms = ("dense", "conv") if pair.plan.to == "conv" else ("conv", "dense")
+        calls = [compiled[form].executable for form in forms]
+        execution = execute(equality, pair, resolution, calls, tell)
+        tell(f"{resolution.backend}: run times", 0, 1)
+        runs: dict[str, Callable[[], Any]] = {
+            form: functools.partial(compiled[form].executable, *program.args)
+            for form, program in programs.items()
+        }
+        report = BackendReport(
+            str(resolution.backend),
+            "executed",
+            device=str(resolution.device.device_kind),
+            dense=compiled["dense"],
+            conv=compiled["conv"],
+            milliseconds=milliseconds(runs),
         )
-
-    main = next(iter(executed.values()), None)
-    backends = []
-    for resolution in chosen:
-        execution = executed.get(resolution.backend)
-        if execution is None:
-            backends.append(_absent(resolution, compiled[resolution.backend]))
-        elif execution is main:
-            backends.append(execution.report)
-        else:
-            nested = of_one(execution, (), ())
-            backends.append(dataclasses.replace(execution.report, execution=nested))
-    return of_one(main, failed_params, backends)
+        tell(f"{resolution.backend}: run times", 1, 1)
+        return report, execution
 
 
 def _absent(resolution: Resolution, outcome: Any) -> BackendReport:
@@ -309,37 +260,19 @@ def _absent(resolution: Resolution, outcome: Any) -> BackendReport:
     )
 
 
-def _is_abstract(tree: Any) -> bool:
-    return any(isinstance(x, jax.ShapeDtypeStruct) for x in jax.tree.leaves(tree))
-
-
-def _check_params(want: Any, got: Any) -> list[str]:
-    """Names each leaf of two trees that is not the same to the bit."""
-    import chex
-
-    try:
-        chex.assert_trees_all_equal_shapes_and_dtypes(want, got)
-    except AssertionError as error:
-        return [f"parameters: {error}"]
-    failures = []
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(want), jax.tree.leaves(got)
-    ):
-        if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
-            continue
-        if _is_abstract((a, b)):
-            continue
-        a, b = np.asarray(a), np.asarray(b)
-        differ = _bits(a) != _bits(b)
-        if differ.any():
-            index = tuple(int(i) for i in np.argwhere(differ)[0][: a.ndim])
-            failures.append(
-                f"parameters: {leaf_path(path)!r} is {b[index]!r} at {index}, expected "
-                f"{a[index]!r} (the same bits, rearranged)"
-            )
-    return failures
-
-
-def _bits(array: np.ndarray) -> np.ndarray:
-    flat = np.ascontiguousarray(array).reshape(-1).view(np.uint8)
-    return flat.reshape(*array.shape, -1) if array.size else flat
+def _layer_reports(
+    plan: Plan, equality: Equality | None, executions: Sequence[Execution]
+) -> list[LayerReport]:
+    if equality is None:
+        return []
+    return [
+        LayerReport(
+            path,
+            layer.case,
+            layer.layer,
+            executions[0].certificates[path],
+            tuple(equality.layers.get(path, ())),
+            equality.forced.get(path),
+        )
+        for path, layer in plan.items()
+    ]

@@ -74,11 +74,13 @@ def test_everything_that_holds_passes(case, report):
     assert all(layer.certificate.proved for layer in report.layers)
     assert all(layer.certificate.miss_probability <= 1e-9 for layer in report.layers)
     assert all(len(layer.outputs) == 1 for layer in report.layers)
-    gradients = [c for c in report.steps if c.path.startswith("gradient/")]
-    assert len(gradients) == len(jax.tree.leaves(variables["params"]))
-    assert report.original.stablehlo.dots == 2
-    assert report.converted.stablehlo.dots == 0
-    assert report.converted.stablehlo.convolutions == 3
+    leaves = len(jax.tree.leaves(variables["params"]))
+    assert len(report.gradients) == len(report.step) == leaves
+    assert report.digits > 14
+    assert all(error.passed for error in report.executions[0].errors)
+    assert report.original.dots == 2
+    assert report.converted.dots == 0
+    assert report.converted.convolutions == 3
 
 
 def test_training_mode_with_dropout_and_batch_norm(case):
@@ -95,6 +97,17 @@ def test_training_mode_with_dropout_and_batch_norm(case):
     )
 
 
+def test_a_plan_is_made_where_none_is_given(case):
+    model, variables, x, plan = case
+    report = fc.verify(model, variables, x, gradients=False, train=False)
+    assert report.passed
+    assert [layer.path for layer in report.layers] == list(plan)
+    there = fc.convert_params(variables, plan)
+    conv = ConvNet()
+    back = fc.verify(conv, there, x, to="dense", gradients=False)
+    assert (back.to, back.planned) == ("dense", 2)
+
+
 def test_the_other_direction(case):
     _, _, x, _ = case
     model = ConvNet()
@@ -103,7 +116,7 @@ def test_the_other_direction(case):
     assert list(plan) == ["fc1", "fc2"]
     report = fc.verify(model, variables, x, plan=plan, gradients=False)
     assert report.passed
-    assert report.converted.stablehlo.dots == 2
+    assert report.converted.dots == 2
 
 
 def test_a_model_written_by_hand(case):
@@ -121,12 +134,12 @@ def test_report_as_text_json_and_markdown(report):
     assert content["layers"][0]["certificate"]["proved"] is True
     markdown = report.to_markdown().splitlines()
     assert markdown[0].startswith("**EQUIVALENT")
-    assert markdown[2].count("|") == markdown[4].count("|") == 8
-    leaf = content["outputs"][0]
-    if leaf["max_abs_error"]:
-        assert leaf["tightness"] == leaf["bound"] / leaf["max_abs_error"] >= 1
-        assert leaf["likely_tightness"] <= leaf["tightness"]
-        assert "x likely)" in str(report)
+    assert markdown[2].count("|") == markdown[4].count("|") == 6
+    assert content["arrays"][0]["kind"] == "outputs"
+    assert content["arrays"][0]["digits"] > 14
+    error = content["executions"][0]["errors"][0]
+    assert 0 <= error["converted"] <= error["allowed"]
+    assert "  cpu: error " in str(report)
 
 
 def test_progress_is_told(case):
@@ -140,9 +153,10 @@ def test_progress_is_told(case):
         gradients=False,
         progress=lambda *step: told.append(step),
     )
-    assert told[0] == ("cpu: tracing", 0, 2)
-    assert ("cpu: certificates", 0, 2) in told
-    assert told[-1] == ("cpu: run times", 0, 1)
+    assert told[0] == ("float64: tracing", 0, 2)
+    assert ("float64: outputs", 0, 2) in told
+    assert ("cpu: exact layers", 0, 2) in told
+    assert told[-1] == ("cpu: run times", 1, 1)
 
 
 class TestPlantedDefects:
@@ -162,7 +176,9 @@ class TestPlantedDefects:
         bias[4] = np.nextafter(bias[4], 1, dtype=np.float32)
         converted = replaced(converted, "fc1/bias", bias)
         self.caught(
-            case, r"params/fc1/bias' is .* at \(4,\)", converted_params=converted
+            case,
+            r"params/fc1/bias': expected .* at \(4,\), got",
+            converted_params=converted,
         )
 
     def test_a_negative_zero(self, case):
@@ -184,7 +200,9 @@ class TestPlantedDefects:
 
     def test_flipped_kernel(self, case):
         self.caught(
-            case, "layer 'fc1': its output differs", converted_model=ConvNet(flip=True)
+            case,
+            "layer 'fc1': its output: expected",
+            converted_model=ConvNet(flip=True),
         )
 
     def test_same_for_valid(self, case):
@@ -212,7 +230,7 @@ class TestPlantedDefects:
         options = {"converted_model": ConvNet(), "gradients": False}
         fc.assert_equivalent(model, variables, x, plan=right, **options)
         wrong = fc.make_plan(model, x, rules=["fc1=4x3:HWC", "*=1x1"])
-        with pytest.raises(AssertionError, match="layer 'fc1': its output differs"):
+        with pytest.raises(AssertionError, match="layer 'fc1': its output: expected"):
             fc.assert_equivalent(model, variables, x, plan=wrong, **options)
 
     def test_failures_reach_the_report(self, case):
@@ -228,7 +246,7 @@ class TestPlantedDefects:
         assert not report.passed
         assert "DIFFERENT" in str(report)
         assert json.loads(report.to_json())["passed"] is False
-        assert any("bound" in failure for failure in report.failures)
+        assert any("12 are expected" in failure for failure in report.failures)
 
 
 @pytest.mark.parametrize("dtype", [jnp.float32, jnp.bfloat16, jnp.float16, jnp.int32])

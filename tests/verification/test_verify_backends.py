@@ -71,7 +71,7 @@ def test_nothing_executed_claims_nothing_more(case):
     assert report.passed
     assert not report.executed
     assert str(report).startswith("LOWERED, NOT EXECUTED: 1 layer to conv, for rocm")
-    assert (report.layers, report.outputs, report.steps) == ((), (), ())
+    assert (report.layers, report.arrays, report.executions) == ((), (), ())
     assert "EQUIVALENT" not in str(report) + report.to_markdown()
 
 
@@ -145,13 +145,13 @@ def test_a_second_device_is_reported_in_full(case, monkeypatch):
         converted_params=wrong,
         gradients=False,
     )
-    first, second = report.backends
-    assert first.execution is None
-    assert second.execution.backend == "tpu:v4"
-    assert not second.execution.passed
-    assert any(failure.startswith("tpu:v4: 'output'") for failure in report.failures)
-    assert json.loads(report.to_json())["backends"][1]["execution"]["passed"] is False
-    assert str(report).count("DIFFERENT") == 2
+    assert [e.backend for e in report.executions] == ["cpu", "tpu:v4"]
+    assert all(
+        e.certificates["" if "" in plan else "fc"].passed for e in report.executions
+    )
+    assert "tpu:v4: 1 of 1 layers exact" in str(report)
+    assert any(f.startswith("'output': expected") for f in report.failures)
+    assert len(json.loads(report.to_json())["executions"]) == 2
 
 
 def test_names_are_checked_before_any_work(case):

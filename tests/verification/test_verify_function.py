@@ -29,10 +29,11 @@ def test_a_function_is_verified(case):
     assert report.passed
     assert {layer.path for layer in report.layers} == {"in", "stack", "experts"}
     assert report.outputs
-    assert report.steps
-    assert report.original.stablehlo.dots == 3
-    assert report.converted.stablehlo.dots == 0
-    assert report.converted.stablehlo.convolutions == 3
+    assert report.gradients
+    assert report.step
+    assert report.original.dots == 3
+    assert report.converted.dots == 0
+    assert report.converted.convolutions == 3
 
 
 def test_a_wrong_function_fails(case):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import collections
-import contextlib
 import dataclasses
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -17,7 +16,6 @@ import fcconv_jax as fc
 from fcconv_jax.matmuls.as_layer import form_of
 from fcconv_jax.matmuls.matmul import Product
 from fcconv_jax.matmuls.trace import parameter_paths, trace
-from fcconv_jax.verification.bounds import LeafComparison, compare, error_bounds
 
 from .entry import Subject
 
@@ -32,26 +30,19 @@ class Findings:
       left: for each weight matmul of the converted model's trace, the parameter's path
         and the reason in ``plan.skipped``, or None where the plan does not say.
       round_trip: whether the restored params are the original's, every bit.
-      comparisons: the outputs against the bound, leaf by leaf.
-      unmodelled: primitives whose rounding is not in the bound.
+      comparison: both forms in float64, and as they are.
     """
 
     plan: fc.Plan
     found: int
     left: tuple[tuple[str, str | None], ...]
     round_trip: bool
-    comparisons: tuple[LeafComparison, ...]
-    unmodelled: tuple[str, ...]
+    comparison: fc.Comparison
 
     @property
     def kinds(self) -> Mapping[str, int]:
         """How many layers of each kind convert."""
         return collections.Counter(layer.layer for layer in self.plan.values())
-
-    @property
-    def worst(self) -> LeafComparison:
-        """The output that comes closest to its bound."""
-        return min(self.comparisons, key=lambda leaf: leaf.tightness)
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -64,8 +55,7 @@ class Findings:
                 for p, why in self.left
                 if not why
             ),
-            *(f"{c.path}: {c.reason}" for c in self.comparisons if not c.passed),
-            *(f"rounding of {name} has no bound" for name in self.unmodelled),
+            *(() if self.comparison.passed else self.comparison.failures),
         )
 
 
@@ -80,10 +70,13 @@ def examine(subject: Subject) -> Findings:
     params, run = as_function(model, subject.variables)
     moved = fc.convert_params(params, plan)
     _, run_converted = as_function(converted, subject.variables)
-    with _compiling_quickly():
-        reference = error_bounds(lambda p: run(p, *inputs, **kwargs), params)
-        got = jax.jit(lambda p: run_converted(p, *inputs, **kwargs))(moved)
-        comparisons = tuple(compare(reference, got))
+    comparison = fc.compare(
+        lambda p: run(p, *inputs, **kwargs),
+        lambda p: run_converted(p, *inputs, **kwargs),
+        [params],
+        [moved],
+        progress=False,
+    )
     return Findings(
         plan=plan,
         found=len(weight_products(run, params, inputs, kwargs)),
@@ -92,20 +85,8 @@ def examine(subject: Subject) -> Findings:
             for path in weight_products(run_converted, moved, inputs, kwargs)
         ),
         round_trip=same_bits(fc.restore_params(moved, plan), params),
-        comparisons=comparisons,
-        unmodelled=reference.unmodelled,
+        comparison=comparison,
     )
-
-
-@contextlib.contextmanager
-def _compiling_quickly() -> Iterator[None]:
-    """Each program runs once, so compiling it is nearly all of the time."""
-    before = jax.config.read("jax_disable_most_optimizations")
-    jax.config.update("jax_disable_most_optimizations", True)
-    try:
-        yield
-    finally:
-        jax.config.update("jax_disable_most_optimizations", before)
 
 
 def as_function(model: Any, variables: Any) -> tuple[Any, Callable[..., Any]]:

@@ -24,7 +24,8 @@ README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- zoo -->", "<!-- /zoo -->"
 _HEADER = (
     "| model | converts | weight products left, and why | "
-    "max error (bound) | planning / trace |\n| --- | --- | --- | --- | --- |"
+    "float64, error original / converted | planning / trace |\n"
+    "| --- | --- | --- | --- | --- |"
 )
 
 
@@ -46,10 +47,12 @@ def row(entry: Entry, findings: Findings, ratio: float) -> str:
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(findings.kinds.items()))
     left = collections.Counter(short(why or "") for why in dict(findings.left).values())
     reasons = "; ".join(f"{n} {why}" for why, n in sorted(left.items()))
-    worst = findings.worst
+    found = findings.comparison
+    worst = max(found.errors, key=lambda e: e.converted / e.allowed, default=None)
+    errors = f", {worst.original:.0e} / {worst.converted:.0e}" if worst else ""
     return (
         f"| `{entry.name}` | {kinds or 'none'} | {reasons} | "
-        f"{worst.max_abs_error:.1e} ({worst.bound:.1e}) | {ratio:.1f}x |"
+        f"{found.digits:.1f} digits{errors} | {ratio:.1f}x |"
     )
 
 

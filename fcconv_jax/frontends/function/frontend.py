@@ -41,10 +41,9 @@ def convert_model(model: Any, plan: Plan, inplace: bool) -> ConvertedFunction:
 
 
 def model_program(
-    model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]
+    model: Any, inputs: Any, kwargs: Mapping[str, Any]
 ) -> FunctionProgram:
     """The function, original or converted, on inputs that stay."""
-    del plan
     return FunctionProgram(model, inputs, kwargs)
 
 
@@ -52,6 +51,13 @@ def variables(model: Any, params: Any) -> Mapping[str, Any]:
     """The params, as variables with ``params`` in them."""
     del model
     return function_variables(params)
+
+
+def planning_call(
+    params: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The params, then the inputs."""
+    return (params, *inputs), kwargs
 
 
 def activations(inputs: Sequence[Any]) -> Sequence[Any]:

@@ -40,6 +40,9 @@ class FunctionProgram:
         args, kwargs = self.static.merge(self.arrays if arrays is None else arrays)
         return self.function(variables["params"], *args, **kwargs)
 
-    def run(self, variables: Mapping[str, Any]) -> dict[str, Any]:
-        """The output; the results of single products are not captured."""
-        return {"output": self.call(variables), "updated": {}, "layers": {}}
+    def named(
+        self, variables: Mapping[str, Any], arrays: Any, wanted: Callable[[str], bool]
+    ) -> Any:
+        """The same as :meth:`call`: a function has no modules to be named."""
+        del wanted
+        return self.call(variables, arrays)

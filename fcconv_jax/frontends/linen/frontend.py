@@ -11,6 +11,9 @@ from .model import ConvertedLinen
 from .plan import plan_linen
 from .program import LinenProgram
 
+# Keyword arguments of a Module's apply that its init does not take.
+_APPLY_ONLY = ("mutable", "capture_intermediates")
+
 
 def make_plan(
     model: Any,
@@ -38,11 +41,9 @@ def convert_model(model: Any, plan: Plan, inplace: bool) -> ConvertedLinen:
     return ConvertedLinen(model, plan)
 
 
-def model_program(
-    model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]
-) -> LinenProgram:
+def model_program(model: Any, inputs: Any, kwargs: Mapping[str, Any]) -> LinenProgram:
     """The Module, original or converted, on inputs that stay."""
-    return LinenProgram(model, plan, inputs, kwargs)
+    return LinenProgram(model, inputs, kwargs)
 
 
 def variables(model: Any, params: Any) -> Mapping[str, Any]:
@@ -50,6 +51,20 @@ def variables(model: Any, params: Any) -> Mapping[str, Any]:
     del model
     is_variables = isinstance(params, Mapping) and "params" in params
     return params if is_variables else {"params": params}
+
+
+def planning_call(
+    params: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The inputs, and what ``init`` takes of the keyword arguments of ``apply``."""
+    del params
+    options = {k: v for k, v in kwargs.items() if k not in _APPLY_ONLY}
+    rngs = options.get("rngs")
+    if rngs is not None and not isinstance(rngs, Mapping):
+        rngs = {"params": rngs}
+    if rngs is not None:
+        options["rngs"] = {"params": next(iter(rngs.values())), **rngs}
+    return inputs, options
 
 
 def activations(inputs: Sequence[Any]) -> Sequence[Any]:

@@ -33,17 +33,22 @@ def convert_model(model: Any, plan: Plan, inplace: bool) -> Any:
     return convert_nnx(model, plan, inplace=inplace)
 
 
-def model_program(
-    model: Any, plan: Plan, inputs: Any, kwargs: Mapping[str, Any]
-) -> NnxProgram:
+def model_program(model: Any, inputs: Any, kwargs: Mapping[str, Any]) -> NnxProgram:
     """The model, original or converted, on inputs that stay."""
-    del plan
     return NnxProgram(model, inputs, kwargs)
 
 
 def variables(model: Any, params: Any) -> Mapping[str, Any]:
     """The parameters of a model, as variables with ``params`` in them."""
     return nnx_variables(model, params)
+
+
+def planning_call(
+    params: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Sequence[Any], Mapping[str, Any]]:
+    """The inputs: a model holds its params."""
+    del params
+    return inputs, kwargs
 
 
 def activations(inputs: Sequence[Any]) -> Sequence[Any]:

@@ -16,11 +16,12 @@ KINDS: dict[str, type[nnx.Module]] = {
     "LinearGeneral": nnx.LinearGeneral,
     "Conv": nnx.Conv,
 }
+KINDS_BY_CLASS = {cls: kind for kind, cls in KINDS.items()}
 
 
 def layer_kind(module: Any) -> str | None:
     """The kind of linear layer that a module is, exactly; a subclass is none."""
-    return next((kind for kind, cls in KINDS.items() if type(module) is cls), None)
+    return KINDS_BY_CLASS.get(type(module))
 
 
 def path_text(path: tuple[Any, ...]) -> str:

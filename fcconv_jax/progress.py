@@ -1,0 +1,58 @@
+"""Progress of long work: bars on stderr, and a word before what takes minutes."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from typing import Literal
+
+# Called with "row: step", how many steps are done, and how many there are.
+Progress = Callable[[str, int, int], None]
+
+
+@contextlib.contextmanager
+def shown(progress: Progress | Literal[False] | None) -> Iterator[Progress]:
+    """What to call while long work goes on.
+
+    Args:
+      progress: the caller's own function; None for bars on stderr where that is a
+        terminal or a notebook, one for each row; False for nothing.
+
+    Example:
+      >>> with shown(lambda what, done, total: print(what, done, total)) as tell:
+      ...     tell("cpu: tracing", 1, 3)
+      cpu: tracing 1 3
+    """
+    if progress is not None:
+        yield progress or (lambda what, done, total: None)
+        return
+    from rich.console import Console
+    from rich.progress import (
+        BarColumn,
+        MofNCompleteColumn,
+        TaskID,
+        TextColumn,
+        TimeElapsedColumn,
+    )
+    from rich.progress import Progress as Bars
+
+    console = Console(stderr=True)
+    columns = (
+        TextColumn("{task.description}", markup=False),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TimeElapsedColumn(),
+    )
+    hidden = not (console.is_terminal or console.is_jupyter)
+    with Bars(*columns, console=console, transient=True, disable=hidden) as bars:
+        rows: dict[str, TaskID] = {}
+
+        def tell(what: str, done: int, total: int) -> None:
+            row = what.partition(":")[0]
+            if row not in rows:
+                rows[row] = bars.add_task(what, total=None)
+            bars.update(rows[row], description=what, completed=done, total=total)
+            if hidden and "minutes" in what:  # a log, too, should say why it waits
+                console.print(what, markup=False)
+
+        yield tell

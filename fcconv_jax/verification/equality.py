@@ -1,0 +1,273 @@
+"""The whole program in both forms: in float64, and as each backend computes it."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..backends.resolution import Resolution
+from ..frontends.programs import BothForms
+from ..plan import Plan
+from ..progress import Progress
+from ..tracing.marks import named_outputs
+from .agreement import (
+    Agreement,
+    Kind,
+    WorkingError,
+    agree,
+    magnified_rounding,
+    named_leaves,
+    working_errors,
+)
+from .arithmetic import unit_roundoff
+from .compiling import BackgroundProgram
+from .layer_certificates import layer_certificates
+from .moved import MOVED, moved_by_an_ulp
+from .reference import Reference, Traced
+from .report import Execution
+from .teacher_forcing import ForcedLayer, compare_layers
+from .training_step import TrainingStep, has_gradients
+
+
+class Equality:
+    """Both forms of a model in float64.
+
+    Args:
+      pair: the two programs.
+      tx: the optimizer of the step; SGD with momentum if None.
+      gradients: whether gradients and the step are compared.
+      tell: takes the progress.
+
+    Attributes:
+      arrays: what was compared, once :meth:`conclude` has been called.
+      layers: outputs of converted layers, by path, likewise.
+      forced: layers that were compared on their own, where there is no reference.
+      notes: what could not be compared, and why.
+      training: the training step, if it is compared.
+      references: by kind, path and array of the original form in float64.
+    """
+
+    def __init__(self, pair: BothForms, tx: Any, gradients: bool, tell: Progress):
+        self.notes: list[str] = []
+        self.arrays: tuple[Agreement, ...] = ()
+        self.layers: dict[str, list[Agreement]] = {}
+        self.forced: dict[str, ForcedLayer] = {}
+        self.references: dict[Kind, list[tuple[str, Any]]] = {}
+        self._found: dict[Kind, list[tuple[str, Any]]] = {}
+        self.training: TrainingStep | None = None
+        plan, original, changed = pair.plan, pair.original, pair.changed
+        # All is traced before anything runs: XLA compiles it meanwhile.
+        tell("float64: tracing", 0, 2)
+        wanted = set(plan).__contains__
+        traces = [
+            Traced.of(functools.partial(program.named, wanted=wanted), v, p.arrays)
+            for program, v, p in (
+                (original, pair.variables, original),
+                (changed, pair.other, changed),
+            )
+        ]
+        outputs = Reference(traces[0], traces[1], "outputs")
+        backward = None
+        if gradients and not has_gradients(pair.variables["params"]):
+            self.notes.append("no gradients: some params are not floats")
+        elif gradients:
+            tell("float64: tracing", 1, 2)
+            self.training = TrainingStep(pair, tx)
+            forward, other = self.training.gradients
+            backward = Reference(
+                Traced.of(forward, pair.variables, original.arrays),
+                Traced.of(other, pair.other, changed.arrays),
+                "gradients",
+            )
+        tell("float64: tracing", 2, 2)
+        read = outputs.run(tell)
+        if read is None:
+            self.notes += [f"no float64 reference: {why}" for why in outputs.unread]
+            self._force(traces[0], pair.variables, plan, tell)
+        else:
+            want, got = read
+            self._keep("outputs", named_leaves(want.outputs, "output"), got.outputs)
+            self._keep_layers(plan, want.named, got.named)
+        if backward is not None and self.training is not None:
+            self._train(pair, backward, tell)
+
+    def _train(self, pair: BothForms, backward: Reference, tell: Progress) -> None:
+        assert self.training is not None
+        read = backward.run(tell)
+        if read is None:
+            self.notes += [f"no float64 gradients: {why}" for why in backward.unread]
+            return
+        want, got = (found.outputs for found in read)
+        self._keep("gradients", named_leaves(want, "gradient"), got)
+        self.given = jax.tree.map(
+            lambda g, p: jnp.asarray(g.astype(jnp.result_type(p))),
+            want,
+            pair.variables["params"],
+        )
+        mine, theirs = self.training.steps
+        step = Reference(
+            Traced.of(mine, pair.variables["params"], self.training.state, self.given),
+            Traced.of(
+                theirs, pair.other["params"], self.training.other_state, self.given
+            ),
+            "one step",
+        )
+        after = step.run(tell)
+        if after is None:
+            self.notes += [f"no float64 step: {why}" for why in step.unread]
+            return
+        want, got = (found.outputs for found in after)
+        self._keep("one step", named_leaves(want, "params"), got)
+
+    def _keep(self, kind: Kind, want: list[tuple[str, Any]], got: Any) -> None:
+        self.references[kind] = want
+        self._found[kind] = named_leaves(got, "")
+        if len(self._found[kind]) != len(want):
+            raise ValueError(
+                f"expected {len(want)} {kind} of the converted model, got "
+                f"{len(self._found[kind])}: {[path for path, _ in want]}"
+            )
+
+    def _keep_layers(self, plan: Plan, want: Any, got: Any) -> None:
+        mine, theirs = named_outputs(want), named_outputs(got)
+        pairs = []
+        for path in plan:
+            ys, zs = mine.get(path, []), theirs.get(path, [])
+            if ys and len(ys) == len(zs):
+                pairs += [(path, y, _shaped_like(y, z)) for y, z in zip(ys, zs)]
+        self.references["layers"] = [(path, y) for path, y, _ in pairs]
+        self._found["layers"] = [(path, z) for path, _, z in pairs]
+
+    def _force(self, trace: Any, variables: Any, plan: Plan, tell: Progress) -> None:
+        tell("layers: on their own inputs", 0, 1)
+        self.forced, unknown = compare_layers(trace, variables, plan)
+        if unknown:
+            self.notes.append(
+                f"not compared on the model's own input: {', '.join(unknown)}"
+            )
+        tell("layers: on their own inputs", 1, 1)
+
+    def conclude(self, executions: Sequence[Execution]) -> None:
+        """Compares, knowing how the program magnifies rounding where it was run."""
+        arrays = []
+        for kind, want in self.references.items():
+            extra = None
+            for execution in executions[:1]:
+                errors = {e.path: e for e in execution.errors if e.kind == kind}
+                extra = [
+                    magnified_rounding(errors[path], execution.unit)
+                    if path in errors
+                    else 0.0
+                    for path, _ in want
+                ]
+            found = agree(kind, want, self._found[kind], extra)
+            if kind == "layers":
+                for each in found:
+                    self.layers.setdefault(each.path, []).append(each)
+            else:
+                arrays += found
+        for each in arrays:
+            if each.nonfinite:
+                self.notes.append(
+                    f"{each.path!r}: {each.nonfinite} of its entries are NaN or "
+                    "infinite, in both forms alike, and tell nothing"
+                )
+        self.arrays = tuple(arrays)
+
+
+def execute(
+    equality: Equality,
+    pair: BothForms,
+    resolution: Resolution,
+    calls: Sequence[Callable[..., Any]],
+    tell: Progress,
+) -> Execution:
+    """Runs both forms on a device, in the precision of the model.
+
+    Args:
+      equality: the reference.
+      pair: the programs, with their arrays on the device.
+      resolution: the device.
+      calls: the original and the converted form, compiled.
+      tell: takes the progress.
+    """
+    name = resolution.backend
+    proofs = layer_certificates(pair.variables, pair.plan)
+    training = equality.training if "gradients" in equality.references else None
+    backward = None
+    if training is not None:
+        backward = [
+            BackgroundProgram(function, variables, program.arrays)
+            for function, variables, program in zip(
+                training.gradients,
+                (pair.variables, pair.other),
+                (pair.original, pair.changed),
+            )
+        ]
+    certificates = {}
+    for done, (path, proof) in enumerate(proofs.items()):
+        tell(f"{name}: exact layers", done, len(proofs))
+        certificates[path] = proof()
+    tell(f"{name}: exact layers", len(proofs), len(proofs))
+    errors: list[WorkingError] = []
+    programs: dict[Kind, Sequence[Callable[..., Any]]] = {"outputs": calls}
+    if backward is not None:
+        programs["gradients"] = backward
+    for done, (kind, forms) in enumerate(programs.items()):
+        tell(f"{name}: {kind}", done, len(programs))
+        if kind in equality.references:
+            errors += _errors(equality.references[kind], kind, forms, pair)
+    tell(f"{name}: errors", len(programs), len(programs))
+    if training is not None and "one step" in equality.references:
+        errors += _step_errors(equality, training, pair)
+    dtypes = {jnp.result_type(x) for x in jax.tree.leaves(pair.variables)}
+    unit = max(unit_roundoff(d) for d in dtypes if jnp.issubdtype(d, jnp.inexact))
+    return Execution(
+        str(name),
+        str(resolution.device.device_kind),
+        certificates,
+        tuple(errors),
+        unit,
+    )
+
+
+def _errors(
+    reference: Sequence[tuple[str, Any]],
+    kind: Kind,
+    forms: Sequence[Callable[..., Any]],
+    pair: BothForms,
+) -> list[WorkingError]:
+    original, changed = forms
+    arrays = pair.original.arrays
+    runs = [original(pair.variables, arrays)]
+    for seed in range(MOVED):
+        params = moved_by_an_ulp(pair.variables["params"], seed)
+        runs.append(original({**pair.variables, "params": params}, arrays))
+    got = changed(pair.other, pair.changed.arrays)
+    leaves = [jax.tree.leaves(run) for run in runs]
+    return working_errors(kind, reference, leaves, jax.tree.leaves(got))
+
+
+def _step_errors(
+    equality: Equality, training: TrainingStep, pair: BothForms
+) -> list[WorkingError]:
+    mine, theirs = map(jax.jit, training.steps)
+    want = mine(pair.variables["params"], training.state, equality.given)
+    got = theirs(pair.other["params"], training.other_state, equality.given)
+    return working_errors(
+        "one step",
+        equality.references["one step"],
+        [jax.tree.leaves(want)],
+        jax.tree.leaves(got),
+    )
+
+
+def _shaped_like(want: Any, got: Any) -> Any:
+    """A layer's output in the shape of the original's: a conv's has axes of size 1."""
+    want, got = np.asarray(want), np.asarray(got)
+    return got.reshape(want.shape) if got.size == want.size else got

@@ -1,0 +1,34 @@
+"""Arrays moved by one unit in the last place: how a program answers to rounding."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+# How often a program is also run with its params moved.
+MOVED = 3
+
+
+def moved_by_an_ulp(tree: Any, seed: int) -> Any:
+    """Each float of a tree up or down by one unit in the last place; zeros stay.
+
+    Example:
+      >>> moved = moved_by_an_ulp(np.ones(2, np.float32), 0)
+      >>> sorted(float((x - 1) / np.finfo(np.float32).eps) for x in moved)
+      [-1.0, 1.0]
+    """
+    rng = np.random.default_rng(seed)
+
+    def move(leaf: Any) -> Any:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            return leaf
+        signs = rng.integers(0, 2, np.shape(leaf), np.int8) * 2 - 1
+        factor = (1 + float(jnp.finfo(dtype).eps) * signs).astype(dtype)
+        moved = (np.asarray(leaf) * factor).astype(dtype)
+        return jax.device_put(moved, getattr(leaf, "sharding", None))
+
+    return jax.tree.map(move, tree)

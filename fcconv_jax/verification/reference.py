@@ -1,0 +1,131 @@
+"""Both forms of a program in float64, and whether they can be read so at all."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import os
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from ..progress import Progress
+from ..tracing.jaxprs import opened, subjaxprs
+from .reading import Named, Reading, obstacles
+
+# Floating point operations that a core does in a second, in float64: a low guess.
+_RATE = 5e9
+_LONG = 60.0  # seconds; what takes longer says so beforehand
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Traced:
+    """A program's trace, with the arrays that it was traced on.
+
+    Attributes:
+      jaxpr: closed.
+      operands: one array for each input of the trace.
+      treedef: the structure of what the program returns.
+    """
+
+    jaxpr: Any
+    operands: Sequence[Any]
+    treedef: Any
+
+    @classmethod
+    def of(cls, function: Callable[..., Any], *args: Any) -> Traced:
+        """Traces a function on arrays."""
+        jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
+        return cls(jaxpr, jax.tree.leaves(args), jax.tree.structure(out))
+
+
+@dataclasses.dataclass(frozen=True)
+class Read:
+    """What a program gives in float64: its outputs, and what it names."""
+
+    outputs: Any
+    named: Named
+
+
+class Reference:
+    """Both forms of a program on their way through float64.
+
+    Args:
+      original: the trace of the one form.
+      converted: the trace of the other.
+      what: the name of the step, for progress.
+
+    Attributes:
+      unread: why there is no reference; empty where there is one.
+    """
+
+    def __init__(self, original: Traced, converted: Traced, what: str):
+        self._traces, self._what = (original, converted), what
+        found = [name for trace in self._traces for name in obstacles(trace.jaxpr)]
+        self.unread = list(dict.fromkeys(found))
+        self._readings = (
+            [] if found else [Reading(trace.jaxpr) for trace in self._traces]
+        )
+
+    def run(self, tell: Progress) -> tuple[Read, Read] | None:
+        """Runs both; None where that cannot be, see :attr:`unread`."""
+        for reading in self._readings:
+            wanted, free = reading.bytes, free_memory()
+            if wanted > free:
+                self.unread.append(
+                    f"the {self._what} need {wanted / 2**30:.1f} GiB in float64, "
+                    f"{free / 2**30:.1f} GiB are free"
+                )
+                break
+        if self.unread:
+            return None
+        row = f"float64: {self._what}"
+        work = [flops(trace.jaxpr) for trace in self._traces]
+        seconds = sum(work) / _RATE / (os.cpu_count() or 1)
+        if seconds > _LONG:
+            row += f", about {math.ceil(seconds / 60)} minutes"
+        found = []
+        for done, (trace, reading) in enumerate(zip(self._traces, self._readings)):
+            tell(row, done, len(self._readings))
+            outputs, named = reading(trace.operands)
+            found.append(Read(jax.tree.unflatten(trace.treedef, outputs), named))
+        tell(row, len(found), len(found))
+        return found[0], found[1]
+
+
+def flops(jaxpr: Any) -> float:
+    """Floating point operations of the matmuls and convolutions of a trace.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> flops(jax.make_jaxpr(lambda x, w: x @ w)(jnp.ones((2, 3)), jnp.ones((3, 4))))
+      48.0
+    """
+    total = 0.0
+    for eqn in opened(jaxpr)[0].eqns:
+        name, p = eqn.primitive.name, eqn.params
+        if name == "dot_general":
+            (contracted, _), _ = p["dimension_numbers"]
+            shape = eqn.invars[0].aval.shape
+            terms = math.prod(shape[axis] for axis in contracted)
+            total += 2.0 * eqn.outvars[0].aval.size * terms
+        elif name == "conv_general_dilated":
+            kernel = eqn.invars[1].aval
+            features = kernel.shape[p["dimension_numbers"].rhs_spec[0]]
+            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / max(features, 1)
+        times = p.get("length", 1) if name == "scan" else 1
+        total += times * sum(flops(body) for _, body in subjaxprs(eqn))
+    return total
+
+
+def free_memory() -> int:
+    """Bytes of memory that a program here may take without pushing others out."""
+    try:
+        for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
+            if line.startswith("MemAvailable:"):
+                return int(line.split()[1]) * 1024
+    except OSError:
+        pass
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
