@@ -241,6 +241,29 @@ class Rearrangement:
         moved = [p for p in self.perm if self.split[p] != 1]
         return moved == sorted(moved)
 
+    def normal(self) -> Rearrangement:
+        """The same map in its one shortest spelling, by which maps compare.
+
+        Example:
+          >>> Rearrangement((6, 1, 4), (6, 1, 4), (0, 1, 2), (24,)).normal().split
+          (24,)
+        """
+        kept = [axis for axis, size in enumerate(self.split) if size != 1]
+        order = [kept.index(axis) for axis in self.perm if self.split[axis] != 1]
+        runs: list[list[int]] = []
+        for number in order:
+            if runs and runs[-1][-1] + 1 == number:
+                runs[-1].append(number)
+            else:
+                runs.append([number])
+        stored = sorted(runs)
+        return Rearrangement(
+            self.source,
+            tuple(math.prod(self.split[kept[n]] for n in run) for run in stored),
+            tuple(stored.index(run) for run in runs),
+            self.target,
+        )
+
     def inverse(self) -> Rearrangement:
         """The rearrangement that takes ``target`` back to ``source``."""
         order = sorted(range(len(self.perm)), key=self.perm.__getitem__)

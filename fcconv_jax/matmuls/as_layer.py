@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -50,6 +51,15 @@ def kernel_shape(product: Product) -> tuple[int, ...]:
         [shape[axis] for axis in axes] for axes in _kernel_axes(product)
     )
     return (*batch, math.prod(contracted), math.prod(features))
+
+
+def groups_of(product: Product) -> int:
+    """How many matmuls stand side by side in one."""
+    if form_of(product) == "conv":
+        return product.eqn.params["feature_group_count"]
+    _, batch = product.eqn.params["dimension_numbers"]
+    shape = product.eqn.invars[product.side].aval.shape
+    return math.prod(shape[axis] for axis in batch[product.side])
 
 
 def dense_axes(product: Product) -> DenseAxes:
@@ -128,6 +138,8 @@ def leaf_rearrangement(
         _flat(weight.axes[axis] for axis in axes) for axes in _kernel_axes(product)
     )
     *_, rows, features = kernel_shape(product)
+    if rows % math.prod(window):
+        return None
     sizes = dict(zip(letters, (*window, rows // math.prod(window))))
     split = regroup(contracted, [sizes[axis] for axis in order])
     if split is None:
@@ -146,6 +158,7 @@ def run_other_form(product: Product, layer: LayerPlan, operands: Sequence[Any]) 
     """
     p = product.eqn.params
     other: Form = "conv" if form_of(product) == "dense" else "dense"
+    layer = _grouped_as(product, layer)
     _, converted = pair_of_forms(
         layer,
         other,
@@ -156,6 +169,15 @@ def run_other_form(product: Product, layer: LayerPlan, operands: Sequence[Any]) 
     run = _dot_as_conv if other == "conv" else _conv_as_dot
     y = run(product, layer, converted, x, kernel)
     return lax.convert_element_type(y, product.eqn.outvars[0].aval.dtype)
+
+
+def _grouped_as(product: Product, layer: LayerPlan) -> LayerPlan:
+    """The layer with the groups of a matmul: a stack under vmap is one of many."""
+    groups = groups_of(product)
+    if groups == layer.groups:
+        return layer
+    layout = "fold" if math.prod(layer.window) > 1 else layer.layout
+    return dataclasses.replace(layer, groups=groups, layout=layout)
 
 
 def _dot_as_conv(

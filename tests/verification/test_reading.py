@@ -11,6 +11,7 @@ from jax.ad_checkpoint import checkpoint_name
 
 from fcconv_jax.verification.reading import Reading, obstacles, widened
 
+ROWS = np.array([0, 2, 2])
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
 
 
@@ -31,7 +32,9 @@ PROGRAMS = {
     "highest": lambda x: jnp.dot(x, x.T, precision="highest"),
     "softmax": lambda x: jax.nn.softmax(x),
     "layer norm": lambda x: (x - x.mean(0)) / jnp.sqrt(x.var(0) + 2**-20),
-    "scatter": lambda x: jnp.asarray(x).at[jnp.array([0, 2, 2])].add(1.5).at[1].mul(0.5),
+    "scatter": lambda x: (
+        jnp.asarray(x).at[jnp.array([0, 2, 2])].add(1.5).at[1].mul(0.5)
+    ),
     "reduce": lambda x: lax.reduce(x, x.dtype.type(0), lambda a, b: a + b, (0,)),
     "scan": lambda x: lax.scan(lambda c, r: (jnp.sin(c) + r, c), x[0], x)[1],
     "loop": lambda x: lax.fori_loop(0, 5, lambda i, y: jnp.sin(y) + i, x),

@@ -4,24 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable
 from typing import Any
 
 import jax
 
-from ...geometry.classify import classify
-from ...layer_forms import holds
-from ...matmuls.as_layer import (
-    conv_arguments,
-    form_of,
-    leaf_rearrangement,
-    run_other_form,
-)
-from ...matmuls.matmul import Product, rewrite
-from ...matmuls.trace import parameter_paths, trace
+from ...matmuls.run import run_rewritten
+from ...matmuls.trace import parameter_paths
 from ...params.moves import check_converted
-from ...params.trees import restore_params
-from ...plan import LayerPlan, Plan, PlanError
+from ...plan import Plan
 from ...tracing import arguments
 
 
@@ -66,64 +57,6 @@ class ConvertedFunction:
 
         converted.__name__ = _name(self.function)
         return jax.jit(converted, static_argnums=0)
-
-
-def run_rewritten(
-    function: Callable[..., Any],
-    plan: Plan,
-    inputs: Sequence[Any],
-    kwargs: Mapping[str, Any],
-) -> Any:
-    """Traces a function and runs it with the planned products in their other form.
-
-    Args:
-      function: takes params and inputs.
-      plan: of its products.
-      inputs: the params, in the plan's form, then the inputs.
-      kwargs: further inputs.
-
-    Returns:
-      What the function returns.
-
-    Raises:
-      PlanError: the function multiplies a parameter in another way than planned.
-    """
-    params, *rest = inputs
-    traced = trace(function, (restore_params(params, plan), *rest), kwargs)
-
-    def wanted(product: Product) -> bool:
-        planned = product.weight.path in plan
-        return planned and form_of(product) != plan.to and not product.obstacle
-
-    def replace(product: Product, operands: Sequence[Any]) -> Any:
-        path = product.weight.path
-        _check_product(path, product, plan[path])
-        return run_other_form(product, plan[path], operands)
-
-    def alike(product: Product) -> Any:
-        weight = product.weight
-        return weight.shape, weight.axes, weight.stack, plan[weight.path]
-
-    outs = rewrite(traced.program, traced.operands, wanted, replace, alike)
-    return jax.tree.unflatten(traced.out_tree, outs)
-
-
-def _check_product(path: str, product: Product, layer: LayerPlan) -> None:
-    """Refuses to run a product that is not the one that was planned."""
-    move = leaf_rearrangement(product, layer.window, layer.order, layer.groups)
-    if move is None or layer.lay_out(move) != layer.kernel:
-        raise PlanError(
-            f"{path!r} was planned as {layer.kernel.source} -> {layer.kernel.target} "
-            "and is now multiplied in another way: make the plan from this function "
-            "with these arguments"
-        )
-    if form_of(product) == "conv":
-        found = classify(**conv_arguments(product))
-        if not holds(layer, found):
-            raise PlanError(
-                f"{path!r} was planned as {layer.base}; on this input it is "
-                f"{found.base}: {found.geometry}"
-            )
 
 
 def _name(function: Any) -> str:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Hashable, Iterator
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -23,3 +24,14 @@ def intercepting(interceptor: nn.module.Interceptor, key: Hashable) -> Iterator[
     """
     with _user_context(key), nn.intercept_methods(interceptor):
         yield
+
+
+def interceptors() -> tuple[Any, ...]:
+    """The interceptors that are active, such as those of a user's context.
+
+    They change what a trace holds, so they belong into the key of every jit that a
+    converted model is called through. Flax has no public way to ask for them; where
+    this one is gone, a context that is entered between two calls is not seen.
+    """
+    stack = getattr(nn.module, "_global_interceptor_stack", None)
+    return tuple(stack) if stack is not None else ()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import flax.linen as nn
@@ -132,33 +131,6 @@ def conv_geometry(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
         "kernel_dilation": module.kernel_dilation or 1,
         "groups": module.feature_group_count,
     }
-
-
-def flat_init(module: Any) -> tuple[Callable[..., Any], Callable[..., Any]]:
-    """Initializers of kernel and bias that take the parameter's own shape.
-
-    ``nn.DenseGeneral`` draws its parameters flat and reshapes them; drawing them
-    the same way keeps the bits.
-    """
-    if not isinstance(module, nn.DenseGeneral):
-        return module.kernel_init, module.bias_init
-    outs = len(_as_tuple(module.features))
-
-    def reshaped(init: Callable[..., Any], flatten: Callable[..., tuple[int, ...]]):
-        def initializer(key: Array, shape: tuple[int, ...], dtype: Any) -> Any:
-            drawn = init(key, flatten(shape), dtype)
-            value = nn.meta.unbox(drawn).reshape(shape)
-            return nn.meta.replace_boxed(drawn, value)
-
-        return initializer
-
-    def matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (math.prod(shape[:-outs]), math.prod(shape[-outs:]))
-
-    def vector(shape: tuple[int, ...]) -> tuple[int, ...]:
-        return (math.prod(shape),)
-
-    return reshaped(module.kernel_init, matrix), reshaped(module.bias_init, vector)
 
 
 def _as_tuple(value: Any) -> tuple[int, ...]:

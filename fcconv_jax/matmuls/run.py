@@ -1,0 +1,124 @@
+"""Runs a function of params and inputs with its planned matmuls in the other form."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ..geometry.classify import classify
+from ..layer_forms import holds
+from ..params.trees import restore_params
+from ..plan import LayerPlan, Plan, PlanError
+from .as_layer import (
+    conv_arguments,
+    form_of,
+    groups_of,
+    kernel_shape,
+    leaf_rearrangement,
+    run_other_form,
+)
+from .matmul import Product, rewrite
+from .trace import trace
+
+
+def kernels_of(plan: Plan) -> dict[str, tuple[str, LayerPlan]]:
+    """By the path of its kernel: the path of each layer, and its plan."""
+    return {
+        "/".join(part for part in (path, layer.leaves[0][0]) if part): (path, layer)
+        for path, layer in plan.items()
+    }
+
+
+def run_rewritten(
+    function: Callable[..., Any],
+    plan: Plan,
+    inputs: Sequence[Any],
+    kwargs: Mapping[str, Any],
+) -> Any:
+    """Traces a function and runs it with the planned matmuls in their other form.
+
+    The function sees its params in the form that it was written for, so whatever else
+    it does to them is kept; only the planned matmuls are replaced. A matmul that reads
+    a planned kernel in another way, such as a head tied to its transpose, stays.
+
+    Args:
+      function: takes params and inputs.
+      plan: of its layers.
+      inputs: the params, in the plan's form, then the inputs.
+      kwargs: further inputs.
+
+    Returns:
+      What the function returns.
+
+    Raises:
+      PlanError: a parameter of the plan is missing or has another shape, or a planned
+        convolution has an input on which the two forms differ.
+    """
+    params, *rest = inputs
+    traced = trace(function, (restore_params(params, plan), *rest), kwargs)
+    kernels = kernels_of(plan)
+    known: dict[int, bool] = {}
+
+    def wanted(product: Product) -> bool:
+        if id(product) not in known:
+            found = kernels.get(product.weight.path)
+            known[id(product)] = found is not None and _is_planned(
+                product, *found, plan
+            )
+        return known[id(product)]
+
+    def replace(product: Product, operands: Sequence[Any]) -> Any:
+        _, layer = kernels[product.weight.path]
+        return run_other_form(product, layer, operands)
+
+    def alike(product: Product) -> Any:
+        weight = product.weight
+        return weight.shape, weight.axes, weight.stack, kernels[weight.path][1]
+
+    outs = rewrite(traced.program, traced.operands, wanted, replace, alike)
+    return jax.tree.unflatten(traced.out_tree, outs)
+
+
+def _is_planned(product: Product, path: str, layer: LayerPlan, plan: Plan) -> bool:
+    """Whether a matmul with a planned kernel is the one that was planned."""
+    if form_of(product) == plan.to or product.obstacle:
+        return False
+    if not _same_map(product, layer):
+        if not layer.is_product:  # its kernel, read elsewhere by the model's own code
+            return False
+        raise PlanError(
+            f"{path!r} was planned as {layer.kernel.source} -> {layer.kernel.target} "
+            "and is now multiplied in another way: make the plan from this function "
+            "with these arguments"
+        )
+    if form_of(product) == "conv" and not layer.stack_axes:
+        found = classify(**conv_arguments(product))
+        if not holds(layer, found):
+            now = found.geometry.input_shape
+            raise PlanError(
+                f"layer {path or '(root)'!r} was planned as {layer.case} on an input "
+                f"of shape {layer.input_shape}; on one of spatial size {now} it is "
+                f"something else: {found.reason} Plan again with that input, or leave "
+                "the layer out with a rule"
+            )
+    return True
+
+
+def _same_map(product: Product, layer: LayerPlan) -> bool:
+    """Whether the kernel goes from the parameter to the matmul as it was planned."""
+    if groups_of(product) == layer.groups:
+        move = leaf_rearrangement(product, layer.window, layer.order, layer.groups)
+        if move is not None:
+            move = layer.lay_out(move) if form_of(product) == "dense" else move
+            if move.normal() == layer.kernel.normal():
+                return True
+    # A stack under vmap is multiplied at once: its matmuls side by side, as groups.
+    dense = layer.kernel.source if form_of(product) == "conv" else layer.kernel.target
+    *inner, _ = layer.channels_last(dense)
+    rows = math.prod(kernel_shape(product)[:-1])
+    if form_of(product) == "dense":
+        rows = kernel_shape(product)[-2]
+    return bool(layer.stack_axes) and rows == math.prod(inner)
