@@ -245,7 +245,7 @@ def _dense(
         y = jnp.moveaxis(y, 0, -2)
     if bias is None:
         return y
-    return y + reshape(bias, y.shape[-2 if layer.groups > 1 else -1 :])
+    return y + _beside(bias, y, y.shape[-2 if layer.groups > 1 else -1 :])
 
 
 def _conv(
@@ -261,7 +261,15 @@ def _conv(
     x = reshape(x, (math.prod(batch), *x.shape[len(batch) :]))
     y = convolve(layer, x, kernel, out_sharding, **settings)
     y = reshape(y, (*batch, *y.shape[1:]))
-    return y if bias is None else y + bias
+    return y if bias is None else y + _beside(bias, y, y.shape[-1:])
+
+
+def _beside(bias: Array, y: Array, shape: tuple[int, ...]) -> Array:
+    """A bias of this shape with as many axes as what it is added to.
+
+    JAX may be told to refuse ranks that differ (``jax_numpy_rank_promotion``).
+    """
+    return reshape(bias, (*[1] * (y.ndim - len(shape)), *shape))
 
 
 def convolve(

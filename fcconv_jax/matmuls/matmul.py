@@ -9,13 +9,17 @@ layer where one operand is a weight and the other depends on the program's input
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from typing import Any
 
-from ..tracing.jaxprs import bind, evaluate, opened, rerun
+from jax.ad_checkpoint import checkpoint_name
+
+from ..tracing.jaxprs import bind, evaluate, opened, policy_of, rerun
 from .factors import Axis, Factor, axes_of
 
 PRODUCTS = ("dot_general", "conv_general_dilated")
+_SAVED = "fcconv_jax.saved:"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -160,6 +164,7 @@ def rewrite(
     replace: Callable[[Product, Sequence[Any]], Any],
     alike: Callable[[Product], Hashable] = id,
     bodies: dict[Hashable, Callable[[Sequence[Any]], list[Any]]] | None = None,
+    saved: dict[str, Any] | None = None,
 ) -> list[Any]:
     """Runs a program with other code in the place of some of its products.
 
@@ -172,6 +177,8 @@ def rewrite(
         with alike products is the same function each time, so that JAX traces it once,
         as it did the original.
       bodies: the functions made so far.
+      saved: below a remat with a policy, what takes the replaced matmuls by name: the
+        policy is asked about each as it was.
 
     Returns:
       The outputs. Calls, loops and branches that hold no wanted product run as they
@@ -179,7 +186,7 @@ def rewrite(
     """
     made = {} if bodies is None else bodies
 
-    def body(inner: Program) -> Callable[[Sequence[Any]], list[Any]]:
+    def body(inner: Program, names: Any) -> Callable[[Sequence[Any]], list[Any]]:
         found = tuple(
             (id(eqn), alike(product))
             for eqn, product in inner.walk()
@@ -187,20 +194,47 @@ def rewrite(
         )
 
         def run(operands: Sequence[Any]) -> list[Any]:
-            return rewrite(inner, operands, wanted, replace, alike, made)
+            return rewrite(inner, operands, wanted, replace, alike, made, names)
 
-        return made.setdefault((id(inner.jaxpr), found), run)
+        return made.setdefault((id(inner.jaxpr), found, id(names)), run)
 
     def visit(eqn: Any, ins: list[Any]) -> Sequence[Any]:
         product = program.products.get(id(eqn))
         if product is not None and wanted(product):
-            return [replace(product, ins)]
+            y = replace(product, ins)
+            if saved is not None:
+                name = f"{_SAVED}{id(eqn)}"
+                saved[name] = eqn
+                y = checkpoint_name(y, name)
+            return [y]
         inner = program.inner.get(id(eqn), [])
         if any(_holds(each, wanted) for each in inner):
-            return rerun(eqn, ins, [body(each) for each in inner])
+            policy = policy_of(eqn)
+            if policy is None:
+                return rerun(eqn, ins, [body(each, saved) for each in inner])
+            names: dict[str, Any] = {}
+            runs = [body(each, names) for each in inner]
+            return rerun(eqn, ins, runs, _asking_about(names, policy))
         return bind(eqn, ins)
 
     return evaluate(program.jaxpr, operands, visit)
+
+
+def _asking_about(saved: dict[str, Any], policy: Callable[..., Any]) -> Any:
+    """A remat's policy that is asked about a replaced matmul as it was.
+
+    Policies such as ``dots_saveable`` look for dots. A replaced one is named, and what
+    has that name is saved if the policy would have saved the matmul.
+    """
+
+    @functools.wraps(policy)
+    def ask(primitive: Any, *avals: Any, **params: Any) -> Any:
+        eqn = saved.get(params.get("name", "")) if primitive.name == "name" else None
+        if eqn is None:
+            return policy(primitive, *avals, **params)
+        return policy(eqn.primitive, *(v.aval for v in eqn.invars), **eqn.params)
+
+    return ask
 
 
 def _holds(program: Program, wanted: Callable[[Product], bool]) -> bool:

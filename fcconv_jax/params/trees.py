@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any, TypeVar
 
-from ..plan import Plan
+from ..plan import Plan, PlanError
 from .moves import map_leaves
 from .opt_state import convert_opt_state
 
@@ -44,6 +44,10 @@ def convert_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
       >>> fc.convert_params(variables, plan)["params"]["kernel"].shape
       (1, 4, 3)
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"expected a Plan, got {type(plan).__name__}. Pass what make_plan returns"
+        )
     if _is_train_state(params):
         return _convert_train_state(params, plan, strict)
     return map_leaves(params, plan, strict)

@@ -171,8 +171,20 @@ def _ends(start: _Place, memo: dict[_Place, tuple[_Place, ...]]) -> tuple[_Place
             more = [end for end in ends if len(end.axes) > len(place.axes)]
             memo[place] = tuple(more or ends)
         else:
-            memo[place] = (place,) if len(place.axes) > 1 else ()
+            split = len(place.axes) > 1 and not _is_stretched(place)
+            memo[place] = (place,) if split else ()
     return memo[start]
+
+
+def _is_stretched(place: _Place) -> bool:
+    """Whether an array repeats its entries, as the statistics of a norm's groups do.
+
+    Then its axes are no map that was flattened.
+    """
+    eqn, _ = place.producer
+    if eqn is None or eqn.primitive.name != "broadcast_in_dim":
+        return False
+    return math.prod(eqn.invars[0].aval.shape) != math.prod(place.shape)
 
 
 def _sources(place: _Place) -> list[_Place]:
@@ -328,15 +340,24 @@ def _upstream_rank(frame: Frame, var: Any, mapped: int) -> int:
         elif is_mark(eqn):
             var = marked_array(frame, eqn.invars[0])
         else:
-            var = _main_operand(eqn)
+            var = _main_operand(frame, eqn)
     return 1
 
 
-def _main_operand(eqn: Any) -> Any:
-    """The operand that the activations come in by: the left one of a product."""
+def _main_operand(frame: Frame, eqn: Any) -> Any:
+    """The operand that the activations come in by: the left one of a matmul.
+
+    Of several the one of the highest rank; not one number everywhere, as the zeros of
+    dropout are.
+    """
     operands = eqn.invars[1:] if eqn.primitive.name == "select_n" else eqn.invars
     if not operands:
         return Literal(0, None)
     if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
         return operands[0]
-    return max(operands, key=lambda v: len(v.aval.shape))
+
+    def rank(var: Any) -> tuple[int, bool]:
+        shape = tuple(var.aval.shape)
+        return len(shape), _carries(frame, var, shape)
+
+    return max(operands, key=rank)

@@ -34,6 +34,7 @@ __all__ = [
     "call_body",
     "evaluate",
     "opened",
+    "policy_of",
     "rerun",
     "scan_parts",
     "subjaxprs",
@@ -167,6 +168,7 @@ def rerun(
     eqn: Any,
     operands: Sequence[Any],
     runs: Sequence[Callable[[Sequence[Any]], list[Any]]],
+    policy: Callable[..., Any] | None = None,
 ) -> list[Any]:
     """Runs a call or control flow with other code in the place of its bodies.
 
@@ -180,6 +182,7 @@ def rerun(
         be traced several times. A ``jit`` and a remat stay what they are, so the same
         function given again is not traced again. A ``custom_vjp`` must not be given:
         its rule would be lost.
+      policy: of a remat, in the place of its own.
 
     Returns:
       The outputs.
@@ -206,13 +209,28 @@ def rerun(
         which, *rest = operands
         return lax.switch(which, runs, rest)
     if name in ("checkpoint", "remat", "remat2"):
-        body = jax.checkpoint(runs[0], prevent_cse=p["prevent_cse"], policy=p["policy"])
+        policy = policy or p["policy"]
+        body = jax.checkpoint(runs[0], prevent_cse=p["prevent_cse"], policy=policy)
         return body(list(operands))
     if name == "custom_jvp_call":
         return _rerun_custom_jvp(eqn, operands, *runs)
     ins = _constrained(operands, p.get("in_shardings"))
     inner = runs[0] if p.get("inline", True) else _named_jit(runs[0], p["name"])
     return _constrained(inner(ins), p.get("out_shardings"))
+
+
+def policy_of(eqn: Any) -> Callable[..., Any] | None:
+    """What a remat is told to save; None for every other equation.
+
+    Example:
+      >>> import jax
+      >>> keep = jax.checkpoint_policies.dots_saveable
+      >>> f = jax.checkpoint(lambda x: x * 2.0, policy=keep)
+      >>> policy_of(jax.make_jaxpr(f)(1.0).eqns[0]) is keep
+      True
+    """
+    remat = eqn.primitive.name in ("checkpoint", "remat", "remat2")
+    return eqn.params["policy"] if remat else None
 
 
 def _named_jit(run: Any, name: str) -> Any:

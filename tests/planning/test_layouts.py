@@ -202,7 +202,7 @@ def test_init_optimizer_and_specs_of_an_ohwi_kernel(net):
     conv = fc.convert_model(model, plan)
     want = fc.convert_params(model.init(key, X), plan)
     jax.tree.map(np.testing.assert_array_equal, conv.init(key, X), want)
-    assert "Conv" in conv.tabulate(key, X)
+    assert "OHWI" in conv.tabulate(key, X)
 
     tx, params = optax.adam(1e-2), variables["params"]
     state = fc.convert_opt_state(tx.init(params), plan, tx=tx, params=params)

@@ -54,6 +54,12 @@ def below_map_variables(module: nn.Module) -> bool:
     return any("map_variables(" in part for part in path)
 
 
+def in_a_branch(module: nn.Module) -> bool:
+    """Whether the module runs in one branch of ``nn.cond`` or ``nn.switch``."""
+    path = () if module.scope is None else module.scope.debug_path
+    return any(part.startswith(("cond(", "switch(")) for part in path)
+
+
 def obstacle(module: Any) -> str | None:
     """Why a Dense, DenseGeneral or Conv computes something else than it says, if so."""
     name = type(module).__name__

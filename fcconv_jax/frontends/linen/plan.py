@@ -26,6 +26,7 @@ from .layers import (
     below_map_variables,
     conv_geometry,
     dense_axes,
+    in_a_branch,
     is_lifted,
     layer_kind,
     module_path,
@@ -67,10 +68,12 @@ class _Recorder:
                     )
             finally:
                 self.stack.pop()
-        # What maps variables may look at their structure, which a box would change.
+        # What maps variables may look at their structure, which a box would change;
+        # branches must leave the same structure.
         if (
             is_lifted(module)
             and not below_map_variables(module)
+            and not in_a_branch(module)
             and module.is_mutable_collection("params")
         ):
             _box_params(module)

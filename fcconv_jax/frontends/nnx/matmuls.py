@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Container, Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -89,39 +89,79 @@ def _rewritten_class(cls: type[nnx.Module], plan: Plan) -> type[nnx.Module]:
         "__module__": cls.__module__,
         "__qualname__": cls.__qualname__,
         "__doc__": cls.__doc__,
+        "__reduce_ex__": _reduce,
         _PLAN: plan,
         _ORIGINAL: cls,
     }
-    methods = {name: _rewritten_method(cls, name) for name in _methods(cls)}
+    methods = {
+        name: _rewritten_method(name, value) for name, value in _methods(cls).items()
+    }
     is_pytree = cls._pytree__is_pytree
     make: Any = type(cls)
     return make(cls.__name__, (cls,), {**names, **methods}, pytree=is_pytree)
 
 
-def _methods(cls: type) -> list[str]:
-    """Names of the public methods that a class has on top of ``nnx.Module``'s own."""
-    known = set(dir(nnx.Module))
-    return list(
-        dict.fromkeys(
-            name
-            for base in cls.__mro__
-            if base not in nnx.Module.__mro__
-            for name, value in vars(base).items()
-            if (name == "__call__" or not name.startswith("_"))
-            and name not in known
-            and callable(value)
-            and hasattr(value, "__get__")
-            and not isinstance(value, staticmethod | type)
-            and not inspect.isgeneratorfunction(value)
-        )
-    )
+# Special methods that make, show, compare or store an object: none computes with it.
+_NO_CALLS = frozenset(
+    """
+    __class_getitem__ __copy__ __deepcopy__ __del__ __delattr__ __dir__ __eq__
+    __format__ __getattr__ __getattribute__ __getnewargs__ __getnewargs_ex__
+    __getstate__ __hash__ __init__ __init_subclass__ __ne__ __new__ __post_init__
+    __reduce__ __reduce_ex__ __repr__ __set_name__ __setattr__ __setstate__ __sizeof__
+    __str__ __subclasshook__
+    """.split()
+)
 
 
-def _rewritten_method(cls: type, name: str) -> Callable[..., Any]:
+def _methods(cls: type) -> dict[str, Any]:
+    """What a class has on top of ``nnx.Module``'s own that may compute: by name.
+
+    Methods, special ones such as ``__getitem__``, and properties.
+    """
+    known = set(dir(nnx.Module)) - {"__call__"}
+    found: dict[str, Any] = {}
+    for base in cls.__mro__:
+        if base in nnx.Module.__mro__:
+            continue
+        for name, value in vars(base).items():
+            special = name.startswith("__") and name.endswith("__")
+            private = name.startswith("_") and not special
+            if private or name in known or name in _NO_CALLS or name in found:
+                continue
+            method = callable(value) and hasattr(value, "__get__")
+            if isinstance(value, property) or (
+                method and not isinstance(value, staticmethod | type)
+            ):
+                found[name] = value
+    return found
+
+
+def _rewritten_method(name: str, original: Any) -> Any:
+    """A method, a property or a generator that goes through :func:`_call_method`."""
+    if isinstance(original, property):
+        read = property(lambda self: _call_method(self, name, (), {}))
+        return property(read.fget, original.fset, original.fdel, original.__doc__)
+
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
         return _call_method(self, name, args, kwargs)
 
-    return functools.wraps(getattr(cls, name))(method)
+    def generator(self: Any, *args: Any, **kwargs: Any) -> Any:
+        return iter(_call_method(self, name, args, kwargs))
+
+    steps = inspect.isgeneratorfunction(original)
+    return functools.wraps(original)(generator if steps else method)
+
+
+def _reduce(self: Any, protocol: Any) -> Any:
+    """Pickles a module of a class that is made at run time: by its original class."""
+    cls = vars(type(self))
+    _, _, *state = object.__reduce_ex__(self, max(protocol, 2))
+    return (_unpickled, (cls[_ORIGINAL], cls[_PLAN]), *state)
+
+
+def _unpickled(cls: type[nnx.Module], plan: Plan) -> Any:
+    rewritten = _rewritten_class(cls, plan)
+    return rewritten.__new__(rewritten)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,8 +310,12 @@ class _Call:
             _set(before[f"0/{path}"], params[path], layer)
         values = _values(before)
         args, kwargs = _with_nodes(self.static.merge(arrays), nodes)
-        out = getattr(module, self.name)(*args, **kwargs)
-
+        out = getattr(module, self.name)
+        if not isinstance(getattr(type(module), self.name, None), property):
+            out = out(*args, **kwargs)
+        if inspect.isgenerator(out):
+            out = tuple(out)
+        _check_returned(module, self.name, out)
         after = _objects((module, *nodes))
         same = before.keys() == after.keys() and all(
             before[path] is after[path] for path in before
@@ -300,6 +344,17 @@ class _Call:
                 structure = split.split((module, *nodes, *returned))
                 changed = {}
         return _Ended(outs, _Static(static), changed, structure)
+
+
+def _check_returned(module: Any, name: str, out: Any) -> None:
+    """Refuses a function among what a method returns: it may hold traced arrays."""
+    for leaf in jax.tree.leaves(out, is_leaf=_is_node):
+        if not _is_node(leaf) and callable(leaf) and not isinstance(leaf, type):
+            raise PlanError(
+                f"{type(module).__name__}.{name} returns a function, which would hold "
+                "parameters in the form of the trace that made it. Return arrays, or "
+                "leave this module's parameters out with a rule"
+            )
 
 
 _jitted = jax.jit(_Call.run, static_argnums=0)
