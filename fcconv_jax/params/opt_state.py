@@ -12,10 +12,19 @@ import numpy as np
 from ..plan import Plan, PlanError
 from .leaves import flatten_with_path, is_leaf_node
 from .moves import find_moves, map_leaves
+from .opt_probe import different_update
 
 
-def convert_opt_state(opt_state: Any, plan: Plan, *, tx: Any, params: Any) -> Any:
+def convert_opt_state(
+    opt_state: Any, plan: Plan, *, tx: Any, params: Any, check: bool = True
+) -> Any:
     """Moves an optax optimizer state into the plan's form, moments and all.
+
+    Before anything is returned, two updates are run in both forms on random gradients,
+    in float64: the converted state's must be the conversion of the original's. That
+    finds optimizers which look at the rank or the shape of a leaf and keep no state
+    that would show it: a weight decay mask by ``ndim``, ``adaptive_grad_clip``, a
+    partition by shape, noise drawn in the shape of a leaf.
 
     Args:
       opt_state: state that ``tx`` made for ``params`` (arrays or abstract).
@@ -23,13 +32,17 @@ def convert_opt_state(opt_state: Any, plan: Plan, *, tx: Any, params: Any) -> An
       tx: the ``optax.GradientTransformation``; it must act on each entry of a
         parameter by itself, as adam, sgd, lion or lamb do.
       params: the parameters (or their shapes) in the form that the plan comes from.
+      check: whether to run those updates. Under ``jit``, and for abstract states, they
+        run on random numbers in the place of the state, unless that takes more than
+        1 GiB: then only shapes are compared.
 
     Returns:
       The state that continues training in the other form as if nothing had happened.
 
     Raises:
       PlanError: the state does not follow the shape of the parameters, as with the
-        factored statistics of adafactor; the message names the leaf.
+        factored statistics of adafactor, or the next update would be another one; the
+        message names the leaf.
     """
     import optax
 
@@ -42,13 +55,18 @@ def convert_opt_state(opt_state: Any, plan: Plan, *, tx: Any, params: Any) -> An
     def move(leaf: Any, how: Any) -> Any:
         if isinstance(leaf, optax.MaskedNode):  # stands for any subtree of params
             return leaf
-        return how.value(leaf) if how.value else leaf
+        # One number for a whole leaf stays, as in novograd.
+        single = not is_leaf_node(leaf) and np.shape(leaf) == ()
+        return leaf if how.value is None or single else how.value(leaf)
 
     def is_leaf(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode) or is_leaf_node(node)
 
+    def move_state(state: Any) -> Any:
+        return optax.tree_map_params(tx, move, state, tree, is_leaf=is_leaf)
+
     try:
-        moved = optax.tree_map_params(tx, move, opt_state, tree, is_leaf=is_leaf)
+        moved = move_state(opt_state)
     except Exception as error:
         # Each optimizer fails in its own way where its state is no tree of params.
         found = str(error) if isinstance(error, PlanError) else repr(error)
@@ -59,8 +77,18 @@ def convert_opt_state(opt_state: Any, plan: Plan, *, tx: Any, params: Any) -> An
         raise PlanError(_NOT_ENTRYWISE.format(f"{got_tree} instead of {wanted_tree}"))
     for (path, got), (_, want) in zip(got_leaves, wanted_leaves):
         if np.shape(got) != np.shape(want):
-            found = f"{path!r} has shape {np.shape(got)}, {np.shape(want)} is wanted"
+            found = f"expected {path!r} of shape {np.shape(want)}, got {np.shape(got)}"
             raise PlanError(_NOT_ENTRYWISE.format(found))
+    if check:
+        found = different_update(
+            tx,
+            opt_state,
+            params,
+            move_state,
+            lambda tree: map_leaves(tree, plan, strict=True),
+        )
+        if found:
+            raise PlanError(_ANOTHER_UPDATE.format(found))
     return moved
 
 
@@ -69,6 +97,12 @@ _NOT_ENTRYWISE = (
     "or matrix-wise statistics (adafactor, shampoo, muon, sm3, lbfgs) mean another "
     "thing in the other form; convert the params and start a fresh tx.init, or keep "
     "training in this form and convert at the end"
+)
+_ANOTHER_UPDATE = (
+    "the optimizer would go on otherwise in the other form: {}. It looks at the rank "
+    "or the shape of a leaf, as a mask by ndim, adaptive_grad_clip or noise does: "
+    "choose the leaves by name instead, or convert the params and start a fresh "
+    "tx.init; check=False converts the state all the same"
 )
 
 

@@ -22,7 +22,7 @@ Kind = Literal["outputs", "layers", "gradients", "one step"]
 THRESHOLD = 1e-12
 # A value that is nothing but rounding, such as the gradient of a bias that the next
 # softmax takes out again, is measured by the largest value beside it.
-_BESIDE = 1e-3
+_BESIDE = 1e-2
 # The original's own error, measured in its working precision, tells how much the
 # program magnifies rounding; in float64 it magnifies it as much, from a smaller ulp.
 _MAGNIFIED = 64.0

@@ -32,7 +32,10 @@ class TrainingStep:
         plan, params = pair.plan, pair.variables["params"]
         tx = optax.sgd(1e-2, momentum=0.9) if tx is None else tx
         self.state = jax.jit(tx.init)(params)
-        self.other_state = convert_opt_state(self.state, plan, tx=tx, params=params)
+        # The step itself is compared, so nothing needs checking beforehand.
+        self.other_state = convert_opt_state(
+            self.state, plan, tx=tx, params=params, check=False
+        )
 
         def stepped(params: Any, state: Any, gradients: Any) -> Any:
             updates, _ = tx.update(gradients, state, params)

@@ -1,0 +1,127 @@
+"""Runs an optimizer in both forms: whether it goes on alike after a conversion."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.core import meta
+from jax.core import Tracer
+
+from .leaves import flatten_with_path
+
+# In float64 an update that takes entries one by one is the same to the bit, and one
+# that takes norms of leaves changes by 1e-16 or so. What looks at a shape changes by a
+# part of the update that no one would call rounding.
+_THRESHOLD = 1e-9
+# Where an optimizer insists on the dtypes that it was given.
+_NARROW_THRESHOLD = 3e-4
+_LIMIT = 2**30  # bytes of random numbers in the place of an abstract state
+
+Move = Callable[[Any], Any]
+
+
+def different_update(
+    tx: Any, opt_state: Any, params: Any, move_state: Move, move_params: Move
+) -> str:
+    """What differs between the updates of both forms, in words; empty if nothing does.
+
+    Args:
+      tx: the optimizer.
+      opt_state: its state for the original params, arrays or abstract.
+      params: the original params, likewise.
+      move_state: converts such a state.
+      move_params: converts such params, and gradients.
+    """
+    opt_state, params = meta.unbox((opt_state, params))
+    leaves = jax.tree.leaves((opt_state, params))
+    known = not any(isinstance(x, jax.ShapeDtypeStruct | Tracer) for x in leaves)
+    size = sum(8 * int(np.prod(np.shape(x))) for x in jax.tree.leaves(params))
+    if not known and 6 * size > _LIMIT:
+        return ""
+    with jax.ensure_compile_time_eval():
+        random = _random_like(params, 0)
+        if not known:
+            opt_state, params = tx.init(random), random
+        else:
+            opt_state, params = jax.tree.map(_host, (opt_state, params))
+        gradients = [_random_like(params, seed) for seed in (1, 2)]
+        trees = opt_state, params, gradients
+        moves = move_state, move_params
+        try:
+            with jax.enable_x64(True):
+                return _compare(tx, jax.tree.map(_widen, trees), moves, _THRESHOLD)
+        except Exception:
+            # A branch or a scan of the optimizer's own that is typed by its state.
+            pass
+        try:
+            return _compare(tx, trees, moves, _NARROW_THRESHOLD)
+        except Exception as error:
+            return (
+                f"its update cannot be run on random gradients "
+                f"({type(error).__name__}: {error})"
+            )
+
+
+def _compare(tx: Any, trees: Any, moves: tuple[Move, Move], threshold: float) -> str:
+    import optax
+
+    (state, params, gradients), (move_state, move_params) = trees, moves
+    update = optax.with_extra_args_support(tx).update
+    other, there = move_state(state), move_params(params)
+    for given in gradients:
+        # What some optimizers want to know beside the gradient.
+        extra = {"value": jnp.ones(()), "grad": given}
+        updates, state = update(given, state, params, **extra)
+        moved = move_params(given)
+        extra["grad"] = moved
+        found, other = update(moved, other, there, **extra)
+        wrong = _first_difference(move_params(updates), found, threshold)
+        if wrong:
+            return f"its next update of {wrong}"
+    wrong = _first_difference(move_state(state), other, threshold)
+    return f"its state after two updates, {wrong}" if wrong else ""
+
+
+def _first_difference(want: Any, got: Any, threshold: float) -> str:
+    for (path, a), (_, b) in zip(flatten_with_path(want)[0], flatten_with_path(got)[0]):
+        if not hasattr(a, "dtype") or jnp.issubdtype(a.dtype, jax.dtypes.extended):
+            continue
+        x, y = np.asarray(a, np.complex128), np.asarray(b, np.complex128)
+        scale = abs(x).max(initial=0.0)
+        off = abs(x - y).max(initial=0.0)
+        if not off <= threshold * scale and not (np.isnan(x) == np.isnan(y)).all():
+            return f"{path!r} has NaN in one form alone"
+        if off > threshold * scale:
+            percent = 100 * off / scale if scale else 100.0
+            return f"{path!r} differs by {percent:.3g} % of its largest value"
+    return ""
+
+
+def _host(leaf: Any) -> Any:
+    if jnp.issubdtype(jnp.result_type(leaf), jax.dtypes.extended):
+        return leaf
+    return jnp.asarray(np.asarray(leaf)) if hasattr(leaf, "dtype") else leaf
+
+
+def _widen(leaf: Any) -> Any:
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        return leaf
+    return jnp.asarray(np.asarray(leaf).astype(np.float64))
+
+
+def _random_like(tree: Any, seed: int) -> Any:
+    """Numbers of order one in the shapes and dtypes of a tree."""
+    rng = np.random.default_rng(seed)
+
+    def fill(leaf: Any) -> Any:
+        dtype = jnp.result_type(leaf)
+        if not jnp.issubdtype(dtype, jnp.inexact):
+            return jnp.zeros(np.shape(leaf), dtype)
+        return jnp.asarray(rng.standard_normal(np.shape(leaf)), dtype)
+
+    return jax.tree.map(fill, tree)
