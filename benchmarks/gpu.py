@@ -2,7 +2,7 @@
 
     python benchmarks/gpu.py    # writes to benchmarks/results, prints a table
 
-Each layer is verified on the device (certificate, error against its bound)
+Each layer is verified on the device (certificate, error against float64)
 and timed in its dense form, and in the conv form that is planned for CUDA.
 """
 

@@ -39,8 +39,8 @@ from fcconv_jax.backends.layer_comparison import mebibytes
 from fcconv_jax.backends.layer_programs import layer_forms
 from fcconv_jax.backends.name import BackendError
 from fcconv_jax.backends.resolution import Resolution, resolve
-from fcconv_jax.cli.output import progress_rows
 from fcconv_jax.plan import KernelLayout, Layout
+from fcconv_jax.progress import shown
 from fcconv_jax.tables import aligned
 
 BACKENDS = (
@@ -190,7 +190,7 @@ def measure(
         for name, program in programs[layer].items()
     }
     found: dict[str, dict[str, dict[str, Found]]] = {}
-    with progress_rows() as tell:
+    with shown(None) as tell:
         absent = [r for r in chosen if r.how == "compiled"]
         with Compiling(flat, absent, progress=tell) as compiling:
             outcomes = compiling.results()

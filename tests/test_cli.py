@@ -28,7 +28,10 @@ from fcconv_jax.verification import layer_certificates as certificates_module
 from fcconv_jax.verification import verify as verify_module
 
 KEY = jax.random.key(0)
-COMMANDS = ("plan", "convert", "restore", "verify", "hlo", "inspect", "explain")
+COMMANDS = (
+    *("plan", "convert", "restore", "verify", "compare"),
+    *("hlo", "inspect", "explain"),
+)
 MODEL = """
 from __future__ import annotations
 
@@ -137,7 +140,6 @@ def verified(monkeypatch, a_report):
 
     def record(model, variables, *inputs, **options):
         calls.append((model, variables, inputs, options))
-        options["progress"]("layers", 1, 2)
         return a_report
 
     monkeypatch.setattr(verify_module, "verify", record)
@@ -197,7 +199,7 @@ class TestHelp:
         save("ckpt", {"params": params})
         ran = 0
         for command in COMMANDS:
-            if command == "hlo":  # in test_cli_hlo.py
+            if command in ("hlo", "compare"):  # elsewhere
                 continue
             epilog = next(
                 c.epilog for c in app.registered_commands if _name(c) == command
@@ -304,8 +306,8 @@ class TestPlan:
             ("nowhere.at:Net --input 1", "no module 'nowhere' in .* its ending"),
             ("os.nowhere:Net --input 1", "no module 'os.nowhere'"),
             ("model.py:Wide --input 1", "Wide cannot be called .*'features'"),
-            ("model.py:NUMBER --input 1", "NUMBER is a int; name a flax.linen"),
-            ("model.py:make_number --input 1", "makes a int; name a flax.linen"),
+            ("model.py:NUMBER --input 1", "NUMBER is a int; name a linen or NNX"),
+            ("model.py:make_number --input 1", "makes a int; name a linen or NNX"),
             ("model.py:Net --input 1,8,eight", "'1,8,eight' is not of the form"),
             ("model.py:Net --input 1,8:floaty", "'1,8:floaty' is not of the form"),
             ("model.py:Net --input 1,8:float64", "JAX_ENABLE_X64=1"),
@@ -321,15 +323,69 @@ class TestPlan:
         fails("plan model.py:wide --input 2,4 --rule fc", "PATTERN=WINDOW")
         fails("plan model.py:wide --input 2,4 --rule fc=3", "does not divide the 4")
 
-    def test_errors_of_the_model_keep_their_traceback(self, folder):
+    def test_errors_of_the_model_are_one_line_with_its_own(self, folder, monkeypatch):
         (folder / "broken.py").write_text("import no_such_library\n")
-        with pytest.raises(ModuleNotFoundError, match="no_such_library"):
-            run("plan broken.py:Net")
-        with pytest.raises(ModuleNotFoundError, match="no_such_library"):
-            run("plan broken:Net")
+        line = "broken.py:1: import no_such_library: ModuleNotFoundError: "
+        fails("plan broken.py:Net", line)
+        fails("plan broken:Net", line)
         (folder / "broken.py").write_text("raise ValueError('mine')\n")
+        fails("plan broken.py:Net", "broken.py:1: .* ValueError: mine")
+        fails("plan model.py:Net --kwarg trian=true --input 1,8,8,1", "trian")
+        monkeypatch.setenv("FCCONV_TRACEBACK", "1")
         with pytest.raises(ValueError, match="mine"):
             run("plan broken.py:Net")
+
+
+OTHER_KINDS = """
+import flax.linen as nn
+import jax.numpy as jnp
+from flax import nnx
+
+class Nnx(nnx.Module):
+    def __init__(self, rngs):
+        self.fc = nnx.Linear(4, 3, rngs=rngs)
+
+    def __call__(self, x):
+        return self.fc(x)
+
+def function():
+    return (lambda params, x: jnp.sin(x @ params["w"])), {"w": jnp.ones((4, 3))}
+
+def doubled():
+    return (lambda params, x: 2 * (x @ params["w"])), {"w": jnp.ones((4, 3))}
+
+class Linen(nn.Module):
+    eps: float = 1e-6
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(3)(nn.LayerNorm(epsilon=self.eps)(x))
+
+def other():
+    return Linen(eps=1e-4)
+"""
+
+
+class TestOtherKinds:
+    """NNX models and functions, as linen ones; and two models of any kind."""
+
+    @pytest.mark.parametrize("name", ["Nnx", "function"])
+    def test_they_are_planned_and_verified(self, folder, name):
+        (folder / "kinds.py").write_text(OTHER_KINDS)
+        assert run(f"plan kinds.py:{name} --input 2,4").stdout.startswith("1 layer")
+        command = f"verify kinds.py:{name} --input 2,4"
+        assert run(command).stdout.startswith("EQUIVALENT: 1 layer to conv")
+        report = json.loads(run(f"{command} --backend rocm --json").stdout)
+        assert report["passed"] is True
+
+    def test_two_models_are_compared(self, folder):
+        (folder / "kinds.py").write_text(OTHER_KINDS)
+        same = "compare kinds.py:Linen kinds.py:Linen --input 2,4"
+        assert run(same).stdout.startswith("THE SAME BITS, to 16.0 digits")
+        result = run("compare kinds.py:Linen kinds.py:other --input 2,4", 1)
+        assert "they part at 'LayerNorm_0'" in result.stdout
+        result = run("compare kinds.py:function kinds.py:doubled --input 2,4 --json", 1)
+        assert json.loads(result.stdout)["verdict"] == "different functions"
 
 
 class TestConvert:
@@ -702,10 +758,9 @@ class TestProcess:
         assert done.stdout == ""
         assert re.fullmatch(r"error: .*/a: no such file or directory\n", done.stderr)
 
-    def test_an_unexpected_error_is_shown_whole(self, folder):
+    def test_an_error_of_the_model_is_one_line(self, folder):
         (folder / "broken.py").write_text("1 / 0\n")
         done = self.start(sys.executable, "-m", "fcconv_jax", "plan", "broken.py:Net")
         assert done.returncode == 1
-        assert "Traceback" in done.stderr
-        assert "ZeroDivisionError" in done.stderr
-        assert "broken.py" in done.stderr
+        assert done.stderr.startswith("error: broken.py:1: 1 / 0: ZeroDivisionError")
+        assert len(done.stderr.splitlines()) == 1

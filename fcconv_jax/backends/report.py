@@ -118,7 +118,9 @@ class BackendReport:
             for name, title in _FIGURES
             if any(value is not None for value in figures[name].values())
         ]
-        rows = [("", *(title for _, title in shown))]
+        # Beside what the program asks for, so that no one takes one for the other.
+        whose = "asked for" if self.how == "lowered" else "made by XLA"
+        rows = [(whose, *(title for _, title in shown))]
         for form in ("dense", "conv"):
             rows.append(
                 (form, *(_value(name, figures[name][form]) for name, _ in shown))

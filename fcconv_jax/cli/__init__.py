@@ -1,5 +1,8 @@
-"""The command line ``fcconv``: plan, convert, restore, verify, hlo, inspect, ..."""
+"""The command line ``fcconv``: a file for each command."""
 
-from .commands import app as app
-from .commands import main as main
-from .hlo import hlo as hlo
+from . import compare, convert, explain, hlo, inspect, plan, restore, verify
+from .app import app as app
+from .app import main as main
+
+# In the order in which --help lists them.
+COMMANDS = (plan, convert, restore, verify, compare, inspect, explain, hlo)

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from .commands import app, examples
+from .app import app, examples
 from .inputs import ArgumentError
 from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules, ToForm
 from .output import print_columns, progress_bar
@@ -73,7 +73,7 @@ def hlo(
     chosen = given[0] if given else resolve_default().backend
     made = call.plan(Wishes(to, rules, str(chosen)))
     path = find_layer(made, layer)
-    params = abstract_variables(call.model, call.specs, call.options)
+    params = abstract_variables(call)
     with progress_bar(str(chosen)) as tell:
         found = compile_layers(
             made,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import dataclasses
 import importlib
 import importlib.util
 import inspect
@@ -16,7 +17,6 @@ from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    import flax.linen as nn
     import jax
 
 
@@ -24,20 +24,32 @@ class ArgumentError(ValueError):
     """An argument of a command cannot be used: which, what was found, the way out."""
 
 
-def load_model(text: str) -> nn.Module:
+@dataclasses.dataclass(frozen=True)
+class LoadedModel:
+    """A model as ``MODULE:NAME`` names it.
+
+    Args:
+      model: a linen or NNX Module, or a function of params and inputs.
+      params: of a function; None for a Module.
+    """
+
+    model: Any
+    params: Any = None
+
+
+def load_model(text: str) -> LoadedModel:
     """Imports the model that ``MODULE:NAME`` names.
 
     Args:
       text: a module (``pkg.mod:NAME``, looked for in the current directory first) or
-        a file (``path/to/file.py:NAME``). NAME is a ``flax.linen`` Module, a class of
-        one that needs no arguments, or a function without arguments that makes one.
+        a file (``path/to/file.py:NAME``). NAME is a linen or NNX Module, a class of
+        one that needs no arguments (but ``rngs``), or a function without arguments
+        that makes one, or makes a function of params and inputs and its params.
 
     Raises:
       ArgumentError: there is no such module or name, or it is something else. What
         the module's own code raises comes through as it is.
     """
-    import flax.linen as nn
-
     where, _, name = text.rpartition(":")
     if not where or not name:
         raise ArgumentError(
@@ -53,25 +65,50 @@ def load_model(text: str) -> nn.Module:
             raise ArgumentError(
                 f"{where} has no {name!r}; it has: {', '.join(_offers(module)) or '-'}"
             ) from None
-    if isinstance(value, nn.Module):
-        return value
+    if _is_module(value):
+        return LoadedModel(value)
     if not callable(value):
         raise ArgumentError(f"{text} is a {type(value).__name__}; {_WANTED}")
+    options = _only_rngs(value)
     try:
-        inspect.signature(value).bind()
+        inspect.signature(value).bind(**options)
     except TypeError as error:
         raise ArgumentError(
             f"{text} cannot be called without arguments ({error}); {_WANTED}"
         ) from None
-    model = value()
-    if not isinstance(model, nn.Module):
+    model = value(**options)
+    if isinstance(model, tuple) and len(model) == 2 and callable(model[0]):
+        return LoadedModel(*model)
+    if not _is_module(model):
         raise ArgumentError(f"{text} makes a {type(model).__name__}; {_WANTED}")
-    return model
+    return LoadedModel(model)
+
+
+def _is_module(value: Any) -> bool:
+    import flax.linen as nn
+
+    from ..params.variables import is_nnx_module
+
+    return isinstance(value, nn.Module) or is_nnx_module(value)
+
+
+def _only_rngs(value: Any) -> dict[str, Any]:
+    """The ``rngs`` that an NNX class wants, and nothing else."""
+    from ..params.variables import is_nnx_class
+
+    # The class itself shows the signature of its metaclass.
+    if not is_nnx_class(value):
+        return {}
+    if "rngs" not in inspect.signature(value.__init__).parameters:
+        return {}
+    from flax import nnx
+
+    return {"rngs": nnx.Rngs(0)}
 
 
 _WANTED = (
-    "name a flax.linen Module, a class of one that needs no arguments, or a function "
-    "without arguments that makes one"
+    "name a linen or NNX Module, a class of one that needs no arguments (but rngs), or "
+    "a function without arguments that makes one, or makes (function, params)"
 )
 
 
@@ -108,20 +145,18 @@ def _offers(module: ModuleType) -> list[str]:
     """Names in a module that may be or make a model."""
     import flax.linen as nn
 
+    from ..params.variables import is_nnx_class
+
+    def makes_one(value: Any) -> bool:
+        if getattr(value, "__module__", None) != module.__name__:
+            return False
+        linen = inspect.isclass(value) and issubclass(value, nn.Module)
+        return linen or inspect.isfunction(value) or is_nnx_class(value)
+
     return [
         name
         for name, value in vars(module).items()
-        if not name.startswith("_")
-        and (
-            isinstance(value, nn.Module)
-            or (
-                getattr(value, "__module__", None) == module.__name__
-                and (
-                    inspect.isfunction(value)
-                    or (inspect.isclass(value) and issubclass(value, nn.Module))
-                )
-            )
-        )
+        if not name.startswith("_") and (_is_module(value) or makes_one(value))
     ]
 
 

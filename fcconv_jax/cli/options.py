@@ -29,8 +29,8 @@ ModelName = Annotated[
     typer.Argument(
         metavar="MODULE:NAME",
         help="The model: pkg.module:NAME or path/to/file.py:NAME, where NAME is a "
-        "flax.linen Module, a class of one that needs no arguments, or a function "
-        "without arguments that makes one.",
+        "linen or NNX Module, a class of one that needs no arguments (but rngs), or a "
+        "function without arguments that makes one, or makes (function, params).",
     ),
 ]
 Inputs = Annotated[

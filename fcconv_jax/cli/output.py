@@ -12,8 +12,6 @@ import typer
 from .inputs import ArgumentError
 
 if TYPE_CHECKING:
-    from rich.progress import TaskID
-
     from ..plan import Plan
 
 
@@ -76,31 +74,7 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
 @contextlib.contextmanager
 def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
     """A progress bar on stderr, where that is a terminal."""
-    with progress_rows() as tell:
+    from ..progress import shown
+
+    with shown(None) as tell:
         yield lambda what, done, total: tell(f"{title}: {what}", done, total)
-
-
-@contextlib.contextmanager
-def progress_rows() -> Iterator[Callable[[str, int, int], None]]:
-    """Progress bars on stderr, where that is a terminal: one for each "row: step"."""
-    from rich.console import Console
-    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
-
-    console = Console(stderr=True)
-    columns = (
-        TextColumn("{task.description}", markup=False),
-        BarColumn(),
-        MofNCompleteColumn(),
-    )
-    with Progress(
-        *columns, console=console, transient=True, disable=not console.is_terminal
-    ) as progress:
-        rows: dict[str, TaskID] = {}
-
-        def tell(what: str, done: int, total: int) -> None:
-            row = what.partition(":")[0]
-            if row not in rows:
-                rows[row] = progress.add_task(what, total=None)
-            progress.update(rows[row], description=what, completed=done, total=total)
-
-        yield tell

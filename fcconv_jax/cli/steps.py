@@ -11,10 +11,8 @@ import typer
 
 from .inputs import ArgumentError, load_model, parse_input, parse_kwargs, random_inputs
 from .options import To
-from .output import progress_rows
 
 if TYPE_CHECKING:
-    import flax.linen as nn
     import jax
 
     from ..backends.name import Backend
@@ -41,12 +39,14 @@ class ModelCall:
     """A model and how it is called.
 
     Args:
-      model: the ``flax.linen`` Module.
+      model: a linen or NNX Module, or a function of params and inputs.
+      params: of a function.
       specs: shape and dtype of its inputs.
       options: its keyword arguments, ``method`` among them where it is not the usual.
     """
 
-    model: nn.Module
+    model: Any
+    params: Any
     specs: tuple[jax.ShapeDtypeStruct, ...]
     options: Mapping[str, Any]
 
@@ -63,14 +63,17 @@ class ModelCall:
         options = parse_kwargs(kwargs or ())
         if method is not None:
             options["method"] = method
-        return cls(load_model(name), specs, options)
+        loaded = load_model(name)
+        return cls(loaded.model, loaded.params, specs, options)
 
     def plan(self, wishes: Wishes) -> Plan:
         """Plans it by tracing."""
         from ..frontends.make_plan import make_plan
 
+        first = () if self.params is None else (self.params,)
         return make_plan(
             self.model,
+            *first,
             *self.specs,
             to=(wishes.to or To.CONV).value,
             rules=wishes.rules or (),
@@ -112,17 +115,15 @@ def verify_model(
 
     Where nothing is executed, shapes will do in their place.
     """
-    import jax
-
     from ..backends.resolution import resolve
-    from .variables import abstract_variables
+    from .variables import abstract_variables, random_variables
 
     backends = options["backends"]
     if backends and all(resolve(backend).how != "executed" for backend in backends):
-        variables = abstract_variables(call.model, call.specs, call.options)
+        variables = abstract_variables(call)
         return _verify(call, made, variables, None, call.specs, options)
     arrays = random_inputs(call.specs, seed)
-    variables = call.model.init(jax.random.key(seed), *arrays, **call.options)
+    variables = random_variables(call, arrays, seed)
     return _verify(call, made, variables, None, arrays, options)
 
 
@@ -140,7 +141,7 @@ def verify_checkpoint(
 
     saved = read_checkpoint(checkpoint)
     arrays = random_inputs(call.specs, seed)
-    wanted = abstract_variables(call.model, call.specs, call.options)
+    wanted = abstract_variables(call)
     if saved.plan is None:
         made = call.plan(wishes)
         variables = find_variables(saved, wanted, str(checkpoint))
@@ -166,19 +167,18 @@ def _verify(
     options: Mapping[str, Any],
 ) -> Report:
     from ..verification.verify import verify
+    from .variables import as_params
 
     require_layers(made)
-    with progress_rows() as tell:
-        return verify(
-            call.model,
-            variables,
-            *arrays,
-            plan=made,
-            converted_params=converted,
-            progress=tell,
-            **options,
-            **call.options,
-        )
+    return verify(
+        call.model,
+        as_params(call.model, variables),
+        *arrays,
+        plan=made,
+        converted_params=as_params(call.model, converted),
+        **options,
+        **call.options,
+    )
 
 
 def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:

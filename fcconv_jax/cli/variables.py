@@ -3,24 +3,51 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
+from ..params.variables import is_nnx_module
+
 if TYPE_CHECKING:
-    import flax.linen as nn
-
     from ..checkpoints import Checkpoint
+    from .steps import ModelCall
 
 
-def abstract_variables(
-    model: nn.Module, specs: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Any:
-    """The model's variables as shapes and dtypes, without computing any."""
+def abstract_variables(call: ModelCall) -> Any:
+    """A model's variables as shapes and dtypes, without computing any."""
     import flax.linen as nn
     import jax
 
-    init = functools.partial(model.init, **kwargs)
-    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), *specs))
+    if not isinstance(call.model, nn.Module):
+        return jax.eval_shape(lambda: random_variables(call, (), 0))
+    init = functools.partial(call.model.init, **call.options)
+    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), *call.specs))
+
+
+def random_variables(call: ModelCall, arrays: Sequence[Any], seed: int) -> Any:
+    """A model's variables: a linen Module's at random, else those that it came with."""
+    import flax.linen as nn
+    import jax
+
+    from ..frontends.kinds import frontend_of
+
+    if isinstance(call.model, nn.Module):
+        return call.model.init(jax.random.key(seed), *arrays, **call.options)
+    return frontend_of(call.model, "fcconv").variables(call.model, call.params)
+
+
+def as_params(model: Any, variables: Any) -> Any:
+    """Variables as ``verify`` takes them for a model of that kind."""
+    import flax.linen as nn
+
+    if variables is None or isinstance(model, nn.Module):
+        return variables
+    params = variables["params"]
+    if not is_nnx_module(model):
+        return params
+    from flax import nnx
+
+    return nnx.restore_int_paths(params)
 
 
 def find_variables(checkpoint: Checkpoint, wanted: Any, file: str) -> dict[str, Any]:

@@ -18,6 +18,12 @@ def is_nnx_module(value: Any) -> bool:
     return nnx is not None and isinstance(value, nnx.Module)
 
 
+def is_nnx_class(value: Any) -> bool:
+    """Whether a value is a class of ``nnx.Module``s."""
+    nnx = sys.modules.get("flax.nnx")
+    return nnx is not None and isinstance(value, type) and issubclass(value, nnx.Module)
+
+
 def is_variable(value: Any) -> bool:
     """Whether a value is an ``nnx.Variable``: a parameter in its box of metadata."""
     nnx = sys.modules.get("flax.nnx")

@@ -1,0 +1,95 @@
+"""fcconv convert: a checkpoint to the other form."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app, examples
+from .inputs import ArgumentError
+from .options import (
+    BackendFor,
+    FileFormat,
+    Inputs,
+    Kwargs,
+    Method,
+    Overwrite,
+    Rules,
+    Source,
+    Target,
+    ToForm,
+)
+from .output import progress_bar
+from .steps import ModelCall, Wishes, plan_checkpoint, read_plan, require_layers
+
+
+@app.command(
+    epilog=examples(
+        "convert ckpt conv --model model.py:Net --input 1,8,8,1",
+        "convert ckpt conv2 --plan plan.json",
+        "convert ckpt conv3 --rule 'fc1=4x4' --rule 'fc2=1x1'",
+    )
+)
+def convert(
+    src: Source,
+    dst: Target,
+    plan_file: Annotated[
+        Path | None, typer.Option("--plan", help="A plan from 'fcconv plan --out'.")
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(metavar="MODULE:NAME", help="Plan from this model, as 'plan'."),
+    ] = None,
+    inputs: Inputs = None,
+    to: ToForm = None,
+    rules: Rules = None,
+    backend_for: BackendFor = None,
+    kwargs: Kwargs = None,
+    method: Method = None,
+    overwrite: Overwrite = False,
+    file_format: Annotated[
+        FileFormat | None,
+        typer.Option(
+            "--format", help="Format of DST; by its suffix or that of SRC unless said."
+        ),
+    ] = None,
+) -> None:
+    """Convert a checkpoint to the other form, with the plan stored in it.
+
+    The plan comes from a file (--plan), from the model's code (--model and
+    --input), or, without code, from rules alone (--rule): these take each
+    window at your word, and refuse by name what may be no Dense layer. The
+    source is left as it is.
+    """
+    from ..checkpoints import convert_checkpoint
+
+    wishes = Wishes(to, rules, backend_for)
+    if (plan_file is None) == (model is None) and (plan_file or not rules):
+        raise ArgumentError(
+            "give one of --plan FILE, --model MODULE:NAME with --input, or --rule alone"
+        )
+    if plan_file is not None and wishes.any:
+        raise ArgumentError(
+            "--to, --rule and --for do not go with --plan, which has decided"
+        )
+    if model is None and (inputs or kwargs or method):
+        raise ArgumentError("--input, --kwarg and --method need --model")
+    if plan_file is not None:
+        made = read_plan(plan_file)
+    elif model is not None:
+        made = ModelCall.read(model, inputs, kwargs, method).plan(wishes)
+    else:
+        made = plan_checkpoint(src, wishes)
+    require_layers(made)
+    with progress_bar("converting") as tell:
+        report = convert_checkpoint(
+            src,
+            dst,
+            made,
+            overwrite=overwrite,
+            progress=lambda done, total, name: tell(name, done, total),
+            format=file_format.value if file_format else None,
+        )
+    typer.echo(str(report))

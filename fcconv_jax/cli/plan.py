@@ -1,0 +1,58 @@
+"""fcconv plan: what converts, and why the rest does not."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app, examples
+from .options import (
+    AsJson,
+    BackendFor,
+    Inputs,
+    Kwargs,
+    Method,
+    ModelName,
+    Rules,
+    ToForm,
+)
+from .output import print_plan, write_text
+from .steps import ModelCall, Wishes
+
+
+@app.command(
+    epilog=examples(
+        "plan model.py:Net --input 1,8,8,1",
+        "plan model.py:Net --input 1,8,8,1 --rule 'fc1=4x4:HWC' --out plan.json",
+        "plan model.py:Net --input 1,8,8,1 --rule fc2=auto --rule '*=skip'",
+        "plan model.py:Net --input 1,8,8,1 --rule '*<10000=skip' --for tpu:v5e",
+        "plan model.py:Net --input 1,8,8,1 --kwarg train=false --json",
+    )
+)
+def plan(
+    model: ModelName,
+    inputs: Inputs = None,
+    to: ToForm = None,
+    rules: Rules = None,
+    backend_for: BackendFor = None,
+    kwargs: Kwargs = None,
+    method: Method = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Write the plan to this file, as JSON.")
+    ] = None,
+    as_json: AsJson = False,
+) -> None:
+    """Show which layers of a model convert, how, and why the others do not.
+
+    The model is traced on abstract inputs; nothing is computed.
+    """
+    wishes = Wishes(to, rules, backend_for)
+    made = ModelCall.read(model, inputs, kwargs, method).plan(wishes)
+    if out is not None:
+        write_text(out, made.to_json())
+    if as_json:
+        typer.echo(made.to_json())
+    else:
+        print_plan(made)
