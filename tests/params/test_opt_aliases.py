@@ -154,6 +154,7 @@ def test_the_next_update_is_the_same(name):
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), got, want)
 
 
+@pytest.mark.filterwarnings('ignore:"seed" is deprecated')  # optax's own dpsgd
 @pytest.mark.parametrize("name", [name for name, make in REFUSED.items() if make])
 def test_what_would_go_on_otherwise_is_refused_by_name(name):
     tx = REFUSED[name]()
