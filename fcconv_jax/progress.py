@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import importlib.util
 from collections.abc import Callable, Iterator
 from typing import Literal
 
@@ -43,7 +44,11 @@ def shown(progress: Progress | Literal[False] | None) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    hidden = not (console.is_terminal or console.is_jupyter)
+    # In a notebook rich draws bars with ipywidgets, and complains where there is none.
+    widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets")
+    hidden = not (widgets or console.is_terminal) or (
+        console.is_jupyter and not widgets
+    )
     with Bars(*columns, console=console, transient=True, disable=hidden) as bars:
         rows: dict[str, TaskID] = {}
 

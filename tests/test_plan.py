@@ -55,7 +55,7 @@ def test_a_plan_is_a_mapping():
     with pytest.raises(TypeError):
         PLAN.skipped["head"] = "no"
     with pytest.raises(dataclasses.FrozenInstanceError):
-        PLAN.to = "dense"
+        PLAN.to = "dense"  # pyright: ignore
     with pytest.raises(KeyError):
         PLAN["tail"]
 

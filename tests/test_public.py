@@ -8,7 +8,7 @@ import pytest
 import fcconv_jax as fc
 
 
-@pytest.mark.parametrize("name", fc.__all__)
+@pytest.mark.parametrize("name", fc.__all__)  # pyright: ignore
 def test_every_name_is_there(name):
     value = getattr(fc, name)
     assert value.__name__ == name

@@ -2,12 +2,32 @@
 
 from __future__ import annotations
 
-from typing import Any
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+
+import flax.linen as nn
 
 from ..plan import Plan
+from .function.model import ConvertedFunction
 from .kinds import frontend_of
+from .linen.model import ConvertedLinen
+
+if TYPE_CHECKING:
+    from flax import nnx
+
+NnxModel = TypeVar("NnxModel", bound="nnx.Module")
 
 
+@overload
+def convert_model(  # pyright: ignore[reportOverlappingOverload]: a Module is callable
+    model: nn.Module, plan: Plan, *, inplace: Literal[False] = ...
+) -> ConvertedLinen: ...
+@overload
+def convert_model(model: NnxModel, plan: Plan, *, inplace: bool = ...) -> NnxModel: ...
+@overload
+def convert_model(
+    model: Callable[..., Any], plan: Plan, *, inplace: Literal[False] = ...
+) -> ConvertedFunction: ...
 def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
     """The model in the plan's form: same calls, same numbers, converted parameters.
 

@@ -118,7 +118,7 @@ def test_moments_move_as_the_params_do():
     tx = optax.adam(0.01)
     state = tx.init(PARAMS)
     numbered = jax.tree.map(lambda x: np.arange(x.size).reshape(x.shape), PARAMS)
-    state = (state[0]._replace(mu=numbered), *state[1:])
+    state = (state[0]._replace(mu=numbered), *state[1:])  # pyright: ignore
     moved = fc.convert_opt_state(state, PLAN, tx=tx, params=PARAMS)
     assert bits(moved[0].mu) == bits(fc.convert_params(numbered, PLAN))
 

@@ -251,14 +251,14 @@ def test_names_in_boxes_move_along(logical):
     moved = fc.convert_params(variables, plan)["params"]["d"]
     assert type(moved["kernel"]) is type(variables["params"]["d"]["kernel"])
     # Flattened channel first, the name of the rows stays on the channels.
-    assert moved["kernel"].names == (None, "embed", "mlp")
-    assert moved["kernel"].value.shape == (4, 2, 8)
-    assert moved["bias"].names == ("mlp",)
+    assert moved["kernel"].names == (None, "embed", "mlp")  # pyright: ignore
+    assert moved["kernel"].value.shape == (4, 2, 8)  # pyright: ignore
+    assert moved["bias"].names == ("mlp",)  # pyright: ignore
     spec = nn.get_partition_spec({"params": {"d": moved}})
     assert spec["params"]["d"]["kernel"] == PartitionSpec(None, "embed", "mlp")
     back = fc.restore_params({"params": {"d": moved}}, plan)
     assert bits(back) == bits(variables)
-    assert back["params"]["d"]["kernel"].names == ("embed", "mlp")
+    assert back["params"]["d"]["kernel"].names == ("embed", "mlp")  # pyright: ignore
 
 
 @pytest.mark.parametrize("axis", [0, 1])
@@ -385,8 +385,8 @@ def test_train_state_moves_as_a_whole():
     state = state.apply_gradients(grads=jax.tree.map(jnp.cos, params))
     moved = fc.convert_params(state, CHW_PLAN)
     assert moved.step == state.step
-    assert moved.params["head"]["kernel"].shape == (4, 3, 2, 5)
-    assert moved.opt_state[0].mu["head"]["kernel"].shape == (4, 3, 2, 5)
+    assert moved.params["head"]["kernel"].shape == (4, 3, 2, 5)  # pyright: ignore
+    assert moved.opt_state[0].mu["head"]["kernel"].shape == (4, 3, 2, 5)  # pyright: ignore
     assert bits(fc.restore_params(moved, CHW_PLAN)) == bits(state)
     abstract = jax.eval_shape(lambda: state)
     assert jax.eval_shape(lambda: moved) == fc.convert_params(abstract, CHW_PLAN)

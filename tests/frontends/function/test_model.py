@@ -523,7 +523,7 @@ def test_a_tree_of_layers_with_fields(check):
     )
     assert list(checked.plan) == ["weight"]
     assert isinstance(checked.moved, Linear)
-    assert checked.moved.weight.shape == (1, 4, 5)
+    assert checked.moved.weight.shape == (1, 4, 5)  # pyright: ignore
 
 
 @pytest.mark.filterwarnings("default")

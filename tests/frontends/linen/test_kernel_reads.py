@@ -199,7 +199,7 @@ def test_gradients_through_a_rule_of_the_model():
     variables = integers(jax.eval_shape(model.init, KEY, x))
     moved = fc.convert_params(variables, plan)
     converted = fc.convert_model(model, plan)
-    want = jax.grad(lambda v: model.apply(v, x).sum())(variables)
+    want = jax.grad(lambda v: model.apply(v, x).sum())(variables)  # pyright: ignore
     got = jax.grad(lambda v: converted.apply(v, x).sum())(moved)
     jax.tree.map(np.testing.assert_array_equal, fc.restore_params(got, plan), want)
 

@@ -185,7 +185,7 @@ def test_linen_inside_nnx_by_itself_and_in_a_larger_model():
         stats,
         nnx.to_pure_dict(nnx.state(other, nnx.BatchStat)),
     )
-    np.testing.assert_allclose(model.inner.logits(x), other.inner.logits(x), atol=1e-5)
+    np.testing.assert_allclose(model.inner.logits(x), other.inner.logits(x), atol=1e-5)  # pyright: ignore
     assert isinstance(other.inner, nnx.bridge.ToNNX)
 
 

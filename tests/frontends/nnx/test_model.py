@@ -366,11 +366,11 @@ def test_metadata_follows_the_axes():
 
 def test_other_attributes_of_a_layer_stay_on_it():
     model = linear(4, 3)
-    model.note = "hello"
-    model.calls = nnx.Variable(jnp.zeros(()))
+    model.note = "hello"  # pyright: ignore
+    model.calls = nnx.Variable(jnp.zeros(()))  # pyright: ignore
     plan = fc.make_plan(model, jnp.ones((2, 4)))
     other = fc.convert_model(model, plan)
-    assert other.note == "hello"
+    assert other.note == "hello"  # pyright: ignore
     assert set(nnx.to_pure_dict(nnx.state(other))) == {"bias", "calls", "kernel"}
 
 
@@ -450,7 +450,7 @@ def test_mistakes_are_named():
         fc.convert_model(conv, plan)
     with pytest.raises(fc.PlanError, match=r"no module 'fc1'.*close to it"):
         fc.convert_model(linear(8, 3), plan)
-    model.fc1 = nnx.Dropout(0.5)
+    model.fc1 = nnx.Dropout(0.5)  # pyright: ignore
     with pytest.raises(fc.PlanError, match="'fc1' is a Dropout"):
         fc.convert_model(model, plan)
     with pytest.raises(TypeError, match=r"flax\.nnx Module.*got str"):

@@ -396,6 +396,6 @@ def test_a_linen_model_may_be_converted_before_it_is_wrapped(assert_close):
         nnx.bridge.ToNNX(module, rngs=nnx.Rngs(0)).lazy_init(x)
         for module in (conv, inner)
     )
-    assert wrapped.kernel.shape == (1, 4, 3)
+    assert wrapped.kernel.shape == (1, 4, 3)  # pyright: ignore
     graphdef, state = nnx.split(plain)
     assert_close(wrapped(x), lambda state: nnx.merge(graphdef, state)(x), state)
