@@ -45,10 +45,8 @@ def shown(progress: Progress | Literal[False] | None) -> Iterator[Progress]:
         TimeElapsedColumn(),
     )
     # In a notebook rich draws bars with ipywidgets, and complains where there is none.
-    widgets = console.is_jupyter and importlib.util.find_spec("ipywidgets")
-    hidden = not (widgets or console.is_terminal) or (
-        console.is_jupyter and not widgets
-    )
+    widgets = importlib.util.find_spec("ipywidgets") is not None
+    hidden = not (widgets if console.is_jupyter else console.is_terminal)
     with Bars(*columns, console=console, transient=True, disable=hidden) as bars:
         rows: dict[str, TaskID] = {}
 

@@ -29,6 +29,7 @@ def test_outputs_are_stripped(path):
             assert cell["execution_count"] is None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", NOTEBOOKS, ids=_ids)
 def test_runs_on_a_cpu(path, tmp_path):
     command = [

@@ -81,6 +81,7 @@ def params_stay_sharded(found):
     assert [1, 16, 64] in found["linen fsdp 3"]["shards"]
 
 
+@pytest.mark.slow
 def test_programs_over_eight_devices(subtests):
     found = run_programs()
     for check in (

@@ -45,7 +45,7 @@ def compared(model, wrong, params=None, wrong_params=None, **options):
 
 
 @pytest.mark.parametrize("name", BLOCK_DEFECTS)
-@pytest.mark.parametrize("dtype", ["f32", "bf16"])
+@pytest.mark.parametrize("dtype", ["f32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_defect_of_one_block_is_caught_and_named(name, dtype):
     changed, where = BLOCK_DEFECTS[name]
     model = Transformer(dtype=DTYPES[dtype], at=1)
@@ -60,6 +60,7 @@ def test_a_defect_of_one_block_is_caught_and_named(name, dtype):
     assert "expected" in found.failures[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("changed", [{"eps2": 1e-5}, {"scale": 1 + 1e-6}])
 def test_in_the_last_of_twelve_blocks_too(changed):
     model = Transformer(blocks=12, at=11)
@@ -67,6 +68,7 @@ def test_in_the_last_of_twelve_blocks_too(changed):
     assert compared(model, wrong).verdict == "different functions"
 
 
+@pytest.mark.slow
 def test_in_the_first_of_twelve_blocks_in_float16():
     model = Transformer(blocks=12, dtype=jnp.float16)
     wrong = dataclasses.replace(model, defect=Settings(eps1=2e-6))
@@ -119,7 +121,13 @@ SAME = {
 
 @pytest.mark.parametrize("name", SAME)
 @pytest.mark.parametrize(
-    ("dtype", "blocks"), [("f32", 2), ("bf16", 2), ("f16", 2), ("f32", 12)]
+    ("dtype", "blocks"),
+    [
+        ("f32", 2),
+        ("bf16", 2),
+        ("f16", 2),
+        pytest.param("f32", 12, marks=pytest.mark.slow),
+    ],
 )
 def test_another_way_to_write_it_passes(name, dtype, blocks):
     model = Transformer(blocks=blocks, dtype=DTYPES[dtype], at=1)

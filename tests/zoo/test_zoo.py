@@ -13,6 +13,7 @@ ENTRIES = everyone()
 pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("entry", ENTRIES, ids=lambda e: f"{e.group}-{e.name}")
 def test_a_model_converts_and_nothing_changes(entry):
     with entry.shim():
