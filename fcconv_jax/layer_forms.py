@@ -405,7 +405,7 @@ def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:
 def canonical_layer(layer: LayerPlan, to: Form) -> LayerPlan:
     """The layer of a matmul with its kernel as the forms take it.
 
-    The plan moves the parameter as it is stored, such as ``(out, in)``; the product
+    The plan moves the parameter as it is stored, such as ``(out, in)``; the matmul
     sees it in the canonical order, whatever lies between.
     """
     *window, rows, out = layer.channels_last(layer.kernel.target)

@@ -115,8 +115,8 @@ class LayerPlan:
         return self.leaves[1][1] if len(self.leaves) > 1 else None
 
     @property
-    def is_product(self) -> bool:
-        """Whether it is one parameter's products in a traced program.
+    def is_matmul(self) -> bool:
+        """Whether it is one parameter's matmuls in a traced program.
 
         Else it is a layer of Flax, which is swapped as a whole.
         """
@@ -147,7 +147,7 @@ class LayerPlan:
         while lead and math.prod(self.input_shape[len(lead) :]) < total:
             lead = lead[:-1]
         if math.prod(self.input_shape[len(lead) :]) != total:
-            # Features that do not come last: only their number counts for the product.
+            # Features that do not come last: only their number counts for the matmul.
             lead = (math.prod(self.input_shape) // total,)
         groups = (self.groups,) if self.groups > 1 else ()
         return (*lead, *groups, features)
@@ -213,9 +213,9 @@ class Plan(Mapping[str, LayerPlan]):
         return MappingProxyType(dict(self.left))
 
     @functools.cached_property
-    def products(self) -> Plan:
+    def matmuls(self) -> Plan:
         """The part of the plan that is taken in the traced program, by parameter."""
-        layers = tuple((p, layer) for p, layer in self.layers if layer.is_product)
+        layers = tuple((p, layer) for p, layer in self.layers if layer.is_matmul)
         return Plan(self.to, layers)
 
     def inverse(self) -> Plan:
@@ -315,14 +315,14 @@ class Plan(Mapping[str, LayerPlan]):
                 kernel += f" stacked on {', '.join(map(str, layer.stack_axes))}"
             if (layer.layout, layer.kernel_layout) != ("fold", "HWIO"):
                 kernel += f" {layer.kernel_layout} {layer.layout}"
-            taken = "product" if layer.is_product else "layer"
+            taken = "matmul" if layer.is_matmul else "layer"
             rows.append(
                 (
                     *(path or "(root)", layer.layer, layer.case),
                     *(kernel, layer.order, taken),
                 )
             )
-        if not self.products:  # layers only, as their classes say
+        if not self.matmuls:  # layers only, as their classes say
             return [row[:-1] for row in rows]
         return rows
 

@@ -128,10 +128,10 @@ def match_rules(
 def first_match(rules: Sequence[Rule], path: str, layer: LayerPlan) -> Rule:
     """The first rule that matches a planned layer; else one that says nothing.
 
-    A rule for the products of a layer's kernel may name the layer.
+    A rule for the matmuls of a layer's kernel may name the layer.
     """
     size = math.prod(layer.kernel.source)
-    names = {path, path.removesuffix("/kernel") if layer.is_product else path}
+    names = {path, path.removesuffix("/kernel") if layer.is_matmul else path}
     for rule in rules:
         if any(rule.matches(name, size) for name in names):
             return rule

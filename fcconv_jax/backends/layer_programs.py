@@ -120,7 +120,7 @@ def layer_forms(layer: LayerPlan, to: Form, dtype: Any) -> dict[Form, Program]:
       >>> [x.shape for x in layer_forms(plan[""], "conv", jnp.float32)["conv"].args]
       [(2, 4), (1, 4, 3), (3,)]
     """
-    if layer.is_product:
+    if layer.is_matmul:
         layer = canonical_layer(layer, to)
     moves = [move for _, move in layer.leaves]
     shape = layer.input_shape if to == "dense" else layer.dense_input_shape()

@@ -45,7 +45,7 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
       jitted. For an NNX model a model of the same class, parameters included, in which
       each planned layer is an ``nnx.Conv`` (or ``nnx.Linear``, ``nnx.LinearGeneral``)
       that takes the inputs of the layer that it was; ``plan.inverse()`` goes back.
-      Where the plan takes products of its own code, modules are of a subclass of their
+      Where the plan takes matmuls of its own code, modules are of a subclass of their
       class, whose methods are traced, rewritten and jitted.
       For a function ``f(params, *inputs)`` a function of the same arguments, jitted.
 

@@ -27,19 +27,19 @@ def make_plan(
     The model is traced on abstract inputs: no array is made, nothing is computed.
     The window of a Dense behind a flatten, and the order of that flatten, are read
     off the trace. Where a model has parameters that no layer of Flax reads, it
-    is traced a second time, and their products are planned by the parameter's path,
+    is traced a second time, and their matmuls are planned by the parameter's path,
     as those of a function are.
 
     Args:
       model: a ``flax.linen`` or ``flax.nnx`` Module; it is left as it is. Or any
-        function ``f(params, *inputs)``, whose layers are its products with a parameter.
+        function ``f(params, *inputs)``, whose layers are its matmuls with a parameter.
       *inputs: what the model is called with: arrays or ``jax.ShapeDtypeStruct``. For a
         function the params, in a PyTree of any kind, come first. Where they are sharded
         over a mesh, layouts are chosen that add no collectives.
       to: ``"conv"`` converts Dense and DenseGeneral layers (in NNX, Linear and
         LinearGeneral), ``"dense"`` Conv layers.
       rules: :class:`Rule` or text such as ``"head=7x7"``; the first that matches a
-        module path (for a product, a parameter's path) overrides what the trace says.
+        module path (for a matmul, a parameter's path) overrides what the trace says.
       rngs: as for ``model.init``; a fixed key by default. NNX models hold
         their own; one that takes ``rngs=`` in its call gets these.
       method: as for ``model.init``; for NNX, a method's name or a function of the

@@ -88,11 +88,11 @@ def explain(equivalence: Equivalence) -> str:
         str(equivalence.geometry),
         f"case: {label} ({same})",
         f"why: {equivalence.reason}",
-        f"mend: {equivalence.fix}",
+        f"fix: {equivalence.fix}",
         f"dense side: {_dense_side(equivalence)}",
         f"kernels: Dense {dense} <-> Conv {conv}",
     ]
-    return "\n".join(line for line in lines if line != "mend: ")
+    return "\n".join(line for line in lines if line != "fix: ")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,7 +104,7 @@ class Equivalence:
         parameters.
       base: for ``"grouped"``, the case of each group; otherwise ``case``.
       reason: why the case holds, or the first condition that fails.
-      fix: what would mend it; empty where the parameters are the same.
+      fix: what would fix it; empty where the parameters are the same.
       geometry: what was classified.
 
     Example:

@@ -8,7 +8,7 @@ from typing import Any
 from .convolution import ConvGeometry
 from .windows import Dimension, times
 
-_NO_MEND = (
+_NO_FIX = (
     "Or opt in to unroll_conv: one Dense for this input size, its entries repeated."
 )
 
@@ -50,7 +50,7 @@ def why_it_holds(geometry: ConvGeometry) -> str:
 
 
 def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
-    """The first condition that fails, and its mend: padding, dilations, strides."""
+    """The first condition that fails, and its fix: padding, dilations, strides."""
     dimensions = list(enumerate(geometry.dimensions))
     for i, d in dimensions:
         if d.reaches_padding and not d.reads_in_order:
@@ -62,7 +62,7 @@ def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
             return (
                 f"Input dilation {d.holes} puts holes between the inputs of dimension "
                 f"{i}, and the windows read them.",
-                f"Use input_dilation 1{_after(geometry, input_dilation=1)} {_NO_MEND}",
+                f"Use input_dilation 1{_after(geometry, input_dilation=1)} {_NO_FIX}",
             )
     for i, d in dimensions:
         if d.kernel > 1 and d.spread != d.holes:
@@ -70,7 +70,7 @@ def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
                 f"Kernel dilation {d.spread} spreads the taps of dimension {i}, so a "
                 "window skips the inputs between them.",
                 f"Use kernel_dilation {d.holes}"
-                f"{_after(geometry, kernel_dilation=d.holes)} {_NO_MEND}",
+                f"{_after(geometry, kernel_dilation=d.holes)} {_NO_FIX}",
             )
     for i, d in dimensions:
         if not d.reads_in_order:
@@ -79,7 +79,7 @@ def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
 
 
 def _padding_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str, str]:
-    mend = f"Use padding VALID{_after(geometry, padding=0)}"
+    fix = f"Use padding VALID{_after(geometry, padding=0)}"
     if geometry.kernel_size == geometry.input_shape and _plain(geometry):
         offsets = tuple(dim.low for dim in geometry.dimensions)
         padded = times(dim.padded for dim in geometry.dimensions)
@@ -94,24 +94,24 @@ def _padding_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str,
             return (
                 f"{reason}, position {_tuple(position)} of it is the Dense's value and "
                 "the rest are not.",
-                f"{mend} Or keep only position {_tuple(position)} of the output.",
+                f"{fix} Or keep only position {_tuple(position)} of the output.",
             )
         return (
             f"{reason}, and the Dense's value is lost: it stands at offset "
             f"{_tuple(offsets)} of the padded input, which strides "
             f"{times(geometry.strides)} step over.",
-            f"{mend} Or use strides 1 and keep only position {_tuple(offsets)}.",
+            f"{fix} Or use strides 1 and keep only position {_tuple(offsets)}.",
         )
     if d.low < 0:
         reason = f"Padding {(d.low, d.high)} crops the first inputs of dimension {i}."
-        return reason, f"Crop the input first, then use padding VALID. {_NO_MEND}"
+        return reason, f"Crop the input first, then use padding VALID. {_NO_FIX}"
     what = {
         "zeros": "zeros, so some taps meet no input",
         "circular": "inputs from the other end, which other taps read too",
         "reflect": "mirrored inputs, which other taps read too",
     }[d.mode]
     reason = f"Padding {(d.low, d.high)} in dimension {i} lets the windows read {what}."
-    return reason, f"{mend} {_NO_MEND}"
+    return reason, f"{fix} {_NO_FIX}"
 
 
 def _stride_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str, str]:
@@ -130,7 +130,7 @@ def _stride_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str, 
             "first, or use strides 1.",
         )
     step = d.holes * d.kernel
-    mend = (
+    fix = (
         f"Use strides equal to the kernel size"
         f"{_after(geometry, strides=tuple(_steps(geometry)))}"
     )
@@ -138,29 +138,29 @@ def _stride_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str, 
         return (
             f"Stride {d.stride} in dimension {i} is larger than the kernel {d.kernel}: "
             "the inputs between two windows are skipped.",
-            f"{mend} {_NO_MEND}",
+            f"{fix} {_NO_FIX}",
         )
     return (
         f"Stride {d.stride} in dimension {i} is smaller than the kernel {d.kernel}, "
         f"and the kernel is smaller than the input {d.size}: windows overlap, so a "
         "dense matrix repeats the kernel's entries.",
-        f"{mend} Or use a kernel as large as the input. {_NO_MEND}",
+        f"{fix} Or use a kernel as large as the input. {_NO_FIX}",
     )
 
 
 def _after(geometry: ConvGeometry, **changes: Any) -> str:
-    """What a mend leads to, checked: the end of a sentence that proposes it."""
+    """What a fix leads to, checked: the end of a sentence that proposes it."""
     rank = len(geometry.input_shape)
     if "padding" in changes:
         changes = {"padding": ((0, 0),) * rank, "padding_mode": "zeros"}
     changes = {k: (v,) * rank if isinstance(v, int) else v for k, v in changes.items()}
     try:
-        mended = dataclasses.replace(geometry, **changes)
+        fixed = dataclasses.replace(geometry, **changes)
     except ValueError:
         return ", with a kernel cropped to the taps that meet an input."
-    if mended.base != "unrolled":
-        return f": that makes it {mended.base}."
-    return f"; then the next condition fails: {why_it_fails(mended)[0]}"
+    if fixed.base != "unrolled":
+        return f": that makes it {fixed.base}."
+    return f"; then the next condition fails: {why_it_fails(fixed)[0]}"
 
 
 def _steps(geometry: ConvGeometry) -> list[int]:

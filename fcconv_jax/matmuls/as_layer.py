@@ -1,4 +1,4 @@
-"""How a product in a trace is a layer: its axes, its kernel, and its other form."""
+"""How a matmul in a trace is a layer: its axes, its kernel, and its other form."""
 
 from __future__ import annotations
 
@@ -16,72 +16,72 @@ from ..meshes import permuted, reshape
 from ..plan import Form, LayerPlan
 from ..planning.layer_axes import DenseAxes
 from .factors import rearrangement, regroup, stacked_axes
-from .matmul import Product
+from .matmul import Matmul
 
 Array = jax.Array
 
 
-def form_of(product: Product) -> Form:
-    """The form that a product is in.
+def form_of(matmul: Matmul) -> Form:
+    """The form that a matmul is in.
 
     Returns:
       ``"dense"`` for a ``dot_general``, ``"conv"`` for a convolution.
     """
-    return "dense" if product.eqn.primitive.name == "dot_general" else "conv"
+    return "dense" if matmul.eqn.primitive.name == "dot_general" else "conv"
 
 
-def input_shape(product: Product) -> tuple[int, ...]:
+def input_shape(matmul: Matmul) -> tuple[int, ...]:
     """The shape of the activation; of a convolution's with the channels last."""
-    shape = product.eqn.invars[1 - product.side].aval.shape
-    if form_of(product) == "conv":
-        return tuple(shape[axis] for axis in _channel_last(_specs(product)[0]))
+    shape = matmul.eqn.invars[1 - matmul.side].aval.shape
+    if form_of(matmul) == "conv":
+        return tuple(shape[axis] for axis in _channel_last(_specs(matmul)[0]))
     return tuple(shape)
 
 
-def kernel_shape(product: Product) -> tuple[int, ...]:
+def kernel_shape(matmul: Matmul) -> tuple[int, ...]:
     """The shape of the kernel as the layer's form has it.
 
     Returns:
       ``(*batch, in, out)`` of a dense layer, ``(*window, in/groups, out)`` of a conv.
     """
-    shape = product.eqn.invars[product.side].aval.shape
-    if form_of(product) == "conv":
-        return tuple(shape[axis] for axis in _kernel_last(product))
+    shape = matmul.eqn.invars[matmul.side].aval.shape
+    if form_of(matmul) == "conv":
+        return tuple(shape[axis] for axis in _kernel_last(matmul))
     batch, contracted, features = (
-        [shape[axis] for axis in axes] for axes in _kernel_axes(product)
+        [shape[axis] for axis in axes] for axes in _kernel_axes(matmul)
     )
     return (*batch, math.prod(contracted), math.prod(features))
 
 
-def groups_of(product: Product) -> int:
+def groups_of(matmul: Matmul) -> int:
     """How many matmuls stand side by side in one."""
-    if form_of(product) == "conv":
-        return product.eqn.params["feature_group_count"]
-    _, batch = product.eqn.params["dimension_numbers"]
-    shape = product.eqn.invars[product.side].aval.shape
-    return math.prod(shape[axis] for axis in batch[product.side])
+    if form_of(matmul) == "conv":
+        return matmul.eqn.params["feature_group_count"]
+    _, batch = matmul.eqn.params["dimension_numbers"]
+    shape = matmul.eqn.invars[matmul.side].aval.shape
+    return math.prod(shape[axis] for axis in batch[matmul.side])
 
 
-def dense_axes(product: Product) -> DenseAxes:
+def dense_axes(matmul: Matmul) -> DenseAxes:
     """How a ``dot_general`` reads its activation."""
-    other = 1 - product.side
-    contract, batch = product.eqn.params["dimension_numbers"]
-    x, kernel = (product.eqn.invars[i].aval for i in (other, product.side))
+    other = 1 - matmul.side
+    contract, batch = matmul.eqn.params["dimension_numbers"]
+    x, kernel = (matmul.eqn.invars[i].aval for i in (other, matmul.side))
     taken = (*batch[other], *contract[other])
     return DenseAxes(
         batch=tuple(batch[other]),
         lead=tuple(axis for axis in range(len(x.shape)) if axis not in taken),
         contracted=tuple(sorted(contract[other])),
-        features=tuple(kernel.shape[axis] for axis in _kernel_axes(product)[2]),
+        features=tuple(kernel.shape[axis] for axis in _kernel_axes(matmul)[2]),
     )
 
 
-def conv_arguments(product: Product) -> Mapping[str, Any]:
+def conv_arguments(matmul: Matmul) -> Mapping[str, Any]:
     """The arguments of :func:`fcconv_jax.classify` for a convolution."""
-    p = product.eqn.params
+    p = matmul.eqn.params
     return {
-        "input_shape": input_shape(product)[1:-1],
-        "kernel_size": kernel_shape(product)[:-2],
+        "input_shape": input_shape(matmul)[1:-1],
+        "kernel_size": kernel_shape(matmul)[:-2],
         "strides": p["window_strides"],
         "padding": p["padding"],
         "input_dilation": p["lhs_dilation"],
@@ -90,32 +90,32 @@ def conv_arguments(product: Product) -> Mapping[str, Any]:
     }
 
 
-def stack_axes(product: Product) -> tuple[int, ...] | None:
-    """The axes of the parameter along which the product sees one step at a time.
+def stack_axes(matmul: Matmul) -> tuple[int, ...] | None:
+    """The axes of the parameter along which the matmul sees one step at a time.
 
     Returns:
       None where that is a part of an axis, so that it has no number.
     """
-    axes = stacked_axes(product.weight.shape, product.weight.stack)
+    axes = stacked_axes(matmul.weight.shape, matmul.weight.stack)
     return None if axes is None else tuple(axes)
 
 
 def leaf_rearrangement(
-    product: Product, window: Sequence[int], order: str, groups: int
+    matmul: Matmul, window: Sequence[int], order: str, groups: int
 ) -> Rearrangement | None:
     """How the parameter itself moves into the other form's kernel.
 
     Args:
-      product: where the parameter is multiplied.
+      matmul: where the parameter is multiplied.
       window: as in :class:`fcconv_jax.LayerPlan`.
       order: as there.
       groups: as there.
 
     Returns:
       The rearrangement of the parameter without its stack axes, whatever transposes
-      and reshapes lie between it and the product; None where none exists.
+      and reshapes lie between it and the matmul; None where none exists.
     """
-    weight = product.weight
+    weight = matmul.weight
     dropped = stacked_axes(weight.shape, weight.stack)
     if dropped is None:
         return None
@@ -123,21 +123,21 @@ def leaf_rearrangement(
     letters = channel_last(len(window))
     if math.prod(window) == 1:
         order = letters  # flattened alike in every order
-    if form_of(product) == "conv":
-        *inner, out = (weight.axes[axis] for axis in _kernel_last(product))
-        *_, features = kernel_shape(product)
+    if form_of(matmul) == "conv":
+        *inner, out = (weight.axes[axis] for axis in _kernel_last(matmul))
+        *_, features = kernel_shape(matmul)
         outs = regroup(out, (groups, features // groups))
         if outs is None:
             return None
         named = dict(zip(letters, inner))
-        rows = math.prod(kernel_shape(product)[:-1])
+        rows = math.prod(kernel_shape(matmul)[:-1])
         factors = _flat([outs[0], *(named[axis] for axis in order), outs[1]])
         lead = (groups,) if groups > 1 else ()
         return rearrangement(source, factors, (*lead, rows, features // groups))
     batch, contracted, outs = (
-        _flat(weight.axes[axis] for axis in axes) for axes in _kernel_axes(product)
+        _flat(weight.axes[axis] for axis in axes) for axes in _kernel_axes(matmul)
     )
-    *_, rows, features = kernel_shape(product)
+    *_, rows, features = kernel_shape(matmul)
     if rows % math.prod(window):
         return None
     sizes = dict(zip(letters, (*window, rows // math.prod(window))))
@@ -150,30 +150,30 @@ def leaf_rearrangement(
     return rearrangement(source, factors, target)
 
 
-def run_other_form(product: Product, layer: LayerPlan, operands: Sequence[Any]) -> Any:
-    """Runs a product in its other form, on the same operands.
+def run_other_form(matmul: Matmul, layer: LayerPlan, operands: Sequence[Any]) -> Any:
+    """Runs a matmul in its other form, on the same operands.
 
     The kernel goes from the operand's shape to the other form's; where the operand is
     a planned parameter on its way back, XLA folds the two.
     """
-    p = product.eqn.params
-    other: Form = "conv" if form_of(product) == "dense" else "dense"
-    layer = _grouped_as(product, layer)
+    p = matmul.eqn.params
+    other: Form = "conv" if form_of(matmul) == "dense" else "dense"
+    layer = _grouped_as(matmul, layer)
     _, converted = pair_of_forms(
         layer,
         other,
         precision=p["precision"],
         preferred_element_type=p["preferred_element_type"],
     )
-    x, kernel = operands[1 - product.side], operands[product.side]
+    x, kernel = operands[1 - matmul.side], operands[matmul.side]
     run = _dot_as_conv if other == "conv" else _conv_as_dot
-    y = run(product, layer, converted, x, kernel)
-    return lax.convert_element_type(y, product.eqn.outvars[0].aval.dtype)
+    y = run(matmul, layer, converted, x, kernel)
+    return lax.convert_element_type(y, matmul.eqn.outvars[0].aval.dtype)
 
 
-def _grouped_as(product: Product, layer: LayerPlan) -> LayerPlan:
+def _grouped_as(matmul: Matmul, layer: LayerPlan) -> LayerPlan:
     """The layer with the groups of a matmul: a stack under vmap is one of many."""
-    groups = groups_of(product)
+    groups = groups_of(matmul)
     if groups == layer.groups:
         return layer
     layout = "fold" if math.prod(layer.window) > 1 else layer.layout
@@ -181,20 +181,20 @@ def _grouped_as(product: Product, layer: LayerPlan) -> LayerPlan:
 
 
 def _dot_as_conv(
-    product: Product, layer: LayerPlan, conv: Any, x: Array, kernel: Array
+    matmul: Matmul, layer: LayerPlan, conv: Any, x: Array, kernel: Array
 ) -> Array:
-    axes = dense_axes(product)
+    axes = dense_axes(matmul)
     batch = tuple(x.shape[axis] for axis in axes.batch)
-    *_, rows, features = kernel_shape(product)
+    *_, rows, features = kernel_shape(matmul)
     canonical = (layer.groups, rows, features)[layer.groups == 1 :]
-    kernel = reshape(kernel.transpose(_flat(_kernel_axes(product))), canonical)
+    kernel = reshape(kernel.transpose(_flat(_kernel_axes(matmul))), canonical)
     move = kernel_rearrangement(
         canonical, layer.window, order=layer.order, groups=layer.groups
     )
     first, lead, outs = len(batch), len(axes.lead), len(axes.features)
     ndim = first + lead + outs
-    sharding = product.eqn.params["out_sharding"]
-    if product.side == 0:  # the kernel's axes come first in the result
+    sharding = matmul.eqn.params["out_sharding"]
+    if matmul.side == 0:  # the kernel's axes come first in the result
         sharding = permuted(
             sharding,
             [*range(first), *range(first + outs, ndim), *range(first, first + outs)],
@@ -202,7 +202,7 @@ def _dot_as_conv(
     sharding = axes.canonical_sharding(sharding, x.shape)
     kernel = layer.lay_out(move)(kernel)
     y = axes.restore(conv(axes.canonical(x), kernel, None, sharding), batch)
-    if product.side == 0:
+    if matmul.side == 0:
         y = y.transpose(
             *range(first), *range(first + lead, ndim), *range(first, first + lead)
         )
@@ -210,38 +210,38 @@ def _dot_as_conv(
 
 
 def _conv_as_dot(
-    product: Product, layer: LayerPlan, dense: Any, x: Array, kernel: Array
+    matmul: Matmul, layer: LayerPlan, dense: Any, x: Array, kernel: Array
 ) -> Array:
-    lhs, _, out = _specs(product)
-    *_, features = kernel_shape(product)
-    rows = math.prod(kernel_shape(product)[:-1])
+    lhs, _, out = _specs(matmul)
+    *_, features = kernel_shape(matmul)
+    rows = math.prod(kernel_shape(matmul)[:-1])
     canonical = (layer.groups, rows, features // layer.groups)[layer.groups == 1 :]
     move = kernel_rearrangement(
         canonical, layer.window, order=layer.order, groups=layer.groups
     )
-    kernel = move.inverse()(kernel.transpose(_kernel_last(product)))
+    kernel = move.inverse()(kernel.transpose(_kernel_last(matmul)))
     order = _channel_last(out)
-    sharding = permuted(product.eqn.params["out_sharding"], order)
+    sharding = permuted(matmul.eqn.params["out_sharding"], order)
     y = dense(x.transpose(_channel_last(lhs)), kernel, None, sharding)
     return y.transpose([order.index(axis) for axis in range(y.ndim)])
 
 
 def _kernel_axes(
-    product: Product,
+    matmul: Matmul,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The axes of a dot's weight: shared with the activation, summed over, new."""
-    contract, batch = product.eqn.params["dimension_numbers"]
+    contract, batch = matmul.eqn.params["dimension_numbers"]
     # einsum sums in an order of its own; the activation's is that of a flatten.
-    order = sorted(range(len(contract[0])), key=contract[1 - product.side].__getitem__)
-    contracted = tuple(contract[product.side][i] for i in order)
-    shared = tuple(batch[product.side])
-    ndim = len(product.eqn.invars[product.side].aval.shape)
+    order = sorted(range(len(contract[0])), key=contract[1 - matmul.side].__getitem__)
+    contracted = tuple(contract[matmul.side][i] for i in order)
+    shared = tuple(batch[matmul.side])
+    ndim = len(matmul.eqn.invars[matmul.side].aval.shape)
     features = [a for a in range(ndim) if a not in (*contracted, *shared)]
     return shared, contracted, tuple(features)
 
 
-def _specs(product: Product) -> Any:
-    return product.eqn.params["dimension_numbers"]
+def _specs(matmul: Matmul) -> Any:
+    return matmul.eqn.params["dimension_numbers"]
 
 
 def _channel_last(spec: Sequence[int]) -> list[int]:
@@ -249,9 +249,9 @@ def _channel_last(spec: Sequence[int]) -> list[int]:
     return [spec[0], *spec[2:], spec[1]]
 
 
-def _kernel_last(product: Product) -> list[int]:
+def _kernel_last(matmul: Matmul) -> list[int]:
     """The axes ``(*window, in, out)`` of a convolution's kernel."""
-    _, spec, _ = _specs(product)
+    _, spec, _ = _specs(matmul)
     return [*spec[2:], spec[1], spec[0]]
 
 

@@ -1,4 +1,4 @@
-"""Follows parameters through a traced program to the products that they go into."""
+"""Follows parameters through a traced program to the matmuls that they go into."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ..tracing.jaxprs import Literal, bodies, opened, scan_parts, subjaxprs
 from .factors import Axis, regroup, size
 from .matmul import (
     ACTIVE,
+    MATMULS,
     NUMBER,
-    PRODUCTS,
+    Matmul,
     Other,
-    Product,
     Program,
     Tag,
     Use,
@@ -54,7 +54,7 @@ def analyse(
     Args:
       jaxpr: open or closed.
       tags: one for each input.
-      obstacle: why no product in it may be converted, if so.
+      obstacle: why no matmul in it may be converted, if so.
       memo: the bodies analysed so far.
 
     Example:
@@ -89,8 +89,8 @@ def _visit(
     program: Program, eqn: Any, ins: list[Tag], obstacle: str | None, memo: Memo
 ) -> Sequence[Tag]:
     name = eqn.primitive.name
-    if name in PRODUCTS:
-        return [_product(program, eqn, ins, obstacle)]
+    if name in MATMULS:
+        return [_matmul(program, eqn, ins, obstacle)]
     if bodies(eqn):
         if name in _CUSTOM_VJP:
             obstacle = "inside a custom_vjp, whose rule expects it as it is"
@@ -103,7 +103,7 @@ def _visit(
         return kept
     looked_up = name == "gather" and isinstance(ins[0], Weight)
     reason = "looked up by index" if looked_up else f"used by {name!r}"
-    # Products of other kinds: ragged_dot_general, scaled_dot, ...
+    # Matmuls of other kinds: ragged_dot_general, scaled_dot, ...
     return _elsewhere(program, eqn, ins, reason, telling=looked_up or "dot" in name)
 
 
@@ -186,19 +186,19 @@ def _one_step(weight: Weight, shape: Sequence[int]) -> Weight | None:
     return dataclasses.replace(weight, axes=tuple(axes), stack=tuple(stack))
 
 
-def _product(
+def _matmul(
     program: Program, eqn: Any, ins: Sequence[Tag], obstacle: str | None
 ) -> Tag:
-    """Notes a product, and gives the tag of its result."""
+    """Notes a matmul, and gives the tag of its result."""
     name = eqn.primitive.name
     weights = [i for i, tag in enumerate(ins) if isinstance(tag, Weight)]
     active = [i for i, tag in enumerate(ins) if tag == ACTIVE]
     if len(active) == 2:
-        program.unweighted[id(eqn)] = f"a product of two activations, {_shapes(eqn)}"
+        program.unweighted[id(eqn)] = f"a matmul of two activations, {_shapes(eqn)}"
     elif len(weights) == len(active) == 1:
         weight: Any = ins[weights[0]]
         obstacle = obstacle or _obstacle(eqn, weights[0])
-        program.products[id(eqn)] = Product(eqn, weight, weights[0], obstacle)
+        program.matmuls[id(eqn)] = Matmul(eqn, weight, weights[0], obstacle)
         return ACTIVE
     for tag in ins:
         if isinstance(tag, Weight):
@@ -206,12 +206,12 @@ def _product(
             program.uses.append(Use(tag.path, reason, True))
         elif tag.made_of and active:
             for path, how in sorted(tag.made_of):
-                kind = "product" if name == "dot_general" else "convolution"
+                kind = "matmul" if name == "dot_general" else "convolution"
                 reason = f"changed by {how!r} on the way to its {kind}"
                 program.uses.append(Use(path, reason, True))
         elif active and not tag.active:
             program.unweighted[id(eqn)] = (
-                f"a product with a constant of the program, {_shapes(eqn)}: no "
+                f"a matmul with a constant of the program, {_shapes(eqn)}: no "
                 "parameter holds it; hand it over in params"
             )
     return _mixed(ins, name)
@@ -222,13 +222,13 @@ def _shapes(eqn: Any) -> str:
 
 
 def _obstacle(eqn: Any, side: int) -> str | None:
-    """Why a product with a weight cannot take the other form, if so."""
+    """Why a matmul with a weight cannot take the other form, if so."""
     p = eqn.params
     dtypes = {str(v.aval.dtype) for v in eqn.invars}
     if len(dtypes) > 1:
         return f"multiplied in two dtypes, {' and '.join(sorted(dtypes))}"
     if any(0 in v.aval.shape for v in eqn.invars):
-        return "in a product without entries"
+        return "in a matmul without entries"
     if eqn.primitive.name == "dot_general":
         if not p["dimension_numbers"][0][0]:
             return "in an outer product: nothing is summed over"

@@ -1,7 +1,7 @@
-"""A traced program with its products of activations and parameters, and rewriting it.
+"""A traced program with its matmuls of activations and parameters, and rewriting it.
 
 Every value of the trace gets a tag: it holds the entries of one parameter
-(:class:`Weight`), or it is something else (:class:`Other`). A product counts as a
+(:class:`Weight`), or it is something else (:class:`Other`). A matmul counts as a
 layer where one operand is a weight and the other depends on the program's inputs.
 :mod:`fcconv_jax.matmuls.find` finds them.
 """
@@ -18,7 +18,7 @@ from jax.ad_checkpoint import checkpoint_name
 from ..tracing.jaxprs import bind, evaluate, opened, policy_of, rerun
 from .factors import Axis, Factor, axes_of
 
-PRODUCTS = ("dot_general", "conv_general_dilated")
+MATMULS = ("dot_general", "conv_general_dilated")
 _SAVED = "fcconv_jax.saved:"
 
 
@@ -85,7 +85,7 @@ NUMBER = Other(uniform=True)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Product:
+class Matmul:
     """A ``dot_general`` or convolution whose operand ``side`` is a weight."""
 
     eqn: Any
@@ -116,25 +116,25 @@ class Program:
     Args:
       jaxpr: open or closed.
       outs: the tags of its outputs.
-      products: by identity of the equation.
-      unweighted: products of no weight with the reason, by identity of the equation.
+      matmuls: by identity of the equation.
+      unweighted: matmuls of no weight with the reason, by identity of the equation.
       inner: the programs of the bodies of an equation, by its identity.
       uses: other uses of parameters, here and below.
     """
 
     jaxpr: Any
     outs: list[Tag] = dataclasses.field(default_factory=list)
-    products: dict[int, Product] = dataclasses.field(default_factory=dict)
+    matmuls: dict[int, Matmul] = dataclasses.field(default_factory=dict)
     unweighted: dict[int, str] = dataclasses.field(default_factory=dict)
     inner: dict[int, list[Program]] = dataclasses.field(default_factory=dict)
     uses: list[Use] = dataclasses.field(default_factory=list)
 
-    def walk(self) -> Iterator[tuple[Any, Product | str]]:
-        """Every product in program order: the equation, and what was found."""
+    def walk(self) -> Iterator[tuple[Any, Matmul | str]]:
+        """Every matmul in program order: the equation, and what was found."""
         for eqn in opened(self.jaxpr)[0].eqns:
             key = id(eqn)
-            if key in self.products:
-                yield eqn, self.products[key]
+            if key in self.matmuls:
+                yield eqn, self.matmuls[key]
             elif key in self.unweighted:
                 yield eqn, self.unweighted[key]
             for program in self.inner.get(key, ()):
@@ -149,7 +149,7 @@ class Program:
             [tag.renamed(names) for tag in self.outs],
             {
                 key: dataclasses.replace(p, weight=p.weight.renamed(names))
-                for key, p in self.products.items()
+                for key, p in self.matmuls.items()
             },
             self.unweighted,
             {key: [p.renamed(names) for p in each] for key, each in self.inner.items()},
@@ -160,37 +160,37 @@ class Program:
 def rewrite(
     program: Program,
     operands: Sequence[Any],
-    wanted: Callable[[Product], bool],
-    replace: Callable[[Product, Sequence[Any]], Any],
-    alike: Callable[[Product], Hashable] = id,
+    wanted: Callable[[Matmul], bool],
+    replace: Callable[[Matmul, Sequence[Any]], Any],
+    alike: Callable[[Matmul], Hashable] = id,
     bodies: dict[Hashable, Callable[[Sequence[Any]], list[Any]]] | None = None,
     saved: dict[str, Any] | None = None,
 ) -> list[Any]:
-    """Runs a program with other code in the place of some of its products.
+    """Runs a program with other code in the place of some of its matmuls.
 
     Args:
       program: what :func:`analyse` found.
       operands: one value for each input.
-      wanted: whether to replace a product.
-      replace: gives the result of a product from its operands.
-      alike: what ``replace`` looks at in a product. A body that is run several times
-        with alike products is the same function each time, so that JAX traces it once,
+      wanted: whether to replace a matmul.
+      replace: gives the result of a matmul from its operands.
+      alike: what ``replace`` looks at in a matmul. A body that is run several times
+        with alike matmuls is the same function each time, so that JAX traces it once,
         as it did the original.
       bodies: the functions made so far.
       saved: below a remat with a policy, what takes the replaced matmuls by name: the
         policy is asked about each as it was.
 
     Returns:
-      The outputs. Calls, loops and branches that hold no wanted product run as they
+      The outputs. Calls, loops and branches that hold no wanted matmul run as they
       are.
     """
     made = {} if bodies is None else bodies
 
     def body(inner: Program, names: Any) -> Callable[[Sequence[Any]], list[Any]]:
         found = tuple(
-            (id(eqn), alike(product))
-            for eqn, product in inner.walk()
-            if isinstance(product, Product) and wanted(product)
+            (id(eqn), alike(matmul))
+            for eqn, matmul in inner.walk()
+            if isinstance(matmul, Matmul) and wanted(matmul)
         )
 
         def run(operands: Sequence[Any]) -> list[Any]:
@@ -199,9 +199,9 @@ def rewrite(
         return made.setdefault((id(inner.jaxpr), found, id(names)), run)
 
     def visit(eqn: Any, ins: list[Any]) -> Sequence[Any]:
-        product = program.products.get(id(eqn))
-        if product is not None and wanted(product):
-            y = replace(product, ins)
+        matmul = program.matmuls.get(id(eqn))
+        if matmul is not None and wanted(matmul):
+            y = replace(matmul, ins)
             if saved is not None:
                 name = f"{_SAVED}{id(eqn)}"
                 saved[name] = eqn
@@ -237,7 +237,7 @@ def _asking_about(saved: dict[str, Any], policy: Callable[..., Any]) -> Any:
     return ask
 
 
-def _holds(program: Program, wanted: Callable[[Product], bool]) -> bool:
+def _holds(program: Program, wanted: Callable[[Matmul], bool]) -> bool:
     return any(
-        isinstance(found, Product) and wanted(found) for _, found in program.walk()
+        isinstance(found, Matmul) and wanted(found) for _, found in program.walk()
     )

@@ -1,4 +1,4 @@
-"""Plans the parameters that a model's own code multiplies, by its products."""
+"""Plans the parameters that a model's own code multiplies, by its matmuls."""
 
 from __future__ import annotations
 
@@ -7,8 +7,8 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from ..plan import Form, LayerPlan
 from ..rules import Rule
-from .matmul import Product
-from .plan import find_layers, plan_products
+from .matmul import Matmul
+from .plan import find_layers, plan_matmuls
 from .trace import Traced
 
 
@@ -20,13 +20,13 @@ class OwnParameters:
       described: by path, whose each is, as the beginning of a reason.
       traced: the trace of the model as a function of its params, where one was needed
         and could be made.
-      layers: the products in it with a parameter that is no layer's.
+      layers: the matmuls in it with a parameter that is no layer's.
       failure: why it could not be made.
     """
 
     described: Mapping[str, str]
     traced: Traced | None = None
-    layers: Mapping[str, Sequence[Product]] = dataclasses.field(default_factory=dict)
+    layers: Mapping[str, Sequence[Matmul]] = dataclasses.field(default_factory=dict)
     failure: str = ""
 
     @classmethod
@@ -63,7 +63,7 @@ class OwnParameters:
     ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
         """The plans of the parameters, and the reasons why others are left.
 
-        A parameter that comes near no product, such as an embedding of positions that
+        A parameter that comes near no matmul, such as an embedding of positions that
         is added, is neither planned nor left.
         """
         if self.traced is None:
@@ -72,7 +72,7 @@ class OwnParameters:
                 f"raises {self.failure}"
                 for path, words in self.described.items()
             }
-        planned, reasons = plan_products(self.traced, self.layers, to, chosen)
+        planned, reasons = plan_matmuls(self.traced, self.layers, to, chosen)
         left = {
             path: f"{self.described[path]}: {why}" if path in self.described else why
             for path, why in reasons.items()

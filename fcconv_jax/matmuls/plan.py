@@ -1,4 +1,4 @@
-"""Plans the products with parameters that are found in a trace."""
+"""Plans the matmuls with parameters that are found in a trace."""
 
 from __future__ import annotations
 
@@ -19,19 +19,19 @@ from .as_layer import (
     leaf_rearrangement,
     stack_axes,
 )
-from .matmul import Product, Program
+from .matmul import Matmul, Program
 from .trace import Traced
 
 _TWO_ROLES = (
-    "it is multiplied in two roles: what is input features in one product is output "
+    "it is multiplied in two roles: what is input features in one matmul is output "
     "features in another, so no one kernel serves both"
 )
 
 
 def find_layers(
     traced: Traced, to: Form, known: Container[str] = ()
-) -> dict[str, list[Product]]:
-    """The products in a trace that may go to the other form.
+) -> dict[str, list[Matmul]]:
+    """The matmuls in a trace that may go to the other form.
 
     Args:
       traced: the function's trace.
@@ -39,28 +39,28 @@ def find_layers(
       known: parameters that another front end has decided about.
 
     Returns:
-      By the path of the parameter, its products.
+      By the path of the parameter, its matmuls.
     """
-    layers: dict[str, list[Product]] = {}
+    layers: dict[str, list[Matmul]] = {}
     for _, found in traced.program.walk():
-        if isinstance(found, Product) and form_of(found) != to:
+        if isinstance(found, Matmul) and form_of(found) != to:
             layers.setdefault(found.weight.path, []).append(found)
-    return {path: products for path, products in layers.items() if path not in known}
+    return {path: matmuls for path, matmuls in layers.items() if path not in known}
 
 
-def product_sizes(layers: Mapping[str, Sequence[Product]]) -> dict[str, int]:
-    """The number of entries of each parameter, as one product sees it."""
+def matmul_sizes(layers: Mapping[str, Sequence[Matmul]]) -> dict[str, int]:
+    """The number of entries of each parameter, as one matmul sees it."""
     kernels = {path: p[0].eqn.invars[p[0].side] for path, p in layers.items()}
     return {path: kernel.aval.size for path, kernel in kernels.items()}
 
 
-def plan_products(
+def plan_matmuls(
     traced: Traced,
-    layers: Mapping[str, Sequence[Product]],
+    layers: Mapping[str, Sequence[Matmul]],
     to: Form,
     chosen: Mapping[str, Rule | None],
 ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
-    """Plans the products of each parameter, or says why it is left alone.
+    """Plans the matmuls of each parameter, or says why it is left alone.
 
     Args:
       traced: the function's trace.
@@ -70,16 +70,16 @@ def plan_products(
 
     Returns:
       The plans, and the reasons, by the path of the parameter; reasons also for
-      parameters that come near a product without being a layer's.
+      parameters that come near a matmul without being a layer's.
     """
     numbers = {
-        id(product): number
-        for number, product in enumerate(p for each in layers.values() for p in each)
+        id(matmul): number
+        for number, matmul in enumerate(p for each in layers.values() for p in each)
     }
     elsewhere = _other_uses(traced, layers, to)
     calls = {
-        path: [as_call(p, numbers[id(p)], elsewhere.get(path)) for p in products]
-        for path, products in layers.items()
+        path: [as_call(p, numbers[id(p)], elsewhere.get(path)) for p in matmuls]
+        for path, matmuls in layers.items()
     }
     inputs = _inputs(traced.program, Frame.of(traced.program.jaxpr), numbers)
     planned, reasons = plan_layers(
@@ -94,25 +94,25 @@ def plan_products(
     return planned, {**reasons, **_untouched(traced, layers)}
 
 
-def as_call(product: Product, number: int, elsewhere: str | None = None) -> Call:
-    """One product, as a call of a layer."""
-    obstacle = product.obstacle or elsewhere
-    dense = form_of(product) == "dense"
-    readable = dense or product.obstacle is None
+def as_call(matmul: Matmul, number: int, elsewhere: str | None = None) -> Call:
+    """One matmul, as a call of a layer."""
+    obstacle = matmul.obstacle or elsewhere
+    dense = form_of(matmul) == "dense"
+    readable = dense or matmul.obstacle is None
     return Call(
-        kind=product.eqn.primitive.name,
+        kind=matmul.eqn.primitive.name,
         number=number,
-        shape=input_shape(product) if readable else (),
-        kernel=kernel_shape(product) if readable else (),
+        shape=input_shape(matmul) if readable else (),
+        kernel=kernel_shape(matmul) if readable else (),
         bias=None,
-        axes=dense_axes(product) if dense else None,
-        geometry=None if dense or not readable else conv_arguments(product),
+        axes=dense_axes(matmul) if dense else None,
+        geometry=None if dense or not readable else conv_arguments(matmul),
         obstacle=obstacle and f"it is {obstacle}",
     )
 
 
 def _other_uses(
-    traced: Traced, layers: Mapping[str, Sequence[Product]], to: Form
+    traced: Traced, layers: Mapping[str, Sequence[Matmul]], to: Form
 ) -> dict[str, str]:
     """For each parameter of a layer, what else happens to it."""
     reasons = {}
@@ -121,7 +121,7 @@ def _other_uses(
             reasons[use.path] = f"also {use.reason}"
     for eqn, found in traced.program.walk():
         if (
-            isinstance(found, Product)
+            isinstance(found, Matmul)
             and found.weight.path in layers
             and form_of(found) == to
         ):
@@ -130,7 +130,7 @@ def _other_uses(
 
 
 def _untouched(traced: Traced, layers: Mapping[str, Any]) -> dict[str, str]:
-    """Parameters that come near a product, or are tables, without being a layer's."""
+    """Parameters that come near a matmul, or are tables, without being a layer's."""
     return {
         use.path: f"it is {use.reason}"
         for use in traced.program.uses
@@ -141,46 +141,46 @@ def _untouched(traced: Traced, layers: Mapping[str, Any]) -> dict[str, str]:
 def _inputs(
     program: Program, frame: Frame, numbers: Mapping[int, int]
 ) -> Iterator[LayerInput]:
-    """Where the activations of products are in a trace.
+    """Where the activations of matmuls are in a trace.
 
     Args:
       program: what was found in a trace.
       frame: the trace.
-      numbers: by the identity of the product.
+      numbers: by the identity of the matmul.
     """
     for eqn in frame.jaxpr.eqns:
-        product = program.products.get(id(eqn))
-        if product is not None and id(product) in numbers and not product.obstacle:
-            var = eqn.invars[1 - product.side]
-            yield LayerInput(numbers[id(product)], frame, var, var)
+        matmul = program.matmuls.get(id(eqn))
+        if matmul is not None and id(matmul) in numbers and not matmul.obstacle:
+            var = eqn.invars[1 - matmul.side]
+            yield LayerInput(numbers[id(matmul)], frame, var, var)
         for inner in program.inner.get(id(eqn), ()):
             yield from _inputs(inner, frame.enter(eqn, inner.jaxpr), numbers)
 
 
-def _stack_axes(products: Sequence[Product]) -> tuple[int, ...]:
-    """The parameter's axes of which each product sees one step."""
-    readable = [p for p in products if p.obstacle is None]
-    if len({kernel_shape(product) for product in readable}) > 1:
+def _stack_axes(matmuls: Sequence[Matmul]) -> tuple[int, ...]:
+    """The parameter's axes of which each matmul sees one step."""
+    readable = [p for p in matmuls if p.obstacle is None]
+    if len({kernel_shape(matmul) for matmul in readable}) > 1:
         raise LeftError(_TWO_ROLES)
-    found = [stack_axes(product) for product in products]
-    for product, axes in zip(products, found):
+    found = [stack_axes(matmul) for matmul in matmuls]
+    for matmul, axes in zip(matmuls, found):
         if axes is None:
             raise LeftError(
-                f"it is scanned over a part of one of its axes {product.weight.shape}: "
+                f"it is scanned over a part of one of its axes {matmul.weight.shape}: "
                 "give each scan an axis of its own"
             )
         if axes != found[0]:
             raise LeftError(
-                f"it is stacked on axes {found[0]} in one product, on {axes} in another"
+                f"it is stacked on axes {found[0]} in one matmul, on {axes} in another"
             )
     assert found[0] is not None
     return found[0]
 
 
-def on_leaf(plan: LayerPlan, products: Sequence[Product]) -> LayerPlan:
+def on_leaf(plan: LayerPlan, matmuls: Sequence[Matmul]) -> LayerPlan:
     """The plan with the move of the parameter itself, through all that lies between."""
     moves = [
-        leaf_rearrangement(p, plan.window, plan.order, plan.groups) for p in products
+        leaf_rearrangement(p, plan.window, plan.order, plan.groups) for p in matmuls
     ]
     for move in moves:
         if move is None:
@@ -192,5 +192,5 @@ def on_leaf(plan: LayerPlan, products: Sequence[Product]) -> LayerPlan:
             raise LeftError(_TWO_ROLES)
     assert moves[0] is not None
     return dataclasses.replace(
-        plan, layer=products[0].eqn.primitive.name, leaves=(("", moves[0]),)
+        plan, layer=matmuls[0].eqn.primitive.name, leaves=(("", moves[0]),)
     )

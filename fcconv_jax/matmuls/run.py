@@ -20,7 +20,7 @@ from .as_layer import (
     leaf_rearrangement,
     run_other_form,
 )
-from .matmul import Product, rewrite
+from .matmul import Matmul, rewrite
 from .trace import trace
 
 
@@ -62,40 +62,38 @@ def run_rewritten(
     kernels = kernels_of(plan)
     known: dict[int, bool] = {}
 
-    def wanted(product: Product) -> bool:
-        if id(product) not in known:
-            found = kernels.get(product.weight.path)
-            known[id(product)] = found is not None and _is_planned(
-                product, *found, plan
-            )
-        return known[id(product)]
+    def wanted(matmul: Matmul) -> bool:
+        if id(matmul) not in known:
+            found = kernels.get(matmul.weight.path)
+            known[id(matmul)] = found is not None and _is_planned(matmul, *found, plan)
+        return known[id(matmul)]
 
-    def replace(product: Product, operands: Sequence[Any]) -> Any:
-        _, layer = kernels[product.weight.path]
-        return run_other_form(product, layer, operands)
+    def replace(matmul: Matmul, operands: Sequence[Any]) -> Any:
+        _, layer = kernels[matmul.weight.path]
+        return run_other_form(matmul, layer, operands)
 
-    def alike(product: Product) -> Any:
-        weight = product.weight
+    def alike(matmul: Matmul) -> Any:
+        weight = matmul.weight
         return weight.shape, weight.axes, weight.stack, kernels[weight.path][1]
 
     outs = rewrite(traced.program, traced.operands, wanted, replace, alike)
     return jax.tree.unflatten(traced.out_tree, outs)
 
 
-def _is_planned(product: Product, path: str, layer: LayerPlan, plan: Plan) -> bool:
+def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool:
     """Whether a matmul with a planned kernel is the one that was planned."""
-    if form_of(product) == plan.to or product.obstacle:
+    if form_of(matmul) == plan.to or matmul.obstacle:
         return False
-    if not _same_map(product, layer):
-        if not layer.is_product:  # its kernel, read elsewhere by the model's own code
+    if not _same_map(matmul, layer):
+        if not layer.is_matmul:  # its kernel, read elsewhere by the model's own code
             return False
         raise PlanError(
             f"{path!r} was planned as {layer.kernel.source} -> {layer.kernel.target} "
             "and is now multiplied in another way: make the plan from this function "
             "with these arguments"
         )
-    if form_of(product) == "conv" and not layer.stack_axes:
-        found = classify(**conv_arguments(product))
+    if form_of(matmul) == "conv" and not layer.stack_axes:
+        found = classify(**conv_arguments(matmul))
         if not holds(layer, found):
             now = found.geometry.input_shape
             raise PlanError(
@@ -107,18 +105,18 @@ def _is_planned(product: Product, path: str, layer: LayerPlan, plan: Plan) -> bo
     return True
 
 
-def _same_map(product: Product, layer: LayerPlan) -> bool:
+def _same_map(matmul: Matmul, layer: LayerPlan) -> bool:
     """Whether the kernel goes from the parameter to the matmul as it was planned."""
-    if groups_of(product) == layer.groups:
-        move = leaf_rearrangement(product, layer.window, layer.order, layer.groups)
+    if groups_of(matmul) == layer.groups:
+        move = leaf_rearrangement(matmul, layer.window, layer.order, layer.groups)
         if move is not None:
-            move = layer.lay_out(move) if form_of(product) == "dense" else move
+            move = layer.lay_out(move) if form_of(matmul) == "dense" else move
             if move.normal() == layer.kernel.normal():
                 return True
     # A stack under vmap is multiplied at once: its matmuls side by side, as groups.
-    dense = layer.kernel.source if form_of(product) == "conv" else layer.kernel.target
+    dense = layer.kernel.source if form_of(matmul) == "conv" else layer.kernel.target
     *inner, _ = layer.channels_last(dense)
-    rows = math.prod(kernel_shape(product)[:-1])
-    if form_of(product) == "dense":
-        rows = kernel_shape(product)[-2]
+    rows = math.prod(kernel_shape(matmul)[:-1])
+    if form_of(matmul) == "dense":
+        rows = kernel_shape(matmul)[-2]
     return bool(layer.stack_axes) and rows == math.prod(inner)

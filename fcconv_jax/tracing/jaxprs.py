@@ -1,6 +1,6 @@
 """The one file that touches jaxpr internals: reading them and running them.
 
-Everything else goes through the names below, so a change in ``jax.extend`` is mended
+Everything else goes through the names below, so a change in ``jax.extend`` is fixed
 here. Tolerated differences, jax 0.10 to 0.12: ``ClosedJaxpr`` becomes an alias of
 ``Jaxpr``; ``pjit`` is called ``jit``; some primitives keep an open jaxpr in their
 parameters (``remat2``) and others a closed one; ``scan`` loses ``num_consts`` and

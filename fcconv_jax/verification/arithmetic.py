@@ -2,7 +2,7 @@
 
 XLA may round the operands (TF32 on CUDA, bf16 passes on TPU), accumulate in a type
 other than the output's, and cut instead of rounding. The exact certificate needs
-the truth, so tiny probes read it off the device: products show what is
+the truth, so tiny probes read it off the device: matmuls show what is
 kept of the operands, sums of ``big``, ``t`` and ``-big`` what the accumulator keeps.
 """
 
@@ -33,7 +33,7 @@ class Arithmetic:
     ``(2 input + n accumulate) |a|.|b| + output |a.b|``.
 
     Attributes:
-      input_roundoff: relative error of each operand as it enters the product.
+      input_roundoff: relative error of each operand as it enters the matmul.
       accumulate_roundoff: relative error of one addition in the accumulator.
       output_roundoff: relative error of the final rounding to the output's dtype.
 
@@ -87,7 +87,7 @@ def measure_precision(
     """Measures the arithmetic of a contraction of two ``dtype`` arrays.
 
     Operand probes are ``1 + 2**-k`` and random mantissas against 1 (and each other: a
-    scheme of several passes drops the product of the low parts). Accumulator probes are
+    scheme of several passes drops the matmul of the low parts). Accumulator probes are
     the sums ``big + t - big``, in all six orders, at places near and far in a reduction
     of length 256, with t = 2**-k big and 0.75 * 2**-k big, the second of which tells
     cutting from rounding. The worst seen, rounded up to a power of two, is returned and

@@ -99,7 +99,7 @@ def prepare_certificate(
       bias: shape and dtype of the source's bias.
       map_kernel: the source's kernel to the target's.
       map_bias: the source's bias to the target's.
-      reduction: number of products summed into one output.
+      reduction: number of matmuls summed into one output.
       reduction_index: integers of shape ``rest``; no output may sum two entries of x
         of the same index in [0, reduction). Only used where x has to be sparse; without
         it, and unless the last axis is a multiple of the reduction or x as a whole is
@@ -116,7 +116,7 @@ def prepare_certificate(
       with the first mismatch if there is one.
 
     Raises:
-      ValueError: the dtype cannot hold even sums of two products exactly, or
+      ValueError: the dtype cannot hold even sums of two matmuls exactly, or
         ``reduction_index`` has the wrong shape.
     """
     shapes = (x, kernel, bias)
@@ -124,11 +124,11 @@ def prepare_certificate(
     source = BackgroundProgram(source_form, *_placed(shapes, device))
     target = BackgroundProgram(target_form, *_placed((x, *mapped), device))
     out, other = source.out_info, target.out_info
-    products = [found for form in (source, target) for found in _products(form.jaxpr)]
-    arithmetic = _arithmetic(products, x.dtype, out.dtype, precision, device)
+    matmuls = [found for form in (source, target) for found in _matmuls(form.jaxpr)]
+    arithmetic = _arithmetic(matmuls, x.dtype, out.dtype, precision, device)
     held = [*(s.dtype for s in shapes if s is not None)]
-    held += [dtype for product in products for dtype in product.operands]
-    sums = [out.dtype, *(product.out for product in products)]
+    held += [dtype for matmul in matmuls for dtype in matmul.operands]
+    sums = [out.dtype, *(matmul.out for matmul in matmuls)]
     limits = min(map(_integer_limit, held)), min(map(_integer_limit, sums))
     plan = _plan_draws(arithmetic, limits, reduction, probes)
     classes = _classes(x, reduction, reduction_index, plan)
@@ -229,7 +229,7 @@ class Certificate:
 
 @dataclasses.dataclass(frozen=True)
 class _Draws:
-    """Entries in [-size, size], at most ``terms`` products a sum, ``probes`` draws."""
+    """Entries in [-size, size], at most ``terms`` matmuls a sum, ``probes`` draws."""
 
     size: int
     terms: int
@@ -242,7 +242,7 @@ class _Draws:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Product:
+class _Matmul:
     """What a form asks of a dot or a convolution."""
 
     form: Form
@@ -251,36 +251,36 @@ class _Product:
     precision: Any
 
 
-def _products(jaxpr: Any) -> Iterator[_Product]:
+def _matmuls(jaxpr: Any) -> Iterator[_Matmul]:
     """The dots and convolutions of a trace, wherever they are."""
     forms: dict[str, Form] = {"dot_general": "dot", "conv_general_dilated": "conv"}
     for eqn in jaxprs.opened(jaxpr)[0].eqns:
         form = forms.get(eqn.primitive.name)
         if form is not None:
-            yield _Product(
+            yield _Matmul(
                 form,
                 tuple(v.aval.dtype for v in eqn.invars),
                 eqn.outvars[0].aval.dtype,
                 eqn.params["precision"],
             )
         for _, inner in jaxprs.subjaxprs(eqn):
-            yield from _products(inner)
+            yield from _matmuls(inner)
 
 
 def _arithmetic(
-    products: Sequence[_Product], x: Any, out: Any, precision: Any, device: Any
+    matmuls: Sequence[_Matmul], x: Any, out: Any, precision: Any, device: Any
 ) -> Arithmetic:
-    """The worst of what the products of both forms do, measured on the device."""
+    """The worst of what the matmuls of both forms do, measured on the device."""
     found = Arithmetic(0.0, 0.0, unit_roundoff(out))
-    if not products:  # none of lax's own: take it for either
+    if not matmuls:  # none of lax's own: take it for either
         forms: tuple[Form, ...] = ("dot", "conv")
-        products = [_Product(form, (x,), x, precision) for form in forms]
-    for product in dict.fromkeys(products):
+        matmuls = [_Matmul(form, (x,), x, precision) for form in forms]
+    for matmul in dict.fromkeys(matmuls):
         measured = measure_precision(
-            functools.reduce(jnp.promote_types, product.operands),
-            form=product.form,
-            precision=product.precision,
-            out=product.out,
+            functools.reduce(jnp.promote_types, matmul.operands),
+            form=matmul.form,
+            precision=matmul.precision,
+            out=matmul.out,
             device=device,
         )
         found = found.worse(measured)
@@ -304,7 +304,7 @@ def _plan_draws(
     best: tuple[int, int] | None = None
     plan = None
     for size in range(1, min(entry, math.isqrt(total)) + 1):
-        # terms * size**2 from the products and size from the bias.
+        # terms * size**2 from the matmuls and size from the bias.
         terms = min(reduction, (total - size) // size**2)
         if terms < 1 or size > 2**15:
             break

@@ -1,8 +1,8 @@
-"""A convolution in float64, as a sum of matrix products.
+"""A convolution in float64, as a sum of matmuls.
 
 XLA's CPU backend has no fast kernel for convolutions in float64. Any order of the sums
 will do for a reference, so the window (or, where it is larger, the output) is taken
-apart: each place is one slice of the input and one matrix product.
+apart: each place is one slice of the input and one matmul.
 """
 
 from __future__ import annotations
@@ -64,7 +64,7 @@ def convolve(lhs: Any, rhs: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def _over_window(x: Any, w: Any, sizes: Any, strides: Any, dilation: Any) -> Any:
-    """One product for each place of the window."""
+    """One matmul for each place of the window."""
     y = jnp.zeros((x.shape[0], x.shape[1], w.shape[1], *sizes), x.dtype)
     if not y.size:
         return y
@@ -78,7 +78,7 @@ def _over_window(x: Any, w: Any, sizes: Any, strides: Any, dilation: Any) -> Any
 
 
 def _over_output(x: Any, w: Any, sizes: Any, strides: Any, dilation: Any) -> Any:
-    """One product for each place of the output."""
+    """One matmul for each place of the output."""
     groups, batch = x.shape[:2]
     matrix = w.reshape(groups, w.shape[1], -1)
     made = []

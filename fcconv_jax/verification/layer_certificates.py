@@ -51,7 +51,7 @@ def certify_layer(
       to: the form that the plan goes to.
       dtype: dtype of input and parameters; quantised ones too, such as ``int8`` and
         ``float8_e4m3fn``.
-      preferred_element_type: dtype of the product's sums, such as ``int32``.
+      preferred_element_type: dtype of the matmul's sums, such as ``int32``.
       **options: of :func:`fcconv_jax.verification.certificate.certify`.
 
     Example:
@@ -72,7 +72,7 @@ def prepare_layer(
     **options: Any,
 ) -> Callable[[], Certificate]:
     """What :func:`certify_layer` waits for, compiling in the background."""
-    if layer.is_product:
+    if layer.is_matmul:
         layer = canonical_layer(layer, to)
     source, target = pair_of_forms(
         layer,

@@ -6,7 +6,7 @@ real difference stands out: the reference that both forms are held against. Cast
 between floats are left out, what is computed from integers (random bits, masks,
 indices) stays as it is.
 
-Convolutions run as sums of matrix products, see :mod:`.float64_convolution`. What the
+Convolutions run as sums of matmuls, see :mod:`.float64_convolution`. What the
 program names (by ``jax.ad_checkpoint.checkpoint_name``) comes out as well, from inside
 calls and scans too.
 """

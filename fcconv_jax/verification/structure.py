@@ -1,4 +1,4 @@
-"""What programs that nothing ran can still show: that the planned products moved."""
+"""What programs that nothing ran can still show: that the planned matmuls moved."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ def structure_failures(report: Report, plan: Plan) -> list[str]:
 
     Counts operations in the StableHLO of both programs, before a compiler merges or
     rewrites any: for every layer of the plan, the converted program must ask for at
-    least one operation fewer of the kind that the layer had (a matrix product, where
+    least one operation fewer of the kind that the layer had (a matmul, where
     the plan goes to conv) and one more of the kind that it has now. This says nothing
     of the numbers: those need a run.
 

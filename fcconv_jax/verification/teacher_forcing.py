@@ -3,7 +3,7 @@
 Where a whole program has no float64 reading, each converted layer is compared on its
 own: the original runs as it is and tells what goes into each layer (teacher forcing),
 so that no error is carried from one layer to the next. The two results may differ by
-what one product rounds, ``|x| @ |w|`` times the length of its sums and the unit
+what one matmul rounds, ``|x| @ |w|`` times the length of its sums and the unit
 roundoff (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.5), which
 does not grow with the depth of the model.
 """
@@ -35,7 +35,7 @@ class ForcedLayer:
       path: the layer's.
       calls: how many inputs it had.
       difference: the largest difference between its forms.
-      allowed: what one product may round there.
+      allowed: what one matmul may round there.
       reason: what differs, where it does not pass.
     """
 
@@ -47,7 +47,7 @@ class ForcedLayer:
 
     @property
     def passed(self) -> bool:
-        """Whether every difference is within what one product rounds."""
+        """Whether every difference is within what one matmul rounds."""
         return not self.reason
 
 
@@ -88,7 +88,7 @@ def compare_layers(
 def _compare(
     path: str, layer: LayerPlan, plan: Plan, inputs: Any, arrays: Any
 ) -> ForcedLayer:
-    canonical = canonical_layer(layer, plan.to) if layer.is_product else layer
+    canonical = canonical_layer(layer, plan.to) if layer.is_matmul else layer
     source, target = map(jax.jit, pair_of_forms(canonical, plan.to))
     kernel, bias = arrays[0], arrays[1] if len(arrays) > 1 else None
     moved = [move(array) for (_, move), array in zip(layer.leaves, arrays)]
@@ -112,13 +112,13 @@ def _compare(
             at = tuple(int(i) for i in wrong[0])
             reason = (
                 f"expected {want[at]!r} at {at} of its output in call {number}, got "
-                f"{got[at].item()!r}: more than one product rounds ({allowed[at]:.1e})"
+                f"{got[at].item()!r}: more than one matmul rounds ({allowed[at]:.1e})"
             )
     return ForcedLayer(path, len(inputs), worst, bound, reason)
 
 
 def _rounding(arithmetic: Arithmetic, terms: int) -> float:
-    """By how much two results of one product may differ, as a part of ``|x| @ |w|``."""
+    """By how much two results of one matmul may differ, as a part of ``|x| @ |w|``."""
     each = (
         2 * arithmetic.input_roundoff
         + (terms + 2) * arithmetic.accumulate_roundoff

@@ -68,7 +68,7 @@ def test_its_own_layouts_are_planned():
     assert plan["head"].layout == "flat"
 
 
-# Name, dtype, type of the sums, precision of float32 products.
+# Name, dtype, type of the sums, precision of float32 matmuls.
 MODES = {
     "f32, as JAX does it": ("float32", None, None),
     "f32": ("float32", None, "highest"),

@@ -29,7 +29,7 @@ class Linears(nnx.Module):
         return self.head(self.out(nnx.relu(self.up(x))).mean(1))
 
 
-def product(params, x):
+def matmul(params, x):
     h = jnp.maximum(x @ params["up"], 0) @ params["out"]
     return h.mean(1) @ params["head"]
 
@@ -42,7 +42,7 @@ PARAMS = {
 MODELS = {
     "linen": (Block(), X),
     "nnx": (Linears(nnx.Rngs(0)), X),
-    "function": (product, PARAMS, X),
+    "function": (matmul, PARAMS, X),
 }
 
 
@@ -66,7 +66,7 @@ def test_only_above_a_size(model):
 
 
 def test_attention_left_alone(model):
-    rules = ["*attention*=skip"] if model[0] is not product else []
+    rules = ["*attention*=skip"] if model[0] is not matmul else []
     assert set(fc.make_plan(*model, rules=rules)) == {"up", "out", "head"}
 
 

@@ -61,7 +61,7 @@ def test_bfloat16_passes_are_read_off():
 
 
 def test_three_bfloat16_passes_are_read_off():
-    # precision='high' on TPU: the product of the low parts is dropped.
+    # precision='high' on TPU: the matmul of the low parts is dropped.
     def tpu(rows, columns):
         parts = []
         for x in (rows, columns):
@@ -91,8 +91,8 @@ def test_a_narrow_accumulator_is_read_off():
     def narrow(rows, columns):
         def add(total, pair):
             row, column = pair
-            product = jnp.outer(row, column)
-            return (total + product).astype(jnp.float16), None
+            matmul = jnp.outer(row, column)
+            return (total + matmul).astype(jnp.float16), None
 
         zero = jnp.zeros((rows.shape[0], columns.shape[1]), jnp.float16)
         return jax.lax.scan(add, zero, (rows.T, columns))[0]

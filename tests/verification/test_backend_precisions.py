@@ -27,7 +27,7 @@ def _parts(x, exponent, mantissa, count):
 
 
 # Exponent and mantissa bits of the parts that an operand is split into, their number,
-# and what the products that are kept lose of an operand.
+# and what the matmuls that are kept lose of an operand.
 MODES = {
     "f32": (8, 23, 1, (0.0, 0.0)),
     "tf32": (8, 10, 1, (2.0**-11, 2.0**-11)),
@@ -148,8 +148,8 @@ def test_quantised_layers_certify(plan, dtype, out, to):
         assert not fc.certify_layer(wrong, to, dtype, preferred_element_type=out).passed
 
 
-def test_a_narrow_product_in_a_wide_layer_is_read():
-    # float32 in, float32 out, but the product itself is of float8: only 16 fits.
+def test_a_narrow_matmul_in_a_wide_layer_is_read():
+    # float32 in, float32 out, but the matmul itself is of float8: only 16 fits.
     contract = (((1,), (0,)), ((), ()))
 
     def quantised(x, k, b):

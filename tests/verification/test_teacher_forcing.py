@@ -75,7 +75,7 @@ def test_a_wrong_map_is_caught_there():
     layer = dataclasses.replace(layer, leaves=(("kernel", wrong), *layer.leaves[1:]))
     bad = dataclasses.replace(plan, layers=(("fc", layer), *plan.layers[1:]))
     report = fc.verify(model, variables, X, plan=bad, gradients=False, progress=False)
-    forced = [f for f in report.failures if "more than one product rounds" in f]
+    forced = [f for f in report.failures if "more than one matmul rounds" in f]
     assert len(forced) == 1
     assert forced[0].startswith("layer 'fc': expected ")
 

@@ -14,7 +14,7 @@ from flax import nnx
 
 import fcconv_jax as fc
 from fcconv_jax.matmuls.as_layer import form_of
-from fcconv_jax.matmuls.matmul import Product
+from fcconv_jax.matmuls.matmul import Matmul
 from fcconv_jax.matmuls.trace import parameter_paths, trace
 
 from .entry import Subject
@@ -79,10 +79,10 @@ def examine(subject: Subject) -> Findings:
     )
     return Findings(
         plan=plan,
-        found=len(weight_products(run, params, inputs, kwargs)),
+        found=len(weight_matmuls(run, params, inputs, kwargs)),
         left=tuple(
             (path, reason(plan, path))
-            for path in weight_products(run_converted, moved, inputs, kwargs)
+            for path in weight_matmuls(run_converted, moved, inputs, kwargs)
         ),
         round_trip=same_bits(fc.restore_params(moved, plan), params),
         comparison=comparison,
@@ -108,26 +108,26 @@ def as_function(model: Any, variables: Any) -> tuple[Any, Callable[..., Any]]:
     return variables["params"], apply
 
 
-def weight_products(
+def weight_matmuls(
     run: Callable[..., Any], params: Any, inputs: Any, kwargs: Mapping[str, Any]
 ) -> list[str]:
     """The parameter of each matmul of an activation with a weight, in program order.
 
-    Also a parameter that is changed on its way to one. Products of two activations,
+    Also a parameter that is changed on its way to one. Matmuls of two activations,
     such as attention scores, do not count.
     """
     program = trace(run, (params, *inputs), kwargs).program
     paths = [
         found.weight.path
         for _, found in program.walk()
-        if isinstance(found, Product) and form_of(found) == "dense"
+        if isinstance(found, Matmul) and form_of(found) == "dense"
     ]
     shapes = parameter_paths(params)
     changed = [
         use.path
         for use in program.uses
         # A vector on the way, such as the scale of a weight norm, is no matrix.
-        if use.reason.endswith("to its product") and len(shapes[use.path]) > 1
+        if use.reason.endswith("to its matmul") and len(shapes[use.path]) > 1
     ]
     return paths + changed
 

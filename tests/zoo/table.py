@@ -23,7 +23,7 @@ from .examine import Findings, as_function, examine
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- zoo -->", "<!-- /zoo -->"
 _HEADER = (
-    "| model | converts | weight products left, and why | "
+    "| model | converts | weight matmuls left, and why | "
     "float64, error original / converted | planning / trace |\n"
     "| --- | --- | --- | --- | --- |"
 )

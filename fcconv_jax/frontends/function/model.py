@@ -1,4 +1,4 @@
-"""Runs a function of params and inputs in its other form, product by product."""
+"""Runs a function of params and inputs in its other form, matmul by matmul."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ class ConvertedFunction:
 
     Jitted, one trace per shape: arrays are traced, everything else in the arguments
     (flags, numbers, functions) is static. Each trace goes the function's own way from
-    the parameters to the products, so whatever it does in between is kept.
+    the parameters to the matmuls, so whatever it does in between is kept.
 
     Args:
       function: the function that was planned.

@@ -1,11 +1,11 @@
-"""Plans a function of params and inputs: finds its products with parameters."""
+"""Plans a function of params and inputs: finds its matmuls with parameters."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...matmuls.plan import find_layers, plan_products, product_sizes
+from ...matmuls.plan import find_layers, matmul_sizes, plan_matmuls
 from ...matmuls.trace import Traced, trace
 from ...plan import Form, Plan
 from ...rules import Rule, match_rules
@@ -26,14 +26,14 @@ def plan_function(
         )
     traced = trace(function, inputs, kwargs)
     layers = find_layers(traced, to)
-    chosen = match_rules(rules, product_sizes(layers))
-    planned, left = plan_products(traced, layers, to, chosen)
+    chosen = match_rules(rules, matmul_sizes(layers))
+    planned, left = plan_matmuls(traced, layers, to, chosen)
     left |= _unweighted(traced, to)
     return Plan(to, tuple(planned.items()), tuple(left.items()))
 
 
 def _unweighted(traced: Traced, to: Form) -> dict[str, str]:
-    """The products of no parameter, numbered in the order of the program."""
+    """The matmuls of no parameter, numbered in the order of the program."""
     kind = "dot_general" if to == "conv" else "conv_general_dilated"
     left: dict[str, str] = {}
     counts: dict[str, int] = {}

@@ -13,7 +13,7 @@ from flax import struct
 from flax.core import DenyList
 
 from ...matmuls.own_parameters import OwnParameters
-from ...matmuls.plan import product_sizes
+from ...matmuls.plan import matmul_sizes
 from ...matmuls.trace import Traced, trace
 from ...plan import Form, Plan
 from ...planning.decide import Call, LeftError, kernel_sizes, plan_layers
@@ -172,7 +172,7 @@ def plan_linen(
         to,
         _traces(model, variables, (inputs, {**kwargs, "method": method}), rngs),
     )
-    chosen = match_rules(rules, {**kernel_sizes(layers), **product_sizes(own.layers)})
+    chosen = match_rules(rules, {**kernel_sizes(layers), **matmul_sizes(own.layers)})
     planned, left = plan_layers(
         marked(jaxpr),
         layers,

@@ -1,8 +1,8 @@
-"""Runs the methods of NNX modules with some of their products in the other form.
+"""Runs the methods of NNX modules with some of their matmuls in the other form.
 
 A module that multiplies parameters in its own code, and every module above it, becomes
 a subclass of its class. Its methods go their own way, on a copy of the module of the
-original classes that lives in a trace, and the trace is rewritten product by product.
+original classes that lives in a trace, and the trace is rewritten matmul by matmul.
 """
 
 from __future__ import annotations
@@ -26,11 +26,11 @@ _PLAN, _ORIGINAL = "_fcconv_jax_plan", "_fcconv_jax_original"
 _TAG = "fcconv_jax"
 
 
-def converted_products(model: nnx.Module) -> dict[int, tuple[Form, LayerPlan]]:
+def converted_matmuls(model: nnx.Module) -> dict[int, tuple[Form, LayerPlan]]:
     """The plan that each parameter went through, by the identity of its Variable."""
     found: dict[int, tuple[Form, LayerPlan]] = {}
     for _, module in nnx_layers.modules(model):
-        found |= _products_of(module)
+        found |= _matmuls_of(module)
     return found
 
 
@@ -39,21 +39,21 @@ def set_classes(
     gone: Container[int],
     new: Mapping[int, tuple[Form, LayerPlan]],
 ) -> None:
-    """Makes each module of a model the class that its products ask for.
+    """Makes each module of a model the class that its matmuls ask for.
 
     Args:
       model: its planned parameters are converted.
       gone: parameters that went back, by the identity of the Variable.
-      new: parameters that have been converted, as :func:`converted_products` has them.
+      new: parameters that have been converted, as :func:`converted_matmuls` has them.
     """
     for _, module in nnx_layers.modules(model):
         if not isinstance(module, nnx.List | nnx.Dict):
-            products = {**_products_of(module), **new}
-            _set_products(module, {k: p for k, p in products.items() if k not in gone})
+            matmuls = {**_matmuls_of(module), **new}
+            _set_matmuls(module, {k: p for k, p in matmuls.items() if k not in gone})
 
 
-def _products_of(module: Any) -> dict[int, tuple[Form, LayerPlan]]:
-    """:func:`converted_products` of a module's own class."""
+def _matmuls_of(module: Any) -> dict[int, tuple[Form, LayerPlan]]:
+    """:func:`converted_matmuls` of a module's own class."""
     plan = vars(type(module)).get(_PLAN)
     if plan is None:
         return {}
@@ -61,12 +61,12 @@ def _products_of(module: Any) -> dict[int, tuple[Form, LayerPlan]]:
     return {id(own[path]): (plan.to, layer) for path, layer in plan.items()}
 
 
-def _set_products(module: Any, products: Mapping[int, tuple[Form, LayerPlan]]) -> None:
-    """Gives a module the class that runs those products that are below it."""
+def _set_matmuls(module: Any, matmuls: Mapping[int, tuple[Form, LayerPlan]]) -> None:
+    """Gives a module the class that runs those matmuls that are below it."""
     own = {
-        path: products[id(variable)]
+        path: matmuls[id(variable)]
         for path, variable in nnx_layers.variables(module).items()
-        if id(variable) in products
+        if id(variable) in matmuls
     }
     cls = vars(type(module)).get(_ORIGINAL, type(module))
     if own:
@@ -252,7 +252,7 @@ class _Call:
 
     Args:
       name: of the method.
-      plan: of the module's products.
+      plan: of the module's matmuls.
       graphdef: of the module, and of modules and Variables among the arguments.
       static: the arguments without their arrays.
     """
@@ -282,7 +282,7 @@ class _Call:
         """The original method, on parameters as it knows them.
 
         Args:
-          plan: of its products.
+          plan: of its matmuls.
           params: their parameters in the form that the plan comes from.
           state: of all objects of the call, in the plan's form.
           arrays: among the arguments.
@@ -301,9 +301,9 @@ class _Call:
                 _set_class(each, vars(cls)[_ORIGINAL])
                 continue
             # A part that was converted by itself, before, still is.
-            rest = _products_of(each).items()
+            rest = _matmuls_of(each).items()
             rest = {key: p for key, p in rest if key not in here.values()}
-            _set_products(each, rest)
+            _set_matmuls(each, rest)
         there = {}
         for path, layer in plan.inverse().items():
             there[path] = before[f"0/{path}"].get_raw_value()
@@ -361,7 +361,7 @@ _jitted = jax.jit(_Call.run, static_argnums=0)
 
 
 def _as_present(path: str, layer: LayerPlan, value: Any) -> LayerPlan:
-    """The plan of a product with the stack axes that the parameter still has.
+    """The plan of a matmul with the stack axes that the parameter still has.
 
     Raises:
       PlanError: the parameter has another shape than the plan gave it.

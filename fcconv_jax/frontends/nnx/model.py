@@ -20,7 +20,7 @@ from ...params.inplace import convert_in_place
 from ...params.leaves import convert_leaf, move_metadata
 from ...plan import Form, LayerPlan, Plan, PlanError
 from . import layers as nnx_layers
-from .matmuls import converted_products, set_classes
+from .matmuls import converted_matmuls, set_classes
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -30,30 +30,30 @@ def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
     model = model if inplace else nnx.clone(model, graph=True)
     modules = dict(nnx_layers.modules(model))
     variables = nnx_layers.variables(model)
-    products = converted_products(model)
+    matmuls = converted_matmuls(model)
     # All checks come first: a model that is converted in place is never left half done.
     for path, layer in plan.items():
-        known: Mapping[str, Any] = variables if layer.is_product else modules
+        known: Mapping[str, Any] = variables if layer.is_matmul else modules
         if path not in known:
-            what = "parameter" if layer.is_product else "module"
+            what = "parameter" if layer.is_matmul else "module"
             close = difflib.get_close_matches(path, known, n=3, cutoff=0.4)
             raise PlanError(
                 f"the model has no {what} {path!r}, which the plan converts; close to "
                 f"it: {close or list(known)[:5]}. Pass the model that was planned"
             )
-        if layer.is_product:
-            _check_product(path, variables[path], layer, plan.to, products)
+        if layer.is_matmul:
+            _check_matmul(path, variables[path], layer, plan.to, matmuls)
         else:
             _check(path, modules[path], layer, plan.to)
     moved: set[int] = set()
     new: dict[int, tuple[Form, LayerPlan]] = {}
     for path, layer in plan.items():
-        if not layer.is_product:
+        if not layer.is_matmul:
             _convert_layer(modules[path], layer, plan.to, moved, inplace)
             continue
         _move(variables[path], layer.kernel, layer, inplace)
         new[id(variables[path])] = (plan.to, layer)
-    set_classes(model, new.keys() & products.keys(), new)
+    set_classes(model, new.keys() & matmuls.keys(), new)
     return model
 
 
@@ -173,32 +173,32 @@ def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
         _check_move(f"the {name} of {path!r}", variable, move, layer)
 
 
-def _check_product(
+def _check_matmul(
     path: str,
     variable: Any,
     layer: LayerPlan,
     to: Form,
-    products: Mapping[int, tuple[Form, LayerPlan]],
+    matmuls: Mapping[int, tuple[Form, LayerPlan]],
 ) -> None:
-    """Refuses a parameter that the plan of its products is not for.
+    """Refuses a parameter that the plan of its matmuls is not for.
 
     Args:
       path: of the parameter.
       variable: the parameter.
       layer: its plan.
       to: the form to go to.
-      products: of the model, as it is.
+      matmuls: of the model, as it is.
 
     Raises:
       PlanError: names the parameter, what was found, and the way out.
     """
-    _, before = products.get(id(variable), (None, None))
+    _, before = matmuls.get(id(variable), (None, None))
     if before is not None and before.kernel != layer.inverse().kernel:
         raise PlanError(
             f"{path!r} is converted already, by another plan; go back with that plan's "
             "inverse() first"
         )
-    forms = sorted({form for form, _ in products.values()} - {to})
+    forms = sorted({form for form, _ in matmuls.values()} - {to})
     if before is None and forms:
         raise PlanError(
             f"the plan takes {path!r} to {to}, and other parameters of the model went "

@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 
 from ...matmuls.own_parameters import OwnParameters
-from ...matmuls.plan import product_sizes
+from ...matmuls.plan import matmul_sizes
 from ...matmuls.trace import Traced, trace
 from ...params.variables import is_variable
 from ...plan import Form, Plan
@@ -142,7 +142,7 @@ def plan_nnx(
         to,
         [functools.partial(_trace, model, described, inputs, method, kwargs)],
     )
-    sizes = {**kernel_sizes(layers), **product_sizes(own.layers)}
+    sizes = {**kernel_sizes(layers), **matmul_sizes(own.layers)}
     chosen = dict(match_rules(rules, sizes))
     for path in own.layers:  # a rule may name the layer, too
         found = [chosen.get(p) for p in (path, *owners.get(path, ()))]
@@ -153,14 +153,14 @@ def plan_nnx(
     )
     leave_tied(planned, reasons, parameters)
     planned = {p: parameters.with_ties(p, layer) for p, layer in planned.items()}
-    products, more = own.plan(to, chosen)
+    matmuls, more = own.plan(to, chosen)
     for leaf, (path, *tied) in owners.items():
         # What is said of a layer's kernel is said of the layer.
-        if leaf in products:
+        if leaf in matmuls:
             left = {p: why for p, why in left.items() if p not in (path, *tied)}
         elif leaf in more:
             left[path] = more.pop(leaf)
-    layer_plans = {**planned, **products}
+    layer_plans = {**planned, **matmuls}
     left = {**reasons, **left, **more, **tables}
     return Plan(to, tuple(layer_plans.items()), tuple(left.items()))
 
@@ -233,7 +233,7 @@ def _subclasses(
         else:
             left[path] = (
                 f"{type(module).__name__} is a class of its own on top of nnx.{base}, "
-                "which may change the kernel or add to the product"
+                "which may change the kernel or add to the matmul"
             )
     return left
 

@@ -14,7 +14,7 @@ from fcconv_jax.backends.census import count_stablehlo
 
 
 def integers(tree, seed=0, high=2):
-    """Small integers in the place of shapes: sums of products are exact."""
+    """Small integers in the place of shapes: sums of matmuls are exact."""
     rng = np.random.default_rng(seed)
     return jax.tree.map(
         lambda shape: rng.integers(-high, high + 1, shape).astype(np.float32),
@@ -96,7 +96,7 @@ def check(check_there):
     return checked
 
 
-def products(f, *args):
+def matmuls(f, *args):
     """How many dots and convolutions a program asks for."""
     counts = count_stablehlo(jax.jit(f).lower(*args).as_text())
     return counts.dots, counts.convolutions
@@ -252,8 +252,8 @@ def test_a_converted_function_is_the_same_function(check, name):
     options = {"gradient": name != "while_loop", "vmap": with_vmap}
     checked = check(f, params, x, **options)
     assert len(checked.plan) == layers
-    dots, convs = products(checked.converted, checked.moved, x)
-    before, _ = products(f, params, x)
+    dots, convs = matmuls(checked.converted, checked.moved, x)
+    before, _ = matmuls(f, params, x)
     left = [path for path in checked.plan.skipped if path.startswith("dot_general")]
     assert dots == len(left) < before
     assert convs >= layers
@@ -282,7 +282,7 @@ def test_convolutions_become_dots(check, name):
     f, kernel, x = TO_DENSE[name]
     kernel, x = integers(kernel), integers(x, seed=1)
     checked = check(lambda p, x: jnp.abs(f(x, p["k"])), {"k": kernel}, x, to="dense")
-    assert products(checked.converted, checked.moved, x) == (1, 0)
+    assert matmuls(checked.converted, checked.moved, x) == (1, 0)
 
 
 def test_there_and_back_again(check):
@@ -318,7 +318,7 @@ def test_only_planned_layers_change(check):
     params, x = integers(ATTENTION), integers((2, 5, 4), seed=1)
     checked = check(attention, params, x, rules=["[qkv]=skip"])
     assert list(checked.plan) == ["out"]
-    assert products(checked.converted, checked.moved, x) == (5, 1)
+    assert matmuls(checked.converted, checked.moved, x) == (5, 1)
 
 
 def test_what_is_left_still_runs(check):
@@ -334,14 +334,14 @@ def test_what_is_left_still_runs(check):
 
 def test_a_custom_vjp_keeps_its_rule(check):
     @jax.custom_vjp
-    def product(x, w):
+    def matmul(x, w):
         return x @ w
 
-    product.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, 7 * r[1]))
+    matmul.defvjp(lambda x, w: (x @ w, (x, w)), lambda r, g: (g @ r[1].T, 7 * r[1]))
 
     params = integers({"w": (4, 4), "v": (4, 3)})
     checked = check(
-        lambda p, x: product(x, p["w"]) @ p["v"], params, integers((2, 4), seed=1)
+        lambda p, x: matmul(x, p["w"]) @ p["v"], params, integers((2, 4), seed=1)
     )
     assert list(checked.plan) == ["v"]
 
@@ -501,7 +501,7 @@ def test_a_linen_model_as_a_function(check):
     assert len(checked.plan) == 3
     (own,) = [p for p in checked.plan if p.endswith("/w")]
     assert checked.plan[own].stack_axes == (1,)
-    assert products(checked.converted, checked.moved, x)[0] == 0
+    assert matmuls(checked.converted, checked.moved, x)[0] == 0
 
 
 @jax.tree_util.register_dataclass

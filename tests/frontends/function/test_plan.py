@@ -267,11 +267,11 @@ def test_rules_are_for_leaf_paths():
 
 
 @jax.custom_vjp
-def product(x, w):
+def matmul(x, w):
     return x @ w
 
 
-product.defvjp(
+matmul.defvjp(
     lambda x, w: (x @ w, (x, w)), lambda kept, g: (g @ kept[1].T, kept[0].T @ g)
 )
 
@@ -289,7 +289,7 @@ LEFT = {
         {"": "ragged_dot"},
     ),
     "custom_vjp": (
-        lambda p, x: product(x, p["w"]) @ p["v"],
+        lambda p, x: matmul(x, p["w"]) @ p["v"],
         {"w": (4, 4), "v": (4, 4)},
         {"w": "inside a custom_vjp"},
     ),

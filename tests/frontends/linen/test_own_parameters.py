@@ -19,7 +19,7 @@ def bits(tree):
 
 
 class Net(nn.Module):
-    """Layers of Flax, and products of its own on both sides of them."""
+    """Layers of Flax, and matmuls of its own on both sides of them."""
 
     @nn.compact
     def __call__(self, x, train=False):
@@ -194,7 +194,7 @@ def test_it_is_proved_and_stored(tmp_path):
     assert bits(back) == bits(VARIABLES)
 
 
-def test_a_wrong_product_is_caught():
+def test_a_wrong_matmul_is_caught():
     moved = jax.tree.map(lambda leaf: leaf, MOVED)
     moved["params"]["head"]["kernel"] = (
         moved["params"]["head"]["kernel"].at[0, 0].add(1)

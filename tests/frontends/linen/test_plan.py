@@ -295,7 +295,7 @@ def test_nested_apply_at_the_root_path_of_a_root_kernel(check):
             return dense.apply({"params": {"kernel": kernel}}, x) @ kernel
 
     case = check(Root(), zeros(2, 4))
-    assert case.plan["kernel"].is_product
+    assert case.plan["kernel"].is_matmul
 
 
 def test_kernels_that_change_on_the_way_are_left(check):
@@ -333,7 +333,7 @@ def test_normalised_kernels_are_left(norm):
     assert norm.__name__ in plan.skipped["Dense_0"]
 
 
-def test_layers_with_products_of_their_own_are_left():
+def test_layers_with_matmuls_of_their_own_are_left():
     x = zeros(2, 4)
     plan = fc.make_plan(nn.Dense(3, dot_general=jax.lax.dot_general), x)
     assert "dot_general" in plan.skipped[""]
@@ -358,7 +358,7 @@ def test_subclasses_that_call_super_convert(check):
 
     assert list(check(Scaled(3), zeros(2, 4)).plan) == [""]
     plan = check(Own(3), zeros(2, 4)).plan
-    assert plan["kernel"].is_product
+    assert plan["kernel"].is_matmul
     assert "(root)" not in str(plan)
 
 

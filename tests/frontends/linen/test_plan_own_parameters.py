@@ -14,7 +14,7 @@ def zeros(*shape, dtype=jnp.float32):
     return jax.ShapeDtypeStruct(shape, dtype)
 
 
-class Product(nn.Module):
+class Matmul(nn.Module):
     """A layer of its own class, between two of Flax's."""
 
     shape: tuple[int, ...]
@@ -47,18 +47,18 @@ class Product(nn.Module):
         ("scaled", (4, 5), (1, 4, 5)),
     ],
 )
-def test_one_plan_takes_layers_and_products(check, multiply, shape, kernel):
-    case = check(Product(shape, multiply), zeros(2, 3, 4))
+def test_one_plan_takes_layers_and_matmuls(check, multiply, shape, kernel):
+    case = check(Matmul(shape, multiply), zeros(2, 3, 4))
     assert set(case.plan) == {"before", "w", "after"}
     assert case.plan["w"].kernel.target == kernel
-    assert {path for path in case.plan if case.plan[path].is_product} == {"w"}
+    assert {path for path in case.plan if case.plan[path].is_matmul} == {"w"}
     assert not case.plan.skipped
     ends = {line.split()[0]: line.split()[-1] for line in str(case.plan).split("\n")}
-    assert (ends["before"], ends["w"], ends["after"]) == ("layer", "product", "layer")
-    assert case.plan.products.keys() == {"w"}
+    assert (ends["before"], ends["w"], ends["after"]) == ("layer", "matmul", "layer")
+    assert case.plan.matmuls.keys() == {"w"}
 
 
-def test_a_window_is_read_off_a_flatten_before_an_own_product(check):
+def test_a_window_is_read_off_a_flatten_before_an_own_matmul(check):
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -72,7 +72,7 @@ def test_a_window_is_read_off_a_flatten_before_an_own_product(check):
     assert case.plan["fc6"].kernel.target == (3, 5, 4, 6)
 
 
-def test_layers_of_flax_without_a_swap_convert_by_their_products(check):
+def test_layers_of_flax_without_a_swap_convert_by_their_matmuls(check):
     class Raw(nn.Module):
         @nn.compact
         def __call__(self, x):
@@ -129,7 +129,7 @@ def test_stacks(check, axis):
 
 
 def test_partitioned_parameters_keep_their_names(check):
-    model = Product((4, 5), "matmul", nn.with_partitioning(normal, ("in", "out")))
+    model = Matmul((4, 5), "matmul", nn.with_partitioning(normal, ("in", "out")))
     x = zeros(2, 3, 4)
     plan = fc.make_plan(model, x)
     variables: Any = model.init(jax.random.key(0), jnp.ones(x.shape))
@@ -164,7 +164,7 @@ def test_a_tied_table_is_left_and_a_head_alone_converts(check):
     assert set(check(Head(), zeros(2, 4)).plan) == {"head/embedding"}
 
 
-def test_a_declined_layer_does_not_come_back_as_a_product():
+def test_a_declined_layer_does_not_come_back_as_a_matmul():
     class Net(nn.Module):
         @nn.compact
         def __call__(self, x):

@@ -82,7 +82,7 @@ def test_stacked_shared_and_called_with_an_equation():
     np.testing.assert_array_equal(fc.convert_model(model, plan)(x), model(x))
 
 
-def test_what_is_no_product_of_input_and_kernel_is_left():
+def test_what_is_no_matmul_of_input_and_kernel_is_left():
     class Odd(nnx.Module):
         def __init__(self):
             self.summed = nnx.Einsum("bc,cd->bc", (4, 2), rngs=nnx.Rngs(0))

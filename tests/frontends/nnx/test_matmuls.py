@@ -49,7 +49,7 @@ def assert_exact(model, *inputs, **options):
       The converted model.
     """
     plan = fc.make_plan(model, *inputs, **options)
-    assert plan.products
+    assert plan.matmuls
     assert not plan.skipped
     model = with_whole_numbers(model)
     inputs = whole(inputs, seed=1)
@@ -79,7 +79,7 @@ X = jnp.zeros((2, 3, 4))
 
 
 class Own(nnx.Module):
-    """Products of its own, in the ways people write them."""
+    """Matmuls of its own, in the ways people write them."""
 
     def __init__(self):
         self.w, self.turned, self.scaled = param(4, 5), param(6, 5), param(2, 4)
@@ -107,7 +107,7 @@ class Adapted(nnx.Module):
         return self.wrapped(self.scaled(self.lora(x)))
 
 
-def test_own_products_are_exact():
+def test_own_matmuls_are_exact():
     other = assert_exact(Own(), X)
     assert isinstance(other.fc, nnx.Conv)
     assert (other.w.shape, other.heads.shape) == ((1, 4, 5), (1, 6, 4))

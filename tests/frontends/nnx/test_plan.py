@@ -180,14 +180,14 @@ def test_method_by_name_and_as_a_function():
     assert "does not call it" in plan.skipped["fc1"]
 
 
-def test_a_layer_with_a_product_of_its_own_is_left():
+def test_a_layer_with_a_matmul_of_its_own_is_left():
     def summed(x, kernel, *args, **kwargs):
         return (x[..., None] * kernel).sum(-2)
 
     plan = fc.make_plan(linear(4, 3, dot_general=summed), np.ones((2, 4), np.float32))
     assert not plan
     assert plan.skipped == {
-        "": "Linear computes its product by a dot_general of its own"
+        "": "Linear computes its matmul by a dot_general of its own"
     }
 
 
@@ -362,7 +362,7 @@ class Inner(nnx.Module):
         return self.dropout(self.bn(nnx.relu(self.fc(x)))) @ self.w[...]
 
 
-def test_nnx_inside_linen_converts_by_its_products(assert_close):
+def test_nnx_inside_linen_converts_by_its_matmuls(assert_close):
     class Outer(linen.Module):
         @linen.compact
         def __call__(self, x):

@@ -29,7 +29,7 @@ class Scaled(nnx.Linear):
         return super().__call__(x) * 2
 
 
-class Product(nnx.Module):
+class Matmul(nnx.Module):
     """A parameter of its own, between two of NNX's layers."""
 
     def __init__(self, multiply, shape):
@@ -59,18 +59,18 @@ class Product(nnx.Module):
         ("scaled", (4, 5), (1, 4, 5)),
     ],
 )
-def test_one_plan_takes_layers_and_products(multiply, shape, kernel):
-    plan = fc.make_plan(Product(multiply, shape), zeros(2, 3, 4))
+def test_one_plan_takes_layers_and_matmuls(multiply, shape, kernel):
+    plan = fc.make_plan(Matmul(multiply, shape), zeros(2, 3, 4))
     assert list(plan) == ["before", "after", "w"]
     assert plan["w"].kernel.target == kernel
-    assert plan.products.keys() == {"w"}
+    assert plan.matmuls.keys() == {"w"}
     assert not plan.skipped
     ends = {line.split()[0]: line.split()[-1] for line in str(plan).split("\n")}
-    assert (ends["before"], ends["w"], ends["after"]) == ("layer", "product", "layer")
+    assert (ends["before"], ends["w"], ends["after"]) == ("layer", "matmul", "layer")
     assert fc.Plan.from_json(plan.to_json()) == plan
 
 
-def test_a_window_is_read_off_a_flatten_before_an_own_product():
+def test_a_window_is_read_off_a_flatten_before_an_own_matmul():
     class Net(nnx.Module):
         def __init__(self):
             self.w = ones(60, 6)
@@ -98,11 +98,11 @@ def test_adapters_subclasses_and_an_embed_that_is_only_a_head():
 
     plan = fc.make_plan(Adapted(), zeros(2, 4))
     assert not plan.skipped
-    assert plan.products.keys() == {
+    assert plan.matmuls.keys() == {
         *("lora/kernel", "lora/lora/lora_a", "lora/lora/lora_b", "scaled/kernel"),
         *("wrapped/lora_a", "wrapped/lora_b", "einsum/kernel", "head/embedding"),
     }
-    assert set(plan) - set(plan.products) == {"wrapped/base_module"}
+    assert set(plan) - set(plan.matmuls) == {"wrapped/base_module"}
 
 
 @pytest.mark.parametrize(
@@ -112,7 +112,7 @@ def test_adapters_subclasses_and_an_embed_that_is_only_a_head():
         {"promote_dtype": lambda x, dtype: x},
     ],
 )
-def test_layers_with_parts_of_their_own_convert_by_their_products(kwargs):
+def test_layers_with_parts_of_their_own_convert_by_their_matmuls(kwargs):
     plan = fc.make_plan(linear(4, 3, **kwargs), zeros(2, 4))
     assert list(plan) == ["kernel"]
     assert not plan.skipped
@@ -156,12 +156,12 @@ def test_stacks(axis, run, paths, stack):
         assert {layer.stack_axes for layer in plan.values()} == {stack}
 
 
-def test_rules_name_a_product_or_the_layer_that_it_is_of():
-    model = Product("matmul", (4, 6))
+def test_rules_name_a_matmul_or_the_layer_that_it_is_of():
+    model = Matmul("matmul", (4, 6))
     plan = fc.make_plan(model, zeros(2, 4), rules=["w=skip"])
     assert list(plan) == ["before", "after"]
     assert "excluded by rule 'w'" in plan.skipped["w"]
-    assert "Product uses its own parameter 'w' (4, 6)" in plan.skipped["w"]
+    assert "Matmul uses its own parameter 'w' (4, 6)" in plan.skipped["w"]
     plan = fc.make_plan(model, zeros(2, 4), rules=["w=2x1", "*=skip"])
     assert plan["w"].window == (2, 1)
     plan = fc.make_plan(model, zeros(2, 4), rules=["*<20=skip"])
@@ -180,7 +180,7 @@ def test_rules_name_a_product_or_the_layer_that_it_is_of():
 
 
 class Tied(nnx.Module):
-    """A plain Linear and another layer with its kernel, or a product with it."""
+    """A plain Linear and another layer with its kernel, or a matmul with it."""
 
     def __init__(self, second):
         self.fc = linear(4, 4)
@@ -247,7 +247,7 @@ def test_what_stays_is_left_with_its_reason():
     assert "the table of an Embed" in reasons["embed/embedding"]
     assert "multiplied in two roles" in reasons["both"]
     assert "Rest uses its own parameter 'parts/0/w'" in reasons["parts/0/w"]
-    assert "changed by 'add' on the way to its product" in reasons["parts/0/w"]
+    assert "changed by 'add' on the way to its matmul" in reasons["parts/0/w"]
     assert "transformed on the way to the layer" in reasons["norm/layer_instance"]
 
 
@@ -289,7 +289,7 @@ def test_linen_inside_nnx():
 def test_methods_and_a_second_trace_only_where_there_is_something_to_look_for():
     traced = []
 
-    class Two(Product):
+    class Two(Matmul):
         def __call__(self, x):
             traced.append(1)
             return super().__call__(x)
