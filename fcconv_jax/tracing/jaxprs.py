@@ -215,7 +215,7 @@ def rerun(
     if name == "custom_jvp_call":
         return _rerun_custom_jvp(eqn, operands, *runs)
     ins = _constrained(operands, p.get("in_shardings"))
-    inner = runs[0] if p.get("inline", True) else _named_jit(runs[0], p["name"])
+    inner = runs[0] if p.get("inline", False) else _named_jit(runs[0], p["name"])
     return _constrained(inner(ins), p.get("out_shardings"))
 
 

@@ -36,8 +36,13 @@ from ..tracing.jaxprs import (
 from .compiling import BackgroundProgram
 from .float64_convolution import convolve
 
-# Operations that tell bits of a float, or hand it to code that has no float64 twin.
-_BITS = frozenset({"bitcast_convert_type"})
+# What may happen to the bits of a float that come back as a float: JAX's derivative of
+# erf cuts a number in two so.
+_MASKS = frozenset(
+    """
+    add and not or shift_left shift_right_arithmetic shift_right_logical sub xor
+    """.split()
+)
 # Parameters that place a result on devices: the reference runs on one.
 _PLACES = ("out_sharding", "sharding", "dst_sharding", "src_sharding")
 _UNPLACED = frozenset(
@@ -112,17 +117,39 @@ def obstacles(jaxpr: Any) -> list[str]:
 
 
 def _obstacles(jaxpr: Any) -> Iterator[str]:
-    for eqn in opened(jaxpr)[0].eqns:
+    body, _ = opened(jaxpr)
+    for eqn in body.eqns:
         name = eqn.primitive.name
         inner = bodies(eqn)
-        if name in _BITS and _is_float(eqn.invars[0].aval.dtype):
+        if _looks_at_bits(eqn) and not _comes_back(body, eqn.outvars[0]):
             yield f"{name!r} looks at the bits of a float"
         elif name == "while" and _decided_by_floats(eqn):
             yield "a 'while' loop whose number of steps floats decide"
         elif not inner and eqn.outvars and _runs_other_code(eqn):
             yield f"{name!r} runs code of its own"
-        for body in inner:
-            yield from _obstacles(body)
+        for each in inner:
+            yield from _obstacles(each)
+
+
+def _looks_at_bits(eqn: Any) -> bool:
+    return (
+        eqn.primitive.name == "bitcast_convert_type"
+        and _is_float(eqn.invars[0].aval.dtype)
+        and not _is_float(eqn.outvars[0].aval.dtype)
+    )
+
+
+def _comes_back(body: Any, var: Any) -> bool:
+    """Whether the bits of a float are only masked and made a float again."""
+    if var in body.outvars:
+        return False
+    uses = [eqn for eqn in body.eqns if var in eqn.invars]
+    return all(
+        _is_float(eqn.outvars[0].aval.dtype)
+        if eqn.primitive.name == "bitcast_convert_type"
+        else eqn.primitive.name in _MASKS and _comes_back(body, eqn.outvars[0])
+        for eqn in uses
+    )
 
 
 def _runs_other_code(eqn: Any) -> bool:
@@ -305,7 +332,8 @@ def _bind_wide(eqn: Any, ins: list[Any]) -> Sequence[Any]:
     if name == "convert_element_type":
         return [_convert(ins[0], widened(eqn.params["new_dtype"]))]
     if name == "bitcast_convert_type" or name.startswith("random_"):
-        # Of integers; and a draw in float64 would be another draw.
+        # Of integers, or of a float in the bits that it has; and a draw in float64
+        # would be another draw.
         narrow = [_convert(x, var.aval.dtype) for x, var in zip(ins, eqn.invars)]
         return [widen(out) for out in bind(eqn, narrow)]
     if name in _SCATTERS:

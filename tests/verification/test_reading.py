@@ -194,6 +194,17 @@ def test_what_has_no_reading_is_named(f, what):
     assert what in found
 
 
+def test_a_float_that_is_cut_by_its_bits_is_read():
+    def cut(x):
+        bits = lax.bitcast_convert_type(x, jnp.uint32) & jnp.uint32(0xFFFFF000)
+        high = lax.bitcast_convert_type(bits, jnp.float32)
+        return high * high + (x - high) * (x + high)
+
+    assert obstacles(jax.make_jaxpr(cut)(X)) == []
+    (got,) = read(cut, X)
+    np.testing.assert_allclose(got, X.astype(float) ** 2, rtol=1e-14)
+
+
 def test_a_loop_of_a_fixed_number_of_steps_is_read():
     def f(x):
         return lax.while_loop(
