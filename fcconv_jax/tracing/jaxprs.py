@@ -215,7 +215,9 @@ def rerun(
     if name == "custom_jvp_call":
         return _rerun_custom_jvp(eqn, operands, *runs)
     ins = _constrained(operands, p.get("in_shardings"))
-    inner = runs[0] if p.get("inline", False) else _named_jit(runs[0], p["name"])
+    # What is to be inlined is not in a trace any more; 0.12 has 'auto' for the rest.
+    inlined = p.get("inline") is True
+    inner = runs[0] if inlined else _named_jit(runs[0], p.get("name", "call"))
     return _constrained(inner(ins), p.get("out_shardings"))
 
 

@@ -23,9 +23,8 @@ from .examine import Findings, as_function, examine
 README = Path(__file__).parents[2] / "README.md"
 BEGIN, END = "<!-- zoo -->", "<!-- /zoo -->"
 _HEADER = (
-    "| model | converts | weight matmuls left, and why | "
-    "float64, error original / converted | planning / trace |\n"
-    "| --- | --- | --- | --- | --- |"
+    "| model | converts | weight matmuls left, and why | planning / trace |\n"
+    "| --- | --- | --- | --- |"
 )
 
 
@@ -47,13 +46,7 @@ def row(entry: Entry, findings: Findings, ratio: float) -> str:
     kinds = ", ".join(f"{n} {kind}" for kind, n in sorted(findings.kinds.items()))
     left = collections.Counter(short(why or "") for why in dict(findings.left).values())
     reasons = "; ".join(f"{n} {why}" for why, n in sorted(left.items()))
-    found = findings.comparison
-    worst = max(found.errors, key=lambda e: e.converted / e.allowed, default=None)
-    errors = f", {worst.original:.0e} / {worst.converted:.0e}" if worst else ""
-    return (
-        f"| `{entry.name}` | {kinds or 'none'} | {reasons} | "
-        f"{found.digits:.1f} digits{errors} | {ratio:.1f}x |"
-    )
+    return f"| `{entry.name}` | {kinds or 'none'} | {reasons} | {ratio:.1f}x |"
 
 
 def short(reason: str) -> str:
@@ -97,7 +90,7 @@ def line_of(name: tuple[str, str]) -> tuple[str, tuple[str, ...]]:
             line = row(entry, findings, planning_ratio(subject))
     except Exception as error:
         # The other models still have their say.
-        return f"| {entry.name} | | | | |", (f"{type(error).__name__}: {error}",)
+        return f"| {entry.name} | | | |", (f"{type(error).__name__}: {error}",)
     jax.clear_caches()
     return line, findings.failures
 
@@ -125,7 +118,7 @@ def main() -> int:
             print(f"[{done}/{len(names)}] {name}", file=sys.stderr, flush=True)
             if group != groups[-1]:
                 groups.append(group)
-                lines.append(f"| **{group}** | | | | |")
+                lines.append(f"| **{group}** | | | |")
             lines.append(line)
             print(line, flush=True)
             for failure in failures:
