@@ -75,6 +75,13 @@ def collectives(program):
     return sum(program.hlo.collectives.values())
 
 
+def traffic(program):
+    """Bytes over the links: XLA may trade a gather for a sum, which goes twice."""
+    sizes = program.hlo.collective_bytes
+    assert set(sizes) <= {"all-gather", "all-reduce"}
+    return sizes.get("all-gather", 0) + 2 * sizes.get("all-reduce", 0)
+
+
 @pytest.fixture(scope="module", autouse=True)
 def _compiler():
     if missing := missing_extra("tpu"):
@@ -136,8 +143,7 @@ def test_a_training_step_has_no_more(encoder):
     # Each kernel is gathered for use, each gradient is summed over the batch.
     assert collectives(conv) >= 2 * len(SPECS)
     assert collectives(conv) <= collectives(dense)
-    for kind, size in conv.hlo.collective_bytes.items():
-        assert size <= dense.hlo.collective_bytes[kind], kind
+    assert traffic(conv) <= traffic(dense)
 
 
 def test_a_layout_that_adds_collectives_shows():
