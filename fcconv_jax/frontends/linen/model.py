@@ -8,14 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
-import jax
 
 from ...matmuls.run import run_rewritten
 from ...params.leaves import flatten_with_path
 from ...params.moves import check_converted
 from ...params.trees import convert_params
 from ...plan import Plan
-from ...tracing import arguments
+from ..jitted import Jitted
 from .interception import interceptors
 
 
@@ -51,17 +50,17 @@ class ConvertedLinen:
         """Initialises variables from shapes, as ``model.lazy_init`` does."""
         return convert_params(self.model.lazy_init(rngs, *args, **kwargs), self.plan)
 
-    def apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
-        """Calls the model; ``variables`` hold its params in the plan's form.
+    @functools.cached_property
+    def apply(self) -> Jitted:
+        """Calls the model as its own ``apply`` does; variables in the plan's form.
+
+        Jitted, with ``lower``, ``trace`` and ``eval_shape`` as ``jax.jit`` has them.
 
         Raises:
           PlanError: planned params are missing, or still in the form that the plan
             comes from.
         """
-        arrays, static = arguments.split_hashable(
-            (args, kwargs), f"{type(self.model).__name__}.apply"
-        )
-        return self._jitted(static, interceptors(), variables, arrays)
+        return Jitted(self._apply, f"{type(self.model).__name__}.apply", interceptors)
 
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a bound module would run outside of the conversion."""
@@ -79,29 +78,21 @@ class ConvertedLinen:
             raise AttributeError(name)
         return getattr(self.model, name)
 
-    @functools.cached_property
-    def _jitted(self) -> Any:
-        def apply(
-            static: arguments.Static, key: Any, variables: Any, arrays: Any
-        ) -> Any:
-            del key  # the user's interceptors change the trace
-            args, kwargs = static.merge(arrays)
-            params = variables.get("params", {})
-            shapes = {
-                path: nn.meta.unbox(leaf).shape
-                for path, leaf in flatten_with_path(params)[0]
-            }
-            check_converted(shapes, self.plan)
-            state = {name: v for name, v in variables.items() if name != "params"}
-            out = run_rewritten(self._run, self.plan, (params, state, args, kwargs), {})
-            if kwargs.get("mutable", False) is False:
-                return out
-            y, updated = out
-            if "params" in updated:
-                updated = convert_params(updated, self.plan)
-            return y, updated
-
-        return jax.jit(apply, static_argnums=(0, 1))
+    def _apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+        params = variables.get("params", {})
+        shapes = {
+            path: nn.meta.unbox(leaf).shape
+            for path, leaf in flatten_with_path(params)[0]
+        }
+        check_converted(shapes, self.plan)
+        state = {name: v for name, v in variables.items() if name != "params"}
+        out = run_rewritten(self._run, self.plan, (params, state, args, kwargs), {})
+        if kwargs.get("mutable", False) is False:
+            return out
+        y, updated = out
+        if "params" in updated:
+            updated = convert_params(updated, self.plan)
+        return y, updated
 
     def _run(self, params: Any, state: Any, args: Any, kwargs: Any) -> Any:
         return self.model.apply({**state, "params": params}, *args, **kwargs)

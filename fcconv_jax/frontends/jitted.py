@@ -1,0 +1,191 @@
+"""A jitted call in which arrays are traced and everything else is static."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ..tracing import arguments
+
+
+class Jitted:
+    """Jits a function so that it is called as the function is.
+
+    Arrays are traced; flags, numbers and functions stay static, wherever they are in
+    the arguments, so that the function can branch on them. ``lower``, ``trace`` and
+    ``eval_shape`` are those of ``jax.jit``, and ``jax.export.export`` takes it.
+
+    A call costs what one of ``jax.jit`` does: what is static is decided once for each
+    combination of argument types. Only where static values lie inside of PyTrees is
+    every call taken apart.
+
+    Args:
+      function: what is traced.
+      name: of the function, for errors and for the trace.
+      context: gives what else a trace depends on.
+
+    Example:
+      >>> scaled = Jitted(lambda x, by: x * by if by > 1 else x, "scaled")
+      >>> x = jax.numpy.ones(2)
+      >>> scaled(x, 3), scaled.eval_shape(x, by=1)
+      (Array([3., 3.], dtype=float32), ShapeDtypeStruct(shape=(2,), dtype=float32))
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        name: str,
+        context: Callable[[], Hashable] = lambda: None,
+    ):
+        self.__wrapped__ = function
+        self.__name__ = name
+        self.__wrapped__ = function
+        self._context = context
+        self._by_types: dict[Hashable, Any] = {}
+        self._by_static: dict[Hashable, Any] = {}
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the function, compiled on the first call with new shapes."""
+        # As in _on, without the frames that it takes.
+        types = (
+            self._context(),
+            *map(type, args),
+            *kwargs,
+            *map(type, kwargs.values()),
+        )
+        jitted = self._by_types.get(types) or self._jit(types, args, kwargs)
+        try:
+            return jitted(*args, **kwargs)
+        except (_WeakTypeError, TypeError) as error:
+            return self._apart(types, args, kwargs, error)(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """Lowers the function for these arguments, which may be abstract."""
+        return self._on("lower", args, kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+        """Traces the function on these arguments, which may be abstract."""
+        return self._on("trace", args, kwargs)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The shapes and dtypes that a call returns; computes nothing."""
+        return self._on("eval_shape", args, kwargs)
+
+    def _on(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
+        types = (
+            self._context(),
+            *map(type, args),
+            *kwargs,
+            *map(type, kwargs.values()),
+        )
+        jitted = self._by_types.get(types) or self._jit(types, args, kwargs)
+        try:
+            return getattr(jitted, method)(*args, **kwargs)
+        except (_WeakTypeError, TypeError) as error:
+            jitted = self._apart(types, args, kwargs, error)
+            return getattr(jitted, method)(*args, **kwargs)
+
+    def _jit(
+        self, types: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]
+    ) -> Any:
+        """The jit for calls with arguments of these types."""
+        numbers = [i for i, value in enumerate(args) if _is_static(value)]
+        names = [name for name, value in kwargs.items() if _is_static(value)]
+        # 1, 1.0 and True are equal, but trace differently.
+        static = (
+            *((i, type(args[i])) for i in numbers),
+            *((name, type(kwargs[name])) for name in names),
+        )
+        others = [value for value in (*args, *kwargs.values()) if not _is_static(value)]
+        if not _all_arrays(others) or not _hashable(args, kwargs):
+            return self._by_types.setdefault(types, self._split())
+
+        def traced(*args: Any, **kwargs: Any) -> Any:
+            # A number inside of a PyTree would be traced: its type is a weak one.
+            if any(_is_weak(leaf) for leaf in jax.tree.leaves((args, kwargs))):
+                raise _WeakTypeError
+            return self.__wrapped__(*args, **kwargs)
+
+        traced.__name__ = self.__name__
+        key = (self._context(), static)
+        if key not in self._by_static:
+            self._by_static[key] = jax.jit(
+                traced, static_argnums=numbers, static_argnames=names
+            )
+        return self._by_types.setdefault(types, self._by_static[key])
+
+    def _apart(
+        self,
+        types: Hashable,
+        args: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        error: Exception,
+    ) -> Any:
+        """The jit for calls whose static values have to be taken out of PyTrees."""
+        others = [value for value in (*args, *kwargs.values()) if not _is_static(value)]
+        if isinstance(error, TypeError) and _all_arrays(others):
+            raise error
+        self._by_types[types] = self._split()
+        return self._by_types[types]
+
+    def _split(self) -> _Split:
+        key = (self._context(), _Split)
+        if key not in self._by_static:
+            self._by_static[key] = _Split(self.__wrapped__, self.__name__)
+        return self._by_static[key]
+
+
+class _Split:
+    """Jits a function of any PyTrees: their arrays are traced, the rest is static."""
+
+    def __init__(self, function: Callable[..., Any], name: str):
+        def traced(static: arguments.Static, arrays: Any) -> Any:
+            args, kwargs = static.merge(arrays)
+            return function(*args, **kwargs)
+
+        traced.__name__ = self._name = name
+        self._jitted = jax.jit(traced, static_argnums=0)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted(*self._taken_apart(args, kwargs))
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted.lower(*self._taken_apart(args, kwargs))
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted.trace(*self._taken_apart(args, kwargs))
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        return self._jitted.eval_shape(*self._taken_apart(args, kwargs))
+
+    def _taken_apart(self, args: Any, kwargs: Any) -> tuple[arguments.Static, Any]:
+        arrays, static = arguments.split_hashable((args, kwargs), self._name)
+        return static, arrays
+
+
+class _WeakTypeError(Exception):
+    """Some leaf may be a Python number, which a model may branch on."""
+
+
+def _is_static(value: Any) -> bool:
+    return jax.tree_util.all_leaves([value]) and not arguments.is_array(value)
+
+
+def _all_arrays(trees: Any) -> bool:
+    return all(map(arguments.is_array, jax.tree.leaves(trees)))
+
+
+def _hashable(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    try:
+        for value in (*args, *kwargs.values()):
+            if _is_static(value):
+                hash(value)
+    except TypeError:
+        return False
+    return True
+
+
+def _is_weak(leaf: Any) -> bool:
+    return bool(getattr(leaf, "weak_type", False))
