@@ -12,6 +12,7 @@ import jax
 # Part of the cache key of every jit that runs below: without it, a jit inside the
 # model (or one of the user's around it) would hand out a trace of the other form.
 _user_context = jax.make_user_context(default_value=None)
+_stack = getattr(nn.module, "_global_interceptor_stack", ())
 
 
 @contextlib.contextmanager
@@ -33,5 +34,4 @@ def interceptors() -> tuple[Any, ...]:
     converted model is called through. Flax has no public way to ask for them; where
     this one is gone, a context that is entered between two calls is not seen.
     """
-    stack = getattr(nn.module, "_global_interceptor_stack", None)
-    return tuple(stack) if stack is not None else ()
+    return tuple(_stack) if _stack else ()
