@@ -39,7 +39,8 @@ class LayerPlan:
         form flattens them, slowest first: ``"HWC"``, ``"CHW"``, ``"WC"``.
       leaves: for each parameter its name under the module path and how its entries
         move; the name is ``""`` where the plan's key is the leaf's own path.
-      input_shape: shape of the layer's input when the plan was made.
+      input_shape: shape of the layer's input when the plan was made; an example of
+        it where sizes were symbolic.
       strides: strides of the conv form.
       groups: feature groups of the conv form.
       stack_axes: axes that ``nn.scan`` and ``nn.vmap`` add to the stored parameters,

@@ -13,6 +13,7 @@ from .windows import (
     PaddingLike,
     PaddingMode,
     check_sizes,
+    is_symbolic,
     named_padding,
     padding_pairs,
     per_dimension,
@@ -148,7 +149,8 @@ class ConvGeometry:
                 f"padding: {self.padding_mode} cannot crop, got {self.padding}"
             )
         for i, d in enumerate(self.dimensions):
-            if d.padded < d.extent:
+            # A model that is traced with a symbolic size has a kernel that fits.
+            if not is_symbolic(d.padded) and d.padded < d.extent:
                 raise ValueError(
                     f"kernel_size: {d.kernel} taps"
                     + f" with kernel_dilation {d.spread}" * (d.spread > 1)

@@ -5,7 +5,9 @@ from __future__ import annotations
 import dataclasses
 import operator
 from collections.abc import Iterable, Sequence
-from typing import Literal
+from typing import Any, Literal
+
+from jax import export
 
 PaddingMode = Literal["zeros", "circular", "reflect"]
 PaddingLike = str | int | Sequence[int | Sequence[int]]
@@ -90,7 +92,9 @@ def per_dimension(
     given = 1 if value is None else value
     entries = given if isinstance(given, Sequence) else (given,) * (rank or 1)
     try:
-        numbers = tuple(map(operator.index, entries))
+        numbers = tuple(
+            entry if is_symbolic(entry) else operator.index(entry) for entry in entries
+        )
     except TypeError:
         raise ValueError(
             f"{name}: got {value!r}; give an int or a tuple of ints"
@@ -108,8 +112,13 @@ def check_sizes(name: str, numbers: tuple[int, ...], rank: int) -> None:
             f"{name}: {numbers} has {len(numbers)} entries, but input_shape has "
             f"{rank} dimensions; give {rank}, or one int for all"
         )
-    if min(numbers) < 1:
+    if any(not is_symbolic(number) and number < 1 for number in numbers):
         raise ValueError(f"{name}: every entry must be at least 1, got {numbers}")
+
+
+def is_symbolic(size: Any) -> bool:
+    """Whether a size is one of ``jax.export``'s symbols, or made of some."""
+    return not isinstance(size, int) and export.is_symbolic_dim(size)
 
 
 def times(sizes: Iterable[int]) -> str:

@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.errors import InconclusiveDimensionOperation
 
 from ..geometry.classify import classify
 from ..layer_forms import holds
@@ -93,7 +94,16 @@ def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool
             "with these arguments"
         )
     if form_of(matmul) == "conv" and not layer.stack_axes:
-        found = classify(**conv_arguments(matmul))
+        geometry = conv_arguments(matmul)
+        try:
+            found = classify(**geometry)
+        except InconclusiveDimensionOperation:
+            raise PlanError(
+                f"layer {path or '(root)'!r} was planned as {layer.case}. For the "
+                f"symbolic sizes {geometry['input_shape']} it cannot be said whether "
+                "it still is. Give multiples of the window, or leave the layer out "
+                "with a rule"
+            ) from None
         if not holds(layer, found):
             now = found.geometry.input_shape
             raise PlanError(

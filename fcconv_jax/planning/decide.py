@@ -7,7 +7,10 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..geometry.classify import classify
+from jax.errors import InconclusiveDimensionOperation
+
+from ..geometry.classify import Equivalence, classify
+from ..geometry.windows import is_symbolic
 from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..layer_forms import holds
 from ..plan import Form, LayerPlan, PlanError, is_order
@@ -15,6 +18,9 @@ from ..rules import Rule
 from ..tracing.flatten import Features, Flatten, find_flattens
 from ..tracing.marks import LayerInput
 from .layer_axes import DenseAxes
+
+# Stands for a symbolic size in the input_shape of a plan.
+_EXAMPLE = 8
 
 
 class LeftError(Exception):
@@ -126,7 +132,7 @@ def _plan_dense(
         window=flatten.window,
         order=flatten.order,
         leaves=tuple(leaves),
-        input_shape=call.shape,
+        input_shape=_example(call.shape),
         strides=(1,) * len(flatten.window),
         groups=groups,
         stack_axes=stack_axes,
@@ -139,7 +145,7 @@ def _plan_conv(
     """Plans a Conv that goes to dense."""
     call = calls[0]
     _check_calls(calls, rule)
-    found = [classify(**dict(each.geometry or {})) for each in calls]
+    found = [_classify(each) for each in calls]
     for each in found:
         if not each.same_parameters:
             raise LeftError(f"{each.reason} {each.fix}".strip())
@@ -169,7 +175,7 @@ def _plan_conv(
         window=window,
         order=order,
         leaves=tuple(leaves),
-        input_shape=call.shape,
+        input_shape=_example(call.shape, window),
         strides=found[0].geometry.strides,
         groups=groups,
         stack_axes=stack_axes,
@@ -179,6 +185,31 @@ def _plan_conv(
             f"it reads each input once only by its padding or dilation: {found[0]}"
         )
     return plan
+
+
+def _classify(call: Call) -> Equivalence:
+    """The equivalence of one call.
+
+    Raises:
+      LeftError: it depends on the value of a symbolic size.
+    """
+    geometry = dict(call.geometry or {})
+    try:
+        return classify(**geometry)
+    except InconclusiveDimensionOperation:
+        raise LeftError(
+            "whether it has a dense form cannot be said for the symbolic sizes of its "
+            f"input, {geometry['input_shape']}: make the plan with fixed ones"
+        ) from None
+
+
+def _example(shape: tuple[int, ...], window: tuple[int, ...] = ()) -> tuple[int, ...]:
+    """A shape with 8 (or room for 8 windows) for each symbolic size."""
+    per_axis = (1,) * (len(shape) - len(window) - 1) + (*window, 1)
+    return tuple(
+        _EXAMPLE * step if is_symbolic(size) else size
+        for size, step in zip(shape, per_axis)
+    )
 
 
 def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:

@@ -293,7 +293,8 @@ def _unflatten(
         outer = math.prod(after[:axis])
         size = after[axis]
         start = 0
-        while start < len(before) and math.prod(before[:start]) < outer:
+        # By equality, which symbolic sizes decide too.
+        while start < len(before) and math.prod(before[:start]) != outer:
             start += 1
         # A batch of one is a batch, not the first axis of the window.
         while start < min(axis, len(before)) and before[start] == 1:
@@ -301,11 +302,11 @@ def _unflatten(
         if math.prod(before[:start]) != outer:
             return None
         stop = start
-        while stop < len(before) and math.prod(before[start:stop]) < size:
+        while stop < len(before) and math.prod(before[start:stop]) != size:
             stop += 1
         if math.prod(before[start:stop]) != size:
             return None
-        if size > 1:
+        if size != 1:
             source += range(start, stop)
     return tuple(source) or None
 
