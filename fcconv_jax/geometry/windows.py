@@ -65,7 +65,7 @@ def padding_pairs(
     for entry in padding:
         pair = tuple(entry) if isinstance(entry, Sequence) else (entry, entry)
         try:
-            low, high = map(operator.index, pair)
+            low, high = map(_size, pair)
         except (TypeError, ValueError):
             raise ValueError(f"padding: got {padding!r}; {hint}") from None
         pairs.append((low, high))
@@ -92,9 +92,7 @@ def per_dimension(
     given = 1 if value is None else value
     entries = given if isinstance(given, Sequence) else (given,) * (rank or 1)
     try:
-        numbers = tuple(
-            entry if is_symbolic(entry) else operator.index(entry) for entry in entries
-        )
+        numbers = tuple(map(_size, entries))
     except TypeError:
         raise ValueError(
             f"{name}: got {value!r}; give an int or a tuple of ints"
@@ -119,6 +117,10 @@ def check_sizes(name: str, numbers: tuple[int, ...], rank: int) -> None:
 def is_symbolic(size: Any) -> bool:
     """Whether a size is one of ``jax.export``'s symbols, or made of some."""
     return not isinstance(size, int) and export.is_symbolic_dim(size)
+
+
+def _size(entry: Any) -> int:
+    return entry if is_symbolic(entry) else operator.index(entry)
 
 
 def times(sizes: Iterable[int]) -> str:

@@ -11,6 +11,7 @@ import numpy as np
 from flax.core import meta
 from jax.core import Tracer
 
+from ..default_settings import default_settings
 from .leaves import flatten_with_path
 
 # In float64 an update that takes entries one by one is the same to the bit, and one
@@ -42,7 +43,7 @@ def different_update(
     size = sum(8 * int(np.prod(np.shape(x))) for x in jax.tree.leaves(params))
     if not known and 6 * size > _LIMIT:
         return ""
-    with jax.ensure_compile_time_eval():
+    with jax.ensure_compile_time_eval(), default_settings():
         random = _random_like(params, 0)
         if not known:
             opt_state, params = tx.init(random), random

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..default_settings import default_settings
 from ..frontends.kinds import frontend_of, kind_of
 from ..progress import Progress, shown
 from ..tables import aligned
@@ -176,7 +177,7 @@ def compare(
     """
     second_args = f_args if g_args is None else g_args
     second_kwargs = f_kwargs if g_kwargs is None else g_kwargs
-    with shown(progress) as tell:
+    with default_settings(), shown(progress) as tell:
         first = _Program.of(f, f_args, f_kwargs or {})
         second = _Program.of(g, second_args, second_kwargs or {})
         return _compare(first, second, tell)

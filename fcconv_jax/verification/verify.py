@@ -14,6 +14,7 @@ from ..backends.name import Backend, BackendError
 from ..backends.report import BackendReport
 from ..backends.resolution import Resolution, resolve, resolve_default
 from ..backends.timing import milliseconds
+from ..default_settings import default_settings
 from ..frontends.convert_model import convert_model
 from ..frontends.kinds import frontend_of
 from ..frontends.make_plan import make_plan
@@ -118,7 +119,7 @@ def verify(
       PlanError: the params do not fit the plan.
     """
     chosen = _resolve_all(backends)
-    with shown(progress) as tell:
+    with default_settings(), shown(progress) as tell:
         if plan is None:
             tell("planning", 0, 1)
             plan = _plan(model, params, inputs, to, kwargs)

@@ -103,7 +103,8 @@ class OwnCalls:
             yield False
             return
         before = self._foreign
-        if self._root is None:
+        outermost = self._root is None
+        if outermost:
             self._root = scope.root
         # The roots that lifted transforms make tell so by their path.
         if scope.root is not self._root and not is_lifted(module):
@@ -112,6 +113,8 @@ class OwnCalls:
             yield not self._foreign
         finally:
             self._foreign = before
+            if outermost:  # its scopes hold tracers
+                self._root = None
 
 
 def dense_axes(module: Any, ndim: int) -> DenseAxes:
