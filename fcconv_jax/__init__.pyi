@@ -2,6 +2,8 @@ from .checkpoints import convert_checkpoint as convert_checkpoint
 from .checkpoints import restore_checkpoint as restore_checkpoint
 from .frontends.convert_model import convert_model as convert_model
 from .frontends.make_plan import make_plan as make_plan
+from .frontends.train_state import convert_train_state as convert_train_state
+from .frontends.train_state import restore_train_state as restore_train_state
 from .geometry.classify import Equivalence as Equivalence
 from .geometry.classify import classify as classify
 from .geometry.classify import explain as explain

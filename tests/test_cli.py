@@ -157,6 +157,14 @@ def run(command, status=0):
     return result
 
 
+BRANCHES = """import flax.linen as nn
+class Net(nn.Module):
+    def __call__(self, x):
+        if x.sum() > 0: return x
+        return -x
+"""
+
+
 def fails(command, message, status=1):
     """Runs a command that must fail with one line on stderr, and nothing else."""
     result = run(command, status)
@@ -331,6 +339,11 @@ class TestPlan:
         (folder / "broken.py").write_text("raise ValueError('mine')\n")
         fails("plan broken.py:Net", "broken.py:1: .* ValueError: mine")
         fails("plan model.py:Net --kwarg trian=true --input 1,8,8,1", "trian")
+        fails("plan model.py:Net", "Pass what it is called on: --input", status=2)
+        fails("plan model.py:Net --input 1,8,8", r"It was called on float32\[1, 8, 8\]")
+        (folder / "broken.py").write_text(BRANCHES)
+        fails("plan broken.py:Net --input 1,4", r"broken.py:4: if .*: .*jax.lax.cond")
+        (folder / "broken.py").write_text("raise ValueError('mine')\n")
         monkeypatch.setenv("FCCONV_TRACEBACK", "1")
         with pytest.raises(ValueError, match="mine"):
             run("plan broken.py:Net")
@@ -412,7 +425,7 @@ class TestConvert:
 
     def test_without_code(self, params):
         save("ckpt", params)
-        run("convert ckpt conv --rule fc1=4x4 --rule fc2=1x1")
+        run("convert ckpt conv --rule fc1=4x4:HWC --rule fc2=1x1")
         run("convert ckpt same --model model.py:Net --input 1,8,8,1")
         a, b = read_checkpoint("conv").tree, read_checkpoint("same").tree
         jax.tree.map(np.testing.assert_array_equal, a, b)
@@ -455,9 +468,9 @@ class TestConvert:
         run("convert ckpt conv --rule fc2=1 --format safetensors")
         assert read_checkpoint("conv").format == "safetensors"
         before = Path("conv").read_bytes()
-        fails("convert ckpt conv --rule fc1=4x4", "exists already.*--overwrite")
+        fails("convert ckpt conv --rule fc1=4x4:HWC", "exists already.*--overwrite")
         assert Path("conv").read_bytes() == before
-        run("convert ckpt conv --rule fc1=4x4 --overwrite")
+        run("convert ckpt conv --rule fc1=4x4:HWC --overwrite")
         assert Path("conv").read_bytes() != before
         save("back", params)
         fails("restore conv back", "exists already")
@@ -629,13 +642,26 @@ class TestInspect:
     def test_leaves_and_total(self, params):
         save("ckpt", params)
         out = run("inspect ckpt").stdout
-        assert "ckpt: msgpack, 6 leaves, 1196 bytes" in out
-        assert re.search(r"fc1/kernel\s+float32\s+\(48, 5\)\s+960", out)
+        assert "ckpt: msgpack, 6 leaves, 1.17 KiB: 299 float32" in out
+        assert re.search(r"fc1/\s+2 leaves\s+980 B", out)
+        assert re.search(r"fc1/kernel\s+float32\s+\(48, 5\)\s+960 B", out)
         assert "never converted" in out
+
+    def test_some_of_the_leaves(self, params):
+        save("ckpt", params)
+        out = run("inspect ckpt --match '*/bias'").stdout
+        assert "kernel" not in out
+        assert re.search(r"fc1/bias\s+float32\s+\(5,\)\s+20 B", out)
+        content = json.loads(run("inspect ckpt --match 'fc1/*' --json").stdout)
+        assert [leaf["path"] for leaf in content["leaves"]] == [
+            "fc1/bias",
+            "fc1/kernel",
+        ]
+        fails("inspect ckpt --match 'f2/*'", r"no leaf of ckpt.*conv/bias", status=2)
 
     def test_stored_plan(self, params):
         save("ckpt", params)
-        run("convert ckpt conv --rule fc1=4x4")
+        run("convert ckpt conv --rule fc1=4x4:HWC")
         assert "(48, 5) -> (4, 4, 3, 5)" in run("inspect conv").stdout
         content = json.loads(run("inspect conv --json").stdout)
         assert content["bytes"] == 1196

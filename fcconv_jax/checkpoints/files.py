@@ -90,7 +90,7 @@ def write_checkpoint(
     compared, and only then it is moved into place.
 
     Args:
-      path: file, or for Orbax directory, to write; its folder must exist.
+      path: file, or for Orbax directory, to write; its folder is made where missing.
       checkpoint: what to write, in its own format.
       overwrite: replace what is there; it stays if the writing fails.
 
@@ -102,17 +102,8 @@ def write_checkpoint(
         what was written does not read back.
     """
     path = Path(path).absolute()
-    if not path.parent.is_dir():
-        raise CheckpointError(f"{path.parent}: no such folder; make it first")
-    finals = [path]
-    if checkpoint.format == "msgpack":
-        finals.append(msgpack.plan_path(path))
-    for final in finals:
-        if final.exists() and not overwrite:
-            raise CheckpointError(
-                f"{final}: exists already; choose another name, or overwrite=True "
-                "(--overwrite) to replace it"
-            )
+    finals = _free(path, checkpoint.format, overwrite)
+    path.parent.mkdir(parents=True, exist_ok=True)
     with (
         _named(path),
         tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
@@ -129,6 +120,40 @@ def write_checkpoint(
         _sync(Path(folder))
         _install([Path(folder, final.name) for final in finals], finals)
     return dataclasses.replace(info, path=path)
+
+
+def check_target(src: PathLike, dst: PathLike, *, overwrite: bool = False) -> None:
+    """Finds out before long work whether a checkpoint is there to be converted.
+
+    Args:
+      src: the checkpoint.
+      dst: where it is to go.
+      overwrite: whether something may be there.
+
+    Raises:
+      CheckpointError: there is no ``src``, or ``dst`` is not free.
+    """
+    _, default = _detect(src)
+    _free(Path(dst).absolute(), format_for(dst, default), overwrite)
+
+
+def _free(path: Path, format: Format, overwrite: bool) -> list[Path]:
+    """The files or the directory that a checkpoint will be."""
+    finals = [path]
+    if format == "msgpack":
+        finals.append(msgpack.plan_path(path))
+    for final in finals:
+        if final.exists() and not overwrite:
+            raise CheckpointError(
+                f"{final}: exists already; choose another name, or overwrite=True "
+                "(--overwrite) to replace it"
+            )
+    for folder in path.parents:
+        if folder.exists():
+            if not folder.is_dir():
+                raise CheckpointError(f"{folder}: no folder; choose another place")
+            break
+    return finals
 
 
 def format_for(dst: PathLike, default: Format) -> Format:

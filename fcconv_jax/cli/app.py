@@ -8,7 +8,6 @@ is slow to import is imported by the command that needs it.
 from __future__ import annotations
 
 import os
-import sysconfig
 import traceback
 from pathlib import Path
 from typing import Annotated, Any
@@ -44,29 +43,28 @@ def _in_one_line(error: Exception) -> str | None:
     from ..backends.name import BackendError
     from ..checkpoints import CheckpointError
     from ..plan import PlanError
+    from ..tracing.user_code import users_line, way_out
 
     if isinstance(error, PlanError | CheckpointError | BackendError):
         return str(error).partition("\n--------------------\n")[0]
     said = str(error).strip().splitlines() or [""]
-    here = Path(__file__).parents[1]
-    installed = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
-    frames = traceback.extract_tb(error.__traceback__)
     whole = "(FCCONV_TRACEBACK=1 shows all of it)"
-    for frame in reversed(frames):
-        file = Path(frame.filename)
-        outside = not str(file).startswith(installed) and file.is_file()
-        if outside and here not in file.parents:
-            return (
-                f"{file.name}:{frame.lineno}: {frame.line}: {type(error).__name__}: "
-                f"{said[0]} {whole}"
-            )
+    help_ = way_out(error)
+    message = f"{type(error).__name__}: {said[0]}" if help_ is None else help_
+    called = [n for n in getattr(error, "__notes__", ()) if n.startswith("It was")]
+    message = ". ".join([message.rstrip("."), *called])
+    line = users_line(error)
+    if line is not None:
+        return f"{line.rstrip(':')}: {message} {whole}"
+    frames = traceback.extract_tb(error.__traceback__)
+    here = Path(__file__).parents[1]
     # What comes out of a trace has lost the frames of JAX and Flax that raised it.
     traced = "JAX has removed" in "".join(
         [str(error), *getattr(error, "__notes__", ())]
     )
     if frames and here in Path(frames[-1].filename).parents and not traced:
         return None
-    return f"{type(error).__name__}: {said[0]} {whole}"
+    return f"{message} {whole}"
 
 
 def examples(*commands: str) -> str:

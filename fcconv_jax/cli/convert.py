@@ -29,7 +29,7 @@ from .steps import ModelCall, Wishes, plan_checkpoint, read_plan, require_layers
     epilog=examples(
         "convert ckpt conv --model model.py:Net --input 1,8,8,1",
         "convert ckpt conv2 --plan plan.json",
-        "convert ckpt conv3 --rule 'fc1=4x4' --rule 'fc2=1x1'",
+        "convert ckpt conv3 --rule 'fc1=4x4:HWC' --rule 'fc2=1x1'",
     )
 )
 def convert(
@@ -60,10 +60,10 @@ def convert(
 
     The plan comes from a file (--plan), from the model's code (--model and
     --input), or, without code, from rules alone (--rule): these take each
-    window at your word, and refuse by name what may be no Dense layer. The
-    source is left as it is.
+    window and order at your word, and refuse by name what may be no Dense
+    layer. The source is left as it is.
     """
-    from ..checkpoints import convert_checkpoint
+    from ..checkpoints import check_target, convert_checkpoint
 
     wishes = Wishes(to, rules, backend_for)
     if (plan_file is None) == (model is None) and (plan_file or not rules):
@@ -76,8 +76,10 @@ def convert(
         )
     if model is None and (inputs or kwargs or method):
         raise ArgumentError("--input, --kwarg and --method need --model")
-    if plan_file is not None:
-        made = read_plan(plan_file)
+    given = None if plan_file is None else read_plan(plan_file)
+    check_target(src, dst, overwrite=overwrite)
+    if given is not None:
+        made = given
     elif model is not None:
         made = ModelCall.read(model, inputs, kwargs, method).plan(wishes)
     else:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import os
+import sys
+import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -24,33 +27,50 @@ def write_text(file: Path, text: str) -> None:
     typer.echo(f"wrote {file}", err=True)
 
 
-def print_plan(made: Plan) -> None:
-    """Prints what converts, and what is left alone and why."""
-    typer.echo(f"{len(made)} layer{'s' * (len(made) != 1)} to {made.to}")
+def print_plan(made: Plan, err: bool = False) -> None:
+    """Prints what converts, and what is left alone and why; ``err``: to stderr."""
+    typer.echo(f"{len(made)} layer{'s' * (len(made) != 1)} to {made.to}", err=err)
     headings, *rows = made.table()
-    print_table(headings, rows)
+    print_table(headings, rows, err)
     if made.skipped:
-        typer.echo(f"{len(made.skipped)} left alone")
-        print_table(("path", "reason"), list(made.skipped.items()))
+        typer.echo(f"{len(made.skipped)} left alone", err=err)
+        print_table(("path", "reason"), list(made.skipped.items()), err)
 
 
-def print_table(columns: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    """Prints a table to stdout, folded to a terminal's width and only to that."""
+def print_table(
+    columns: Sequence[str], rows: Sequence[Sequence[str]], err: bool = False
+) -> None:
+    """Prints a table, folded to a terminal's width and only to that."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
 
     if not rows:
         return
-    console = Console()
+    console = Console(stderr=err)
     if not console.is_terminal:
-        console = Console(width=1 << 16)
+        console = Console(stderr=err, width=1 << 16)
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
     for row in rows:
         table.add_row(*map(Text, row))
     console.print(table)
+
+
+def human(size: int) -> str:
+    """A number of bytes as people write it.
+
+    Example:
+      >>> human(40), human(20480), human(3 << 30)
+      ('40 B', '20 KiB', '3 GiB')
+    """
+    value, unit = float(size), "B"
+    for unit in ("B", "KiB", "MiB", "GiB", "TiB"):
+        if value < 1024 or unit == "TiB":
+            break
+        value /= 1024
+    return f"{value:.3g} {unit}"
 
 
 def print_columns(rows: Sequence[Sequence[str]]) -> None:
@@ -69,6 +89,31 @@ def print_columns(rows: Sequence[Sequence[str]]) -> None:
         console.print(table)
     for line in printed.get().splitlines():
         typer.echo(line.rstrip())
+
+
+def start_jax() -> None:
+    """Lets JAX look for its devices, and keeps to itself what its plugins print then.
+
+    An accelerator's plugin that finds no device prints a page about it, past Python.
+    It is shown where no backend starts, or with FCCONV_TRACEBACK=1.
+    """
+    sys.stderr.flush()
+    kept = os.dup(2)
+    with tempfile.TemporaryFile() as said:
+        os.dup2(said.fileno(), 2)
+        failed = True
+        try:
+            import jax
+
+            jax.devices()
+            failed = False
+        finally:
+            sys.stderr.flush()
+            os.dup2(kept, 2)
+            os.close(kept)
+            if failed or os.environ.get("FCCONV_TRACEBACK"):
+                said.seek(0)
+                os.write(2, said.read())
 
 
 @contextlib.contextmanager

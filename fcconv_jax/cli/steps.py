@@ -11,6 +11,7 @@ import typer
 
 from .inputs import ArgumentError, load_model, parse_input, parse_kwargs, random_inputs
 from .options import To
+from .output import print_plan, start_jax
 
 if TYPE_CHECKING:
     import jax
@@ -22,7 +23,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class Wishes:
-    """What the user says about the plan, where it is made here."""
+    """The options of a command about the plan, where it makes one."""
 
     to: To | None = None
     rules: Sequence[str] | None = None
@@ -30,7 +31,7 @@ class Wishes:
 
     @property
     def any(self) -> bool:
-        """Whether something is said."""
+        """Whether any was given."""
         return bool(self.to or self.rules or self.backend)
 
 
@@ -59,6 +60,7 @@ class ModelCall:
         method: str | None,
     ) -> ModelCall:
         """Reads MODULE:NAME and the options of a command line."""
+        start_jax()
         specs = tuple(parse_input(text) for text in inputs or ())
         options = parse_kwargs(kwargs or ())
         if method is not None:
@@ -69,21 +71,33 @@ class ModelCall:
     def plan(self, wishes: Wishes) -> Plan:
         """Plans it by tracing."""
         from ..frontends.make_plan import make_plan
+        from ..plan import PlanError
 
         first = () if self.params is None else (self.params,)
-        return make_plan(
-            self.model,
-            *first,
-            *self.specs,
-            to=(wishes.to or To.CONV).value,
-            rules=wishes.rules or (),
-            backend=wishes.backend,
-            **self.options,
-        )
+        try:
+            return make_plan(
+                self.model,
+                *first,
+                *self.specs,
+                to=(wishes.to or To.CONV).value,
+                rules=wishes.rules or (),
+                backend=wishes.backend,
+                **self.options,
+            )
+        except PlanError:
+            raise
+        except Exception as error:
+            if not self.specs:
+                raise ArgumentError(
+                    f"{error}. Pass what it is called on: --input 1,8,8,3"
+                ) from error
+            shapes = " ".join(f"{x.dtype}{list(x.shape)}" for x in self.specs)
+            error.add_note(f"It was called on {shapes}.")
+            raise
 
 
 def plan_checkpoint(src: Path, wishes: Wishes) -> Plan:
-    """Plans from the shapes in a checkpoint, without the model's code."""
+    """Plans from the shapes in a checkpoint, without the model's code; shows it."""
     from ..checkpoints import inspect_checkpoint
     from ..planning.from_shapes import plan_from_params
     from .variables import split_key
@@ -95,7 +109,10 @@ def plan_checkpoint(src: Path, wishes: Wishes) -> Plan:
     if info.format == "safetensors":
         shapes = {"/".join(split_key(key, shapes)): shapes[key] for key in shapes}
     to = (wishes.to or To.CONV).value
-    return plan_from_params(shapes, wishes.rules or (), to, wishes.backend)
+    made = plan_from_params(shapes, wishes.rules or (), to, wishes.backend)
+    if made:
+        print_plan(made, err=True)
+    return made
 
 
 def parse_backends(names: Sequence[str] | None) -> list[Backend] | None:

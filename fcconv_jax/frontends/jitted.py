@@ -8,6 +8,7 @@ from typing import Any
 import jax
 
 from ..tracing import arguments
+from ..tracing.user_code import explained
 
 
 class Jitted:
@@ -106,7 +107,8 @@ class Jitted:
             # A number inside of a PyTree would be traced: its type is a weak one.
             if any(_is_weak(leaf) for leaf in jax.tree.leaves((args, kwargs))):
                 raise _WeakTypeError
-            return self.__wrapped__(*args, **kwargs)
+            with explained():
+                return self.__wrapped__(*args, **kwargs)
 
         traced.__name__ = self.__name__
         key = (self._context(), static)
@@ -143,7 +145,8 @@ class _Split:
     def __init__(self, function: Callable[..., Any], name: str):
         def traced(static: arguments.Static, arrays: Any) -> Any:
             args, kwargs = static.merge(arrays)
-            return function(*args, **kwargs)
+            with explained():
+                return function(*args, **kwargs)
 
         traced.__name__ = self._name = name
         self._jitted = jax.jit(traced, static_argnums=0)

@@ -8,7 +8,7 @@ from typing import Any, Literal, Protocol
 
 import flax.linen as nn
 
-from ..params.variables import is_nnx_module
+from ..params.variables import is_nnx_class, is_nnx_module
 from ..plan import Form, Plan
 from ..rules import Rule
 from .linen.model import ConvertedLinen
@@ -100,6 +100,12 @@ def kind_of(model: Any, caller: str) -> Kind:
     if callable(model) and not isinstance(model, type) and not _holds_linen(model):
         return "function"
     name = type(model).__name__
+    is_class = isinstance(model, type)
+    if is_class and (issubclass(model, nn.Module) or is_nnx_class(model)):
+        raise TypeError(
+            f"{caller} expected a Module, got the class {model.__name__}. Pass an "
+            f"instance: {model.__name__}(...)"
+        )
     if _holds_linen(model):
         raise TypeError(
             f"{name} is no flax.linen Module, it holds one and its params: hand over "

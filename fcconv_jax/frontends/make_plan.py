@@ -9,6 +9,7 @@ from ..plan import Form, Plan, PlanError
 from ..planning.layouts import lay_out
 from ..planning.mesh_layouts import for_mesh
 from ..rules import Rule, as_rules
+from ..tracing.user_code import explained
 from .kinds import frontend_of
 
 
@@ -74,7 +75,8 @@ def make_plan(
         raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")
     chosen = as_rules(rules)
     room = frontend_of(model, "make_plan")
-    plan = room.make_plan(model, inputs, to, chosen, rngs, method, kwargs)
+    with explained():
+        plan = room.make_plan(model, inputs, to, chosen, rngs, method, kwargs)
     plan = lay_out(plan, chosen, backend)
     activations = room.activations(inputs)
     return for_mesh(plan, (room.state(model), inputs), activations, chosen)

@@ -35,10 +35,25 @@ class Move:
         try:
             return convert_leaf(self.rearrange, leaf, self.stack_axes)
         except ValueError as error:
-            ndim = len(self.rearrange.target) + len(self.stack_axes)
-            done = len(getattr(leaf, "shape", ())) == ndim
-            hint = "; it may be converted already" if done else ""
-            raise PlanError(f"leaf {self.path!r}: {error}{hint}") from None
+            raise PlanError(
+                f"leaf {self.path!r}: {error}. {self._hint(leaf)}"
+            ) from None
+
+    def _hint(self, leaf: Any) -> str:
+        """What a leaf of another shape probably is."""
+        shape = list(getattr(leaf, "shape", ()))
+        if len(shape) == len(self.rearrange.target) + len(self.stack_axes):
+            for axis in reversed(self.stack_axes):
+                del shape[axis]
+        if tuple(shape) == self.rearrange.target:
+            return (
+                "It has the shape that it would get: it is in this form already, "
+                "converted before or never. Pass the tree in the other form"
+            )
+        return (
+            "The plan is of another model, or of inputs of another size: make it with "
+            "the model and the inputs of these params"
+        )
 
 
 def find_moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, Move]:

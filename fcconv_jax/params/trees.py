@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 from typing import Any, TypeVar
+
+import flax.linen as nn
 
 from ..plan import Plan, PlanError
 from .moves import map_leaves
@@ -17,9 +20,10 @@ def convert_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
     Entries are moved, never changed: :func:`restore_params` gives back the same bits.
     Works on params with or without the outer ``"params"`` level, full variables,
     ``FrozenDict``, an ``nnx.State`` or a pure dict of it, a ``TrainState`` (its
-    optimizer state included), abstract trees of ``ShapeDtypeStruct``, trees of
-    ``PartitionSpec`` or ``NamedSharding``, and boxed leaves, whose axis
-    names move along. Everything else in the tree is passed through.
+    optimizer state included; :func:`convert_train_state` sets its ``apply_fn`` too),
+    abstract trees of ``ShapeDtypeStruct``, trees of ``PartitionSpec`` or
+    ``NamedSharding``, and boxed leaves, whose axis names move along. Everything else in
+    the tree is passed through.
 
     Args:
       params: the tree, in the form that the plan comes from.
@@ -66,9 +70,34 @@ def _is_train_state(tree: Any) -> bool:
 
 
 def _convert_train_state(state: Any, plan: Plan, strict: bool) -> Any:
+    known = {}
+    if hasattr(state, "apply_fn"):
+        known["apply_fn"] = _in_other_form(state.apply_fn)
     return state.replace(
         params=map_leaves(state.params, plan, strict),
         opt_state=convert_opt_state(
             state.opt_state, plan, tx=state.tx, params=state.params
         ),
+        **known,
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class _ApplyOfTheOtherForm:
+    """Stands for the ``apply_fn`` of a state whose params were converted."""
+
+    apply_fn: Any
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        raise PlanError(
+            "state.apply_fn is the model's own apply, and the state's params are in "
+            "the other form. Pass convert_train_state(state, plan, model) the original "
+            "state, or state.replace(apply_fn=convert_model(model, plan).apply)"
+        )
+
+
+def _in_other_form(apply_fn: Any) -> Any:
+    if isinstance(apply_fn, _ApplyOfTheOtherForm):
+        return apply_fn.apply_fn
+    of_a_module = isinstance(getattr(apply_fn, "__self__", None), nn.Module)
+    return _ApplyOfTheOtherForm(apply_fn) if of_a_module else apply_fn

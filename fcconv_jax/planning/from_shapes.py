@@ -55,12 +55,13 @@ def plan_from_params(
       other parameter of two or more axes, with the reason.
 
     Raises:
-      PlanError: a rule matches no layer or has no window, the window does not fit, the
-        bias does not, or the kernel may be something else (attention heads, a scanned
-        stack); the message names the leaf.
+      PlanError: a rule matches no layer, has no window, or leaves the order of a
+        flatten open; the window or the bias does not fit; or the kernel may be
+        something else (attention heads, a scanned stack). The message names the leaf.
 
     Example:
-      >>> plan = plan_from_params({"fc/kernel": (12, 5), "fc/bias": (5,)}, ["fc=2x2"])
+      >>> shapes = {"fc/kernel": (12, 5), "fc/bias": (5,)}
+      >>> plan = plan_from_params(shapes, ["fc=2x2:HWC"])
       >>> plan["fc"].kernel.target
       (2, 2, 3, 5)
       >>> plan_from_params({"attend": {"kernel": (8, 2, 4)}}, ["*=1"])
@@ -146,6 +147,15 @@ def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> Laye
                 f"beside it is of a layer with the bias {dense[-1:]}; {_way_out(path)}"
             )
         moves.append(("bias", bias_rearrangement(bias)))
+    if to == "conv" and rule.order is None and dense[0] > math.prod(window) > 1:
+        said = f"{rule.pattern}={'x'.join(map(str, window))}"
+        last = channel_last(rest)
+        raise PlanError(
+            f"rule {said!r} leaves open in which order {name!r} gets the window and "
+            f"its {dense[0] // math.prod(window)} channels; shapes cannot tell. Write "
+            f"'{said}:{last}' for channels last, as Flax's images are flattened, or "
+            f"'{said}:C{last[:-1]}' for channels first, as those of PyTorch are"
+        )
     if to == "dense":
         moves = [(leaf, move.inverse()) for leaf, move in moves]
     channels = forward.target[-2]

@@ -214,7 +214,7 @@ def test_refusals_name_the_leaf():
     with pytest.raises(fc.PlanError, match=r"leaf 'head/kernel'.*\(24, 5\).*\(25, 5\)"):
         fc.convert_params(params, PLAN)
     moved = fc.convert_params(numbered(), PLAN)
-    with pytest.raises(fc.PlanError, match=r"'params/head/kernel'.*converted already"):
+    with pytest.raises(fc.PlanError, match=r"'params/head/kernel'.*this form already"):
         fc.convert_params(moved, PLAN)
     with pytest.raises(fc.PlanError, match="'params/head/kernel'"):
         fc.restore_params(numbered(), PLAN)

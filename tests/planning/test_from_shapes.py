@@ -33,7 +33,9 @@ def test_same_kernels_as_the_plan_from_the_model(assert_close, chw):
     variables = model.init(KEY, x)
     traced = fc.make_plan(model, x)
     ones = "x".join(map(str, traced["fc2"].window))
-    plan = plan_from_params(variables, [f"fc1=3x2{':CHW' * chw}", f"fc2={ones}"])
+    plan = plan_from_params(
+        variables, [f"fc1=3x2{(':CHW' if chw else ':HWC')}", f"fc2={ones}"]
+    )
     assert list(plan) == list(traced) == ["fc1", "fc2"]
     for path in plan:
         assert plan[path].leaves == traced[path].leaves
@@ -70,14 +72,14 @@ def test_to_dense_undoes_to_conv():
 def test_only_the_outermost_params_count():
     x = sample()
     variables = Net().init(KEY, x)
-    bare = plan_from_params(variables["params"], ["fc1=3x2"])
+    bare = plan_from_params(variables["params"], ["fc1=3x2:HWC"])
     state = TrainState.create(
         apply_fn=Net().apply, params=variables, tx=optax.adam(1e-3)
     )
-    assert plan_from_params(variables, ["fc1=3x2"]) == bare
-    assert plan_from_params({"params": variables}, ["fc1=3x2"]) == bare
-    assert plan_from_params(state, ["fc1=3x2"]) == bare
-    assert plan_from_params({"model": variables, "step": 3}, ["fc1=3x2"]) == bare
+    assert plan_from_params(variables, ["fc1=3x2:HWC"]) == bare
+    assert plan_from_params({"params": variables}, ["fc1=3x2:HWC"]) == bare
+    assert plan_from_params(state, ["fc1=3x2:HWC"]) == bare
+    assert plan_from_params({"model": variables, "step": 3}, ["fc1=3x2:HWC"]) == bare
 
 
 def test_two_levels_of_params_are_refused():
@@ -87,7 +89,7 @@ def test_two_levels_of_params_are_refused():
 
 
 def test_reads_abstract_boxed_and_wrapped_leaves():
-    wanted = plan_from_params({"fc/kernel": (12, 5), "fc/bias": (5,)}, ["fc=2x2"])
+    wanted = plan_from_params({"fc/kernel": (12, 5), "fc/bias": (5,)}, ["fc=2x2:HWC"])
     abstract = jax.ShapeDtypeStruct((12, 5), jnp.bfloat16)
     bias = nn.Partitioned(jnp.zeros(5), names=("model",))
     for tree in (
@@ -95,11 +97,11 @@ def test_reads_abstract_boxed_and_wrapped_leaves():
         {"fc": {"kernel": {"value": abstract}, "bias": {"value": np.zeros(5)}}},
         {"fc/kernel": abstract, "fc/bias": (5,)},
     ):
-        assert plan_from_params(tree, ["fc=2x2"]) == wanted
+        assert plan_from_params(tree, ["fc=2x2:HWC"]) == wanted
 
 
 def test_a_layer_at_the_root():
-    plan = plan_from_params({"kernel": (6, 5), "bias": (5,)}, ["*=3"])
+    plan = plan_from_params({"kernel": (6, 5), "bias": (5,)}, ["*=3:WC"])
     assert plan[""].kernel.target == (3, 2, 5)
 
 
@@ -172,4 +174,12 @@ def test_refuses_a_normalised_layer():
     variables = Normed().init(KEY, jnp.ones((2, 6)))
     with pytest.raises(fc.PlanError, match=r"'a' has more than.*a/kernel/scale"):
         plan_from_params(variables, ["a=2"])
-    assert list(plan_from_params(variables, ["b=2"])) == ["b"]
+    assert list(plan_from_params(variables, ["b=2:WC"])) == ["b"]
+
+
+def test_a_rule_that_leaves_the_order_open_is_refused():
+    with pytest.raises(fc.PlanError, match=r"'fc=2x2:HWC' for .* or 'fc=2x2:CHW' for"):
+        plan_from_params({"fc/kernel": (12, 5)}, ["fc=2x2"])
+    # One channel, or one place: there is only one order.
+    assert plan_from_params({"fc/kernel": (4, 5)}, ["fc=2x2"])["fc"].window == (2, 2)
+    assert plan_from_params({"fc/kernel": (12, 5)}, ["fc=1x1"])["fc"].order == "HWC"

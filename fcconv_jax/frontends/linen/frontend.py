@@ -24,8 +24,25 @@ def make_plan(
     method: Any,
     kwargs: Mapping[str, Any],
 ) -> Plan:
-    """The plan of a linen Module."""
-    return plan_linen(model, inputs, to, rules, rngs, method, kwargs)
+    """The plan of a linen Module.
+
+    Raises:
+      TypeError: it is converted already.
+    """
+    if isinstance(model, ConvertedLinen):
+        raise TypeError(
+            f"make_plan expected a Module, got a {type(model.model).__name__} that is "
+            "converted already. Pass its .model; plan.inverse() leads back"
+        )
+    try:
+        return plan_linen(model, inputs, to, rules, rngs, method, kwargs)
+    except TypeError as error:
+        if inputs and isinstance(inputs[0], Mapping) and "params" in inputs[0]:
+            error.add_note(
+                "make_plan takes what the Module is called on, without its variables: "
+                "make_plan(model, *inputs)"
+            )
+        raise
 
 
 def convert_model(model: Any, plan: Plan, inplace: bool) -> ConvertedLinen:

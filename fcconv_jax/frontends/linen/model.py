@@ -8,12 +8,13 @@ from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
+from flax.errors import ScopeParamShapeError
 
 from ...matmuls.run import run_rewritten
 from ...params.leaves import flatten_with_path
 from ...params.moves import check_converted
 from ...params.trees import convert_params
-from ...plan import Plan
+from ...plan import Plan, PlanError
 from ..jitted import Jitted
 from .interception import interceptors
 
@@ -62,6 +63,13 @@ class ConvertedLinen:
         """
         return Jitted(self._apply, f"{type(self.model).__name__}.apply", interceptors)
 
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Refused: a linen Module is called with its variables."""
+        raise TypeError(
+            f"a converted {type(self.model).__name__} holds no variables: call "
+            "apply(variables, ...) with converted ones"
+        )
+
     def bind(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a bound module would run outside of the conversion."""
         raise TypeError(
@@ -86,7 +94,15 @@ class ConvertedLinen:
         }
         check_converted(shapes, self.plan)
         state = {name: v for name, v in variables.items() if name != "params"}
-        out = run_rewritten(self._run, self.plan, (params, state, args, kwargs), {})
+        try:
+            out = run_rewritten(self._run, self.plan, (params, state, args, kwargs), {})
+        except ScopeParamShapeError as error:
+            inputs = {path: layer.input_shape for path, layer in self.plan.items()}
+            raise PlanError(
+                f"{str(error).partition(' (https')[0]} The plan was made for other "
+                f"inputs, with these shapes at its layers: {inputs}. Call the model on "
+                "inputs of that size, or make the plan and the params for this one"
+            ) from error
         if kwargs.get("mutable", False) is False:
             return out
         y, updated = out

@@ -1,0 +1,52 @@
+"""A TrainState to the other form and back, with the function that it calls."""
+
+from __future__ import annotations
+
+from typing import TypeVar
+
+import flax.linen as nn
+from flax.training.train_state import TrainState
+
+from ..params.trees import convert_params, restore_params
+from ..plan import Plan
+from .convert_model import convert_model
+
+State = TypeVar("State", bound=TrainState)
+
+
+def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
+    """Moves a TrainState into the plan's form, so that training goes on.
+
+    Args:
+      state: with params (or variables) and optimizer state in the form that the plan
+        comes from.
+      plan: from :func:`fcconv_jax.make_plan`.
+      model: the linen Module that was planned.
+
+    Returns:
+      The state with its ``params`` and ``opt_state`` converted, as
+      :func:`convert_params` and :func:`convert_opt_state` do, and the ``apply`` of the
+      converted model as its ``apply_fn``.
+
+    Raises:
+      PlanError: as those two.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fcconv_jax as fc
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> state = TrainState.create(
+      ...     apply_fn=model.apply, params=params, tx=optax.adam(1e-3)
+      ... )
+      >>> conv = fc.convert_train_state(state, fc.make_plan(model, x), model)
+      >>> conv.apply_fn({"params": conv.params}, x).shape, conv.params["kernel"].shape
+      ((2, 3), (1, 4, 3))
+    """
+    moved = convert_params(state, plan)
+    return moved.replace(apply_fn=convert_model(model, plan).apply)
+
+
+def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
+    """Undoes :func:`convert_train_state`, to the bit; same arguments."""
+    return restore_params(state, plan).replace(apply_fn=model.apply)

@@ -1,0 +1,67 @@
+"""Errors that come out of a model's own code: where, and what helps."""
+
+from __future__ import annotations
+
+import contextlib
+import sysconfig
+import traceback
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+
+_NEEDS_A_VALUE = (
+    jax.errors.ConcretizationTypeError,
+    jax.errors.TracerArrayConversionError,
+    jax.errors.TracerIntegerConversionError,
+)
+
+
+def users_line(error: BaseException) -> str | None:
+    """Where an error left the code of neither this package nor an installed one.
+
+    Example:
+      >>> users_line(ValueError("raised nowhere")) is None
+      True
+    """
+    here = Path(__file__).parents[1]
+    installed = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
+    for frame in reversed(traceback.extract_tb(error.__traceback__)):
+        file = Path(frame.filename)
+        if str(file).startswith(installed) or here in file.parents:
+            continue
+        if file.is_file():
+            return f"{file.name}:{frame.lineno}: {frame.line}"
+    return None
+
+
+def way_out(error: BaseException) -> str | None:
+    """What helps against an error of a model that is traced, if that is known."""
+    if isinstance(error, _NEEDS_A_VALUE):
+        return (
+            "the model is traced here, and this needs the value of an array. Pass what "
+            "decides as a static value (a flag, a number or a string in the call), or "
+            "choose with jax.lax.cond or jnp.where"
+        )
+    return None
+
+
+@contextlib.contextmanager
+def explained() -> Iterator[None]:
+    """Adds the model's own line and a way out to an error, where one is known.
+
+    Example:
+      >>> with explained():
+      ...     jax.jit(lambda x: 1 if x > 0 else 0)(1.0)
+      Traceback (most recent call last):
+        ...
+      jax.errors.TracerBoolConversionError: ...
+    """
+    try:
+        yield
+    except Exception as error:
+        help_ = way_out(error)
+        if help_ is not None and help_ not in "".join(getattr(error, "__notes__", ())):
+            line = users_line(error)
+            error.add_note(f"{line.rstrip(':')}: {help_}." if line else f"{help_}.")
+        raise

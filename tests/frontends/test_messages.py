@@ -1,0 +1,120 @@
+"""What a user is told who calls with something else than is expected."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+from flax import nnx
+
+import fcconv_jax as fc
+
+
+class Net(nn.Module):
+    """A head behind a flatten."""
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(5, name="head")(x.reshape(x.shape[0], -1))
+
+
+class Branches(nn.Module):
+    """Decides by a value."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Dense(4)(x)
+        if x.sum() > 0:
+            return x
+        return -x
+
+
+class NnxBranches(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self):
+        self.dense = nnx.Linear(4, 4, rngs=nnx.Rngs(0))
+
+    def __call__(self, x):
+        x = self.dense(x)
+        return float(x.sum()) * x
+
+
+def branches(params, x):
+    return [x, x @ params][int((x @ params).sum() > 0)]
+
+
+MODEL, X = Net(), jnp.ones((2, 4, 3, 2))
+VARIABLES = MODEL.init(jax.random.key(0), X)
+PLAN = fc.make_plan(MODEL, X)
+CONVERTED = fc.convert_model(MODEL, PLAN)
+MOVED = fc.convert_params(VARIABLES, PLAN)
+
+
+def test_inputs_of_another_size():
+    other = jnp.ones((2, 5, 3, 2))
+    with pytest.raises(fc.PlanError, match=r"\(30, 5\).*\(24, 5\).*'head': \(2, 24\)"):
+        CONVERTED.apply(MOVED, other)
+    with pytest.raises(
+        fc.PlanError, match=r"expected shape \(30, 5\), got \(24, 5\)\. .*another size"
+    ):
+        fc.convert_params(VARIABLES, fc.make_plan(MODEL, other))
+
+
+def test_what_was_never_converted_and_what_is_already():
+    never = r"in this form already, converted before or never"
+    with pytest.raises(fc.PlanError, match=never):
+        fc.restore_params(VARIABLES, PLAN)
+    with pytest.raises(fc.PlanError, match=never):
+        fc.convert_params(MOVED, PLAN)
+    with pytest.raises(fc.PlanError, match=r"not converted yet; pass convert_params"):
+        CONVERTED.apply(VARIABLES, X)
+
+
+@pytest.mark.parametrize("cls", [Net, nnx.Linear])
+def test_a_class_in_the_place_of_a_model(cls):
+    with pytest.raises(TypeError, match=rf"got the class {cls.__name__}\. Pass an"):
+        fc.make_plan(cls, X)
+
+
+def test_a_converted_model():
+    with pytest.raises(TypeError, match=r"Net that is converted already\. Pass its"):
+        fc.make_plan(CONVERTED, X)
+    with pytest.raises(TypeError, match=r"call apply\(variables, \.\.\.\)"):
+        CONVERTED(X)
+
+
+def test_variables_among_the_inputs():
+    with pytest.raises(TypeError) as caught:
+        fc.make_plan(MODEL, VARIABLES, X)
+    assert "without its variables" in "".join(caught.value.__notes__)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs", "line"),
+    [
+        (Branches(), (jnp.ones((2, 4)),), "if x.sum() > 0"),
+        (NnxBranches(), (jnp.ones((2, 4)),), "return float(x.sum()) * x"),
+        (branches, (jnp.ones((4, 4)), jnp.ones((2, 4))), "return [x, x @ params]"),
+    ],
+    ids=["linen", "nnx", "function"],
+)
+def test_a_model_that_branches_on_values(model, inputs, line):
+    with pytest.raises(jax.errors.JAXTypeError) as caught:
+        fc.make_plan(model, *inputs)
+    (note,) = [n for n in caught.value.__notes__ if "jax.lax.cond" in n]
+    assert note.startswith(f"test_messages.py:{note.split(':')[1]}: {line}")
+
+
+def test_a_branch_that_only_the_converted_call_takes():
+    def switched(params, x, flag):
+        y = x @ params
+        return y if flag else -y
+
+    params, x = jnp.ones((4, 3)), jnp.ones((2, 4))
+    plan = fc.make_plan(switched, params, x, True)
+    converted = fc.convert_model(switched, plan)
+    moved = fc.convert_params(params, plan)
+    assert converted(moved, x, False).shape == (2, 3)
+    with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
+        converted(moved, x, jnp.asarray(True))
+    assert "return y if flag else -y" in "".join(caught.value.__notes__)
