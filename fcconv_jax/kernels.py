@@ -112,9 +112,10 @@ def kernel_rearrangement(
 
     Args:
       dense_shape: ``(F, O)``, or ``(G, F, O/G)`` for ``groups > 1``.
-      kernel_size: as in :func:`dense_kernel_to_conv`.
-      order: as there.
-      groups: as there.
+      kernel_size: of the convolution; an int is one dimension.
+      order: axes in the order in which they were flattened into ``F``, slowest first;
+        channel last by default.
+      groups: ``feature_group_count`` of the convolution.
 
     Raises:
       ValueError: the shape does not fit the window, the order or the groups.

@@ -108,9 +108,9 @@ def restore_checkpoint(
 ) -> CheckpointReport:
     """Undoes :func:`convert_checkpoint` to the bit, with the plan stored in ``src``.
 
-    Arguments, result and errors as there. A checkpoint that holds no plan is refused,
-    and so is one whose leaves are no longer those that the conversion wrote: a leaf
-    missing, added, or of another shape.
+    Arguments, result and errors are those of :func:`convert_checkpoint`. A checkpoint
+    that holds no plan is refused, and so is one whose leaves are no longer those that
+    the conversion wrote: a leaf missing, added, or of another shape.
     """
     info = _opened(src, dst)
     if info.record is None:

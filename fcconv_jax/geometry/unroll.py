@@ -42,11 +42,11 @@ def unroll_conv(
       kernel: ``(*k, C/G, O)``, of any dtype; a NumPy array gives a NumPy array,
         anything else goes through ``jax.numpy`` and may be traced.
       input_shape: spatial sizes of the input.
-      strides: as in :func:`fcconv_jax.geometry.convolution.classify`, as are the rest.
-      padding: as there.
-      input_dilation: as there.
-      kernel_dilation: as there.
-      groups: as there.
+      strides: step between output positions, per dimension or one int.
+      padding: a name, an int, ints or ``(low, high)`` pairs, as ``nn.Conv`` takes it.
+      input_dilation: spacing of the inputs (``lhs_dilation``).
+      kernel_dilation: spacing of the taps (``rhs_dilation``).
+      groups: ``feature_group_count``.
       max_bytes: refuse to build a larger matrix; building it may take twice this.
 
     Returns:

@@ -107,9 +107,9 @@ def leaf_rearrangement(
 
     Args:
       matmul: where the parameter is multiplied.
-      window: as in :class:`fcconv_jax.LayerPlan`.
-      order: as there.
-      groups: as there.
+      window: kernel size of the conv form.
+      order: the axes of the window and the channels as the dense form flattens them.
+      groups: feature groups of the conv form.
 
     Returns:
       The rearrangement of the parameter without its stack axes, whatever transposes

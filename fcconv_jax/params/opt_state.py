@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..default_settings import default_settings
 from ..plan import Plan, PlanError
 from .leaves import flatten_with_path, is_leaf_node
 from .moves import find_moves, map_leaves
@@ -63,7 +64,8 @@ def convert_opt_state(
         return isinstance(node, optax.MaskedNode) or is_leaf_node(node)
 
     def move_state(state: Any) -> Any:
-        return optax.tree_map_params(tx, move, state, tree, is_leaf=is_leaf)
+        with default_settings():  # it calls tx.init, which makes arrays
+            return optax.tree_map_params(tx, move, state, tree, is_leaf=is_leaf)
 
     try:
         moved = move_state(opt_state)

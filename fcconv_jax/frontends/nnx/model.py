@@ -108,7 +108,12 @@ class Linear(nnx.Linear):
     _origin: Origin
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Applies the layer to the convolution's input; arguments as there."""
+        """Applies the layer to the convolution's input.
+
+        Args:
+          inputs: as the convolution takes them.
+          out_sharding: of the output, as the convolution takes it.
+        """
         return _call_other_form(self, "dense", inputs, out_sharding)
 
 
@@ -119,7 +124,12 @@ class LinearGeneral(nnx.LinearGeneral):
     _origin: Origin
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Applies the layer to the convolution's input; arguments as there."""
+        """Applies the layer to the convolution's input.
+
+        Args:
+          inputs: as the convolution takes them.
+          out_sharding: of the output, as the convolution takes it.
+        """
         return _call_other_form(self, "dense", inputs, out_sharding)
 
 
