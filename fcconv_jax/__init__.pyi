@@ -1,5 +1,8 @@
 from .checkpoints import convert_checkpoint as convert_checkpoint
 from .checkpoints import restore_checkpoint as restore_checkpoint
+from .dense_prediction.report import SlideReport as SlideReport
+from .dense_prediction.slide import Slide as Slide
+from .dense_prediction.slide import slide as slide
 from .frontends.convert_model import convert_model as convert_model
 from .frontends.make_plan import make_plan as make_plan
 from .frontends.train_state import convert_train_state as convert_train_state

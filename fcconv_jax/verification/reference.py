@@ -12,7 +12,7 @@ from typing import Any
 import jax
 
 from ..progress import Progress
-from ..tracing.jaxprs import opened, subjaxprs
+from ..tracing.cost import flops
 from .reading import Named, Reading, obstacles
 
 # Floating point operations that a core does in a second, in float64: a low guess.
@@ -93,31 +93,6 @@ class Reference:
             found.append(Read(jax.tree.unflatten(trace.treedef, outputs), named))
         tell(row, len(found), len(found))
         return found[0], found[1]
-
-
-def flops(jaxpr: Any) -> float:
-    """Floating point operations of the matmuls and convolutions of a trace.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> flops(jax.make_jaxpr(lambda x, w: x @ w)(jnp.ones((2, 3)), jnp.ones((3, 4))))
-      48.0
-    """
-    total = 0.0
-    for eqn in opened(jaxpr)[0].eqns:
-        name, p = eqn.primitive.name, eqn.params
-        if name == "dot_general":
-            (contracted, _), _ = p["dimension_numbers"]
-            shape = eqn.invars[0].aval.shape
-            terms = math.prod(shape[axis] for axis in contracted)
-            total += 2.0 * eqn.outvars[0].aval.size * terms
-        elif name == "conv_general_dilated":
-            kernel = eqn.invars[1].aval
-            features = kernel.shape[p["dimension_numbers"].rhs_spec[0]]
-            total += 2.0 * eqn.outvars[0].aval.size * kernel.size / max(features, 1)
-        times = p.get("length", 1) if name == "scan" else 1
-        total += times * sum(flops(body) for _, body in subjaxprs(eqn))
-    return total
 
 
 def free_memory() -> int:

@@ -164,7 +164,7 @@ def test_unconverted_params_are_refused_by_name():
     missing = {"params": {k: v for k, v in MOVED["params"].items() if k != "fc6"}}
     with pytest.raises(Exception, match="fc6"):
         CONV.apply({**MOVED, **missing}, X)
-    with pytest.raises(TypeError, match="params and inputs, got type"):
+    with pytest.raises(TypeError, match=r"got the class Dense\. Pass an instance"):
         fc.convert_model(nn.Dense, PLAN)
     with pytest.raises(TypeError, match="cannot be bound"):
         CONV.bind(MOVED)

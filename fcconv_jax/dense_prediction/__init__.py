@@ -1,0 +1,1 @@
+"""Dense prediction: a function of one crop, run over whole images."""

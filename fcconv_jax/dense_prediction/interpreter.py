@@ -1,0 +1,290 @@
+"""Runs a jaxpr on values that crops share."""
+
+from __future__ import annotations
+
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.core import Tracer
+
+from ..tracing.jaxprs import (
+    bind,
+    bodies,
+    call_body,
+    evaluate,
+    opened,
+    scan_parts,
+)
+from .maps import Map
+from .rules import ELEMENTWISE, RULES, aligned, broadcast_data
+from .values import NotSharedError, Value, all_own, array_of
+
+# A scan of more steps is not written out: it runs on each crop's own arrays.
+UNROLL = 64
+
+
+class Interpreter:
+    """Runs equations for all crops.
+
+    Args:
+      left: is told why crops stopped sharing, a reason at a time.
+    """
+
+    def __init__(self, left: Counter[str]):
+        self.left = left
+        self.maps: dict[int, Map] = {}  # the last one made, along each image axis
+
+    def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Value]:
+        """The outputs of a jaxpr."""
+        return list(map(_value, evaluate(jaxpr, operands, self._visit)))
+
+    def _visit(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+        values = list(map(_value, operands))
+        name = eqn.primitive.name
+        if not any(value.differs for value in values):
+            return self._plain(eqn, values)
+        try:
+            if bodies(eqn) and name != "custom_vjp_call":
+                return self._body(eqn, values)
+            if name in RULES:
+                outs = RULES[name](eqn, values)
+                for part in (part for out in outs for part in out.parts):
+                    if part.grid is not None and part.map is not None:
+                        self.maps[part.grid] = part.map
+                return outs
+            raise NotSharedError(f"{name}, which is not known to share")
+        except NotSharedError as reason:
+            if any(value.shared for value in values):
+                self.left[f"{name}: {reason}"] += 1
+        return self._own(eqn, values)
+
+    def _plain(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+        """An equation that no crop changes; known numbers stay known."""
+        if eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze"):
+            try:
+                return RULES[eqn.primitive.name](eqn, values)
+            except NotSharedError:
+                pass
+        if eqn.primitive.name in ELEMENTWISE and any(v.parts for v in values):
+            try:
+                return self._known(
+                    lambda: RULES[eqn.primitive.name](eqn, values), values
+                )
+            except NotSharedError:
+                pass
+        outs = self._known(lambda: bind(eqn, list(map(array_of, values))), values)
+        return list(map(Value.plain, outs))
+
+    def _known(self, run: Callable[[], Any], values: Sequence[Value]) -> Any:
+        if any(isinstance(value.data, Tracer) for value in values):
+            return run()
+        with jax.ensure_compile_time_eval():
+            return run()
+
+    def _own(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+        """The equation as it is, on each crop's own arrays."""
+        fronts = sorted({g for v in values for g in (*v.fronts, *v.shared)})
+        values = [all_own(value) for value in values]
+        run: Callable[..., Any] = functools.partial(_bind, eqn)
+        for grid in reversed(fronts):
+            axes = [0 if grid in value.fronts else None for value in values]
+            run = jax.vmap(run, in_axes=axes)
+        outs = run(*map(array_of, values))
+        return [_with_fronts(out, tuple(fronts)) for out in outs]
+
+    def _body(self, eqn: Any, values: Sequence[Value]) -> list[Any]:
+        """A call or control flow, by running its bodies."""
+        name = eqn.primitive.name
+        if name == "scan":
+            return self._scan(eqn, values)
+        if name == "cond":
+            return self._cond(eqn, values)
+        if name == "while":
+            raise NotSharedError("a while loop over values computed from the image")
+        body = call_body(eqn)
+        if name == "custom_jvp_call" and _is_elementwise(body):
+            return self._with_rule(eqn, body, values)
+        if name in ("checkpoint", "remat", "remat2"):
+            p = eqn.params
+            return _through(
+                lambda f: jax.checkpoint(
+                    f, prevent_cse=p["prevent_cse"], policy=p["policy"]
+                ),
+                values,
+                lambda inner: self.run(body, inner),
+            )
+        return self.run(body, values)
+
+    def _scan(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+        p = eqn.params
+        first, carried = scan_parts(eqn)
+        consts, carry = values[:first], list(values[first : first + carried])
+        stacks = values[first + carried :]
+        if any(stack.differs for stack in stacks):
+            raise NotSharedError("a scan over values computed from the image")
+        if p["length"] > UNROLL:
+            raise NotSharedError(f"a scan of {p['length']} steps")
+        steps = range(p["length"])
+        stacked: list[list[Value]] = []
+        arrays = list(map(array_of, stacks))
+        for step in reversed(steps) if p["reverse"] else steps:
+            xs = [
+                Value.plain(lax.index_in_dim(x, step, keepdims=False)) for x in arrays
+            ]
+            outs = self.run(p["jaxpr"], [*consts, *carry, *xs])
+            carry = outs[:carried]
+            stacked.append(outs[carried:])
+        if p["reverse"]:
+            stacked.reverse()
+        ys = [_stack(list(column)) for column in zip(*stacked)]
+        return [*carry, *ys]
+
+    def _cond(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+        which, *rest = values
+        if which.differs:
+            raise NotSharedError("a branch that depends on the image")
+        branches = eqn.params["branches"]
+
+        def run(branch: Any, own: bool, datas: Sequence[Any]) -> list[Value]:
+            inner = [v.replace(data=data) for v, data in zip(rest, datas)]
+            outs = self.run(branch, inner)
+            fronts = {g for v in rest for g in (*v.fronts, *v.shared)}
+            return [_everywhere(all_own(v), fronts) for v in outs] if own else outs
+
+        def data(branch: Any) -> Callable[..., list[Any]]:
+            return lambda *datas: [v.data for v in run(branch, True, datas)]
+
+        found: list[list[Value]] = []
+
+        def look(*datas: Any) -> list[Any]:
+            found.append(run(branches[0], True, datas))
+            return [v.data for v in found[-1]]
+
+        datas = [value.data for value in rest]
+        jax.eval_shape(look, *datas)
+        outs = lax.switch(array_of(which), [data(b) for b in branches], *datas)
+        return [v.replace(data=out) for v, out in zip(found[-1], outs)]
+
+    def _with_rule(self, eqn: Any, body: Any, values: Sequence[Value]) -> list[Value]:
+        """An elementwise function with a derivative rule of its own, which is kept."""
+        together, parts, ranks = aligned(values)
+        datas = broadcast_data(together)
+        like = Value(datas[0], together[0].fronts, parts, ranks)
+        shape = next(
+            (v.aval.shape for v in eqn.invars if getattr(v.aval, "shape", ())), ()
+        )
+
+        @jax.custom_jvp
+        def call(*datas: Any) -> list[Any]:
+            outs = self.run(body, [like.replace(data=data) for data in datas])
+            (outs, *_) = aligned([*outs, like])
+            return broadcast_data(outs)[:-1]
+
+        @call.defjvp
+        def _(primals: Any, tangents: Any) -> Any:
+            return jax.jvp(lambda *x: _in_blocks(eqn, shape, x), primals, tangents)
+
+        return [like.replace(data=out) for out in call(*datas)]
+
+
+def _in_blocks(eqn: Any, shape: Sequence[int], operands: Sequence[Any]) -> list[Any]:
+    """Runs an elementwise equation on arrays of any shape, a block at a time."""
+    whole, block = operands[0].shape, max(math.prod(shape), 1)
+    size = math.prod(whole)
+    count = -(-size // block)
+
+    def blocks(x: Any) -> Any:
+        flat = jnp.pad(x.reshape(-1), (0, count * block - size))
+        return flat.reshape(count, *shape)
+
+    axes = [0] * len(operands)
+    scalars = [not getattr(v.aval, "shape", ()) and bool(shape) for v in eqn.invars]
+    ins = [blocks(x) for x in operands]
+    if any(scalars):
+        raise NotSharedError("a derivative rule that takes single numbers")
+    outs = jax.vmap(functools.partial(_bind, eqn), in_axes=axes)(*ins)
+    return [out.reshape(-1)[:size].reshape(whole) for out in outs]
+
+
+def _is_elementwise(jaxpr: Any) -> bool:
+    """Whether each entry of the outputs comes from the same entry of the inputs."""
+    body, _ = opened(jaxpr)
+    shapes = {v.aval.shape for v in body.invars}
+    if len(shapes) != 1:
+        return False
+    for eqn in body.eqns:
+        inner = call_body(eqn)
+        if inner is not None:
+            if not _is_elementwise_within(inner):
+                return False
+        elif not _entry_by_entry(eqn):
+            return False
+    return all(v.aval.shape in shapes for v in body.outvars)
+
+
+def _is_elementwise_within(jaxpr: Any) -> bool:
+    body, _ = opened(jaxpr)
+    return all(
+        _is_elementwise_within(call_body(eqn))
+        if call_body(eqn) is not None
+        else _entry_by_entry(eqn)
+        for eqn in body.eqns
+    )
+
+
+def _entry_by_entry(eqn: Any) -> bool:
+    if eqn.primitive.name == "broadcast_in_dim":
+        return eqn.invars[0].aval.shape == ()
+    return eqn.primitive.name in ELEMENTWISE
+
+
+def _through(
+    transform: Callable[[Any], Any],
+    values: Sequence[Value],
+    run: Callable[[Sequence[Value]], list[Value]],
+) -> list[Value]:
+    """Runs a transformed function of the data of values."""
+    found: list[Value] = []
+
+    def inner(*datas: Any) -> list[Any]:
+        outs = run([v.replace(data=data) for v, data in zip(values, datas)])
+        found[:] = outs
+        return [v.data for v in outs]
+
+    outs = transform(inner)(*(value.data for value in values))
+    return [v.replace(data=out) for v, out in zip(found, outs)]
+
+
+def _bind(eqn: Any, *operands: Any) -> list[Any]:
+    return bind(eqn, operands)
+
+
+def _value(value: Any) -> Value:
+    return value if isinstance(value, Value) else Value.plain(value)
+
+
+def _with_fronts(data: Any, fronts: tuple[int, ...]) -> Value:
+    inner = Value.plain(jax.ShapeDtypeStruct(data.shape[len(fronts) :], data.dtype))
+    return inner.replace(data=data, fronts=fronts)
+
+
+def _everywhere(value: Value, grids: set[int]) -> Value:
+    """An array for each crop along all of these axes, also where they are the same."""
+    raise_ = sorted(grids - set(value.fronts))
+    if raise_:
+        raise NotSharedError("branches whose results depend on the image or do not")
+    return _with_fronts(array_of(value), value.fronts)
+
+
+def _stack(values: list[Value]) -> Value:
+    together, parts, ranks = aligned(values)
+    datas = broadcast_data(together)
+    at = len(together[0].fronts)
+    first = Value.plain(jax.ShapeDtypeStruct((len(datas),), datas[0].dtype)).parts[0]
+    return Value(jnp.stack(datas, at), together[0].fronts, (first, *parts), (1, *ranks))

@@ -1,0 +1,237 @@
+"""Index maps: which entry of a shared axis each crop sees, and how windows share.
+
+A map is an integer array ``(P, n)``: entry ``[p, i]`` is the place, in an axis that
+all crops share, of what crop ``p`` has at its own coordinate ``i``. Everything here is
+NumPy on small arrays, done once while a program is traced.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import numpy as np
+
+Map = np.ndarray[Any, np.dtype[np.int64]]
+PADDING = -1
+
+
+def crops(size: int, window: int, stride: int) -> Map:
+    """The map of an image's axis: every crop sees a stretch of it.
+
+    Example:
+      >>> crops(6, 4, 2)
+      array([[0, 1, 2, 3],
+             [2, 3, 4, 5]])
+    """
+    starts = np.arange(0, size - window + 1, stride)
+    return starts[:, None] + np.arange(window)
+
+
+def distinct(rows: Map) -> tuple[Map, Map]:
+    """The different rows of a matrix, and for each row which of them it is.
+
+    Example:
+      >>> distinct(np.array([[3, 4], [1, 2], [3, 4]]))
+      (array([[1, 2],
+             [3, 4]]), array([1, 0, 1]))
+    """
+    if rows.shape[1] == 0:
+        return rows[:1], np.zeros(len(rows), np.int64)
+    ids = np.unique(rows[:, 0], return_inverse=True)[1].reshape(-1)
+    for column in rows.T[1:]:
+        codes = np.unique(column, return_inverse=True)[1].reshape(-1)
+        ids = ids * (int(codes.max()) + 1) + codes
+        ids = np.unique(ids, return_inverse=True)[1].reshape(-1)
+    _, first = np.unique(ids, return_index=True)
+    return rows[first], ids
+
+
+@dataclasses.dataclass(frozen=True)
+class Layout:
+    """An axis laid out so that one pass of a window computes all of its outputs.
+
+    Args:
+      take: places of the old axis, in their new order; ``PADDING`` for padding.
+      map: for each crop and output, its place in the result of the pass.
+      outputs: length of that result.
+    """
+
+    take: Map
+    map: Map
+    outputs: int
+
+    @property
+    def is_identity(self) -> bool:
+        """Whether the old axis can be read as it is."""
+        return bool((self.take == np.arange(len(self.take))).all())
+
+
+def window_layout(
+    map_: Map,
+    size: int,
+    window: int,
+    stride: int,
+    padding: tuple[int, int],
+    holes: int = 1,
+) -> Layout:
+    """Lays out an axis for a convolution or pool that all crops share.
+
+    Windows with the same entries are computed once. Windows that follow one another in
+    some crop are chained where they can be; chains are laid side by side.
+
+    Args:
+      map_: of the axis.
+      size: its length.
+      window: entries from the first tap to the last.
+      stride: between outputs.
+      padding: low and high, in each crop; negative numbers cut.
+      holes: dilation of the input.
+
+    Example:
+      >>> window_layout(crops(6, 4, 2), 6, 3, 1, (0, 0)).map
+      array([[0, 1],
+             [2, 3]])
+    """
+    read = _padded(map_, padding, holes)
+    count = (read.shape[1] - window) // stride + 1
+    starts = np.arange(count) * stride
+    windows = read[:, starts[:, None] + np.arange(window)]
+    found, ids = distinct(windows.reshape(-1, window))
+    ids = ids.reshape(len(map_), count)
+    chains = _chains(ids, len(found))
+    # Rank r of a chain that begins at b reads b + r * stride, ..., + window - 1.
+    lengths = np.bincount(chains.chain)
+    room = (lengths - 1) * stride + window
+    room = -(-room // stride) * stride
+    begin = np.concatenate([[0], np.cumsum(room)[:-1]])
+    place = begin[chains.chain] + chains.rank * stride
+    total = int(begin[-1] + (lengths[-1] - 1) * stride + window)
+    # What no window reads may be anything that is there: its outputs are not used.
+    take = np.full(total, _filler(map_, size), np.int64)
+    take[place[:, None] + np.arange(window)] = found
+    return Layout(take, (place // stride)[ids], (total - window) // stride + 1)
+
+
+def _padded(map_: Map, padding: tuple[int, int], holes: int) -> Map:
+    low, high = padding
+    if holes > 1:
+        spread = np.full((len(map_), (map_.shape[1] - 1) * holes + 1), PADDING)
+        spread[:, ::holes] = map_
+        map_ = spread
+    map_ = map_[:, max(-low, 0) : map_.shape[1] - max(-high, 0)]
+    return np.pad(map_, ((0, 0), (max(low, 0), max(high, 0))), constant_values=PADDING)
+
+
+def _filler(map_: Map, size: int) -> int:
+    return int(map_.max()) if map_.size else size - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chains:
+    """For each window, the chain that it is in and its rank there."""
+
+    chain: Map
+    rank: Map
+
+
+def _chains(ids: Map, count: int) -> _Chains:
+    """Joins windows that follow one another into as few chains as a greedy choice."""
+    pairs = ids[:, :-1].reshape(-1) * count + ids[:, 1:].reshape(-1)
+    pairs, often = np.unique(pairs, return_counts=True)
+    pairs = pairs[np.argsort(-often, kind="stable")]
+    before, after = pairs // count, pairs % count
+    keep = before != after
+    before, after = before[keep], after[keep]
+    follows = np.full(count, -1)
+    precedes = np.full(count, -1)
+    while len(before):
+        first = np.zeros(len(before), bool)
+        first[np.unique(before, return_index=True)[1]] = True
+        mine = np.flatnonzero(first)
+        mine = mine[np.unique(after[mine], return_index=True)[1]]
+        follows[before[mine]], precedes[after[mine]] = after[mine], before[mine]
+        left = (follows[before] < 0) & (precedes[after] < 0)
+        before, after = before[left], after[left]
+    _break_cycles(follows, precedes)
+    return _ranked(precedes, ids)
+
+
+def _break_cycles(follows: Map, precedes: Map) -> None:
+    """Cuts what leads back to itself: one link of each ring."""
+    reached = np.zeros(len(follows), bool)
+    here = np.flatnonzero(precedes < 0)
+    while len(here):
+        reached[here] = True
+        here = follows[here]
+        here = here[here >= 0]
+    for start in np.flatnonzero(~reached):
+        if reached[start]:
+            continue
+        node = start
+        while not reached[node]:
+            reached[node] = True
+            node = follows[node]
+        last = precedes[start]
+        follows[last], precedes[start] = -1, -1
+
+
+def _ranked(precedes: Map, ids: Map) -> _Chains:
+    """Ranks by doubling: in step k each window knows the one 2^k before it."""
+    count = len(precedes)
+    nodes = np.arange(count)
+    rank = (precedes >= 0).astype(np.int64)
+    head = np.where(precedes >= 0, precedes, nodes)
+    while True:
+        further = head[head]
+        if (further == head).all():
+            break
+        rank = rank + rank[head]
+        head = further
+    # Chains in the order in which the crops first meet them keep neighbours close.
+    flat = ids.reshape(-1)
+    seen = np.full(count, flat.size)
+    np.minimum.at(seen, flat, np.arange(flat.size))
+    first = np.full(count, flat.size)
+    np.minimum.at(first, head, seen)
+    heads = np.flatnonzero(head == nodes)
+    order = np.argsort(first[heads], kind="stable")
+    number = np.empty(count, np.int64)
+    number[heads[order]] = np.arange(len(heads))
+    return _Chains(number[head], rank)
+
+
+def join(maps: list[Map]) -> tuple[Map, list[Map]]:
+    """One map for values that are combined entry by entry.
+
+    Args:
+      maps: of each, ``(P, n)``.
+
+    Returns:
+      The map into the combinations that occur, and for each value the places of its
+      entries in them. Where one value's entries tell those of all others, its own
+      order stays.
+
+    Example:
+      >>> map_, places = join([np.array([[0, 1], [1, 2]]), np.array([[0, 0], [1, 1]])])
+      >>> map_.tolist(), [p.tolist() for p in places]
+      ([[0, 1], [2, 3]], [[0, 1, 1, 2], [0, 0, 1, 1]])
+    """
+    first = maps[0]
+    if all(other is first or np.array_equal(other, first) for other in maps[1:]):
+        places = np.arange(int(first.max()) + 1)
+        return first, [places] * len(maps)
+    flat = np.stack([m.reshape(-1) for m in maps], 1)
+    found, ids = distinct(flat)
+    for index in range(len(maps)):
+        # Every entry of this one goes with one entry of each other.
+        if len(np.unique(found[:, index])) == len(found):
+            size = int(found[:, index].max()) + 1
+            places = []
+            for column in found.T:
+                place = np.zeros(size, np.int64)
+                place[found[:, index]] = column
+                places.append(place)
+            places[index] = np.arange(size)
+            return maps[index], places
+    return ids.reshape(first.shape), [found[:, i] for i in range(len(maps))]

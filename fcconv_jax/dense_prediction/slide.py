@@ -1,0 +1,370 @@
+"""Dense prediction: what a function of one crop says at every place of an image."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..frontends.jitted import Jitted
+from ..frontends.kinds import kind_of
+from ..tracing import arguments
+from ..tracing.cost import flops, largest
+from ..tracing.jaxprs import evaluate
+from ..tracing.user_code import explained
+from .interpreter import Interpreter
+from .maps import crops
+from .report import SlideReport
+from .values import Part, Value, all_own, array_of
+
+# Sharing must save this much of the arithmetic to be worth what it costs.
+_WORTH = 1.1
+# Positions that a search for the default stride looks at, along each axis.
+_LOOKED_AT = 65
+
+
+def slide(
+    model: Any,
+    window: int | Sequence[int],
+    stride: int | Sequence[int] | None = None,
+    *,
+    axes: int | Sequence[int] | None = None,
+) -> Slide:
+    """Turns a function of one crop into one of whole images: its value on every crop.
+
+    The result is that of the function on each crop by itself, zero padding inside the
+    network, norms and all; what crops have in common is computed once. Convolutions,
+    pools, dense layers behind a flatten, global pools and everything that works entry
+    by entry are shared. From where crops differ everywhere on (a norm over space, a
+    position embedding, attention) each crop is computed by itself, in a batch; so is
+    the whole function where sharing would not pay. ``grid.report(...)`` says which.
+
+    Args:
+      model: a function ``f(params, crops)`` (what is before the crops may be anything,
+        or absent), the ``apply`` of a linen Module or the Module itself, an NNX model,
+        or any of them converted by :func:`fcconv_jax.convert_model`. It takes a batch
+        of crops and returns arrays with the batch first. Dropout is to be off.
+      window: spatial size of a crop, such as ``(224, 224)``: one number for each axis
+        that slides; one alone is the length of a 1-D crop (audio).
+      stride: step between crops in pixels; an int holds for all axes. None takes the
+        network's own total stride: the smallest step at which crops share its last
+        layer.
+      axes: the axes of the image that slide; those behind the batch by default.
+
+    Returns:
+      A :class:`Slide`, called as the model is called, with images in the place of
+      crops. For images ``(N, H, W, C)`` and an output ``(N, ...)`` of the model it
+      returns ``(N, rows, columns, ...)``, where ``rows = (H - h) // stride + 1``.
+      Jitted; it can be differentiated, mapped and sharded.
+
+    Raises:
+      TypeError: the model is of another kind.
+      ValueError: the window or stride is no positive size.
+
+    Source: Sermanet et al., *OverFeat* (2014); Long et al., *Fully Convolutional
+    Networks* (2015), who share zero padding at the image's border only, which changes
+    the numbers of a padded network. Here they stay.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> class Net(nn.Module):
+      ...     @nn.compact
+      ...     def __call__(self, x):
+      ...         x = nn.max_pool(nn.relu(nn.Conv(8, (3, 3))(x)), (2, 2), (2, 2))
+      ...         return nn.Dense(10)(x.reshape(x.shape[0], -1))
+      >>> model, crop = Net(), jnp.ones((1, 8, 8, 1))
+      >>> variables = model.init(jax.random.key(0), crop)
+      >>> grid = slide(model, window=(8, 8), stride=2)
+      >>> images = jax.random.normal(jax.random.key(1), (3, 20, 32, 1))
+      >>> scores = grid(variables, images)
+      >>> scores.shape
+      (3, 7, 13, 10)
+      >>> there = model.apply(variables, images[:, 4:12, 6:14])
+      >>> bool(jnp.allclose(scores[:, 2, 3], there, atol=1e-5))
+      True
+    """
+    sizes = _sizes("window", window)
+    places = tuple(range(1, 1 + len(sizes))) if axes is None else _axes(axes, sizes)
+    steps = None if stride is None else _sizes("stride", stride, len(sizes))
+    kind = kind_of(model, "slide")
+    if kind == "nnx":
+        return NnxSlide(model, sizes, steps, places)
+    function = model.apply if kind == "linen" else model
+    return Slide(function, sizes, steps, places)
+
+
+class Slide:
+    """A function on every crop of images; made by :func:`slide`.
+
+    Args:
+      function: takes a batch of crops last among its positional arguments.
+      window: size of a crop along each axis that slides.
+      stride: step along each; None for the function's own.
+      axes: those axes of the images.
+    """
+
+    def __init__(
+        self,
+        function: Callable[..., Any],
+        window: tuple[int, ...],
+        stride: tuple[int, ...] | None,
+        axes: tuple[int, ...],
+    ):
+        self.function = function
+        self.window = window
+        self.stride = stride
+        self.axes = axes
+        self._call = Jitted(self._run, f"slide_{_name(function)}")
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The function on every crop: outputs ``(N, *positions, ...)``.
+
+        Args:
+          *args: what the function takes, with images in the place of crops.
+          **kwargs: the function's.
+
+        Raises:
+          ValueError: an image is smaller than the window, or an output of the function
+            has not the batch first.
+        """
+        return self._call(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """Lowers the call, as ``jax.jit`` does."""
+        return self._call.lower(*args, **kwargs)
+
+    def report(self, *args: Any, **kwargs: Any) -> SlideReport:
+        """Says what crops would share, before anything runs.
+
+        Args:
+          *args: as in a call; arrays may be abstract.
+          **kwargs: as in a call.
+        """
+        return self._program(args, kwargs).report
+
+    def __repr__(self) -> str:
+        window = "x".join(map(str, self.window))
+        step = "its own stride" if self.stride is None else f"stride {self.stride}"
+        return f"<{_name(self.function)} on every crop of {window}, {step}>"
+
+    def _run(self, *args: Any, **kwargs: Any) -> Any:
+        return self._program(args, kwargs).run()
+
+    def _program(self, args: Sequence[Any], kwargs: Any) -> _Program:
+        *before, images = args
+        _check(images, self.window, self.axes)
+        leaves, static = arguments.split((tuple(before), dict(kwargs)))
+
+        def call(leaves: Sequence[Any], crops: Any) -> Any:
+            before, kwargs = static.merge(leaves)
+            return self.function(*before, crops, **kwargs)
+
+        crop = list(images.shape)
+        for axis, size in zip(self.axes, self.window):
+            crop[axis] = size
+        with explained():
+            jaxpr, out = jax.make_jaxpr(call, return_shape=True)(
+                leaves, jax.ShapeDtypeStruct(tuple(crop), images.dtype)
+            )
+        stride = self.stride or own_stride(jaxpr, leaves, crop, images.dtype, self.axes)
+        return _Program(jaxpr, out, leaves, images, self.window, stride, self.axes)
+
+
+class NnxSlide(Slide):
+    """An NNX model on every crop of images: called with the images alone."""
+
+    def __init__(self, model: Any, *sizes: Any):
+        from flax import nnx
+
+        self.model = model
+        graph, _ = nnx.split(model)
+        super().__init__(lambda state, x: nnx.merge(graph, state)(x), *sizes)
+        self.function.__name__ = type(model).__name__
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """The model on every crop; it is read anew, so training goes on."""
+        return super().__call__(*self._with_state(args), **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+        """Lowers the call, as ``jax.jit`` does."""
+        return super().lower(*self._with_state(args), **kwargs)
+
+    def report(self, *args: Any, **kwargs: Any) -> SlideReport:
+        """Says what crops would share, before anything runs."""
+        return super().report(*self._with_state(args), **kwargs)
+
+    def _with_state(self, args: Sequence[Any]) -> tuple[Any, ...]:
+        from flax import nnx
+
+        return nnx.split(self.model)[1], *args
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Program:
+    """A traced function of a crop, on the crops of images."""
+
+    jaxpr: Any
+    out: Any
+    leaves: Sequence[Any]
+    images: Any
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    axes: tuple[int, ...]
+
+    def run(self) -> Any:
+        """The outputs, with the batch first and then the positions."""
+        operands = (*jax.tree.leaves(self.leaves), self.images)
+        if self.report.shares:
+            outs = evaluate(self._shared[0], operands)
+        else:
+            outs = self._outputs(True, *operands)
+        shapes, tree = jax.tree.flatten(self.out)
+        for shape in shapes:
+            if not shape.shape or shape.shape[0] != self.images.shape[0]:
+                raise ValueError(
+                    f"slide expected outputs with the batch of {self.images.shape[0]} "
+                    f"first, got one of shape {shape.shape} from crops. Return one row "
+                    "for each crop"
+                )
+        return jax.tree.unflatten(
+            tree, [jnp.moveaxis(out, len(self.axes), 0) for out in outs]
+        )
+
+    @functools.cached_property
+    def report(self) -> SlideReport:
+        """What is shared, and what it saves."""
+        jaxpr, left = self._shared
+        positions = tuple(
+            (self.images.shape[axis] - size) // step + 1
+            for axis, size, step in zip(self.axes, self.window, self.stride)
+        )
+        count = math.prod(positions)
+        one, whole = flops(self.jaxpr), flops(jaxpr)
+        return SlideReport(
+            window=self.window,
+            stride=self.stride,
+            positions=positions,
+            crop_flops=one,
+            flops=whole,
+            crop_bytes=largest(self.jaxpr) * count,
+            bytes=largest(jaxpr),
+            left=tuple(left.items()),
+            shares=one * count >= _WORTH * whole,
+        )
+
+    @functools.cached_property
+    def _shared(self) -> tuple[Any, Counter[str]]:
+        """The trace of the shared program, and why sharing stopped."""
+        left: Counter[str] = Counter()
+        run = functools.partial(self._outputs, False, left=left)
+        operands = (*jax.tree.leaves(self.leaves), self.images)
+        return jax.make_jaxpr(run)(*operands), left
+
+    def _outputs(
+        self, own: bool, *operands: Any, left: Counter[str] | None = None
+    ) -> list[Any]:
+        *leaves, images = operands
+        value = image_value(images, self.window, self.stride, self.axes)
+        interpreter = Interpreter(Counter() if left is None else left)
+        outs = interpreter.run(self.jaxpr, [*leaves, all_own(value) if own else value])
+        counts = [
+            (images.shape[axis] - size) // step + 1
+            for axis, size, step in zip(self.axes, self.window, self.stride)
+        ]
+        return [_on_all(out, counts) for out in outs]
+
+
+def image_value(
+    images: Any, window: Sequence[int], stride: Sequence[int], axes: Sequence[int]
+) -> Value:
+    """Images, as what their crops share."""
+    parts = [Part(size) for size in images.shape]
+    for grid, (axis, size, step) in enumerate(zip(axes, window, stride)):
+        map_ = crops(images.shape[axis], size, step)
+        parts[axis] = Part(size, map_, grid)
+    return Value(images, (), tuple(parts), (1,) * len(parts))
+
+
+def own_stride(
+    jaxpr: Any, leaves: Any, crop: Sequence[int], dtype: Any, axes: Sequence[int]
+) -> tuple[int, ...]:
+    """The smallest step at which crops share the last layer of a function."""
+    shape = list(crop)
+    for axis in axes:
+        shape[axis] += _LOOKED_AT - 1
+    window = [crop[axis] for axis in axes]
+    found: dict[int, Any] = {}
+
+    def look(leaves: Any, images: Any) -> None:
+        value = image_value(images, window, (1,) * len(axes), axes)
+        interpreter = Interpreter(Counter())
+        interpreter.run(jaxpr, [*jax.tree.leaves(leaves), value])
+        found.update(interpreter.maps)
+
+    jax.eval_shape(look, leaves, jax.ShapeDtypeStruct(tuple(shape), dtype))
+    steps = []
+    for grid, size in enumerate(window):
+        map_ = found.get(grid)
+        steps.append(size if map_ is None else _first_shared(map_, size))
+    return tuple(steps)
+
+
+def _first_shared(map_: Any, otherwise: int) -> int:
+    for step in range(1, len(map_)):
+        if np.intersect1d(map_[0], map_[step]).size:
+            return step
+    return otherwise
+
+
+def _on_all(value: Value, counts: Sequence[int]) -> Any:
+    """The arrays of all crops, also where they do not differ."""
+    value = all_own(value)
+    data = array_of(value)
+    for grid, count in enumerate(counts):
+        if grid not in value.fronts:
+            data = jnp.repeat(jnp.expand_dims(data, grid), count, grid)
+    return data
+
+
+def _check(images: Any, window: Sequence[int], axes: Sequence[int]) -> None:
+    shape = getattr(images, "shape", None)
+    if shape is None or len(shape) <= max(axes):
+        raise ValueError(
+            f"slide expected images with the axes {axes} as the last positional "
+            f"argument, got {shape if shape is not None else type(images).__name__}"
+        )
+    for axis, size in zip(axes, window):
+        if shape[axis] < size:
+            raise ValueError(
+                f"slide expected images of at least {tuple(window)} along the axes "
+                f"{tuple(axes)}, got {tuple(shape)}. Pad them, or take a smaller window"
+            )
+
+
+def _sizes(name: str, value: int | Sequence[int], rank: int = 1) -> tuple[int, ...]:
+    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
+        raise ValueError(f"{name}: expected positive ints, got {value!r}")
+    if name == "stride" and len(sizes) != rank:
+        raise ValueError(f"stride: expected one int or {rank}, got {value!r}")
+    return sizes
+
+
+def _axes(axes: int | Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
+    found = tuple(axes) if isinstance(axes, Sequence) else (axes,)
+    if len(found) != len(window) or min(found) < 0 or len(set(found)) < len(found):
+        raise ValueError(
+            f"axes: expected {len(window)} axes counted from 0, got {axes!r}"
+        )
+    return found
+
+
+def _name(function: Any) -> str:
+    return getattr(function, "__name__", type(function).__name__)

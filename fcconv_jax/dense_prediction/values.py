@@ -1,0 +1,329 @@
+"""Values that all crops of an image share: what is stored, and what each crop sees."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
+
+from .maps import PADDING, Map, distinct
+
+
+class NotSharedError(Exception):
+    """Crops cannot share an equation's result; the message says why."""
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Part:
+    """An axis of a value, or a factor of one.
+
+    Args:
+      size: as one crop sees it.
+      map: where each crop sees the shared axis; None where all see the same.
+      grid: the axis of the image that the crops move along, where there is a map.
+      uniform: the same everywhere, so that it is not stored.
+    """
+
+    size: int
+    map: Map | None = None
+    grid: int | None = None
+    uniform: bool = False
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Value:
+    """An array of every crop.
+
+    Args:
+      data: first an axis of crops for each of ``fronts``, then one for each part that
+        is not uniform.
+      fronts: the image's axes along which each crop has an array of its own, sorted.
+      parts: from the outermost axis to the innermost.
+      ranks: how many parts make up each axis of the array; none for a size of 1.
+    """
+
+    data: Any
+    fronts: tuple[int, ...]
+    parts: tuple[Part, ...]
+    ranks: tuple[int, ...]
+
+    @classmethod
+    def plain(cls, array: Any) -> Value:
+        """An array that is the same for all crops."""
+        parts = tuple(Part(size) for size in np.shape(array))
+        return cls(array, (), parts, (1,) * len(parts))
+
+    @property
+    def groups(self) -> list[tuple[Part, ...]]:
+        """The parts of each axis."""
+        ends = np.cumsum((0, *self.ranks))
+        return [self.parts[a:b] for a, b in itertools.pairwise(ends)]
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        """Of one crop's array."""
+        return tuple(math.prod(p.size for p in group) for group in self.groups)
+
+    @property
+    def differs(self) -> bool:
+        """Whether crops see different arrays."""
+        return bool(self.fronts) or any(part.map is not None for part in self.parts)
+
+    @property
+    def shared(self) -> set[int]:
+        """The image's axes along which crops share what they have in common."""
+        return {part.grid for part in self.parts if part.grid is not None}
+
+    def axis(self, index: int) -> int:
+        """Where a part is stored."""
+        stored = sum(not part.uniform for part in self.parts[:index])
+        return len(self.fronts) + stored
+
+    def replace(self, **changes: Any) -> Value:
+        """The value with some of its fields changed."""
+        return dataclasses.replace(self, **changes)
+
+    def with_groups(self, groups: Sequence[Sequence[Part]], data: Any) -> Value:
+        """Other data with other parts."""
+        parts = tuple(part for group in groups for part in group)
+        return Value(data, self.fronts, parts, tuple(map(len, groups)))
+
+
+def take(data: Any, places: Any, axis: int) -> Any:
+    """Reads an axis at places known beforehand; a slice where they are in a row."""
+    places = np.asarray(places)
+    size = data.shape[axis]
+    if places.ndim == 1 and len(places):
+        first = int(places[0])
+        if (places == np.arange(first, first + len(places))).all():
+            if len(places) == size:
+                return data
+            return jax.lax.slice_in_dim(data, first, first + len(places), axis=axis)
+    if isinstance(data, np.ndarray):
+        return np.take(data, places, axis)
+    return jnp.take(data, places, axis=axis, mode="clip")
+
+
+def take_padded(data: Any, places: Map, axis: int, padding: Any) -> Any:
+    """Reads an axis at places, with a value where they are padding."""
+    outside = places == PADDING
+    if not outside.any():
+        return take(data, places, axis)
+    inside = np.flatnonzero(~outside)
+    low, high = int(inside[0]), len(places) - 1 - int(inside[-1])
+    widths = [(0, 0, 0)] * data.ndim
+    fill = jnp.asarray(padding, data.dtype)
+    if not outside[inside[0] : inside[-1] + 1].any():
+        widths[axis] = (low, high, 0)
+        return jax.lax.pad(take(data, places[inside], axis), fill, widths)
+    widths[axis] = (0, 1, 0)
+    extended = jax.lax.pad(data, fill, widths)
+    return take(extended, np.where(outside, data.shape[axis], places), axis)
+
+
+def own_arrays(value: Value, grid: int) -> Value:
+    """The value with an array for each crop along one of the image's axes."""
+    index = next((i for i, p in enumerate(value.parts) if p.grid == grid), None)
+    if index is None:
+        return value
+    part = value.parts[index]
+    assert part.map is not None
+    axis = value.axis(index)
+    data = take(value.data, part.map, axis)
+    fronts = tuple(sorted((*value.fronts, grid)))
+    data = jnp.moveaxis(data, axis, fronts.index(grid))
+    parts = list(value.parts)
+    parts[index] = Part(part.size)
+    return Value(data, fronts, tuple(parts), value.ranks)
+
+
+def all_own(value: Value) -> Value:
+    """The value with an array for each crop."""
+    for grid in sorted(value.shared):
+        value = own_arrays(value, grid)
+    return value
+
+
+def stored(value: Value, index: int) -> Value:
+    """The value with a part stored that was uniform."""
+    part = value.parts[index]
+    if not part.uniform:
+        return value
+    axis = value.axis(index)
+    shape = list(value.data.shape)
+    shape.insert(axis, part.size)
+    data = jnp.broadcast_to(jnp.expand_dims(value.data, axis), shape)
+    parts = list(value.parts)
+    parts[index] = Part(part.size)
+    return value.replace(data=data, parts=tuple(parts))
+
+
+def merged(value: Value, dim: int) -> Value:
+    """The value with an axis that is one part.
+
+    Raises:
+      NotSharedError: the axis is made up of two that are shared.
+    """
+    group = value.groups[dim]
+    if len(group) == 1:
+        return stored(value, sum(value.ranks[:dim]))
+    if any(part.map is not None for part in group):
+        return _merged_map(value, dim)
+    start = sum(value.ranks[:dim])
+    for index in range(start, start + len(group)):
+        value = stored(value, index)
+    axis = value.axis(start)
+    size = math.prod(part.size for part in group)
+    shape = value.data.shape
+    data = value.data.reshape(*shape[:axis], size, *shape[axis + len(group) :])
+    groups = value.groups
+    groups[dim] = (Part(size),)
+    return value.with_groups(groups, data)
+
+
+def _merged_map(value: Value, dim: int) -> Value:
+    """The value with a shared part and its neighbours in the same axis as one part."""
+    group = value.groups[dim]
+    if sum(part.map is not None for part in group) > 1:
+        raise NotSharedError("an axis that is made up of two shared ones")
+    at = next(i for i, part in enumerate(group) if part.map is not None)
+    map_, grid = group[at].map, group[at].grid
+    assert map_ is not None
+    axis = value.axis(sum(value.ranks[:dim]) + at)
+    shape = value.data.shape
+    length = shape[axis]
+    rows = len(map_)
+    inner = np.arange(1)
+    for part in group[at + 1 :]:
+        steps = np.zeros(part.size, np.int64) if part.uniform else np.arange(part.size)
+        inner = (inner[:, None] * (1 if part.uniform else part.size) + steps).reshape(
+            -1
+        )
+    width = math.prod(part.size for part in group[at + 1 :] if not part.uniform)
+    outer = np.arange(1)
+    for part in group[:at]:
+        steps = np.zeros(part.size, np.int64) if part.uniform else np.arange(part.size)
+        outer = (outer[:, None] * (1 if part.uniform else part.size) + steps).reshape(
+            -1
+        )
+    places = (
+        outer[None, :, None, None] * (length * width)
+        + map_[:, None, :, None] * width
+        + inner[None, None, None, :]
+    )
+    before = sum(not part.uniform for part in group[:at])
+    after = sum(not part.uniform for part in group[at + 1 :])
+    size = math.prod(shape[axis - before : axis + after + 1])
+    ends = shape[axis + after + 1 :]
+    data = value.data.reshape(*shape[: axis - before], size, *ends)
+    places = places.reshape(rows, -1)
+    groups = value.groups
+    groups[dim] = (Part(places.shape[1], places, grid),)
+    return value.with_groups(groups, data)
+
+
+def array_of(value: Value) -> Any:
+    """The arrays of all crops: the axes of ``fronts``, then the array's own."""
+    value = all_own(value)
+    for dim in range(len(value.ranks)):
+        value = merged(value, dim)
+    return value.data
+
+
+def split_part(value: Value, index: int, sizes: Sequence[int]) -> Value:
+    """Splits a part into factors; those of a shared one are windows of it."""
+    part = value.parts[index]
+    if part.uniform:
+        new = [Part(size, uniform=True) for size in sizes]
+        return _with_parts(value, index, new, value.data)
+    axis = value.axis(index)
+    shape = value.data.shape
+    if part.map is None:
+        data = value.data.reshape(*shape[:axis], *sizes, *shape[axis + 1 :])
+        return _with_parts(value, index, [Part(size) for size in sizes], data)
+    outer, *inner = [size for size in sizes if size > 1] or [1]
+    rows, ids = distinct(part.map.reshape(-1, math.prod(inner)))
+    data = take(value.data, rows, axis)
+    data = data.reshape(*shape[:axis], len(rows), *inner, *shape[axis + 1 :])
+    ids = ids.reshape(len(part.map), outer)
+    new, rest = [], [Part(outer, ids, part.grid), *map(Part, inner)]
+    for size in sizes:
+        new.append(rest.pop(0) if size > 1 else Part(1, uniform=True))
+    return _with_parts(value, index, [*new, *rest], data)
+
+
+def _with_parts(value: Value, index: int, new: Sequence[Part], data: Any) -> Value:
+    ends = np.cumsum(value.ranks)
+    dim = int(np.searchsorted(ends, index, side="right"))
+    ranks = list(value.ranks)
+    ranks[dim] += len(new) - 1
+    parts = (*value.parts[:index], *new, *value.parts[index + 1 :])
+    return Value(data, value.fronts, parts, tuple(ranks))
+
+
+def reshaped(value: Value, shape: Sequence[int]) -> Value:
+    """The value with other axes over the same entries.
+
+    Raises:
+      NotSharedError: the new axes cut through a shared one.
+    """
+    ranks: list[int] = []
+    index = 0
+    for target in shape:
+        size, count = 1, 0
+        while size < target or (
+            target == 1 and count == 0 and _is_one(value.parts, index)
+        ):
+            if index >= len(value.parts):
+                raise NotSharedError("a reshape of no entries")
+            part = value.parts[index]
+            if target % (size * part.size):
+                room = target // size
+                if target % size or part.size % room:
+                    raise NotSharedError("a reshape that cuts through an axis")
+                value = split_part(value, index, (room, part.size // room))
+                part = value.parts[index]
+            size, index, count = size * part.size, index + 1, count + 1
+        ranks.append(count)
+    rest = len(value.parts) - index
+    if rest and not ranks:
+        if any(part.map is not None for part in value.parts):
+            raise NotSharedError("a reshape to one number")
+        return Value(
+            value.data.reshape(value.data.shape[: len(value.fronts)]),
+            value.fronts,
+            (),
+            (),
+        )
+    if rest:
+        ranks[-1] += rest  # of size 1
+    return value.replace(ranks=tuple(ranks))
+
+
+def _is_one(parts: Sequence[Part], index: int) -> bool:
+    return index < len(parts) and parts[index].size == 1
+
+
+def classes_of(data: Any, axis: int) -> tuple[Map, Map] | None:
+    """Which slices along an axis are the same, where the values are known.
+
+    Returns:
+      The class of each slice, and a slice of each class; None while they are traced.
+    """
+    if isinstance(data, Tracer) or data.size > _KNOWN:
+        return None
+    rows = np.moveaxis(np.asarray(data), axis, 0)
+    rows = np.ascontiguousarray(rows.reshape(len(rows), -1))
+    names = rows.view(np.uint8).reshape(len(rows), -1)
+    _, first, ids = np.unique(names, axis=0, return_index=True, return_inverse=True)
+    return ids.reshape(-1), first
+
+
+_KNOWN = 1 << 22
