@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -13,7 +14,7 @@ EXAMPLES = Path(__file__).parent.parent / "examples"
 
 def run(script, *arguments):
     return subprocess.run(
-        [sys.executable, str(EXAMPLES / script), *arguments],
+        [sys.executable, str(EXAMPLES / script), *map(str, arguments)],
         capture_output=True,
         text=True,
         env={**os.environ, "JAX_PLATFORMS": "cpu"},
@@ -51,6 +52,19 @@ def test_digits(tmp_path):
     assert "All predictions agree." in done.stdout
     assert (tmp_path / "digits.png").read_bytes().startswith(b"\x89PNG")
     assert (tmp_path / "report.md").read_text().startswith("**EQUIVALENT")
+
+
+def test_detect_digits(tmp_path):
+    pytest.importorskip("sklearn")
+    picture = tmp_path / "found.png"
+    done = run("detect_digits.py", "--epochs", "3", "--size", "96", "--out", picture)
+    assert done.returncode == 0, done.stderr
+    assert "89x89 crops of 8x8, 1x1 apart" in done.stdout
+    found, placed = re.search(r"(\d+) of (\d+) digits found", done.stdout).groups()
+    assert int(found) > int(placed) / 2
+    error = re.search(r"largest difference from a batch of crops: (.*)", done.stdout)
+    assert float(error[1]) < 1e-5
+    assert picture.read_bytes().startswith(b"\x89PNG")
 
 
 def test_digits_help():

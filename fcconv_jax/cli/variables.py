@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ..params.variables import is_nnx_module
@@ -48,6 +49,22 @@ def as_params(model: Any, variables: Any) -> Any:
     from flax import nnx
 
     return nnx.restore_int_paths(params)
+
+
+def checkpoint_params(call: ModelCall, checkpoint: Path) -> Any:
+    """The params in a checkpoint of either form, as the original model takes them."""
+    from ..checkpoints import read_checkpoint
+    from ..params.trees import convert_params, restore_params
+
+    saved = read_checkpoint(checkpoint)
+    wanted = abstract_variables(call)
+    if saved.plan is None:
+        found = find_variables(saved, wanted, str(checkpoint))
+    else:
+        wanted = convert_params(wanted, saved.plan)
+        found = find_variables(saved, wanted, str(checkpoint))
+        found = restore_params(found, saved.plan)
+    return as_params(call.model, found)
 
 
 def find_variables(checkpoint: Checkpoint, wanted: Any, file: str) -> dict[str, Any]:

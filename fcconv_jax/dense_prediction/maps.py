@@ -49,36 +49,35 @@ def distinct(rows: Map) -> tuple[Map, Map]:
 
 @dataclasses.dataclass(frozen=True)
 class Layout:
-    """An axis laid out so that one pass of a window computes all of its outputs.
+    """An axis laid out so that passes of a window compute all of its outputs.
 
     Args:
-      take: places of the old axis, in their new order; ``PADDING`` for padding.
-      map: for each crop and output, its place in the result of the pass.
-      outputs: length of that result.
+      segments: places of the old axis to read, ``(m, length)`` each: a pass over a
+        batch of ``m`` stretches; ``PADDING`` for padding.
+      map: for each crop and output, its place in the results of all passes, which are
+        set side by side.
+      outputs: how many there are.
     """
 
-    take: Map
+    segments: tuple[Map, ...]
     map: Map
     outputs: int
 
-    @property
-    def is_identity(self) -> bool:
-        """Whether the old axis can be read as it is."""
-        return bool((self.take == np.arange(len(self.take))).all())
 
-
-def window_layout(
+def window_layouts(
     map_: Map,
     size: int,
     window: int,
     stride: int,
     padding: tuple[int, int],
     holes: int = 1,
-) -> Layout:
-    """Lays out an axis for a convolution or pool that all crops share.
+) -> list[Layout]:
+    """Ways to lay out an axis for a convolution or pool that all crops share.
 
     Windows with the same entries are computed once. Windows that follow one another in
-    some crop are chained where they can be; chains are laid side by side.
+    some crop are chained where they can be. The first way sets all chains side by side
+    for one pass, which also computes what lies across two chains; the second, where
+    there is one, makes a batch of the chains of each length.
 
     Args:
       map_: of the axis.
@@ -89,9 +88,10 @@ def window_layout(
       holes: dilation of the input.
 
     Example:
-      >>> window_layout(crops(6, 4, 2), 6, 3, 1, (0, 0)).map
-      array([[0, 1],
-             [2, 3]])
+      >>> for layout in window_layouts(crops(6, 4, 1), 6, 3, 1, (1, 0)):
+      ...     print([read.tolist() for read in layout.segments])
+      [[[-1, 0, 1, 2, 3, 4, 5, -1, 1, 2, -1, 2, 3]]]
+      [[[-1, 0, 1, 2, 3, 4, 5]], [[-1, 1, 2], [-1, 2, 3]]]
     """
     read = _padded(map_, padding, holes)
     count = (read.shape[1] - window) // stride + 1
@@ -99,18 +99,59 @@ def window_layout(
     windows = read[:, starts[:, None] + np.arange(window)]
     found, ids = distinct(windows.reshape(-1, window))
     ids = ids.reshape(len(map_), count)
-    chains = _chains(ids, len(found))
-    # Rank r of a chain that begins at b reads b + r * stride, ..., + window - 1.
+    chains = _chains(ids, found, stride)
+    # What no window reads may be anything that is there: its outputs are not used.
+    fill = int(map_.max()) if map_.size else size - 1
     lengths = np.bincount(chains.chain)
-    room = (lengths - 1) * stride + window
-    room = -(-room // stride) * stride
+    ways = [_side_by_side(found, ids, chains, lengths, stride, fill)]
+    if len(lengths) > 1 and len(np.unique(lengths)) <= _MOST_SEGMENTS:
+        ways.append(_by_length(found, ids, chains, lengths, stride, fill))
+    return ways
+
+
+_MOST_SEGMENTS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class _Chains:
+    """For each window, the chain that it is in and its rank there."""
+
+    chain: Map
+    rank: Map
+
+
+def _side_by_side(
+    found: Map, ids: Map, chains: _Chains, lengths: Map, stride: int, fill: int
+) -> Layout:
+    window = found.shape[1]
+    # Rank r of a chain that begins at b reads b + r * stride, ..., + window - 1.
+    room = -(-((lengths - 1) * stride + window) // stride) * stride
     begin = np.concatenate([[0], np.cumsum(room)[:-1]])
     place = begin[chains.chain] + chains.rank * stride
     total = int(begin[-1] + (lengths[-1] - 1) * stride + window)
-    # What no window reads may be anything that is there: its outputs are not used.
-    take = np.full(total, _filler(map_, size), np.int64)
+    take = np.full(total, fill, np.int64)
     take[place[:, None] + np.arange(window)] = found
-    return Layout(take, (place // stride)[ids], (total - window) // stride + 1)
+    outputs = (total - window) // stride + 1
+    return Layout((take[None],), (place // stride)[ids], outputs)
+
+
+def _by_length(
+    found: Map, ids: Map, chains: _Chains, lengths: Map, stride: int, fill: int
+) -> Layout:
+    window = found.shape[1]
+    segments, place, offset = [], np.empty(len(found), np.int64), 0
+    for length in np.unique(lengths)[::-1]:
+        members = np.flatnonzero(lengths == length)
+        row = np.full(len(lengths), -1)
+        row[members] = np.arange(len(members))
+        mine = np.flatnonzero(lengths[chains.chain] == length)
+        rows, ranks = row[chains.chain[mine]], chains.rank[mine]
+        read = np.full((len(members), (length - 1) * stride + window), fill, np.int64)
+        read[rows[:, None], (ranks * stride)[:, None] + np.arange(window)] = found[mine]
+        segments.append(read)
+        place[mine] = offset + rows * length + ranks
+        offset += len(members) * int(length)
+    return Layout(tuple(segments), place[ids], offset)
 
 
 def _padded(map_: Map, padding: tuple[int, int], holes: int) -> Map:
@@ -123,24 +164,20 @@ def _padded(map_: Map, padding: tuple[int, int], holes: int) -> Map:
     return np.pad(map_, ((0, 0), (max(low, 0), max(high, 0))), constant_values=PADDING)
 
 
-def _filler(map_: Map, size: int) -> int:
-    return int(map_.max()) if map_.size else size - 1
+def _chains(ids: Map, found: Map, stride: int) -> _Chains:
+    """Joins windows that follow one another, greedily: first those next to each other.
 
-
-@dataclasses.dataclass(frozen=True)
-class _Chains:
-    """For each window, the chain that it is in and its rank there."""
-
-    chain: Map
-    rank: Map
-
-
-def _chains(ids: Map, count: int) -> _Chains:
-    """Joins windows that follow one another into as few chains as a greedy choice."""
+    What lies in a row already stays in a row, so that what is special to one crop is
+    in short chains, of the same lengths for all crops.
+    """
+    count = len(found)
     pairs = ids[:, :-1].reshape(-1) * count + ids[:, 1:].reshape(-1)
     pairs, often = np.unique(pairs, return_counts=True)
-    pairs = pairs[np.argsort(-often, kind="stable")]
     before, after = pairs // count, pairs % count
+    in_a_row = (found[after] - found[before] == stride).all(1)
+    in_a_row &= (found[before] >= 0).all(1) & (found[after] >= 0).all(1)
+    order = np.lexsort((-often, ~in_a_row))
+    before, after = before[order], after[order]
     keep = before != after
     before, after = before[keep], after[keep]
     follows = np.full(count, -1)

@@ -7,14 +7,17 @@ import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Sequence
-from typing import Any
+from pathlib import Path
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..backends.options import convolution_options
 from ..frontends.jitted import Jitted
 from ..frontends.kinds import kind_of
+from ..progress import Progress
 from ..tracing import arguments
 from ..tracing.cost import flops, largest
 from ..tracing.jaxprs import evaluate
@@ -22,10 +25,11 @@ from ..tracing.user_code import explained
 from .interpreter import Interpreter
 from .maps import crops
 from .report import SlideReport
+from .tiles import write_tiles
 from .values import Part, Value, all_own, array_of
 
 # Sharing must save this much of the arithmetic to be worth what it costs.
-_WORTH = 1.1
+_WORTH = 1.5
 # Positions that a search for the default stride looks at, along each axis.
 _LOOKED_AT = 65
 
@@ -121,7 +125,11 @@ class Slide:
         self.window = window
         self.stride = stride
         self.axes = axes
-        self._call = Jitted(self._run, f"slide_{_name(function)}")
+        self._call = Jitted(
+            self._run,
+            f"slide_{_name(function)}",
+            options=lambda: convolution_options(jax.default_backend()),
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function on every crop: outputs ``(N, *positions, ...)``.
@@ -139,6 +147,39 @@ class Slide:
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the call, as ``jax.jit`` does."""
         return self._call.lower(*args, **kwargs)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        """The shapes that a call returns, as ``jax.jit`` has it."""
+        return self._call.eval_shape(*args, **kwargs)
+
+    def write(
+        self,
+        *args: Any,
+        out: Any,
+        memory: int = 2**30,
+        resume: str | Path | None = None,
+        progress: Progress | Literal[False] | None = None,
+        **kwargs: Any,
+    ) -> None:
+        """Runs over images of any size, a tile of positions at a time.
+
+        Args:
+          *args: as in a call; the images may be anything that is read by slices and
+            has a ``shape`` and ``dtype``, such as a ``numpy.memmap`` or a zarr array.
+          out: where the result is written as it comes: an array, or a PyTree of arrays,
+            of the result's shape, likewise.
+          memory: bytes that a tile may take; an estimate decides its size.
+          resume: a file that keeps which tiles are done; a run that was stopped goes on
+            from there, and removes it at its end.
+          progress: called with what is done, how many tiles are, and of how many; None
+            for a bar on stderr, False for none.
+          **kwargs: as in a call.
+
+        Raises:
+          ValueError: ``out`` has another shape than the result, or a window alone takes
+            more than ``memory``.
+        """
+        write_tiles(self, args, kwargs, out, memory, resume, progress)
 
     def report(self, *args: Any, **kwargs: Any) -> SlideReport:
         """Says what crops would share, before anything runs.
@@ -195,6 +236,11 @@ class NnxSlide(Slide):
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the call, as ``jax.jit`` does."""
         return super().lower(*self._with_state(args), **kwargs)
+
+    def write(self, *args: Any, **kwargs: Any) -> None:
+        """Runs over images of any size, as :meth:`Slide.write` says."""
+        function = Slide(self.function, self.window, self.stride, self.axes)
+        function.write(*self._with_state(args), **kwargs)
 
     def report(self, *args: Any, **kwargs: Any) -> SlideReport:
         """Says what crops would share, before anything runs."""

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jax.core import Tracer
 
 from ..tracing import arguments
 from ..tracing.user_code import explained
@@ -26,6 +28,8 @@ class Jitted:
       function: what is traced.
       name: of the function, for errors and for the trace.
       context: gives what else a trace depends on.
+      options: compiler options, where it is called on arrays; within another
+        transformation the outermost jit decides.
 
     Example:
       >>> scaled = Jitted(lambda x, by: x * by if by > 1 else x, "scaled")
@@ -39,11 +43,13 @@ class Jitted:
         function: Callable[..., Any],
         name: str,
         context: Callable[[], Hashable] = lambda: None,
+        options: Callable[[], Mapping[str, Any]] = dict,
     ):
         self.__wrapped__ = function
         self.__name__ = name
         self.__wrapped__ = function
         self._context = context
+        self._options = options
         self._by_types: dict[Hashable, Any] = {}
         self._by_static: dict[Hashable, Any] = {}
 
@@ -113,8 +119,11 @@ class Jitted:
         traced.__name__ = self.__name__
         key = (self._context(), static)
         if key not in self._by_static:
-            self._by_static[key] = jax.jit(
-                traced, static_argnums=numbers, static_argnames=names
+            self._by_static[key] = _with_options(
+                functools.partial(
+                    jax.jit, traced, static_argnums=numbers, static_argnames=names
+                ),
+                self._options(),
             )
         return self._by_types.setdefault(types, self._by_static[key])
 
@@ -135,21 +144,60 @@ class Jitted:
     def _split(self) -> _Split:
         key = (self._context(), _Split)
         if key not in self._by_static:
-            self._by_static[key] = _Split(self.__wrapped__, self.__name__)
+            self._by_static[key] = _Split(
+                self.__wrapped__, self.__name__, self._options()
+            )
         return self._by_static[key]
+
+
+def _with_options(make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
+    """A jit that has options where it is the outermost."""
+    if not options:
+        return make()
+    return _Outermost(make(), make(compiler_options=dict(options)))
+
+
+class _Outermost:
+    """Two jits of one function: JAX takes options for the outermost only."""
+
+    def __init__(self, plain: Any, tuned: Any):
+        self._plain = plain
+        self._tuned = tuned
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
+            return self._plain(*args, **kwargs)
+        try:
+            return self._tuned(*args, **kwargs)
+        except ValueError as error:
+            if "compiler_options" not in str(error):
+                raise
+            return self._plain(*args, **kwargs)
+
+    def lower(self, *args: Any, **kwargs: Any) -> Any:
+        return self._tuned.lower(*args, **kwargs)
+
+    def trace(self, *args: Any, **kwargs: Any) -> Any:
+        return self._plain.trace(*args, **kwargs)
+
+    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+        return self._plain.eval_shape(*args, **kwargs)
 
 
 class _Split:
     """Jits a function of any PyTrees: their arrays are traced, the rest is static."""
 
-    def __init__(self, function: Callable[..., Any], name: str):
+    def __init__(
+        self, function: Callable[..., Any], name: str, options: Mapping[str, Any]
+    ):
         def traced(static: arguments.Static, arrays: Any) -> Any:
             args, kwargs = static.merge(arrays)
             with explained():
                 return function(*args, **kwargs)
 
         traced.__name__ = self._name = name
-        self._jitted = jax.jit(traced, static_argnums=0)
+        make = functools.partial(jax.jit, traced, static_argnums=0)
+        self._jitted = _with_options(make, options)
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         return self._jitted(*self._taken_apart(args, kwargs))

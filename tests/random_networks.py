@@ -220,7 +220,7 @@ def joined_rows(rng, shape):
 @layer
 def space_norm(rng, shape):
     axes = tuple(range(1, len(shape)))
-    return (), lambda p, x: x - x.mean(axes, keepdims=True)
+    return (), lambda p, x: x - 0.5 * x.mean(axes, keepdims=True)
 
 
 HEADS = {}
@@ -273,7 +273,7 @@ def global_pools(rng, shape):
 @head
 def segmentation(rng, shape):
     w = normal(rng, shape[-1], 2)
-    return w, lambda p, x: (x @ p, x.sum(-1))
+    return w, lambda p, x: (x @ p, jnp.abs(x).sum(-1))
 
 
 @head

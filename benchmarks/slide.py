@@ -1,0 +1,187 @@
+"""How much quicker one pass is than crops, on this machine, against bounds.
+
+    python benchmarks/slide.py [NAME ...]
+
+Each network runs on every crop of an image by ``fc.slide``, and crop by crop in three
+ways: all in one batch, ten at a time, and one at a time (``jax.lax.map``). Calls are
+interleaved in one process; medians; float32. Each line ends with the bound on the gain
+over the quickest of the three, and whether it holds; the exit status is 1 if one does
+not.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+import fcconv_jax as fc
+
+
+class Pools(nn.Module):
+    """Three times two convolutions 3x3 and a pool; a head behind a flatten."""
+
+    padding: str
+    width: int = 16
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for i in range(3):
+            for _ in range(2):
+                conv = nn.Conv(self.width * 2**i, (3, 3), padding=self.padding)
+                x = nn.relu(conv(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(10)(nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1))))
+
+
+class Vgg(nn.Module):
+    """VGG16, its widths divided."""
+
+    divided: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        for repeats, width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
+            for _ in range(repeats):
+                x = nn.relu(nn.Conv(width // self.divided, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = x.reshape(x.shape[0], -1)
+        for _ in range(2):
+            x = nn.relu(nn.Dense(4096 // self.divided)(x))
+        return nn.Dense(1000)(x)
+
+
+class Block(nn.Module):
+    """A residual block of ResNet18."""
+
+    width: int
+    stride: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        def conv(size: int, stride: int, x: jax.Array) -> jax.Array:
+            x = nn.Conv(self.width, (size, size), (stride, stride), use_bias=False)(x)
+            return nn.BatchNorm(use_running_average=True)(x)
+
+        y = conv(3, 1, nn.relu(conv(3, self.stride, x)))
+        return nn.relu(y + (x if x.shape == y.shape else conv(1, self.stride, x)))
+
+
+class ResNet(nn.Module):
+    """ResNet18, its widths divided."""
+
+    divided: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        x = nn.Conv(64 // self.divided, (7, 7), (2, 2), use_bias=False)(x)
+        x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
+        x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
+        for i, width in enumerate((64, 128, 256, 512)):
+            for j in range(2):
+                x = Block(width // self.divided, 2 if j == 0 and i else 1)(x)
+        return nn.Dense(1000)(x.mean((1, 2)))
+
+
+# Network, crop, step, positions a side, and the bound on the gain.
+CASES: dict[str, tuple[nn.Module, int, int, int, float]] = {
+    "valid": (Pools("VALID"), 128, 8, 10, 20),
+    "valid-20x20": (Pools("VALID"), 128, 8, 20, 40),
+    "valid-step1": (Pools("VALID"), 128, 1, 32, 100),
+    "same": (Pools("SAME"), 128, 8, 10, 11),
+    "vgg16-quarter": (Vgg(4), 224, 32, 10, 4),
+    "vgg16": (Vgg(1), 224, 32, 10, 3),
+    "resnet18-quarter": (ResNet(4), 224, 32, 10, 3),
+    "resnet18": (ResNet(1), 224, 32, 10, 1.8),
+    "apart": (Pools("SAME"), 64, 64, 4, 0.95),
+}
+# Crops in one batch take this much memory at most, in bytes of their first layers.
+_BATCH = 4e9
+
+
+def crops_of(x: jax.Array, crop: int, step: int, side: int) -> jax.Array:
+    """All crops of an image, ``(side * side, crop, crop, 3)``."""
+    places = jnp.arange(side) * step
+
+    def at(i: jax.Array, j: jax.Array) -> jax.Array:
+        return jax.lax.dynamic_slice(x, (0, i, j, 0), (1, crop, crop, 3))[0]
+
+    rows = jax.vmap(lambda i: jax.vmap(lambda j: at(i, j))(places))(places)
+    return rows.reshape(side * side, crop, crop, 3)
+
+
+def ways(
+    model: nn.Module, crop: int, step: int, side: int
+) -> dict[str, Callable[..., Any]]:
+    """The ways to run a model on every crop."""
+    found: dict[str, Callable[..., Any]] = {
+        "slide": fc.slide(model, (crop, crop), step)
+    }
+    if side * side * crop * crop * 16 * 4 * 2 < _BATCH:
+        found["batch"] = jax.jit(
+            lambda v, x: model.apply(v, crops_of(x, crop, step, side))
+        )
+    each = 10 if side * side % 10 == 0 else 8
+
+    def by(count: int) -> Callable[..., Any]:
+        def run(variables: Any, x: jax.Array) -> Any:
+            crops = crops_of(x, crop, step, side).reshape(-1, count, crop, crop, 3)
+            return jax.lax.map(lambda c: model.apply(variables, c), crops)
+
+        return jax.jit(run)
+
+    return {**found, f"by {each}": by(each), "by 1": by(1)}
+
+
+def measure(name: str, rounds: int) -> bool:
+    """Prints one line; whether the bound holds."""
+    model, crop, step, side, bound = CASES[name]
+    size = crop + step * (side - 1)
+    x = jax.random.normal(jax.random.key(0), (1, size, size, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), x[:, :crop, :crop])
+    functions = ways(model, crop, step, side)
+    start = time.perf_counter()
+    report = functions["slide"].report(variables, x)  # pyright: ignore
+    planning = time.perf_counter() - start
+    outs = {k: jax.block_until_ready(f(variables, x)) for k, f in functions.items()}
+    want = outs["by 1"].reshape(-1)
+    error = float(jnp.abs(outs["slide"].reshape(-1) - want).max() / jnp.abs(want).max())
+    times: dict[str, list[float]] = {k: [] for k in functions}
+    for _ in range(rounds):
+        for key, function in functions.items():
+            start = time.perf_counter()
+            jax.block_until_ready(function(variables, x))
+            times[key].append(time.perf_counter() - start)
+    medians = {key: 1e3 * statistics.median(values) for key, values in times.items()}
+    gain = min(v for k, v in medians.items() if k != "slide") / medians["slide"]
+    holds = gain >= bound
+    shown = ", ".join(f"{key} {value:.0f} ms" for key, value in medians.items())
+    print(
+        f"{name}: {side}x{side} crops of {crop}, {step} apart: {gain:.2f}x ({shown}; "
+        f"FLOPs {report.ratio:.1f}x less; traced in {planning:.2f} s; largest error "
+        f"{error:.0e}); bound {bound}x: {'holds' if holds else 'MISSED'}",
+        flush=True,
+    )
+    return holds
+
+
+def main() -> int:
+    """Measures the cases that are named; all but the slowest without names."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("names", nargs="*", choices=[[], *CASES], metavar="NAME")
+    parser.add_argument("--rounds", type=int, default=5)
+    options = parser.parse_args()
+    names = options.names or [n for n in CASES if n not in ("vgg16", "valid-step1")]
+    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
+    return 0 if all([measure(name, options.rounds) for name in names]) else 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

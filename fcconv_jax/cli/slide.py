@@ -1,0 +1,111 @@
+"""fcconv slide: a classifier at every place of an image."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from .app import app, examples
+from .inputs import ArgumentError
+from .options import Kwargs, Method, ModelName
+from .output import start_jax
+from .steps import ModelCall
+
+
+@app.command(
+    epilog=examples(
+        "slide model.py:Net --params ckpt --window 8x8 --stride 2 canvas.png"
+        " --out grid.npy --heatmap heat.png",
+    )
+)
+def slide(
+    model: ModelName,
+    images: Annotated[
+        list[Path],
+        typer.Argument(
+            metavar="IMAGE...", help="Images that Pillow reads, or .npy arrays (H,W,C)."
+        ),
+    ],
+    params: Annotated[
+        Path, typer.Option(help="Checkpoint with the model's params.", metavar="CKPT")
+    ],
+    window: Annotated[str, typer.Option(help="Size of a crop, such as 224x224.")],
+    stride: Annotated[
+        str | None,
+        typer.Option(help="Step between crops, such as 8 or 8x4; the model's own."),
+    ] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Write the result as .npy: (N, rows, columns, ...)."),
+    ] = None,
+    heatmap: Annotated[
+        Path | None,
+        typer.Option(help="Write a picture of the largest output at each place."),
+    ] = None,
+    scale: Annotated[
+        float, typer.Option(help="Pixels are divided by this: 255 gives 0 to 1.")
+    ] = 255.0,
+    memory: Annotated[
+        int, typer.Option(help="MiB that a tile of a large image may take.")
+    ] = 1024,
+    kwargs: Kwargs = None,
+    method: Method = None,
+) -> None:
+    """Run a classifier of crops over whole images, sharing what crops share.
+
+    The result at each place is that of the model on that crop by itself.
+    """
+    start_jax()
+    import jax
+    import numpy as np
+
+    from ..dense_prediction.slide import slide as make_grid
+    from ..frontends.kinds import kind_of
+    from .images import read_image, write_heatmap
+    from .variables import checkpoint_params
+
+    sizes = _sizes("--window", window)
+    steps = None if stride is None else _sizes("--stride", stride)
+    batch = [read_image(file) for file in images]
+    if len({image.shape for image in batch}) > 1:
+        raise ArgumentError("images of several sizes: run the command for each size")
+    pixels = np.stack(batch).astype(np.float32) / np.float32(scale)
+    crop = ",".join(map(str, (1, *sizes, pixels.shape[-1])))
+    call = ModelCall.read(model, [crop], kwargs, method)
+    if kind_of(call.model, "slide") == "nnx":
+        raise ArgumentError("NNX models hold their params: use fcconv_jax.slide(model)")
+    variables = checkpoint_params(call, params)
+    step = steps[0] if steps and len(steps) == 1 else steps
+    grid = make_grid(call.model, sizes, step)
+    report = grid.report(variables, pixels, **call.options)
+    typer.echo(str(report), err=True)
+    one = jax.ShapeDtypeStruct((len(pixels), *sizes, pixels.shape[-1]), pixels.dtype)
+    each = grid.eval_shape(variables, one, **call.options)
+    if not isinstance(each, jax.ShapeDtypeStruct):
+        raise ArgumentError("the model returns several arrays: use fcconv_jax.slide")
+    shape = (len(pixels), *report.positions, *each.shape[1 + len(sizes) :])
+    if out is None:
+        result = np.empty(shape, each.dtype)
+    else:
+        result = np.lib.format.open_memmap(out, "w+", np.dtype(each.dtype), shape)
+    grid.write(variables, pixels, out=result, memory=memory << 20, **call.options)
+    if out is not None:
+        typer.echo(f"wrote {out}: {shape}", err=True)
+    if heatmap is not None:
+        write_heatmap(heatmap, result[0], pixels[0])
+        typer.echo(f"wrote {heatmap}", err=True)
+    for file, scores in zip(images, result.reshape(len(pixels), -1)):
+        *place, label = np.unravel_index(int(scores.argmax()), shape[1:])
+        y, x = (int(p) * s for p, s in zip(place, report.stride))
+        typer.echo(f"{file}: largest output {label}, {scores.max():.4g}, at {y},{x}")
+
+
+def _sizes(option: str, text: str) -> tuple[int, ...]:
+    try:
+        return tuple(int(part) for part in text.split("x"))
+    except ValueError:
+        raise ArgumentError(
+            f"{option}: expected sizes such as 224x224, got {text!r}"
+        ) from None

@@ -1,0 +1,303 @@
+"""What slide is called with and gives: models, gradients, strides, reports, tiles."""
+
+import chex
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from random_networks import crops_one_by_one
+
+import fcconv_jax as fc
+
+
+class Net(nn.Module):
+    """Two convolutions with pools, and a head behind a flatten."""
+
+    padding: str = "SAME"
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.relu(nn.Conv(4, (3, 3), padding=self.padding)(x))
+        x = nn.BatchNorm(use_running_average=not train)(x)
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        x = nn.gelu(nn.Conv(6, (3, 3), padding=self.padding)(x))
+        x = nn.avg_pool(x, (2, 2), (2, 2))
+        x = nn.relu(nn.Dense(8)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(5)(nn.Dropout(0.5, deterministic=not train)(x))
+
+
+class NnxNet(nnx.Module):
+    """The like in NNX."""
+
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(2, 4, (3, 3), rngs=rngs)
+        self.head = nnx.Linear(4 * 6 * 5, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.max_pool(nnx.relu(self.conv(x)), (2, 2), (2, 2))
+        return self.head(x.reshape(x.shape[0], -1))
+
+
+WINDOW, STRIDE = (12, 10), (2, 4)
+IMAGES = jax.random.normal(jax.random.key(0), (2, 30, 31, 2))
+
+
+def initialised(model):
+    return model.init(jax.random.key(1), IMAGES[:, :12, :10])
+
+
+def by_crops(function):
+    return crops_one_by_one(function, IMAGES, WINDOW, STRIDE)
+
+
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_linen(padding):
+    model = Net(padding)
+    variables = initialised(model)
+    grid = fc.slide(model, WINDOW, STRIDE)
+    report = grid.report(variables, IMAGES)
+    assert report.shares == (padding == "VALID")  # the image is as small as that
+    assert report.ratio > (2 if padding == "VALID" else 1)
+    assert report.positions == (10, 6)
+    got = grid(variables, IMAGES, train=False)
+    want = by_crops(lambda x: model.apply(variables, x))
+    assert got.shape == (2, 10, 6, 5)
+    chex.assert_trees_all_close(got, want, atol=1e-5)
+
+
+def test_nnx_models_and_their_training():
+    model = NnxNet(nnx.Rngs(0))
+    grid = fc.slide(model, WINDOW, STRIDE)
+    chex.assert_trees_all_close(grid(IMAGES), by_crops(lambda x: model(x)), atol=1e-5)
+    model.head.kernel[...] *= 2
+    chex.assert_trees_all_close(grid(IMAGES), by_crops(lambda x: model(x)), atol=1e-5)
+    assert "crops of 12x10" in str(grid.report(IMAGES))
+
+
+def test_converted_models():
+    model = Net()
+    variables = initialised(model)
+    want = by_crops(lambda x: model.apply(variables, x))
+    for to in ("conv", "dense"):
+        plan = fc.make_plan(model, IMAGES[:, :12, :10], to=to)
+        converted = fc.convert_model(model, plan)
+        moved = fc.convert_params(variables, plan)
+        got = fc.slide(converted, WINDOW, STRIDE)(moved, IMAGES)
+        chex.assert_trees_all_close(got, want, atol=1e-5)
+
+
+def test_functions_with_any_arguments():
+    def scores(scale, params, x, *, shift):
+        return scale * (x.reshape(x.shape[0], -1) @ params) + shift
+
+    params = jax.random.normal(jax.random.key(2), (240, 3))
+    got = fc.slide(scores, WINDOW, STRIDE)(2.0, params, IMAGES, shift=1)
+    want = by_crops(lambda x: scores(2.0, params, x, shift=1))
+    chex.assert_trees_all_close(got, want, atol=1e-4)
+    alone = fc.slide(lambda x: x.mean((1, 2)), WINDOW, STRIDE)(IMAGES)
+    chex.assert_trees_all_close(alone, by_crops(lambda x: x.mean((1, 2))), atol=1e-6)
+
+
+def test_channels_first_by_axes():
+    def scores(params, x):
+        y = jax.lax.conv_general_dilated(x, params, (1, 1), "SAME")
+        return y.max((2, 3))
+
+    params = jax.random.normal(jax.random.key(2), (4, 2, 3, 3))
+    images = IMAGES.transpose(0, 3, 1, 2)
+    got = fc.slide(scores, WINDOW, STRIDE, axes=(2, 3))(params, images)
+    want = by_crops(lambda x: scores(params, x.transpose(0, 3, 1, 2)))
+    chex.assert_trees_all_close(got, want, atol=1e-5)
+
+
+def test_gradients_are_those_over_crops():
+    model = Net()
+    variables = initialised(model)
+    grid = fc.slide(model, WINDOW, STRIDE)
+    state = {"batch_stats": variables["batch_stats"]}
+    starts = [(i, j) for i in range(0, 19, 2) for j in range(0, 22, 4)]
+    weights = jax.random.normal(jax.random.key(3), (2, len(starts), 5))
+
+    def on_grid(params):
+        out = grid({"params": params, **state}, IMAGES)
+        return (out.reshape(2, -1, 5) * weights).sum()
+
+    def on_crops(params):
+        crops = jnp.stack([IMAGES[:, i : i + 12, j : j + 10] for i, j in starts])
+        out = jax.vmap(lambda x: model.apply({"params": params, **state}, x))(crops)
+        return (out.swapaxes(0, 1) * weights).sum()
+
+    got = jax.grad(on_grid)(variables["params"])
+    want = jax.jit(jax.grad(on_crops))(variables["params"])
+    chex.assert_trees_all_close(got, want, atol=2e-4, rtol=1e-4)
+
+
+def test_the_derivative_rule_of_an_activation_is_kept():
+    """jax.nn.relu has the derivative 0 at 0, the maximum that it runs 1/2."""
+
+    def f(x):
+        return nn.relu(x).sum((1, 2, 3))[:, None]
+
+    images = jnp.zeros((1, 6, 6, 1))
+    grid = fc.slide(f, (3, 3), 1)
+    slopes = jax.grad(lambda x: grid(x).sum())(images)
+    assert not slopes.any()
+
+
+def test_jit_vmap_and_shards():
+    model = Net()
+    variables = initialised(model)
+    grid = fc.slide(model, WINDOW, STRIDE)
+    want = grid(variables, IMAGES)
+    chex.assert_trees_all_close(jax.jit(grid)(variables, IMAGES), want, atol=1e-5)
+    each = jax.vmap(lambda x: grid(variables, x[None])[0])(IMAGES)
+    chex.assert_trees_all_close(each, want, atol=1e-5)
+
+
+def test_one_trace_a_shape():
+    count = []
+
+    def f(x):
+        count.append(x.shape)
+        return x.mean((1, 2))
+
+    grid = fc.slide(f, WINDOW, STRIDE)
+    for _ in range(3):
+        grid(IMAGES)
+        grid(IMAGES + 1)
+    assert count == [(2, 12, 10, 2)]
+
+
+@pytest.mark.parametrize(("padding", "expected"), [("VALID", 4), ("SAME", 4)])
+def test_the_networks_own_stride(padding, expected):
+    model = Net(padding)
+    x = jnp.ones((1, 24, 28, 2))
+    variables = model.init(jax.random.key(0), x[:, :20, :20])
+    grid = fc.slide(model, (20, 20))
+    assert grid.report(variables, x).stride == (expected, expected)
+    assert grid(variables, x).shape == (1, 2, 3, 5)
+    nothing = fc.slide(lambda x: x[:, :1, :1, 0] * x[:, -1:, -1:, 0], (9, 9))
+    assert nothing(jnp.ones((1, 30, 30, 1))).shape[0] == 1
+
+
+def test_what_is_not_shared_is_said():
+    def f(params, x):
+        x = jax.lax.conv_general_dilated(
+            x, params, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jnp.sort(x, 1).mean((1, 2))
+
+    params = jax.random.normal(jax.random.key(0), (3, 3, 2, 4))
+    grid = fc.slide(f, WINDOW, STRIDE)
+    text = str(grid.report(params, IMAGES))
+    assert "sort, which is not known to share" in text
+    want = by_crops(lambda x: f(params, x))
+    chex.assert_trees_all_close(grid(params, IMAGES), want, atol=1e-5)
+
+
+def test_nothing_to_share_is_a_batch_of_crops():
+    model = Net()
+    images = jnp.ones((1, 24, 20, 2))
+    variables = initialised(model)
+    report = fc.slide(model, WINDOW, WINDOW).report(variables, images)
+    assert not report.shares
+    assert "a batch of crops" in str(report)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_one_bad_pixel_stays_in_its_crops(value):
+    model = Net()
+    variables = initialised(model)
+    images = IMAGES.at[:, 13, 17].set(value)
+    got = np.isfinite(fc.slide(model, WINDOW, STRIDE)(variables, images)).all((0, 3))
+    for i, row in enumerate(got):
+        for j, finite in enumerate(row):
+            inside = 2 * i <= 13 < 2 * i + 12 and 4 * j <= 17 < 4 * j + 10
+            assert finite != inside
+
+
+def test_what_lies_at_the_border_of_a_crop_only():
+    """Zeros inside, ones around: padding that reads neighbours would show."""
+    images = jnp.zeros((1, 21, 21, 1)).at[:, ::7].set(1).at[:, :, ::7].set(1)
+    kernel = jnp.ones((5, 5, 1, 1))
+
+    def f(x):
+        return jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        ).sum(-1)
+
+    got = fc.slide(f, (6, 6), 1)(images)
+    want = crops_one_by_one(f, images, (6, 6), (1, 1))
+    chex.assert_trees_all_equal(np.asarray(got), want)
+
+
+def test_wrong_calls():
+    model = Net()
+    variables = initialised(model)
+    with pytest.raises(ValueError, match=r"at least \(12, 10\).*got \(2, 8, 31, 2\)"):
+        fc.slide(model, WINDOW)(variables, IMAGES[:, :8])
+    with pytest.raises(ValueError, match="expected images with the axes"):
+        fc.slide(model, WINDOW)(variables)
+    with pytest.raises(ValueError, match="window: expected positive ints"):
+        fc.slide(model, (0, 3))
+    with pytest.raises(ValueError, match="stride: expected one int or 2"):
+        fc.slide(model, WINDOW, (1, 2, 3))
+    with pytest.raises(ValueError, match="axes: expected 2 axes"):
+        fc.slide(model, WINDOW, axes=(1,))
+    with pytest.raises(ValueError, match="batch of 2 first"):
+        fc.slide(lambda x: x.sum(), WINDOW)(IMAGES)
+    with pytest.raises(TypeError, match="slide expected a Module, got the class"):
+        fc.slide(Net, WINDOW)
+
+
+def test_tiles_write_what_one_call_returns(tmp_path):
+    model = Net()
+    variables = initialised(model)
+    grid = fc.slide(model, WINDOW, STRIDE)
+    images = np.asarray(jax.random.normal(jax.random.key(5), (1, 90, 70, 2)))
+    want = grid(variables, images)
+    np.save(tmp_path / "images.npy", images)
+    source = np.load(tmp_path / "images.npy", mmap_mode="r")
+    out = np.lib.format.open_memmap(tmp_path / "out.npy", "w+", np.float32, want.shape)
+    seen = []
+    grid.write(
+        variables,
+        source,
+        out=out,
+        memory=100_000,
+        progress=lambda what, done, total: seen.append((done, total)),
+    )
+    assert seen[-1][1] > 4
+    chex.assert_trees_all_close(np.asarray(out), np.asarray(want), atol=1e-5)
+    with pytest.raises(ValueError, match="out: expected arrays of shape"):
+        grid.write(variables, images, out=np.zeros((1, 2)))
+    with pytest.raises(ValueError, match="room for one window"):
+        grid.write(variables, images, out=out, memory=1000, progress=False)
+
+
+def test_a_stopped_run_goes_on(tmp_path):
+    grid = fc.slide(lambda x: x.mean((1, 2)), WINDOW, STRIDE)
+    images = np.asarray(jax.random.normal(jax.random.key(5), (1, 90, 70, 2)))
+    want = np.asarray(grid(images))
+    out, state = np.zeros_like(want), tmp_path / "state"
+
+    def stop(what, done, total):
+        if done == 3:
+            raise KeyboardInterrupt
+
+    options = {"out": out, "memory": 60_000, "resume": state}
+    with pytest.raises(KeyboardInterrupt):
+        grid.write(images, progress=stop, **options)
+    assert state.exists()
+    before = out.copy()
+    out[before != 0] = 5  # what is done is not done again
+    grid.write(images, progress=False, **options)
+    assert not state.exists()
+    chex.assert_trees_all_close(out[before == 0], want[before == 0], atol=1e-6)
+    assert (out[before != 0] == 5).sum() > 0
+    with pytest.raises(KeyboardInterrupt):
+        grid.write(images, progress=stop, **options)
+    with pytest.raises(ValueError, match="another image, window or tile"):
+        grid.write(images[:, :60], progress=False, **{**options, "out": out[:, :25]})
