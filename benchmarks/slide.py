@@ -33,6 +33,7 @@ class Pools(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps crops ``(N, n, n, 3)`` to scores ``(N, 10)``."""
         for i in range(3):
             for _ in range(2):
                 conv = nn.Conv(self.width * 2**i, (3, 3), padding=self.padding)
@@ -48,6 +49,7 @@ class Vgg(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps crops ``(N, 224, 224, 3)`` to scores ``(N, 1000)``."""
         for repeats, width in ((2, 64), (2, 128), (3, 256), (3, 512), (3, 512)):
             for _ in range(repeats):
                 x = nn.relu(nn.Conv(width // self.divided, (3, 3))(x))
@@ -66,6 +68,8 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``(N, n, n, C)`` to ``(N, m, m, width)``."""
+
         def conv(size: int, stride: int, x: jax.Array) -> jax.Array:
             x = nn.Conv(self.width, (size, size), (stride, stride), use_bias=False)(x)
             return nn.BatchNorm(use_running_average=True)(x)
@@ -81,6 +85,7 @@ class ResNet(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps crops ``(N, 224, 224, 3)`` to scores ``(N, 1000)``."""
         x = nn.Conv(64 // self.divided, (7, 7), (2, 2), use_bias=False)(x)
         x = nn.relu(nn.BatchNorm(use_running_average=True)(x))
         x = nn.max_pool(x, (3, 3), (2, 2), "SAME")
@@ -148,7 +153,7 @@ def measure(name: str, rounds: int) -> bool:
     variables = jax.jit(model.init)(jax.random.key(1), x[:, :crop, :crop])
     functions = ways(model, crop, step, side)
     start = time.perf_counter()
-    report = functions["slide"].report(variables, x)  # pyright: ignore
+    report = fc.slide(model, (crop, crop), step).report(variables, x)
     planning = time.perf_counter() - start
     outs = {k: jax.block_until_ready(f(variables, x)) for k, f in functions.items()}
     want = outs["by 1"].reshape(-1)
@@ -174,13 +179,14 @@ def measure(name: str, rounds: int) -> bool:
 
 def main() -> int:
     """Measures the cases that are named; all but the slowest without names."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("names", nargs="*", choices=[[], *CASES], metavar="NAME")
     parser.add_argument("--rounds", type=int, default=5)
     options = parser.parse_args()
     names = options.names or [n for n in CASES if n not in ("vgg16", "valid-step1")]
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    return 0 if all([measure(name, options.rounds) for name in names]) else 1
+    results = [measure(name, options.rounds) for name in names]
+    return 0 if all(results) else 1
 
 
 if __name__ == "__main__":

@@ -82,7 +82,7 @@ def train(x: np.ndarray, y: np.ndarray, epochs: int) -> Any:
     @jax.jit
     def step(variables: Any, state: Any, x: Array, y: Array) -> Any:
         def loss(variables: Any) -> Array:
-            logits = model.apply(variables, x)
+            logits: Any = model.apply(variables, x)
             return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
         value, grads = jax.value_and_grad(loss)(variables)
@@ -118,11 +118,12 @@ def save_picture(path: Path, page: np.ndarray, scores: np.ndarray, found: Any) -
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
+    from matplotlib.patches import Rectangle
 
     figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
     left.imshow(page[..., 0], cmap="gray_r")
     for y, x, label in found:
-        left.add_patch(plt.Rectangle((x - 0.5, y - 0.5), 8, 8, fill=False, color="C3"))
+        left.add_patch(Rectangle((x - 0.5, y - 0.5), 8, 8, fill=False, color="C3"))
         left.text(x, y - 1, str(label), color="C3", fontsize=8)
     left.set_title(f"{len(found)} digits found in one pass")
     right.imshow(scores[..., :NOTHING].max(-1), cmap="magma", vmin=0, vmax=1)
@@ -146,7 +147,7 @@ def milliseconds(function: Any, rounds: int = 5) -> float:
 
 def main() -> None:
     """Runs the example."""
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--size", type=int, default=192, help="of the canvas, pixels")
     parser.add_argument("--out", type=Path, default=Path("detected_digits.png"))
@@ -161,9 +162,12 @@ def main() -> None:
 
     page, placed = canvas(rng, digits[1400:], data.target[1400:], options.size)
     model = Detector()
-    grid = fc.slide(
-        lambda variables, x: nn.softmax(model.apply(variables, x)), (8, 8), 1
-    )
+
+    def chances(variables: Any, x: Array) -> Array:
+        logits: Any = model.apply(variables, x)
+        return nn.softmax(logits)
+
+    grid = fc.slide(chances, (8, 8), 1)
     print(grid.report(variables, page[None]))
     scores = np.asarray(grid(variables, page[None]))[0]
     found = boxes(scores)
@@ -174,7 +178,7 @@ def main() -> None:
     print(f"{right} of {len(placed)} digits found, to a pixel; {len(found)} boxes")
 
     rows, columns = scores.shape[:2]
-    single = jax.jit(lambda v, x: nn.softmax(model.apply(v, x)))
+    single = jax.jit(chances)
     crops = np.lib.stride_tricks.sliding_window_view(page[..., 0], (8, 8))
     crops = np.ascontiguousarray(crops.reshape(-1, 8, 8, 1))
     one_by_one = np.asarray(single(variables, crops)).reshape(rows, columns, -1)

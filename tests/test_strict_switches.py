@@ -60,7 +60,15 @@ def arrays():
     return x, variables, tx, tx.init(variables["params"]), params, model
 
 
-@pytest.fixture(params=SWITCHES)
+_SLOW = {"leak checking"}  # nothing is traced twice from a cache then
+
+
+@pytest.fixture(
+    params=[
+        pytest.param(name, marks=[pytest.mark.slow] if name in _SLOW else [])
+        for name in SWITCHES
+    ]
+)
 def switched(request):
     with SWITCHES[request.param]():
         yield

@@ -144,6 +144,7 @@ def _tile(
     """The largest tile, halved until it fits."""
     tile = list(counts)
     while True:
+        needed = 0
         shape = list(images.shape)
         for axis, count, size, step in zip(grid.axes, tile, grid.window, stride):
             shape[axis] = (count - 1) * step + size
@@ -157,8 +158,8 @@ def _tile(
                 return tile
         if max(tile) == 1:
             raise ValueError(
-                f"memory: expected room for one window, which takes some "
-                f"{_ALIVE * needed if least <= memory else least} bytes, got {memory}. "
+                "memory: expected room for one window, which takes some "
+                f"{max(_ALIVE * needed, least)} bytes, got {memory}. "
                 "Pass more, or fewer images at once"
             )
         longest = tile.index(max(tile))
@@ -176,7 +177,9 @@ def _places(counts: Sequence[int], tile: Sequence[int]) -> Iterator[tuple[int, .
 
 
 def _read(images: Any, where: Sequence[slice]) -> Any:
-    part = images[tuple(where)]
-    if hasattr(part, "read") and callable(part.read):  # TensorStore
-        part = part.read().result()
+    part: Any = images[tuple(where)]
+    reader: Any = getattr(part, "read", None)
+    if callable(reader):  # TensorStore
+        future: Any = reader()
+        part = future.result()
     return np.ascontiguousarray(part)

@@ -43,7 +43,9 @@ def sharing(request, monkeypatch):
 
 
 @pytest.mark.usefixtures("sharing")
-@pytest.mark.parametrize("block", range(6))
+@pytest.mark.parametrize(
+    "block", [0, 1, *(pytest.param(n, marks=pytest.mark.slow) for n in range(2, 6))]
+)
 def test_images(block):
     for seed in range(block * EACH, (block + 1) * EACH):
         check(seed, 2)
