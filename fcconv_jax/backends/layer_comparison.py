@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
@@ -130,9 +131,9 @@ class LayerPrograms:
             return f"{cost:.3g} ms"
         return f"{cost:,.0f} cycles" if self.quantity == "cycles" else mebibytes(cost)
 
-    def to_json(self) -> dict[str, Any]:
-        """Both programs' steps and figures, as what JSON knows."""
-        return {
+    def to_json(self) -> str:
+        """Both programs' steps and figures as JSON text."""
+        content = {
             "layer": self.path,
             "case": self.layer.case,
             "dtype": str(jnp.dtype(self.dtype)),
@@ -154,6 +155,7 @@ class LayerPrograms:
                 for form in FORMS
             },
         }
+        return json.dumps(content)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -86,7 +86,7 @@ class BackendReport:
             "milliseconds": self.milliseconds.get(form),
         }
 
-    def to_json(self) -> dict[str, Any]:
+    def content(self) -> dict[str, Any]:
         """All but the programs' texts, as what JSON knows."""
         return {
             "backend": self.backend,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from typing import Annotated
 
 import typer
@@ -61,4 +60,4 @@ def explain(
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None
-    typer.echo(json.dumps(found.to_json()) if as_json else equivalence.explain(found))
+    typer.echo(found.to_json() if as_json else equivalence.explain(found))

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import itertools
-import json
 from typing import TYPE_CHECKING, Annotated
 
 import typer
@@ -84,7 +83,7 @@ def hlo(
             progress=tell,
         )
     programs = found[path]
-    typer.echo(json.dumps(programs.to_json()) if as_json else _head(programs))
+    typer.echo(programs.to_json() if as_json else _head(programs))
     if not as_json:
         _print_programs(programs)
         typer.echo(programs.verdict)

@@ -48,8 +48,8 @@ ELEMENTWISE = frozenset(
     is_finite le lgamma log log1p logistic lt max min mul mulhi ne neg nextafter not or
     polygamma population_count pow real reduce_precision regularized_incomplete_beta rem
     round rsqrt select_n shift_left shift_right_arithmetic shift_right_logical sign sin
-    sinh sqrt square stop_gradient sub tan tanh to_edtype xor zeta
-    optimization_barrier""".split()
+    sinh sqrt square stop_gradient sub tan tanh to_edtype xor
+    zeta""".split()
 )
 
 
@@ -718,6 +718,7 @@ RULES: dict[str, Rule] = {
     **dict.fromkeys(_POOLS, _pool),
     **dict.fromkeys(_SEPARABLE, _reduction),
     "conv_general_dilated": _convolution,
+    "optimization_barrier": lambda eqn, values: list(values),
     "dot_general": _dot,
     "reshape": _reshape,
     "broadcast_in_dim": _broadcast,

@@ -36,6 +36,7 @@ def write_tiles(
     """
     *before, images = args
     stride = grid.report(*before, _one_window(grid, images), **kwargs).stride
+    grid = type(grid)(grid.function, grid.window, stride, grid.axes)
     counts = [
         (images.shape[axis] - size) // step + 1
         for axis, size, step in zip(grid.axes, grid.window, stride)
@@ -55,20 +56,13 @@ def write_tiles(
             ):
                 start = first * step
                 read[axis] = slice(start, start + (count - 1) * step + size)
-            part = grid_at(grid, stride)(*before, _read(images, read), **kwargs)
+            part = grid(*before, _read(images, read), **kwargs)
             where = (slice(None), *(slice(p, p + n) for p, n in zip(place, tile)))
             for target, values in zip(jax.tree.leaves(out), jax.tree.leaves(part)):
                 target[where] = np.asarray(values)
             done.add(number, out)
         tell("tiles", len(places), len(places))
     done.remove()
-
-
-def grid_at(grid: Any, stride: tuple[int, ...]) -> Any:
-    """The grid with its stride fixed, so that each tile need not look for it."""
-    if grid.stride is None:
-        grid.stride = stride
-    return grid
 
 
 class _Done:

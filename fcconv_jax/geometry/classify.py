@@ -10,8 +10,8 @@ ch. 12).
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Sequence
-from typing import Any
 
 from .convolution import Case, ConvGeometry, resolve_geometry
 from .reasons import why_it_fails, why_it_holds
@@ -123,18 +123,19 @@ class Equivalence:
         """Whether the Dense's entries are the Conv's, each exactly once."""
         return self.case != "unrolled"
 
-    def to_json(self) -> dict[str, Any]:
-        """A dict of JSON values."""
+    def to_json(self) -> str:
+        """The equivalence as JSON text."""
         geometry = dataclasses.asdict(self.geometry)
         geometry["output_shape"] = self.geometry.output_shape
-        return {
+        content = {
             "case": self.case,
             "base": self.base,
             "same_parameters": self.same_parameters,
             "reason": self.reason,
             "fix": self.fix,
-            "geometry": {k: _listed(v) for k, v in geometry.items()},
+            "geometry": geometry,
         }
+        return json.dumps(content)
 
     def __str__(self) -> str:
         text = f"{self.case}: {self.reason}"
@@ -174,7 +175,3 @@ def _kernel_shapes(equivalence: Equivalence) -> tuple[str, str]:
     if not equivalence.same_parameters:
         dense = f"({geometry.input_elements}*C, {geometry.output_elements}*O)"
     return dense, f"({', '.join(map(str, geometry.kernel_size))}, {channels}, O)"
-
-
-def _listed(value: Any) -> Any:
-    return [_listed(v) for v in value] if isinstance(value, tuple) else value

@@ -206,7 +206,7 @@ class Report:
             **fields,
             "original": _plain(self.original),
             "converted": _plain(self.converted),
-            "backends": [found.to_json() for found in self.backends],
+            "backends": [found.content() for found in self.backends],
         }
 
     def to_markdown(self) -> str:

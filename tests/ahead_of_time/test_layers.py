@@ -1,5 +1,7 @@
 """Each layer as a program of its own, compiled without the device; skips likewise."""
 
+import json
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -80,7 +82,7 @@ def test_a_tpu_copies_the_map_in_the_dense_form_alone(tpu):
 def test_the_same_layers_in_another_dtype(tpu):
     found, _ = tpu
     half = compiled("tpu:v5e", only=["one"], dtype=jnp.bfloat16)["one"]
-    assert half.to_json()["dtype"] == "bfloat16"
+    assert json.loads(half.to_json())["dtype"] == "bfloat16"
     assert half.dense.bytes_accessed < found["one"].dense.bytes_accessed
     assert "bf16[" in half.dense.text
 

@@ -1,6 +1,7 @@
 """Both forms of each layer, compiled: which programs, what they cost, in words."""
 
 import dataclasses
+import json
 
 import flax.linen as nn
 import jax
@@ -93,7 +94,7 @@ def test_on_a_present_device(monkeypatch):
         assert layer.cost("dense") == layer.milliseconds["dense"] > 0
         assert layer.verdict.startswith("conv takes ")
         assert "the time of dense" in layer.verdict
-        assert layer.to_json()["forms"]["conv"]["steps"]
+        assert json.loads(layer.to_json())["forms"]["conv"]["steps"]
     assert "in one, two" in found.answer
     assert found.answer.startswith("On cpu (cpu), measured: conv costs less in ")
 
@@ -111,7 +112,7 @@ def test_dtypes_come_from_the_params_or_are_said():
     found = compile_layers(plan, "cpu", params=params)
     assert [str(layer.dtype) for layer in found.values()] == ["bfloat16", "float32"]
     (alone,) = compile_layers(plan, "cpu", only=["b"], dtype=jnp.bfloat16).values()
-    assert alone.to_json()["dtype"] == "bfloat16"
+    assert json.loads(alone.to_json())["dtype"] == "bfloat16"
 
 
 def test_what_cannot_be_compiled_here_says_what_to_install(monkeypatch):

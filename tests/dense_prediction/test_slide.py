@@ -58,8 +58,8 @@ def test_linen(padding):
     variables = initialised(model)
     grid = fc.slide(model, WINDOW, STRIDE)
     report = grid.report(variables, IMAGES)
-    assert report.shares == (padding == "VALID")  # the image is as small as that
-    assert report.ratio > (2 if padding == "VALID" else 1)
+    # Crops as small as these are all border: with padding they share little.
+    assert report.shares == (padding == "VALID")
     assert report.positions == (10, 6)
     got = grid(variables, IMAGES, train=False)
     want = by_crops(lambda x: model.apply(variables, x))

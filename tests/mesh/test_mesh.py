@@ -82,7 +82,6 @@ def params_stay_sharded(found):
 
 
 @pytest.mark.slow
-@pytest.mark.slow
 def test_programs_over_eight_devices(subtests):
     found = run_programs()
     for check in (
