@@ -23,7 +23,7 @@ from ..tracing.jaxprs import (
 )
 from .maps import Map
 from .rules import ELEMENTWISE, RULES, aligned, broadcast_data
-from .values import NotSharedError, Value, all_own, array_of
+from .values import Grid, NotSharedError, Value, all_own, array_of
 
 # A scan of more steps is not written out: it runs on each crop's own arrays.
 UNROLL = 64
@@ -38,7 +38,7 @@ class Interpreter:
 
     def __init__(self, left: Counter[str]):
         self.left = left
-        self.maps: dict[int, Map] = {}  # the last one made, along each image axis
+        self.maps: dict[Grid, Map] = {}  # the last one made, along each image axis
 
     def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Value]:
         """The outputs of a jaxpr."""
@@ -269,12 +269,12 @@ def _value(value: Any) -> Value:
     return value if isinstance(value, Value) else Value.plain(value)
 
 
-def _with_fronts(data: Any, fronts: tuple[int, ...]) -> Value:
+def _with_fronts(data: Any, fronts: tuple[Grid, ...]) -> Value:
     inner = Value.plain(jax.ShapeDtypeStruct(data.shape[len(fronts) :], data.dtype))
     return inner.replace(data=data, fronts=fronts)
 
 
-def _everywhere(value: Value, grids: set[int]) -> Value:
+def _everywhere(value: Value, grids: set[Grid]) -> Value:
     """An array for each crop along all of these axes, also where they are the same."""
     raise_ = sorted(grids - set(value.fronts))
     if raise_:

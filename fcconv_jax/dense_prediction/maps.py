@@ -112,6 +112,46 @@ def window_layouts(
 _MOST_SEGMENTS = 4
 
 
+def whole_layout(
+    map_: Map,
+    size: int,
+    window: int,
+    stride: int,
+    padding: tuple[int, int],
+    holes: int = 1,
+) -> Layout:
+    """Lays out an axis for one pass over the whole image, padded around the image.
+
+    Arguments are those of :func:`window_layouts`.
+
+    Raises:
+      ValueError: crops do not begin where the window's stride leads to.
+
+    Example:
+      >>> whole_layout(crops(6, 4, 2), 6, 3, 1, (1, 1)).map
+      array([[0, 1, 2, 3],
+             [2, 3, 4, 5]])
+    """
+    low, high = padding
+    starts = map_[:, 0] * holes
+    length = (map_.shape[1] - 1) * holes + 1
+    if (np.diff(map_, axis=1) != 1).any():
+        raise ValueError("crops see the axis in another order than it has")
+    if (starts % stride).any():
+        raise ValueError(
+            f"a step of crops is no multiple of the network's stride, here {stride}: "
+            "take a larger one"
+        )
+    if low < 0 or high < 0:
+        raise ValueError("negative padding")
+    spread = np.full((size - 1) * holes + 1, PADDING)
+    spread[::holes] = np.arange(size)
+    take = np.pad(spread, (low, high), constant_values=PADDING)
+    count = (length + low + high - window) // stride + 1
+    places = (starts // stride)[:, None] + np.arange(count)
+    return Layout((take[None],), places, (len(take) - window) // stride + 1)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Chains:
     """For each window, the chain that it is in and its rank there."""

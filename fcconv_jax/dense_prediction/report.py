@@ -20,6 +20,7 @@ class SlideReport:
       bytes: largest array of the shared program.
       left: why crops stopped sharing, and how often.
       shares: whether the shared program is taken; else a batch of crops.
+      exact: whether it is the function of each crop; not with ``padding="image"``.
     """
 
     window: tuple[int, ...]
@@ -31,6 +32,7 @@ class SlideReport:
     bytes: int
     left: tuple[tuple[str, int], ...]
     shares: bool
+    exact: bool = True
 
     @property
     def ratio(self) -> float:
@@ -54,6 +56,8 @@ class SlideReport:
                 f"a batch of crops: sharing would take {_short(self.flops)} FLOPs "
                 f"instead of {_short(every)}"
             )
+        if not self.exact:
+            lines.append("padded around the image: not what the crops give alone")
         if self.left:
             lines.append("computed crop by crop from here on:")
             lines += [f"  {why}" + f" ({n} times)" * (n > 1) for why, n in self.left]

@@ -19,9 +19,11 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..plan import PlanError
 from ..tracing.jaxprs import bind
-from .maps import Layout, Map, join, window_layouts
+from .maps import Layout, Map, join, whole_layout, window_layouts
 from .values import (
+    Grid,
     NotSharedError,
     Part,
     Value,
@@ -223,7 +225,7 @@ def _one_axis(value: Value, index: int) -> Value:
     return value.replace(data=data, parts=tuple(parts))
 
 
-def _with_fronts(value: Value, fronts: tuple[int, ...]) -> Value:
+def _with_fronts(value: Value, fronts: tuple[Grid, ...]) -> Value:
     missing = [i for i, grid in enumerate(fronts) if grid not in value.fronts]
     return value.replace(data=jnp.expand_dims(value.data, missing), fronts=fronts)
 
@@ -310,7 +312,7 @@ class _Sweep:
     axis: int
     out: int
     layouts: Sequence[Layout]
-    grid: int
+    grid: Grid
 
 
 def _sweep(
@@ -329,9 +331,14 @@ def _sweep(
     axis = value.axis(sum(value.ranks[:dim]))
     assert part.map is not None
     assert part.grid is not None
-    layouts = window_layouts(
-        part.map, value.data.shape[axis], extent, stride, padding, holes
-    )
+    size = value.data.shape[axis]
+    if part.grid.padded_outside:
+        try:
+            layout = whole_layout(part.map, size, extent, stride, padding, holes)
+        except ValueError as error:
+            raise PlanError(f"padding='image': {error}") from None
+        return value, _Sweep(dim, dim, [layout], part.grid)
+    layouts = window_layouts(part.map, size, extent, stride, padding, holes)
     least = min(layout.outputs for layout in layouts)
     if least * WORTH > layouts[0].map.size:
         return own_arrays(value, part.grid), None

@@ -26,7 +26,7 @@ from .interpreter import Interpreter
 from .maps import crops
 from .report import SlideReport
 from .tiles import write_tiles
-from .values import Part, Value, all_own, array_of
+from .values import Grid, Part, Value, all_own, array_of
 
 # Sharing must save this much of the arithmetic to be worth what it costs.
 _WORTH = 1.5
@@ -40,6 +40,7 @@ def slide(
     stride: int | Sequence[int] | None = None,
     *,
     axes: int | Sequence[int] | None = None,
+    padding: Literal["crops", "image"] = "crops",
 ) -> Slide:
     """Turns a function of one crop into one of whole images: its value on every crop.
 
@@ -61,6 +62,11 @@ def slide(
         network's own total stride: the smallest step at which crops share its last
         layer.
       axes: the axes of the image that slide; those behind the batch by default.
+      padding: where the zeros of padded layers lie: around each of the ``"crops"``, as
+        the function has them, or around the ``"image"`` alone, as a network has that is
+        run over the image as a whole. The latter is cheaper and **another function**
+        near the border of each crop; ``fc.compare(exact, cheaper, args)`` says by how
+        much. Its stride must be a multiple of the network's.
 
     Returns:
       A :class:`Slide`, called as the model is called, with images in the place of
@@ -97,11 +103,13 @@ def slide(
     sizes = _sizes("window", window)
     places = tuple(range(1, 1 + len(sizes))) if axes is None else _axes(axes, sizes)
     steps = None if stride is None else _sizes("stride", stride, len(sizes))
+    if padding not in ("crops", "image"):
+        raise ValueError(f"padding: expected 'crops' or 'image', got {padding!r}")
     kind = kind_of(model, "slide")
     if kind == "nnx":
-        return NnxSlide(model, sizes, steps, places)
+        return NnxSlide(model, sizes, steps, places, padding)
     function = model.apply if kind == "linen" else model
-    return Slide(function, sizes, steps, places)
+    return Slide(function, sizes, steps, places, padding)
 
 
 class Slide:
@@ -112,6 +120,7 @@ class Slide:
       window: size of a crop along each axis that slides.
       stride: step along each; None for the function's own.
       axes: those axes of the images.
+      padding: where padding lies.
     """
 
     def __init__(
@@ -120,7 +129,9 @@ class Slide:
         window: tuple[int, ...],
         stride: tuple[int, ...] | None,
         axes: tuple[int, ...],
+        padding: Literal["crops", "image"] = "crops",
     ):
+        self.padding: Literal["crops", "image"] = padding
         self.function = function
         self.window = window
         self.stride = stride
@@ -215,7 +226,10 @@ class Slide:
                 leaves, jax.ShapeDtypeStruct(tuple(crop), images.dtype)
             )
         stride = self.stride or own_stride(jaxpr, leaves, crop, images.dtype, self.axes)
-        return _Program(jaxpr, out, leaves, images, self.window, stride, self.axes)
+        around = self.padding == "image"
+        return _Program(
+            jaxpr, out, leaves, images, self.window, stride, self.axes, around
+        )
 
 
 class NnxSlide(Slide):
@@ -239,7 +253,9 @@ class NnxSlide(Slide):
 
     def write(self, *args: Any, **kwargs: Any) -> None:
         """Runs over images of any size, as :meth:`Slide.write` says."""
-        function = Slide(self.function, self.window, self.stride, self.axes)
+        function = Slide(
+            self.function, self.window, self.stride, self.axes, self.padding
+        )
         function.write(*self._with_state(args), **kwargs)
 
     def report(self, *args: Any, **kwargs: Any) -> SlideReport:
@@ -263,6 +279,7 @@ class _Program:
     window: tuple[int, ...]
     stride: tuple[int, ...]
     axes: tuple[int, ...]
+    padded_outside: bool
 
     def run(self) -> Any:
         """The outputs, with the batch first and then the positions."""
@@ -302,7 +319,8 @@ class _Program:
             crop_bytes=largest(self.jaxpr) * count,
             bytes=largest(jaxpr),
             left=tuple(left.items()),
-            shares=one * count >= _WORTH * whole,
+            shares=self.padded_outside or one * count >= _WORTH * whole,
+            exact=not self.padded_outside,
         )
 
     @functools.cached_property
@@ -317,7 +335,9 @@ class _Program:
         self, own: bool, *operands: Any, left: Counter[str] | None = None
     ) -> list[Any]:
         *leaves, images = operands
-        value = image_value(images, self.window, self.stride, self.axes)
+        value = image_value(
+            images, self.window, self.stride, self.axes, self.padded_outside
+        )
         interpreter = Interpreter(Counter() if left is None else left)
         outs = interpreter.run(self.jaxpr, [*leaves, all_own(value) if own else value])
         counts = [
@@ -328,13 +348,17 @@ class _Program:
 
 
 def image_value(
-    images: Any, window: Sequence[int], stride: Sequence[int], axes: Sequence[int]
+    images: Any,
+    window: Sequence[int],
+    stride: Sequence[int],
+    axes: Sequence[int],
+    padded_outside: bool = False,
 ) -> Value:
     """Images, as what their crops share."""
     parts = [Part(size) for size in images.shape]
-    for grid, (axis, size, step) in enumerate(zip(axes, window, stride)):
+    for index, (axis, size, step) in enumerate(zip(axes, window, stride)):
         map_ = crops(images.shape[axis], size, step)
-        parts[axis] = Part(size, map_, grid)
+        parts[axis] = Part(size, map_, Grid(index, padded_outside))
     return Value(images, (), tuple(parts), (1,) * len(parts))
 
 
@@ -346,7 +370,7 @@ def own_stride(
     for axis in axes:
         shape[axis] += _LOOKED_AT - 1
     window = [crop[axis] for axis in axes]
-    found: dict[int, Any] = {}
+    found: dict[Grid, Any] = {}
 
     def look(leaves: Any, images: Any) -> None:
         value = image_value(images, window, (1,) * len(axes), axes)
@@ -356,8 +380,8 @@ def own_stride(
 
     jax.eval_shape(look, leaves, jax.ShapeDtypeStruct(tuple(shape), dtype))
     steps = []
-    for grid, size in enumerate(window):
-        map_ = found.get(grid)
+    for index, size in enumerate(window):
+        map_ = found.get(Grid(index))
         steps.append(size if map_ is None else _first_shared(map_, size))
     return tuple(steps)
 
@@ -373,9 +397,9 @@ def _on_all(value: Value, counts: Sequence[int]) -> Any:
     """The arrays of all crops, also where they do not differ."""
     value = all_own(value)
     data = array_of(value)
-    for grid, count in enumerate(counts):
-        if grid not in value.fronts:
-            data = jnp.repeat(jnp.expand_dims(data, grid), count, grid)
+    for index, count in enumerate(counts):
+        if index not in {grid.index for grid in value.fronts}:
+            data = jnp.repeat(jnp.expand_dims(data, index), count, index)
     return data
 
 

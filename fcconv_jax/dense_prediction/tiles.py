@@ -35,8 +35,13 @@ def write_tiles(
     all; the last ones overlap those before them.
     """
     *before, images = args
+    if grid.padding != "crops":
+        raise ValueError(
+            "padding='image' has no tiles: their borders would be the image's. Use "
+            "padding='crops', which is exact"
+        )
     stride = grid.report(*before, _one_window(grid, images), **kwargs).stride
-    grid = type(grid)(grid.function, grid.window, stride, grid.axes)
+    grid = type(grid)(grid.function, grid.window, stride, grid.axes, grid.padding)
     counts = [
         (images.shape[axis] - size) // step + 1
         for axis, size, step in zip(grid.axes, grid.window, stride)
@@ -104,7 +109,7 @@ def _one_window(grid: Any, images: Any) -> jax.ShapeDtypeStruct:
     shape = list(images.shape)
     for axis, size in zip(grid.axes, grid.window):
         shape[axis] = size
-    return jax.ShapeDtypeStruct(tuple(shape), images.dtype)
+    return jax.ShapeDtypeStruct(tuple(shape), _dtype(images))
 
 
 def _check_out(
@@ -142,9 +147,9 @@ def _tile(
         shape = list(images.shape)
         for axis, count, size, step in zip(grid.axes, tile, grid.window, stride):
             shape[axis] = (count - 1) * step + size
-        part = jax.ShapeDtypeStruct(tuple(shape), images.dtype)
+        part = jax.ShapeDtypeStruct(tuple(shape), _dtype(images))
         # A guess from the image alone keeps the maps of a huge one from being made.
-        least = _ALIVE * math.prod(shape) * images.dtype.itemsize
+        least = _ALIVE * math.prod(shape) * _dtype(images).itemsize
         if least <= memory:
             report = grid.report(*before, part, **kwargs)
             needed = report.bytes if report.shares else report.crop_bytes
@@ -168,6 +173,11 @@ def _places(counts: Sequence[int], tile: Sequence[int]) -> Iterator[tuple[int, .
             for count, size in zip(counts, tile)
         )
     )
+
+
+def _dtype(images: Any) -> np.dtype[Any]:
+    """The dtype as NumPy has it; TensorStore has its own."""
+    return np.dtype(getattr(images.dtype, "numpy_dtype", images.dtype))
 
 
 def _read(images: Any, where: Sequence[slice]) -> Any:

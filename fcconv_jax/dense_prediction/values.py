@@ -20,6 +20,20 @@ class NotSharedError(Exception):
     """Crops cannot share an equation's result; the message says why."""
 
 
+@dataclasses.dataclass(frozen=True, order=True)
+class Grid:
+    """An axis of the image that crops move along.
+
+    Args:
+      index: counted from 0.
+      padded_outside: padding lies around the image, where it belongs around each crop:
+        windows that pass a crop's border read what is beside it.
+    """
+
+    index: int
+    padded_outside: bool = False
+
+
 @dataclasses.dataclass(frozen=True, eq=False)
 class Part:
     """An axis of a value, or a factor of one.
@@ -33,7 +47,7 @@ class Part:
 
     size: int
     map: Map | None = None
-    grid: int | None = None
+    grid: Grid | None = None
     uniform: bool = False
 
 
@@ -50,7 +64,7 @@ class Value:
     """
 
     data: Any
-    fronts: tuple[int, ...]
+    fronts: tuple[Grid, ...]
     parts: tuple[Part, ...]
     ranks: tuple[int, ...]
 
@@ -77,7 +91,7 @@ class Value:
         return bool(self.fronts) or any(part.map is not None for part in self.parts)
 
     @property
-    def shared(self) -> set[int]:
+    def shared(self) -> set[Grid]:
         """The image's axes along which crops share what they have in common."""
         return {part.grid for part in self.parts if part.grid is not None}
 
@@ -128,7 +142,7 @@ def take_padded(data: Any, places: Map, axis: int, padding: Any) -> Any:
     return take(extended, np.where(outside, data.shape[axis], places), axis)
 
 
-def own_arrays(value: Value, grid: int) -> Value:
+def own_arrays(value: Value, grid: Grid) -> Value:
     """The value with an array for each crop along one of the image's axes."""
     index = next((i for i, p in enumerate(value.parts) if p.grid == grid), None)
     if index is None:

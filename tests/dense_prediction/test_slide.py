@@ -301,3 +301,56 @@ def test_a_stopped_run_goes_on(tmp_path):
         grid.write(images, progress=stop, **options)
     with pytest.raises(ValueError, match="another image, window or tile"):
         grid.write(images[:, :60], progress=False, **{**options, "out": out[:, :25]})
+
+
+def test_padding_around_the_image_is_the_network_on_the_image():
+    """The convention of fully convolutional networks, and that it is another one."""
+
+    class Conv(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.max_pool(nn.relu(nn.Conv(4, (3, 3))(x)), (2, 2), (2, 2))
+            x = nn.Conv(5, (3, 3))(x)
+            return nn.Conv(3, (6, 6), padding="VALID")(x)
+
+    model, images = Conv(), jax.random.normal(jax.random.key(0), (2, 32, 36, 2))
+    variables = model.init(jax.random.key(1), images[:, :12, :12])
+    cheaper = fc.slide(model, (12, 12), 2, padding="image")
+    got = cheaper(variables, images)
+    whole = model.apply(variables, images)
+    assert got.shape == (2, 11, 13, 1, 1, 3)
+    chex.assert_trees_all_close(got[:, :, :, 0, 0], whole, atol=1e-5)
+    assert "not what the crops give alone" in str(cheaper.report(variables, images))
+    exact = fc.slide(model, (12, 12), 2)
+    assert not fc.compare(exact, cheaper, (variables, images), progress=False).passed
+    with pytest.raises(fc.PlanError, match="no multiple of the network's stride"):
+        fc.slide(model, (12, 12), 3, padding="image")(variables, images)
+    with pytest.raises(ValueError, match="'image' has no tiles"):
+        cheaper.write(variables, images, out=np.zeros((2, 11, 13, 1, 1, 3)))
+    with pytest.raises(ValueError, match="padding: expected 'crops' or 'image'"):
+        fc.slide(model, (12, 12), padding="SAME")
+
+
+def test_zarr_arrays_in_and_out(tmp_path):
+    tensorstore = pytest.importorskip("tensorstore")
+
+    def made(name, values, shape):
+        spec = {
+            "driver": "zarr3",
+            "kvstore": {"driver": "file", "path": str(tmp_path / name)},
+        }
+        array = tensorstore.open(
+            spec, create=True, dtype=tensorstore.float32, shape=shape
+        ).result()
+        if values is not None:
+            array[...] = values
+        return array
+
+    images = np.asarray(jax.random.normal(jax.random.key(5), (1, 90, 70, 2)))
+    grid = fc.slide(lambda x: x.mean((1, 2)), WINDOW, STRIDE)
+    want = np.asarray(grid(images))
+    out = made("out", None, want.shape)
+    grid.write(
+        made("images", images, images.shape), out=out, memory=60_000, progress=False
+    )
+    chex.assert_trees_all_close(np.asarray(out.read().result()), want, atol=1e-6)
