@@ -495,8 +495,11 @@ def test_layout_of_a_pointwise_layer(check, layout):
 
 
 def test_refusals_of_make_plan():
-    for model, name in (("model", "str"), (nn.Dense, "type")):
-        with pytest.raises(TypeError, match=f"params and inputs, got {name}"):
+    for model, words in (
+        ("model", "params and inputs, got str"),
+        (nn.Dense, "got the class Dense. Pass an instance"),
+    ):
+        with pytest.raises(TypeError, match=words):
             fc.make_plan(model, zeros(2))
     with pytest.raises(fc.PlanError, match="'conv' or 'dense'"):
         fc.make_plan(nn.Dense(3), zeros(2, 3), to="linear")
