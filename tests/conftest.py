@@ -13,6 +13,13 @@ from fcconv_jax.verification.moved import MOVED, moved_by_an_ulp
 from fcconv_jax.verification.reading import Reading
 
 
+def pytest_configure(config):
+    """Keeps what XLA compiles: both workers share it, and a second run is quicker."""
+    if not jax.config.jax_compilation_cache_dir and config.cache is not None:
+        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
+
+
 def integers(tree, seed=0, high=3):
     """Arrays of small integers in the shapes of a tree: sums of products are exact."""
     rng = np.random.default_rng(seed)

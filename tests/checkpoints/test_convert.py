@@ -178,6 +178,7 @@ np.save(folder + "/y.npy", np.stack(out))
 """
 
 
+@pytest.mark.slow
 def test_a_plain_flax_model_with_conv_loads_it_without_this_package(
     assert_close, save, tmp_path
 ):

@@ -112,6 +112,7 @@ def test_channels_first_by_axes():
     chex.assert_trees_all_close(got, want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_gradients_are_those_over_crops():
     model = Net()
     variables = initialised(model)
@@ -146,6 +147,7 @@ def test_the_derivative_rule_of_an_activation_is_kept():
     assert not slopes.any()
 
 
+@pytest.mark.slow
 def test_jit_vmap_and_shards():
     model = Net()
     variables = initialised(model)
@@ -197,6 +199,7 @@ def test_what_is_not_shared_is_said():
     chex.assert_trees_all_close(grid(params, IMAGES), want, atol=1e-5)
 
 
+@pytest.mark.slow
 def test_nothing_to_share_is_a_batch_of_crops():
     model = Net()
     images = jnp.ones((1, 24, 20, 2))
@@ -252,6 +255,7 @@ def test_wrong_calls():
         fc.slide(Net, WINDOW)
 
 
+@pytest.mark.slow
 def test_tiles_write_what_one_call_returns(tmp_path):
     model = Net()
     variables = initialised(model)
@@ -303,6 +307,7 @@ def test_a_stopped_run_goes_on(tmp_path):
         grid.write(images[:, :60], progress=False, **{**options, "out": out[:, :25]})
 
 
+@pytest.mark.slow
 def test_padding_around_the_image_is_the_network_on_the_image():
     """The convention of fully convolutional networks, and that it is another one."""
 

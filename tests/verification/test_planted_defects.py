@@ -98,6 +98,7 @@ def test_a_layer_in_bfloat16_where_the_original_computes_in_float32():
     assert "lower precision" in found.failures[0]
 
 
+@pytest.mark.slow
 def test_a_missing_gradient():
     model = Transformer()
     wrong = dataclasses.replace(model, defect=Settings(stop_gradient=True))

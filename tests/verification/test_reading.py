@@ -115,6 +115,7 @@ def convolutions(draw):
     )
 
 
+@pytest.mark.slow
 @settings(max_examples=60, deadline=None)
 @given(convolutions())
 def test_every_convolution_is_lax_s_own(case):

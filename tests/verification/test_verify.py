@@ -83,6 +83,7 @@ def test_everything_that_holds_passes(case, report):
     assert report.converted.convolutions == 3
 
 
+@pytest.mark.slow
 def test_training_mode_with_dropout_and_batch_norm(case):
     model, variables, x, plan = case
     fc.assert_equivalent(

@@ -103,6 +103,7 @@ def test_inside_jit_and_vmap_and_one_trace_per_shape():
     assert bits(model.apply(variables, x)) == bits(want)
 
 
+@pytest.mark.slow
 def test_a_train_state_trains():
     tx = optax.adam(1e-2)
 

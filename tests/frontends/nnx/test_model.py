@@ -271,6 +271,7 @@ def test_stacks_run_under_scan_and_vmap(assert_exact, model):
     assert other.blocks.kernel.shape == (3, 1, 4, 4)
 
 
+@pytest.mark.slow
 def test_jit_grad_and_an_optimizer_step_agree(assert_close):
     model = Net("CHW")
     plan = fc.make_plan(model, X)
