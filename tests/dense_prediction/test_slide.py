@@ -67,6 +67,32 @@ def test_linen(padding):
     chex.assert_trees_all_close(got, want, atol=1e-5)
 
 
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_compare_calls_it_the_function_on_every_crop(padding):
+    model = Net(padding)
+    variables = initialised(model)
+
+    def one_by_one(variables, images):
+        rows = [
+            jnp.stack(
+                [
+                    model.apply(variables, images[:, y : y + 12, x : x + 10])
+                    for x in range(0, images.shape[2] - 9, STRIDE[1])
+                ],
+                axis=1,
+            )
+            for y in range(0, images.shape[1] - 11, STRIDE[0])
+        ]
+        return jnp.stack(rows, axis=1)
+
+    grid = fc.slide(model, WINDOW, STRIDE)
+    images = IMAGES[:, :18, :20]
+    fc.assert_same(grid, one_by_one, (variables, images), progress=False)
+    shifted = fc.slide(lambda v, x: model.apply(v, x[:, ::-1]), WINDOW, STRIDE)
+    found = fc.compare(shifted, one_by_one, (variables, images), progress=False)
+    assert not found.passed
+
+
 def test_nnx_models_and_their_training():
     model = NnxNet(nnx.Rngs(0))
     grid = fc.slide(model, WINDOW, STRIDE)
