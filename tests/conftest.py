@@ -15,8 +15,9 @@ from fcconv_jax.verification.reading import Reading
 
 def pytest_configure(config):
     """Keeps what XLA compiles: both workers share it, and a second run is quicker."""
-    if not jax.config.jax_compilation_cache_dir and config.cache is not None:
-        jax.config.update("jax_compilation_cache_dir", str(config.cache.mkdir("jax")))
+    cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider
+    if cache is not None and not jax.config.jax_compilation_cache_dir:
+        jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
 
 
