@@ -1,6 +1,5 @@
 """Random networks from a grammar of layers, and crops one by one to compare with."""
 
-import functools
 import math
 
 import flax.linen as nn
@@ -336,8 +335,11 @@ def network(seed, rank=2, layers=None, heads=None, depth=4):
     return names, params, call, window, channels
 
 
-def crops_one_by_one(function, images, window, stride):
-    """What ``slide`` has to give: the function on each crop, stacked."""
+def crops_one_by_one(function, images, window, stride, stack=np.stack):
+    """What ``slide`` has to give: the function on each crop, stacked.
+
+    With ``stack=jnp.stack`` it can be traced.
+    """
     starts = [
         range(0, n - size + 1, step)
         for n, size, step in zip(images.shape[1:], window, stride)
@@ -345,15 +347,10 @@ def crops_one_by_one(function, images, window, stride):
     compiled = jax.jit(function)
 
     def at(*place):
+        if len(place) < len(starts):
+            rows = [at(*place, p) for p in starts[len(place)]]
+            return jax.tree.map(lambda *r: stack(r, 1), *rows)
         where = tuple(slice(p, p + size) for p, size in zip(place, window))
         return compiled(images[(slice(None), *where)])
 
-    def stack(prefix, rest):
-        if not rest:
-            return at(*prefix)
-        rows = [stack((*prefix, p), rest[1:]) for p in rest[0]]
-        axis = 1 + len(prefix)
-        return jax.tree.map(lambda *r: np.stack(r, 1), *rows) if axis else rows
-
-    # Innermost positions are stacked first, at axis 1: the outer ones come before.
-    return functools.reduce(lambda tree, _: tree, starts, stack((), starts))
+    return at()

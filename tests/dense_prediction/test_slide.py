@@ -73,23 +73,15 @@ def test_compare_calls_it_the_function_on_every_crop(padding):
     variables = initialised(model)
 
     def one_by_one(variables, images):
-        rows = [
-            jnp.stack(
-                [
-                    model.apply(variables, images[:, y : y + 12, x : x + 10])
-                    for x in range(0, images.shape[2] - 9, STRIDE[1])
-                ],
-                axis=1,
-            )
-            for y in range(0, images.shape[1] - 11, STRIDE[0])
-        ]
-        return jnp.stack(rows, axis=1)
+        return crops_one_by_one(
+            lambda x: model.apply(variables, x), images, WINDOW, STRIDE, jnp.stack
+        )
 
     grid = fc.slide(model, WINDOW, STRIDE)
     images = IMAGES[:, :18, :20]
     fc.assert_same(grid, one_by_one, (variables, images), progress=False)
-    shifted = fc.slide(lambda v, x: model.apply(v, x[:, ::-1]), WINDOW, STRIDE)
-    found = fc.compare(shifted, one_by_one, (variables, images), progress=False)
+    flipped = fc.slide(lambda v, x: model.apply(v, x[:, ::-1]), WINDOW, STRIDE)
+    found = fc.compare(flipped, one_by_one, (variables, images), progress=False)
     assert not found.passed
 
 
