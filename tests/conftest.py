@@ -1,4 +1,5 @@
 import dataclasses
+import os
 from typing import Any
 
 import jax
@@ -16,7 +17,7 @@ from fcconv_jax.verification.reading import Reading
 def pytest_configure(config):
     """Keeps what XLA compiles: both workers share it, and a second run is quicker."""
     cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider
-    if cache is not None and not jax.config.jax_compilation_cache_dir:
+    if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
 
