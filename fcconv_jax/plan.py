@@ -314,7 +314,8 @@ class Plan(Mapping[str, LayerPlan]):
             kernel = f"{layer.kernel.source} -> {layer.kernel.target}"
             if layer.stack_axes:
                 kernel += f" stacked on {', '.join(map(str, layer.stack_axes))}"
-            if (layer.layout, layer.kernel_layout) != ("fold", "HWIO"):
+            # Flat or folded, it is one convolution to whoever reads the table.
+            if layer.layout == "keep" or layer.kernel_layout != "HWIO":
                 kernel += f" {layer.kernel_layout} {layer.layout}"
             taken = "matmul" if layer.is_matmul else "layer"
             rows.append(

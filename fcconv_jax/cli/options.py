@@ -68,7 +68,7 @@ BackendFor = Annotated[
         "--for",
         metavar="BACKEND",
         help="Lay the convolutions out as this backend runs them best: cpu, "
-        "cuda:h100, tpu:v5e.",
+        "cuda:h100, tpu:v5e; any runs everywhere. The backend at hand if not given.",
     ),
 ]
 ToForm = Annotated[

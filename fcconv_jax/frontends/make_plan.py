@@ -48,7 +48,9 @@ def make_plan(
       backend: where the conv form will run: ``"cpu"``, ``"cuda:h100"``, ``"tpu:v5e"``.
         Each layer gets the layout that was quickest there for inputs of these shapes;
         a kernel may be stored as OHWI then, which a plain ``nn.Conv`` does not load.
-        None gives the layout that every backend runs, and a plain ``nn.Conv`` too.
+        None takes the backend at hand (where the params or inputs lie, else JAX's
+        default) and stores kernels as a plain ``nn.Conv`` loads them, so that params
+        convert alike on every machine. ``"any"`` runs the same convolutions everywhere.
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:
@@ -77,6 +79,7 @@ def make_plan(
     room = frontend_of(model, "make_plan")
     with explained():
         plan = room.make_plan(model, inputs, to, chosen, rngs, method, kwargs)
-    plan = lay_out(plan, chosen, backend)
+    arrays = (room.state(model), inputs)
+    plan = lay_out(plan, chosen, backend, arrays)
     activations = room.activations(inputs)
-    return for_mesh(plan, (room.state(model), inputs), activations, chosen)
+    return for_mesh(plan, arrays, activations, chosen)

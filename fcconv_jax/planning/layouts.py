@@ -2,8 +2,8 @@
 
 The defaults are measured (``benchmarks/layouts.py``): run times on CPU, cycles that XLA
 estimates for each TPU generation, and for CUDA the weights that it would copy at every
-call. Without a backend they are those that agree with the dense form to the bit on CPU
-and load into a plain ``nn.Conv``.
+call. Without a backend they are those of the backend at hand, but that kernels are
+stored as a plain ``nn.Conv`` loads them: the params are then the same on every machine.
 """
 
 from __future__ import annotations
@@ -11,8 +11,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
+from typing import Any
 
-from ..backends.name import Backend, BackendError
+import jax
+from jax.core import Tracer
+
+from ..backends.name import Backend, BackendError, jax_platform
 from ..plan import KernelLayout, LayerPlan, Layout, Plan, PlanError
 from ..rules import Rule, first_match
 
@@ -20,27 +24,38 @@ from ..rules import Rule, first_match
 _TPU_ROWS = 8
 
 
-def lay_out(plan: Plan, rules: Sequence[Rule], backend: str | None) -> Plan:
+def lay_out(
+    plan: Plan, rules: Sequence[Rule], backend: str | None, arrays: Any = ()
+) -> Plan:
     """The plan with the layout of each layer: from its rule, else the backend's.
 
     Args:
       plan: where each layer has the default layout.
       rules: the user's; the first that matches a path counts.
-      backend: such as ``"cpu"``, ``"cuda:h100"`` or ``"tpu:v5e"``; None for any.
+      backend: such as ``"cpu"``, ``"cuda:h100"`` or ``"tpu:v5e"``; ``"any"`` for the
+        layout that runs everywhere; None for the backend at hand.
+      arrays: what the plan was made from; where it lies is the backend at hand.
 
     Raises:
       PlanError: the backend is unknown.
     """
     try:
-        platform = backend and Backend.parse(backend).platform
+        if backend is None:
+            platform = _at_hand(arrays)
+        else:
+            platform = None if backend == "any" else Backend.parse(backend).platform
     except BackendError as error:
-        raise PlanError(f"backend={backend!r}: {error}") from None
+        raise PlanError(
+            f"backend={backend!r}: {error}; 'any' stands for all of them"
+        ) from None
     if plan.to == "dense":
         return plan
     layers = []
     for path, layer in plan.items():
         rule = first_match(rules, path, layer)
         layout, kernel_layout = _default(layer, platform)
+        if backend is None:
+            kernel_layout = "HWIO"
         layers.append(
             (
                 path,
@@ -52,6 +67,14 @@ def lay_out(plan: Plan, rules: Sequence[Rule], backend: str | None) -> Plan:
             )
         )
     return dataclasses.replace(plan, layers=tuple(layers))
+
+
+def _at_hand(arrays: Any) -> str:
+    """The platform that the arrays lie on, or else JAX's default one."""
+    for leaf in jax.tree.leaves(arrays):
+        if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
+            return jax_platform(next(iter(leaf.sharding.device_set)))
+    return jax_platform(jax.devices()[0])
 
 
 def _default(layer: LayerPlan, platform: str | None) -> tuple[Layout, KernelLayout]:

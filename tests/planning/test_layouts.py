@@ -13,7 +13,7 @@ from jax.sharding import PartitionSpec as P
 
 import fcconv_jax as fc
 
-BACKENDS = [None, "cpu", "cuda:h100", "gpu", "rocm", "tpu", "tpu:v4", "tpu:v5e"]
+BACKENDS = [None, "any", "cpu", "cuda:h100", "gpu", "rocm", "tpu", "tpu:v4", "tpu:v5e"]
 
 
 class Net(nn.Module):
@@ -109,11 +109,31 @@ def layouts(model, x, backend):
 
 def test_the_defaults_of_backends():
     every = {"map": "HWIO fold", "fc": "HWIO fold", "heads": "HWIO fold"}
-    assert layouts(Net(), X, None) == layouts(Net(), X, "rocm") == every
+    assert layouts(Net(), X, "any") == layouts(Net(), X, "rocm") == every
     assert layouts(Net(), X, "cpu") == dict.fromkeys(every, "HWIO flat")
     assert layouts(Net(), X, "cuda:a100") == dict.fromkeys(every, "OHWI flat")
     # Rows of 2 do not fill a TPU's tiles: folding them would copy.
     assert layouts(Net(), X, "tpu:v5e") == {**every, "map": "HWIO keep"}
+
+
+@pytest.mark.parametrize("platform", ["cpu", "cuda", "rocm", "tpu"])
+def test_without_a_backend_it_is_the_one_at_hand(platform, monkeypatch):
+    def same(device):
+        assert device == jax.devices()[0]
+        return platform
+
+    monkeypatch.setattr("fcconv_jax.planning.layouts.jax_platform", same)
+    named = layouts(Net(), X, platform)
+    # The kernels are stored as everywhere: params convert alike on every machine.
+    assert layouts(Net(), X, None) == {
+        path: layout.replace("OHWI", "HWIO") for path, layout in named.items()
+    }
+    params = {"fc/kernel": (8, 7)}
+    plan = fc.plan_from_params(params, ["fc=2x2:HWC"])
+    assert (plan["fc"].layout, plan["fc"].kernel_layout) == (
+        "flat" if platform in ("cpu", "cuda") else "fold",
+        "HWIO",
+    )
 
 
 @pytest.mark.parametrize("generation", ["tpu", "tpu:v4", "tpu:v5e", "tpu:7x"])
