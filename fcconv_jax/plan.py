@@ -15,11 +15,13 @@ from .kernels import Rearrangement
 from .tables import aligned
 
 Form = Literal["conv", "dense"]
+# Of a plan as a whole: "mix" where some layers go to conv and some to dense.
+Direction = Literal["conv", "dense", "mix"]
 Layout = Literal["fold", "keep", "flat"]
 KernelLayout = Literal["HWIO", "OHWI"]
 
 FORMAT = "fcconv_jax.plan"
-VERSION = 1
+VERSION = 2
 
 
 class PlanError(ValueError):
@@ -52,6 +54,7 @@ class LayerPlan:
         path.
       kernel_layout: how a kernel that goes to conv is stored: ``"HWIO"``, as Flax
         has it (for one dimension WIO, for three DHWIO), or ``"OHWI"``.
+      to: the form that the layer goes to.
 
     Raises:
       PlanError: the fields do not describe one layer.
@@ -69,6 +72,7 @@ class LayerPlan:
     layout: Layout = "fold"
     tied: tuple[str, ...] = ()
     kernel_layout: KernelLayout = "HWIO"
+    to: Form = "conv"
 
     def __post_init__(self):
         sizes = (*self.window, *self.strides, self.groups)
@@ -82,6 +86,8 @@ class LayerPlan:
             problem = f"kernel_layout {self.kernel_layout!r}"
         elif self.layout == "flat" and self.groups > 1 and math.prod(self.window) > 1:
             problem = "layout 'flat' for a window of several groups"
+        elif self.to not in get_args(Form):
+            problem = f"to {self.to!r}"
         elif any(type(n) is not int or n < 1 for n in sizes):
             problem = (
                 f"window {self.window}, strides {self.strides}, {self.groups} groups"
@@ -156,7 +162,7 @@ class LayerPlan:
     def inverse(self) -> LayerPlan:
         """The same layer, going the other way."""
         leaves = tuple((name, leaf.inverse()) for name, leaf in self.leaves)
-        return dataclasses.replace(self, leaves=leaves)
+        return dataclasses.replace(self, leaves=leaves, to=other_form(self.to))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,7 +170,8 @@ class Plan(Mapping[str, LayerPlan]):
     """Which layers convert, and how: an immutable Mapping from path to LayerPlan.
 
     Args:
-      to: the form that the plan goes to, ``"conv"`` or ``"dense"``.
+      to: the form that the plan goes to, ``"conv"`` or ``"dense"``; ``"mix"`` if its
+        layers go to different ones, as each says itself.
       layers: pairs of path and :class:`LayerPlan`.
       left: pairs of path and the reason why that layer is left alone.
 
@@ -183,9 +190,16 @@ class Plan(Mapping[str, LayerPlan]):
       fc    Dense  full_window  (8, 3) -> (2, 2, 2, 3)    HWC
     """
 
-    to: Form
+    to: Direction
     layers: tuple[tuple[str, LayerPlan], ...] = ()
     left: tuple[tuple[str, str], ...] = ()
+
+    def __post_init__(self):
+        if self.to not in get_args(Direction):
+            raise PlanError(f"not a plan: it goes to {self.to!r}")
+        for path, layer in self.layers:
+            if self.to not in (layer.to, "mix"):
+                raise PlanError(f"a plan to {self.to}, with {path!r} to {layer.to}")
 
     @functools.cached_property
     def _by_path(self) -> dict[str, LayerPlan]:
@@ -227,7 +241,7 @@ class Plan(Mapping[str, LayerPlan]):
     def _inverse(self) -> Plan:
         # Every trace of a converted function moves its params back.
         return Plan(
-            "dense" if self.to == "conv" else "conv",
+            self.to if self.to == "mix" else other_form(self.to),
             tuple((path, layer.inverse()) for path, layer in self.layers),
             self.left,
         )
@@ -236,12 +250,10 @@ class Plan(Mapping[str, LayerPlan]):
         """Joins two plans of one model, such as those of two of its methods.
 
         Raises:
-          PlanError: the plans go to different forms, or plan one layer differently.
+          PlanError: the plans plan one layer differently.
         """
         if not isinstance(other, Plan):
             return NotImplemented
-        if self.to != other.to:
-            raise PlanError(f"a plan to {self.to} and one to {other.to} do not join")
         for path in self.keys() & other.keys():
             mine, yours = self[path], other[path]
             if dataclasses.replace(mine, input_shape=yours.input_shape) != yours:
@@ -249,7 +261,7 @@ class Plan(Mapping[str, LayerPlan]):
         layers = {**self._by_path, **other._by_path, **self._by_path}
         left = {**dict(self.left), **dict(other.left), **dict(self.left)}
         return Plan(
-            self.to,
+            self.to if self.to == other.to else "mix",
             tuple(layers.items()),
             tuple((path, why) for path, why in left.items() if path not in layers),
         )
@@ -295,21 +307,23 @@ class Plan(Mapping[str, LayerPlan]):
                 f"{VERSION}: upgrade fcconv_jax"
             )
         try:
+            to = content["to"]
             layers = tuple(
-                (path, _layer_from_json(entry))
+                # Layers of version 1 do not say themselves where they go.
+                (path, _layer_from_json({"to": to, **entry}))
                 for path, entry in content["layers"].items()
             )
             left = tuple((str(p), str(w)) for p, w in content["skipped"].items())
-            to = content["to"]
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"damaged plan: {error!r}") from error
-        if to not in ("conv", "dense"):
-            raise PlanError(f"damaged plan: 'to' is {to!r}, not 'conv' or 'dense'")
-        return cls(to, layers, left)
+        try:
+            return cls(to, layers, left)
+        except PlanError as error:
+            raise PlanError(f"damaged plan: {error}") from None
 
     def table(self) -> list[tuple[str, ...]]:
         """The layers as rows of text, below a row of headings."""
-        rows = [("path", "layer", "case", "kernel", "order", "front end")]
+        rows = [("path", "layer", "case", "kernel", "order", "to", "front end")]
         for path, layer in self.layers:
             kernel = f"{layer.kernel.source} -> {layer.kernel.target}"
             if layer.stack_axes:
@@ -321,15 +335,17 @@ class Plan(Mapping[str, LayerPlan]):
             rows.append(
                 (
                     *(path or "(root)", layer.layer, layer.case),
-                    *(kernel, layer.order, taken),
+                    *(kernel, layer.order, layer.to, taken),
                 )
             )
+        if self.to != "mix":
+            rows = [(*row[:5], *row[6:]) for row in rows]
         if not self.matmuls:  # layers only, as their classes say
             return [row[:-1] for row in rows]
         return rows
 
     def __str__(self) -> str:
-        lines = [f"{len(self)} layer{'s' * (len(self) != 1)} to {self.to}"]
+        lines = [f"{len(self)} layer{'s' * (len(self) != 1)} to {in_words(self.to)}"]
         if self.layers:
             rows = [list(row) for row in self.table()]
             for row in rows:
@@ -342,6 +358,37 @@ class Plan(Mapping[str, LayerPlan]):
                 f"{(path or '(root)').ljust(width)}  {why}" for path, why in self.left
             ]
         return "\n".join(lines)
+
+
+def direction(layers: Mapping[str, LayerPlan]) -> Direction:
+    """Where a plan of these layers goes; of none, to conv.
+
+    Example:
+      >>> direction({})
+      'conv'
+    """
+    forms: list[Direction] = [layer.to for layer in layers.values()]
+    return "mix" if len(set(forms)) > 1 else (forms or ["conv"])[0]
+
+
+def in_words(to: Direction) -> str:
+    """Where a plan goes, as a sentence has it.
+
+    Example:
+      >>> in_words("mix")
+      'conv and dense'
+    """
+    return "conv and dense" if to == "mix" else to
+
+
+def other_form(form: Form) -> Form:
+    """The form that a layer has where it does not have this one.
+
+    Example:
+      >>> other_form("conv")
+      'dense'
+    """
+    return "dense" if form == "conv" else "conv"
 
 
 def _layer_from_json(entry: dict[str, Any]) -> LayerPlan:

@@ -68,7 +68,7 @@ def test_json_round_trip():
     assert again.to_json() == text
     assert fc.Plan.from_json(text.encode()) == PLAN
     content = json.loads(text)
-    assert (content["format"], content["version"]) == ("fcconv_jax.plan", 1)
+    assert (content["format"], content["version"]) == ("fcconv_jax.plan", 2)
     assert content["layers"]["head"]["order"] == "CHW"
 
 
@@ -107,7 +107,7 @@ def test_str_is_a_table():
         ("[]", "not a plan"),
         ("{}", "not a plan"),
         ('{"format": "other"}', "not a plan"),
-        (damaged(lambda c: c.update(version=2)), "version 2.*upgrade fcconv_jax"),
+        (damaged(lambda c: c.update(version=3)), "version 3.*upgrade fcconv_jax"),
         (damaged(lambda c: c.update(version="1")), "version"),
         (damaged(lambda c: c.update(version=True)), "version"),
         (damaged(lambda c: c.update(version=0)), "version"),
@@ -115,7 +115,9 @@ def test_str_is_a_table():
         (damaged(lambda c: c.pop("layers")), "damaged"),
         (damaged(lambda c: c.pop("skipped")), "damaged"),
         (damaged(lambda c: c.pop("to")), "damaged"),
-        (damaged(lambda c: c.update(to="linear")), "'to' is 'linear'"),
+        (damaged(lambda c: c.update(to="linear")), "damaged.*goes to 'linear'"),
+        (damaged(lambda c: c.update(to="dense")), "plan to dense, with 'head' to conv"),
+        (damaged(lambda c: c["layers"]["head"].update(to="mix")), "damaged.*to 'mix'"),
         (damaged(lambda c: c.update(layers=[1])), "damaged"),
         (damaged(lambda c: c["layers"].update(head=3)), "damaged"),
         (damaged(lambda c: c["layers"]["head"].pop("window")), "damaged"),
@@ -165,7 +167,7 @@ def test_joining_plans():
     other = dataclasses.replace(PLAN["head"], order="HWC")
     with pytest.raises(fc.PlanError, match="'head' is planned in two ways"):
         head | fc.Plan("conv", (("head", other),))
-    with pytest.raises(fc.PlanError, match="to conv and one to dense"):
+    with pytest.raises(fc.PlanError, match="planned in two ways"):
         PLAN | PLAN.inverse()
     with pytest.raises(TypeError):
         PLAN | {"head": 1}

@@ -118,7 +118,7 @@ def test_a_layer_that_stays_dense_fails_where_nothing_is_executed(run):
     result = run(STILL_DENSE, "--fcconv-backends", "rocm")
     result.assert_outcomes(failed=1)
     result.stdout.fnmatch_lines(
-        ["*rocm: planned to conv: 'head', yet the dense program has 1 dots and 0 *"]
+        ["*rocm: planned to conv: 'head', yet the original program has 1 dots and 0 *"]
     )
 
 

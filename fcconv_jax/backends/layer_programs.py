@@ -13,7 +13,7 @@ import numpy as np
 
 from ..layer_forms import canonical_layer, pair_of_forms
 from ..params.layer_dtypes import layer_dtypes
-from ..plan import Form, LayerPlan, Plan, PlanError
+from ..plan import Form, LayerPlan, Plan, PlanError, in_words
 from .compilation import (
     TIMEOUT,
     Compilation,
@@ -83,7 +83,7 @@ def compile_layers(
     programs = {
         f"{number}_{form}": program
         for (layer, layer_dtype), number in numbers.items()
-        for form, program in layer_forms(layer, plan.to, layer_dtype).items()
+        for form, program in layer_forms(layer, layer.to, layer_dtype).items()
     }
     compiled = _compile(programs, chosen, timeout, progress)
     times = {
@@ -156,7 +156,7 @@ def find_layer(plan: Plan, path: str) -> str:
     paths = [known or "(root)" for known in plan]
     close = difflib.get_close_matches(path, paths, n=3, cutoff=0.3)
     hint = f"close to it: {', '.join(close)}" if close else f"there are: {paths[:10]}"
-    raise PlanError(f"no layer {path!r} converts to {plan.to}; {hint}")
+    raise PlanError(f"no layer {path!r} converts to {in_words(plan.to)}; {hint}")
 
 
 def _abstract(shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:

@@ -35,9 +35,9 @@ class BackendReport:
       how: 'executed', 'compiled' ahead of time without being run, or only 'lowered'.
       reason: why it was not more.
       device: kind of the device.
-      dense: the model in dense form, as this backend compiled or was handed it.
-      conv: the model in conv form.
-      milliseconds: run times of the two forms, where they were executed.
+      original: the model as it was, as this backend compiled or was handed it.
+      converted: the model in the plan's form.
+      milliseconds: run times of the two, where they were executed.
       failures: what is wrong, such as a compiler that failed.
     """
 
@@ -45,27 +45,28 @@ class BackendReport:
     how: How
     reason: str = ""
     device: str = ""
-    dense: Compilation | None = None
-    conv: Compilation | None = None
+    original: Compilation | None = None
+    converted: Compilation | None = None
     milliseconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
     failures: tuple[str, ...] = ()
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
-        """Each quantity as ``{'dense': ..., 'conv': ..., 'ratio': ...}``.
+        """Each quantity as ``{'original': ..., 'converted': ..., 'ratio': ...}``.
 
         Operations are those of the compiled program, where it was compiled. The ratio
-        is conv / dense, and None for counts of operations. So is what is not known.
+        is converted / original. It is None for counts of operations, and so is what is
+        not known.
         """
-        both = {"dense": self._figures("dense"), "conv": self._figures("conv")}
+        before, after = self._figures("original"), self._figures("converted")
         found = {}
         for name in (*(name for name, _ in _FIGURES), "custom_calls"):
-            dense, conv = both["dense"].get(name), both["conv"].get(name)
+            old, new = before.get(name), after.get(name)
             ratio = None
             # A ratio of counts would say nothing: dots become convolutions.
-            if name not in (*_COUNTS, "custom_calls") and dense and conv is not None:
-                ratio = conv / dense
-            found[name] = {"dense": dense, "conv": conv, "ratio": ratio}
+            if name not in (*_COUNTS, "custom_calls") and old and new is not None:
+                ratio = new / old
+            found[name] = {"original": old, "converted": new, "ratio": ratio}
         return found
 
     def _figures(self, form: str) -> dict[str, Any]:
@@ -121,7 +122,7 @@ class BackendReport:
         # Beside what the program asks for, so that no one takes one for the other.
         whose = "asked for" if self.how == "lowered" else "made by XLA"
         rows = [(whose, *(title for _, title in shown))]
-        for form in ("dense", "conv"):
+        for form in ("original", "converted"):
             rows.append(
                 (form, *(_value(name, figures[name][form]) for name, _ in shown))
             )
@@ -150,12 +151,12 @@ def markdown(reports: Sequence[BackendReport]) -> list[str]:
     lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
     for report in reports:
         figures = report.figures
-        for form in ("dense", "conv", "ratio"):
+        for form in ("original", "converted", "ratio"):
             calls = figures["custom_calls"][form] or {}
             cells = [
-                report.backend if form == "dense" else "",
+                report.backend if form == "original" else "",
                 ("failed" if report.failures else report.how)
-                if form == "dense"
+                if form == "original"
                 else "",
                 form,
                 *(

@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 
-from ..plan import Plan
+from ..plan import Plan, in_words
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
@@ -92,8 +92,8 @@ def convert_checkpoint(
     info = _opened(src, dst)
     if info.plan is not None:
         raise CheckpointError(
-            f"{src}: converted to {info.plan.to} already (it holds the plan); "
-            "restore_checkpoint (fcconv restore) takes it back"
+            f"{src}: converted to {in_words(info.plan.to)} already (it holds the "
+            "plan); restore_checkpoint (fcconv restore) takes it back"
         )
     return _rewrite(info, dst, plan, True, overwrite, progress, format)
 

@@ -29,7 +29,7 @@ def write_text(file: Path, text: str) -> None:
 
 def print_plan(made: Plan, err: bool = False) -> None:
     """Prints what converts, and what is left alone and why; ``err``: to stderr."""
-    typer.echo(f"{len(made)} layer{'s' * (len(made) != 1)} to {made.to}", err=err)
+    typer.echo(str(made).partition("\n")[0], err=err)
     headings, *rows = made.table()
     print_table(headings, rows, err)
     if made.skipped:

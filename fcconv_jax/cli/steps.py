@@ -168,7 +168,8 @@ def verify_checkpoint(
             f"--to, --rule and --for do not go with {checkpoint}: it is converted, "
             "and holds the plan that decided"
         )
-    _tell_differences(saved.plan, call.plan(Wishes(To(saved.plan.to))), checkpoint)
+    for form in dict.fromkeys(layer.to for layer in saved.plan.values()):
+        _tell_differences(saved.plan, call.plan(Wishes(To(form))), checkpoint)
     wanted = convert_params(wanted, saved.plan)
     converted = find_variables(saved, wanted, str(checkpoint))
     variables = restore_params(converted, saved.plan)

@@ -24,11 +24,11 @@ class BothForms:
     other: Mapping[str, Any]
 
     def by_form(self) -> dict[str, Program]:
-        """What is compiled, under 'dense' and 'conv'."""
-        forms = ("dense", "conv") if self.plan.to == "conv" else ("conv", "dense")
-        original = compilable(self.original, self.variables)
-        changed = compilable(self.changed, self.other)
-        return dict(zip(forms, (original, changed)))
+        """What is compiled, under 'original' and 'converted'."""
+        return {
+            "original": compilable(self.original, self.variables),
+            "converted": compilable(self.changed, self.other),
+        }
 
     def on(self, device: Any) -> BothForms:
         """The same with all arrays on one device."""

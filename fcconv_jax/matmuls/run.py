@@ -83,7 +83,7 @@ def run_rewritten(
 
 def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool:
     """Whether a matmul with a planned kernel is the one that was planned."""
-    if form_of(matmul) == plan.to or matmul.obstacle:
+    if form_of(matmul) == layer.to or matmul.obstacle:
         return False
     if not _same_map(matmul, layer):
         if not layer.is_matmul:  # its kernel, read elsewhere by the model's own code

@@ -63,7 +63,7 @@ def find_moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, Move]:
         "/".join(part for part in (path, name) if part): (
             leaf,
             layer.stack_axes,
-            layer.groups > 1 and plan.to == "conv",
+            layer.groups > 1 and layer.to == "conv",
         )
         for path, layer in plan.items()
         for name, leaf in layer.leaves

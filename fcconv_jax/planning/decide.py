@@ -179,6 +179,7 @@ def _plan_conv(
         strides=found[0].geometry.strides,
         groups=groups,
         stack_axes=stack_axes,
+        to="dense",
     )
     if not holds(plan, found[0]):
         raise LeftError(

@@ -167,6 +167,7 @@ def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> Laye
         leaves=tuple(moves),
         input_shape=(1, dense[0]) if to == "conv" else (1, *window, channels),
         strides=(1,) * rest,
+        to=to,
     )
 
 

@@ -48,10 +48,11 @@ def lay_out(
         raise PlanError(
             f"backend={backend!r}: {error}; 'any' stands for all of them"
         ) from None
-    if plan.to == "dense":
-        return plan
     layers = []
     for path, layer in plan.items():
+        if layer.to == "dense":
+            layers.append((path, layer))
+            continue
         rule = first_match(rules, path, layer)
         layout, kernel_layout = _default(layer, platform)
         if backend is None:

@@ -35,11 +35,14 @@ def for_mesh(plan: Plan, arrays: Any, activations: Any, rules: Sequence[Rule]) -
       rules: the user's.
     """
     meshed = any(map(over_mesh, jax.tree.leaves(arrays)))
-    if plan.to != "conv" or not meshed:
+    if not meshed:
         return plan
     keep = any(map(_leading, jax.tree.leaves(activations)))
     layers, left = [], list(plan.left)
     for path, layer in plan.items():
+        if layer.to == "dense":
+            layers.append((path, layer))
+            continue
         if layer.groups > 1:
             left.append((path, GROUPED))
             continue

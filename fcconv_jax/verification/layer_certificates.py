@@ -13,7 +13,7 @@ import numpy as np
 
 from ..layer_forms import canonical_layer, pair_of_forms
 from ..params.layer_dtypes import layer_dtypes
-from ..plan import Form, LayerPlan, Plan
+from ..plan import Form, LayerPlan, Plan, PlanError
 from .certificate import Certificate, prepare_certificate
 
 # Examples in a certificate's input: enough to tell rows of a batch apart.
@@ -31,14 +31,14 @@ def layer_certificates(
         dtype = dtypes[path]
         key = (layer, dtype)
         if key not in known:
-            known[key] = functools.cache(prepare_layer(layer, plan.to, dtype))
+            known[key] = functools.cache(prepare_layer(layer, dtype))
         found[path] = known[key]
     return found
 
 
 def certify_layer(
     layer: LayerPlan,
-    to: Form,
+    to: Form | None = None,
     dtype: Any = jnp.float32,
     *,
     preferred_element_type: Any = None,
@@ -48,30 +48,35 @@ def certify_layer(
 
     Args:
       layer: the layer's plan.
-      to: the form that the plan goes to.
+      to: the form that the layer goes to, which its plan says itself.
       dtype: dtype of input and parameters; quantised ones too, such as ``int8`` and
         ``float8_e4m3fn``.
       preferred_element_type: dtype of the matmul's sums, such as ``int32``.
       **options: of :func:`fcconv_jax.verification.certificate.certify`.
 
+    Raises:
+      PlanError: the layer goes to another form.
+
     Example:
       >>> import flax.linen as nn
       >>> import fcconv_jax as fc
       >>> plan = fc.make_plan(nn.Dense(3), jnp.ones((2, 4)))
-      >>> certify_layer(plan[""], plan.to).passed
+      >>> certify_layer(plan[""]).passed
       True
     """
-    return prepare_layer(layer, to, dtype, preferred_element_type, **options)()
+    if to not in (None, layer.to):
+        raise PlanError(f"Expected a plan to {to}, got one to {layer.to}.")
+    return prepare_layer(layer, dtype, preferred_element_type, **options)()
 
 
 def prepare_layer(
     layer: LayerPlan,
-    to: Form,
     dtype: Any,
     preferred_element_type: Any = None,
     **options: Any,
 ) -> Callable[[], Certificate]:
     """What :func:`certify_layer` waits for, compiling in the background."""
+    to = layer.to
     if layer.is_matmul:
         layer = canonical_layer(layer, to)
     source, target = pair_of_forms(

@@ -9,7 +9,7 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from ..backends import report as backend_report
 from ..backends.census import OpCounts
 from ..backends.report import BackendReport
-from ..plan import Case, Form
+from ..plan import Case, Direction, in_words
 from ..tables import aligned
 from .agreement import Agreement, Kind, WorkingError
 from .certificate import Certificate
@@ -101,7 +101,7 @@ class Report:
         executed, ``layers``, ``arrays`` and ``executions`` are empty.
     """
 
-    to: Form
+    to: Direction
     failed_params: tuple[str, ...]
     layers: tuple[LayerReport, ...]
     arrays: tuple[Agreement, ...]
@@ -178,15 +178,15 @@ class Report:
     @property
     def original(self) -> OpCounts | None:
         """Operations that the original form asks a compiler for."""
-        return self._asked("dense" if self.to == "conv" else "conv")
+        return self._asked("original")
 
     @property
     def converted(self) -> OpCounts | None:
         """Operations that the converted form asks a compiler for."""
-        return self._asked(self.to)
+        return self._asked("converted")
 
-    def _asked(self, form: Form) -> OpCounts | None:
-        programs = (getattr(found, form) for found in self.backends)
+    def _asked(self, which: str) -> OpCounts | None:
+        programs = (getattr(found, which) for found in self.backends)
         return next((p.stablehlo for p in programs if p is not None), None)
 
     def to_json(self) -> str:
@@ -231,7 +231,9 @@ class Report:
         return "\n".join(lines)
 
     def _verdict(self) -> str:
-        count = f"{self.planned} layer{'s' * (self.planned != 1)} to {self.to}"
+        count = (
+            f"{self.planned} layer{'s' * (self.planned != 1)} to {in_words(self.to)}"
+        )
         done = {
             how: ", ".join(found.backend for found in self.backends if found.how == how)
             for how in ("executed", "compiled", "lowered")
@@ -293,9 +295,8 @@ class Report:
         return lines
 
     def _exchanges(self) -> list[str]:
-        forms = ("dense", "conv") if self.to == "conv" else ("conv", "dense")
         for found in self.backends[:1]:
-            before, after = (_collectives(getattr(found, form)) for form in forms)
+            before, after = map(_collectives, (found.original, found.converted))
             if before or after:
                 return [f"between devices: {before or 'none'} -> {after or 'none'}"]
         return []

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from ..plan import Plan
+from ..plan import Plan, in_words
 from .report import Report
 
 
@@ -12,8 +12,8 @@ def structure_failures(report: Report, plan: Plan) -> list[str]:
     Counts operations in the StableHLO of both programs, before a compiler merges or
     rewrites any: for every layer of the plan, the converted program must ask for at
     least one operation fewer of the kind that the layer had (a matmul, where
-    the plan goes to conv) and one more of the kind that it has now. This says nothing
-    of the numbers: those need a run.
+    the plan goes to conv) and one more of the kind that it has now. Of a plan that goes
+    both ways only the sum shows. This says nothing of the numbers: those need a run.
 
     Args:
       report: from :func:`fcconv_jax.verify`.
@@ -33,19 +33,25 @@ def structure_failures(report: Report, plan: Plan) -> list[str]:
     """
     found = []
     for backend in report.backends:
-        if backend.dense is None or backend.conv is None:
+        if backend.original is None or backend.converted is None:
             continue
-        dense, conv = backend.dense.stablehlo, backend.conv.stablehlo
-        fewer = dense.dots - conv.dots
-        more = conv.convolutions - dense.convolutions
-        if min(fewer, more) >= len(plan):
+        old, new = backend.original.stablehlo, backend.converted.stablehlo
+        more = new.convolutions - old.convolutions, old.dots - new.dots
+        to_conv = sum(layer.to == "conv" for layer in plan.values())
+        to_dense = len(plan) - to_conv
+        # In a plan both ways, what goes one way may hide what goes the other.
+        if -to_dense <= min(more) and max(more) <= to_conv and to_conv and to_dense:
+            continue
+        if not to_dense and min(more) >= to_conv:
+            continue
+        if not to_conv and max(more) <= -to_dense:
             continue
         layers = ", ".join(repr(path or "(root)") for path in plan)
         found.append(
-            f"{backend.backend}: planned to {plan.to}: {layers}, yet the "
-            f"dense program has {dense.dots} dots and {dense.convolutions} "
-            f"convolutions, and the conv program {conv.dots} dots and "
-            f"{conv.convolutions} convolutions. A planned layer did not change form, "
+            f"{backend.backend}: planned to {in_words(plan.to)}: {layers}, yet the "
+            f"original program has {old.dots} dots and {old.convolutions} "
+            f"convolutions, and the converted one {new.dots} dots and "
+            f"{new.convolutions} convolutions. A planned layer did not change form, "
             "or this call does not run it: plan with the arguments of this call"
         )
     return found

@@ -88,8 +88,8 @@ def compare_layers(
 def _compare(
     path: str, layer: LayerPlan, plan: Plan, inputs: Any, arrays: Any
 ) -> ForcedLayer:
-    canonical = canonical_layer(layer, plan.to) if layer.is_matmul else layer
-    source, target = map(jax.jit, pair_of_forms(canonical, plan.to))
+    canonical = canonical_layer(layer, layer.to) if layer.is_matmul else layer
+    source, target = map(jax.jit, pair_of_forms(canonical, layer.to))
     kernel, bias = arrays[0], arrays[1] if len(arrays) > 1 else None
     moved = [move(array) for (_, move), array in zip(layer.leaves, arrays)]
     dtype = kernel.dtype

@@ -231,8 +231,7 @@ def _execute(
             form: compile_present(program, resolution)
             for form, program in programs.items()
         }
-        forms = ("dense", "conv") if pair.plan.to == "conv" else ("conv", "dense")
-        calls = [compiled[form].executable for form in forms]
+        calls = [compiled[form].executable for form in ("original", "converted")]
         execution = execute(equality, pair, resolution, calls, tell)
         tell(f"{resolution.backend}: run times", 0, 1)
         runs: dict[str, Callable[[], Any]] = {
@@ -243,8 +242,8 @@ def _execute(
             str(resolution.backend),
             "executed",
             device=str(resolution.device.device_kind),
-            dense=compiled["dense"],
-            conv=compiled["conv"],
+            original=compiled["original"],
+            converted=compiled["converted"],
             milliseconds=milliseconds(runs),
         )
         tell(f"{resolution.backend}: run times", 1, 1)
@@ -255,7 +254,7 @@ def _absent(resolution: Resolution, outcome: Any) -> BackendReport:
     """The report on a backend that was not executed."""
     found: dict[str, Any] = {"failures": (str(outcome),)}
     if not isinstance(outcome, BackendError):
-        found = {**outcome, "device": outcome["dense"].device}
+        found = {**outcome, "device": outcome["original"].device}
     return BackendReport(
         str(resolution.backend), resolution.how, resolution.reason, **found
     )

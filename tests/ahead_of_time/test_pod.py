@@ -118,11 +118,11 @@ def test_the_forward_pass_has_the_same_collectives(encoder):
     assert report.passed, str(report)
     (found,) = report.backends
     assert (found.how, found.device) == ("compiled", "256 x TPU v5 lite")
-    for counts in (found.dense.hlo.collectives, found.conv.hlo.collectives):
+    for counts in (found.original.hlo.collectives, found.converted.hlo.collectives):
         # Each kernel is gathered from where it is fully sharded, and the rows of two
         # tensor parallel layers are summed.
         assert counts == {"all-gather": len(SPECS), "all-reduce": 2}
-    assert found.dense.hlo.collective_bytes == found.conv.hlo.collective_bytes
+    assert found.original.hlo.collective_bytes == found.converted.hlo.collective_bytes
 
 
 def test_a_training_step_has_no_more(encoder):

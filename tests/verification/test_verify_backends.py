@@ -34,16 +34,16 @@ def test_executed_and_lowered(report):
     cpu, rocm = report.backends
     assert report.passed
     assert (cpu.how, rocm.how) == ("executed", "lowered")
-    assert cpu.milliseconds["dense"] > 0
-    assert cpu.milliseconds["conv"] > 0
+    assert cpu.milliseconds["original"] > 0
+    assert cpu.milliseconds["converted"] > 0
     assert rocm.milliseconds == {}
     for found in (cpu, rocm):
-        stablehlo = [found.dense.stablehlo, found.conv.stablehlo]
+        stablehlo = [found.original.stablehlo, found.converted.stablehlo]
         assert [(c.dots, c.convolutions) for c in stablehlo] == [(1, 0), (0, 1)]
     figures = cpu.figures
     flops = figures["flops"]
-    assert flops["ratio"] == flops["conv"] / flops["dense"]
-    assert rocm.figures["flops"] == {"dense": None, "conv": None, "ratio": None}
+    assert flops["ratio"] == flops["converted"] / flops["original"]
+    assert rocm.figures["flops"] == {"original": None, "converted": None, "ratio": None}
 
 
 def test_the_texts_say_what_was_done(report):
@@ -52,7 +52,7 @@ def test_the_texts_say_what_was_done(report):
     assert "(executed: cpu; lowered: rocm)" in text
     for shown in (text, markdown):
         assert "rocm: lowered to StableHLO, neither compiled nor executed" in shown
-        assert re.search(r"conv +\|? *\S*0 ", shown)
+        assert re.search(r"converted +\|? *\S*0 ", shown)
     (table,) = re.findall(
         r"(?:^\| .*\n)+", markdown[markdown.index("| backend") :], re.M
     )
@@ -61,7 +61,7 @@ def test_the_texts_say_what_was_done(report):
     assert len({row.count("|") for row in rows}) == 1
     content = json.loads(report.to_json())
     assert [b["how"] for b in content["backends"]] == ["executed", "lowered"]
-    assert content["backends"][1]["figures"]["dots"]["dense"] == 1
+    assert content["backends"][1]["figures"]["dots"]["original"] == 1
     assert "text" not in json.dumps(content["backends"])
 
 
@@ -95,14 +95,16 @@ def test_wrong_params_fail_though_nothing_is_executed(case):
     assert str(report).startswith("FAILED: ")
 
 
-def test_the_dense_form_stands_first_whichever_way_the_plan_goes():
+def test_the_original_stands_first_whichever_way_the_plan_goes():
     model, x = nn.Conv(3, (1, 1)), jnp.ones((2, 4, 4, 2))
     variables, plan = (
         model.init(jax.random.key(0), x),
         fc.make_plan(model, x, to="dense"),
     )
     (rocm,) = fc.verify(model, variables, x, plan=plan, backends=["rocm"]).backends
-    assert (rocm.dense.stablehlo.dots, rocm.conv.stablehlo.convolutions) == (1, 1)
+    before, after = rocm.original.stablehlo, rocm.converted.stablehlo
+    assert (before.dots, before.convolutions) == (0, 1)
+    assert (after.dots, after.convolutions) == (1, 0)
 
 
 def test_what_cannot_be_compiled_fails_and_names_its_backend(case, monkeypatch):
@@ -167,4 +169,4 @@ def test_inputs_are_arguments_of_what_is_compiled(case):
     report = fc.verify(
         model, variables, np.full_like(x, 7), plan=plan, backends=["rocm"]
     )
-    assert "dense<7" not in report.backends[0].dense.text
+    assert "dense<7" not in report.backends[0].original.text

@@ -8,7 +8,7 @@ from typing import Any
 from ...matmuls.run import run_rewritten
 from ...matmuls.trace import parameter_paths
 from ...params.moves import check_converted
-from ...plan import Plan
+from ...plan import Plan, in_words
 from ..jitted import Jitted
 
 
@@ -32,7 +32,7 @@ class ConvertedFunction(Jitted):
         self.plan = plan
 
     def __repr__(self) -> str:
-        layers = f"{len(self.plan)} layers as {self.plan.to}"
+        layers = f"{len(self.plan)} layers as {in_words(self.plan.to)}"
         return f"<{self.__name__} with {layers}>"
 
     def _run(self, params: Any, *inputs: Any, **kwargs: Any) -> Any:

@@ -17,7 +17,7 @@ import jax
 from flax import nnx
 
 from ...params.leaves import convert_leaf, move_metadata
-from ...plan import Form, LayerPlan, Plan, PlanError
+from ...plan import LayerPlan, Plan, PlanError, direction
 from ...tracing import arguments
 from ..function.model import run_rewritten
 from . import layers as nnx_layers
@@ -26,9 +26,9 @@ _PLAN, _ORIGINAL = "_fcconv_jax_plan", "_fcconv_jax_original"
 _TAG = "fcconv_jax"
 
 
-def converted_matmuls(model: nnx.Module) -> dict[int, tuple[Form, LayerPlan]]:
+def converted_matmuls(model: nnx.Module) -> dict[int, LayerPlan]:
     """The plan that each parameter went through, by the identity of its Variable."""
-    found: dict[int, tuple[Form, LayerPlan]] = {}
+    found: dict[int, LayerPlan] = {}
     for _, module in nnx_layers.modules(model):
         found |= _matmuls_of(module)
     return found
@@ -37,7 +37,7 @@ def converted_matmuls(model: nnx.Module) -> dict[int, tuple[Form, LayerPlan]]:
 def set_classes(
     model: nnx.Module,
     gone: Container[int],
-    new: Mapping[int, tuple[Form, LayerPlan]],
+    new: Mapping[int, LayerPlan],
 ) -> None:
     """Makes each module of a model the class that its matmuls ask for.
 
@@ -52,16 +52,16 @@ def set_classes(
             _set_matmuls(module, {k: p for k, p in matmuls.items() if k not in gone})
 
 
-def _matmuls_of(module: Any) -> dict[int, tuple[Form, LayerPlan]]:
+def _matmuls_of(module: Any) -> dict[int, LayerPlan]:
     """:func:`converted_matmuls` of a module's own class."""
     plan = vars(type(module)).get(_PLAN)
     if plan is None:
         return {}
     own = nnx_layers.variables(module)
-    return {id(own[path]): (plan.to, layer) for path, layer in plan.items()}
+    return {id(own[path]): layer for path, layer in plan.items()}
 
 
-def _set_matmuls(module: Any, matmuls: Mapping[int, tuple[Form, LayerPlan]]) -> None:
+def _set_matmuls(module: Any, matmuls: Mapping[int, LayerPlan]) -> None:
     """Gives a module the class that runs those matmuls that are below it."""
     own = {
         path: matmuls[id(variable)]
@@ -70,9 +70,7 @@ def _set_matmuls(module: Any, matmuls: Mapping[int, tuple[Form, LayerPlan]]) -> 
     }
     cls = vars(type(module)).get(_ORIGINAL, type(module))
     if own:
-        to: Form = next(form for form, _ in own.values())
-        layers = tuple((path, layer) for path, (_, layer) in own.items())
-        cls = _rewritten_class(cls, Plan(to, layers))
+        cls = _rewritten_class(cls, Plan(direction(own), tuple(own.items())))
     if cls is not type(module):
         _set_class(module, cls)
 

@@ -42,17 +42,17 @@ def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
                 f"it: {close or list(known)[:5]}. Pass the model that was planned"
             )
         if layer.is_matmul:
-            _check_matmul(path, variables[path], layer, plan.to, matmuls)
+            _check_matmul(path, variables[path], layer, matmuls)
         else:
-            _check(path, modules[path], layer, plan.to)
+            _check(path, modules[path], layer)
     moved: set[int] = set()
-    new: dict[int, tuple[Form, LayerPlan]] = {}
+    new: dict[int, LayerPlan] = {}
     for path, layer in plan.items():
         if not layer.is_matmul:
-            _convert_layer(modules[path], layer, plan.to, moved, inplace)
+            _convert_layer(modules[path], layer, moved, inplace)
             continue
         _move(variables[path], layer.kernel, layer, inplace)
-        new[id(variables[path])] = (plan.to, layer)
+        new[id(variables[path])] = layer
     set_classes(model, new.keys() & matmuls.keys(), new)
     return model
 
@@ -148,7 +148,7 @@ def _call_other_form(layer: Any, to: Form, x: jax.Array, out_sharding: Any) -> A
 _SWAPPED = (Conv, Linear, LinearGeneral)
 
 
-def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
+def _check(path: str, module: Any, layer: LayerPlan) -> None:
     """Refuses a module that the plan of a layer is not for.
 
     Raises:
@@ -162,13 +162,13 @@ def _check(path: str, module: Any, layer: LayerPlan, to: Form) -> None:
             )
     else:
         kind = nnx_layers.layer_kind(module)
-        if kind is None or (kind == "Conv") != (to == "dense"):
+        if kind is None or (kind == "Conv") != (layer.to == "dense"):
             raise PlanError(
                 f"{path!r} is a {type(module).__name__}, and the plan takes a "
-                f"{layer.layer} to {to}: pass the model that was planned"
+                f"{layer.layer} to {layer.to}: pass the model that was planned"
             )
         canonical = 2 + (layer.groups > 1)
-        if to == "dense" and len(layer.kernel.target) != canonical:
+        if layer.to == "dense" and len(layer.kernel.target) != canonical:
             raise PlanError(
                 f"{path!r} is a plain nnx.Conv, and the plan goes back to a "
                 f"{layer.layer} with a kernel of shape {layer.kernel.target}: plan the "
@@ -187,8 +187,7 @@ def _check_matmul(
     path: str,
     variable: Any,
     layer: LayerPlan,
-    to: Form,
-    matmuls: Mapping[int, tuple[Form, LayerPlan]],
+    matmuls: Mapping[int, LayerPlan],
 ) -> None:
     """Refuses a parameter that the plan of its matmuls is not for.
 
@@ -196,23 +195,22 @@ def _check_matmul(
       path: of the parameter.
       variable: the parameter.
       layer: its plan.
-      to: the form to go to.
       matmuls: of the model, as it is.
 
     Raises:
       PlanError: names the parameter, what was found, and the way out.
     """
-    _, before = matmuls.get(id(variable), (None, None))
+    before = matmuls.get(id(variable))
     if before is not None and before.kernel != layer.inverse().kernel:
         raise PlanError(
             f"{path!r} is converted already, by another plan; go back with that plan's "
             "inverse() first"
         )
-    forms = sorted({form for form, _ in matmuls.values()} - {to})
+    forms = sorted({each.to for each in matmuls.values()} - {layer.to})
     if before is None and forms:
         raise PlanError(
-            f"the plan takes {path!r} to {to}, and other parameters of the model went "
-            f"to {forms[0]} before; go back with that plan's inverse() first"
+            f"the plan takes {path!r} to {layer.to}, and other parameters of the model "
+            f"went to {forms[0]} before; go back with that plan's inverse() first"
         )
     _check_move(repr(path), variable, layer.kernel, layer)
 
@@ -237,7 +235,7 @@ def _check_move(
 
 
 def _convert_layer(
-    module: Any, layer: LayerPlan, to: Form, moved: set[int], inplace: bool
+    module: Any, layer: LayerPlan, moved: set[int], inplace: bool
 ) -> None:
     """Turns one module into the layer of the other form, itself and its Variables."""
     for name, move in layer.leaves:
@@ -253,7 +251,7 @@ def _convert_layer(
             vars(module)["_pytree__nodes"] = origin.nodes
         return
     origin = Origin.of(module)
-    cls, settings = _settings(origin.stand_in(), layer, to)
+    cls, settings = _settings(origin.stand_in(), layer)
     _become(module, cls, settings)
     module._layer, module._origin = layer, origin
 
@@ -269,16 +267,14 @@ def _move(variable: Any, move: Rearrangement, layer: LayerPlan, inplace: bool) -
     variable.set_raw_value(value)
 
 
-def _settings(
-    old: Any, layer: LayerPlan, to: Form
-) -> tuple[type[nnx.Module], dict[str, Any]]:
+def _settings(old: Any, layer: LayerPlan) -> tuple[type[nnx.Module], dict[str, Any]]:
     """Class and attributes of the layer in its new form."""
     shape = layer.kernel.target
     *_, inner, features = layer.channels_last(shape)
     same = ("use_bias", "dtype", "param_dtype", "precision", "promote_dtype")
     settings = {name: getattr(old, name) for name in same}
     settings["preferred_element_type"] = old.preferred_element_type
-    if to == "conv":
+    if layer.to == "conv":
         settings |= {
             "kernel_shape": shape,
             "in_features": inner * layer.groups,
