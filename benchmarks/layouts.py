@@ -114,9 +114,7 @@ def forms(layer: str) -> dict[str, Program]:
             layout=layout,  # pyright: ignore
             kernel_layout=kernel_layout,  # pyright: ignore
         )
-        pair = layer_forms(
-            fc.make_plan(model, x, rules=[rule])[""], "conv", jnp.float32
-        )
+        pair = layer_forms(fc.make_plan(model, x, rules=[rule])[""], jnp.float32)
         found |= {"dense": pair["dense"], name: pair["conv"]}
     return found
 

@@ -13,6 +13,7 @@ from typing import Any, Literal, get_args
 from .geometry.convolution import Case
 from .kernels import Rearrangement
 from .tables import aligned
+from .tuning.record import Tuning
 
 Form = Literal["conv", "dense"]
 # Of a plan as a whole: "mix" where some layers go to conv and some to dense.
@@ -174,6 +175,9 @@ class Plan(Mapping[str, LayerPlan]):
         layers go to different ones, as each says itself.
       layers: pairs of path and :class:`LayerPlan`.
       left: pairs of path and the reason why that layer is left alone.
+      options: compiler options, pairs of name and value, with which the plan was found
+        to be best; the jit of a converted linen model or function sets them.
+      tuning: what :func:`fcconv_jax.tune` measured; None for other plans.
 
     Example:
       >>> kernel = Rearrangement.reshape((8, 3), (2, 2, 2, 3))
@@ -193,6 +197,8 @@ class Plan(Mapping[str, LayerPlan]):
     to: Direction
     layers: tuple[tuple[str, LayerPlan], ...] = ()
     left: tuple[tuple[str, str], ...] = ()
+    options: tuple[tuple[str, Any], ...] = ()
+    tuning: Tuning | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):
         if self.to not in get_args(Direction):
@@ -207,7 +213,7 @@ class Plan(Mapping[str, LayerPlan]):
 
     @functools.cached_property
     def _hash(self) -> int:
-        return hash((self.to, self.layers, self.left))
+        return hash((self.to, self.layers, self.left, self.options))
 
     def __hash__(self) -> int:
         # A plan is part of the cache key of every jit below a converted model.
@@ -250,7 +256,8 @@ class Plan(Mapping[str, LayerPlan]):
         """Joins two plans of one model, such as those of two of its methods.
 
         Raises:
-          PlanError: the plans plan one layer differently.
+          PlanError: the plans plan one layer differently, or are tuned with other
+            compiler options.
         """
         if not isinstance(other, Plan):
             return NotImplemented
@@ -258,12 +265,17 @@ class Plan(Mapping[str, LayerPlan]):
             mine, yours = self[path], other[path]
             if dataclasses.replace(mine, input_shape=yours.input_shape) != yours:
                 raise PlanError(f"{path!r} is planned in two ways: {mine} and {yours}")
+        if self.layers and other.layers and self.options != other.options:
+            raise PlanError(
+                f"plans with other compiler options: {self.options}, {other.options}"
+            )
         layers = {**self._by_path, **other._by_path, **self._by_path}
         left = {**dict(self.left), **dict(other.left), **dict(self.left)}
         return Plan(
             self.to if self.to == other.to else "mix",
             tuple(layers.items()),
             tuple((path, why) for path, why in left.items() if path not in layers),
+            self.options or other.options,
         )
 
     def to_json(self) -> str:
@@ -278,13 +290,16 @@ class Plan(Mapping[str, LayerPlan]):
                 name: dataclasses.asdict(leaf) for name, leaf in layer.leaves
             }
             layers[path] = entry
-        content = {
+        content: dict[str, Any] = {
             "format": FORMAT,
             "version": VERSION,
             "to": self.to,
             "layers": layers,
             "skipped": dict(self.left),
+            "options": dict(self.options),
         }
+        if self.tuning is not None:
+            content["tuning"] = self.tuning.content()
         return json.dumps(content)
 
     @classmethod
@@ -314,10 +329,12 @@ class Plan(Mapping[str, LayerPlan]):
                 for path, entry in content["layers"].items()
             )
             left = tuple((str(p), str(w)) for p, w in content["skipped"].items())
+            options = tuple(content.get("options", {}).items())
+            tuning = content.get("tuning") and Tuning.from_content(content["tuning"])
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"damaged plan: {error!r}") from error
         try:
-            return cls(to, layers, left)
+            return cls(to, layers, left, options, tuning)
         except PlanError as error:
             raise PlanError(f"damaged plan: {error}") from None
 
@@ -346,6 +363,9 @@ class Plan(Mapping[str, LayerPlan]):
 
     def __str__(self) -> str:
         lines = [f"{len(self)} layer{'s' * (len(self) != 1)} to {in_words(self.to)}"]
+        if self.tuning is not None:
+            lines.append(f"tuned: {self.tuning.headline()}")
+        lines += [f"compiled with {name}={value!r}" for name, value in self.options]
         if self.layers:
             rows = [list(row) for row in self.table()]
             for row in rows:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..layer_forms import canonical_layer, pair_of_forms
 from ..params.layer_dtypes import layer_dtypes
-from ..plan import Form, LayerPlan, Plan, PlanError, in_words
+from ..plan import Form, LayerPlan, Plan, PlanError, in_words, other_form
 from .compilation import (
     TIMEOUT,
     Compilation,
@@ -83,7 +83,7 @@ def compile_layers(
     programs = {
         f"{number}_{form}": program
         for (layer, layer_dtype), number in numbers.items()
-        for form, program in layer_forms(layer, layer.to, layer_dtype).items()
+        for form, program in layer_forms(layer, layer_dtype).items()
     }
     compiled = _compile(programs, chosen, timeout, progress)
     times = {
@@ -106,20 +106,20 @@ def compile_layers(
     )
 
 
-def layer_forms(layer: LayerPlan, to: Form, dtype: Any) -> dict[Form, Program]:
+def layer_forms(layer: LayerPlan, dtype: Any) -> dict[Form, Program]:
     """The two forms of a layer as programs of input, kernel and bias.
 
     Args:
       layer: the layer's plan.
-      to: the form that it goes to.
       dtype: of input and parameters.
 
     Example:
       >>> import flax.linen as nn, fcconv_jax as fc
       >>> plan = fc.make_plan(nn.Dense(3), jnp.ones((2, 4)))
-      >>> [x.shape for x in layer_forms(plan[""], "conv", jnp.float32)["conv"].args]
+      >>> [x.shape for x in layer_forms(plan[""], jnp.float32)["conv"].args]
       [(2, 4), (1, 4, 3), (3,)]
     """
+    to = layer.to
     if layer.is_matmul:
         layer = canonical_layer(layer, to)
     moves = [move for _, move in layer.leaves]
@@ -127,7 +127,7 @@ def layer_forms(layer: LayerPlan, to: Form, dtype: Any) -> dict[Form, Program]:
     x = _abstract(shape, dtype)
     bias = [] if layer.bias else [None]
     found: dict[Form, Program] = {}
-    source: Form = "dense" if to == "conv" else "conv"
+    source = other_form(to)
     for form, function, shapes in zip(
         (source, to),
         pair_of_forms(layer, to),

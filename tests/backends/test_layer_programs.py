@@ -47,7 +47,7 @@ def test_the_programs_are_the_layers_forms(to, backend):
         {"patches"} if to == "dense" else {"heads", "out", "one", "two", "head"}
     )
     for layer in plan.values():
-        forms = layer_forms(layer, to, jnp.float32)
+        forms = layer_forms(layer, jnp.float32)
         source = forms["conv" if to == "dense" else "dense"]
         target = forms[to]
         x, kernel, bias = _integers(source.args, 0)
@@ -67,7 +67,7 @@ def test_layers_in_the_trace_of_a_function():
 
     params = {"w": jax.ShapeDtypeStruct((5, 4), jnp.float32)}
     plan = fc.make_plan(f, params, jax.ShapeDtypeStruct((4, 2, 3), jnp.float32))
-    forms = layer_forms(plan["w"], "conv", jnp.float32)
+    forms = layer_forms(plan["w"], jnp.float32)
     for form, operation in (("dense", "dots"), ("conv", "convolutions")):
         compiled = compile_for(forms[form].function, forms[form].args, "rocm")
         assert getattr(compiled.stablehlo, operation) == 1

@@ -190,8 +190,9 @@ def test_a_plan_of_a_newer_version_is_refused(case, save, tmp_path, listing, for
         "safetensors": tmp_path / "conv",
     }[format]
     content = place.read_bytes()
-    for old, new in ((b'"version": 1', b'"version": 9'), (b'\\"version\\": 1',) * 2):
-        content = content.replace(old, new.replace(b"1", b"9"))
+    for quote in (b'"', b'\\"'):
+        version = quote + b"version" + quote + b": "
+        content = content.replace(version + b"2", version + b"9")
     place.write_bytes(content)
     before = listing()
     with pytest.raises(CheckpointError, match=r"conv.*version 9.*upgrade"):

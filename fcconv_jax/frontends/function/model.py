@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from ...backends.options import known_options
 from ...matmuls.run import run_rewritten
 from ...matmuls.trace import parameter_paths
 from ...params.moves import check_converted
@@ -27,7 +28,7 @@ class ConvertedFunction(Jitted):
 
     def __init__(self, function: Callable[..., Any], plan: Plan):
         name = getattr(function, "__name__", type(function).__name__)
-        super().__init__(self._run, name)
+        super().__init__(self._run, name, options=lambda: known_options(plan.options))
         self.function = function
         self.plan = plan
 

@@ -10,6 +10,7 @@ from typing import Any
 import flax.linen as nn
 from flax.errors import ScopeParamShapeError
 
+from ...backends.options import known_options
 from ...matmuls.run import run_rewritten
 from ...params.leaves import flatten_with_path
 from ...params.moves import check_converted
@@ -61,7 +62,10 @@ class ConvertedLinen:
           PlanError: planned params are missing, or still in the form that the plan
             comes from.
         """
-        return Jitted(self._apply, f"{type(self.model).__name__}.apply", interceptors)
+        name = f"{type(self.model).__name__}.apply"
+        return Jitted(
+            self._apply, name, interceptors, lambda: known_options(self.plan.options)
+        )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Refused: a linen Module is called with its variables."""

@@ -1,0 +1,1 @@
+"""Finds by measuring which layers to convert, how to run them, with which options."""

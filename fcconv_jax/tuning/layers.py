@@ -1,0 +1,147 @@
+"""Layers on their own: every way to run each, and which one is the quickest."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import math
+import time
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax import lax
+
+from ..backends.compilation import Program
+from ..backends.layer_programs import layer_forms
+from ..plan import LayerPlan, Layout, Plan, other_form
+from .meters import Candidate, Meter, Options
+from .record import Figure, TunedLayer
+
+# Steps of the loop in which a layer is timed that runs in one.
+_STEPS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Chosen:
+    """The ways that are best for layers on their own.
+
+    Attributes:
+      layers: those that are better in the other form, laid out as is best there.
+      rows: what was measured.
+    """
+
+    layers: Mapping[str, LayerPlan]
+    rows: tuple[TunedLayer, ...]
+
+
+def choose_alone(
+    plan: Plan,
+    dtypes: Mapping[str, Any],
+    meter: Meter,
+    options: Options,
+    seconds: float,
+    tell: Callable[[str, int, int], None],
+) -> Chosen:
+    """Measures each layer of a plan in both forms; layers that are alike once.
+
+    Args:
+      plan: of all layers that have another form, each to that form.
+      dtypes: of the layers.
+      meter: measures.
+      options: that everything is compiled with.
+      seconds: for all layers; the costly ones come first, the rest stays as it is.
+      tell: called with a step, how many are done, how many there are.
+    """
+    kinds: dict[Any, list[str]] = {}
+    for path, layer in plan.items():
+        kinds.setdefault((_alike(layer), dtypes[path]), []).append(path)
+    costly = sorted(kinds.items(), key=lambda kind: -_work(*kind[0]) * len(kind[1]))
+    end = time.monotonic() + seconds
+    chosen: dict[str, LayerPlan] = {}
+    rows = []
+    for number, ((layer, dtype), paths) in enumerate(costly):
+        left = end - time.monotonic()
+        tell(f"layers: {left:.0f} s left, {paths[0] or '(root)'}", number, len(costly))
+        what = _in_words(layer, dtype)
+        known = f"{hashlib.sha256(repr((layer, dtype)).encode()).hexdigest()} {options}"
+        if left <= 0 or meter.timings.is_passed(known):
+            meter.timings.pass_over(known)
+            rows.append(TunedLayer(tuple(paths), what, (), "no time to measure it"))
+            continue
+        ways = _ways(layer, dtype)
+        candidates = {name: Candidate(way[1], options) for name, way in ways.items()}
+        share = min(1.0, left / (len(costly) - number))
+        figures = meter.measure(candidates, share)
+        best = _best(figures)
+        rows.append(TunedLayer(tuple(paths), what, tuple(figures.items()), best))
+        laid = ways[best][0]
+        if laid is not None:
+            for path in paths:
+                chosen[path] = dataclasses.replace(plan[path], layout=laid)
+    return Chosen(chosen, tuple(rows))
+
+
+def _best(figures: Mapping[str, Figure]) -> str:
+    """The best way, unless the original is as good within the noise."""
+    names = list(figures)
+    best = min(names, key=lambda name: figures[name].median)
+    return best if figures[best].beats(figures[names[0]]) else names[0]
+
+
+def _ways(layer: LayerPlan, dtype: Any) -> dict[str, tuple[Layout | None, Program]]:
+    """The ways to run a layer, by name: layout of the plan, None for the original."""
+    source = other_form(layer.to)
+    layouts: tuple[Layout, ...] = (layer.layout,)
+    if layer.to == "conv":
+        layouts = (layer.layout, "fold", "keep")
+        if layer.groups == 1 or math.prod(layer.window) == 1:
+            layouts = (*layouts, "flat")
+    ways: dict[str, tuple[Layout | None, Program]] = {}
+    for layout in dict.fromkeys(layouts):
+        laid = dataclasses.replace(layer, layout=layout)
+        forms = layer_forms(laid, dtype)
+        ways.setdefault(source, (None, _in_context(forms[source], layer)))
+        name = f"{layer.to} {layout}" if layer.to == "conv" else layer.to
+        ways[name] = (layout, _in_context(forms[layer.to], layer))
+    return ways
+
+
+def _in_context(program: Program, layer: LayerPlan) -> Program:
+    """The program as it runs: in a loop, where the layer's parameters are scanned."""
+    if not layer.stack_axes:
+        return program
+
+    def looped(x: jax.Array, *parameters: Any) -> Any:
+        def step(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
+            y = program.function(x, *parameters)
+            # The next step depends on this one, so that none is moved out of the loop.
+            return x + y.ravel()[0].astype(x.dtype) * jnp.zeros((), x.dtype), y
+
+        return lax.scan(step, x, None, length=_STEPS)[1][-1]
+
+    return Program(looped, program.args)
+
+
+def _alike(layer: LayerPlan) -> LayerPlan:
+    return dataclasses.replace(layer, tied=())
+
+
+def _work(layer: LayerPlan, dtype: Any) -> float:
+    """Multiplications of a call."""
+    del dtype
+    entries = math.prod(layer.kernel.source)
+    rows = math.prod(layer.input_shape) * layer.groups
+    *window, channels, _ = layer.channels_last(
+        layer.kernel.target if layer.to == "conv" else layer.kernel.source
+    )
+    return rows / max(math.prod(window) * channels, 1) * entries
+
+
+def _in_words(layer: LayerPlan, dtype: Any) -> str:
+    """The layer's class, sizes and dtype."""
+    where = " in a loop" if layer.stack_axes else ""
+    shape = "x".join(map(str, layer.input_shape))
+    kernel = "x".join(map(str, layer.kernel.source))
+    return f"{layer.layer} {shape} by {kernel} {jnp.dtype(dtype).name}{where}"

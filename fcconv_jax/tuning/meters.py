@@ -1,0 +1,304 @@
+"""Measures programs against each other: run time, scratch memory, or cycles."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..backends.compilation import Compiling, Program
+from ..backends.name import BackendError
+from ..backends.resolution import Resolution
+from ..plan import PlanError
+from .record import Figure, Objective
+
+Options = tuple[tuple[str, Any], ...]
+
+_FORMAT = "fcconv_jax.timings"
+_MAX_ROUNDS = 101
+# Rounds before what is slower by half leaves the race; of a long program one will do.
+_TRIAL_ROUNDS = 3
+_LONG = 0.05
+_SLOWER = 1.5
+# Beyond this the first run alone settles it.
+_HOPELESS = 4.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Candidate:
+    """A program, with the options that it is compiled with."""
+
+    program: Program
+    options: Options = ()
+
+
+class Timings:
+    """Figures by program: what is known is not measured again.
+
+    Args:
+      file: where they are kept, JSON; made if it is missing. None keeps them for this
+        object alone.
+      device: the device, what is measured, and the version of its compiler. Figures of
+        another one say nothing here.
+
+    Raises:
+      PlanError: the file is of another device, or is no such file.
+    """
+
+    def __init__(self, file: Path | None, device: str):
+        self._file, self._device = file, device
+        self._known: dict[str, Figure] = {}
+        self._passed: set[str] = set()
+        if file is not None and file.exists():
+            self._known, self._passed = _read(file, device)
+
+    def get(self, key: str) -> Figure | None:
+        """The figure of a program, if it is known."""
+        return self._known.get(key)
+
+    def add(self, found: Mapping[str, Figure]) -> None:
+        """Keeps figures."""
+        self._known |= found
+        self._write()
+
+    def pass_over(self, what: str) -> None:
+        """Notes what there was no time for, so that it will be passed over again."""
+        self._passed.add(what)
+        self._write()
+
+    def is_passed(self, what: str) -> bool:
+        """Whether there was no time for something when the timings were made."""
+        return what in self._passed
+
+    def _write(self) -> None:
+        if self._file is not None:
+            entries = {key: dataclasses.asdict(f) for key, f in self._known.items()}
+            content = {
+                "format": _FORMAT,
+                "version": 1,
+                "device": self._device,
+                "figures": entries,
+                "no time for": sorted(self._passed),
+            }
+            self._file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def _read(file: Path, device: str) -> tuple[dict[str, Figure], set[str]]:
+    try:
+        content = json.loads(file.read_bytes())
+        if content["format"] != _FORMAT or content["version"] != 1:
+            raise KeyError("format")
+        figures = {key: Figure(**entry) for key, entry in content["figures"].items()}
+        passed, whose = set(content["no time for"]), content["device"]
+    except (ValueError, KeyError, TypeError) as error:
+        raise PlanError(f"{file}: not a file of timings ({error!r})") from None
+    if whose != device:
+        raise PlanError(
+            f"{file} has timings of {whose}; expected those of {device}. Pass another "
+            "file for each device and version"
+        )
+    return figures, passed
+
+
+class Meter:
+    """Measures programs on one backend.
+
+    Args:
+      resolution: the backend, and whether it is present.
+      objective: what is measured.
+      timings: what is known.
+      timeout: seconds for compiling ahead of time.
+    """
+
+    def __init__(
+        self,
+        resolution: Resolution,
+        objective: Objective,
+        timings: Timings,
+        timeout: float,
+    ):
+        self._resolution = resolution
+        self._objective = objective
+        self.timings = timings
+        self._timeout = timeout
+
+    def measure(
+        self,
+        candidates: Mapping[str, Candidate],
+        seconds: float,
+        again: str = "",
+    ) -> dict[str, Figure]:
+        """The figure of each program; programs that are the same one share it.
+
+        Args:
+          candidates: by name.
+          seconds: how long they may run.
+          again: a word that tells a repeated measurement from the first.
+        """
+        with jax.default_device(self._resolution.device):
+            lowered = {name: _lower(c.program) for name, c in candidates.items()}
+        keys = {
+            name: _key(lowered[name].as_text(), candidates[name].options, again)
+            for name in candidates
+        }
+        wanted = {
+            key: name
+            for name, key in reversed(keys.items())
+            if self.timings.get(key) is None
+        }
+        if wanted:
+            new = {key: candidates[name] for key, name in wanted.items()}
+            if self._resolution.how == "executed":
+                found = self._present(
+                    new, {key: lowered[name] for key, name in wanted.items()}, seconds
+                )
+            else:
+                found = self._absent(new)
+            self.timings.add(found)
+        figures = {name: self.timings.get(key) for name, key in keys.items()}
+        return {name: f for name, f in figures.items() if f is not None}
+
+    def _present(
+        self,
+        candidates: Mapping[str, Candidate],
+        lowered: Mapping[str, Any],
+        seconds: float,
+    ) -> dict[str, Figure]:
+        # XLA compiles outside of Python's lock, on two cores more than half as long.
+        with ThreadPoolExecutor(2) as pool:
+            compiling = {
+                key: pool.submit(
+                    lowered[key].compile, compiler_options=dict(candidate.options)
+                )
+                for key, candidate in candidates.items()
+            }
+            compiled = {key: future.result() for key, future in compiling.items()}
+        if self._objective == "memory":
+            return {
+                key: _exactly(program.memory_analysis().temp_size_in_bytes)
+                for key, program in compiled.items()
+            }
+        runs = {
+            key: functools.partial(program, *self._placed(candidates[key].program.args))
+            for key, program in compiled.items()
+        }
+        return race(runs, seconds)
+
+    def _placed(self, args: Any) -> Any:
+        """The arguments on the device; random numbers where they are abstract."""
+
+        def place(leaf: Any) -> Any:
+            if isinstance(leaf, jax.ShapeDtypeStruct):
+                leaf = np.resize(_numbers().astype(leaf.dtype), leaf.shape)
+            if isinstance(getattr(leaf, "sharding", None), jax.sharding.NamedSharding):
+                return leaf
+            return jax.device_put(leaf, self._resolution.device)
+
+        return jax.tree.map(place, args)
+
+    def _absent(self, candidates: Mapping[str, Candidate]) -> dict[str, Figure]:
+        programs = {key: candidate.program for key, candidate in candidates.items()}
+        chosen = self._resolution
+        with Compiling(programs, [chosen], timeout=self._timeout) as compiling:
+            (outcome,) = compiling.results().values()
+        if isinstance(outcome, BackendError):
+            raise outcome
+        field = "temp_bytes" if self._objective == "memory" else "cycles"
+        found = {key: getattr(outcome[key], field) for key in programs}
+        if None in found.values():
+            raise BackendError(
+                f"{chosen.backend}: its compiler gives no {field} ahead of time. Pass "
+                'objective="memory", or tune where the device is present'
+            )
+        return {key: _exactly(value) for key, value in found.items()}
+
+
+def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Figure]:
+    """Run times in turns, in milliseconds, with an interval of the median.
+
+    What is slower than the quickest by half leaves after a few rounds; the others go on
+    until the time is over, at least 5 and at most 101 times.
+
+    Example:
+      >>> list(race({"a": lambda: 1, "b": lambda: 2}, 0.01))
+      ['a', 'b']
+    """
+    first = {name: _seconds(run) for name, run in runs.items()}
+    times: dict[str, list[float]] = {name: [] for name in runs}
+    running = dict(runs)
+    begin = time.perf_counter()
+    for number in range(_MAX_ROUNDS):
+        if number >= 5 and time.perf_counter() - begin > seconds:
+            break
+        if number == 0:
+            least = min(first.values())
+            # A first run may read memory in; none is slower by that alone when long.
+            slow = [
+                name for name, t in first.items() if t > max(_HOPELESS * least, 1.0)
+            ]
+            for name in slow:
+                times[name].append(first[name])
+                del running[name]
+        for name, run in running.items():
+            times[name].append(_seconds(run))
+        middle = {name: statistics.median(times[name]) for name in running}
+        least = min(middle.values())
+        if number + 1 >= (1 if least > _LONG else _TRIAL_ROUNDS):
+            running = {n: r for n, r in running.items() if middle[n] <= _SLOWER * least}
+        if len(running) == 1 and number >= 4:
+            break
+    return {name: _figure(taken) for name, taken in times.items()}
+
+
+def _seconds(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start
+
+
+def _figure(times: list[float]) -> Figure:
+    """The median, with its interval from the order of the runs (binomial, 95 %)."""
+    ordered = sorted(1e3 * t for t in times)
+    reach = 0.98 * math.sqrt(len(ordered))
+    middle = (len(ordered) - 1) / 2
+    low = max(math.floor(middle - reach), 0)
+    high = min(math.ceil(middle + reach), len(ordered) - 1)
+    return Figure(statistics.median(ordered), ordered[low], ordered[high])
+
+
+def _exactly(value: float) -> Figure:
+    return Figure(float(value), float(value), float(value))
+
+
+@functools.cache
+def _numbers() -> np.ndarray:
+    """Random numbers; large arrays repeat them, as their run time does not mind."""
+    return np.random.default_rng(0).standard_normal(1 << 16, np.float32)
+
+
+def _lower(program: Program) -> Any:
+    args = jax.tree.map(_abstract, program.args)
+    return jax.jit(program.function).lower(*args)
+
+
+def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
+    own = getattr(leaf, "sharding", None)
+    own = own if isinstance(own, jax.sharding.NamedSharding) else None
+    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=own)
+
+
+def _key(text: str, options: Options, again: str) -> str:
+    told = json.dumps([text, sorted(options), again])
+    return hashlib.sha256(told.encode()).hexdigest()[:20]

@@ -1,0 +1,233 @@
+"""What tuning found: measurements, and the choice made from them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+from ..tables import aligned
+
+Objective = Literal["latency", "memory", "cycles"]
+
+# By objective: what a figure counts, and units of it with their sizes.
+_UNITS: dict[str, tuple[tuple[float, str], ...]] = {
+    "latency": ((1.0, "ms"), (1e-3, "us"), (1e3, "s")),
+    "memory": ((2.0**20, "MiB"), (2.0**10, "KiB"), (1.0, "bytes")),
+    "cycles": ((1.0, "cycles"),),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Figure:
+    """A measured quantity: milliseconds, bytes of scratch memory, or cycles.
+
+    Attributes:
+      median: of all runs.
+      low: lower end of a 95 % interval of the median.
+      high: its upper end. Both are the figure itself where nothing is random.
+    """
+
+    median: float
+    low: float
+    high: float
+
+    def beats(self, other: Figure) -> bool:
+        """Whether it is smaller, beyond the noise: the intervals do not meet.
+
+        Example:
+          >>> Figure(1.0, 0.9, 1.1).beats(Figure(1.5, 1.2, 1.9))
+          True
+        """
+        return self.high < other.low
+
+    def show(self, objective: Objective) -> str:
+        """The median with its unit, and how far the interval goes from it.
+
+        Example:
+          >>> Figure(12.0, 11.4, 12.6).show("latency")
+          '12 ms ±5%'
+        """
+        size, unit = _unit(self.median, objective)
+        text = f"{_short(self.median / size)} {unit}"
+        spread = max(self.high - self.median, self.median - self.low)
+        if spread > 0.005 * self.median:
+            text += f" ±{spread / self.median:.0%}"
+        return text
+
+
+@dataclasses.dataclass(frozen=True)
+class TunedLayer:
+    """What became of layers that are alike.
+
+    Attributes:
+      paths: of the layers.
+      what: the layer and its sizes, in words.
+      figures: of each way to run it, by name; that of the original comes first. Empty
+        for layers that were not measured.
+      choice: the way that was taken, or why there was nothing to choose.
+    """
+
+    paths: tuple[str, ...]
+    what: str
+    figures: tuple[tuple[str, Figure], ...]
+    choice: str
+
+    @property
+    def gain(self) -> float | None:
+        """Figure of the choice, as a part of the original's."""
+        found = dict(self.figures)
+        if self.choice not in found:
+            return None
+        return _part(found[self.choice], self.figures[0][1])
+
+
+@dataclasses.dataclass(frozen=True)
+class Tuning:
+    """How a plan was chosen.
+
+    Attributes:
+      backend: the backend that it was chosen for.
+      device: the device that ran it, or that the compiler had in mind.
+      objective: what was made small.
+      versions: of JAX and jaxlib.
+      programs: figures of the whole model in each form that was tried, by name; the
+        original comes first, without options.
+      choice: name of the one that was taken.
+      layers: figures of single layers.
+      left: path and reason of each layer that has one form only.
+      why: why the choice is the original, where it is.
+    """
+
+    backend: str
+    device: str
+    objective: Objective
+    versions: str
+    programs: tuple[tuple[str, Figure], ...]
+    choice: str
+    layers: tuple[TunedLayer, ...]
+    left: tuple[tuple[str, str], ...] = ()
+    why: str = ""
+
+    @property
+    def before(self) -> Figure:
+        """The original."""
+        return self.programs[0][1]
+
+    @property
+    def after(self) -> Figure:
+        """What was chosen."""
+        return dict(self.programs)[self.choice]
+
+    @property
+    def ratio(self) -> float:
+        """What was chosen, as a part of the original; at most 1."""
+        return _part(self.after, self.before)
+
+    def headline(self) -> str:
+        """The gain of the whole model, in one line."""
+        before, after = self.before.median, self.after.median
+        size, unit = _unit(before, self.objective)
+        text = (
+            f"{self.ratio:.2f}x: {_short(before / size)} -> {_short(after / size)} "
+            f"{unit} on {self.device}"
+        )
+        return f"{text} ({self.why})" if self.why else text
+
+    def __str__(self) -> str:
+        lines = [self.headline(), ""]
+        rows = [("whole model", self.objective, "")]
+        for name, figure in self.programs:
+            taken = "<- chosen" if name == self.choice else ""
+            rows.append((name, figure.show(self.objective), taken))
+        lines += aligned(rows)
+        if self.layers:
+            lines += ["", *aligned(self.table())]
+        if self.left:
+            lines += ["", f"{len(self.left)} with one form only"]
+            width = max(len(path or "(root)") for path, _ in self.left)
+            lines += [
+                f"{(path or '(root)').ljust(width)}  {why}" for path, why in self.left
+            ]
+        return "\n".join(lines)
+
+    def table(self) -> list[tuple[str, ...]]:
+        """The layers as rows of text, below a row of headings."""
+        rows = [("layers", "what", "as it is", "other forms", "alone best", "gain")]
+        for layer in self.layers:
+            first = layer.paths[0] or "(root)"
+            more = len(layer.paths) - 1
+            own, *others = [
+                (name, figure.show(self.objective)) for name, figure in layer.figures
+            ] or [("", "-")]
+            gain = layer.gain
+            rows.append(
+                (
+                    f"{first} and {more} more" if more else first,
+                    layer.what,
+                    " ".join(own).strip(),
+                    ", ".join(" ".join(other) for other in others) or "-",
+                    layer.choice,
+                    "" if gain is None else f"{gain:.2f}x",
+                )
+            )
+        return rows
+
+    def content(self) -> dict[str, Any]:
+        """The record as what JSON knows."""
+        return {
+            **dataclasses.asdict(self),
+            "programs": {
+                name: dataclasses.asdict(figure) for name, figure in self.programs
+            },
+            "layers": [
+                {
+                    **dataclasses.asdict(layer),
+                    "figures": {
+                        name: dataclasses.asdict(figure)
+                        for name, figure in layer.figures
+                    },
+                }
+                for layer in self.layers
+            ],
+            "left": dict(self.left),
+        }
+
+    @classmethod
+    def from_content(cls, content: Mapping[str, Any]) -> Tuning:
+        """Reads what :meth:`content` wrote; raises TypeError or KeyError else."""
+        layers = tuple(
+            TunedLayer(
+                tuple(entry["paths"]),
+                entry["what"],
+                _figures(entry["figures"]),
+                entry["choice"],
+            )
+            for entry in content["layers"]
+        )
+        rest = {
+            **content,
+            "programs": _figures(content["programs"]),
+            "layers": layers,
+            "left": tuple(content["left"].items()),
+        }
+        return cls(**rest)
+
+
+def _part(figure: Figure, of: Figure) -> float:
+    """One figure as a part of another; scratch memory may be none in both."""
+    return figure.median / of.median if of.median else 1.0
+
+
+def _figures(entries: Mapping[str, Any]) -> tuple[tuple[str, Figure], ...]:
+    return tuple((name, Figure(**entry)) for name, entry in entries.items())
+
+
+def _unit(value: float, objective: str) -> tuple[float, str]:
+    units = _UNITS[objective]
+    fitting = [unit for unit in units if 1 <= value / unit[0] < 1000]
+    return fitting[0] if fitting else units[0]
+
+
+def _short(value: float) -> str:
+    return f"{value:,.0f}" if value >= 1000 else f"{value:.3g}"

@@ -1,0 +1,295 @@
+"""The quickest mix of forms, layouts and compiler options: ``tune``."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import jaxlib.version
+
+from ..backends.compilation import TIMEOUT
+from ..backends.name import Backend, BackendError
+from ..backends.options import convolution_options
+from ..backends.resolution import Resolution, resolve, resolve_default
+from ..default_settings import default_settings
+from ..frontends.convert_model import convert_model
+from ..frontends.kinds import frontend_of, kind_of
+from ..frontends.make_plan import make_plan
+from ..frontends.programs import compilable
+from ..params.layer_dtypes import layer_dtypes
+from ..params.trees import convert_params
+from ..plan import Form, Plan, PlanError, direction
+from ..progress import Progress, shown
+from ..rules import Rule, as_rules, match_rules
+from .layers import choose_alone
+from .meters import Candidate, Meter, Options, Timings
+from .record import Figure, Objective, TunedLayer, Tuning
+
+_FORMS: tuple[Form, ...] = ("conv", "dense")
+# Among programs this near to the best one, the plainest is taken.
+_AS_GOOD = 1.02
+_NOTHING_BETTER = "the model as it is: nothing is better beyond the noise"
+
+
+@dataclasses.dataclass(frozen=True)
+class _Form:
+    """A form of the whole model: a plan, and options to compile it with."""
+
+    plan: Plan
+    options: Options
+
+    @property
+    def plainness(self) -> tuple[int, int]:
+        """The plainer of two forms has the smaller."""
+        return len(self.options), len(self.plan)
+
+
+def tune(
+    model: Any,
+    params: Any,
+    *inputs: Any,
+    backend: str | Backend | None = None,
+    objective: Objective | None = None,
+    budget: float = 120.0,
+    timings: str | Path | None = None,
+    rules: Iterable[Rule | str] = (),
+    progress: Progress | Literal[False] | None = None,
+    timeout: float = TIMEOUT,
+    **kwargs: Any,
+) -> Plan:
+    """Finds the plan under which a model runs best, by measuring.
+
+    Every layer that has two forms is measured alone in each form and layout; layers
+    that are alike once, layers whose parameters are scanned in a loop. Then the whole
+    model is measured as it is, with all layers in one form, and with each layer in the
+    form that was best alone, with and without compiler options that change how matmuls
+    and convolutions are compiled. What wins beyond the noise is measured against the
+    original once more. So the plan is never slower: where nothing wins it is empty, and
+    ``plan.tuning.why`` says so.
+
+    Args:
+      model: the ``flax.linen`` or ``flax.nnx`` Module, or a function of params and
+        inputs.
+      params: its params or variables. None stands for the parameters that an NNX model
+        holds.
+      *inputs: what the model is called with, in the sizes that count; arrays, which may
+        be abstract where the backend is not present.
+      backend: such as ``"cpu"`` or ``"tpu:v5e"``; None is JAX's default.
+      objective: ``"latency"``, the default where the device is present; ``"memory"``,
+        scratch beyond parameters and results; ``"cycles"``, which XLA estimates for
+        TPUs that are not present (a loop's body counts once there).
+      budget: about how many seconds to measure, compilation of the whole model's forms
+        not counted. Half of it is for single layers, the costly ones first.
+      timings: a file (JSON) of measurements of this device. What it has is not measured
+        again, so that the plan is the same every time; what it lacks is added.
+      rules: as for :func:`fcconv_jax.make_plan`; ``"head=skip"`` leaves a layer alone.
+      progress: called with a phase, the steps done and the steps in all; None for bars
+        on stderr, False for none.
+      timeout: seconds for compiling ahead of time.
+      **kwargs: keyword arguments of the call, such as ``train=False``.
+
+    Returns:
+      A plan, which may take some layers to conv and others to dense.
+      ``print(plan.tuning)`` shows what was measured. ``plan.options`` are the compiler
+      options; the jit of a converted linen model or function sets them, for itself
+      alone. An outer jit of your own compiles by its own options: hand them over, as
+      in ``jax.jit(step, compiler_options=dict(plan.options))``. NNX models are jitted
+      by you, and are tuned without options.
+
+    Raises:
+      BackendError: there is no such backend, or it cannot be measured here.
+      PlanError: a rule matches nothing; the timings are of another device.
+      TypeError: abstract params or inputs, and a device that is present.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, fcconv_jax as fc
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> plan = tune(model, params, x, objective="memory", progress=False)
+      >>> plan.tuning.ratio <= 1
+      True
+    """
+    chosen = resolve_default() if backend is None else resolve(backend)
+    if chosen.how == "lowered":
+        raise BackendError(f"{chosen.backend}: {chosen.reason}")
+    goal = _objective(objective, chosen)
+    device = _device(chosen)
+    versions = f"jax {jax.__version__}, jaxlib {jaxlib.version.__version__}"
+    known = Timings(
+        None if timings is None else Path(timings), f"{goal} on {device}, {versions}"
+    )
+    room = frontend_of(model, "tune")
+    with default_settings(), shown(progress) as tell:
+        tell("planning", 0, 1)
+        variables = room.variables(model, params)
+        _check_arrays(chosen, (variables, inputs, kwargs))
+        args, options = room.planning_call(params, inputs, kwargs)
+        named = None if backend is None else str(chosen.backend)
+        every = _both_ways(model, args, options, rules, named)
+        meter = Meter(chosen, goal, known, timeout)
+        # Scratch memory and cycles ahead of time know of no options.
+        sets: list[Options] = [()]
+        if chosen.how == "executed" and kind_of(model, "tune") != "nnx":
+            sets += _options(chosen)
+        forms, rows = {}, {}
+        end = time.monotonic() + budget / 2
+        for number, each in enumerate(sets):
+            seconds = (end - time.monotonic()) / (len(sets) - number)
+            alone = choose_alone(
+                every, layer_dtypes(variables, every), meter, each, seconds, tell
+            )
+            rows[each] = alone.rows
+            forms |= _whole_forms(every, alone.layers, each)
+
+        def program(form: _Form) -> Candidate:
+            # Without layers the model's own, as it is: not even its jit is another.
+            changed, other = model, variables
+            if form.plan:
+                changed = convert_model(model, form.plan)
+                other = convert_params(variables, form.plan)
+            call = room.model_program(changed, inputs, kwargs)
+            return Candidate(compilable(call, other), form.options)
+
+        figures, choice = _choose(forms, program, meter, budget / 2, tell)
+    tuning = Tuning(
+        backend=str(chosen.backend),
+        device=device,
+        objective=goal,
+        versions=versions,
+        programs=tuple(figures.items()),
+        choice=choice,
+        layers=_layer_rows(rows, forms[choice]),
+        left=tuple(every.left),
+        why="" if choice != next(iter(figures)) else _NOTHING_BETTER,
+    )
+    taken = forms[choice]
+    return dataclasses.replace(taken.plan, options=taken.options, tuning=tuning)
+
+
+def _objective(objective: Objective | None, chosen: Resolution) -> Objective:
+    present = chosen.how == "executed"
+    if objective is None:
+        return "latency" if present else "cycles"
+    if objective not in ("latency", "memory", "cycles"):
+        raise PlanError(
+            f"objective={objective!r}: it is 'latency', 'memory' or 'cycles'"
+        )
+    if objective == "latency" and not present:
+        raise BackendError(
+            f"{chosen.backend}: {chosen.reason}, so that no run can be timed. Pass "
+            'objective="cycles" or "memory"'
+        )
+    if objective == "cycles" and present:
+        raise BackendError(
+            f"{chosen.backend} is present, and cycles are estimated for TPUs that are "
+            'not. Pass objective="latency"'
+        )
+    return objective
+
+
+def _device(chosen: Resolution) -> str:
+    if chosen.how != "executed":
+        return str(chosen.backend.target)
+    kind = chosen.device.device_kind
+    name = str(chosen.backend)
+    return name if kind == name else f"{name} ({kind})"
+
+
+def _check_arrays(chosen: Resolution, trees: Any) -> None:
+    abstract = any(
+        isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trees)
+    )
+    if abstract and chosen.how == "executed":
+        raise TypeError(
+            f"tune needs arrays to run on {chosen.backend}, got abstract ones. Pass "
+            "arrays, or name a backend that is not present"
+        )
+
+
+def _both_ways(
+    model: Any,
+    args: Any,
+    options: Mapping[str, Any],
+    rules: Iterable[Rule | str],
+    backend: str | None,
+) -> Plan:
+    """Every layer that has another form, to that form.
+
+    Raises:
+      PlanError: a rule matches no layer in either direction.
+    """
+
+    def planned(form: Form, rules: Sequence[Rule]) -> Plan:
+        return make_plan(model, *args, to=form, rules=rules, backend=backend, **options)
+
+    plans = {form: planned(form, ()) for form in _FORMS}
+    if chosen := as_rules(rules):
+        paths = {form: {*plan, *plan.skipped} for form, plan in plans.items()}
+        match_rules(chosen, dict.fromkeys(set().union(*paths.values()), 1))
+        for form in _FORMS:  # a rule may match layers that have one direction
+            own = [r for r in chosen if any(r.matches(p, 0) for p in paths[form])]
+            plans[form] = planned(form, own)
+    return plans["conv"] | plans["dense"]
+
+
+def _options(chosen: Resolution) -> list[Options]:
+    found = tuple(convolution_options(chosen.device.platform).items())
+    return [found] if found else []
+
+
+def _whole_forms(
+    every: Plan, alone: Mapping[str, Any], options: Options
+) -> dict[str, _Form]:
+    """Forms of the whole model that are tried, by name."""
+    suffix = "".join(f", {name}={value!r}" for name, value in options)
+    found: dict[str, Any] = {"as it is": {}}
+    for form in _FORMS:
+        layers = {path: layer for path, layer in every.items() if layer.to == form}
+        found[f"all to {form}"] = layers
+    found["layer by layer"] = alone
+    forms: dict[str, _Form] = {}
+    for name, layers in found.items():
+        left = tuple(
+            (path, "as good or better as it is") for path in every if path not in layers
+        )
+        plan = Plan(direction(layers), tuple(layers.items()), (*every.left, *left))
+        form = _Form(plan, options)
+        if all(form.plan.layers != f.plan.layers for f in forms.values()):
+            forms[name + suffix] = form
+    return forms
+
+
+def _choose(
+    forms: Mapping[str, _Form],
+    program: Callable[[_Form], Candidate],
+    meter: Meter,
+    seconds: float,
+    tell: Progress,
+) -> tuple[dict[str, Figure], str]:
+    """Figures of the forms, the original's first, and the name of the best."""
+    tell(f"whole model: compiling {len(forms)} forms", 0, 2)
+    candidates = {name: program(form) for name, form in forms.items()}
+    figures = meter.measure(candidates, seconds * 2 / 3)
+    original = next(iter(forms))
+    best = min(figures.values(), key=lambda figure: figure.median)
+    near = [name for name in forms if figures[name].median <= _AS_GOOD * best.median]
+    choice = min(near, key=lambda name: forms[name].plainness)
+    if not figures[choice].beats(figures[original]):
+        return figures, original
+    tell("whole model: once more", 1, 2)
+    last = {name: candidates[name] for name in (original, choice)}
+    again = meter.measure(last, seconds / 3, again="again")
+    if not again[choice].beats(again[original]):
+        return figures, original
+    return {**figures, **again}, choice
+
+
+def _layer_rows(
+    rows: Mapping[Options, tuple[TunedLayer, ...]], taken: _Form
+) -> tuple[TunedLayer, ...]:
+    """What was measured of the layers under the options that were taken."""
+    return rows[taken.options]

@@ -1,0 +1,287 @@
+"""The choice of forms, layouts and options: its logic, and that it changes nothing."""
+
+import json
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import nnx
+from jax import lax
+
+import fcconv_jax as fc
+from fcconv_jax.backends.compilation import Program
+from fcconv_jax.backends.name import BackendError
+from fcconv_jax.backends.options import known_options
+from fcconv_jax.plan import Plan
+from fcconv_jax.tuning import meters, tune
+from fcconv_jax.tuning.layers import _in_context, _ways
+from fcconv_jax.tuning.record import Figure, Tuning
+
+RNG = np.random.default_rng(0)
+X = jnp.asarray(RNG.normal(size=(2, 8, 4, 3)), jnp.float32)
+
+
+class Net(nn.Module):
+    @nn.compact
+    def __call__(self, x, train=False):
+        x = nn.Conv(8, (2, 2), (2, 2), padding="VALID", name="patches")(x)
+        x = nn.BatchNorm(use_running_average=not train, name="norm")(x)
+        x = nn.relu(nn.Conv(8, (3, 3), name="body")(x))
+        x = nn.Dense(5, name="each")(x)
+        return nn.Dense(4, name="head")(x.reshape(x.shape[0], -1))
+
+
+@pytest.fixture(scope="module")
+def variables():
+    return jax.jit(Net().init)(jax.random.key(0), X)
+
+
+def figure(median, spread=0.0):
+    return Figure(median, median * (1 - spread), median * (1 + spread))
+
+
+class Meter:
+    """Stands for a device on which each form takes as long as it is told."""
+
+    def __init__(self, first, again=None):
+        self.found = {"": first, "again": again or first}
+
+    def measure(self, candidates, seconds, again=""):
+        assert seconds > 0
+        return {name: self.found[again][name] for name in candidates}
+
+
+def choose(first, again=None, plainness=None):
+    order = plainness or range(len(first))
+    forms = {
+        name: tune._Form(Plan("conv"), tuple((f"option{i}", 1) for i in range(options)))
+        for name, options in zip(first, order)
+    }
+    return tune._choose(
+        forms, lambda form: None, Meter(first, again), 3.0, lambda *told: None
+    )[1]
+
+
+def test_what_wins_beyond_the_noise_is_taken():
+    assert choose({"own": figure(10), "a": figure(8), "b": figure(5)}) == "b"
+    assert choose({"own": figure(10), "a": figure(12)}) == "own"
+    assert choose({"own": figure(10, 0.1), "a": figure(9, 0.1)}) == "own"
+    assert choose({"own": figure(10, 0.1), "a": figure(8, 0.1)}) == "a"
+
+
+def test_of_two_as_good_the_plainer_is_taken():
+    times = {"own": figure(10), "a": figure(5.0), "b": figure(5.05)}
+    assert choose(times, plainness=[0, 2, 1]) == "b"
+    assert choose(times, plainness=[0, 1, 2]) == "a"
+
+
+def test_what_does_not_win_again_is_not_taken():
+    times = {"own": figure(10), "a": figure(5)}
+    assert choose(times, again={"own": figure(6), "a": figure(6)}) == "own"
+    assert choose(times, again={"own": figure(6), "a": figure(5)}) == "a"
+
+
+def test_slow_programs_leave_the_race(monkeypatch):
+    now = {"time": 0.0}
+    runs = dict.fromkeys(("quick", "as good", "slow", "hopeless"), 0)
+    cost = {"quick": 0.1, "as good": 0.11, "slow": 0.2, "hopeless": 30.0}
+
+    def runner(name):
+        def run():
+            runs[name] += 1
+            now["time"] += cost[name]
+
+        return run
+
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: now["time"])
+    found = meters.race({name: runner(name) for name in runs}, seconds=4.0)
+    assert runs["hopeless"] == 1  # a minute of it would tell no more
+    assert runs["slow"] == 2
+    assert runs["quick"] == runs["as good"] > 15
+    for name, ms in cost.items():
+        assert found[name].median == pytest.approx(1e3 * ms)
+        assert found[name].low == pytest.approx(found[name].high)
+
+
+def test_the_interval_is_that_of_the_median():
+    found = meters._figure([t / 1e3 for t in range(1, 102)])
+    assert (found.median, found.low, found.high) == (51.0, 41.0, 61.0)
+    few = meters._figure([0.003, 0.001, 0.002])
+    assert (few.median, few.low, few.high) == (2.0, 1.0, 3.0)
+
+
+@pytest.fixture
+def rigged(monkeypatch):
+    """Timings by what is in a program: convolutions cost, but for those 3x3."""
+
+    def present(self, candidates, lowered, seconds):
+        del self, candidates, seconds
+        return {key: figure(*self_cost(low.as_text())) for key, low in lowered.items()}
+
+    def self_cost(text):
+        dots = text.count("stablehlo.dot_general")
+        convolutions = text.count("stablehlo.convolution")
+        flat = text.count("dense_head_is_slow")
+        return 1 + dots + 10 * convolutions + flat, 0.01
+
+    monkeypatch.setattr(meters.Meter, "_present", present)
+
+
+def test_both_directions_at_once_and_only_what_wins(rigged, variables):
+    plan = fc.tune(Net(), variables, X, progress=False)
+    assert plan.to == "dense"
+    assert list(plan) == ["patches"]
+    assert "Padding" in plan.skipped["body"]
+    assert plan.skipped["each"] == "as good or better as it is"
+    assert plan.tuning.ratio < 1
+    lines = str(plan.tuning).splitlines()
+    assert lines[0].startswith(f"{plan.tuning.ratio:.2f}x: ")
+    assert any(line.startswith("patches  Conv 2x8x4x3 by") for line in lines)
+    assert any(line.startswith("body") and "Padding" in line for line in lines)
+
+
+@pytest.mark.parametrize("kind", ["linen", "function", "nnx"])
+def test_the_tuned_model_is_the_same(kind, variables, tmp_path):
+    if kind == "nnx":
+        model = nnx.Sequential(nnx.Linear(3, 5, rngs=nnx.Rngs(0)), nnx.relu)
+        params = nnx.state(model, nnx.Param)
+    elif kind == "function":
+        model, params = (lambda params, x: jnp.tanh(x @ params["w"])), {"w": X[0, 0].T}
+    else:
+        model, params = Net(), variables
+    file = tmp_path / "timings.json"
+    arguments = {"budget": 0.5, "timings": file, "progress": False}
+    plan = fc.tune(model, params, X, **arguments)
+    content = file.read_text()
+    assert fc.tune(model, params, X, **arguments) == plan
+    assert file.read_text() == content
+    assert fc.verify(model, params, X, plan=plan, progress=False).passed
+    assert plan.tuning.ratio <= 1
+    assert bool(plan or plan.options) != bool(plan.tuning.why)
+    if kind == "nnx":  # jitted by the user, who would not know of them
+        assert not plan.options
+        assert not any("xla" in name for name, _ in plan.tuning.programs)
+    again = Plan.from_json(plan.to_json())
+    assert again == plan
+    assert again.tuning == plan.tuning
+    assert str(again) == str(plan)
+
+
+def test_rules_leave_layers_alone(variables):
+    rules = ["patches=skip", "head=skip"]
+    plan = fc.tune(Net(), variables, X, rules=rules, objective="memory", progress=False)
+    measured = {path for layer in plan.tuning.layers for path in layer.paths}
+    assert measured == {"each"}
+    assert "excluded by rule" in dict(plan.tuning.left)["head"]
+    with pytest.raises(fc.PlanError, match="nowhere"):
+        fc.tune(Net(), variables, X, rules=["nowhere=skip"], progress=False)
+
+
+def test_a_plan_of_options_alone(variables):
+    options = (("xla_cpu_experimental_ynn_fusion_type", ""),)
+    plan = Plan("conv", options=options)
+    converted = fc.convert_model(Net(), plan)
+    got = converted.apply(variables, X)
+    np.testing.assert_allclose(got, Net().apply(variables, X), rtol=1e-5, atol=1e-5)
+    # Within another jit it is that jit's options that count.
+    np.testing.assert_allclose(jax.jit(converted.apply)(variables, X), got, rtol=1e-5)
+    # JAX says which options a program was compiled with by refusing unknown ones.
+    with pytest.warns(RuntimeWarning, match="xla_no_such_option.*Tune again"):
+        assert known_options([("xla_no_such_option", 1)]) == {}
+    assert Plan.from_json(plan.to_json()) == plan
+    assert hash(plan) != hash(Plan("conv"))
+    assert "compiled with xla_cpu_experimental_ynn_fusion_type=''" in str(plan)
+
+
+def test_scanned_layers_are_measured_in_a_loop():
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _):
+            return nn.Dense(3, name="fc")(x), None
+
+    looped = nn.scan(
+        Step, variable_axes={"params": 0}, split_rngs={"params": True}, length=3
+    )()
+    plan = fc.make_plan(looped, X, None)
+    layer = plan["fc"]
+    assert layer.stack_axes == (0,)
+    ways = _ways(layer, jnp.float32)
+    assert list(ways) == ["dense", "conv flat", "conv fold", "conv keep"]
+    for _, program in ways.values():
+        assert (
+            "stablehlo.while"
+            in jax.jit(program.function).lower(*program.args).as_text()
+        )
+    args = [
+        jnp.asarray(RNG.normal(size=a.shape), a.dtype) for a in ways["dense"][1].args
+    ]
+    want = args[0] @ args[1] + args[2]
+    np.testing.assert_allclose(ways["dense"][1].function(*args), want, rtol=1e-5)
+    alone = Program(lambda x: x, (X,))
+    unlooped = fc.make_plan(nn.Dense(3), X)[""]
+    assert _in_context(alone, unlooped) is alone
+
+
+def test_a_convolution_in_a_loop_is_tried_as_a_matmul():
+    def model(params, x):
+        def step(_, x):
+            return lax.conv_general_dilated(
+                x, params["w"], (1,), "VALID", dimension_numbers=("NCW", "OIW", "NCW")
+            )
+
+        return lax.fori_loop(0, 2, step, x)
+
+    params, x = {"w": jnp.ones((4, 4, 1)) / 4}, jnp.ones((2, 4, 8))
+    plan = fc.tune(model, params, x, budget=0.5, progress=False)
+    assert "all to dense" in dict(plan.tuning.programs)
+    assert fc.verify(model, params, x, plan=plan, progress=False).passed
+
+
+def test_what_cannot_be_measured_is_refused(variables):
+    with pytest.raises(
+        BackendError, match=r'cycles are estimated.*objective="latency"'
+    ):
+        fc.tune(Net(), variables, X, objective="cycles", progress=False)
+    with pytest.raises(BackendError, match="rocm"):
+        fc.tune(Net(), variables, X, backend="rocm", progress=False)
+    with pytest.raises(fc.PlanError, match="objective='speed'"):
+        fc.tune(Net(), variables, X, objective="speed", progress=False)  # pyright: ignore
+    abstract = jax.ShapeDtypeStruct(X.shape, X.dtype)
+    with pytest.raises(TypeError, match="needs arrays to run on cpu"):
+        fc.tune(Net(), variables, abstract, progress=False)
+
+
+def test_timings_of_another_device_are_refused(variables, tmp_path):
+    file = tmp_path / "timings.json"
+    content = {"format": "fcconv_jax.timings", "version": 1, "figures": {}}
+    content["no time for"] = []
+    file.write_text(json.dumps({**content, "device": "latency on another one"}))
+    with pytest.raises(fc.PlanError, match=r"of latency on another one; expected"):
+        fc.tune(Net(), variables, X, timings=file, progress=False)
+    for text in ("", "[]", "{}", json.dumps({**content, "version": 2})):
+        file.write_text(text)
+        with pytest.raises(fc.PlanError, match="not a file of timings"):
+            fc.tune(Net(), variables, X, timings=file, progress=False)
+
+
+def test_the_costly_layers_come_first_when_time_is_short(rigged, variables):
+    told = []
+    plan = fc.tune(
+        Net(), variables, X, budget=0.0, progress=lambda *step: told.append(step[0])
+    )
+    assert {layer.choice for layer in plan.tuning.layers} == {"no time to measure it"}
+    # The whole model is measured in each form all the same.
+    assert list(plan) == ["patches"]
+    assert any(step.startswith("layers: ") for step in told)
+    assert any(step.startswith("whole model: ") for step in told)
+
+
+def test_the_record_reads_what_it_wrote(rigged, variables):
+    tuning = fc.tune(Net(), variables, X, progress=False).tuning
+    assert Tuning.from_content(json.loads(json.dumps(tuning.content()))) == tuning
+    damaged = json.loads(fc.tune(Net(), variables, X, progress=False).to_json())
+    del damaged["tuning"]["layers"]
+    with pytest.raises(fc.PlanError, match="damaged"):
+        Plan.from_json(json.dumps(damaged))
