@@ -54,6 +54,7 @@ def test_digits(tmp_path):
     assert (tmp_path / "report.md").read_text().startswith("**EQUIVALENT")
 
 
+@pytest.mark.slow
 def test_detect_digits(tmp_path):
     pytest.importorskip("sklearn")
     picture = tmp_path / "found.png"

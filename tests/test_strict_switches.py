@@ -60,7 +60,8 @@ def arrays():
     return x, variables, tx, tx.init(variables["params"]), params, model
 
 
-_SLOW = {"leak checking"}  # nothing is traced twice from a cache then
+# Nothing is traced twice from a cache, or everything is compiled anew.
+_SLOW = {"leak checking", "precision", "other keys", "no infs"}
 
 
 @pytest.fixture(

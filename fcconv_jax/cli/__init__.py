@@ -1,8 +1,19 @@
 """The command line ``fcconv``: a file for each command."""
 
-from . import compare, convert, explain, hlo, inspect, plan, restore, slide, verify
+from . import (
+    compare,
+    convert,
+    explain,
+    hlo,
+    inspect,
+    plan,
+    restore,
+    slide,
+    tune,
+    verify,
+)
 from .app import app as app
 from .app import main as main
 
 # In the order in which --help lists them.
-COMMANDS = (plan, convert, restore, verify, compare, inspect, explain, hlo, slide)
+COMMANDS = (plan, convert, restore, verify, compare, inspect, explain, hlo, slide, tune)

@@ -87,6 +87,7 @@ def test_a_defect_outside_of_the_blocks(changed, where):
     assert found.parts_at == repr(where)
 
 
+@pytest.mark.slow
 def test_a_layer_in_bfloat16_where_the_original_computes_in_float32():
     model = Transformer(blocks=4)
     wrong = dataclasses.replace(model, defect=Settings(up_dtype=jnp.bfloat16))
