@@ -63,8 +63,8 @@ def main() -> None:
         layer = record["layers"][name] = measure(model, shape, rules, arguments.backend)
         ms = layer["figures"]["milliseconds"]
         print(
-            f"| {name} | {'yes' if layer['passed'] else 'NO'} | {ms['dense']:.3g} "
-            f"| {ms['conv']:.3g} | {ms['ratio']:.2f}x |"
+            f"| {name} | {'yes' if layer['passed'] else 'NO'} | {ms['original']:.3g} "
+            f"| {ms['converted']:.3g} | {ms['ratio']:.2f}x |"
         )
     slug = re.sub(r"[^a-z0-9]+", "-", kind.lower()).strip("-")
     arguments.out.mkdir(parents=True, exist_ok=True)

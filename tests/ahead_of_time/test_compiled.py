@@ -47,20 +47,20 @@ def _found(verified, backend):
 @pytest.mark.parametrize("backend", TPUS)
 def test_tpus_turn_either_form_into_convolutions(verified, backend):
     found = _found(verified, backend)
-    for program in (found.dense, found.conv):
+    for program in (found.original, found.converted):
         assert (program.hlo.dots, program.hlo.convolutions) == (0, 2)
         assert program.cycles > 0
     # The products dominate, and there are as many of them in either form.
-    assert found.dense.flops >= 2 * 8 * 64 * (512 + 128)
+    assert found.original.flops >= 2 * 8 * 64 * (512 + 128)
     assert found.figures["flops"]["ratio"] == pytest.approx(1, rel=0.05)
 
 
 @pytest.mark.parametrize("backend", GPUS)
 def test_gpus_turn_convolutions_into_library_calls(verified, backend):
     found = _found(verified, backend)
-    assert found.dense.stablehlo.dots == 2
-    assert found.conv.stablehlo.convolutions == 2
-    assert found.conv.hlo.dots == found.conv.hlo.convolutions == 0
-    calls = found.conv.hlo.custom_calls
+    assert found.original.stablehlo.dots == 2
+    assert found.converted.stablehlo.convolutions == 2
+    assert found.converted.hlo.dots == found.converted.hlo.convolutions == 0
+    calls = found.converted.hlo.custom_calls
     assert sum(n for name, n in calls.items() if name.startswith("__cudnn$conv")) == 2
-    assert not any("cudnn" in name for name in found.dense.hlo.custom_calls)
+    assert not any("cudnn" in name for name in found.original.hlo.custom_calls)

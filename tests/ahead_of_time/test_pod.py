@@ -158,5 +158,5 @@ def test_a_layout_that_adds_collectives_shows():
         found[layout] = report.backends[0]
     chosen = fc.make_plan(model, x)
     assert chosen[""].layout == "keep"
-    assert collectives(found["keep"].conv) == collectives(found["keep"].dense)
-    assert collectives(found["fold"].conv) > collectives(found["fold"].dense)
+    assert collectives(found["keep"].converted) == collectives(found["keep"].original)
+    assert collectives(found["fold"].converted) > collectives(found["fold"].original)
