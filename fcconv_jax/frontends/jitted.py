@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
-from jax.core import Tracer
+from jax.extend.core import get_opaque_trace_state
 
 from ..tracing import arguments
 from ..tracing.user_code import explained
@@ -157,6 +158,14 @@ def _with_options(make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     return _Outermost(make(), make(compiler_options=dict(options)))
 
 
+@functools.cache
+def _no_trace() -> Any:
+    """The state of JAX where nothing is being traced."""
+    # What this thread traces is unknown to a new one.
+    with ThreadPoolExecutor(1) as pool:
+        return pool.submit(get_opaque_trace_state).result()
+
+
 class _Outermost:
     """Two jits of one function: JAX takes options for the outermost only."""
 
@@ -165,14 +174,9 @@ class _Outermost:
         self._tuned = tuned
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        if any(isinstance(leaf, Tracer) for leaf in jax.tree.leaves((args, kwargs))):
-            return self._plain(*args, **kwargs)
-        try:
-            return self._tuned(*args, **kwargs)
-        except ValueError as error:
-            if "compiler_options" not in str(error):
-                raise
-            return self._plain(*args, **kwargs)
+        # Constants, too, are part of the trace of an outer jit, scan or grad.
+        outermost = get_opaque_trace_state() == _no_trace()
+        return (self._tuned if outermost else self._plain)(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> Any:
         return self._tuned.lower(*args, **kwargs)

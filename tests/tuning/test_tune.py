@@ -186,7 +186,15 @@ def test_a_plan_of_options_alone(variables):
     got = converted.apply(variables, X)
     np.testing.assert_allclose(got, Net().apply(variables, X), rtol=1e-5, atol=1e-5)
     # Within another jit it is that jit's options that count.
-    np.testing.assert_allclose(jax.jit(converted.apply)(variables, X), got, rtol=1e-5)
+    for outer in (
+        jax.jit(converted.apply),
+        jax.jit(lambda *_: converted.apply(variables, X)),  # constants, too
+        lambda *args: lax.map(lambda _: converted.apply(*args), jnp.zeros(1))[0],
+        jax.vmap(converted.apply, in_axes=(None, None), axis_size=1, out_axes=None),
+    ):
+        np.testing.assert_allclose(outer(variables, X), got, rtol=1e-5, atol=1e-5)
+    gradient = jax.grad(lambda v: converted.apply(v, X).sum())(variables)
+    assert jax.tree.structure(gradient) == jax.tree.structure(variables)
     # JAX says which options a program was compiled with by refusing unknown ones.
     with pytest.warns(RuntimeWarning, match="xla_no_such_option.*Tune again"):
         assert known_options([("xla_no_such_option", 1)]) == {}
