@@ -236,7 +236,8 @@ def write(file: Path, device: str, found: dict[str, Any]) -> None:
 
 def table(file: Path) -> str:
     """The rows of the README's table."""
-    rows = ["| model, batch | original | all to conv | tuned | |", "|" + " --- |" * 5]
+    titles = ("model, batch", "original", "all to conv", "tuned", "tuned / original")
+    rows = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for found in json.loads(file.read_text())["results"]:
         ms = found["milliseconds"]
         names = ("original", "all to conv", "tuned")
