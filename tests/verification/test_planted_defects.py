@@ -44,7 +44,13 @@ def compared(model, wrong, params=None, wrong_params=None, **options):
     return fc.compare(model, wrong, [params, tokens()], args, progress=False, **options)
 
 
-@pytest.mark.parametrize("name", BLOCK_DEFECTS)
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[] if number % 3 == 0 else [pytest.mark.slow])
+        for number, name in enumerate(BLOCK_DEFECTS)
+    ],
+)
 @pytest.mark.parametrize("dtype", ["f32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_defect_of_one_block_is_caught_and_named(name, dtype):
     changed, where = BLOCK_DEFECTS[name]
