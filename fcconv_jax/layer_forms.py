@@ -402,18 +402,18 @@ def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:
     return (batch, *[1] * (rank - len(spatial)), *spatial)
 
 
-def canonical_layer(layer: LayerPlan, to: Form) -> LayerPlan:
+def canonical_layer(layer: LayerPlan) -> LayerPlan:
     """The layer of a matmul with its kernel as the forms take it.
 
     The plan moves the parameter as it is stored, such as ``(out, in)``; the matmul
     sees it in the canonical order, whatever lies between.
     """
     *window, rows, out = layer.channels_last(layer.kernel.target)
-    if to == "conv":
+    if layer.to == "conv":
         rows, out = math.prod(window) * rows, out // layer.groups
     shape = (layer.groups, rows, out)[layer.groups == 1 :]
     kernel = kernel_rearrangement(
         shape, layer.window, order=layer.order, groups=layer.groups
     )
-    kernel = layer.lay_out(kernel) if to == "conv" else kernel.inverse()
+    kernel = layer.lay_out(kernel) if layer.to == "conv" else kernel.inverse()
     return dataclasses.replace(layer, leaves=(("kernel", kernel),))

@@ -114,7 +114,7 @@ def compile_for(
 def compile_present(program: Program, resolution: Resolution) -> Compilation:
     """Compiles a program for a device that is present."""
     one = jax.sharding.SingleDeviceSharding(resolution.device)
-    args = jax.tree.map(lambda leaf: _abstract(leaf, one), program.args)
+    args = jax.tree.map(lambda leaf: abstract(leaf, one), program.args)
     lowered = jax.jit(program.function).trace(*args).lower()
     started = time.perf_counter()
     compiled = lowered.compile()
@@ -268,7 +268,7 @@ def _export(program: Program, backend: Backend) -> Any:
         f"{i:04d}:{jax.tree_util.keystr(path, simple=True, separator='/')}"
         for i, (path, _) in enumerate(leaves)
     ]
-    named = {name: _abstract(leaf, None) for name, (_, leaf) in zip(names, leaves)}
+    named = {name: abstract(leaf, None) for name, (_, leaf) in zip(names, leaves)}
 
     def run(args: dict[str, Any]) -> list[Any]:
         operands = jax.tree.unflatten(treedef, [args[name] for name in names])
@@ -293,7 +293,7 @@ def _serialized(exported: Any, backend: Backend) -> bytes:
         ) from error
 
 
-def _abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
+def abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype; the leaf's own spread over a mesh, else the given sharding."""
     own = getattr(leaf, "sharding", None)
     own = own if isinstance(own, jax.sharding.NamedSharding) else sharding

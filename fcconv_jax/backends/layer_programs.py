@@ -121,7 +121,7 @@ def layer_forms(layer: LayerPlan, dtype: Any) -> dict[Form, Program]:
     """
     to = layer.to
     if layer.is_matmul:
-        layer = canonical_layer(layer, to)
+        layer = canonical_layer(layer)
     moves = [move for _, move in layer.leaves]
     shape = layer.input_shape if to == "dense" else layer.dense_input_shape()
     x = _abstract(shape, dtype)

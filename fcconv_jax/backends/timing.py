@@ -31,7 +31,17 @@ def milliseconds(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
         if number >= _ROUNDS[0] and time.perf_counter() - begin > _SECONDS:
             break
         for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            times[name].append(time.perf_counter() - start)
+            times[name].append(seconds_of(run))
     return {name: 1e3 * statistics.median(taken) for name, taken in times.items()}
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    """How long one run takes, until its results are there.
+
+    Example:
+      >>> seconds_of(lambda: None) < 1
+      True
+    """
+    start = time.perf_counter()
+    jax.block_until_ready(run())
+    return time.perf_counter() - start

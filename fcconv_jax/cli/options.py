@@ -95,6 +95,9 @@ Source = Annotated[
 Target = Annotated[
     Path, typer.Argument(metavar="DST", help="Where to write the new checkpoint.")
 ]
+PlanOut = Annotated[
+    Path | None, typer.Option("--out", help="Write the plan to this file, as JSON.")
+]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")

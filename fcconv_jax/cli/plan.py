@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from typing import Annotated
-
 import typer
 
 from .app import app, examples
@@ -15,6 +12,7 @@ from .options import (
     Kwargs,
     Method,
     ModelName,
+    PlanOut,
     Rules,
     ToForm,
 )
@@ -39,9 +37,7 @@ def plan(
     backend_for: BackendFor = None,
     kwargs: Kwargs = None,
     method: Method = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the plan to this file, as JSON.")
-    ] = None,
+    out: PlanOut = None,
     as_json: AsJson = False,
 ) -> None:
     """Show which layers of a model convert, how, and why the others do not.

@@ -11,7 +11,7 @@ import typer
 
 from .app import app, examples
 from .inputs import random_inputs
-from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules
+from .options import AsJson, Inputs, Kwargs, Method, ModelName, PlanOut, Rules
 from .output import write_text
 from .steps import ModelCall, parse_backends
 
@@ -63,9 +63,7 @@ def tune(
     seed: Annotated[int, typer.Option(help="Of random inputs and parameters.")] = 0,
     kwargs: Kwargs = None,
     method: Method = None,
-    out: Annotated[
-        Path | None, typer.Option(help="Write the plan to this file, as JSON.")
-    ] = None,
+    out: PlanOut = None,
     as_json: AsJson = False,
 ) -> None:
     """Measure a model in its forms, and plan the one that runs best.

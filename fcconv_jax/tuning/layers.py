@@ -56,8 +56,9 @@ def choose_alone(
     """
     kinds: dict[Any, list[str]] = {}
     for path, layer in plan.items():
-        kinds.setdefault((_alike(layer), dtypes[path]), []).append(path)
-    costly = sorted(kinds.items(), key=lambda kind: -_work(*kind[0]) * len(kind[1]))
+        alike = dataclasses.replace(layer, tied=())
+        kinds.setdefault((alike, dtypes[path]), []).append(path)
+    costly = sorted(kinds.items(), key=lambda kind: -_work(kind[0][0]) * len(kind[1]))
     end = time.monotonic() + seconds
     chosen: dict[str, LayerPlan] = {}
     rows = []
@@ -124,13 +125,8 @@ def _in_context(program: Program, layer: LayerPlan) -> Program:
     return Program(looped, program.args)
 
 
-def _alike(layer: LayerPlan) -> LayerPlan:
-    return dataclasses.replace(layer, tied=())
-
-
-def _work(layer: LayerPlan, dtype: Any) -> float:
+def _work(layer: LayerPlan) -> float:
     """Multiplications of a call."""
-    del dtype
     entries = math.prod(layer.kernel.source)
     rows = math.prod(layer.input_shape) * layer.groups
     *window, channels, _ = layer.channels_last(

@@ -15,12 +15,12 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 
-from ..backends.compilation import Compiling, Program
+from ..backends.compilation import Compiling, Program, abstract
 from ..backends.name import BackendError
 from ..backends.resolution import Resolution
+from ..backends.timing import seconds_of
 from ..plan import PlanError
 from .record import Figure, Objective
 
@@ -75,8 +75,9 @@ class Timings:
 
     def pass_over(self, what: str) -> None:
         """Notes what there was no time for, so that it will be passed over again."""
-        self._passed.add(what)
-        self._write()
+        if what not in self._passed:
+            self._passed.add(what)
+            self._write()
 
     def is_passed(self, what: str) -> bool:
         """Whether there was no time for something when the timings were made."""
@@ -235,7 +236,7 @@ def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Fig
       >>> list(race({"a": lambda: 1, "b": lambda: 2}, 0.01))
       ['a', 'b']
     """
-    first = {name: _seconds(run) for name, run in runs.items()}
+    first = {name: seconds_of(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
     running = dict(runs)
     begin = time.perf_counter()
@@ -252,7 +253,7 @@ def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Fig
                 times[name].append(first[name])
                 del running[name]
         for name, run in running.items():
-            times[name].append(_seconds(run))
+            times[name].append(seconds_of(run))
         middle = {name: statistics.median(times[name]) for name in running}
         least = min(middle.values())
         if number + 1 >= (1 if least > _LONG else _TRIAL_ROUNDS):
@@ -260,12 +261,6 @@ def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Fig
         if len(running) == 1 and number >= 4:
             break
     return {name: _figure(taken) for name, taken in times.items()}
-
-
-def _seconds(run: Callable[[], Any]) -> float:
-    start = time.perf_counter()
-    jax.block_until_ready(run())
-    return time.perf_counter() - start
 
 
 def _figure(times: list[float]) -> Figure:
@@ -289,14 +284,8 @@ def _numbers() -> np.ndarray:
 
 
 def _lower(program: Program) -> Any:
-    args = jax.tree.map(_abstract, program.args)
+    args = jax.tree.map(lambda leaf: abstract(leaf, None), program.args)
     return jax.jit(program.function).lower(*args)
-
-
-def _abstract(leaf: Any) -> jax.ShapeDtypeStruct:
-    own = getattr(leaf, "sharding", None)
-    own = own if isinstance(own, jax.sharding.NamedSharding) else None
-    return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=own)
 
 
 def _key(text: str, options: Options, again: str) -> str:

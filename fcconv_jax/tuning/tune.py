@@ -27,7 +27,7 @@ from ..progress import Progress, shown
 from ..rules import Rule, as_rules, match_rules
 from .layers import choose_alone
 from .meters import Candidate, Meter, Options, Timings
-from .record import Figure, Objective, TunedLayer, Tuning
+from .record import Figure, Objective, Tuning
 
 _FORMS: tuple[Form, ...] = ("conv", "dense")
 # Among programs this near to the best one, the plainest is taken.
@@ -135,13 +135,12 @@ def tune(
         sets: list[Options] = [()]
         if chosen.how == "executed" and kind_of(model, "tune") != "nnx":
             sets += _options(chosen)
+        dtypes = layer_dtypes(variables, every)
         forms, rows = {}, {}
         end = time.monotonic() + budget / 2
         for number, each in enumerate(sets):
             seconds = (end - time.monotonic()) / (len(sets) - number)
-            alone = choose_alone(
-                every, layer_dtypes(variables, every), meter, each, seconds, tell
-            )
+            alone = choose_alone(every, dtypes, meter, each, seconds, tell)
             rows[each] = alone.rows
             forms |= _whole_forms(every, alone.layers, each)
 
@@ -162,7 +161,7 @@ def tune(
         versions=versions,
         programs=tuple(figures.items()),
         choice=choice,
-        layers=_layer_rows(rows, forms[choice]),
+        layers=rows[forms[choice].options],
         left=tuple(every.left),
         why="" if choice != next(iter(figures)) else _NOTHING_BETTER,
     )
@@ -286,10 +285,3 @@ def _choose(
     if not again[choice].beats(again[original]):
         return figures, original
     return {**figures, **again}, choice
-
-
-def _layer_rows(
-    rows: Mapping[Options, tuple[TunedLayer, ...]], taken: _Form
-) -> tuple[TunedLayer, ...]:
-    """What was measured of the layers under the options that were taken."""
-    return rows[taken.options]

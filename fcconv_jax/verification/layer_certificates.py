@@ -78,7 +78,7 @@ def prepare_layer(
     """What :func:`certify_layer` waits for, compiling in the background."""
     to = layer.to
     if layer.is_matmul:
-        layer = canonical_layer(layer, to)
+        layer = canonical_layer(layer)
     source, target = pair_of_forms(
         layer,
         to,

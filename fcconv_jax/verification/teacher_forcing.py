@@ -81,14 +81,12 @@ def compare_layers(
             continue
         dtype = outputs[path][0].dtype
         arrays = [jnp.asarray(getattr(a, "value", a)).astype(dtype) for a in arrays]
-        found[path] = _compare(path, layer, plan, inputs[path], arrays)
+        found[path] = _compare(path, layer, inputs[path], arrays)
     return found, unknown
 
 
-def _compare(
-    path: str, layer: LayerPlan, plan: Plan, inputs: Any, arrays: Any
-) -> ForcedLayer:
-    canonical = canonical_layer(layer, layer.to) if layer.is_matmul else layer
+def _compare(path: str, layer: LayerPlan, inputs: Any, arrays: Any) -> ForcedLayer:
+    canonical = canonical_layer(layer) if layer.is_matmul else layer
     source, target = map(jax.jit, pair_of_forms(canonical, layer.to))
     kernel, bias = arrays[0], arrays[1] if len(arrays) > 1 else None
     moved = [move(array) for (_, move), array in zip(layer.leaves, arrays)]

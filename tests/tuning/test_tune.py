@@ -123,8 +123,7 @@ def rigged(monkeypatch):
     def self_cost(text):
         dots = text.count("stablehlo.dot_general")
         convolutions = text.count("stablehlo.convolution")
-        flat = text.count("dense_head_is_slow")
-        return 1 + dots + 10 * convolutions + flat, 0.01
+        return 1 + dots + 10 * convolutions, 0.01
 
     monkeypatch.setattr(meters.Meter, "_present", present)
 
