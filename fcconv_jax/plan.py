@@ -12,6 +12,7 @@ from typing import Any, Literal, get_args
 
 from .geometry.convolution import Case
 from .kernels import Rearrangement
+from .strict_json import loads, whole_numbers
 from .tables import aligned
 from .tuning.record import Tuning
 
@@ -93,7 +94,7 @@ class LayerPlan:
             problem = (
                 f"window {self.window}, strides {self.strides}, {self.groups} groups"
             )
-        elif any(type(axis) is not int for axis in self.stack_axes):
+        elif not _can_stack(self.stack_axes, self.leaves):
             problem = f"stack_axes {self.stack_axes}"
         elif not 1 <= rank <= 3 or len(self.strides) != rank:
             problem = f"window {self.window} with strides {self.strides}"
@@ -104,6 +105,10 @@ class LayerPlan:
             problem = f"order {self.order!r} for a window of {rank} axes"
         elif not self.leaves:
             problem = "no leaves"
+        elif not isinstance(self.layer, str) or not all(
+            isinstance(name, str) for name in self.tied
+        ):
+            problem = f"layer {self.layer!r}, tied {self.tied!r}"
         if problem:
             raise PlanError(f"not a layer's plan: {problem}")
 
@@ -310,9 +315,9 @@ class Plan(Mapping[str, LayerPlan]):
           PlanError: the text is no plan, is damaged, or is of a newer version.
         """
         try:
-            content = json.loads(text)
+            content = loads(text)
         except ValueError as error:
-            raise PlanError(f"not a plan: not JSON ({error})") from None
+            raise PlanError(f"not a plan: {error}") from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise PlanError(f'not a plan: no \'"format": "{FORMAT}"\' in it')
         version = content.get("version")
@@ -331,8 +336,9 @@ class Plan(Mapping[str, LayerPlan]):
             left = tuple((str(p), str(w)) for p, w in content["skipped"].items())
             options = tuple(content.get("options", {}).items())
             tuning = content.get("tuning") and Tuning.from_content(content["tuning"])
+            json.dumps(dict(options))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"damaged plan: {error!r}") from error
+            raise PlanError(f"damaged plan: {error!r}") from None
         try:
             return cls(to, layers, left, options, tuning)
         except PlanError as error:
@@ -412,15 +418,34 @@ def other_form(form: Form) -> Form:
 
 
 def _layer_from_json(entry: dict[str, Any]) -> LayerPlan:
-    """Rebuilds a layer plan; unknown or missing fields raise TypeError or KeyError."""
+    """Rebuilds a layer plan.
+
+    Raises:
+      KeyError: a field is missing.
+      TypeError: there is one that is unknown.
+      ValueError: a value is not of its kind.
+    """
     values: dict[str, Any] = {
         k: tuple(v) if isinstance(v, list) else v for k, v in entry.items()
     }
     values["leaves"] = tuple(
-        (name, Rearrangement(**{k: tuple(v) for k, v in leaf.items()}))
+        (name, Rearrangement(**{k: whole_numbers(v) for k, v in leaf.items()}))
         for name, leaf in entry["leaves"].items()
     )
+    whole_numbers(values["input_shape"])
     return LayerPlan(**values)
+
+
+def _can_stack(
+    axes: Sequence[int], leaves: Sequence[tuple[str, Rearrangement]]
+) -> bool:
+    """Whether axes can be put, one after the other, among those of each leaf."""
+    ranks = [len(shape) for _, leaf in leaves for shape in (leaf.source, leaf.target)]
+    return all(
+        type(axis) is int and -rank - n - 1 <= axis <= rank + n
+        for n, axis in enumerate(axes)
+        for rank in ranks
+    )
 
 
 def is_order(order: str, rank: int) -> bool:
