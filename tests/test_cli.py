@@ -21,7 +21,7 @@ from flax.training.train_state import TrainState
 from typer.testing import CliRunner
 
 import fcconv_jax as fc
-from fcconv_jax.checkpoints import read_checkpoint
+from fcconv_jax.checkpoints import read_checkpoint, write_checkpoint
 from fcconv_jax.cli import app
 from fcconv_jax.cli.inputs import parse_input, random_inputs
 from fcconv_jax.verification import layer_certificates as certificates_module
@@ -205,6 +205,9 @@ class TestHelp:
 
     def test_examples_are_true(self, params, verified):
         save("ckpt", {"params": params})
+        Path("run").mkdir()
+        for step in (8, 9):
+            save(f"run/checkpoint_{step}", {"params": params})
         ran = 0
         for command in COMMANDS:
             if command in ("hlo", "compare"):  # elsewhere
@@ -213,7 +216,7 @@ class TestHelp:
                 c.epilog for c in app.registered_commands if _name(c) == command
             )
             for line in epilog.split("\n\n")[1:]:
-                if command == "restore" and Path("back").exists():
+                if " back" in line and Path("back").exists():
                     assert "--overwrite" in line
                 run(line.strip().removeprefix("fcconv "))
                 ran += 1
@@ -617,9 +620,9 @@ class TestVerify:
     def test_a_conversion_that_was_changed(self, params):
         save("ckpt", params)
         run("convert ckpt conv.msgpack --model model.py:Net --input 1,8,8,1")
-        tree = flax.serialization.msgpack_restore(Path("conv.msgpack").read_bytes())
-        tree["fc2"]["bias"] = np.ones(5, np.float32)
-        save("conv.msgpack", tree)
+        conv = read_checkpoint("conv.msgpack")
+        conv.tree["fc2"]["bias"] = np.ones(5, np.float32)
+        write_checkpoint("conv.msgpack", conv, overwrite=True)
         command = "verify model.py:Net --input 2,8,8,1 --checkpoint conv.msgpack"
         fails(command, r"'fc2/bias' has shape \(5,\), the model's has \(4,\)")
 

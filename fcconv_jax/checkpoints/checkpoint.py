@@ -13,6 +13,7 @@ from typing import Any, Literal
 import numpy as np
 
 from ..plan import Plan, PlanError
+from ..strict_json import loads, whole_numbers
 from ..tables import aligned
 
 Format = Literal["orbax", "msgpack", "safetensors"]
@@ -79,7 +80,10 @@ class LeafInfo:
         """Describes a leaf: an array, what has its shape and dtype, or a value."""
         if not is_array(leaf):
             return cls(path, (), type(leaf).__name__, 0)
-        shape, dtype = tuple(leaf.shape), np.dtype(leaf.dtype)
+        shape = tuple(leaf.shape)
+        if isinstance(leaf.dtype, str):
+            return cls(path, shape, leaf.dtype, leaf.nbytes)
+        dtype = np.dtype(leaf.dtype)
         return cls(path, shape, dtype.name, math.prod(shape) * dtype.itemsize)
 
 
@@ -110,19 +114,18 @@ class Record:
         plan, shapes = entries.pop(PLAN_KEY, None), entries.pop(LEAVES_KEY, None)
         if plan is None:
             return None
-        plan, shapes = (
-            text if isinstance(text, str) else json.dumps(text)
-            for text in (plan, shapes)
-        )
         try:
+            plan, shapes = (
+                text if isinstance(text, str) else json.dumps(text)
+                for text in (plan, shapes)
+            )
             read = {
-                str(leaf): tuple(int(size) for size in shape)
-                for leaf, shape in json.loads(shapes).items()
+                str(leaf): whole_numbers(shape) for leaf, shape in loads(shapes).items()
             }
             return cls(Plan.from_json(plan), MappingProxyType(read))
         except PlanError as error:
             raise CheckpointError(f"{path}: the plan stored in it: {error}") from None
-        except (TypeError, ValueError, AttributeError) as error:
+        except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(
                 f"{path}: the list of leaves stored with its plan is damaged "
                 f"({error!r}); get another copy of the file"
@@ -144,19 +147,32 @@ class OrbaxLayout:
 
 
 @dataclasses.dataclass(frozen=True)
+class FolderLayout:
+    """Which files of a folder hold the weights.
+
+    Args:
+      files: their names; the tree has a level of them on top.
+      left: names of what is not carried along, as other steps.
+    """
+
+    files: tuple[str, ...]
+    left: tuple[str, ...] = ()
+
+
+@dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory.
+    """A checkpoint in memory, or as it lies in its files.
 
     Args:
       format: ``"orbax"``, ``"msgpack"`` or ``"safetensors"``.
-      tree: nested dicts and lists with NumPy arrays (and Python scalars, strings and
-        None, where the format has them). A safetensors file is one flat dict, its
-        keys as they stand in the file.
+      tree: nested dicts and lists with arrays (and Python scalars, strings and None,
+        where the format has them): NumPy's, or their entries where they lie. A
+        safetensors file is one flat dict, its keys as they stand in the file.
       record: what its conversion left in it; None where it was never converted.
       metadata: its other metadata, as the format keeps it.
       path: where it was read from; the other items of an Orbax step are copied
         from there.
-      layout: how it lies in its Orbax directory.
+      layout: how it lies in its directory.
     """
 
     format: Format
@@ -164,7 +180,7 @@ class Checkpoint:
     record: Record | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     path: Path | None = None
-    layout: OrbaxLayout = OrbaxLayout()
+    layout: OrbaxLayout | FolderLayout = OrbaxLayout()
 
     @property
     def plan(self) -> Plan | None:
@@ -182,7 +198,7 @@ class CheckpointInfo:
       leaves: its leaves in the order of the file.
       record: what its conversion left in it, or None.
       metadata: its other metadata.
-      layout: how it lies in its Orbax directory.
+      layout: how it lies in its directory.
     """
 
     path: Path
@@ -190,7 +206,7 @@ class CheckpointInfo:
     leaves: tuple[LeafInfo, ...]
     record: Record | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    layout: OrbaxLayout = OrbaxLayout()
+    layout: OrbaxLayout | FolderLayout = OrbaxLayout()
 
     @property
     def plan(self) -> Plan | None:
@@ -203,7 +219,8 @@ class CheckpointInfo:
         return sum(leaf.nbytes for leaf in self.leaves)
 
     def __str__(self) -> str:
-        where = f" step {self.layout.step}" if self.layout.step else ""
+        step = getattr(self.layout, "step", None)
+        where = f" step {step}" if step else ""
         plan = "never converted" if self.plan is None else f"converted, {self.plan}"
         rows = [
             (leaf.path, leaf.dtype, str(leaf.shape), str(leaf.nbytes))
@@ -230,6 +247,10 @@ class CheckpointReport:
         moments of an optimizer state included.
       leaves: the number of leaves written.
       nbytes: bytes of all entries.
+      steps: names of the steps that were converted, where ``src`` holds several.
+      dry: whether nothing was written.
+      free: of a dry run, bytes that are free at ``dst``.
+      seconds: of a dry run, the time that writing would take, about.
     """
 
     src: Path
@@ -238,13 +259,22 @@ class CheckpointReport:
     converted: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     leaves: int
     nbytes: int
+    steps: tuple[str, ...] = ()
+    dry: bool = False
+    free: int | None = None
+    seconds: float | None = None
 
     def __str__(self) -> str:
         rows = [(path, f"{old} -> {new}") for path, old, new in self.converted]
-        return "\n".join(
-            [
-                f"{self.dst}: {self.format}, {len(rows)} of {self.leaves} leaves "
-                f"converted, {self.nbytes} bytes",
-                *aligned(rows),
-            ]
-        )
+        steps = f" of step {', '.join(self.steps)}" if self.steps else ""
+        lines = [
+            f"{self.dst}: {self.format}, {len(rows)} of {self.leaves} leaves{steps} "
+            f"{'would be ' * self.dry}converted, {self.nbytes} bytes",
+            *aligned(rows),
+        ]
+        if self.dry:
+            lines.append(
+                f"nothing was written; {self.nbytes} bytes are needed, {self.free} are "
+                f"free, in about {self.seconds:.1f} s and a check"
+            )
+        return "\n".join(lines)

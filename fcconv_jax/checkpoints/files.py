@@ -1,24 +1,29 @@
-"""Checkpoints on disk: which format, read, look inside, write whole or not at all."""
+"""Checkpoints on disk: which format, open, read, look inside, write."""
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
 import os
-import shutil
-import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
-from . import msgpack, orbax, safetensors
+from . import folders, msgpack, orbax, safetensors
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
     CheckpointInfo,
+    FolderLayout,
     Format,
     LeafInfo,
+    OrbaxLayout,
     iter_leaves,
+    with_leaves,
 )
+from .entries import Moved
+from .extents import Tell, silent
+from .install import exists, install, sync, workspace
 
 PathLike = str | os.PathLike[str]
 
@@ -33,24 +38,57 @@ _MAGIC = {
 }
 
 
-def read_checkpoint(path: PathLike) -> Checkpoint:
-    """Reads a checkpoint: an Orbax directory, a Flax msgpack or a safetensors file.
+def open_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint:
+    """Opens a checkpoint: headers are read, entries stay in the files.
+
+    The format is told from the content. No code from the file is run.
+
+    Args:
+      path: Orbax directory, Flax msgpack file, safetensors file, or a folder of files
+        of weights.
+      step: of a directory that holds several; the latest unless said.
+
+    Raises:
+      CheckpointError: nothing is there, it is no checkpoint, it is damaged, or it has
+        no such step.
+    """
+    path, format = _detect(path)
+    with named(path):
+        if path.is_dir():
+            name = None if step is None else _step_name(path, step)
+            open_ = orbax.open_ if format == "orbax" else folders.open_
+            return open_(path, name)
+        if step is not None:
+            raise CheckpointError(f"{path}: is one file, and has no step {step!r}")
+        return msgpack.open_(path) if format == "msgpack" else safetensors.open_(path)
+
+
+def step_names(path: PathLike) -> list[str]:
+    """Names of the steps in a directory that holds several, by number; else none."""
+    path, format = _detect(path)
+    if not path.is_dir():
+        return []
+    with named(path):
+        return (orbax if format == "orbax" else folders).step_names(path)
+
+
+def read_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint:
+    """Reads a checkpoint into memory: all of it.
 
     Damage is found where the format shows it: sizes, headers, indexes, checksums where
     Orbax keeps them. No format has a checksum of every entry: a flipped bit in an
     array passes as another number.
 
-    The format is told from the content. No code from the file is run. Entries of a
-    safetensors file are mapped and read when used; the others are read whole.
-
     Args:
-      path: file or directory; for a manager's directory the latest step is read, for
-        another one name its directory.
+      path: Orbax directory, Flax msgpack file, safetensors file, or a folder of files
+        of weights, which are read as one tree.
+      step: of a directory that holds several; the latest unless said.
 
     Raises:
       CheckpointError: nothing is there, it is no checkpoint, or it is damaged.
 
     Example:
+      >>> import tempfile
       >>> import numpy as np
       >>> with tempfile.TemporaryDirectory() as folder:
       ...     path = Path(folder, "model.safetensors")
@@ -59,26 +97,63 @@ def read_checkpoint(path: PathLike) -> Checkpoint:
       ...     read_checkpoint(path).tree["fc.kernel"].shape
       (8, 3)
     """
-    path, format = _detect(path)
-    with _named(path):
-        if format == "orbax":
-            return orbax.read(path)
-        return msgpack.read(path) if format == "msgpack" else safetensors.read(path)
+    opened = merged(open_checkpoint(path, step))
+    out = []
+    for parts, leaf in iter_leaves(opened.tree):
+        try:
+            out.append(leaf.array() if isinstance(leaf, Moved) else leaf)
+        except (CheckpointError, MemoryError) as error:
+            said = "there is not enough memory for it"
+            raise CheckpointError(
+                f"{path}: leaf {'/'.join(parts)!r}: {str(error) or said}"
+            ) from None
+    return dataclasses.replace(opened, tree=with_leaves(opened.tree, iter(out)))
 
 
-def inspect_checkpoint(path: PathLike) -> CheckpointInfo:
-    """Says what is in a checkpoint, without loading arrays where the format allows.
+def inspect_checkpoint(path: PathLike, step: str | int | None = None) -> CheckpointInfo:
+    """Says what is in a checkpoint, from its headers alone.
 
-    An Orbax directory and a safetensors file have an index; a msgpack file has none
-    and is read whole. Arguments and errors as for :func:`read_checkpoint`.
+    Arguments and errors as for :func:`read_checkpoint`.
     """
-    path, format = _detect(path)
-    with _named(path):
-        if format == "orbax":
-            return orbax.inspect(path)
-        if format == "msgpack":
-            return msgpack.inspect(path)
-        return safetensors.inspect(path)
+    return described(open_checkpoint(path, step))
+
+
+def described(checkpoint: Checkpoint) -> CheckpointInfo:
+    """What is in a checkpoint that is open or in memory."""
+    leaves = tuple(
+        LeafInfo.of("/".join(parts), leaf)
+        for parts, leaf in iter_leaves(merged(checkpoint).tree)
+    )
+    return CheckpointInfo(
+        checkpoint.path or Path(),
+        checkpoint.format,
+        leaves,
+        checkpoint.record,
+        checkpoint.metadata,
+        checkpoint.layout,
+    )
+
+
+def merged(checkpoint: Checkpoint) -> Checkpoint:
+    """A folder's files as one tree; other checkpoints as they are.
+
+    Raises:
+      CheckpointError: two files hold a leaf of one name.
+    """
+    if not isinstance(checkpoint.layout, FolderLayout):
+        return checkpoint
+    tree: dict[str, Any] = {}
+    for name, part in checkpoint.tree.items():
+        for key, node in part.items():
+            if key in tree:
+                raise CheckpointError(
+                    f"{checkpoint.path}: {key!r} is in {name} and in another of its "
+                    "files; remove one"
+                )
+            tree[key] = node
+    return dataclasses.replace(
+        checkpoint, tree=tree, layout=OrbaxLayout(), metadata={}, path=None
+    )
 
 
 def write_checkpoint(
@@ -87,12 +162,12 @@ def write_checkpoint(
     """Writes a checkpoint whole, or leaves everything as it was.
 
     It is written beside the place it goes to, its leaves are looked up there and
-    compared, and only then it is moved into place.
+    compared, and only then it is put in its place, in one step.
 
     Args:
       path: file, or for Orbax directory, to write; its folder is made where missing.
       checkpoint: what to write, in its own format.
-      overwrite: replace what is there; it stays if the writing fails.
+      overwrite: replace the checkpoint that is there; it stays if the writing fails.
 
     Returns:
       What was written.
@@ -102,24 +177,63 @@ def write_checkpoint(
         what was written does not read back.
     """
     path = Path(path).absolute()
-    finals = _free(path, checkpoint.format, overwrite)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with (
-        _named(path),
-        tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.") as folder,
-    ):
-        fresh = Path(folder, path.name)
-        if checkpoint.format == "orbax":
-            orbax.write(fresh, checkpoint)
-        elif checkpoint.format == "msgpack":
-            msgpack.write(fresh, checkpoint)
-        else:
-            safetensors.write(fresh, checkpoint)
-        info = inspect_checkpoint(fresh)
-        _compare(checkpoint, info)
-        _sync(Path(folder))
-        _install([Path(folder, final.name) for final in finals], finals)
+    check_free(path, overwrite)
+    with named(path), fresh_place(path) as fresh:
+        write_one(fresh, checkpoint)
+        info = described(open_checkpoint(fresh, step_of(checkpoint)))
+        require_headers(checkpoint, info)
+        put(fresh, path, overwrite)
     return dataclasses.replace(info, path=path)
+
+
+def write_one(fresh: Path, checkpoint: Checkpoint, tell: Tell = silent) -> None:
+    """Writes a checkpoint where nothing is, in its format and layout.
+
+    Raises:
+      CheckpointError: a leaf does not fit the format.
+    """
+    if isinstance(checkpoint.layout, FolderLayout):
+        write = folders.write
+    else:
+        writers = {
+            "orbax": orbax.write,
+            "msgpack": msgpack.write,
+            "safetensors": safetensors.write,
+        }
+        write = writers[checkpoint.format]
+    write(fresh, checkpoint, tell)
+
+
+@contextlib.contextmanager
+def fresh_place(path: Path) -> Iterator[Path]:
+    """A place to write in that will be moved to another, and is gone afterwards."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with workspace(path) as folder:
+        yield folder / path.name
+
+
+def put(fresh: Path, path: Path, overwrite: bool) -> None:
+    """Puts what was written in its place, in one step.
+
+    Raises:
+      CheckpointError: the place is not free, or holds no checkpoint.
+    """
+    _sync(fresh)
+    install(fresh, path, lambda there: overwrite and is_checkpoint(there))
+
+
+def _sync(fresh: Path) -> None:
+    """Makes sure that a crash after this finds what was written whole."""
+    sync(fresh)
+
+
+def step_of(checkpoint: Checkpoint) -> str | None:
+    """The name of the step that a checkpoint is, where its directory holds several."""
+    layout = checkpoint.layout
+    if isinstance(layout, OrbaxLayout):
+        return layout.step
+    (name, *more) = layout.files
+    return None if more or Path(name).suffix in folders.SUFFIXES else name
 
 
 def check_target(src: PathLike, dst: PathLike, *, overwrite: bool = False) -> None:
@@ -128,32 +242,48 @@ def check_target(src: PathLike, dst: PathLike, *, overwrite: bool = False) -> No
     Args:
       src: the checkpoint.
       dst: where it is to go.
-      overwrite: whether something may be there.
+      overwrite: whether a checkpoint may be there.
 
     Raises:
       CheckpointError: there is no ``src``, or ``dst`` is not free.
     """
-    _, default = _detect(src)
-    _free(Path(dst).absolute(), format_for(dst, default), overwrite)
+    _detect(src)
+    check_free(Path(dst).absolute(), overwrite)
 
 
-def _free(path: Path, format: Format, overwrite: bool) -> list[Path]:
-    """The files or the directory that a checkpoint will be."""
-    finals = [path]
-    if format == "msgpack":
-        finals.append(msgpack.plan_path(path))
-    for final in finals:
-        if final.exists() and not overwrite:
+def check_free(path: Path, overwrite: bool) -> None:
+    """Refuses a place that is taken.
+
+    Raises:
+      CheckpointError: something is there; or it may be replaced, and is no checkpoint.
+    """
+    if os.path.lexists(path):
+        if not overwrite:
+            raise exists(path)
+        if not is_checkpoint(path):
             raise CheckpointError(
-                f"{final}: exists already; choose another name, or overwrite=True "
-                "(--overwrite) to replace it"
+                f"{path}: is no checkpoint that can be opened, and only checkpoints "
+                "are overwritten; remove it, or choose another name"
             )
     for folder in path.parents:
         if folder.exists():
             if not folder.is_dir():
                 raise CheckpointError(f"{folder}: no folder; choose another place")
             break
-    return finals
+
+
+def is_checkpoint(path: Path) -> bool:
+    """Whether a checkpoint is there, as far as its headers tell."""
+    try:
+        if path.is_dir():
+            _, format = _detect(path)
+            if format == "orbax":
+                orbax.locate(path)
+            return True
+        open_checkpoint(path)
+    except CheckpointError:
+        return False
+    return True
 
 
 def format_for(dst: PathLike, default: Format) -> Format:
@@ -166,8 +296,11 @@ def _detect(path: PathLike) -> tuple[Path, Format]:
     if not path.exists():
         raise CheckpointError(f"{path}: no such file or directory")
     if path.is_dir():
-        return path, "orbax"
-    with _named(path), path.open("rb") as file:
+        with named(path):
+            if orbax.looks_like(path) or not folders.holds_weights(path):
+                return path, "orbax"
+            return path, folders.format_of(path)
+    with named(path), path.open("rb") as file:
         head = file.read(16)
     # Before the others: a header's length may begin like anything.
     if safetensors.looks_like(head):
@@ -185,6 +318,15 @@ def _detect(path: PathLike) -> tuple[Path, Format]:
     raise _no_checkpoint(path, f"it begins with {head!r}" if head else "it is empty")
 
 
+def _step_name(path: Path, step: str | int) -> str:
+    """The name of a step that is given by its name or its number."""
+    names = step_names(path)
+    by_number = {orbax.number(Path(name)): name for name in names}
+    if isinstance(step, str) and (step in names or not step.isdigit()):
+        return step
+    return by_number.get(int(step), str(step))
+
+
 def _no_checkpoint(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
         f"{path}: no checkpoint: {why}; wanted is an Orbax directory, a Flax msgpack "
@@ -192,13 +334,13 @@ def _no_checkpoint(path: Path, why: str) -> CheckpointError:
     )
 
 
-def _compare(checkpoint: Checkpoint, info: CheckpointInfo) -> None:
-    """Checks that what was written is what was meant."""
-    meant = {
-        leaf.path: leaf
-        for parts, value in iter_leaves(checkpoint.tree)
-        for leaf in [LeafInfo.of("/".join(parts), value)]
-    }
+def require_headers(checkpoint: Checkpoint, info: CheckpointInfo) -> None:
+    """Checks that names, dtypes and shapes that were written are what was meant.
+
+    Raises:
+      CheckpointError: one is not.
+    """
+    meant = {leaf.path: leaf for leaf in described(checkpoint).leaves}
     found = {leaf.path: leaf for leaf in info.leaves}
     for name in [*meant, *(found.keys() - meant.keys())]:
         wrote, got = meant.get(name), found.get(name)
@@ -211,38 +353,8 @@ def _compare(checkpoint: Checkpoint, info: CheckpointInfo) -> None:
             )
 
 
-def _sync(folder: Path) -> None:
-    """Flushes every file, so that a crash after the move finds it whole."""
-    for file in folder.rglob("*"):
-        if file.is_file():
-            with file.open("rb") as opened:
-                os.fsync(opened.fileno())
-
-
-def _install(fresh: Sequence[Path], finals: Sequence[Path]) -> None:
-    """Moves the new files into place, or puts the old ones back."""
-    old: list[tuple[Path, Path]] = []
-    done: list[Path] = []
-    try:
-        for new, final in zip(fresh, finals):
-            if final.exists():
-                kept = new.with_name(f"{new.name}.old")
-                final.rename(kept)
-                old.append((kept, final))
-        for new, final in zip(fresh, finals):
-            if new.exists():
-                new.rename(final)
-                done.append(final)
-    except BaseException:
-        for final in done:
-            shutil.rmtree(final) if final.is_dir() else final.unlink()
-        for kept, final in old:
-            kept.rename(final)
-        raise
-
-
 @contextlib.contextmanager
-def _named(path: Path) -> Iterator[None]:
+def named(path: Path) -> Iterator[None]:
     """Turns the system's errors into ours, with the file's name."""
     try:
         yield

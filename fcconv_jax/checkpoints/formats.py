@@ -5,7 +5,49 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .checkpoint import CheckpointError, Format, is_array, iter_leaves
+from .checkpoint import (
+    CheckpointError,
+    Format,
+    Parts,
+    is_array,
+    iter_leaves,
+)
+
+# What holds the array of a boxed parameter (nn.Partitioned, nnx.Variable).
+_BOX = ("value", "raw_value")
+
+
+def split_paths(leaves: list[Parts], separator: str, file: str) -> dict[Parts, Parts]:
+    """The levels that each leaf's path has for a plan.
+
+    Keys are split at the separator: those of a nested tree at ``/``, as Flax and
+    transformers flatten dicts. What holds the array of a boxed parameter is no level.
+
+    Args:
+      leaves: their paths in the tree.
+      separator: between levels in a key.
+      file: the file, for errors.
+
+    Raises:
+      CheckpointError: two leaves have one path.
+
+    Example:
+      >>> split_paths([("fc.kernel",), ("fc.bias",)], ".", "file")[("fc.bias",)]
+      ('fc', 'bias')
+    """
+    out: dict[Parts, Parts] = {}
+    seen: dict[Parts, Parts] = {}
+    for parts in leaves:
+        split = tuple(level for part in parts for level in part.split(separator))
+        if len(split) > 1 and split[-1] in _BOX:
+            split = split[:-1]
+        if split in seen:
+            raise CheckpointError(
+                f"{file}: leaves {'/'.join(seen[split])!r} and {'/'.join(parts)!r} "
+                "have one path; rename one"
+            )
+        out[parts], seen[split] = split, parts
+    return out
 
 
 def key_separator(keys: list[str]) -> str:
@@ -37,6 +79,10 @@ def change_format(tree: Any, source: Format, target: Format, file: str) -> Any:
       {'fc/bias': array([1., 1.])}
     """
     if source == "safetensors":
+        for name, leaf in tree.items():
+            if isinstance(leaf.dtype, str):
+                found = f"leaf {name!r} has dtype {leaf.dtype}, smaller than a byte"
+                raise CheckpointError(_cannot(file, found, target))
         return _nested(tree, file)
     _check_nodes(tree, target, file, "")
     if target != "safetensors":

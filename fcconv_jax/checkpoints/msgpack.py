@@ -1,34 +1,30 @@
-"""Flax msgpack files: flax.serialization's bytes, with the plan in a file beside."""
+"""Flax msgpack files: flax.serialization's bytes, read and written as a stream.
+
+The format packs arrays into msgpack's extensions, which its library takes whole into
+memory. Here the frame is parsed and the entries stay in the file.
+"""
 
 from __future__ import annotations
 
-import json
+import struct
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from .checkpoint import (
-    LEAVES_KEY,
-    PLAN_KEY,
     Checkpoint,
     CheckpointError,
-    CheckpointInfo,
-    LeafInfo,
     Record,
-    iter_leaves,
-    with_leaves,
+    is_array,
 )
+from .entries import Moved
+from .extents import Extent, File, Tell
+from .msgpack_frame import ARRAY, CHUNKED, COMPLEX, SCALAR, FrameError, FrameReader
+from .safetensors import write_leaves
 
-
-def plan_path(path: Path) -> Path:
-    """The file beside a msgpack file that holds its plan.
-
-    Example:
-      >>> plan_path(Path("model.msgpack")).name
-      'model.msgpack.plan.json'
-    """
-    return path.with_name(path.name + ".plan.json")
+_CHUNK = 1 << 30
 
 
 def looks_like(head: bytes) -> bool:
@@ -38,92 +34,192 @@ def looks_like(head: bytes) -> bool:
     return 0x80 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)
 
 
-def read(path: Path) -> Checkpoint:
-    """Reads the whole file into memory; its entries are views of its bytes.
+def open_(path: Path) -> Checkpoint:
+    """Parses the frame; the entries stay in the file.
 
     Raises:
       CheckpointError: the file is truncated, is damaged, or is no state dict.
     """
-    from flax import serialization
-
+    reader = FrameReader(File.read(path))
     try:
-        tree = serialization.msgpack_restore(path.read_bytes())
-    except OSError:
-        raise
-    except Exception as error:  # whatever damaged bytes make msgpack and NumPy raise
+        tree = reader.node(())
+        if reader.at != reader.size:
+            raise FrameError(f"{reader.size - reader.at} bytes too many")
+    except FrameError as error:
         raise CheckpointError(
-            f"{path}: no valid Flax msgpack file: {type(error).__name__}: {error}; it "
-            "is truncated or damaged, get another copy"
+            f"{path}: no valid Flax msgpack file: {error}; it is truncated or damaged, "
+            "get another copy"
         ) from None
-    _refuse_unknown(tree, path, "")
-    return Checkpoint("msgpack", tree, _read_record(path), path=path)
+    record = Record.take(reader.record, path)
+    return Checkpoint("msgpack", tree, record, path=path)
 
 
-def inspect(path: Path) -> CheckpointInfo:
-    """Describes the leaves. The format has no index: the whole file is read."""
-    checkpoint = read(path)
-    leaves = tuple(
-        LeafInfo.of("/".join(parts), leaf)
-        for parts, leaf in iter_leaves(checkpoint.tree)
-    )
-    return CheckpointInfo(path, "msgpack", leaves, checkpoint.record)
+def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
+    """Writes the tree as Flax does, with the record where Flax does not look.
 
+    Flax writes a large array as a dict of chunks, and reads of such a dict what it
+    knows. The smallest array is written so, with the record in its dict: a file is one
+    thing, which cannot be without its plan.
 
-def write(path: Path, checkpoint: Checkpoint) -> None:
-    """Writes the tree, and beside it the record, where there is one.
-
-    The format packs a tree as one string of bytes: this takes the memory of two more
-    copies of the tree.
+    Args:
+      path: a file that is not there yet.
+      checkpoint: what to write.
+      tell: called with the number of bytes written since.
 
     Raises:
-      CheckpointError: a leaf is of a type that Flax does not pack.
+      CheckpointError: a leaf is of a type that Flax does not pack, or no array can
+        hold the record.
     """
-    from flax import serialization
-
-    leaves = (
-        np.asarray(leaf) if hasattr(leaf, "__array__") and np.ndim(leaf) else leaf
-        for _, leaf in iter_leaves(checkpoint.tree)
-    )
-    # Rebuilt from plain dicts, and packed in place, because a copy by jax.tree would
-    # sort the keys.
-    tree = with_leaves(checkpoint.tree, iter(leaves))
+    keeper = None
+    if checkpoint.record:
+        arrays = list(_in_dicts(checkpoint.tree))
+        if not arrays:
+            raise CheckpointError(
+                f"{path.name}: expected an array with axes, in dicts all the way, to "
+                "keep the plan with; write the checkpoint as Orbax or safetensors"
+            )
+        keeper = min(arrays, key=lambda leaf: leaf.nbytes)
+    file = File.create(path)
+    out = _Writer(file)
     try:
-        content = serialization.msgpack_serialize(tree, in_place=True)
+        for piece in _packed(checkpoint.tree, checkpoint.record, keeper):
+            if isinstance(piece, bytes):
+                out.put(piece)
+            else:
+                out.leave_room(piece)
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path.name}: Flax cannot pack it: {error}") from None
-    with path.open("xb") as file:
-        file.write(content)
-    if checkpoint.record:
-        entries = checkpoint.record.entries()
-        text = json.dumps({key: json.loads(value) for key, value in entries.items()})
-        plan_path(path).write_text(text, encoding="utf-8")
+    out.flush()
+    out.write_entries(path, tell)
 
 
-def _refuse_unknown(node: Any, path: Path, name: str) -> None:
-    """Refuses extension types that Flax has not defined and hands on unread."""
+def _in_dicts(node: Any) -> Iterator[Any]:
+    """The arrays with axes that are reached through dicts alone, as Flax looks."""
+    if isinstance(node, Mapping):
+        for value in node.values():
+            yield from _in_dicts(value)
+    elif is_array(node) and len(node.shape) and node.nbytes:
+        yield node
+
+
+class _Writer:
+    """Writes the frame, and leaves room for the entries.
+
+    Args:
+      file: to write to.
+    """
+
+    def __init__(self, file: File):
+        self.file, self.at = file, 0
+        self.leaves: list[tuple[Moved, list[tuple[int, int]]]] = []
+        self._waiting: list[bytes] = []
+        self._from = 0
+
+    def put(self, piece: bytes) -> None:
+        """Writes a part of the frame."""
+        self._waiting.append(piece)
+        self.at += len(piece)
+
+    def leave_room(self, piece: tuple[Moved, int]) -> None:
+        """Leaves room for the next bytes of a leaf."""
+        leaf, nbytes = piece
+        self.flush()
+        if not self.leaves or self.leaves[-1][0] is not leaf:
+            self.leaves.append((leaf, []))
+        self.leaves[-1][1].append((self.at, nbytes))
+        self.at += nbytes
+        self._from = self.at
+
+    def flush(self) -> None:
+        """Writes what waits."""
+        content = b"".join(self._waiting)
+        extent = self.file.extent(self._from, self._from + len(content))
+        extent.write(0, memoryview(content))
+        self._waiting, self._from = [], self.at
+
+    def write_entries(self, path: Path, tell: Tell) -> None:
+        """Writes the entries to where room was left."""
+        for leaf, spans in self.leaves:
+            if len(spans) == 1:
+                write_leaves([(spans[0][0], leaf)], self.file, path, tell)
+            else:
+                leaf.write(Extent(self.file, tuple(spans)), path.parent, tell)
+
+
+def _packed(
+    node: Any, record: Record | None, keeper: Any
+) -> Iterator[bytes | tuple[Moved, int]]:
+    """The bytes of a tree in turn; for entries the leaf and how many of its bytes."""
     import msgpack
 
-    if isinstance(node, msgpack.ExtType):
-        raise CheckpointError(
-            f"{path}: leaf {name!r} is a msgpack extension of type {node.code}, which "
-            "Flax does not write; the file is damaged, or another program's"
-        )
-    if isinstance(node, dict | list):
-        items = node.items() if isinstance(node, dict) else enumerate(node)
-        for key, value in items:
-            _refuse_unknown(value, path, f"{name}/{key}" if name else str(key))
+    packer = msgpack.Packer(strict_types=True)
+    if isinstance(node, Mapping):
+        yield packer.pack_map_header(len(node))
+        for key, value in node.items():
+            yield packer.pack(key)
+            yield from _packed(value, record, keeper)
+    elif isinstance(node, list | tuple):
+        yield packer.pack_array_header(len(node))
+        for value in node:
+            yield from _packed(value, record, keeper)
+    elif isinstance(node, np.generic):
+        yield from _array(SCALAR, Moved.of(node), (), None)
+    elif isinstance(node, complex):
+        content = msgpack.packb((node.real, node.imag))
+        yield packer.pack(msgpack.ExtType(COMPLEX, content))
+    elif is_array(node):
+        leaf = Moved.of(node)
+        entries = record.entries() if record and node is keeper else {}
+        if entries or leaf.nbytes > _CHUNK:
+            yield from _in_chunks(leaf, entries)
+        else:
+            yield from _array(ARRAY, leaf, leaf.shape, None)
+    else:
+        yield packer.pack(node)
 
 
-def _read_record(path: Path) -> Record | None:
-    beside = plan_path(path)
-    if not beside.exists():
-        return None
-    try:
-        content: dict[str, Any] = json.loads(beside.read_text(encoding="utf-8"))
-        entries = {key: content[key] for key in (PLAN_KEY, LEAVES_KEY)}
-    except (ValueError, TypeError, KeyError) as error:
-        raise CheckpointError(
-            f"{beside}: damaged, no plan of {path.name} can be read from it "
-            f"({error!r}); get another copy, or remove it if it does not belong there"
-        ) from None
-    return Record.take(entries, beside)
+def _in_chunks(
+    leaf: Moved, entries: Mapping[str, str]
+) -> Iterator[bytes | tuple[Moved, int]]:
+    """An array as Flax writes one that is too large for one extension."""
+    import msgpack
+
+    packer = msgpack.Packer(strict_types=True)
+    each = max(1, _CHUNK // leaf.itemsize)
+    total = leaf.nbytes // leaf.itemsize
+    counts = [min(each, total - start) for start in range(0, total, each)]
+    yield packer.pack_map_header(3 + len(entries))
+    yield packer.pack(CHUNKED) + packer.pack(True) + packer.pack("shape")
+    yield packer.pack({str(axis): size for axis, size in enumerate(leaf.shape)})
+    yield packer.pack("chunks")
+    yield packer.pack_map_header(len(counts))
+    for index, count in enumerate(counts):
+        yield packer.pack(str(index))
+        yield from _array(ARRAY, leaf, (count,), count * leaf.itemsize)
+    for key, value in entries.items():
+        yield packer.pack(key) + packer.pack(value)
+
+
+def _array(
+    code: int, leaf: Moved, shape: tuple[int, ...], nbytes: int | None
+) -> Iterator[bytes | tuple[Moved, int]]:
+    """An extension that holds shape, dtype and bytes."""
+    import msgpack
+
+    dtype = np.dtype(leaf.dtype).name
+    nbytes = leaf.nbytes if nbytes is None else nbytes
+    packer = msgpack.Packer(strict_types=False)
+    inner = b"\x93" + packer.pack(shape) + packer.pack(dtype) + _head(nbytes, 0xC4)
+    yield _head(len(inner) + nbytes, 0xC7) + bytes([code]) + inner
+    yield leaf, nbytes
+
+
+def _head(size: int, first: int) -> bytes:
+    """The head of a bin (from 0xC4 on) or of an extension (from 0xC7 on)."""
+    fixed = (1, 2, 4, 8, 16)
+    if first == 0xC7 and size in fixed:
+        return bytes([0xD4 + fixed.index(size)])
+    for extra, code in enumerate("BHI"):
+        if size < 1 << 8 * struct.calcsize(code):
+            return struct.pack(f">B{code}", first + extra, size)
+    raise ValueError(f"an array of {size} bytes")

@@ -2,126 +2,230 @@
 
 from __future__ import annotations
 
+import asyncio
 import contextlib
+import dataclasses
 import json
 import logging
+import mmap
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from ..strict_json import loads
 from .checkpoint import (
     Checkpoint,
     CheckpointError,
-    CheckpointInfo,
-    LeafInfo,
     OrbaxLayout,
     Record,
+    is_array,
     iter_leaves,
     with_leaves,
 )
+from .entries import Moved
+from .extents import PIECE, File, Tell
+from .tensorstore import TREE, Storage, damaged, is_stored_array
 
-_TREE = "_METADATA"
 _STEP = "_CHECKPOINT_METADATA"
 _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
-def read(path: Path) -> Checkpoint:
-    """Reads every leaf into NumPy, whatever device or mesh it was saved from.
+def open_(path: Path, step: str | None = None) -> Checkpoint:
+    """Reads the metadata and what is no array; entries stay where TensorStore has them.
 
     The template is the checkpoint's own metadata, so that lists, None, empty nodes,
     strings and scalars stay what they are, and 64-bit arrays keep their bits.
 
-    Raises:
-      CheckpointError: no Orbax directory, an unfinished save, or damaged arrays.
-    """
-    import orbax.checkpoint as ocp
-    from etils import epath
+    Args:
+      path: the directory.
+      step: name of a step's directory in it; the latest unless said.
 
-    layout, directories = _locate(path)
-    trees = {}
-    for item, directory in directories.items():
-        described = _describe(directory)
-        args = with_leaves(
-            described,
-            (
-                ocp.RestoreArgs(restore_type=np.ndarray)
-                if _is_array(leaf)
-                else ocp.RestoreArgs()
-                for _, leaf in iter_leaves(described)
-            ),
-        )
-        restore = ocp.args.PyTreeRestore(item=described, restore_args=args)
-        try:
-            with _quiet(), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
-                tree = handler.restore(epath.Path(directory), args=restore)
-        except Exception as error:  # whatever damaged files make TensorStore raise
-            raise CheckpointError(_damaged(directory, described, error)) from None
-        pairs = zip(iter_leaves(described), iter_leaves(tree), strict=True)
-        trees[item] = with_leaves(described, (_typed(d, x) for (_, d), (_, x) in pairs))
+    Raises:
+      CheckpointError: no Orbax directory, an unfinished save, no such step, or damaged
+        metadata.
+    """
+    layout, directories = locate(path, step)
+    trees = {item: _open_tree(directory) for item, directory in directories.items()}
     metadata = _custom(path, layout)
     record = Record.take(metadata, path)
     tree = trees if len(trees) > 1 else next(iter(trees.values()))
     return Checkpoint("orbax", tree, record, metadata, path, layout)
 
 
-def inspect(path: Path) -> CheckpointInfo:
-    """Describes the leaves from the metadata; no array is read.
+def _open_tree(directory: Path) -> Any:
+    """The tree of a directory: arrays as entries to be read, and the other leaves."""
+    import orbax.checkpoint as ocp
+    from etils import epath
 
-    Raises:
-      CheckpointError: no Orbax directory, an unfinished save, or damaged metadata.
-    """
-    layout, directories = _locate(path)
-    trees = {item: _describe(directory) for item, directory in directories.items()}
-    tree = trees if len(trees) > 1 else next(iter(trees.values()))
-    leaves = tuple(
-        LeafInfo.of("/".join(parts), leaf) for parts, leaf in iter_leaves(tree)
+    described = _describe(directory)
+    storage = Storage.of(directory)
+    placeholders = with_leaves(
+        described,
+        (... if is_stored_array(leaf) else leaf for _, leaf in iter_leaves(described)),
     )
-    metadata = _custom(path, layout)
-    record = Record.take(metadata, path)
-    return CheckpointInfo(path, "orbax", leaves, record, metadata, layout)
+    args = with_leaves(described, (ocp.RestoreArgs() for _ in iter_leaves(described)))
+    restore = ocp.args.PyTreeRestore(item=placeholders, restore_args=args)
+    try:
+        with _quiet(), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
+            tree = handler.restore(epath.Path(directory), args=restore)
+    except Exception as error:  # whatever damaged files make TensorStore raise
+        raise CheckpointError(damaged(directory, described, error)) from None
+    pairs = zip(iter_leaves(described), iter_leaves(tree), strict=True)
+    storage.check(described)
+    return with_leaves(
+        described,
+        (
+            storage.entries(d, "/".join(parts)) if is_stored_array(d) else _typed(d, x)
+            for (parts, d), (_, x) in pairs
+        ),
+    )
 
 
-def write(path: Path, checkpoint: Checkpoint) -> None:
+def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     """Writes a directory of the layout that the checkpoint was read from.
 
     What opened the original opens this one: one tree, a step with its items, or a
     manager's directory with that one step. Other items of the step are copied. Arrays
-    are stored as NumPy's, so they load without the devices they were saved from.
+    are stored as NumPy's, so they load without the devices they were saved from; a few
+    are in memory at a time, a large one is not.
+
+    Args:
+      path: a directory that is not there yet.
+      checkpoint: what to write.
+      tell: called with the number of bytes written since.
 
     Raises:
-      CheckpointError: Orbax cannot store a leaf.
+      CheckpointError: Orbax cannot store a leaf, or would store two under one name.
     """
     import orbax.checkpoint as ocp
 
     layout = checkpoint.layout
+    if not isinstance(layout, OrbaxLayout):
+        layout = OrbaxLayout()
     record = checkpoint.record.entries() if checkpoint.record else {}
     custom = {
         **checkpoint.metadata,
         **{key: json.loads(value) for key, value in record.items()},
     }
     target = path / layout.step if layout.step else path
-    args: Any
-    if layout.items:
-        one = len(layout.items) == 1
-        trees = {layout.items[0]: checkpoint.tree} if one else checkpoint.tree
-        saves = {item: ocp.args.PyTreeSave(tree) for item, tree in trees.items()}
-        handler, args = ocp.CompositeCheckpointHandler(), ocp.args.Composite(**saves)
-    else:
-        handler, args = (
-            ocp.PyTreeCheckpointHandler(),
-            ocp.args.PyTreeSave(checkpoint.tree),
+    scratch = path.parent
+    one = len(layout.items) < 2
+    trees = {(*layout.items, "")[0]: checkpoint.tree} if one else checkpoint.tree
+    for item, tree in trees.items():
+        _check_names(tree, path, item)
+    saves = {
+        item: ocp.args.PyTreeSave(
+            with_leaves(tree, (_as_lazy(leaf) for _, leaf in iter_leaves(tree)))
         )
+        for item, tree in trees.items()
+    }
+    like = Storage()
+    if checkpoint.path is not None:
+        like = Storage.of(_directory(checkpoint.path, layout))
+    handler, args = _handler(scratch, like, tell), next(iter(saves.values()))
+    if layout.items:
+        handlers = {item: _handler(scratch, like, tell) for item in saves}
+        handler = ocp.CompositeCheckpointHandler(**handlers)
+        args = ocp.args.Composite(**saves)
     target.parent.mkdir(exist_ok=True)
     try:
         with _quiet(), ocp.Checkpointer(handler) as checkpointer:
             checkpointer.save(target, args=args, custom_metadata=custom)
     except (TypeError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(f"{path.name}: Orbax cannot store it: {error}") from None
     if checkpoint.path is not None and layout != OrbaxLayout():
         _copy_others(checkpoint.path, path, layout, custom)
+
+
+def _check_names(tree: Any, path: Path, item: str) -> None:
+    """Refuses leaves that Orbax would store under one name: levels are put by dots."""
+    seen: dict[str, str] = {}
+    for parts, _ in iter_leaves(tree):
+        stored, name = ".".join(parts), "/".join(filter(None, (item, *parts)))
+        if stored in seen:
+            raise CheckpointError(
+                f"{path.name}: leaves {seen[stored]!r} and {name!r} would have one "
+                f"name in Orbax, {stored!r}; keep the format, or rename one"
+            )
+        seen[stored] = name
+
+
+def _directory(path: Path, layout: OrbaxLayout) -> Path:
+    """Where the first tree of a layout lies."""
+    return path.joinpath(*filter(None, (layout.step, *layout.items[:1])))
+
+
+def _as_lazy(leaf: Any) -> Any:
+    """An array as its handler takes it; other leaves stay as they are."""
+    return (
+        Moved.of(leaf) if is_array(leaf) and not isinstance(leaf, np.generic) else leaf
+    )
+
+
+def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
+    """A handler that knows arrays whose entries are still to be moved."""
+    import orbax.checkpoint as ocp
+    from orbax.checkpoint import type_handlers as th
+
+    class Streaming(th.NumpyHandler):
+        """Stores arrays as NumPy's, some at a time."""
+
+        async def serialize(self, values: Any, infos: Any, args: Any = None) -> Any:
+            args = args or [th.SaveArgs()] * len(values)
+            for batch in _batches(values):
+                arrays = [_materialised(values[i], scratch) for i in batch]
+                wishes = [
+                    dataclasses.replace(args[i], chunk_byte_size=2 * PIECE)
+                    if values[i].nbytes > 2 * PIECE
+                    else args[i]
+                    for i in batch
+                ]
+                for future in await super().serialize(
+                    arrays, [infos[i] for i in batch], wishes
+                ):
+                    await asyncio.to_thread(future.result)
+                tell(sum(values[i].nbytes for i in batch))
+            return []
+
+    registry = th.create_type_handler_registry(
+        (int, th.ScalarHandler()),
+        (float, th.ScalarHandler()),
+        (np.number, th.ScalarHandler()),
+        (str, th.StringHandler()),
+        (Moved, Streaming(deepcopy_host_arrays=False)),
+    )
+    with _quiet():
+        return ocp.PyTreeCheckpointHandler(
+            use_ocdbt=like.ocdbt, use_zarr3=like.zarr3, type_handler_registry=registry
+        )
+
+
+def _batches(leaves: Sequence[Moved]) -> Iterator[list[int]]:
+    """Numbers of leaves that are in memory together."""
+    batch, size = [], 0
+    for index, leaf in enumerate(leaves):
+        if batch and size + leaf.nbytes > PIECE:
+            yield batch
+            batch, size = [], 0
+        batch.append(index)
+        size += leaf.nbytes
+    if batch:
+        yield batch
+
+
+def _materialised(leaf: Moved, scratch: Path) -> np.ndarray:
+    """The moved array: in memory, or if it is large in a file without a name."""
+    if leaf.nbytes <= PIECE:
+        return leaf.array()
+    file = File.nameless(scratch)
+    leaf.write(file.extent(0, leaf.nbytes), scratch)
+    mapped = mmap.mmap(file.fd, leaf.nbytes)
+    return np.frombuffer(mapped, np.dtype(leaf.dtype)).reshape(leaf.shape)
 
 
 def _copy_others(src: Path, dst: Path, layout: OrbaxLayout, custom: Any) -> None:
@@ -150,18 +254,21 @@ def _copy(src: Path, dst: Path, leave: set[str]) -> None:
             shutil.copyfile(entry, dst / entry.name)
 
 
-def _locate(path: Path) -> tuple[OrbaxLayout, dict[str, Path]]:
+def locate(path: Path, step: str | None = None) -> tuple[OrbaxLayout, dict[str, Path]]:
     """The layout of a directory, and where each of its trees lies."""
-    if (path / _TREE).exists():
+    if step is None and (path / TREE).exists():
         return OrbaxLayout(), {"": path}
     items = _items(path)
-    if items:
+    if step is None and items:
         return OrbaxLayout(None, tuple(items)), items
-    steps = _steps(path)
-    if steps:
-        step = max(steps, key=_number)
-        items = {"": step} if (step / _TREE).exists() else _items(step)
-        return OrbaxLayout(step.name, tuple(item for item in items if item)), items
+    names = step_names(path)
+    if step is not None and step not in names:
+        there = f"it has the steps {names}" if names else "it has no steps"
+        raise CheckpointError(f"{path}: no step {step!r}; {there}")
+    if names:
+        directory = path / (step or names[-1])
+        items = {"": directory} if (directory / TREE).exists() else _items(directory)
+        return OrbaxLayout(directory.name, tuple(filter(None, items))), items
     names = sorted(entry.name for entry in path.iterdir())
     if any(_UNFINISHED in name for name in names):
         raise CheckpointError(
@@ -170,7 +277,7 @@ def _locate(path: Path) -> tuple[OrbaxLayout, dict[str, Path]]:
     found = f"it holds {names[:5]}" if names else "it is empty"
     raise CheckpointError(
         f"{path}: no Orbax checkpoint: neither it, nor an item or a step in it, has a "
-        f"file {_TREE}; {found}. Name the directory that was passed to save, or save "
+        f"file {TREE}; {found}. Name the directory that was passed to save, or save "
         "again with Orbax 0.5 or later"
     )
 
@@ -180,21 +287,33 @@ def _items(path: Path) -> dict[str, Path]:
     return {
         entry.name: entry
         for entry in sorted(path.iterdir())
-        if (entry / _TREE).exists() and (is_step or _number(entry) < 0)
+        if (entry / TREE).exists() and (is_step or number(entry) < 0)
     }
+
+
+def looks_like(path: Path) -> bool:
+    """Whether a directory holds a tree, a step's items or steps that Orbax saved."""
+    return (path / TREE).exists() or bool(_items(path) or _steps(path))
+
+
+def step_names(path: Path) -> list[str]:
+    """Names of the steps' directories in a manager's, by their number."""
+    if (path / TREE).exists() or _items(path):
+        return []
+    return [step.name for step in sorted(_steps(path), key=number)]
 
 
 def _steps(path: Path) -> list[Path]:
     return [
         entry
         for entry in path.iterdir()
-        if _number(entry) >= 0
+        if number(entry) >= 0
         and _UNFINISHED not in entry.name
-        and ((entry / _TREE).exists() or (entry.is_dir() and _items(entry)))
+        and ((entry / TREE).exists() or (entry.is_dir() and _items(entry)))
     ]
 
 
-def _number(path: Path) -> int:
+def number(path: Path) -> int:
     """The number of a step's directory, such as ``20`` or ``step_20``; else -1."""
     digits = path.name.rpartition("_")[2]
     return int(digits) if digits.isascii() and digits.isdigit() else -1
@@ -209,38 +328,16 @@ def _describe(directory: Path) -> Any:
         with _quiet(), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             return handler.metadata(epath.Path(directory)).tree
     except Exception as error:  # damaged JSON, missing files, TensorStore's errors
-        raise CheckpointError(_damaged(directory, None, error)) from None
-
-
-def _is_array(described: Any) -> bool:
-    from orbax.checkpoint.metadata import ArrayMetadata, ScalarMetadata
-
-    return isinstance(described, ArrayMetadata) and not isinstance(
-        described, ScalarMetadata
-    )
+        raise CheckpointError(damaged(directory, None, error)) from None
 
 
 def _typed(described: Any, value: Any) -> Any:
     """Gives a NumPy scalar its dtype back, which Orbax restores as Python's."""
     dtype = getattr(described, "dtype", None)
-    if dtype is None or _is_array(described) or isinstance(value, bool):
+    if dtype is None or is_stored_array(described) or isinstance(value, bool):
         return value
     native = np.dtype(dtype).name in ("int64", "float64", "bool")
     return value if native else np.dtype(dtype).type(value)
-
-
-def _damaged(directory: Path, described: Any, error: Exception) -> str:
-    text = " ".join(str(error).split())
-    leaf = ""
-    if described is not None:
-        # TensorStore names the leaf as it does files, with dots for slashes.
-        for parts, _ in iter_leaves(described):
-            if ".".join(parts) in text:
-                leaf = f" leaf {'/'.join(parts)!r}"
-    return (
-        f"{directory}: damaged Orbax checkpoint:{leaf} {type(error).__name__}: "
-        f"{text[:400]}; get another copy of the directory"
-    )
 
 
 def _custom(path: Path, layout: OrbaxLayout) -> dict[str, Any]:
@@ -252,7 +349,7 @@ def _custom(path: Path, layout: OrbaxLayout) -> dict[str, Any]:
     for place in places:
         if place.exists():
             try:
-                custom = dict(json.loads(place.read_text())["custom_metadata"] or {})
+                custom = dict(loads(place.read_bytes())["custom_metadata"] or {})
             except (ValueError, TypeError, KeyError, OSError) as error:
                 raise CheckpointError(
                     f"{place}: damaged ({error!r}); get another copy of the directory"

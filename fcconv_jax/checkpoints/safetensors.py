@@ -1,8 +1,9 @@
-"""safetensors files: mapped when read, written one tensor at a time."""
+"""safetensors files: a header, and entries that need not be looked at to be moved."""
 
 from __future__ import annotations
 
 import json
+import math
 import struct
 from collections.abc import Mapping
 from pathlib import Path
@@ -11,14 +12,10 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    CheckpointInfo,
-    LeafInfo,
-    Record,
-    is_array,
-)
+from ..strict_json import loads, whole_numbers
+from .checkpoint import Checkpoint, CheckpointError, Record, is_array
+from .entries import Filed, Moved
+from .extents import Extent, File, Tell, copy
 
 _DTYPES = {
     "BOOL": np.bool_,
@@ -41,8 +38,14 @@ _DTYPES = {
     "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
+# Packed ones, which NumPy cannot hold as they lie in the file.
+_BITS = {"F4": 4, "I4": 4, "U4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _WORD = 8
+# As the format's own library has it.
+_LONGEST_HEADER = 100_000_000
+# What file systems share between files in place of copying.
+_BLOCK = 4096
 
 
 def looks_like(head: bytes) -> bool:
@@ -50,43 +53,40 @@ def looks_like(head: bytes) -> bool:
     return head[_WORD : _WORD + 1] == b"{"
 
 
-def read(path: Path) -> Checkpoint:
-    """Reads a file into a flat dict of arrays mapped from it, in the file's order.
-
-    Entries are read from the disk when they are used, so this takes no memory.
+def open_(path: Path) -> Checkpoint:
+    """Reads the header; the entries stay in the file, in its order.
 
     Raises:
-      CheckpointError: the file is truncated, its header is damaged, or it holds a
-        dtype that NumPy and ml_dtypes lack.
+      CheckpointError: the file is truncated, or its header is damaged.
     """
-    header, metadata, start = _header(path)
-    data = np.memmap(path, np.uint8, "r") if start < path.stat().st_size else None
+    file = File.read(path)
+    try:
+        header, metadata, start = _header(file)
+    except (ValueError, TypeError) as error:
+        raise CheckpointError(
+            f"{path}: no valid safetensors file: {error}; it is truncated or damaged, "
+            "get another copy"
+        ) from None
     tree = {}
-    for name, (dtype, shape, (begin, end)) in header.items():
-        raw = (
-            np.zeros(0, np.uint8) if data is None else data[start + begin : start + end]
-        )
-        tree[name] = raw.view(np.ndarray).view(dtype).reshape(shape)
+    for name, (dtype, shape, begin, end) in header.items():
+        known = np.dtype(_DTYPES[dtype]) if dtype in _DTYPES else dtype
+        itemsize = 0 if isinstance(known, str) else known.itemsize
+        extent = file.extent(start + begin, start + end)
+        tree[name] = Moved(Filed(shape, itemsize, extent), known)
     record = Record.take(metadata, path)
     return Checkpoint("safetensors", tree, record, metadata, path)
 
 
-def inspect(path: Path) -> CheckpointInfo:
-    """Reads the header alone. Raises what :func:`read` raises."""
-    header, metadata, _ = _header(path)
-    leaves = tuple(
-        LeafInfo(name, shape, dtype.name, end - begin)
-        for name, (dtype, shape, (begin, end)) in header.items()
-    )
-    record = Record.take(metadata, path)
-    return CheckpointInfo(path, "safetensors", leaves, record, metadata)
-
-
-def write(path: Path, checkpoint: Checkpoint) -> None:
+def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     """Writes a flat dict of arrays, in its order, with the record in the metadata.
 
-    Needs the memory of one tensor besides the arrays: each is made contiguous by
-    itself, and not at all where it is contiguous already.
+    Entries that keep their order are copied from file to file, many at once; the
+    others are moved a piece at a time.
+
+    Args:
+      path: a file that is not there yet.
+      checkpoint: what to write.
+      tell: called with the number of bytes written since.
 
     Raises:
       CheckpointError: a leaf is no array, or of a dtype that the format lacks.
@@ -94,68 +94,124 @@ def write(path: Path, checkpoint: Checkpoint) -> None:
     record = checkpoint.record.entries() if checkpoint.record else {}
     metadata = {**checkpoint.metadata, **record}
     header: dict[str, Any] = {"__metadata__": metadata} if metadata else {}
+    leaves = []
     offset = 0
     for name, leaf in checkpoint.tree.items():
-        info = LeafInfo.of(name, leaf)
-        if not is_array(leaf) or np.dtype(leaf.dtype) not in _NAMES:
+        dtype = _dtype_name(leaf)
+        if dtype is None:
+            kind = leaf.dtype if is_array(leaf) else type(leaf).__name__
             raise CheckpointError(
-                f"{path.name}: leaf {name!r} is of type {info.dtype}, safetensors "
+                f"{path.name}: leaf {name!r} is of type {kind}, safetensors "
                 f"holds arrays of {', '.join(sorted(d.name for d in _NAMES))}; "
                 "write the checkpoint as Orbax or msgpack"
             )
-        end = offset + info.nbytes
+        moved = Moved.of(leaf)
+        leaves.append((offset, moved))
+        end = offset + moved.nbytes
         header[name] = {
-            "dtype": _NAMES[np.dtype(leaf.dtype)],
-            "shape": list(leaf.shape),
+            "dtype": dtype,
+            "shape": list(moved.shape),
             "data_offsets": [offset, end],
         }
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
     text += b" " * (-len(text) % _WORD)
-    with path.open("xb") as file:
-        file.write(struct.pack("<Q", len(text)) + text)
-        for leaf in checkpoint.tree.values():
-            array = np.ascontiguousarray(leaf)
-            little = array.astype(array.dtype.newbyteorder("<"), copy=False)
-            file.write(little.reshape(-1).view(np.uint8).data)
+    # Where the first entries lie in a block as they did, blocks may be shared.
+    first = leaves[0][1].entries if leaves else None
+    if isinstance(first, Filed) and first.extent.spans:
+        text += b" " * ((first.extent.spans[0][0] - _WORD - len(text)) % _BLOCK)
+    file = File.create(path)
+    begin = struct.pack("<Q", len(text)) + text
+    file.extent(0, len(begin)).write(0, memoryview(begin))
+    write_leaves([(len(begin) + o, leaf) for o, leaf in leaves], file, path, tell)
+
+
+def write_leaves(
+    leaves: list[tuple[int, Moved]], file: File, path: Path, tell: Tell
+) -> None:
+    """Writes leaves to their places in a file, those that lie together at once."""
+    waiting: tuple[Extent, Extent] | None = None
+    for offset, leaf in leaves:
+        out = file.extent(offset, offset + leaf.nbytes)
+        if not (leaf.keeps_order and isinstance(leaf.entries, Filed)):
+            leaf.write(out, path.parent, tell)
+            continue
+        source = leaf.entries.extent
+        joined = waiting and _joined(waiting[0], source), out
+        if waiting and joined[0] and (together := _joined(waiting[1], out)):
+            waiting = joined[0], together
+            continue
+        if waiting:
+            copy(*waiting, tell)
+        waiting = source, out
+    if waiting:
+        copy(*waiting, tell)
+
+
+def _joined(one: Extent, other: Extent) -> Extent | None:
+    """Two extents as one, where one begins in the file where the other ends."""
+    if one.file is not other.file or len(one.spans) != 1 or len(other.spans) != 1:
+        return None
+    ((start, length),), ((then, more),) = one.spans, other.spans
+    return (
+        Extent(one.file, ((start, length + more),)) if start + length == then else None
+    )
+
+
+def _dtype_name(leaf: Any) -> str | None:
+    if not is_array(leaf):
+        return None
+    if isinstance(leaf.dtype, str):
+        return leaf.dtype if leaf.dtype in _BITS else None
+    return _NAMES.get(np.dtype(leaf.dtype))
 
 
 def _header(
-    path: Path,
-) -> tuple[
-    Mapping[str, tuple[np.dtype, tuple[int, ...], tuple[int, int]]],
-    dict[str, str],
-    int,
-]:
+    file: File,
+) -> tuple[Mapping[str, tuple[str, tuple[int, ...], int, int]], dict[str, str], int]:
     """Dtype, shape and place of each tensor in the order of the file, and the rest."""
-    import safetensors
-
-    try:
-        # The library checks the sizes, the offsets and that nothing is left over.
-        with safetensors.safe_open(path, framework="numpy") as opened:
-            metadata = dict(opened.metadata() or {})
-    except safetensors.SafetensorError as error:
-        raise CheckpointError(
-            f"{path}: no valid safetensors file: {error}; it is truncated or damaged, "
-            "get another copy"
-        ) from None
-    with path.open("rb") as file:
-        (length,) = struct.unpack("<Q", file.read(_WORD))
-        content = json.loads(file.read(length))
-    # The library hands the metadata back in any order; the file has the true one.
-    metadata = {k: metadata[k] for k in content.pop("__metadata__", {}) or {}}
-    header = {}
-    for name, entry in sorted(
-        content.items(), key=lambda item: item[1]["data_offsets"]
+    size = file.size
+    if size < _WORD:
+        raise ValueError(f"it has {size} bytes")
+    (length,) = struct.unpack("<Q", file.extent(0, _WORD).read(0, _WORD))
+    if length > min(_LONGEST_HEADER, size - _WORD):
+        raise ValueError(f"a header of {length} bytes in a file of {size}")
+    content = loads(file.extent(_WORD, _WORD + length).read(0, length))
+    if not isinstance(content, dict):
+        raise ValueError("the header is no JSON object")
+    metadata = content.pop("__metadata__", None) or {}
+    if not isinstance(metadata, dict) or not all(
+        isinstance(value, str) for value in metadata.values()
     ):
-        if entry["dtype"] not in _DTYPES:
-            raise CheckpointError(
-                f"{path}: leaf {name!r} has dtype {entry['dtype']}, which NumPy and "
-                f"ml_dtypes cannot hold as it stands; readable are {list(_DTYPES)}"
+        raise ValueError("its metadata are no strings")
+    header = {}
+    for name, entry in content.items():
+        if not isinstance(entry, dict) or entry.keys() != {
+            "dtype",
+            "shape",
+            "data_offsets",
+        }:
+            raise ValueError(f"the entry of {name!r} is {entry!r:.80}")
+        dtype, shape = entry["dtype"], whole_numbers(entry["shape"])
+        offsets = whole_numbers(entry["data_offsets"])
+        if dtype not in _DTYPES and dtype not in _BITS:
+            raise ValueError(f"{name!r} has the unknown dtype {dtype!r:.80}")
+        bits = _BITS.get(dtype) or 8 * np.dtype(_DTYPES[dtype]).itemsize
+        if len(offsets) != 2 or math.prod(shape) * bits != 8 * (
+            offsets[1] - offsets[0]
+        ):
+            raise ValueError(
+                f"{name!r} of {dtype} {shape} does not fill its bytes {offsets}"
             )
-        header[name] = (
-            np.dtype(_DTYPES[entry["dtype"]]),
-            tuple(entry["shape"]),
-            tuple(entry["data_offsets"]),
-        )
-    return header, metadata, _WORD + length
+        header[name] = (dtype, shape, *offsets)
+    ordered = dict(sorted(header.items(), key=lambda item: item[1][2:]))
+    end = 0
+    for name, (_, _, begin, stop) in ordered.items():
+        if begin != end:
+            raise ValueError(
+                f"{name!r} begins at {begin}, what is before ends at {end}"
+            )
+        end = stop
+    if _WORD + length + end != size:
+        raise ValueError(f"{_WORD + length + end} bytes are described, it has {size}")
+    return ordered, metadata, _WORD + length

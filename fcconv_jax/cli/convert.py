@@ -10,14 +10,19 @@ import typer
 from .app import app, examples
 from .inputs import ArgumentError
 from .options import (
+    AllSteps,
     BackendFor,
+    DryRun,
     FileFormat,
     Inputs,
     Kwargs,
     Method,
+    NoCheck,
     Overwrite,
+    Prefixes,
     Rules,
     Source,
+    Step,
     Target,
     ToForm,
 )
@@ -30,6 +35,8 @@ from .steps import ModelCall, Wishes, plan_checkpoint, read_plan, require_layers
         "convert ckpt conv --model model.py:Net --input 1,8,8,1",
         "convert ckpt conv2 --plan plan.json",
         "convert ckpt conv3 --rule 'fc1=4x4:HWC' --rule 'fc2=1x1'",
+        "convert run run_conv --plan plan.json --all-steps",
+        "convert ckpt conv4 --plan plan.json --dry-run",
     )
 )
 def convert(
@@ -55,13 +62,20 @@ def convert(
             "--format", help="Format of DST; by its suffix or that of SRC unless said."
         ),
     ] = None,
+    step: Step = None,
+    all_steps: AllSteps = False,
+    prefixes: Prefixes = None,
+    no_check: NoCheck = False,
+    dry_run: DryRun = False,
 ) -> None:
     """Convert a checkpoint to the other form, with the plan stored in it.
 
     The plan comes from a file (--plan), from the model's code (--model and
     --input), or, without code, from rules alone (--rule): these take each
     window and order at your word, and refuse by name what may be no Dense
-    layer. The source is left as it is.
+    layer. The source is left as it is. DST is written beside its place and put
+    there in one step: however the command ends, it is what it was or the whole
+    new checkpoint.
     """
     from ..checkpoints import check_target, convert_checkpoint
 
@@ -83,7 +97,7 @@ def convert(
     elif model is not None:
         made = ModelCall.read(model, inputs, kwargs, method).plan(wishes)
     else:
-        made = plan_checkpoint(src, wishes)
+        made = plan_checkpoint(src, wishes, step)
     require_layers(made)
     with progress_bar("converting") as tell:
         report = convert_checkpoint(
@@ -91,7 +105,12 @@ def convert(
             dst,
             made,
             overwrite=overwrite,
-            progress=lambda done, total, name: tell(name, done, total),
+            progress=lambda done, total, what: tell(what, done, total),
             format=file_format.value if file_format else None,
+            step=step,
+            all_steps=all_steps,
+            prefix=prefixes or (),
+            check=not no_check,
+            dry_run=dry_run,
         )
     typer.echo(str(report))

@@ -13,7 +13,7 @@ import typer
 
 from .app import app, examples
 from .inputs import ArgumentError
-from .options import AsJson, Source
+from .options import AsJson, Source, Step
 from .output import human, print_plan, print_table
 
 if TYPE_CHECKING:
@@ -34,6 +34,7 @@ def inspect_(
             metavar="PATTERN", help="Only leaves whose path matches, such as '*kernel'."
         ),
     ] = None,
+    step: Step = None,
     as_json: AsJson = False,
 ) -> None:
     """List what a checkpoint holds: leaves, dtypes, shapes, sizes, the stored plan.
@@ -43,7 +44,7 @@ def inspect_(
     """
     from ..checkpoints import inspect_checkpoint
 
-    info = inspect_checkpoint(src)
+    info = inspect_checkpoint(src, step)
     leaves = [
         leaf for leaf in info.leaves if not match or fnmatchcase(leaf.path, match)
     ]

@@ -89,7 +89,9 @@ Backends = Annotated[
 Source = Annotated[
     Path,
     typer.Argument(
-        metavar="SRC", help="Orbax directory, Flax msgpack or safetensors file."
+        metavar="SRC",
+        help="Orbax directory, Flax msgpack or safetensors file, or a folder of such "
+        "files, as from the Hugging Face hub.",
     ),
 ]
 Target = Annotated[
@@ -98,7 +100,38 @@ Target = Annotated[
 PlanOut = Annotated[
     Path | None, typer.Option("--out", help="Write the plan to this file, as JSON.")
 ]
-Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is at DST.")]
+Step = Annotated[
+    str | None,
+    typer.Option(
+        help="Which step of a directory that holds several, as a CheckpointManager's; "
+        "the latest unless said."
+    ),
+]
+AllSteps = Annotated[
+    bool, typer.Option("--all-steps", help="Every step of such a directory.")
+]
+Prefixes = Annotated[
+    list[str] | None,
+    typer.Option(
+        "--prefix",
+        metavar="LEVELS",
+        help="The levels above the params to convert, such as gen/params, where a "
+        "checkpoint holds several models. Once for each copy of one model.",
+    ),
+]
+NoCheck = Annotated[
+    bool,
+    typer.Option(
+        "--no-check", help="Do not compare what was written with SRC, entry by entry."
+    ),
+]
+DryRun = Annotated[
+    bool,
+    typer.Option("--dry-run", help="Write nothing; say what would be done."),
+]
+Overwrite = Annotated[
+    bool, typer.Option("--overwrite", help="Replace the checkpoint at DST.")
+]
 AsJson = Annotated[
     bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
 ]

@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     import jax
 
     from ..backends.name import Backend
+    from ..checkpoints import ContentReport
     from ..plan import Plan
     from ..verification.report import Report
 
@@ -96,13 +97,13 @@ class ModelCall:
             raise
 
 
-def plan_checkpoint(src: Path, wishes: Wishes) -> Plan:
+def plan_checkpoint(src: Path, wishes: Wishes, step: str | None = None) -> Plan:
     """Plans from the shapes in a checkpoint, without the model's code; shows it."""
     from ..checkpoints import inspect_checkpoint
     from ..planning.from_shapes import plan_from_params
     from .variables import split_key
 
-    info = inspect_checkpoint(src)
+    info = inspect_checkpoint(src, step)
     if info.plan is not None:
         return info.plan  # convert_checkpoint says that it is converted already
     shapes = {leaf.path: leaf.shape for leaf in info.leaves}
@@ -150,13 +151,14 @@ def verify_checkpoint(
     wishes: Wishes,
     seed: int,
     options: Mapping[str, Any],
+    step: str | None = None,
 ) -> Report:
     """The report on a model with the parameters of a checkpoint in either form."""
     from ..checkpoints import read_checkpoint
     from ..params.trees import convert_params, restore_params
     from .variables import abstract_variables, find_variables
 
-    saved = read_checkpoint(checkpoint)
+    saved = read_checkpoint(checkpoint, step)
     arrays = random_inputs(call.specs, seed)
     wanted = abstract_variables(call)
     if saved.plan is None:
@@ -174,6 +176,23 @@ def verify_checkpoint(
     converted = find_variables(saved, wanted, str(checkpoint))
     variables = restore_params(converted, saved.plan)
     return _verify(call, saved.plan, variables, converted, arrays, options)
+
+
+def compare_checkpoints(
+    src: Path, dst: Path, step: str | None, prefixes: Sequence[str] | None
+) -> ContentReport:
+    """The report on two checkpoints, by what they hold."""
+    from ..checkpoints import verify_checkpoint
+    from .output import progress_bar
+
+    with progress_bar("verifying") as tell:
+        return verify_checkpoint(
+            src,
+            dst,
+            step=step,
+            prefix=prefixes or (),
+            progress=lambda done, total, what: tell(what, done, total),
+        )
 
 
 def _verify(

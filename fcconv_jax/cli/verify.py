@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -17,11 +17,24 @@ from .options import (
     Kwargs,
     Method,
     ModelName,
+    Prefixes,
     Rules,
+    Step,
     ToForm,
 )
 from .output import write_text
-from .steps import ModelCall, Wishes, parse_backends, verify_checkpoint, verify_model
+from .steps import (
+    ModelCall,
+    Wishes,
+    compare_checkpoints,
+    parse_backends,
+    verify_checkpoint,
+    verify_model,
+)
+
+if TYPE_CHECKING:
+    from ..checkpoints import ContentReport
+    from ..verification.report import Report
 
 
 @app.command(
@@ -30,10 +43,19 @@ from .steps import ModelCall, Wishes, parse_backends, verify_checkpoint, verify_
         "verify model.py:Net --input 2,8,8,1 --checkpoint ckpt --out report.md",
         "verify model.py:Net --input 2,8,8,1 --no-gradients --json",
         "verify model.py:Net --input 2,8,8,1 --backend cpu --backend tpu:v6e",
+        "verify ckpt conv",
     )
 )
 def verify(
     model: ModelName,
+    other: Annotated[
+        Path | None,
+        typer.Argument(
+            metavar="[DST]",
+            help="With MODULE:NAME a checkpoint too: compare the two, entry by entry, "
+            "through the plan that is stored in one of them.",
+        ),
+    ] = None,
     inputs: Inputs = None,
     checkpoint: Annotated[
         Path | None,
@@ -42,6 +64,8 @@ def verify(
             "checkpoint holds its plan. Drawn at random unless said."
         ),
     ] = None,
+    step: Step = None,
+    prefixes: Prefixes = None,
     seed: Annotated[int, typer.Option(help="Of random inputs and parameters.")] = 0,
     to: ToForm = None,
     rules: Rules = None,
@@ -74,10 +98,19 @@ def verify(
     With --backend, on others too: one that is not present is compiled for
     ahead of time, which shows what becomes of both forms, and proves no more.
 
+    Two checkpoints in place of a model are compared by what they hold, without
+    the model's code, whatever their formats and sizes.
+
     Exit status 0 when every check passes, 1 when one does not.
     """
     if as_json and as_markdown:
         raise ArgumentError("give one of --json and --markdown")
+    if other is not None:
+        if inputs or checkpoint or to or rules or backend_for or kwargs or backends:
+            raise ArgumentError("two checkpoints are compared with no other option")
+        compared = compare_checkpoints(Path(model), other, step, prefixes)
+        _show(compared, out, as_json, as_markdown)
+        return
     wishes = Wishes(to, rules, backend_for)
     call = ModelCall.read(model, inputs, kwargs, method)
     options = {
@@ -88,7 +121,14 @@ def verify(
     if checkpoint is None:
         report = verify_model(call, call.plan(wishes), seed, options)
     else:
-        report = verify_checkpoint(call, checkpoint, wishes, seed, options)
+        report = verify_checkpoint(call, checkpoint, wishes, seed, options, step)
+    _show(report, out, as_json, as_markdown)
+
+
+def _show(
+    report: Report | ContentReport, out: Path | None, as_json: bool, as_markdown: bool
+) -> None:
+    """Prints and writes a report; exits with 1 where it did not pass."""
     if out is not None:
         to_json = out.suffix == ".json"
         write_text(out, report.to_json() if to_json else report.to_markdown())

@@ -15,6 +15,7 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     restore_checkpoint,
 )
+from fcconv_jax.checkpoints.checkpoint import OrbaxLayout
 
 
 @pytest.fixture
@@ -109,7 +110,7 @@ def test_a_manager_directory_gives_its_latest_step_as_a_manager_directory(
             )
         manager.wait_until_finished()
     info = inspect_checkpoint(tmp_path / "dense")
-    assert (info.layout.step, info.layout.items) == ("10", ("state",))
+    assert info.layout == OrbaxLayout("10", ("state",))
     convert_checkpoint(tmp_path / "dense", tmp_path / "conv", case.plan)
     like = jax.tree.map(jnp.zeros_like, converted)
     with ocp.CheckpointManager(tmp_path / "conv") as manager:

@@ -1,0 +1,151 @@
+"""Two checkpoints compared leaf by leaf, by what they hold."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..plan import Plan, in_words
+from ..tables import aligned
+from .checkpoint import Checkpoint, CheckpointError, is_array, iter_leaves
+from .entries import Moved
+from .extents import Tell
+
+
+@dataclasses.dataclass(frozen=True)
+class Difference:
+    """A leaf in which two checkpoints differ.
+
+    Args:
+      path: its name.
+      what: how they differ.
+    """
+
+    path: str
+    what: str
+
+
+@dataclasses.dataclass(frozen=True)
+class ContentReport:
+    """What comparing two checkpoints found.
+
+    Args:
+      src: the one.
+      dst: the other.
+      plan: that leads from the one to the other; None where their forms are the same.
+      leaves: the number of leaves that were compared.
+      moved: how many of them the plan moves.
+      nbytes: bytes of all entries.
+      differences: the leaves in which they differ.
+    """
+
+    src: Path
+    dst: Path
+    plan: Plan | None
+    leaves: int
+    moved: int
+    nbytes: int
+    differences: tuple[Difference, ...]
+
+    @property
+    def passed(self) -> bool:
+        """Whether they hold the same bits, each in its form."""
+        return not self.differences
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        return json.dumps(
+            {
+                "src": str(self.src),
+                "dst": str(self.dst),
+                "passed": self.passed,
+                "to": self.plan and self.plan.to,
+                "leaves": self.leaves,
+                "moved": self.moved,
+                "bytes": self.nbytes,
+                "differences": [dataclasses.asdict(d) for d in self.differences],
+            }
+        )
+
+    def to_markdown(self) -> str:
+        """The report as Markdown."""
+        lines = [f"**{self._headline()}**", ""]
+        if self.differences:
+            lines += ["| leaf | difference |", "| --- | --- |"]
+            lines += [f"| `{d.path}` | {d.what} |" for d in self.differences]
+        return "\n".join(lines)
+
+    def __str__(self) -> str:
+        rows = [(d.path, d.what) for d in self.differences]
+        return "\n".join([self._headline(), *aligned(rows)])
+
+    def _headline(self) -> str:
+        form = f" to {in_words(self.plan.to)}" if self.plan else ""
+        if self.passed:
+            return (
+                f"SAME: {self.leaves} leaves, {self.nbytes} bytes, bit for bit; "
+                f"{self.moved} of them moved{form}"
+            )
+        return (
+            f"DIFFERENT: {len(self.differences)} of {self.leaves} leaves; "
+            f"{self.moved} of them moved{form}"
+        )
+
+
+def differences(
+    meant: Checkpoint, found: Checkpoint, scratch: Path, tell: Tell
+) -> Iterator[Difference]:
+    """The leaves in which one checkpoint is not what another says it should be.
+
+    Args:
+      meant: with the moves that lead to what is expected.
+      found: of the same names.
+      scratch: folder for entries that cannot be read in the order wanted.
+      tell: called with the number of bytes compared since.
+    """
+    want = {"/".join(parts): leaf for parts, leaf in iter_leaves(meant.tree)}
+    have = {"/".join(parts): leaf for parts, leaf in iter_leaves(found.tree)}
+    for name in [*want, *(have.keys() - want.keys())]:
+        if name not in have:
+            yield Difference(name, "is missing")
+        elif name not in want:
+            yield Difference(name, "is not expected")
+        else:
+            what = _difference(want[name], have[name], scratch, tell)
+            if what:
+                yield Difference(name, what)
+
+
+def _difference(want: Any, have: Any, scratch: Path, tell: Tell) -> str:
+    if not isinstance(want, Moved) and not isinstance(have, Moved):
+        # Formats keep scalars in ways of their own.
+        return "" if _same_value(want, have) else f"{have!r:.60}, expected {want!r:.60}"
+    if not is_array(want) or not is_array(have):
+        return f"{_kind(have)}, expected {_kind(want)}"
+    want, have = Moved.of(want), Moved.of(have)
+    if (want.shape, want.dtype) != (have.shape, have.dtype):
+        return f"{_kind(have)}, expected {_kind(want)}"
+    try:
+        differs = want.differs(have.entries, scratch, tell)
+    except CheckpointError as error:
+        return str(error)
+    return f"{_kind(have)}: other entries" if differs else ""
+
+
+def _kind(leaf: Any) -> str:
+    return f"{leaf.dtype} {leaf.shape}" if is_array(leaf) else f"{leaf!r:.60}"
+
+
+def _same_value(want: Any, have: Any) -> bool:
+    if isinstance(want, np.generic) and isinstance(have, np.generic):
+        return want.dtype == have.dtype and want.tobytes() == have.tobytes()
+    if isinstance(want, float) and isinstance(have, float):
+        both_nan = math.isnan(want) and math.isnan(have)
+        return both_nan or (want == have)
+    return type(want) is type(have) and want == have

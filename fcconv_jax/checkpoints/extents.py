@@ -1,0 +1,158 @@
+"""Bytes of files: in several places, copied inside of the kernel where it can."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+from .checkpoint import CheckpointError
+
+# Bytes that are held in memory at a time; a move needs them twice.
+PIECE = 32 << 20
+# What is called with the number of bytes that were just dealt with.
+Tell = Callable[[int], None]
+
+
+def silent(count: int) -> None:
+    """Tells no one."""
+
+
+class File:
+    """An open file, closed with the last reference to it.
+
+    Args:
+      fd: its descriptor.
+      name: what errors call it.
+    """
+
+    def __init__(self, fd: int, name: str):
+        self.fd, self.name = fd, name
+
+    def __del__(self):
+        os.close(self.fd)
+
+    @classmethod
+    def read(cls, path: Path) -> File:
+        """Opens a file for reading."""
+        return cls(os.open(path, os.O_RDONLY), str(path))
+
+    @classmethod
+    def create(cls, path: Path) -> File:
+        """Makes a file that is not there yet, for writing and reading."""
+        flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
+        return cls(os.open(path, flags, 0o666), str(path))
+
+    @classmethod
+    def nameless(cls, folder: Path) -> File:
+        """Makes a file in a folder that is gone when it is closed."""
+        fd, name = tempfile.mkstemp(dir=folder)
+        os.unlink(name)
+        return cls(fd, name)
+
+    @property
+    def size(self) -> int:
+        """Its bytes."""
+        return os.fstat(self.fd).st_size
+
+    def extent(self, start: int, stop: int) -> Extent:
+        """The bytes between two places."""
+        return Extent(self, ((start, stop - start),))
+
+
+@dataclasses.dataclass(frozen=True)
+class Extent:
+    """Bytes of a file, in one or several places, one after the other.
+
+    Args:
+      file: where they lie.
+      spans: offset and length of each place.
+    """
+
+    file: File
+    spans: tuple[tuple[int, int], ...]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes in all places together."""
+        return sum(length for _, length in self.spans)
+
+    def places(self, start: int, stop: int) -> Iterator[tuple[int, int]]:
+        """Offset and length, in the file, of what lies between two of its bytes.
+
+        Example:
+          >>> import tempfile
+          >>> with tempfile.TemporaryDirectory() as folder:
+          ...     file = File.create(Path(folder, "file"))
+          >>> list(Extent(file, ((10, 4), (20, 4))).places(2, 6))
+          [(12, 2), (20, 2)]
+        """
+        begin = 0
+        for offset, length in self.spans:
+            low, high = max(start - begin, 0), min(stop - begin, length)
+            if low < high:
+                yield offset + low, high - low
+            begin += length
+
+    def read(self, start: int, stop: int) -> bytearray:
+        """The bytes from ``start`` to ``stop``.
+
+        Raises:
+          CheckpointError: the file has become shorter.
+        """
+        out = bytearray(stop - start)
+        view, done = memoryview(out), 0
+        for offset, length in self.places(start, stop):
+            while length:
+                got = os.preadv(self.file.fd, [view[done : done + length]], offset)
+                if not got:
+                    raise shorter(self.file.name)
+                done, offset, length = done + got, offset + got, length - got
+        return out
+
+    def write(self, start: int, data: memoryview) -> None:
+        """Writes bytes from ``start`` on."""
+        done = 0
+        for offset, length in self.places(start, start + len(data)):
+            while length:
+                count = os.pwrite(self.file.fd, data[done : done + length], offset)
+                done, offset, length = done + count, offset + count, length - count
+
+
+def shorter(file: str) -> CheckpointError:
+    """The error for a file that ends before what was found in it a moment ago."""
+    return CheckpointError(
+        f"{file}: became shorter while it was read; wait until nothing writes to it, "
+        "and convert again"
+    )
+
+
+def copy(source: Extent, target: Extent, tell: Tell = silent) -> None:
+    """Copies bytes from file to file, inside of the kernel where it can.
+
+    Raises:
+      CheckpointError: the source has become shorter.
+    """
+    done = 0
+    for start, length in source.places(0, source.nbytes):
+        for to, count in target.places(done, done + length):
+            while count:
+                got = _copy_some(source.file, start, target.file, to, count)
+                start, to, count, done = start + got, to + got, count - got, done + got
+                tell(got)
+
+
+def _copy_some(source: File, start: int, target: File, to: int, count: int) -> int:
+    """Copies some of the bytes, and says how many."""
+    try:
+        count = min(count, 8 * PIECE)
+        got = os.copy_file_range(source.fd, target.fd, count, start, to)
+    except (OSError, AttributeError):
+        # Another file system, an old kernel, or no Linux.
+        data = os.pread(source.fd, min(count, PIECE), start)
+        got = os.pwrite(target.fd, data, to)
+    if not got:
+        raise shorter(source.name)
+    return got

@@ -1,0 +1,170 @@
+"""Folders of weight files: those of the Hugging Face hub, and Flax's old steps.
+
+A folder holds one file of weights, or several that an index lists, and others beside
+them (``config.json``, a tokenizer) that are carried along.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+import shutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from types import MappingProxyType
+from typing import Any
+
+from ..strict_json import loads
+from . import msgpack, safetensors
+from .checkpoint import (
+    Checkpoint,
+    CheckpointError,
+    FolderLayout,
+    Format,
+    Record,
+    iter_leaves,
+)
+from .extents import Tell
+
+_OPEN: Mapping[str, Callable[[Path], Checkpoint]] = {
+    ".safetensors": safetensors.open_,
+    ".msgpack": msgpack.open_,
+}
+SUFFIXES = frozenset(_OPEN)
+_INDEX = ".index.json"
+
+
+def holds_weights(path: Path) -> bool:
+    """Whether a folder holds files of weights, by their names."""
+    has_weights = any(entry.suffix in _OPEN for entry in path.iterdir())
+    return has_weights or bool(step_names(path))
+
+
+def open_(path: Path, step: str | None = None) -> Checkpoint:
+    """Opens every file of weights; the tree has a level of their names on top.
+
+    Args:
+      path: the folder.
+      step: name of the one file to open, of several steps; the latest unless said.
+
+    Raises:
+      CheckpointError: there are weights in two formats, a file that the index names is
+        missing, or only some are converted.
+    """
+    steps = step_names(path)
+    if step is not None and step not in steps:
+        there = f"it has the steps {steps}" if steps else "it has no steps"
+        raise CheckpointError(f"{path}: no step {step!r}; {there}")
+    if steps:
+        name = step or steps[-1]
+        part = msgpack.open_(path / name)
+        layout = FolderLayout((name,), tuple(n for n in steps if n != name))
+        return dataclasses.replace(
+            part, tree={name: part.tree}, metadata={}, path=path, layout=layout
+        )
+    names = sorted(e.name for e in path.iterdir() if e.suffix in _OPEN)
+    formats = {Path(name).suffix for name in names}
+    if len(formats) > 1:
+        raise CheckpointError(
+            f"{path}: holds weights in two formats, {names[:5]}; name the file to "
+            "convert, or remove the others"
+        )
+    indexes = sorted(e.name for e in path.iterdir() if e.name.endswith(_INDEX))
+    for index in indexes:
+        listed = _listed(path / index)
+        missing = sorted(listed - set(names))
+        if missing:
+            raise CheckpointError(
+                f"{path / index}: lists {missing[:5]}, which {path} does not hold; "
+                "get the missing files"
+            )
+    opened = {name: _OPEN[Path(name).suffix](path / name) for name in names}
+    records = {name: part.record for name, part in opened.items()}
+    plans = {record and record.plan for record in records.values()}
+    if len(plans) > 1:
+        none = [name for name, record in records.items() if record is None]
+        raise CheckpointError(
+            f"{path}: its files are converted by several plans, or not all of them "
+            f"({none[:5]} are not); get another copy of the folder"
+        )
+    (plan,) = plans
+    shapes: dict[str, tuple[int, ...]] = {}
+    for record in records.values():
+        shapes |= record.shapes if record else {}
+    return Checkpoint(
+        next(iter(opened.values())).format,
+        {name: part.tree for name, part in opened.items()},
+        Record(plan, MappingProxyType(shapes)) if plan else None,
+        {name: part.metadata for name, part in opened.items()},
+        path,
+        FolderLayout(tuple(names)),
+    )
+
+
+def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
+    """Writes every file of weights, each with its part of the record.
+
+    Args:
+      path: a folder that is not there yet.
+      checkpoint: what to write.
+      tell: called with the number of bytes written since.
+    """
+    path.mkdir(exist_ok=True)
+    for name, tree in checkpoint.tree.items():
+        part = dataclasses.replace(
+            checkpoint,
+            tree=tree,
+            record=_part(checkpoint.record, tree),
+            metadata=checkpoint.metadata.get(name, {}),
+        )
+        write_one = safetensors.write if part.format == "safetensors" else msgpack.write
+        write_one(path / name, part, tell)
+    if checkpoint.path is not None and isinstance(checkpoint.layout, FolderLayout):
+        left = checkpoint.layout.left
+        for entry in checkpoint.path.iterdir():
+            if entry.name in checkpoint.tree or entry.name in left:
+                continue
+            if (path / entry.name).exists():
+                continue
+            # A hub's cache holds links: what they lead to is carried along.
+            if entry.is_dir():
+                shutil.copytree(entry, path / entry.name)
+            else:
+                shutil.copyfile(entry, path / entry.name)
+
+
+def format_of(path: Path) -> Format:
+    """The format of a folder's weights, as their names say."""
+    found = {entry.suffix for entry in path.iterdir()}
+    return "safetensors" if ".safetensors" in found else "msgpack"
+
+
+def step_names(path: Path) -> list[str]:
+    """Names of the msgpack files that ``flax.training.checkpoints`` left, by step."""
+    found = {}
+    for entry in path.iterdir():
+        number = re.fullmatch(r"(?:.*_)?(\d+)", entry.name)
+        if number and entry.is_file():
+            with entry.open("rb") as file:
+                if msgpack.looks_like(file.read(1)):
+                    found[entry.name] = int(number[1])
+    return sorted(found, key=found.__getitem__)
+
+
+def _part(record: Record | None, tree: Any) -> Record | None:
+    if record is None:
+        return None
+    names = {"/".join(parts) for parts, _ in iter_leaves(tree)}
+    shapes = {name: shape for name, shape in record.shapes.items() if name in names}
+    return Record(record.plan, shapes)
+
+
+def _listed(index: Path) -> set[str]:
+    """The files that an index names."""
+    try:
+        weights = loads(index.read_bytes())["weight_map"]
+        return {str(name) for name in weights.values()}
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise CheckpointError(
+            f"{index}: damaged, no list of files ({error!r}); get another copy"
+        ) from None

@@ -1,0 +1,66 @@
+"""Whether files changed while they were read."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Mapping
+from pathlib import Path
+
+from .checkpoint import Checkpoint, CheckpointError, FolderLayout
+
+
+@dataclasses.dataclass(frozen=True)
+class Stamp:
+    """How a checkpoint's files were when they were opened.
+
+    Args:
+      root: the checkpoint.
+      files: size, time of change and number of each file.
+    """
+
+    root: Path
+    files: Mapping[Path, tuple[int, int, int]]
+
+    @classmethod
+    def of(cls, checkpoint: Checkpoint) -> Stamp:
+        """Looks at the files of a checkpoint that is open."""
+        root = checkpoint.path or Path()
+        return cls(root, _look(_places(checkpoint, root)))
+
+    def check(self) -> None:
+        """Looks again.
+
+        Raises:
+          CheckpointError: a file is not as it was.
+        """
+        for path, before in self.files.items():
+            try:
+                now = _look([path]).get(path)
+            except OSError:
+                now = None
+            if now != before:
+                what = "is gone" if now is None else "changed"
+                raise CheckpointError(
+                    f"{path}: {what} while it was read; wait until nothing writes to "
+                    f"{self.root}, and convert again"
+                )
+
+
+def _places(checkpoint: Checkpoint, root: Path) -> list[Path]:
+    layout = checkpoint.layout
+    if isinstance(layout, FolderLayout):
+        return [root / name for name in layout.files]
+    return [root / layout.step if layout.step else root]
+
+
+def _look(places: list[Path]) -> dict[Path, tuple[int, int, int]]:
+    found = {}
+    for place in places:
+        files = place.rglob("*") if place.is_dir() else (place,)
+        for file in files:
+            if file.is_dir():
+                continue
+            stat = os.stat(file)
+            found[file] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
+    return found

@@ -1,0 +1,183 @@
+"""Arrays where Orbax keeps them: TensorStore's, read chunk by chunk."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import itertools
+import math
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..strict_json import loads
+from .checkpoint import CheckpointError, LeafInfo, iter_leaves
+from .entries import Moved
+from .extents import PIECE
+
+TREE = "_METADATA"
+# A run of one byte, the most that zstd packs: 128 KiB in 4 bytes.
+_MOST_PACKED = 1 << 16
+
+
+def is_stored_array(described: Any) -> bool:
+    """Whether what Orbax says of a leaf is said of an array."""
+    from orbax.checkpoint.metadata import ArrayMetadata, ScalarMetadata
+
+    return isinstance(described, ArrayMetadata) and not isinstance(
+        described, ScalarMetadata
+    )
+
+
+def damaged(directory: Path, described: Any, error: Exception) -> str:
+    """What is said of a directory that cannot be read, and of which leaf."""
+    text = " ".join(str(error).split())
+    leaf = ""
+    if described is not None:
+        # TensorStore names the leaf as it does files, with dots for slashes.
+        for parts, _ in iter_leaves(described):
+            if ".".join(parts) in text:
+                leaf = f" leaf {'/'.join(parts)!r}"
+    return (
+        f"{directory}: damaged Orbax checkpoint:{leaf} {type(error).__name__}: "
+        f"{text[:400]}; get another copy of the directory"
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Storage:
+    """How TensorStore finds the arrays of a directory.
+
+    Args:
+      ocdbt: whether they lie in one key-value store, not in a folder each.
+      zarr3: the version of their format.
+      whole: whether entries that are zero are stored as well.
+      nbytes: of all files.
+    """
+
+    ocdbt: bool = True
+    zarr3: bool = False
+    whole: bool = False
+    nbytes: int = 0
+
+    @classmethod
+    def of(cls, directory: Path) -> Storage:
+        """Reads it from the metadata of a tree."""
+        try:
+            content = loads((directory / TREE).read_bytes())
+            zarr3 = bool(content.get("use_zarr3"))
+            whole = bool(content.get("store_array_data_equal_to_fill_value"))
+        except (ValueError, AttributeError) as error:
+            raise CheckpointError(damaged(directory, None, error)) from None
+        files = [entry for entry in directory.rglob("*") if entry.is_file()]
+        nbytes = sum(file.stat().st_size for file in files)
+        ocdbt = (directory / "manifest.ocdbt").exists()
+        return cls(ocdbt, zarr3, whole, nbytes)
+
+    def check(self, described: Any) -> None:
+        """Refuses what cannot be true before anything is allocated.
+
+        Raises:
+          CheckpointError: the arrays are larger than any codec packs into the files,
+            or a chunk, which is read whole, larger than the machine's memory.
+        """
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        total = 0
+        for parts, leaf in iter_leaves(described):
+            if not is_stored_array(leaf):
+                continue
+            info = LeafInfo.of("/".join(parts), leaf)
+            itemsize = np.dtype(leaf.dtype).itemsize
+            chunk = leaf.storage.chunk_shape if leaf.storage else None
+            chunk_bytes = math.prod(chunk or leaf.shape) * itemsize
+            total += info.nbytes
+            too_large = self.whole and total > _MOST_PACKED * (self.nbytes + 1024)
+            if chunk_bytes > memory or too_large:
+                raise CheckpointError(
+                    f"{leaf.directory}: leaf {info.path!r} says that it has "
+                    f"{info.nbytes} bytes, {chunk_bytes} in a chunk: more than "
+                    f"{'its files can hold' if too_large else 'this machine has'}; "
+                    "the directory is damaged, get another copy"
+                )
+
+    def entries(self, described: Any, name: str) -> Moved:
+        """The entries of one array."""
+        where: dict[str, Any] = {
+            "driver": "file",
+            "path": f"{described.directory}/",
+        }
+        if self.ocdbt:
+            where = {"driver": "ocdbt", "base": where, "path": f"{described.name}/"}
+        else:
+            where["path"] += f"{described.name}/"
+        spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": where}
+        dtype = np.dtype(described.dtype)
+        stored = Stored(tuple(described.shape), dtype.itemsize, spec, name)
+        return Moved(stored, dtype)
+
+
+@dataclasses.dataclass(frozen=True)
+class Stored:
+    """Entries in a TensorStore.
+
+    Args:
+      shape: of the array.
+      itemsize: bytes of an entry.
+      spec: where they are.
+      name: of the leaf, for errors.
+    """
+
+    shape: tuple[int, ...]
+    itemsize: int
+    spec: Any = dataclasses.field(repr=False)
+    name: str
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all entries."""
+        return math.prod(self.shape) * self.itemsize
+
+    def boxes(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
+        """Chunk by chunk; the whole of an array that is not large.
+
+        Raises:
+          CheckpointError: it cannot be read.
+        """
+        import tensorstore as ts
+
+        try:
+            store = ts.open(ts.Spec(self.spec), open=True, context=_context()).result()
+            known = store.chunk_layout.read_chunk.shape or self.shape
+            chunk = [max(1, size or 1) for size in known]
+            if self.nbytes <= PIECE or not chunk:
+                yield (0,) * len(self.shape), np.asarray(store.read().result())
+                return
+            grid = [range(0, n, c) for n, c in zip(self.shape, chunk)]
+            for start in itertools.product(*grid):
+                ends = (min(a + c, n) for a, c, n in zip(start, chunk, self.shape))
+                box = tuple(slice(a, b) for a, b in zip(start, ends))
+                yield start, np.asarray(store[box].read().result())
+        except (ValueError, OSError) as error:
+            if isinstance(error, CheckpointError):
+                raise
+            text = " ".join(str(error).split())
+            raise CheckpointError(
+                f"leaf {self.name!r} cannot be read: {text[:400]}; the directory is "
+                "damaged, get another copy"
+            ) from None
+
+
+@functools.cache
+def _context() -> Any:
+    """TensorStore's own limits: no more memory than a few chunks."""
+    import tensorstore as ts
+
+    return ts.Context(
+        {
+            "cache_pool": {"total_bytes_limit": PIECE},
+            "data_copy_concurrency": {"limit": 2},
+        }
+    )
