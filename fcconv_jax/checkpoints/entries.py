@@ -5,15 +5,17 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeVar
 
 import numpy as np
 
 from ..kernels import Rearrangement
 from .checkpoint import CheckpointError
-from .extents import PIECE, Extent, File, Tell, copy, silent
+from .extents import PIECE, WORKERS, Extent, File, Tell, copy, silent
 
 Shape = tuple[int, ...]
 
@@ -36,8 +38,12 @@ class Entries(Protocol):
         """Bytes of all entries."""
         ...
 
-    def boxes(self) -> Iterator[tuple[Shape, np.ndarray]]:
-        """Each entry once: the first index of a box of the array, and the box."""
+    def boxes(self) -> Iterator[tuple[Shape, Shape]]:
+        """Boxes to read it by, that hold each entry once: first index and sizes."""
+        ...
+
+    def box(self, start: Shape, sizes: Shape) -> np.ndarray:
+        """One of the boxes."""
         ...
 
 
@@ -62,20 +68,17 @@ class Held:
         """Bytes of all entries."""
         return self.array.nbytes
 
-    def boxes(self) -> Iterator[tuple[Shape, np.ndarray]]:
-        """Slabs of the array, as :class:`Entries` has them."""
-        yield from self.slabs(self.shape)
+    def reshaped(self, shape: Shape) -> Held:
+        """The same entries as an array of another shape."""
+        return Held(self.array.reshape(shape))
 
-    def slabs(self, shape: Shape) -> Iterator[tuple[Shape, np.ndarray]]:
-        """The same for the array in another shape."""
-        array = _opaque(self.array).reshape(shape)
-        for start, sizes in row_major_slabs(shape, self.itemsize, PIECE):
-            yield start, array[tuple(slice(a, a + n) for a, n in zip(start, sizes))]
+    def boxes(self) -> Iterator[tuple[Shape, Shape]]:
+        """As :class:`Entries` has them."""
+        return row_major_slabs(self.shape, self.itemsize, PIECE)
 
-    def box(self, shape: Shape, start: Shape, sizes: Shape) -> np.ndarray:
-        """A box of the array in another shape."""
-        index = tuple(slice(a, a + n) for a, n in zip(start, sizes))
-        return _opaque(self.array).reshape(shape)[index]
+    def box(self, start: Shape, sizes: Shape) -> np.ndarray:
+        """Any box of the array."""
+        return _opaque(self.array)[_slices(start, sizes)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -97,22 +100,19 @@ class Filed:
         """Bytes of all entries."""
         return self.extent.nbytes
 
-    def boxes(self) -> Iterator[tuple[Shape, np.ndarray]]:
-        """Slabs of the array, as :class:`Entries` has them."""
-        yield from self.slabs(self.shape)
+    def reshaped(self, shape: Shape) -> Filed:
+        """The same entries as an array of another shape."""
+        return Filed(shape, self.itemsize, self.extent)
 
-    def slabs(self, shape: Shape) -> Iterator[tuple[Shape, np.ndarray]]:
-        """The same for the array in another shape."""
-        for start, sizes in row_major_slabs(shape, self.itemsize, PIECE):
-            yield start, self.box(shape, start, sizes)
+    def boxes(self) -> Iterator[tuple[Shape, Shape]]:
+        """As :class:`Entries` has them."""
+        return row_major_slabs(self.shape, self.itemsize, PIECE)
 
-    def box(self, shape: Shape, start: Shape, sizes: Shape) -> np.ndarray:
-        """A box of the array in another shape."""
+    def box(self, start: Shape, sizes: Shape) -> np.ndarray:
+        """Any box of the array."""
         out = np.empty(sizes, _raw(self.itemsize))
-        for index, offset, count in _runs(shape, start, sizes):
-            begin = offset * self.itemsize
-            data = self.extent.read(begin, begin + count * self.itemsize)
-            out[index] = np.frombuffer(data, out.dtype).reshape(out[index].shape)
+        for index, offset in _runs(self.shape, start, sizes):
+            self.extent.read_into(offset * self.itemsize, _octets(out[index]))
         return out
 
 
@@ -153,18 +153,21 @@ def row_major_slabs(
             )
 
 
-def _runs(
-    shape: Shape, start: Shape, sizes: Shape
-) -> Iterator[tuple[tuple[int, ...], int, int]]:
-    """The contiguous runs of a box: index in the box, first entry, their number."""
+def _runs(shape: Shape, start: Shape, sizes: Shape) -> Iterator[tuple[Any, int]]:
+    """The contiguous runs of a box: where in the box, and the first entry."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     axis = len(shape)
     while axis and (axis == len(shape) or sizes[axis] == shape[axis]):
         axis -= 1
-    count = math.prod(sizes[axis:])
     first = sum(a * s for a, s in zip(start, strides))
     for index in itertools.product(*map(range, sizes[:axis])):
-        yield index, first + sum(i * s for i, s in zip(index, strides)), count
+        # The slice keeps a run of one entry an array.
+        where = (*index, slice(None)) if len(shape) else (...,)
+        yield where, first + sum(i * s for i, s in zip(index, strides))
+
+
+def _slices(start: Shape, sizes: Shape) -> tuple[slice, ...]:
+    return tuple(slice(a, a + n) for a, n in zip(start, sizes))
 
 
 def _raw(itemsize: int) -> np.dtype:
@@ -172,8 +175,13 @@ def _raw(itemsize: int) -> np.dtype:
     return np.dtype(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
 
 
-def _octets(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(-1).view(np.uint8)
+def _octets(array: np.ndarray) -> memoryview:
+    """The bytes of a contiguous array, in place."""
+    return array.reshape(-1).view(np.uint8).data
+
+
+def _permuted(values: Shape, perm: Shape) -> Shape:
+    return tuple(values[axis] for axis in perm)
 
 
 def _opaque(array: np.ndarray) -> np.ndarray:
@@ -235,12 +243,21 @@ class Moved:
         if self.keeps_order:
             if isinstance(self.entries, Filed):
                 copy(self.entries.extent, out, tell)
-                return
-            _write_boxes(self.entries, out, tell)
+            else:
+                _write_boxes(self.entries, out, tell)
             return
-        for shape, start, box in self._moved_boxes(scratch):
-            _scatter(out, shape, start, box)
-            tell(box.nbytes)
+
+        shape, perm = self._split()
+        here = landed(self.entries, scratch).reshaped(shape)
+        target = _permuted(shape, perm)
+
+        def write(box: tuple[Shape, Shape]) -> int:
+            moved = here.box(*box).transpose(perm)
+            _scatter(out, target, _permuted(box[0], perm), moved)
+            return moved.nbytes
+
+        for count in _at_once(write, here.boxes()):
+            tell(count)
 
     def differs(self, other: Entries, scratch: Path, tell: Tell = silent) -> bool:
         """Whether any moved entry differs from another array's, bit for bit.
@@ -250,16 +267,31 @@ class Moved:
           scratch: folder for entries that cannot be read in the order wanted.
           tell: called with the number of bytes compared since.
         """
-        theirs = landed(other, scratch)
-        mine = self.entries
+        theirs, mine = landed(other, scratch), landed(self.entries, scratch)
         if self.keeps_order and isinstance(mine, Filed) and isinstance(theirs, Filed):
             return _bytes_differ(mine.extent, theirs.extent, tell)
-        for shape, start, box in self._moved_boxes(scratch):
-            other_box = theirs.box(shape, start, box.shape)
-            if not np.array_equal(_octets(box), _octets(other_box)):
+        shape, perm = self._split()
+        mine, theirs = mine.reshaped(shape), theirs.reshaped(_permuted(shape, perm))
+
+        def compare(box: tuple[Shape, Shape]) -> int:
+            moved = mine.box(*box).transpose(perm)
+            start = _permuted(box[0], perm)
+            other_box = theirs.box(start, moved.shape)
+            same = _same(np.ascontiguousarray(moved), np.ascontiguousarray(other_box))
+            return moved.nbytes if same else 0
+
+        for count in _at_once(compare, mine.boxes()):
+            if not count:
                 return True
-            tell(box.nbytes)
+            tell(count)
         return False
+
+    def _split(self) -> tuple[Shape, Shape]:
+        """The shape of the entries as they lie, and how its axes are permuted."""
+        if self.move is None:
+            return self.entries.shape, tuple(range(len(self.entries.shape)))
+        normal = self.move.normal()
+        return normal.split, normal.perm
 
     def array(self) -> np.ndarray:
         """The moved array, whole and in memory.
@@ -274,18 +306,6 @@ class Moved:
             )
         out = _in_memory(self.entries).view(self.dtype)
         return out if self.move is None else self.move(out)
-
-    def _moved_boxes(self, scratch: Path) -> Iterator[tuple[Shape, Shape, np.ndarray]]:
-        """Boxes of the moved array: its shape for them, first index, entries."""
-        here = landed(self.entries, scratch)
-        if self.move is None:
-            shape, perm = here.shape, tuple(range(len(here.shape)))
-        else:
-            normal = self.move.normal()
-            shape, perm = normal.split, normal.perm
-        moved = tuple(shape[axis] for axis in perm)
-        for start, box in here.slabs(shape):
-            yield moved, tuple(start[axis] for axis in perm), box.transpose(perm)
 
 
 def landed(entries: Entries, scratch: Path) -> Held | Filed:
@@ -307,29 +327,65 @@ def landed(entries: Entries, scratch: Path) -> Held | Filed:
 def _in_memory(entries: Entries) -> np.ndarray:
     """All entries, as unsigned integers of their size."""
     out = np.empty(entries.shape, _raw(entries.itemsize))
-    for start, box in entries.boxes():
-        out[tuple(slice(a, a + n) for a, n in zip(start, box.shape))] = _opaque(box)
+    for start, sizes in entries.boxes():
+        out[_slices(start, sizes)] = _opaque(entries.box(start, sizes))
     return out
 
 
 def _write_boxes(entries: Entries, out: Extent, tell: Tell) -> None:
-    for start, box in entries.boxes():
-        _scatter(out, entries.shape, start, box)
-        tell(box.nbytes)
+    def write(box: tuple[Shape, Shape]) -> int:
+        read = _opaque(entries.box(*box))
+        _scatter(out, entries.shape, box[0], read)
+        return read.nbytes
+
+    for count in _at_once(write, entries.boxes()):
+        tell(count)
 
 
 def _scatter(out: Extent, shape: Shape, start: Shape, box: np.ndarray) -> None:
     """Writes a box of a row-major array."""
-    box = _opaque(box)
-    for index, offset, _ in _runs(shape, start, box.shape):
-        run = box[index].reshape(-1).view(np.uint8)
-        out.write(offset * box.itemsize, run.data)
+    for index, offset in _runs(shape, start, box.shape):
+        out.write(offset * box.itemsize, _octets(np.ascontiguousarray(box[index])))
 
 
 def _bytes_differ(one: Extent, other: Extent, tell: Tell) -> bool:
-    for start in range(0, one.nbytes, PIECE):
+    def compare(start: int) -> int:
         stop = min(start + PIECE, one.nbytes)
-        if one.read(start, stop) != other.read(start, stop):
+        parts = [np.empty(stop - start, np.uint8) for _ in range(2)]
+        for extent, part in zip((one, other), parts):
+            extent.read_into(start, part.data)
+        return stop - start if _same(*parts) else 0
+
+    if one.nbytes != other.nbytes:
+        return True
+    for count in _at_once(compare, range(0, one.nbytes, PIECE)):
+        if not count:
             return True
-        tell(stop - start)
-    return one.nbytes != other.nbytes
+        tell(count)
+    return False
+
+
+def _same(one: np.ndarray, other: np.ndarray) -> bool:
+    """Whether two contiguous arrays hold the same bytes."""
+    a, b = (x.reshape(-1).view(np.uint8) for x in (one, other))
+    whole = len(a) // 8 * 8
+    return bool(
+        len(a) == len(b)
+        and np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64))
+        and np.array_equal(a[whole:], b[whole:])
+    )
+
+
+_Item = TypeVar("_Item")
+
+
+def _at_once(work: Callable[[_Item], int], items: Iterable[_Item]) -> Iterator[int]:
+    """Works on a few items at a time, in threads; the results in turn."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        waiting: deque[Future[int]] = deque()
+        for item in items:
+            if len(waiting) == WORKERS:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(work, item))
+        while waiting:
+            yield waiting.popleft().result()

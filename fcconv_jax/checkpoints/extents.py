@@ -10,8 +10,9 @@ from pathlib import Path
 
 from .checkpoint import CheckpointError
 
-# Bytes that are held in memory at a time; a move needs them twice.
-PIECE = 32 << 20
+# Bytes that a thread holds in memory at a time; a move needs them twice.
+PIECE = 16 << 20
+WORKERS = 3
 # What is called with the number of bytes that were just dealt with.
 Tell = Callable[[int], None]
 
@@ -103,14 +104,22 @@ class Extent:
           CheckpointError: the file has become shorter.
         """
         out = bytearray(stop - start)
-        view, done = memoryview(out), 0
-        for offset, length in self.places(start, stop):
+        self.read_into(start, memoryview(out))
+        return out
+
+    def read_into(self, start: int, out: memoryview) -> None:
+        """Reads as many bytes as there is room for, from ``start`` on.
+
+        Raises:
+          CheckpointError: the file has become shorter.
+        """
+        done = 0
+        for offset, length in self.places(start, start + len(out)):
             while length:
-                got = os.preadv(self.file.fd, [view[done : done + length]], offset)
+                got = os.preadv(self.file.fd, [out[done : done + length]], offset)
                 if not got:
                     raise shorter(self.file.name)
                 done, offset, length = done + got, offset + got, length - got
-        return out
 
     def write(self, start: int, data: memoryview) -> None:
         """Writes bytes from ``start`` on."""

@@ -180,8 +180,8 @@ def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
             for batch in _batches(values):
                 arrays = [_materialised(values[i], scratch) for i in batch]
                 wishes = [
-                    dataclasses.replace(args[i], chunk_byte_size=2 * PIECE)
-                    if values[i].nbytes > 2 * PIECE
+                    dataclasses.replace(args[i], chunk_byte_size=PIECE)
+                    if values[i].nbytes > PIECE
                     else args[i]
                     for i in batch
                 ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
@@ -15,7 +16,7 @@ import numpy as np
 
 from ..strict_json import loads
 from .checkpoint import CheckpointError, LeafInfo, iter_leaves
-from .entries import Moved
+from .entries import Moved, row_major_slabs
 from .extents import PIECE
 
 TREE = "_METADATA"
@@ -140,44 +141,57 @@ class Stored:
         """Bytes of all entries."""
         return math.prod(self.shape) * self.itemsize
 
-    def boxes(self) -> Iterator[tuple[tuple[int, ...], np.ndarray]]:
-        """Chunk by chunk; the whole of an array that is not large.
+    def boxes(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
+        """Pieces of one chunk after the other.
+
+        Raises:
+          CheckpointError: it cannot be opened.
+        """
+        chunk = self._chunk
+        grid = [range(0, n, c) for n, c in zip(self.shape, chunk)]
+        for start in itertools.product(*grid):
+            inside = tuple(min(c, n - a) for a, c, n in zip(start, chunk, self.shape))
+            for first, sizes in row_major_slabs(inside, self.itemsize, PIECE):
+                yield tuple(a + b for a, b in zip(start, first)), sizes
+
+    def box(self, start: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
+        """One of the boxes.
 
         Raises:
           CheckpointError: it cannot be read.
         """
+        index = tuple(slice(a, a + n) for a, n in zip(start, sizes))
+        with self._naming():
+            return np.asarray(self._store[index].read().result())
+
+    @functools.cached_property
+    def _chunk(self) -> list[int]:
+        """Sizes of what is decoded at a time."""
         import tensorstore as ts
 
-        try:
-            store = ts.open(ts.Spec(self.spec), open=True, context=_context()).result()
+        with self._naming():
+            store = ts.open(ts.Spec(self.spec), open=True).result()
             known = store.chunk_layout.read_chunk.shape or self.shape
-            chunk = [max(1, size or 1) for size in known]
-            if self.nbytes <= PIECE or not chunk:
-                yield (0,) * len(self.shape), np.asarray(store.read().result())
-                return
-            grid = [range(0, n, c) for n, c in zip(self.shape, chunk)]
-            for start in itertools.product(*grid):
-                ends = (min(a + c, n) for a, c, n in zip(start, chunk, self.shape))
-                box = tuple(slice(a, b) for a, b in zip(start, ends))
-                yield start, np.asarray(store[box].read().result())
+        return [max(1, size or 1) for size in known]
+
+    @functools.cached_property
+    def _store(self) -> Any:
+        """The array, opened with room for the chunk whose pieces are being read."""
+        import tensorstore as ts
+
+        nbytes = math.prod(self._chunk) * self.itemsize
+        limits = {"cache_pool": {"total_bytes_limit": nbytes if nbytes > PIECE else 0}}
+        context = ts.Context(limits)
+        return ts.open(ts.Spec(self.spec), open=True, context=context).result()
+
+    @contextlib.contextmanager
+    def _naming(self) -> Iterator[None]:
+        """Turns TensorStore's errors into ours, with the leaf's name."""
+        try:
+            yield
         except (ValueError, OSError) as error:
-            if isinstance(error, CheckpointError):
-                raise
             text = " ".join(str(error).split())
             raise CheckpointError(
                 f"leaf {self.name!r} cannot be read: {text[:400]}; the directory is "
                 "damaged, get another copy"
             ) from None
-
-
-@functools.cache
-def _context() -> Any:
-    """TensorStore's own limits: no more memory than a few chunks."""
-    import tensorstore as ts
-
-    return ts.Context(
-        {
-            "cache_pool": {"total_bytes_limit": PIECE},
-            "data_copy_concurrency": {"limit": 2},
-        }
-    )
