@@ -111,6 +111,8 @@ def anonymous() -> int:
 
 def measure(src: Path, folder: Path, layers: int, rounds: int, format: str) -> dict:
     logging.getLogger("absl").setLevel(logging.ERROR)
+    for needed in (plan("CHW", 1), fc.convert_checkpoint):
+        assert needed  # has imported what it needs
     base_memory = anonymous()
     beside = load_and_save if format == "orbax" else copy
     cases: dict[str, Callable[[Path, Path], object]] = {"beside": beside}

@@ -441,6 +441,48 @@ class TestConvert:
             params,
         )
 
+    def test_steps_of_a_run(self, params):
+        Path("run").mkdir()
+        for step in (8, 9):
+            save(f"run/checkpoint_{step}", {"params": params, "step": step})
+        by_hand = "--rule fc1=4x4:HWC --rule fc2=1x1"
+        result = run(f"convert run one --step 8 {by_hand}")
+        assert "of step checkpoint_8 converted" in result.stdout
+        assert read_checkpoint("one").tree["step"] == 8
+        result = run(f"convert run all --all-steps {by_hand}")
+        assert "4 of 14 leaves of step checkpoint_8, checkpoint_9" in result.stdout
+        assert "step" in run("inspect all --step 8").stdout
+        run("restore all back --all-steps")
+        assert Path("back/checkpoint_8").read_bytes() == (
+            Path("run/checkpoint_8").read_bytes()
+        )
+        fails(f"convert run no --step 7 {by_hand}", "no step '7'; it has the steps")
+
+    def test_one_of_two_models(self, params):
+        save("ckpt", {"gen": {"params": params}, "disc": {"params": params}})
+        plan = fc.plan_from_params(params, ["fc1=4x4:HWC", "fc2=1x1"])
+        Path("plan.json").write_text(plan.to_json())
+        fails("convert ckpt conv --plan plan.json", r"pass prefix= \(--prefix\)")
+        run("convert ckpt conv --plan plan.json --prefix gen/params")
+        tree = read_checkpoint("conv").tree
+        assert tree["gen"]["params"]["fc1"]["kernel"].shape == (4, 4, 3, 5)
+        assert tree["disc"]["params"]["fc1"]["kernel"].shape == (48, 5)
+        run("restore conv back --prefix gen/params --no-check")
+        assert Path("back").read_bytes() == Path("ckpt").read_bytes()
+
+    def test_what_would_be_done(self, params):
+        save("ckpt", params)
+        line = "convert ckpt conv --model model.py:Net --input 1,8,8,1"
+        out = run(f"{line} --dry-run").stdout
+        assert "2 of 6 leaves would be converted" in out
+        assert re.search(
+            r"nothing was written; \d+ bytes are needed, \d+ are free", out
+        )
+        assert not Path("conv").exists()
+        run(line)
+        fails(f"{line} --dry-run", "conv: exists already")
+        fails(f"{line} --overwrite --step 3", "is one file, and has no step '3'")
+
     def test_a_plan_from_a_file(self, params):
         save("ckpt", params)
         run("plan model.py:Net --input 1,8,8,1 --out plan.json")
@@ -661,6 +703,30 @@ class TestVerify:
 
     def test_nothing_to_verify_is_no_success(self):
         fails("verify model.py:Plain --input 2,4", "no layer converts")
+
+
+class TestVerifyCheckpoints:
+    def test_two_checkpoints(self, params):
+        save("ckpt", params)
+        run("convert ckpt conv --rule fc1=4x4:CHW --rule fc2=1x1 --format orbax")
+        out = run("verify ckpt conv").stdout
+        assert (
+            out == "SAME: 6 leaves, 1196 bytes, bit for bit; 2 of them moved to conv\n"
+        )
+        content = json.loads(run("verify conv ckpt --json").stdout)
+        assert (content["passed"], content["to"]) == (True, "dense")
+        kernel = params["fc1"]["kernel"].copy()
+        kernel[3, 2] += 1e-6
+        params["fc1"]["kernel"] = kernel
+        save("other", params)
+        result = run("verify other conv --out report.md", 1)
+        assert result.stdout.startswith("DIFFERENT: 1 of 6 leaves")
+        assert "fc1/kernel" in Path("report.md").read_text()
+
+    def test_wrong_use(self, params):
+        save("ckpt", params)
+        fails("verify ckpt nothing", "nothing: no such file")
+        assert "no other option" in run("verify ckpt ckpt --input 1,8", 2).stderr
 
 
 class TestInspect:

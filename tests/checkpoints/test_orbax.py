@@ -1,3 +1,4 @@
+import json
 import sys
 import time
 
@@ -11,9 +12,13 @@ from flax.training.train_state import TrainState
 from fcconv_jax.checkpoints import (
     CheckpointError,
     convert_checkpoint,
+    entries,
     inspect_checkpoint,
+    orbax,
     read_checkpoint,
     restore_checkpoint,
+    tensorstore,
+    verify_checkpoint,
 )
 from fcconv_jax.checkpoints.checkpoint import OrbaxLayout
 
@@ -160,6 +165,106 @@ def test_directories_of_the_v1_api_are_read_and_read_back_there(
     custom = v1.metadata(tmp_path / "conv").custom_metadata
     assert custom["k"] == "v"
     assert "fcconv_plan" in custom
+
+
+@pytest.fixture
+def run(case, tmp_path):
+    """A manager's directory of two steps, with an item that is no tree."""
+    with ocp.CheckpointManager(tmp_path / "run") as manager:
+        for step in (9, 10):
+            tree = {"params": dict(case.dense), "step": np.int64(step)}
+            args = ocp.args.Composite(
+                state=ocp.args.StandardSave(tree), extra=ocp.args.JsonSave({"at": step})
+            )
+            manager.save(step, args=args)
+    return tmp_path / "run"
+
+
+def test_one_step_and_all_steps_of_a_manager(case, run, tmp_path):
+    report = convert_checkpoint(run, tmp_path / "latest", case.plan)
+    assert report.steps == ("10",)
+    assert "of step 10" in str(report)
+    for step in (9, "9"):
+        convert_checkpoint(run, tmp_path / f"nine{step!r}", case.plan, step=step)
+        assert read_checkpoint(tmp_path / f"nine{step!r}").tree["step"] == 9
+    report = convert_checkpoint(run, tmp_path / "all", case.plan, all_steps=True)
+    assert report.steps == ("9", "10")
+    assert {name for name, *_ in report.converted} >= {"9/params/head/kernel"}
+    with ocp.CheckpointManager(tmp_path / "all") as manager:
+        assert sorted(manager.all_steps()) == [9, 10]
+        for step in (9, 10):
+            assert manager.restore(
+                step, args=ocp.args.Composite(extra=ocp.args.JsonRestore())
+            )["extra"] == {"at": step}
+            assert verify_checkpoint(run, tmp_path / "all", step=step).passed
+    restore_checkpoint(tmp_path / "all", tmp_path / "back", all_steps=True)
+    for step in (9, 10):
+        assert verify_checkpoint(run, tmp_path / "back", step=step).passed
+    with pytest.raises(CheckpointError, match=r"run: no step '8'; it has the steps"):
+        convert_checkpoint(run, tmp_path / "no", case.plan, step=8)
+    with pytest.raises(CheckpointError, match="has no steps"):
+        convert_checkpoint(run / "10", tmp_path / "no", case.plan, all_steps=True)
+
+
+def test_training_may_go_on_in_the_directory(case, run, tmp_path):
+    """Another step that comes is no change of the one that is read."""
+
+    def save_another(*_):
+        if not (run / "11").exists():
+            with ocp.CheckpointManager(run) as manager:
+                tree = {"params": dict(case.dense), "step": np.int64(11)}
+                args = ocp.args.Composite(state=ocp.args.StandardSave(tree))
+                manager.save(11, args=args)
+
+    convert_checkpoint(run, tmp_path / "conv", case.plan, progress=save_another)
+    assert verify_checkpoint(run, tmp_path / "conv", step=10).passed
+
+
+@pytest.mark.parametrize("zarr3", [False, True])
+@pytest.mark.parametrize("ocdbt", [False, True])
+def test_arrays_in_many_chunks_keep_their_way_of_storage(
+    case, tmp_path, monkeypatch, zarr3, ocdbt
+):
+    """Every array is large here: read chunk by chunk, and written from a file."""
+    for module in (entries, orbax, tensorstore):
+        monkeypatch.setattr(module, "PIECE", 64)
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
+    tree = {"params": dict(case.dense), "mu": jax.tree.map(lambda x: -x, case.dense)}
+    save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=48), tree)
+    with ocp.Checkpointer(handler) as checkpointer:
+        args = ocp.args.PyTreeSave(tree, save_args)
+        checkpointer.save(tmp_path / "dense", args=args)
+    convert_checkpoint(tmp_path / "dense", tmp_path / "conv", case.plan)
+    conv = tmp_path / "conv"
+    assert (conv / "manifest.ocdbt").exists() == ocdbt
+    assert json.loads((conv / "_METADATA").read_text())["use_zarr3"] == zarr3
+    got = read_checkpoint(conv).tree
+    for part, sign in (("params", 1), ("mu", -1)):
+        want = case.conv_head(sign * case.dense["head"]["kernel"])
+        np.testing.assert_array_equal(got[part]["head"]["kernel"], want)
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        np.testing.assert_array_equal(
+            checkpointer.restore(conv)["mu"]["block"]["norm"]["scale"],
+            -case.dense["block"]["norm"]["scale"],
+        )
+    restore_checkpoint(conv, tmp_path / "back")
+    assert verify_checkpoint(tmp_path / "dense", tmp_path / "back").passed
+
+
+def test_a_directory_cannot_claim_more_than_its_files_hold(case, tmp_path):
+    with ocp.PyTreeCheckpointer(use_ocdbt=False) as checkpointer:
+        checkpointer.save(tmp_path / "dense", dict(case.dense))
+    file = tmp_path / "dense" / "head.kernel" / ".zarray"
+    content = json.loads(file.read_text())
+    for chunks in ([2**21, 2**20], [1, 2**20]):
+        file.write_text(
+            json.dumps({**content, "shape": [2**21, 2**20], "chunks": chunks})
+        )
+        for look in (read_checkpoint, inspect_checkpoint):
+            with pytest.raises(
+                CheckpointError, match=r"'head/kernel' says that it has"
+            ):
+                look(tmp_path / "dense")
 
 
 @pytest.fixture
