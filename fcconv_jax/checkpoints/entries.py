@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import math
 from collections import deque
@@ -18,6 +19,10 @@ from .checkpoint import CheckpointError
 from .extents import PIECE, WORKERS, Extent, File, Tell, copy, silent
 
 Shape = tuple[int, ...]
+
+
+# First index of a box of an array, and what reads it.
+Piece = tuple[Shape, Callable[[], np.ndarray]]
 
 
 class Entries(Protocol):
@@ -38,12 +43,8 @@ class Entries(Protocol):
         """Bytes of all entries."""
         ...
 
-    def boxes(self) -> Iterator[tuple[Shape, Shape]]:
-        """Boxes to read it by, that hold each entry once: first index and sizes."""
-        ...
-
-    def box(self, start: Shape, sizes: Shape) -> np.ndarray:
-        """One of the boxes."""
+    def pieces(self) -> Iterator[Piece]:
+        """Boxes that hold each entry once, in the order in which to read them."""
         ...
 
 
@@ -72,9 +73,10 @@ class Held:
         """The same entries as an array of another shape."""
         return Held(self.array.reshape(shape))
 
-    def boxes(self) -> Iterator[tuple[Shape, Shape]]:
+    def pieces(self) -> Iterator[Piece]:
         """As :class:`Entries` has them."""
-        return row_major_slabs(self.shape, self.itemsize, PIECE)
+        for start, sizes in row_major_slabs(self.shape, self.itemsize, PIECE):
+            yield start, functools.partial(self.box, start, sizes)
 
     def box(self, start: Shape, sizes: Shape) -> np.ndarray:
         """Any box of the array."""
@@ -104,9 +106,10 @@ class Filed:
         """The same entries as an array of another shape."""
         return Filed(shape, self.itemsize, self.extent)
 
-    def boxes(self) -> Iterator[tuple[Shape, Shape]]:
+    def pieces(self) -> Iterator[Piece]:
         """As :class:`Entries` has them."""
-        return row_major_slabs(self.shape, self.itemsize, PIECE)
+        for start, sizes in row_major_slabs(self.shape, self.itemsize, PIECE):
+            yield start, functools.partial(self.box, start, sizes)
 
     def box(self, start: Shape, sizes: Shape) -> np.ndarray:
         """Any box of the array."""
@@ -251,12 +254,13 @@ class Moved:
         here = landed(self.entries, scratch).reshaped(shape)
         target = _permuted(shape, perm)
 
-        def write(box: tuple[Shape, Shape]) -> int:
-            moved = here.box(*box).transpose(perm)
-            _scatter(out, target, _permuted(box[0], perm), moved)
+        def write(piece: Piece) -> int:
+            start, read = piece
+            moved = read().transpose(perm)
+            _scatter(out, target, _permuted(start, perm), moved)
             return moved.nbytes
 
-        for count in _at_once(write, here.boxes()):
+        for count in _at_once(write, here.pieces()):
             tell(count)
 
     def differs(self, other: Entries, scratch: Path, tell: Tell = silent) -> bool:
@@ -273,14 +277,14 @@ class Moved:
         shape, perm = self._split()
         mine, theirs = mine.reshaped(shape), theirs.reshaped(_permuted(shape, perm))
 
-        def compare(box: tuple[Shape, Shape]) -> int:
-            moved = mine.box(*box).transpose(perm)
-            start = _permuted(box[0], perm)
-            other_box = theirs.box(start, moved.shape)
+        def compare(piece: Piece) -> int:
+            start, read = piece
+            moved = read().transpose(perm)
+            other_box = theirs.box(_permuted(start, perm), moved.shape)
             same = _same(np.ascontiguousarray(moved), np.ascontiguousarray(other_box))
             return moved.nbytes if same else 0
 
-        for count in _at_once(compare, mine.boxes()):
+        for count in _at_once(compare, mine.pieces()):
             if not count:
                 return True
             tell(count)
@@ -327,18 +331,20 @@ def landed(entries: Entries, scratch: Path) -> Held | Filed:
 def _in_memory(entries: Entries) -> np.ndarray:
     """All entries, as unsigned integers of their size."""
     out = np.empty(entries.shape, _raw(entries.itemsize))
-    for start, sizes in entries.boxes():
-        out[_slices(start, sizes)] = _opaque(entries.box(start, sizes))
+    for start, read in entries.pieces():
+        box = _opaque(read())
+        out[_slices(start, box.shape)] = box
     return out
 
 
 def _write_boxes(entries: Entries, out: Extent, tell: Tell) -> None:
-    def write(box: tuple[Shape, Shape]) -> int:
-        read = _opaque(entries.box(*box))
-        _scatter(out, entries.shape, box[0], read)
-        return read.nbytes
+    def write(piece: Piece) -> int:
+        start, read = piece
+        box = _opaque(read())
+        _scatter(out, entries.shape, start, box)
+        return box.nbytes
 
-    for count in _at_once(write, entries.boxes()):
+    for count in _at_once(write, entries.pieces()):
         tell(count)
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from .checkpoint import CheckpointError
 
 # Bytes that a thread holds in memory at a time; a move needs them twice.
-PIECE = 16 << 20
+PIECE = 8 << 20
 WORKERS = 3
 # What is called with the number of bytes that were just dealt with.
 Tell = Callable[[int], None]

@@ -96,7 +96,13 @@ def install(fresh: Path, final: Path, may_replace: Callable[[Path], bool]) -> No
             # Another program put it there since it was looked at.
             _exchange(fresh, final)
             raise exists(final) from None
-    _sync_one(final.parent)
+    try:
+        _sync_one(final.parent)
+    except OSError as error:
+        raise CheckpointError(
+            f"{final}: is in its place, whole, but its folder cannot be flushed "
+            f"({error.strerror}): it may be gone after a power cut"
+        ) from None
 
 
 def exists(final: Path) -> CheckpointError:

@@ -363,7 +363,7 @@ def _quiet() -> Iterator[None]:
     """Keeps Orbax's notes on shardings and timing from the caller's terminal."""
     logger = logging.getLogger("absl")
     level = logger.level
-    logger.setLevel(logging.ERROR)
+    logger.setLevel(logging.CRITICAL)
     try:
         yield
     finally:

@@ -16,7 +16,7 @@ import numpy as np
 
 from ..strict_json import loads
 from .checkpoint import CheckpointError, LeafInfo, iter_leaves
-from .entries import Moved, row_major_slabs
+from .entries import Moved, Piece, row_major_slabs
 from .extents import PIECE
 
 TREE = "_METADATA"
@@ -141,48 +141,35 @@ class Stored:
         """Bytes of all entries."""
         return math.prod(self.shape) * self.itemsize
 
-    def boxes(self) -> Iterator[tuple[tuple[int, ...], tuple[int, ...]]]:
-        """Pieces of one chunk after the other.
+    def pieces(self) -> Iterator[Piece]:
+        """Those of one chunk after the other, which is decoded once.
 
         Raises:
-          CheckpointError: it cannot be opened.
+          CheckpointError: it cannot be opened, or read.
         """
-        chunk = self._chunk
-        grid = [range(0, n, c) for n, c in zip(self.shape, chunk)]
-        for start in itertools.product(*grid):
-            inside = tuple(min(c, n - a) for a, c, n in zip(start, chunk, self.shape))
-            for first, sizes in row_major_slabs(inside, self.itemsize, PIECE):
-                yield tuple(a + b for a, b in zip(start, first)), sizes
-
-    def box(self, start: tuple[int, ...], sizes: tuple[int, ...]) -> np.ndarray:
-        """One of the boxes.
-
-        Raises:
-          CheckpointError: it cannot be read.
-        """
-        index = tuple(slice(a, a + n) for a, n in zip(start, sizes))
-        with self._naming():
-            return np.asarray(self._store[index].read().result())
-
-    @functools.cached_property
-    def _chunk(self) -> list[int]:
-        """Sizes of what is decoded at a time."""
         import tensorstore as ts
 
         with self._naming():
             store = ts.open(ts.Spec(self.spec), open=True).result()
             known = store.chunk_layout.read_chunk.shape or self.shape
-        return [max(1, size or 1) for size in known]
+            chunk = [max(1, size or 1) for size in known]
+            nbytes = math.prod(chunk) * self.itemsize
+            # Room for the chunk whose pieces are being read, while they are.
+            limit = {"cache_pool": {"total_bytes_limit": nbytes * (nbytes > PIECE)}}
+            context = ts.Context(limit)
+            store = ts.open(ts.Spec(self.spec), open=True, context=context).result()
 
-    @functools.cached_property
-    def _store(self) -> Any:
-        """The array, opened with room for the chunk whose pieces are being read."""
-        import tensorstore as ts
+        def read(index: tuple[slice, ...]) -> np.ndarray:
+            with self._naming():
+                return np.asarray(store[index].read().result())
 
-        nbytes = math.prod(self._chunk) * self.itemsize
-        limits = {"cache_pool": {"total_bytes_limit": nbytes if nbytes > PIECE else 0}}
-        context = ts.Context(limits)
-        return ts.open(ts.Spec(self.spec), open=True, context=context).result()
+        grid = [range(0, n, c) for n, c in zip(self.shape, chunk)]
+        for corner in itertools.product(*grid):
+            inside = tuple(min(c, n - a) for a, c, n in zip(corner, chunk, self.shape))
+            for first, sizes in row_major_slabs(inside, self.itemsize, PIECE):
+                start = tuple(a + b for a, b in zip(corner, first))
+                index = tuple(slice(a, a + n) for a, n in zip(start, sizes))
+                yield start, functools.partial(read, index)
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:
