@@ -68,6 +68,22 @@ def test_detect_digits(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+def test_resume_training(tmp_path):
+    pytest.importorskip("sklearn")
+    done = run("resume_training.py", "--steps", "100", "--out", tmp_path / "run")
+    assert done.returncode == 0, done.stderr
+    rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
+    assert "opt_state/0/nu/fc1/kernel (256, 64) -> (4, 4, 16, 64)" in rows
+    assert "optimizer/opt_state/0/nu/fc1/kernel (256, 64) -> (4, 4, 16, 64)" in rows
+    for name in ("linen, TrainState", "NNX, nnx.Optimizer"):
+        (row,) = (row for row in rows if re.match(rf"{name} \d", row))
+        first, last, apart = map(float, row.split()[-3:])
+        assert last < first
+        assert apart < 1e-5
+    picture = (tmp_path / "run" / "losses.png").read_bytes()
+    assert picture.startswith(b"\x89PNG")
+
+
 def test_digits_help():
     done = run("digits.py", "--help")
     assert done.returncode == 0

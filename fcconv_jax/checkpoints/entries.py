@@ -156,12 +156,23 @@ def row_major_slabs(
             )
 
 
-def _runs(shape: Shape, start: Shape, sizes: Shape) -> Iterator[tuple[Any, int]]:
-    """The contiguous runs of a box: where in the box, and the first entry."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+def _run_count(shape: Shape, sizes: Shape) -> int:
+    """The number of contiguous runs of a box of this size."""
+    return math.prod(sizes[: _run_axis(shape, sizes)])
+
+
+def _run_axis(shape: Shape, sizes: Shape) -> int:
+    """The first axis of which a box is contiguous with those behind it."""
     axis = len(shape)
     while axis and (axis == len(shape) or sizes[axis] == shape[axis]):
         axis -= 1
+    return axis
+
+
+def _runs(shape: Shape, start: Shape, sizes: Shape) -> Iterator[tuple[Any, int]]:
+    """The contiguous runs of a box: where in the box, and the first entry."""
+    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
+    axis = _run_axis(shape, sizes)
     first = sum(a * s for a, s in zip(start, strides))
     for index in itertools.product(*map(range, sizes[:axis])):
         # The slice keeps a run of one entry an array.
@@ -256,11 +267,11 @@ class Moved:
 
         def write(piece: Piece) -> int:
             start, read = piece
-            moved = read().transpose(perm)
-            _scatter(out, target, _permuted(start, perm), moved)
+            moved = read()
+            _scatter(out, target, start, moved)
             return moved.nbytes
 
-        for count in _at_once(write, here.pieces()):
+        for count in _at_once(write, _moved_pieces(here, perm)):
             tell(count)
 
     def differs(self, other: Entries, scratch: Path, tell: Tell = silent) -> bool:
@@ -279,12 +290,12 @@ class Moved:
 
         def compare(piece: Piece) -> int:
             start, read = piece
-            moved = read().transpose(perm)
-            other_box = theirs.box(_permuted(start, perm), moved.shape)
+            moved = read()
+            other_box = theirs.box(start, moved.shape)
             same = _same(np.ascontiguousarray(moved), np.ascontiguousarray(other_box))
             return moved.nbytes if same else 0
 
-        for count in _at_once(compare, mine.pieces()):
+        for count in _at_once(compare, _moved_pieces(mine, perm)):
             if not count:
                 return True
             tell(count)
@@ -326,6 +337,33 @@ def landed(entries: Entries, scratch: Path) -> Held | Filed:
     extent = File.nameless(scratch).extent(0, entries.nbytes)
     _write_boxes(entries, extent, silent)
     return Filed(entries.shape, entries.itemsize, extent)
+
+
+def _moved_pieces(here: Held | Filed, perm: Shape) -> Iterator[Piece]:
+    """Pieces of an array whose axes are permuted, contiguous before or after it.
+
+    Whichever leaves fewer runs on the other side: each is one call to the system.
+    """
+    shape, itemsize = here.shape, here.itemsize
+    moved = _permuted(shape, perm)
+    back = tuple(perm.index(axis) for axis in range(len(perm)))
+    before, after = (
+        next(row_major_slabs(s, itemsize, PIECE), (s, s))[1] for s in (shape, moved)
+    )
+    by_target = _run_count(shape, _permuted(after, back)) < _run_count(
+        moved, _permuted(before, perm)
+    )
+
+    def read(start: Shape, sizes: Shape) -> np.ndarray:
+        return here.box(start, sizes).transpose(perm)
+
+    if by_target:
+        for start, sizes in row_major_slabs(moved, itemsize, PIECE):
+            first, extents = _permuted(start, back), _permuted(sizes, back)
+            yield start, functools.partial(read, first, extents)
+    else:
+        for start, sizes in row_major_slabs(shape, itemsize, PIECE):
+            yield _permuted(start, perm), functools.partial(read, start, sizes)
 
 
 def _in_memory(entries: Entries) -> np.ndarray:
