@@ -109,7 +109,7 @@ def run_linen(out: Path, until: int, more: int) -> dict[str, list[float]]:
     with ocp.CheckpointManager(dense) as manager:
         manager.save(until, args=ocp.args.StandardSave(state))
 
-    plan = fc.make_plan(model, x)
+    plan = fc.make_plan(model, batches(0, 1)[0][0])
     print(fc.convert_checkpoint(dense, conv, plan, step=until))
 
     def go_on(run: Path, start: TrainState) -> list[float]:

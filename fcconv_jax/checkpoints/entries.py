@@ -6,17 +6,15 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, Protocol, TypeVar
+from typing import Any, Protocol
 
 import numpy as np
 
 from ..kernels import Rearrangement
 from .checkpoint import CheckpointError
-from .extents import PIECE, WORKERS, Extent, File, Tell, copy, silent
+from .extents import LARGE, PIECE, Extent, File, Tell, at_once, copy, silent
 
 Shape = tuple[int, ...]
 
@@ -271,7 +269,7 @@ class Moved:
             _scatter(out, target, start, moved)
             return moved.nbytes
 
-        for count in _at_once(write, _moved_pieces(here, perm)):
+        for count in at_once(write, _moved_pieces(here, perm)):
             tell(count)
 
     def differs(self, other: Entries, scratch: Path, tell: Tell = silent) -> bool:
@@ -295,7 +293,7 @@ class Moved:
             same = _same(np.ascontiguousarray(moved), np.ascontiguousarray(other_box))
             return moved.nbytes if same else 0
 
-        for count in _at_once(compare, _moved_pieces(mine, perm)):
+        for count in at_once(compare, _moved_pieces(mine, perm)):
             if not count:
                 return True
             tell(count)
@@ -332,7 +330,7 @@ def landed(entries: Entries, scratch: Path) -> Held | Filed:
     """
     if isinstance(entries, Held | Filed):
         return entries
-    if entries.nbytes <= PIECE:
+    if entries.nbytes <= LARGE:
         return Held(_in_memory(entries))
     extent = File.nameless(scratch).extent(0, entries.nbytes)
     _write_boxes(entries, extent, silent)
@@ -382,7 +380,7 @@ def _write_boxes(entries: Entries, out: Extent, tell: Tell) -> None:
         _scatter(out, entries.shape, start, box)
         return box.nbytes
 
-    for count in _at_once(write, entries.pieces()):
+    for count in at_once(write, entries.pieces()):
         tell(count)
 
 
@@ -402,7 +400,7 @@ def _bytes_differ(one: Extent, other: Extent, tell: Tell) -> bool:
 
     if one.nbytes != other.nbytes:
         return True
-    for count in _at_once(compare, range(0, one.nbytes, PIECE)):
+    for count in at_once(compare, range(0, one.nbytes, PIECE)):
         if not count:
             return True
         tell(count)
@@ -418,18 +416,3 @@ def _same(one: np.ndarray, other: np.ndarray) -> bool:
         and np.array_equal(a[:whole].view(np.uint64), b[:whole].view(np.uint64))
         and np.array_equal(a[whole:], b[whole:])
     )
-
-
-_Item = TypeVar("_Item")
-
-
-def _at_once(work: Callable[[_Item], int], items: Iterable[_Item]) -> Iterator[int]:
-    """Works on a few items at a time, in threads; the results in turn."""
-    with ThreadPoolExecutor(WORKERS) as pool:
-        waiting: deque[Future[int]] = deque()
-        for item in items:
-            if len(waiting) == WORKERS:
-                yield waiting.popleft().result()
-            waiting.append(pool.submit(work, item))
-        while waiting:
-            yield waiting.popleft().result()

@@ -1,18 +1,30 @@
-"""Bytes of files: in several places, copied inside of the kernel where it can."""
+"""Bytes of files: in several places, read, written, copied or shared."""
 
 from __future__ import annotations
 
 import dataclasses
+import fcntl
 import os
+import struct
 import tempfile
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
+from typing import TypeVar
 
 from .checkpoint import CheckpointError
 
 # Bytes that a thread holds in memory at a time; a move needs them twice.
-PIECE = 8 << 20
+PIECE = 4 << 20
+# From so many bytes on an array is never whole in memory.
+LARGE = 16 << 20
 WORKERS = 3
+# What file systems share between files in place of copying.
+BLOCK = 4096
+_BUFFER = 1 << 20
+# From linux/fs.h.
+_FICLONERANGE = 0x4020940D
 # What is called with the number of bytes that were just dealt with.
 Tell = Callable[[int], None]
 
@@ -139,7 +151,7 @@ def shorter(file: str) -> CheckpointError:
 
 
 def copy(source: Extent, target: Extent, tell: Tell = silent) -> None:
-    """Copies bytes from file to file, inside of the kernel where it can.
+    """Copies bytes from file to file; blocks are shared where the file system can.
 
     Raises:
       CheckpointError: the source has become shorter.
@@ -147,21 +159,59 @@ def copy(source: Extent, target: Extent, tell: Tell = silent) -> None:
     done = 0
     for start, length in source.places(0, source.nbytes):
         for to, count in target.places(done, done + length):
-            while count:
-                got = _copy_some(source.file, start, target.file, to, count)
-                start, to, count, done = start + got, to + got, count - got, done + got
-                tell(got)
+            begin, end = _clone(source.file, start, target.file, to, count)
+            tell(end - begin)
+            _copy_range(source.file, start, target.file, to, begin, tell)
+            after = start + end, target.file, to + end
+            _copy_range(source.file, *after, count - end, tell)
+            start, done = start + count, done + count
 
 
-def _copy_some(source: File, start: int, target: File, to: int, count: int) -> int:
-    """Copies some of the bytes, and says how many."""
+def _copy_range(
+    source: File, start: int, target: File, to: int, count: int, tell: Tell
+) -> None:
+    """Copies through a buffer that stays in the processor's cache.
+
+    This is quicker than the kernel's own copy where a file's data begin anywhere.
+    """
+    buffer = memoryview(bytearray(min(count, _BUFFER)))
+    while count:
+        part = buffer[: min(count, _BUFFER)]
+        source.extent(start, start + len(part)).read_into(0, part)
+        target.extent(to, to + len(part)).write(0, part)
+        start, to, count = start + len(part), to + len(part), count - len(part)
+        tell(len(part))
+
+
+def _clone(
+    source: File, start: int, target: File, to: int, count: int
+) -> tuple[int, int]:
+    """Shares the whole blocks of a range; where they begin and end in it.
+
+    Btrfs and XFS can, and Linux's ``FICLONERANGE`` asks them; elsewhere none are.
+    """
+    begin = -start % BLOCK
+    length = max(0, count - begin) // BLOCK * BLOCK
+    if (start - to) % BLOCK or not length:
+        return 0, 0
+    what = struct.pack("=qQQQ", source.fd, start + begin, length, to + begin)
     try:
-        count = min(count, 8 * PIECE)
-        got = os.copy_file_range(source.fd, target.fd, count, start, to)
-    except (OSError, AttributeError):
-        # Another file system, an old kernel, or no Linux.
-        data = os.pread(source.fd, min(count, PIECE), start)
-        got = os.pwrite(target.fd, data, to)
-    if not got:
-        raise shorter(source.name)
-    return got
+        fcntl.ioctl(target.fd, _FICLONERANGE, what)
+    except OSError:
+        return 0, 0
+    return begin, begin + length
+
+
+_Item = TypeVar("_Item")
+
+
+def at_once(work: Callable[[_Item], int], items: Iterable[_Item]) -> Iterator[int]:
+    """Works on a few items at a time, in threads; the results in turn."""
+    with ThreadPoolExecutor(WORKERS) as pool:
+        waiting: deque[Future[int]] = deque()
+        for item in items:
+            if len(waiting) == WORKERS:
+                yield waiting.popleft().result()
+            waiting.append(pool.submit(work, item))
+        while waiting:
+            yield waiting.popleft().result()

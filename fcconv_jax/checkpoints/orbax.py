@@ -26,7 +26,7 @@ from .checkpoint import (
     with_leaves,
 )
 from .entries import Moved
-from .extents import PIECE, File, Tell
+from .extents import LARGE, File, Tell
 from .tensorstore import TREE, Storage, damaged, is_stored_array
 
 _STEP = "_CHECKPOINT_METADATA"
@@ -180,8 +180,8 @@ def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
             for batch in _batches(values):
                 arrays = [_materialised(values[i], scratch) for i in batch]
                 wishes = [
-                    dataclasses.replace(args[i], chunk_byte_size=PIECE)
-                    if values[i].nbytes > PIECE
+                    dataclasses.replace(args[i], chunk_byte_size=LARGE)
+                    if values[i].nbytes > LARGE
                     else args[i]
                     for i in batch
                 ]
@@ -209,7 +209,7 @@ def _batches(leaves: Sequence[Moved]) -> Iterator[list[int]]:
     """Numbers of leaves that are in memory together."""
     batch, size = [], 0
     for index, leaf in enumerate(leaves):
-        if batch and size + leaf.nbytes > PIECE:
+        if batch and size + leaf.nbytes > LARGE:
             yield batch
             batch, size = [], 0
         batch.append(index)
@@ -220,7 +220,7 @@ def _batches(leaves: Sequence[Moved]) -> Iterator[list[int]]:
 
 def _materialised(leaf: Moved, scratch: Path) -> np.ndarray:
     """The moved array: in memory, or if it is large in a file without a name."""
-    if leaf.nbytes <= PIECE:
+    if leaf.nbytes <= LARGE:
         return leaf.array()
     file = File.nameless(scratch)
     leaf.write(file.extent(0, leaf.nbytes), scratch)

@@ -15,7 +15,7 @@ import numpy as np
 from ..strict_json import loads, whole_numbers
 from .checkpoint import Checkpoint, CheckpointError, Record, is_array
 from .entries import Filed, Moved
-from .extents import Extent, File, Tell, copy
+from .extents import BLOCK, Extent, File, Tell, copy
 
 _DTYPES = {
     "BOOL": np.bool_,
@@ -44,8 +44,6 @@ _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _WORD = 8
 # As the format's own library has it.
 _LONGEST_HEADER = 100_000_000
-# What file systems share between files in place of copying.
-_BLOCK = 4096
 
 
 def looks_like(head: bytes) -> bool:
@@ -119,7 +117,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     # Where the first entries lie in a block as they did, blocks may be shared.
     first = leaves[0][1].entries if leaves else None
     if isinstance(first, Filed) and first.extent.spans:
-        text += b" " * ((first.extent.spans[0][0] - _WORD - len(text)) % _BLOCK)
+        text += b" " * ((first.extent.spans[0][0] - _WORD - len(text)) % BLOCK)
     file = File.create(path)
     begin = struct.pack("<Q", len(text)) + text
     file.extent(0, len(begin)).write(0, memoryview(begin))

@@ -226,8 +226,10 @@ def test_arrays_in_many_chunks_keep_their_way_of_storage(
     case, tmp_path, monkeypatch, zarr3, ocdbt
 ):
     """Every array is large here: read chunk by chunk, and written from a file."""
-    for module in (entries, orbax, tensorstore):
+    for module in (entries, tensorstore):
         monkeypatch.setattr(module, "PIECE", 64)
+    for module in (entries, orbax):
+        monkeypatch.setattr(module, "LARGE", 100)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
     tree = {"params": dict(case.dense), "mu": jax.tree.map(lambda x: -x, case.dense)}
     save_args = jax.tree.map(lambda _: ocp.SaveArgs(chunk_byte_size=48), tree)

@@ -1,0 +1,94 @@
+"""Arrays spread over processes: each converts its own parts, and saves them."""
+
+import json
+import os
+import pathlib
+import socket
+import subprocess
+import sys
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+import fcconv_jax as fc
+from fcconv_jax.checkpoints import convert_checkpoint, verify_checkpoint
+
+sys.path.insert(0, str(pathlib.Path(__file__).parent))
+import processes
+
+PROGRAM = pathlib.Path(processes.__file__)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """What two processes with four devices each found, and what they saved."""
+    folder = tmp_path_factory.mktemp("processes")
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = free.getsockname()[1]
+    environment = {
+        **os.environ,
+        "JAX_PLATFORMS": "cpu",
+        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
+    }
+    started = [
+        subprocess.Popen(
+            [sys.executable, str(PROGRAM), str(number), str(port), str(folder)],
+            env=environment,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for number in range(2)
+    ]
+    found = []
+    for process in started:
+        try:
+            out, err = process.communicate(timeout=300)
+        except subprocess.TimeoutExpired:
+            for other in started:
+                other.kill()
+            raise
+        assert process.returncode == 0, err[-3000:]
+        found.append(json.loads(out.splitlines()[-1]))
+    return folder, found
+
+
+@pytest.mark.slow
+def test_no_process_holds_a_whole_array(run):
+    size = processes.ROWS * processes.COLUMNS * 4
+    for found in run[1]:
+        assert found["before"] == size // 2
+        assert found["jitted"]["local"] == size // 2
+        assert found["state"]["local"] == size // 2
+        assert found["step"] == size // 2
+        # A gathered array is seen as what it is: whole on each of four devices.
+        assert found["gathered"] > 2 * size / processes.MIB
+        # Two arrays of half the size each, and some room to move them.
+        assert found["jitted"]["MiB"] < 2 * size / processes.MIB
+        assert found["state"]["MiB"] < 6 * size / processes.MIB
+
+
+@pytest.mark.slow
+def test_they_save_what_one_process_would(run):
+    folder, _ = run
+    with ocp.PyTreeCheckpointer() as checkpointer:
+        state = checkpointer.restore(folder / "conv")["state"]
+    for tree, scale in (
+        (state["params"], 1),
+        (state["opt_state"][0]["mu"], 2),
+        (state["opt_state"][0]["nu"], 3),
+    ):
+        want = fc.convert_params(processes.whole(scale), processes.PLAN)
+        jax.tree.map(np.testing.assert_array_equal, tree, want)
+
+
+@pytest.mark.slow
+def test_one_process_converts_what_they_saved(run, tmp_path):
+    folder, _ = run
+    convert_checkpoint(folder / "dense", tmp_path / "conv", processes.PLAN)
+    assert verify_checkpoint(tmp_path / "conv", folder / "dense").passed
+    report = verify_checkpoint(folder / "dense", folder / "conv", processes.PLAN)
+    assert report.passed, str(report)
