@@ -2,7 +2,8 @@
 
 Run `python benchmarks/checkpoints.py`, with `--gib 4` for another size and `--where`
 for another disk. Every case is run in turns with `cp` of the same file (for Orbax: with
-loading and saving the same tree), each followed by a flush to the disk; medians.
+loading and saving the same tree), each followed by a flush to the disk, and with its
+source in memory; medians.
 Memory is the most that was anonymous at a time, above what was there after the imports:
 what lies in files (the page cache, mapped files) is not counted.
 """
@@ -10,6 +11,7 @@ what lies in files (the page cache, mapped files) is not counted.
 from __future__ import annotations
 
 import argparse
+import functools
 import json
 import logging
 import multiprocessing
@@ -72,6 +74,15 @@ def flush(path: Path) -> None:
         os.close(fd)
 
 
+def warm(path: Path) -> None:
+    """Reads files, so that each case finds its source in memory as the others do."""
+    for entry in (path, *path.rglob("*")) if path.is_dir() else (path,):
+        if entry.is_file():
+            with entry.open("rb", buffering=0) as file:
+                while file.read(1 << 22):
+                    pass
+
+
 def copy(src: Path, dst: Path) -> None:
     subprocess.run(["cp", "-r", src, dst], check=True)
     flush(dst)
@@ -109,42 +120,54 @@ def anonymous() -> int:
     return int(text.partition("RssAnon:")[2].split()[0]) >> 10
 
 
-def measure(src: Path, folder: Path, layers: int, rounds: int, format: str) -> dict:
-    logging.getLogger("absl").setLevel(logging.ERROR)
-    for needed in (plan("CHW", 1), fc.convert_checkpoint):
-        assert needed  # has imported what it needs
-    base_memory = anonymous()
-    beside = load_and_save if format == "orbax" else copy
-    cases: dict[str, Callable[[Path, Path], object]] = {"beside": beside}
+def cases(format: str) -> dict[str, tuple[str, str, bool]]:
+    """What is measured: how, the order of the flatten, and whether it is checked."""
+    found = {"beside": ("load_and_save" if format == "orbax" else "copy", "", False)}
     for order, name in (("HWC", "reshape"), ("CHW", "transpose")):
-        made = plan(order, layers)
-        conv = folder / f"conv-{format}-{order}"
-        fc.convert_checkpoint(src, conv, made, check=False)
         for check in (False, True):
             what = f"{name}{', checked' if check else ''}"
+            found[what] = ("convert", order, check)
+            found[f"{what}, back"] = ("restore", order, check)
+    return found
 
-            def convert(src, dst, made=made, check=check):
-                fc.convert_checkpoint(src, dst, made, check=check)
 
-            def restore(src, dst, conv=conv, check=check):
-                fc.restore_checkpoint(conv, dst, check=check)
+def one(how: str, order: str, check: bool, src: Path, dst: Path) -> tuple[float, int]:
+    """Seconds and MiB of one case."""
+    logging.getLogger("absl").setLevel(logging.CRITICAL)
+    layers = int((src.parent / "layers").read_text())
+    made = plan(order or "HWC", layers)
+    work: dict[str, Callable[[], object]] = {
+        "copy": lambda: copy(src, dst),
+        "load_and_save": lambda: load_and_save(src, dst),
+        "convert": functools.partial(
+            fc.convert_checkpoint, src, dst, made, check=check
+        ),
+        "restore": functools.partial(fc.restore_checkpoint, src, dst, check=check),
+    }
+    warm(src)
+    with Anonymous(anonymous()) as watch:
+        begin = time.perf_counter()
+        work[how]()
+        seconds = time.perf_counter() - begin
+    return seconds, watch.most
 
-            cases[what] = convert
-            cases[f"{what}, back"] = restore
-    seconds: dict[str, list[float]] = {name: [] for name in cases}
-    memory = dict.fromkeys(cases, 0)
-    for _ in range(rounds):
-        for name, run in cases.items():
-            dst = folder / "out"
-            with Anonymous(base_memory) as watch:
-                begin = time.perf_counter()
-                run(src, dst)
-                seconds[name].append(time.perf_counter() - begin)
-            memory[name] = max(memory[name], watch.most)
-            shutil.rmtree(dst) if dst.is_dir() else dst.unlink()
+
+def measure(folder: Path, layers: int, rounds: int, format: str) -> dict[str, Any]:
+    """Every case in turns, each in a process of its own."""
+    alone(save, folder, format, layers)
+    (folder / "layers").write_text(str(layers))
+    src, dst = folder / f"dense-{format}", folder / "out"
     for order in ("HWC", "CHW"):
-        conv = folder / f"conv-{format}-{order}"
-        shutil.rmtree(conv) if conv.is_dir() else conv.unlink()
+        alone(one, "convert", order, False, src, folder / order)
+    seconds: dict[str, list[float]] = {name: [] for name in cases(format)}
+    memory = dict.fromkeys(seconds, 0)
+    for _ in range(rounds):
+        for name, (how, order, check) in cases(format).items():
+            source = folder / order if how == "restore" else src
+            took, most = alone(one, how, order, check, source, dst)
+            seconds[name].append(took)
+            memory[name] = max(memory[name], most)
+            shutil.rmtree(dst) if dst.is_dir() else dst.unlink()
     base = statistics.median(seconds["beside"])
     return {
         name: {
@@ -177,10 +200,7 @@ def main() -> None:
         layers = (gib << 30) // (ROWS * COLUMNS * 4)
         for format in given.formats:
             with tempfile.TemporaryDirectory(dir=given.where) as name:
-                folder = Path(name)
-                alone(save, folder, format, layers)
-                src = folder / f"dense-{format}"
-                rows = alone(measure, src, folder, layers, given.rounds, format)
+                rows = measure(Path(name), layers, given.rounds, format)
             found[f"{format} {gib} GiB"] = rows
             print(f"{format} {gib} GiB")
             for case, row in rows.items():

@@ -380,7 +380,8 @@ def _write_boxes(entries: Entries, out: Extent, tell: Tell) -> None:
         _scatter(out, entries.shape, start, box)
         return box.nbytes
 
-    for count in at_once(write, entries.pieces()):
+    # What is not in a file comes in pieces of any size: one at a time.
+    for count in map(write, entries.pieces()):
         tell(count)
 
 

@@ -16,8 +16,7 @@ import numpy as np
 
 from ..strict_json import loads
 from .checkpoint import CheckpointError, LeafInfo, iter_leaves
-from .entries import Moved, Piece, row_major_slabs
-from .extents import PIECE
+from .entries import Moved, Piece
 
 TREE = "_METADATA"
 # A run of one byte, the most that zstd packs: 128 KiB in 4 bytes.
@@ -142,7 +141,7 @@ class Stored:
         return math.prod(self.shape) * self.itemsize
 
     def pieces(self) -> Iterator[Piece]:
-        """Those of one chunk after the other, which is decoded once.
+        """Chunk by chunk, as they are decoded.
 
         Raises:
           CheckpointError: it cannot be opened, or read.
@@ -150,26 +149,19 @@ class Stored:
         import tensorstore as ts
 
         with self._naming():
+            # No cache: each chunk is read once.
             store = ts.open(ts.Spec(self.spec), open=True).result()
             known = store.chunk_layout.read_chunk.shape or self.shape
             chunk = [max(1, size or 1) for size in known]
-            nbytes = math.prod(chunk) * self.itemsize
-            # Room for the chunk whose pieces are being read, while they are.
-            limit = {"cache_pool": {"total_bytes_limit": nbytes * (nbytes > PIECE)}}
-            context = ts.Context(limit)
-            store = ts.open(ts.Spec(self.spec), open=True, context=context).result()
 
         def read(index: tuple[slice, ...]) -> np.ndarray:
             with self._naming():
                 return np.asarray(store[index].read().result())
 
         grid = [range(0, n, c) for n, c in zip(self.shape, chunk)]
-        for corner in itertools.product(*grid):
-            inside = tuple(min(c, n - a) for a, c, n in zip(corner, chunk, self.shape))
-            for first, sizes in row_major_slabs(inside, self.itemsize, PIECE):
-                start = tuple(a + b for a, b in zip(corner, first))
-                index = tuple(slice(a, a + n) for a, n in zip(start, sizes))
-                yield start, functools.partial(read, index)
+        for start in itertools.product(*grid):
+            ends = (min(a + c, n) for a, c, n in zip(start, chunk, self.shape))
+            yield start, functools.partial(read, tuple(map(slice, start, ends)))
 
     @contextlib.contextmanager
     def _naming(self) -> Iterator[None]:

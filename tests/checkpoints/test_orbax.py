@@ -17,7 +17,6 @@ from fcconv_jax.checkpoints import (
     orbax,
     read_checkpoint,
     restore_checkpoint,
-    tensorstore,
     verify_checkpoint,
 )
 from fcconv_jax.checkpoints.checkpoint import OrbaxLayout
@@ -226,8 +225,7 @@ def test_arrays_in_many_chunks_keep_their_way_of_storage(
     case, tmp_path, monkeypatch, zarr3, ocdbt
 ):
     """Every array is large here: read chunk by chunk, and written from a file."""
-    for module in (entries, tensorstore):
-        monkeypatch.setattr(module, "PIECE", 64)
+    monkeypatch.setattr(entries, "PIECE", 64)
     for module in (entries, orbax):
         monkeypatch.setattr(module, "LARGE", 100)
     handler = ocp.PyTreeCheckpointHandler(use_ocdbt=ocdbt, use_zarr3=zarr3)
