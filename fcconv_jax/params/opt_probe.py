@@ -39,7 +39,7 @@ def different_update(
     """
     opt_state, params = meta.unbox((opt_state, params))
     leaves = jax.tree.leaves((opt_state, params))
-    known = not any(isinstance(x, jax.ShapeDtypeStruct | Tracer) for x in leaves)
+    known = all(map(_is_here, leaves))
     size = sum(8 * int(np.prod(np.shape(x))) for x in jax.tree.leaves(params))
     if not known and 6 * size > _LIMIT:
         return ""
@@ -100,6 +100,12 @@ def _first_difference(want: Any, got: Any, threshold: float) -> str:
             percent = 100 * off / scale if scale else 100.0
             return f"{path!r} differs by {percent:.3g} % of its largest value"
     return ""
+
+
+def _is_here(leaf: Any) -> bool:
+    """Whether this process has all values of a leaf."""
+    abstract = isinstance(leaf, jax.ShapeDtypeStruct | Tracer)
+    return not abstract and getattr(leaf, "is_fully_addressable", True)
 
 
 def _host(leaf: Any) -> Any:

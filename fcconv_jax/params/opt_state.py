@@ -33,9 +33,9 @@ def convert_opt_state(
       tx: the ``optax.GradientTransformation``; it must act on each entry of a
         parameter by itself, as adam, sgd, lion or lamb do.
       params: the parameters (or their shapes) in the form that the plan comes from.
-      check: whether to run those updates. Under ``jit``, and for abstract states, they
-        run on random numbers in the place of the state, unless that takes more than
-        1 GiB: then only shapes are compared.
+      check: whether to run those updates. Under ``jit``, and for states that are
+        abstract or spread over processes, they run on random numbers in the place of
+        the state, unless that takes more than 1 GiB: then only shapes are compared.
 
     Returns:
       The state that continues training in the other form as if nothing had happened.

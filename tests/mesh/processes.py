@@ -9,14 +9,14 @@ import json
 import sys
 import threading
 from pathlib import Path
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
 import orbax.checkpoint as ocp
-from flax.training.train_state import TrainState
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fcconv_jax as fc
@@ -45,13 +45,13 @@ def entries(name, shape):
     def part(index):
         grid = np.ogrid[tuple(slice(*s.indices(n)) for s, n in zip(index, shape))]
         strides = (7919, 31, 3)
-        value = sum(a * s for a, s in zip(grid, strides)) + len(name)
-        return (value % 1021).astype(np.float32)
+        value = np.asarray(sum(a * s for a, s in zip(grid, strides)))
+        return ((value + len(name)) % 1021).astype(np.float32)
 
     return part
 
 
-def spread(mesh, scale=1):
+def spread(mesh, scale=1) -> Any:
     """Params over all devices: each process makes its own parts alone."""
 
     def make(name, shape):
@@ -116,7 +116,8 @@ def main():
     jax.config.update("jax_cpu_collectives_implementation", "gloo")
     jax.distributed.initialize(f"localhost:{port}", 2, number)
     assert (jax.device_count(), jax.local_device_count()) == (8, 4)
-    mesh = jax.make_mesh((2, 4), ("data", "model"))
+    auto = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((2, 4), ("data", "model"), axis_types=auto)
     found = {}
 
     # Under one jit, the arrays given up to it.
@@ -140,37 +141,27 @@ def main():
         jax.block_until_ready(gather(conv["chw"]["kernel"])).delete()
     found["gathered"] = watch.most
 
-    # A TrainState with its optimizer, and the checkpoint that all processes write.
-    params = spread(mesh)
-    tx = optax.adam(1e-2)
-    state = TrainState.create(apply_fn=None, params=params, tx=tx)
-    state = state.replace(
-        opt_state=(
-            state.opt_state[0]._replace(mu=spread(mesh, 2), nu=spread(mesh, 3)),
-            *state.opt_state[1:],
-        )
-    )
+    # With an optimizer, and the checkpoint that all processes write together.
+    params, tx = spread(mesh), optax.adam(1e-2)
+    start: Any = jax.jit(tx.init)(params)
+    adam, *rest = start
+    everywhere = NamedSharding(mesh, P())
+    count = jax.make_array_from_callback((), everywhere, lambda _: np.int32(7))
+    adam = adam._replace(count=count, mu=spread(mesh, 2), nu=spread(mesh, 3))
+    opt_state = (adam, *rest)
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "dense", {"state": saved(state)})
+        checkpointer.save(folder / "dense", {"params": params, "opt_state": opt_state})
     with Anonymous() as watch:
-        opt_state = fc.convert_opt_state(state.opt_state, PLAN, tx=tx, params=params)
-        moved = fc.convert_params(params, PLAN)
-        jax.block_until_ready((opt_state, moved))
-    state = state.replace(params=moved, opt_state=opt_state)
-    found["state"] = {"local": local((moved, opt_state)), "MiB": watch.most}
+        opt_state = fc.convert_opt_state(opt_state, PLAN, tx=tx, params=params)
+        params = fc.convert_params(params, PLAN)
+        jax.block_until_ready((opt_state, params))
+    found["state"] = {"local": local((params, opt_state)), "MiB": watch.most}
     with ocp.StandardCheckpointer() as checkpointer:
-        checkpointer.save(folder / "conv", {"state": saved(state)})
-
-    # Its next step is the step of the dense form.
-    grads = jax.tree.map(jnp.ones_like, state.params)
-    after = jax.jit(tx.update)(grads, state.opt_state, state.params)[0]
-    found["step"] = local(after)
+        checkpointer.save(folder / "conv", {"params": params, "opt_state": opt_state})
+    grads = jax.tree.map(jnp.ones_like, params)
+    found["step"] = local(jax.jit(tx.update)(grads, opt_state, params)[0])
     print(json.dumps(found), flush=True)
     jax.distributed.shutdown()
-
-
-def saved(state):
-    return {"params": state.params, "opt_state": state.opt_state, "step": state.step}
 
 
 if __name__ == "__main__":

@@ -66,16 +66,20 @@ def test_no_process_holds_a_whole_array(run):
         assert found["step"] == size // 2
         # A gathered array is seen as what it is: whole on each of four devices.
         assert found["gathered"] > 2 * size / processes.MIB
-        # Two arrays of half the size each, and some room to move them.
-        assert found["jitted"]["MiB"] < 2 * size / processes.MIB
-        assert found["state"]["MiB"] < 6 * size / processes.MIB
+        # Two arrays, then six: of each its own half, and no more than one half beside.
+        half = size / 2 / processes.MIB
+        assert found["jitted"]["MiB"] < 3 * half
+        assert found["state"]["MiB"] < 7 * half
 
 
 @pytest.mark.slow
 def test_they_save_what_one_process_would(run):
     folder, _ = run
+    here = ocp.RestoreArgs(restore_type=np.ndarray)
     with ocp.PyTreeCheckpointer() as checkpointer:
-        state = checkpointer.restore(folder / "conv")["state"]
+        described = checkpointer.metadata(folder / "conv").item_metadata.tree
+        args = jax.tree.map(lambda _: here, described)
+        state = checkpointer.restore(folder / "conv", restore_args=args)
     for tree, scale in (
         (state["params"], 1),
         (state["opt_state"][0]["mu"], 2),
