@@ -60,6 +60,13 @@ class LayerPlan:
 
     Raises:
       PlanError: the fields do not describe one layer.
+
+    Example:
+      >>> kernel = Rearrangement.reshape((8, 3), (2, 2, 2, 3))
+      >>> layer = LayerPlan("full_window", "Dense", (2, 2), "HWC",
+      ...                   (("kernel", kernel),), (1, 8), (1, 1))
+      >>> layer.case, layer.kernel.target, layer.inverse().kernel.target
+      ('full_window', (2, 2, 2, 3), (8, 3))
     """
 
     base: Case

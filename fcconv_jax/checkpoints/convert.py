@@ -150,9 +150,32 @@ def restore_checkpoint(
 ) -> CheckpointReport:
     """Undoes :func:`convert_checkpoint` to the bit, with the plan stored in ``src``.
 
-    Arguments, result and errors are those of :func:`convert_checkpoint`. A checkpoint
-    that holds no plan is refused, and so is one whose leaves are no longer those that
-    the conversion wrote: a leaf missing, added, or of another shape.
+    Args:
+      src: what :func:`convert_checkpoint` wrote.
+      dst: where to write; must not exist.
+      overwrite: as there, as are the rest.
+      progress: as there.
+      format: as there.
+
+    Returns:
+      What was converted back.
+
+    Raises:
+      CheckpointError: as :func:`convert_checkpoint`; also if ``src`` holds no plan, or
+        its leaves are no longer those that the conversion wrote: one is missing, added,
+        or of another shape.
+
+    Example:
+      >>> import tempfile
+      >>> import fcconv_jax as fc
+      >>> tree = {"fc": {"kernel": np.ones((4, 3), np.float32)}}
+      >>> plan = fc.plan_from_params(tree, ["fc=2x2:HWC"])
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     src, dst = Path(folder, "fc.msgpack"), Path(folder, "conv.msgpack")
+      ...     _ = write_checkpoint(src, Checkpoint("msgpack", tree))
+      ...     _ = fc.convert_checkpoint(src, dst, plan)
+      ...     fc.restore_checkpoint(dst, Path(folder, "again.msgpack")).converted
+      (('fc/kernel', (2, 2, 1, 3), (4, 3)),)
     """
     wishes = _Wishes(overwrite, progress, format, check, dry_run)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix

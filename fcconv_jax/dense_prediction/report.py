@@ -21,6 +21,10 @@ class SlideReport:
       left: why crops stopped sharing, and how often.
       shares: whether the shared program is taken; else a batch of crops.
       exact: whether it is the function of each crop; not with ``padding="image"``.
+
+    Example:
+      >>> SlideReport((8, 8), (4, 4), (3, 5), 100.0, 500.0, 64, 32, (), True).ratio
+      3.0
     """
 
     window: tuple[int, ...]

@@ -121,6 +121,13 @@ class Slide:
       stride: step along each; None for the function's own.
       axes: those axes of the images.
       padding: where padding lies.
+
+    Example:
+      >>> import fcconv_jax as fc
+      >>> grid = fc.slide(lambda x: x.sum((1, 2)), window=(2, 2), stride=1)
+      >>> grid(jnp.arange(9.0).reshape(1, 3, 3, 1))[0, ..., 0]
+      Array([[ 8., 12.],
+             [20., 24.]], dtype=float32)
     """
 
     def __init__(

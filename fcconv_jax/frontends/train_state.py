@@ -48,5 +48,32 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
 
 
 def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
-    """Undoes :func:`convert_train_state`, to the bit; same arguments."""
+    """Undoes :func:`convert_train_state`, to the bit.
+
+    Args:
+      state: in the form that the plan goes to, from :func:`convert_train_state` or
+        trained since.
+      plan: the plan that converted it.
+      model: the linen Module that was planned.
+
+    Returns:
+      The state in the form that the plan comes from, with ``model.apply`` as its
+      ``apply_fn``.
+
+    Raises:
+      PlanError: the state does not fit the plan.
+
+    Example:
+      >>> import jax, jax.numpy as jnp, optax
+      >>> import fcconv_jax as fc
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> params = model.init(jax.random.key(0), x)["params"]
+      >>> state = TrainState.create(
+      ...     apply_fn=model.apply, params=params, tx=optax.adam(1e-3)
+      ... )
+      >>> plan = fc.make_plan(model, x)
+      >>> conv = fc.convert_train_state(state, plan, model)
+      >>> fc.restore_train_state(conv, plan, model).params["kernel"].shape
+      (4, 3)
+    """
     return restore_params(state, plan).replace(apply_fn=model.apply)

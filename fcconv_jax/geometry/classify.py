@@ -69,6 +69,17 @@ def classify(
 def explain(equivalence: Equivalence) -> str:
     """Tells an equivalence in plain text, with the shapes of both kernels.
 
+    Args:
+      equivalence: from :func:`classify`; nothing else has a text.
+
+    Returns:
+      Lines: the geometry in input positions, the case, why it holds or fails, the fix
+      if there is one, what the dense side does, and the kernels' shapes in input
+      channels ``C`` and output channels ``O``.
+
+    Raises:
+      AttributeError: ``equivalence`` is none.
+
     Example:
       >>> print(explain(classify(16, 4, strides=4)))
       input 16, kernel 4, strides 4, no padding -> output 4

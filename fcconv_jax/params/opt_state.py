@@ -44,6 +44,15 @@ def convert_opt_state(
       PlanError: the state does not follow the shape of the parameters, as with the
         factored statistics of adafactor, or the next update would be another one; the
         message names the leaf.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, optax
+      >>> import fcconv_jax as fc
+      >>> model, x, tx = nn.Dense(3), jnp.ones((2, 4)), optax.adam(1e-3)
+      >>> params, plan = model.init(jax.random.key(0), x), fc.make_plan(model, x)
+      >>> state = fc.convert_opt_state(tx.init(params), plan, tx=tx, params=params)
+      >>> state[0].mu["params"]["kernel"].shape
+      (1, 4, 3)
     """
     import optax
 

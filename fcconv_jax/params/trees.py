@@ -60,7 +60,27 @@ def convert_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
 def restore_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
     """Undoes :func:`convert_params`, to the bit.
 
-    Same arguments, with the tree in the form that the plan goes to.
+    Args:
+      params: what :func:`convert_params` takes, in the form that the plan goes to.
+      plan: the plan that converted it.
+      strict: as there.
+
+    Returns:
+      The same tree in the form that the plan comes from: leaves of the plan in the
+      shapes that they had, every other leaf as it is.
+
+    Raises:
+      PlanError: as :func:`convert_params`.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> import fcconv_jax as fc
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> params, plan = model.init(jax.random.key(0), x), fc.make_plan(model, x)
+      >>> conv = fc.convert_params(params, plan)
+      >>> back = fc.restore_params(conv, plan)
+      >>> conv["params"]["kernel"].shape, back["params"]["kernel"].shape
+      ((1, 4, 3), (4, 3))
     """
     return convert_params(params, plan.inverse(), strict=strict)
 

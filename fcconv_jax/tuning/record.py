@@ -97,6 +97,12 @@ class Tuning:
       layers: figures of single layers.
       left: path and reason of each layer that has one form only.
       why: why the choice is the original, where it is.
+
+    Example:
+      >>> tried = {"as it is": Figure(2.0, 1.9, 2.1), "all to conv": Figure(1.0, 1, 1)}
+      >>> programs = tuple(tried.items())
+      >>> Tuning("cpu", "cpu", "latency", "jax", programs, "all to conv", ()).ratio
+      0.5
     """
 
     backend: str

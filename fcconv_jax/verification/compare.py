@@ -57,6 +57,12 @@ class Comparison:
       parts_at: for Flax modules that differ, the first module whose output does.
       notes: what could not be compared, and why.
       backend: where they ran.
+
+    Example:
+      >>> found = compare(lambda x: x + x, lambda x: 3 * x, [np.ones(3, np.float32)],
+      ...                 progress=False)
+      >>> found.verdict, found.passed, found.differences
+      ('different functions', False, (1.0,))
     """
 
     verdict: Verdict
@@ -184,7 +190,14 @@ def compare(
 
 
 def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
-    """Asserts that two programs are one function; takes what :func:`compare` takes.
+    """Asserts that two programs are one function, as :func:`compare` finds it.
+
+    Args:
+      f: the first program or Flax module.
+      g: the second.
+      *args: what :func:`compare` takes next: the arguments of ``f``, and those of
+        ``g`` where they are others.
+      **options: what else it takes.
 
     Raises:
       AssertionError: names the output, what was expected and got, and for Flax modules

@@ -54,6 +54,9 @@ def certify_layer(
       preferred_element_type: dtype of the matmul's sums, such as ``int32``.
       **options: of :func:`fcconv_jax.verification.certificate.certify`.
 
+    Returns:
+      The certificate: ``.passed``, and what was compared.
+
     Raises:
       PlanError: the layer goes to another form.
 
