@@ -235,7 +235,7 @@ def write(file: Path, device: str, found: dict[str, Any]) -> None:
 
 
 def table(file: Path) -> str:
-    """The rows of the README's table."""
+    """The rows of the table in the documentation."""
     titles = ("model, batch", "original", "all to conv", "tuned", "tuned / original")
     rows = [f"| {' | '.join(titles)} |", "|" + " --- |" * len(titles)]
     for found in json.loads(file.read_text())["results"]:

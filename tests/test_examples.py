@@ -1,4 +1,4 @@
-"""Every example runs, and says what the README says it says."""
+"""Every example runs, and prints the numbers that the documentation names."""
 
 import importlib.util
 import os

@@ -1,4 +1,4 @@
-"""The rules of the README, on models of each kind."""
+"""Rules in all their forms, on models of each kind."""
 
 import flax.linen as nn
 import jax.numpy as jnp

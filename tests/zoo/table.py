@@ -1,4 +1,4 @@
-"""Runs the whole zoo and writes the table in the README."""
+"""Runs the whole zoo and writes the table of its page."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ import fcconv_jax as fc
 from .entry import Entry, Subject
 from .examine import Findings, as_function, examine
 
-README = Path(__file__).parents[2] / "README.md"
+PAGE = Path(__file__).parents[2] / "docs" / "gallery" / "zoo.md"
 BEGIN, END = "<!-- zoo -->", "<!-- /zoo -->"
 _HEADER = (
     "| model | converts | weight matmuls left, and why | planning / trace |\n"
@@ -101,7 +101,7 @@ def main() -> int:
 
     parser = argparse.ArgumentParser(prog="python tests/zoo", description=__doc__)
     parser.add_argument(
-        "names", nargs="*", help="only these models; then the README stays as it is"
+        "names", nargs="*", help="only these models; then the page stays as it is"
     )
     parser.add_argument("--jobs", type=int, default=1, help="default: %(default)s")
     options = parser.parse_args()
@@ -125,7 +125,7 @@ def main() -> int:
                 failed += 1
                 print(f"FAILED: {failure}", file=sys.stderr, flush=True)
     if not options.names and not failed:
-        before, rest = README.read_text().split(BEGIN)
+        before, rest = PAGE.read_text().split(BEGIN)
         after = rest.split(END)[1]
-        README.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
+        PAGE.write_text(before + "\n".join([BEGIN, *lines, END]) + after)
     return int(failed > 0)

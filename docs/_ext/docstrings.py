@@ -1,0 +1,83 @@
+"""Fails the build where a public name is on no page, or lacks a part of its docstring.
+
+Every public name must say what it takes, gives and raises, and show an example; what
+is listed in ``docs/api/index.md`` must be exactly what the package exports.
+"""
+
+from __future__ import annotations
+
+import inspect
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import fcconv_jax as fc
+
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
+
+# An error raised, and objects that only functions make: nothing to pass them.
+_NO_EXAMPLE = ("PlanError",)
+
+
+def complaints() -> Iterator[str]:
+    """What is missing from the docstrings of the public names."""
+    for name in fc.__all__:  # pyright: ignore[reportAttributeAccessIssue]
+        value = getattr(fc, name)
+        text = inspect.getdoc(value) or ""
+        if not text:
+            yield f"{name} has no docstring"
+            continue
+        if name not in _NO_EXAMPLE and not re.search(r"^Examples?:$", text, re.M):
+            yield f"{name} shows no example"
+        if inspect.isfunction(value):
+            yield from (f"{name} {why}" for why in _lacking(value, text))
+        else:
+            yield from _members(name, value)
+
+
+def _lacking(function: Any, text: str) -> Iterator[str]:
+    """The sections that a function's docstring lacks."""
+    for section in ("Args", "Returns", "Raises"):
+        given = inspect.signature(function)
+        if section == "Returns" and given.return_annotation in (None, "None"):
+            continue
+        if not re.search(rf"^{section}:$", text, re.M):
+            yield f"has no section {section!r}"
+    described = re.findall(r"^  (\*{0,2}\w+): ", text, re.M)
+    for parameter in inspect.signature(function).parameters:
+        if parameter not in [each.lstrip("*") for each in described]:
+            yield f"does not describe {parameter!r}"
+
+
+def _members(name: str, value: Any) -> Iterator[str]:
+    """Public methods and properties without a docstring."""
+    for member, each in vars(value).items():
+        wanted = inspect.isfunction(each) or isinstance(each, property | classmethod)
+        if not member.startswith("_") and wanted and not inspect.getdoc(each):
+            yield f"{name}.{member} has no docstring"
+
+
+def listed(index: Path) -> set[str]:
+    """The names that the index of the reference lists."""
+    return set(re.findall(r"^ +~?fcconv_jax\.(\w+)$", index.read_text(), re.M))
+
+
+def _check(app: Sphinx) -> None:
+    found = list(complaints())
+    names = listed(Path(app.srcdir) / "api" / "index.md")
+    exported = set(fc.__all__)  # pyright: ignore[reportAttributeAccessIssue]
+    found += [f"{name} is not in docs/api/index.md" for name in exported - names]
+    found += [
+        f"docs/api/index.md lists {name}, which is not exported"
+        for name in names - exported
+    ]
+    if found:
+        raise ValueError("docstrings: " + "; ".join(sorted(found)))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Checks before anything is read."""
+    app.connect("builder-inited", _check, priority=100)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,107 @@
+"""Writes what the site shows but nobody should type: pages and data, before a build.
+
+The tables of the benchmarks come from ``benchmarks/results``, the notebooks from
+``examples``, the help of each command from the command line, the list of what is left
+alone from the code, and the interactive page's data from ``classify``.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+from sphinx.application import Sphinx
+
+ROOT = Path(__file__).parents[2]
+OUT = ROOT / "docs" / "_generated"
+COMMANDS = "plan tune convert restore verify compare slide inspect explain hlo".split()
+
+
+def tuned_table(file: Path) -> str:
+    """The results of ``benchmarks/tuned.py`` on one device, as a table in Markdown."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    from tuned import table  # pyright: ignore[reportMissingImports]
+
+    return table(file)
+
+
+def cycles_table(file: Path) -> str:
+    """The results for a device that is not present: XLA's estimate of cycles."""
+    found: list[dict[str, Any]] = json.loads(file.read_text())["results"]
+    names = list(dict.fromkeys(name for case in found for name in case["cycles"]))
+    lines = [
+        f"| {' | '.join(['model', *names, 'chosen / as it is'])} |",
+        "|" + " --- |" * (len(names) + 2),
+    ]
+    for case in found:
+        cells = [f"{case['cycles'].get(name, float('nan')):,.0f}" for name in names]
+        lines.append(f"| {case['case']} | {' | '.join(cells)} | {case['ratio']:.2f}x |")
+    return "\n".join(lines)
+
+
+def command_line() -> str:
+    """The help of every command."""
+    env = {**os.environ, "COLUMNS": "88", "TERM": "dumb", "NO_COLOR": "1"}
+    parts = [
+        "# Command line",
+        "`fcconv COMMAND --help` prints what follows. Exit status 0 means success, 1 "
+        "that something failed or differs, 2 a usage error; messages go to stderr, and "
+        "`--json` is for machines.",
+    ]
+    for command in COMMANDS:
+        done = subprocess.run(
+            [sys.executable, "-m", "fcconv_jax", command, "--help"],
+            capture_output=True,
+            text=True,
+            check=True,
+            env=env,
+        )
+        text = "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+        parts += [f"## `fcconv {command}`", f"```text\n{text}\n```"]
+    return "\n\n".join(parts) + "\n"
+
+
+def _copy_notebooks() -> None:
+    folder = ROOT / "docs" / "notebooks"
+    for old in folder.glob("*.ipynb"):
+        old.unlink()
+    for notebook in sorted((ROOT / "examples").glob("*.ipynb")):
+        shutil.copy(notebook, folder)
+
+
+def _write(path: Path, text: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if not path.exists() or path.read_text() != text:
+        path.write_text(text)
+
+
+def _generate(app: Sphinx, config: Any) -> None:
+    import chapter_data
+    import reasons
+
+    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
+        found = json.loads(file.read_text())["results"]
+        if not all("case" in each for each in found):  # of benchmarks/gpu.py
+            continue
+        measured = all("milliseconds" in case for case in found)
+        table = tuned_table(file) if measured else cycles_table(file)
+        _write(OUT / f"tuned-{file.stem}.md", table + "\n")
+    _write(OUT / "reasons.md", reasons.table())
+    _write(ROOT / "docs" / "cli.md", command_line())
+    _write(OUT / "static" / "chapter_data.js", chapter_data.as_script())
+    changes = (ROOT / "CHANGELOG.md").read_text()
+    # Headings of releases become targets of their own.
+    _write(OUT / "changelog.md", re.sub(r"^# .*\n", "", changes, count=1))
+    _copy_notebooks()
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Writes all before Sphinx looks for pages and static files."""
+    app.connect("config-inited", _generate, priority=50)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}

@@ -1,0 +1,73 @@
+"""Writes llms.txt (a line a page) and llms-full.txt (all text) beside the site.
+
+The format is that of https://llmstxt.org: a title, a summary, and lists of links.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from docutils import nodes
+from sphinx.application import Sphinx
+from sphinx.builders.text import TextBuilder
+from sphinx.writers.text import TextTranslator
+
+_SECTIONS = {
+    "howto/": "How-to",
+    "gallery/": "Gallery",
+    "notebooks/": "Notebooks",
+    "api/": "API reference",
+}
+
+
+class _Text(TextTranslator):
+    """As text, whatever extensions add to the pages."""
+
+    def unknown_visit(self, node: nodes.Node) -> None:
+        """Goes on with what is inside."""
+
+    def unknown_departure(self, node: nodes.Node) -> None:
+        """Adds nothing."""
+
+
+def _first_paragraph(doctree: nodes.document) -> str:
+    """What a page says first, in one line of at most 200 characters."""
+    for paragraph in doctree.findall(nodes.paragraph):
+        text = " ".join(paragraph.astext().split())
+        if len(text) > 20:
+            return text if len(text) <= 200 else text[:197].rsplit(" ", 1)[0] + " ..."
+    return ""
+
+
+def _write(app: Sphinx, exception: Exception | None) -> None:
+    if exception is not None or app.builder.format != "html":
+        return
+    base = app.config.html_baseurl.rstrip("/")
+    out = Path(app.outdir)
+    builder = TextBuilder(app, app.env)
+    builder.secnumbers = {}  # pages are not numbered
+    sections: dict[str, list[str]] = {}
+    full = []
+    for page in sorted(app.env.found_docs):
+        doctree = app.env.get_doctree(page)
+        title = app.env.titles[page].astext()
+        section = next((s for p, s in _SECTIONS.items() if page.startswith(p)), "Pages")
+        line = f"- [{title}]({base}/{page}.html): {_first_paragraph(doctree)}"
+        sections.setdefault(section, []).append(line.rstrip(": "))
+        translator = _Text(doctree, builder)
+        doctree.walkabout(translator)
+        full.append(f"<{base}/{page}.html>\n\n{translator.body}")
+    order = ["Pages", *dict.fromkeys(_SECTIONS.values())]
+    lines = [f"# {app.config.html_title}", "", f"> {app.config.summary}"]
+    for section in order:
+        if section in sections:
+            lines += ["", f"## {section}", "", *sections[section]]
+    (out / "llms.txt").write_text("\n".join(lines) + "\n")
+    (out / "llms-full.txt").write_text("\n\n".join(full))
+
+
+def setup(app: Sphinx) -> dict[str, bool]:
+    """Writes the files when all pages are written."""
+    app.add_config_value("summary", "", "env", str)
+    app.connect("build-finished", _write)
+    return {"parallel_read_safe": True, "parallel_write_safe": True}
