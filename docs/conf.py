@@ -46,6 +46,7 @@ nitpicky = False
 autodoc_default_options = {"members": True}
 autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
+python_maximum_signature_line_length = 88
 autosummary_generate = True
 autosummary_imported_members = True
 autoclass_content = "class"
@@ -81,6 +82,8 @@ html_theme_options = {
     "use_edit_page_button": False,
     "show_toc_level": 2,
     "home_page_in_toc": True,
+    "navbar_persistent": [],
 }
+html_context = {"default_mode": "auto"}
 html_copy_source = True
 html_show_sphinx = False

@@ -33,7 +33,7 @@ PRESETS = (
     ("kernel = stride: patches", 2, "4,4", "2,2", 2, 0, 1, 1),
     ("two groups", 2, "2,2", "2,2", 1, 0, 1, 2),
     ("an ordinary 3x3", 2, "5,5", "3,3", 1, 1, 1, 1),
-    ("a causal-like 1-D window", 1, "6", "3", 1, 2, 1, 1),
+    ("1-D, padded", 1, "6", "3", 1, 2, 1, 1),
 )
 Key = tuple[int, ...]
 # The number of a dimension says which sizes the others are: it stays in the sentence.

@@ -171,7 +171,7 @@
       verdict.dataset.answer = same ? "yes" : "no";
       verdict.textContent = same
         ? `Yes: ${found[1].replace("_", " ")}. A fully connected layer holds the same parameters.`
-        : "No: a fully connected layer would have to repeat entries.";
+        : "No: no fully connected layer holds the same parameters.";
     }
     for (const part of root.querySelectorAll(".needs-geometry")) part.hidden = !found;
     if (found) {
@@ -223,7 +223,7 @@
         input.append(svg("text", {
           x: (x + 0.5) * cell, y: (y + 0.5) * cell,
           class: tap === undefined ? "label" : "label read",
-        }, inside ? number : "0"));
+        }, inside ? number : ""));
       }
     }
 
@@ -271,7 +271,7 @@
     const groups = values.groups;
     const columns = rows[0].length;
     const canvas = $("matrix");
-    const cell = Math.max(5, Math.min(26, Math.floor(680 / Math.max(columns, rows.length))));
+    const cell = Math.max(5, Math.min(26, Math.floor((canvas.parentNode.clientWidth - 2) / columns)));
     const sharp = window.devicePixelRatio || 1;
     canvas.width = Math.ceil((columns * cell + 1) * sharp);
     canvas.height = Math.ceil((rows.length * cell + 1) * sharp);
