@@ -106,11 +106,12 @@ def test_the_exercises_are_answered(page):
 
 @pytest.mark.parametrize("rank", [1, 2])
 def test_any_geometry_shows_what_explain_prints(page, rank):
-    for key in random.Random(3).sample(list(chapter_data.keys(rank)), 200):
+    keys = random.Random(3).sample(list(chapter_data.keys(rank)), 200)
+    for key in keys:
         choose(page, rank, key)
         shown = page.execute_script("return fcconvChapter.explanation()")
         assert shown == chapter_data.text_of(rank, key), key
-    assert text_of(page) == chapter_data.text_of(rank, key)
+    assert text_of(page) == chapter_data.text_of(rank, keys[-1])
 
 
 @pytest.mark.parametrize("rank", [1, 2])
