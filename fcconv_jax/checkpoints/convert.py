@@ -153,9 +153,14 @@ def restore_checkpoint(
     Args:
       src: what :func:`convert_checkpoint` wrote.
       dst: where to write; must not exist.
-      overwrite: as there, as are the rest.
-      progress: as there.
-      format: as there.
+      overwrite: replace the checkpoint at ``dst``; it stays if anything fails.
+      progress: called with the number of bytes done, their total, and what is done.
+      format: format of ``dst``; by default what its suffix says, else that of ``src``.
+      step: which step of a directory that holds several; the latest unless said.
+      all_steps: restore every step of it.
+      prefix: as :func:`convert_checkpoint` was given it.
+      check: compare what was written with ``src``, entry by entry.
+      dry_run: write nothing; say what would be done.
 
     Returns:
       What was converted back.
@@ -167,7 +172,9 @@ def restore_checkpoint(
 
     Example:
       >>> import tempfile
+      >>> import numpy as np
       >>> import fcconv_jax as fc
+      >>> from fcconv_jax.checkpoints import Checkpoint, write_checkpoint
       >>> tree = {"fc": {"kernel": np.ones((4, 3), np.float32)}}
       >>> plan = fc.plan_from_params(tree, ["fc=2x2:HWC"])
       >>> with tempfile.TemporaryDirectory() as folder:
