@@ -41,8 +41,8 @@ class Entries(Protocol):
         """Bytes of all entries."""
         ...
 
-    def pieces(self) -> Iterator[Piece]:
-        """Boxes that hold each entry once, in the order in which to read them."""
+    def read_into(self, out: np.ndarray) -> None:
+        """Reads all entries into an array of unsigned integers of their size."""
         ...
 
 
@@ -71,10 +71,9 @@ class Held:
         """The same entries as an array of another shape."""
         return Held(self.array.reshape(shape))
 
-    def pieces(self) -> Iterator[Piece]:
-        """As :class:`Entries` has them."""
-        for start, sizes in row_major_slabs(self.shape, self.itemsize, PIECE):
-            yield start, functools.partial(self.box, start, sizes)
+    def read_into(self, out: np.ndarray) -> None:
+        """As :class:`Entries` has it."""
+        out[...] = _opaque(self.array)
 
     def box(self, start: Shape, sizes: Shape) -> np.ndarray:
         """Any box of the array."""
@@ -104,14 +103,13 @@ class Filed:
         """The same entries as an array of another shape."""
         return Filed(shape, self.itemsize, self.extent)
 
-    def pieces(self) -> Iterator[Piece]:
-        """As :class:`Entries` has them."""
-        for start, sizes in row_major_slabs(self.shape, self.itemsize, PIECE):
-            yield start, functools.partial(self.box, start, sizes)
+    def read_into(self, out: np.ndarray) -> None:
+        """As :class:`Entries` has it."""
+        self.extent.read_into(0, _octets(out))
 
     def box(self, start: Shape, sizes: Shape) -> np.ndarray:
         """Any box of the array."""
-        out = np.empty(sizes, _raw(self.itemsize))
+        out = np.empty(sizes, raw_dtype(self.itemsize))
         for index, offset in _runs(self.shape, start, sizes):
             self.extent.read_into(offset * self.itemsize, _octets(out[index]))
         return out
@@ -182,7 +180,7 @@ def _slices(start: Shape, sizes: Shape) -> tuple[slice, ...]:
     return tuple(slice(a, a + n) for a, n in zip(start, sizes))
 
 
-def _raw(itemsize: int) -> np.dtype:
+def raw_dtype(itemsize: int) -> np.dtype:
     """A dtype that moves entries of this size without looking at them."""
     return np.dtype(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
 
@@ -197,7 +195,9 @@ def _permuted(values: Shape, perm: Shape) -> Shape:
 
 
 def _opaque(array: np.ndarray) -> np.ndarray:
-    return np.ascontiguousarray(array).reshape(array.shape).view(_raw(array.itemsize))
+    return (
+        np.ascontiguousarray(array).reshape(array.shape).view(raw_dtype(array.itemsize))
+    )
 
 
 @dataclasses.dataclass(frozen=True)
@@ -252,15 +252,17 @@ class Moved:
           scratch: folder for entries that cannot be read in the order wanted.
           tell: called with the number of bytes written since.
         """
+        here = landed(self.entries, scratch)
         if self.keeps_order:
-            if isinstance(self.entries, Filed):
-                copy(self.entries.extent, out, tell)
+            if isinstance(here, Filed):
+                copy(here.extent, out, tell)
             else:
-                _write_boxes(self.entries, out, tell)
+                out.write(0, _octets(_opaque(here.array)))
+                tell(here.nbytes)
             return
 
         shape, perm = self._split()
-        here = landed(self.entries, scratch).reshaped(shape)
+        here = here.reshaped(shape)
         target = _permuted(shape, perm)
 
         def write(piece: Piece) -> int:
@@ -332,9 +334,9 @@ def landed(entries: Entries, scratch: Path) -> Held | Filed:
         return entries
     if entries.nbytes <= LARGE:
         return Held(_in_memory(entries))
-    extent = File.nameless(scratch).extent(0, entries.nbytes)
-    _write_boxes(entries, extent, silent)
-    return Filed(entries.shape, entries.itemsize, extent)
+    file = File.nameless(scratch)
+    entries.read_into(file.mapped(entries.shape, raw_dtype(entries.itemsize)))
+    return Filed(entries.shape, entries.itemsize, file.extent(0, entries.nbytes))
 
 
 def _moved_pieces(here: Held | Filed, perm: Shape) -> Iterator[Piece]:
@@ -366,23 +368,9 @@ def _moved_pieces(here: Held | Filed, perm: Shape) -> Iterator[Piece]:
 
 def _in_memory(entries: Entries) -> np.ndarray:
     """All entries, as unsigned integers of their size."""
-    out = np.empty(entries.shape, _raw(entries.itemsize))
-    for start, read in entries.pieces():
-        box = _opaque(read())
-        out[_slices(start, box.shape)] = box
+    out = np.empty(entries.shape, raw_dtype(entries.itemsize))
+    entries.read_into(out)
     return out
-
-
-def _write_boxes(entries: Entries, out: Extent, tell: Tell) -> None:
-    def write(piece: Piece) -> int:
-        start, read = piece
-        box = _opaque(read())
-        _scatter(out, entries.shape, start, box)
-        return box.nbytes
-
-    # What is not in a file comes in pieces of any size: one at a time.
-    for count in map(write, entries.pieces()):
-        tell(count)
 
 
 def _scatter(out: Extent, shape: Shape, start: Shape, box: np.ndarray) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import fcntl
+import math
+import mmap
 import os
 import struct
 import tempfile
@@ -12,6 +14,8 @@ from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import TypeVar
+
+import numpy as np
 
 from .checkpoint import CheckpointError
 
@@ -69,6 +73,16 @@ class File:
     def size(self) -> int:
         """Its bytes."""
         return os.fstat(self.fd).st_size
+
+    def mapped(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
+        """An empty file as an array to write to; its room on the disk is made first.
+
+        Raises:
+          OSError: there is no room for it.
+        """
+        nbytes = math.prod(shape) * dtype.itemsize
+        os.posix_fallocate(self.fd, 0, nbytes)
+        return np.frombuffer(mmap.mmap(self.fd, nbytes), dtype).reshape(shape)
 
     def extent(self, start: int, stop: int) -> Extent:
         """The bytes between two places."""

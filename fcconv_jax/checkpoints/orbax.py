@@ -7,7 +7,6 @@ import contextlib
 import dataclasses
 import json
 import logging
-import mmap
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,7 +24,7 @@ from .checkpoint import (
     iter_leaves,
     with_leaves,
 )
-from .entries import Moved
+from .entries import Moved, raw_dtype
 from .extents import LARGE, File, Tell
 from .tensorstore import TREE, Storage, damaged, is_stored_array
 
@@ -223,9 +222,12 @@ def _materialised(leaf: Moved, scratch: Path) -> np.ndarray:
     if leaf.nbytes <= LARGE:
         return leaf.array()
     file = File.nameless(scratch)
-    leaf.write(file.extent(0, leaf.nbytes), scratch)
-    mapped = mmap.mmap(file.fd, leaf.nbytes)
-    return np.frombuffer(mapped, np.dtype(leaf.dtype)).reshape(leaf.shape)
+    array = file.mapped(leaf.entries.shape, np.dtype(leaf.dtype))
+    if leaf.keeps_order:
+        leaf.entries.read_into(array.view(raw_dtype(leaf.itemsize)))
+    else:
+        leaf.write(file.extent(0, leaf.nbytes), scratch)
+    return array.reshape(leaf.shape)
 
 
 def _copy_others(src: Path, dst: Path, layout: OrbaxLayout, custom: Any) -> None:

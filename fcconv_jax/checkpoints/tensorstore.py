@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import functools
-import itertools
 import math
 import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -16,7 +12,7 @@ import numpy as np
 
 from ..strict_json import loads
 from .checkpoint import CheckpointError, LeafInfo, iter_leaves
-from .entries import Moved, Piece
+from .entries import Moved
 
 TREE = "_METADATA"
 # A run of one byte, the most that zstd packs: 128 KiB in 4 bytes.
@@ -115,7 +111,7 @@ class Storage:
             where["path"] += f"{described.name}/"
         spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": where}
         dtype = np.dtype(described.dtype)
-        stored = Stored(tuple(described.shape), dtype.itemsize, spec, name)
+        stored = Stored(tuple(described.shape), dtype, spec, name)
         return Moved(stored, dtype)
 
 
@@ -125,49 +121,39 @@ class Stored:
 
     Args:
       shape: of the array.
-      itemsize: bytes of an entry.
+      dtype: of the array.
       spec: where they are.
       name: of the leaf, for errors.
     """
 
     shape: tuple[int, ...]
-    itemsize: int
+    dtype: np.dtype
     spec: Any = dataclasses.field(repr=False)
     name: str
+
+    @property
+    def itemsize(self) -> int:
+        """Bytes of an entry."""
+        return self.dtype.itemsize
 
     @property
     def nbytes(self) -> int:
         """Bytes of all entries."""
         return math.prod(self.shape) * self.itemsize
 
-    def pieces(self) -> Iterator[Piece]:
-        """Chunk by chunk, as they are decoded.
+    def read_into(self, out: np.ndarray) -> None:
+        """Decodes it, a chunk or two at a time.
 
         Raises:
-          CheckpointError: it cannot be opened, or read.
+          CheckpointError: it cannot be read.
         """
         import tensorstore as ts
 
-        with self._naming():
-            # No cache: each chunk is read once.
-            store = ts.open(ts.Spec(self.spec), open=True).result()
-            known = store.chunk_layout.read_chunk.shape or self.shape
-            chunk = [max(1, size or 1) for size in known]
-
-        def read(index: tuple[slice, ...]) -> np.ndarray:
-            with self._naming():
-                return np.asarray(store[index].read().result())
-
-        grid = [range(0, n, c) for n, c in zip(self.shape, chunk)]
-        for start in itertools.product(*grid):
-            ends = (min(a + c, n) for a, c, n in zip(start, chunk, self.shape))
-            yield start, functools.partial(read, tuple(map(slice, start, ends)))
-
-    @contextlib.contextmanager
-    def _naming(self) -> Iterator[None]:
-        """Turns TensorStore's errors into ours, with the leaf's name."""
+        # No cache: each chunk is read once.
+        limits = ts.Context({"data_copy_concurrency": {"limit": 2}})
         try:
-            yield
+            store = ts.open(ts.Spec(self.spec), open=True, context=limits).result()
+            ts.array(out.view(self.dtype)).write(store).result()
         except (ValueError, OSError) as error:
             text = " ".join(str(error).split())
             raise CheckpointError(
