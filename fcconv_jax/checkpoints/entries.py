@@ -14,7 +14,17 @@ import numpy as np
 
 from ..kernels import Rearrangement
 from .checkpoint import CheckpointError
-from .extents import LARGE, PIECE, Extent, File, Tell, at_once, copy, silent
+from .extents import (
+    LARGE,
+    PIECE,
+    Extent,
+    File,
+    Tell,
+    at_once,
+    copy,
+    give_back_memory,
+    silent,
+)
 
 Shape = tuple[int, ...]
 
@@ -336,6 +346,7 @@ def landed(entries: Entries, scratch: Path) -> Held | Filed:
         return Held(_in_memory(entries))
     file = File.nameless(scratch)
     entries.read_into(file.mapped(entries.shape, raw_dtype(entries.itemsize)))
+    give_back_memory()
     return Filed(entries.shape, entries.itemsize, file.extent(0, entries.nbytes))
 
 

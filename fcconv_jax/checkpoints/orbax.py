@@ -25,7 +25,7 @@ from .checkpoint import (
     with_leaves,
 )
 from .entries import Moved, raw_dtype
-from .extents import LARGE, File, Tell
+from .extents import LARGE, File, Tell, give_back_memory
 from .tensorstore import TREE, Storage, damaged, is_stored_array
 
 _STEP = "_CHECKPOINT_METADATA"
@@ -188,6 +188,8 @@ def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
                     arrays, [infos[i] for i in batch], wishes
                 ):
                     await asyncio.to_thread(future.result)
+                del arrays
+                give_back_memory()
                 tell(sum(values[i].nbytes for i in batch))
             return []
 
