@@ -40,6 +40,10 @@ def dense_kernel_to_conv(
     Raises:
       ValueError: the shape does not fit the window, the order or the groups.
 
+    Source:
+      Raschka, *Machine Learning Q and AI* (2024), ch. 12;
+      Long et al. (2015) turned the head of VGG so.
+
     Example:
       >>> dense_kernel_to_conv(np.zeros((12, 5)), (2, 2), order="CHW").shape
       (2, 2, 3, 5)
@@ -65,6 +69,9 @@ def conv_kernel_to_dense(
 
     Raises:
       ValueError: the shape does not fit the order or the groups.
+
+    Source:
+      Raschka, *Machine Learning Q and AI* (2024), ch. 12.
 
     Example:
       >>> conv_kernel_to_dense(np.zeros((2, 2, 3, 4)), groups=2).shape

@@ -39,7 +39,7 @@ def complaints() -> Iterator[str]:
 
 def _lacking(function: Any, text: str) -> Iterator[str]:
     """The sections that a function's docstring lacks."""
-    for section in ("Args", "Returns", "Raises"):
+    for section in ("Args", "Returns", "Raises", "Source"):
         given = inspect.signature(function)
         if section == "Returns" and given.return_annotation in (None, "None"):
             continue

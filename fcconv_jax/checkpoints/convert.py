@@ -103,6 +103,9 @@ def convert_checkpoint(
         while it was read; a planned leaf is missing or has another shape; ``dst``
         exists or cannot be written. Nothing has been written then.
 
+    Source:
+      ``orbax.checkpoint``, ``flax.serialization`` and ``safetensors`` read and write.
+
     Example:
       >>> import tempfile
       >>> import numpy as np
@@ -169,6 +172,9 @@ def restore_checkpoint(
       CheckpointError: as :func:`convert_checkpoint`; also if ``src`` holds no plan, or
         its leaves are no longer those that the conversion wrote: one is missing, added,
         or of another shape.
+
+    Source:
+      As :func:`convert_checkpoint`.
 
     Example:
       >>> import tempfile

@@ -78,9 +78,10 @@ def slide(
       TypeError: the model is of another kind.
       ValueError: the window or stride is no positive size.
 
-    Source: Sermanet et al., *OverFeat* (2014); Long et al., *Fully Convolutional
-    Networks* (2015), who share zero padding at the image's border only, which changes
-    the numbers of a padded network. Here they stay.
+    Source:
+      Sermanet et al., *OverFeat* (2014); Long et al., *Fully Convolutional
+      Networks* (2015), who share zero padding at the image's border only, which
+      changes the numbers of a padded network. Here they stay.
 
     Example:
       >>> import flax.linen as nn

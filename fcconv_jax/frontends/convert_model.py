@@ -53,6 +53,9 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
       PlanError: an NNX model is not the one that was planned.
       TypeError: the model is of another kind, or a linen Module with ``inplace``.
 
+    Source:
+      ``flax.linen.intercept_methods``, and JAX's guide to interpreters of jaxprs.
+
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> import fcconv_jax as fc

@@ -60,6 +60,9 @@ def make_plan(
       PlanError: a rule matches no layer, or asks for what cannot be.
       TypeError: the model is of another kind.
 
+    Source:
+      ``jax.make_jaxpr`` gives the trace, :func:`fcconv_jax.classify` the cases.
+
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp
       >>> class Net(nn.Module):

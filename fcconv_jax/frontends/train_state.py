@@ -31,6 +31,9 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
     Raises:
       PlanError: as those two.
 
+    Source:
+      ``flax.training.train_state.TrainState``.
+
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import fcconv_jax as fc
@@ -62,6 +65,9 @@ def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
 
     Raises:
       PlanError: the state does not fit the plan.
+
+    Source:
+      ``flax.training.train_state.TrainState``.
 
     Example:
       >>> import jax, jax.numpy as jnp, optax

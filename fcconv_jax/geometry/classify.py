@@ -48,6 +48,9 @@ def classify(
       ValueError: a size is not positive, ranks differ, the padding is unknown, or
         the kernel does not fit into the padded input.
 
+    Source:
+      Raschka, *Machine Learning Q and AI* (2024), ch. 12.
+
     Example:
       >>> classify((7, 7), (7, 7), strides=2).case
       'full_window'
@@ -79,6 +82,9 @@ def explain(equivalence: Equivalence) -> str:
 
     Raises:
       AttributeError: ``equivalence`` is none.
+
+    Source:
+      Raschka, *Machine Learning Q and AI* (2024), ch. 12, and its exercises.
 
     Example:
       >>> print(explain(classify(16, 4, strides=4)))

@@ -57,6 +57,10 @@ def unroll_conv(
       ValueError: the geometry is none, the matrix would be larger than
         ``max_bytes``, or padding lets two taps of one position read the same input.
 
+    Source:
+      Dumoulin and Visin (2016), *A guide to convolution arithmetic for deep
+      learning*, on convolution as a matrix operation.
+
     Example:
       >>> unroll_conv(np.array([1, 2]).reshape(2, 1, 1), 3)
       array([[1, 0],
@@ -129,6 +133,9 @@ def roll_dense(
       TypeError: the matrix is traced, so its entries cannot be looked at.
       ValueError: the shape is another, an entry is not the convolution's (the
         message names its row and column), or a tap meets no input at all.
+
+    Source:
+      As :func:`unroll_conv`.
 
     Example:
       >>> roll_dense(np.array([[1, 0], [2, 1], [0, 2]]), 3, 2, 1, 1).ravel()

@@ -45,6 +45,9 @@ def convert_opt_state(
         factored statistics of adafactor, or the next update would be another one; the
         message names the leaf.
 
+    Source:
+      ``optax.tree_map_params`` tells which leaves of a state belong to the params.
+
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, optax
       >>> import fcconv_jax as fc

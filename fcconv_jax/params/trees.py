@@ -39,6 +39,10 @@ def convert_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
       PlanError: a planned leaf is missing, has another shape, or its sharding cannot
         follow; the message names the leaf.
 
+    Source:
+      Raschka, *Machine Learning Q and AI* (2024), ch. 12: the same entries in another
+      shape.
+
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> import fcconv_jax as fc
@@ -71,6 +75,9 @@ def restore_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
 
     Raises:
       PlanError: as :func:`convert_params`.
+
+    Source:
+      As :func:`convert_params`.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp

@@ -59,6 +59,9 @@ def plan_from_params(
         flatten open; the window or the bias does not fit; or the kernel may be
         something else (attention heads, a scanned stack). The message names the leaf.
 
+    Source:
+      The cases are those of :func:`fcconv_jax.classify`.
+
     Example:
       >>> shapes = {"fc/kernel": (12, 5), "fc/bias": (5,)}
       >>> plan = plan_from_params(shapes, ["fc=2x2:HWC"])

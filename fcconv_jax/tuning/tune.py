@@ -105,6 +105,9 @@ def tune(
       PlanError: a rule matches nothing; the timings are of another device.
       TypeError: abstract params or inputs, and a device that is present.
 
+    Source:
+      Search by measurement, as in ATLAS (Whaley and Dongarra, 1998).
+
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, fcconv_jax as fc
       >>> model, x = nn.Dense(3), jnp.ones((2, 4))

@@ -172,6 +172,9 @@ def compare(
     Raises:
       TypeError: something is no program.
 
+    Source:
+      A float64 run as the judge of both, as PyTorch's Inductor has it.
+
     Example:
       >>> x = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
       >>> total = lambda x: x.sum(0)
@@ -202,6 +205,9 @@ def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
     Raises:
       AssertionError: names the output, what was expected and got, and for Flax modules
         the first module at which the two part.
+
+    Source:
+      As :func:`compare`.
 
     Example:
       >>> assert_same(lambda x: x + x, lambda x: 2 * x, [np.ones(3, np.float32)])

@@ -60,6 +60,9 @@ def certify_layer(
     Raises:
       PlanError: the layer goes to another form.
 
+    Source:
+      Random probes: Schwartz (1980) and Zippel (1979).
+
     Example:
       >>> import flax.linen as nn
       >>> import fcconv_jax as fc

@@ -46,6 +46,9 @@ def assert_equivalent(
     Raises:
       AssertionError: names the layer or leaf, what was expected and what was got.
 
+    Source:
+      The assertions of ``chex``.
+
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp
       >>> import fcconv_jax as fc
@@ -124,6 +127,9 @@ def verify(
     Raises:
       BackendError: there is no such backend.
       PlanError: the params do not fit the plan.
+
+    Source:
+      Random probes: Schwartz (1980) and Zippel (1979).
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp
