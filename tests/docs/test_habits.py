@@ -1,0 +1,85 @@
+"""The workflows, hooks and forms name groups, versions and files that there are."""
+
+import re
+import subprocess
+import tomllib
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[2]
+FORMS = sorted((ROOT / ".github" / "ISSUE_TEMPLATE").glob("*.yml"))
+
+
+def groups():
+    return re.findall(r"^group_(\w+)\(\)", (ROOT / ".ci" / "run").read_text(), re.M)
+
+
+def project():
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+
+
+def test_ci_runs_every_group():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    matrix = workflow["jobs"]["group"]["strategy"]["matrix"]
+    run = {*matrix["group"], *(each["group"] for each in matrix["include"])}
+    # `newest` looks for another Python; the matrix has them all.
+    assert run == set(groups()) - {"newest"}
+
+
+def test_ci_has_every_python_that_the_project_names():
+    workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
+    matrix = workflow["jobs"]["group"]["strategy"]["matrix"]
+    named = [c.rpartition(" ")[2] for c in project()["classifiers"] if "Python ::" in c]
+    assert matrix["python"] == [version for version in named if "." in version]
+
+
+def test_all_groups_run_without_arguments():
+    (listed,) = re.findall(r"^all=\((.*)\)$", (ROOT / ".ci" / "run").read_text(), re.M)
+    assert listed.split() == groups()
+
+
+def test_an_unknown_group_is_named():
+    done = subprocess.run(
+        ["bash", ROOT / ".ci" / "run", "lint", "tset"], capture_output=True, text=True
+    )
+    assert done.returncode == 2
+    assert "got tset" in done.stderr
+    assert done.stdout == ""
+
+
+def test_contributing_tells_every_group():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == groups()
+
+
+def test_contributing_names_files_that_there_are():
+    text = (ROOT / "CONTRIBUTING.md").read_text()
+    rooms = text[text.index("## The rooms") : text.index("## Style")]
+    for name in re.findall(r"`([\w/.]+(?:/|\.py|\.md|\.toml))`", rooms):
+        places = (ROOT / name, ROOT / "fcconv_jax" / name)
+        assert any(p.exists() for p in places), name
+
+
+def test_hooks_use_the_pinned_ruff():
+    config = yaml.safe_load((ROOT / ".pre-commit-config.yaml").read_text())
+    (ruff,) = (r for r in config["repos"] if "ruff" in r["repo"])
+    pinned = [d for d in project()["optional-dependencies"]["test"] if "ruff" in d]
+    assert pinned == [f"ruff=={ruff['rev'].removeprefix('v')}"]
+
+
+@pytest.mark.parametrize("path", FORMS, ids=lambda p: p.stem)
+def test_forms_can_be_read(path):
+    assert yaml.safe_load(path.read_text())
+
+
+def test_a_report_of_wrong_numbers_comes_with_the_plan_and_the_versions():
+    form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "wrong_numbers.yml").read_text()
+    required = [
+        each["attributes"]["label"]
+        for each in yaml.safe_load(form)["body"]
+        if each.get("validations", {}).get("required")
+    ]
+    assert any("print(plan)" in label for label in required)
+    assert "Versions" in required
