@@ -39,6 +39,7 @@ extensions = [
     "generated_pages",
     "docstrings",
     "llms",
+    "run_tabs",
 ]
 exclude_patterns = ["_build", "_ext", "_generated", "**.ipynb_checkpoints"]
 nitpicky = False

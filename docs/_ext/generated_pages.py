@@ -47,7 +47,7 @@ def cycles_table(file: Path) -> str:
 
 def command_line() -> str:
     """The help of every command."""
-    env = {**os.environ, "COLUMNS": "88", "TERM": "dumb", "NO_COLOR": "1"}
+    env = {**os.environ, "COLUMNS": "78", "TERM": "dumb", "NO_COLOR": "1"}
     parts = [
         "# Command line",
         "`fcconv COMMAND --help` prints what follows. Exit status 0 means success, 1 "
@@ -56,7 +56,7 @@ def command_line() -> str:
     ]
     for command in COMMANDS:
         done = subprocess.run(
-            [sys.executable, "-m", "fcconv_jax", command, "--help"],
+            [Path(sys.executable).with_name("fcconv"), command, "--help"],
             capture_output=True,
             text=True,
             check=True,

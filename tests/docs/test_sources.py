@@ -10,6 +10,7 @@ import chapter_data
 import docstrings
 import pytest
 import reasons
+import run_tabs
 
 import fcconv_jax as fc
 
@@ -105,3 +106,12 @@ def test_the_version_is_the_same_everywhere():
     assert version
     assert f"version: {version[1]}\n" in (ROOT / "CITATION.cff").read_text()
     assert f"\n## {version[1]} (" in (ROOT / "CHANGELOG.md").read_text()
+
+
+def test_code_in_tabs_is_run_behind_them():
+    tabs = "::::{tab-set}\n```python\nx = 1\n```\n```sh\nls\n```\n```python\ny\n```\n::::\n"
+    page = f"---\nfile_format: mystnb\n---\n{tabs}rest\n"
+    cells = run_tabs.with_cells(page).partition(tabs)[2]
+    assert re.findall(r"\[remove-cell\]\n(.*?)```", cells, re.S) == ["x = 1\n", "y\n"]
+    assert cells.endswith("rest\n")
+    assert run_tabs.with_cells(tabs) == tabs, "a page without cells stays as it is"
