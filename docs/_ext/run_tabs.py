@@ -18,11 +18,11 @@ _BLOCKS = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
 def with_cells(text: str) -> str:
-    """A page with the cells that run its tabs.
+    r"""A page with the cells that run its tabs.
 
     Example:
-      >>> page = "file_format: mystnb\\n::::{tab-set}\\n```python\\nx = 1\\n```\\n::::\\n"
-      >>> print(with_cells(page).partition("::::\\n")[2])
+      >>> tabs = "::::{tab-set}\n```python\nx = 1\n```\n::::\n"
+      >>> print(with_cells("file_format: mystnb\n" + tabs).partition("\n::::\n")[2])
       <BLANKLINE>
       ```{code-cell} ipython3
       :tags: [remove-cell]

@@ -109,9 +109,13 @@ def test_the_version_is_the_same_everywhere():
 
 
 def test_code_in_tabs_is_run_behind_them():
-    tabs = "::::{tab-set}\n```python\nx = 1\n```\n```sh\nls\n```\n```python\ny\n```\n::::\n"
+    blocks = "```python\nx = 1\n```\n```sh\nls\n```\n```python\ny\n```\n"
+    tabs = f"::::{{tab-set}}\n{blocks}::::\n"
     page = f"---\nfile_format: mystnb\n---\n{tabs}rest\n"
     cells = run_tabs.with_cells(page).partition(tabs)[2]
-    assert re.findall(r"\[remove-cell\]\n(.*?)```", cells, re.S) == ["x = 1\n", "y\n"]
+    assert re.findall(r"\[remove-cell\]\n(.*?)```", cells, re.DOTALL) == [
+        "x = 1\n",
+        "y\n",
+    ]
     assert cells.endswith("rest\n")
     assert run_tabs.with_cells(tabs) == tabs, "a page without cells stays as it is"
