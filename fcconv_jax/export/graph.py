@@ -1,0 +1,233 @@
+"""A program as a small graph of the few operations that edge runtimes have.
+
+One engine for all writers: a trace is lowered to this graph once
+(:mod:`fcconv_jax.export.lowering`), and each runtime's writer spells the same
+operations in its own way. Images are channel-last, kernels ``(*window, in, out)``.
+
+=============  ====================================================================
+``conv``       x, kernel[, bias]; strides, padding, dilation, groups
+``dense``      x ``(*lead, in)``, kernel ``(in, out)``[, bias]
+``matmul``     a ``(*batch, m, k)``, b ``(*batch, k, n)``; adj_a, adj_b: last axes
+               swapped
+elementwise    neg, exp, tanh, relu, ..., add, mul, max, ..., select, cast, clip, gelu
+``reduce_*``   sum, mean, max, min, prod; axes, keepdims
+``pool_*``     max, mean: window, strides, padding of the spatial axes
+movement       reshape, transpose, broadcast, concat, slice, pad, reverse, gather
+``softmax``    over the last axis;  ``argmax``, ``argmin``, ``cumsum`` over ``axis``
+=============  ====================================================================
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+Step = tuple[str, tuple[Any, ...]]
+
+# Operations on a weight, or on two activations.
+LINEAR = ("conv", "dense", "matmul")
+UNARY = frozenset(
+    """abs ceil cos erf exp floor log logistic neg not relu relu6 round rsqrt sign sin
+    sqrt tanh""".split()
+)
+BINARY = frozenset(
+    """add and div eq ge gt le lt max min mul ne or pow rem sub""".split()
+)
+ELEMENTWISE = UNARY | BINARY | {"cast", "gelu", "select"}
+VIEWS = frozenset({"reshape", "transpose"})
+
+
+@dataclasses.dataclass(frozen=True)
+class Source:
+    """Where a constant's entries come from: a parameter, moved by these steps.
+
+    Args:
+      leaf: the parameter's path.
+      steps: reshapes, transposes, slices and reversals, in order.
+    """
+
+    leaf: str
+    steps: tuple[Step, ...] = ()
+
+    def then(self, kind: str, *details: Any) -> Source:
+        """The same, moved once more."""
+        return Source(self.leaf, (*self.steps, (kind, details)))
+
+    def apply(self, array: np.ndarray) -> np.ndarray:
+        """The constant's entries, from the parameter's.
+
+        Example:
+          >>> moved = Source("w").then("transpose", (1, 0)).then("reshape", (6,))
+          >>> moved.apply(np.arange(6).reshape(2, 3))
+          array([0, 3, 1, 4, 2, 5])
+        """
+        for kind, details in self.steps:
+            array = _STEPS[kind](array, *details)
+        return array
+
+
+_STEPS: dict[str, Any] = {
+    "reshape": lambda x, shape: x.reshape(shape),
+    "transpose": lambda x, perm: x.transpose(perm),
+    "slice": lambda x, start, stop, step: x[tuple(map(slice, start, stop, step))],
+    "reverse": lambda x, axes: np.flip(x, axes),
+}
+
+
+@dataclasses.dataclass(eq=False)
+class Value:
+    """An array in a graph.
+
+    Args:
+      shape: its shape.
+      dtype: its dtype.
+      data: its entries, where it is constant.
+      source: the parameter that a constant is, but for its arrangement.
+      leaves: the parameters that a constant is computed from.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    data: np.ndarray | None = None
+    source: Source | None = None
+    leaves: frozenset[str] = frozenset()
+
+    @property
+    def size(self) -> int:
+        """How many entries it has."""
+        return math.prod(self.shape)
+
+    def moved(self, kind: str, *details: Any) -> Value:
+        """A constant, moved by one step."""
+        assert self.data is not None
+        data = _STEPS[kind](self.data, *details)
+        source = self.source and self.source.then(kind, *details)
+        return Value(tuple(data.shape), self.dtype, data, source, self.leaves)
+
+
+def constant(data: Any, dtype: Any = None) -> Value:
+    """A constant that comes from no parameter."""
+    array = np.asarray(data, dtype)
+    return Value(tuple(array.shape), array.dtype, array)
+
+
+@dataclasses.dataclass(eq=False)
+class Node:
+    """One operation.
+
+    Args:
+      op: its name, see the module.
+      inputs: what it takes.
+      outputs: what it makes.
+      attrs: what else it is told.
+      name: of a linear layer, its path; else empty.
+    """
+
+    op: str
+    inputs: list[Value]
+    outputs: list[Value]
+    attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
+    name: str = ""
+
+    @property
+    def out(self) -> Value:
+        """The output of an operation that has one."""
+        return self.outputs[0]
+
+    @property
+    def weight(self) -> Value | None:
+        """The constant operand of a linear operation, if it has one."""
+        if self.op not in LINEAR:
+            return None
+        return next((v for v in self.inputs[:2] if v.data is not None), None)
+
+
+@dataclasses.dataclass(eq=False)
+class Graph:
+    """A program: its inputs, its operations in order, its outputs.
+
+    Args:
+      inputs: the program's arguments.
+      outputs: what it returns.
+      nodes: its operations, each after those whose outputs it takes.
+      input_names: one for each input.
+      output_names: one for each output.
+      notes: what a reader of the report should know.
+    """
+
+    inputs: list[Value]
+    outputs: list[Value]
+    nodes: list[Node]
+    input_names: list[str]
+    output_names: list[str]
+    notes: list[str] = dataclasses.field(default_factory=list)
+
+    def producers(self) -> dict[Value, Node]:
+        """The operation that makes each value."""
+        return {value: node for node in self.nodes for value in node.outputs}
+
+    def uses(self) -> dict[Value, int]:
+        """How often each value is read; the program's outputs count."""
+        counts: dict[Value, int] = {}
+        for value in self.reads():
+            counts[value] = counts.get(value, 0) + 1
+        return counts
+
+    def reads(self) -> Iterator[Value]:
+        """Every read of a value."""
+        for node in self.nodes:
+            yield from node.inputs
+        yield from self.outputs
+
+    def replace(self, old: Value, new: Value) -> None:
+        """Reads one value in the place of another, everywhere."""
+        for node in self.nodes:
+            node.inputs = [new if v is old else v for v in node.inputs]
+        self.outputs = [new if v is old else v for v in self.outputs]
+
+    def prune(self) -> None:
+        """Drops operations whose outputs nothing reads."""
+        needed = set(self.outputs)
+        kept: list[Node] = []
+        for node in reversed(self.nodes):
+            if needed.intersection(node.outputs):
+                kept.append(node)
+                needed.update(node.inputs)
+        self.nodes = kept[::-1]
+
+    def linear(self) -> list[Node]:
+        """The convolutions and matmuls with a weight."""
+        return [node for node in self.nodes if node.weight is not None]
+
+    def count(self, *ops: str) -> int:
+        """How many operations there are of these names."""
+        return sum(node.op in ops for node in self.nodes)
+
+    def __str__(self) -> str:
+        names = {value: f"%{n}" for n, value in enumerate(self.inputs)}
+        lines = []
+        for node in self.nodes:
+            for value in node.outputs:
+                names[value] = f"%{len(names)}"
+            args = ", ".join(_shown(v, names) for v in node.inputs)
+            outs = ", ".join(f"{names[v]}{list(v.shape)}" for v in node.outputs)
+            extra = f" {node.attrs}" if node.attrs else ""
+            lines.append(f"{outs} = {node.op}({args}){extra}  {node.name}".rstrip())
+        return "\n".join(lines)
+
+
+def _shown(value: Value, names: dict[Value, str]) -> str:
+    if value.data is None:
+        return names.get(value, "?")
+    if value.source is not None:
+        return f"{value.source.leaf}{list(value.shape)}"
+    return str(value.data) if value.size == 1 else f"const{list(value.shape)}"
+
+
+def spatial_axes(value: Value) -> Sequence[int]:
+    """The spatial axes of a channel-last image."""
+    return range(1, len(value.shape) - 1)

@@ -1,0 +1,267 @@
+"""The linear layers of a file, as its proof needs them: what each is to compute.
+
+A file carries this record in its own metadata, so that it can be held against a
+checkpoint later. It says of each convolution and matmul with a weight which parameter
+the weight is and how its entries were moved, and the geometry that the model asks for.
+How a runtime's file lays weights out is not in it: that is read off the file.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..plan import Plan
+from .errors import ExportError
+from .graph import Graph, Node, Source, Value
+
+FORMAT = "fcconv_jax.export"
+VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Layer:
+    """One linear operation, as the model asks for it.
+
+    Args:
+      name: the path of its kernel's module.
+      op: ``"conv"``, ``"dense"`` or ``"matmul"`` (groups of dense layers).
+      kernel: where the kernel's entries come from; None where they are computed from
+        several parameters or by more than moving them.
+      kernel_shape: ``(*window, in, out)``, ``(in, out)``, or ``(*batch, m, k)``.
+      bias: likewise; None also where there is none.
+      has_bias: whether there is one.
+      input_shape: of the activation, channel-last.
+      output_shape: of the result.
+      geometry: strides, padding, dilation, groups of a convolution; which operand the
+        weight is, and what is swapped, of a matmul.
+      made_of: the parameters that a computed kernel or bias comes from.
+    """
+
+    name: str
+    op: str
+    kernel: Source | None
+    kernel_shape: tuple[int, ...]
+    bias: Source | None
+    has_bias: bool
+    input_shape: tuple[int, ...]
+    output_shape: tuple[int, ...]
+    geometry: tuple[tuple[str, Any], ...]
+    made_of: tuple[str, ...] = ()
+
+    @property
+    def form(self) -> str:
+        """``"conv"`` or ``"dense"``."""
+        return "conv" if self.op == "conv" else "dense"
+
+    @property
+    def options(self) -> dict[str, Any]:
+        """The geometry by name."""
+        return dict(self.geometry)
+
+    @property
+    def terms(self) -> int:
+        """How many products one output sums."""
+        if self.op == "conv":
+            return int(np.prod(self.kernel_shape[:-1]))
+        if self.op == "dense":
+            return self.kernel_shape[0]
+        adjoint = self.options["adj_a" if self.options["side"] == 0 else "adj_b"]
+        summed = -1 if (self.options["side"] == 0) != adjoint else -2
+        return self.kernel_shape[summed]
+
+
+def layers_of(graph: Graph) -> list[Layer]:
+    """The layers of a graph, in the order in which they run."""
+    return [_layer(node) for node in graph.linear()]
+
+
+def _layer(node: Node) -> Layer:
+    weight = node.weight
+    assert weight is not None
+    side = node.inputs.index(weight)
+    bias = node.inputs[2] if len(node.inputs) > 2 else None
+    geometry = dict(node.attrs)
+    if node.op == "matmul":
+        geometry["side"] = side
+    computed = [v for v in (weight, bias) if v is not None and v.source is None]
+    made_of = frozenset[str]().union(*(value.leaves for value in computed))
+    return Layer(
+        name=node.name,
+        op=node.op,
+        kernel=weight.source,
+        kernel_shape=weight.shape,
+        bias=None if bias is None else bias.source,
+        has_bias=bias is not None,
+        input_shape=node.inputs[1 - side].shape,
+        output_shape=node.out.shape,
+        geometry=tuple(sorted(geometry.items())),
+        made_of=tuple(sorted(made_of)),
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Record:
+    """What a file says about itself.
+
+    Args:
+      layers: its linear layers, in the order in which they run.
+      plan: which of them were converted, and how.
+      form: the form that was asked for.
+      chip: the chip that it is for.
+    """
+
+    layers: tuple[Layer, ...]
+    plan: Plan
+    form: str
+    chip: str | None = None
+
+    def to_json(self) -> str:
+        """As JSON text, as files carry it."""
+        return json.dumps(
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                "form": self.form,
+                "chip": self.chip,
+                "plan": json.loads(dataclasses.replace(self.plan).to_json()),
+                "layers": [dataclasses.asdict(layer) for layer in self.layers],
+            }
+        )
+
+    @classmethod
+    def from_json(cls, text: str | bytes) -> Record:
+        """Reads what :meth:`to_json` wrote.
+
+        Raises:
+          ExportError: the text is no record, or of a newer version.
+        """
+        try:
+            content = json.loads(text)
+            if content["format"] != FORMAT or content["version"] > VERSION:
+                raise ExportError(
+                    f"the file's record has version {content['version']}, this "
+                    f"fcconv_jax reads up to {VERSION}: upgrade fcconv_jax"
+                )
+            layers = tuple(map(_layer_from_json, content["layers"]))
+            plan = Plan.from_json(json.dumps(content["plan"]))
+            return cls(layers, plan, content["form"], content["chip"])
+        except (KeyError, TypeError, ValueError) as error:
+            if isinstance(error, ExportError):
+                raise
+            raise ExportError(f"the file's record is damaged: {error!r}") from error
+
+
+def _layer_from_json(entry: Mapping[str, Any]) -> Layer:
+    values = {key: _tuples(value) for key, value in entry.items()}
+    for name in ("kernel", "bias"):
+        found = entry[name]
+        if found is not None:
+            steps = tuple((kind, _tuples(details)) for kind, details in found["steps"])
+            values[name] = Source(found["leaf"], steps)
+    return Layer(**values)
+
+
+def _tuples(value: Any) -> Any:
+    return tuple(map(_tuples, value)) if isinstance(value, list) else value
+
+
+def expected(
+    layer: Layer, leaves: Mapping[str, np.ndarray]
+) -> tuple[np.ndarray | None, np.ndarray | None]:
+    """Kernel and bias of a layer, from the parameters; None where not one's entries.
+
+    Raises:
+      ExportError: a parameter is missing or has another shape.
+    """
+    found = []
+    for source in (layer.kernel, layer.bias):
+        if source is None:
+            found.append(None)
+            continue
+        if source.leaf not in leaves:
+            near = ", ".join(sorted(leaves)[:6])
+            raise ExportError(
+                f"layer {layer.name!r} has the parameter {source.leaf!r}, which the "
+                f"checkpoint lacks; it has {near}, ..."
+            )
+        try:
+            found.append(source.apply(np.asarray(leaves[source.leaf])))
+        except ValueError as error:
+            shape = np.shape(leaves[source.leaf])
+            raise ExportError(
+                f"parameter {source.leaf!r} has the shape {shape}, which does not fit "
+                f"layer {layer.name!r}: {error}"
+            ) from None
+    return found[0], found[1]
+
+
+def compute(
+    layer: Layer, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None
+) -> np.ndarray:
+    """What a layer computes on integers, exactly.
+
+    In float64, whose sums of integers are exact to 2**53: as int64 has it, and as
+    fast as a matrix product.
+
+    Args:
+      layer: which.
+      x: its input.
+      kernel: in the layer's own arrangement.
+      bias: likewise.
+
+    Example:
+      >>> layer = Layer("fc", "dense", None, (2, 1), None, False, (1, 2), (1, 1), ())
+      >>> compute(layer, np.array([[1, 2]]), np.array([[3], [4]]), None)
+      array([[11]])
+    """
+    x, kernel = x.astype(np.float64), kernel.astype(np.float64)
+    if layer.op == "conv":
+        y = _convolve(x, kernel, layer.options)
+    elif layer.op == "dense":
+        y = x @ kernel
+    else:
+        options = layer.options
+        a, b = (kernel, x) if options["side"] == 0 else (x, kernel)
+        a = a.swapaxes(-1, -2) if options["adj_a"] else a
+        b = b.swapaxes(-1, -2) if options["adj_b"] else b
+        y = a @ b
+    if bias is not None:
+        y = y + bias
+    return y.astype(np.int64)
+
+
+def _convolve(
+    x: np.ndarray, kernel: np.ndarray, options: Mapping[str, Any]
+) -> np.ndarray:
+    """A convolution of two spatial axes, as patches times a matrix for each group."""
+    *window, inner, features = kernel.shape
+    pads: Sequence[Any] = ((0, 0), *options["padding"], (0, 0))
+    x = np.pad(x, pads)
+    spans = [(k - 1) * d + 1 for k, d in zip(window, options["dilation"])]
+    views = np.lib.stride_tricks.sliding_window_view(x, spans, axis=(1, 2))
+    (sy, sx), (dy, dx) = options["strides"], options["dilation"]
+    views = views[:, ::sy, ::sx, :, ::dy, ::dx]  # (N, H, W, C, ky, kx)
+    n, h, w, _, ky, kx = views.shape
+    groups = options["groups"]
+    made = []
+    for g in range(groups):
+        part = views[..., g * inner : (g + 1) * inner, :, :].transpose(0, 1, 2, 4, 5, 3)
+        columns = features // groups
+        matrix = kernel[..., g * columns : (g + 1) * columns]
+        rows = part.reshape(n * h * w, ky * kx * inner)
+        made.append(rows @ matrix.reshape(-1, columns))
+    return np.concatenate(made, axis=-1).reshape(n, h, w, features)
+
+
+def computed_values(graph: Graph) -> dict[str, Value]:
+    """The kernels that are no parameter's entries, by the name of their layer."""
+    return {
+        node.name: node.weight
+        for node in graph.linear()
+        if node.weight is not None and node.weight.source is None
+    }

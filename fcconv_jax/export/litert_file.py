@@ -1,0 +1,256 @@
+"""Reads LiteRT files back: their layers, each run alone, and the whole file."""
+
+from __future__ import annotations
+
+import copy
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ExportError, require
+from .layers import Layer, Record
+from .litert import RECORD, pack, schema
+from .shipped import ShippedLayer, arrange_conv, canonical_conv
+
+_CONVS = ("CONV_2D", "DEPTHWISE_CONV_2D")
+_LINEAR = (*_CONVS, "FULLY_CONNECTED", "BATCH_MATMUL")
+_NUMPY = {
+    "FLOAT32": np.float32,
+    "INT32": np.int32,
+    "INT64": np.int64,
+    "INT8": np.int8,
+    "UINT8": np.uint8,
+    "BOOL": np.bool_,
+}
+
+
+class LiteRTFile:
+    """A .tflite file, read back.
+
+    Args:
+      path: the file.
+
+    Raises:
+      ExportError: it is none.
+    """
+
+    runtime = "LiteRT"
+
+    def __init__(self, path: Path):
+        s = schema()
+        self.path, self.content = path, path.read_bytes()
+        if self.content[4:8] != b"TFL3":
+            raise ExportError(f"{path} is no LiteRT file: it lacks the mark 'TFL3'")
+        self.model = s.ModelT.InitFromPackedBuf(self.content, 0)
+        self.graph = self.model.subgraphs[0]
+        builtin = {v: k for k, v in vars(s.BuiltinOperator).items() if k.isupper()}
+        self.codes = [
+            builtin[max(code.builtinCode, code.deprecatedBuiltinCode)]
+            for code in self.model.operatorCodes
+        ]
+        types = {v: k for k, v in vars(s.TensorType).items() if k.isupper()}
+        self._types = types
+        self._makers = {i: op for op in self.graph.operators for i in op.outputs}
+
+    def name(self, operator: Any) -> str:
+        """The runtime's word for an operator."""
+        return self.codes[operator.opcodeIndex]
+
+    def array(self, index: int) -> np.ndarray | None:
+        """The entries of a constant tensor."""
+        if index < 0:
+            return None
+        tensor = self.graph.tensors[index]
+        data = self.model.buffers[tensor.buffer].data
+        if data is None or tensor.buffer == 0:
+            return None
+        dtype = _NUMPY.get(self._types[tensor.type])
+        if dtype is None:
+            return None
+        shape = () if tensor.shape is None else tuple(tensor.shape)
+        return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(shape)
+
+    def record(self) -> Record | None:
+        """What the file says about itself."""
+        for entry in self.model.metadata or ():
+            name = entry.name.decode() if isinstance(entry.name, bytes) else entry.name
+            if name == RECORD:
+                data = np.asarray(self.model.buffers[entry.buffer].data, np.uint8)
+                return Record.from_json(data.tobytes())
+        return None
+
+    def ops(self) -> Mapping[str, int]:
+        """How many operators there are of each kind."""
+        return Counter(self.name(op) for op in self.graph.operators)
+
+    def moves(self) -> tuple[int, int]:
+        """Transposes and reshapes."""
+        found = self.ops()
+        return found.get("TRANSPOSE", 0), found.get("RESHAPE", 0)
+
+    def products(self) -> Sequence[str]:
+        """Products of two activations."""
+        return [
+            f"BATCH_MATMUL {self._label(op.outputs[0])}"
+            for op in self.graph.operators
+            if self.name(op) in ("BATCH_MATMUL", "FULLY_CONNECTED")
+            and all(self.array(i) is None for i in list(op.inputs)[:2])
+        ]
+
+    def layers(self) -> Sequence[ShippedLayer]:
+        """The linear operators with a weight."""
+        found = []
+        for op in self._linear():
+            name = self.name(op)
+            side = self._side(op)
+            kernel = self.array(op.inputs[side])
+            assert kernel is not None
+            bias = self.array(op.inputs[2]) if len(op.inputs) > 2 else None
+            if self._label(op.inputs[2] if len(op.inputs) > 2 else -1) == "no bias":
+                bias = None
+            if name == "CONV_2D":
+                kernel = canonical_conv(kernel, "OHWI")
+            elif name == "DEPTHWISE_CONV_2D":
+                kernel = kernel.transpose(1, 2, 0, 3)
+            elif name == "FULLY_CONNECTED":
+                kernel = kernel.T
+            form = "conv" if name in _CONVS else "dense"
+            found.append(
+                ShippedLayer(self._label(op.outputs[0]), name, form, kernel, bias)
+            )
+        return found
+
+    def _linear(self) -> list[Any]:
+        return [
+            op
+            for op in self.graph.operators
+            if self.name(op) in _LINEAR and self._side(op) is not None
+        ]
+
+    def _side(self, op: Any) -> Any:
+        """Which operand is the weight."""
+        for side in (1, 0):
+            if self.array(op.inputs[side]) is not None:
+                return side
+        return None
+
+    def _label(self, index: int) -> str:
+        """A tensor's name, without the number that keeps names apart."""
+        if index < 0:
+            return ""
+        name = self.graph.tensors[index].name or b""
+        text = name.decode() if isinstance(name, bytes) else name
+        return text.partition(";")[0]
+
+    def run_layer(
+        self,
+        layer: Layer,
+        x: np.ndarray,
+        kernel: np.ndarray,
+        bias: np.ndarray | None,
+    ) -> np.ndarray:
+        """Runs one operator, cut out of the file, with other numbers in its buffers."""
+        operator = self._find(layer.name)
+        name = self.name(operator)
+        side = self._side(operator)
+        if name == "CONV_2D":
+            stored = arrange_conv(kernel, "OHWI")
+        elif name == "DEPTHWISE_CONV_2D":
+            stored = kernel.transpose(2, 0, 1, 3)
+        elif name == "FULLY_CONNECTED":
+            stored = kernel.T
+        else:
+            stored = kernel
+        chain = [operator]
+        entering = operator.inputs[1 - side]
+        before = self._makers.get(entering)
+        if before is not None and self.name(before) == "PAD":
+            # Padding that the operator cannot say itself is part of it, if the model's
+            # input is what comes before.
+            inner = self.graph.tensors[before.inputs[0]].shape
+            if tuple(inner) == layer.input_shape:
+                chain.insert(0, before)
+                entering = before.inputs[0]
+        new = {operator.inputs[side]: stored.astype(np.float32)}
+        if len(operator.inputs) > 2 and operator.inputs[2] >= 0 and bias is not None:
+            new[operator.inputs[2]] = bias.astype(np.float32)
+        content = self._cut(chain, entering, new)
+        return run(content, [x.astype(np.float32)])[0]
+
+    def _find(self, name: str) -> Any:
+        for op in self._linear():
+            if self._label(op.outputs[0]) == name:
+                return op
+        raise ExportError(f"{self.path} has no layer {name!r}")
+
+    def _cut(
+        self, chain: Sequence[Any], entering: int, new: Mapping[int, np.ndarray]
+    ) -> bytes:
+        """A file of some operators alone."""
+        s = schema()
+        model, graph = s.ModelT(), s.SubGraphT()
+        model.version, model.buffers = 3, [s.BufferT()]
+        model.operatorCodes = self.model.operatorCodes
+        graph.tensors, graph.operators = [], []
+        numbers: dict[int, int] = {}
+
+        def take(index: int) -> int:
+            if index < 0 or index in numbers:
+                return numbers.get(index, -1)
+            tensor = copy.copy(self.graph.tensors[index])
+            data = new.get(index)
+            if data is None and index != entering:
+                data = self.array(index)
+            tensor.buffer = 0
+            if data is not None:
+                if tuple(data.shape) != tuple(tensor.shape):
+                    raise ExportError(
+                        f"expected a weight of shape {data.shape} at "
+                        f"{self._label(index)!r}, the file has {tuple(tensor.shape)}"
+                    )
+                buffer = s.BufferT()
+                raw = np.ascontiguousarray(data).tobytes()
+                buffer.data = np.frombuffer(raw, np.uint8)
+                model.buffers.append(buffer)
+                tensor.buffer = len(model.buffers) - 1
+            graph.tensors.append(tensor)
+            numbers[index] = len(graph.tensors) - 1
+            return numbers[index]
+
+        for operator in chain:
+            part = copy.deepcopy(operator)
+            part.inputs = [take(i) for i in operator.inputs]
+            part.outputs = [take(i) for i in operator.outputs]
+            if hasattr(part.builtinOptions, "fusedActivationFunction"):
+                part.builtinOptions.fusedActivationFunction = 0
+            graph.operators.append(part)
+        graph.inputs = [numbers[entering]]
+        graph.outputs = [numbers[chain[-1].outputs[0]]]
+        model.subgraphs = [graph]
+        return pack(model)
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs the whole file."""
+        return run(self.content, inputs)
+
+
+def interpreter(content: bytes) -> Any:
+    """The runtime's interpreter of a file's content."""
+    litert = require("ai_edge_litert.interpreter", "litert", "running a LiteRT file")
+    made = litert.Interpreter(model_content=content)
+    made.allocate_tensors()
+    return made
+
+
+def run(content: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Runs a file's content on arrays, in the order of its inputs."""
+    runner = interpreter(content)
+    for detail, x in zip(runner.get_input_details(), inputs, strict=True):
+        runner.set_tensor(detail["index"], np.asarray(x, detail["dtype"]))
+    runner.invoke()
+    return [
+        np.array(runner.get_tensor(d["index"])) for d in runner.get_output_details()
+    ]

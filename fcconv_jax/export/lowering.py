@@ -1,0 +1,276 @@
+"""Lowers a traced program to the graph that every writer takes.
+
+What does not depend on the program's inputs is computed here, once. A constant that is
+a parameter's entries, each once or some of them, remembers which and how they were
+moved: that is what the proof inside the file starts from. What no runtime takes is
+refused by name.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..tracing.jaxprs import bind, call_body, evaluate, opened, scan_parts
+from .errors import ExportError
+from .graph import Graph, Node, Source, Value, constant
+
+Rule = Callable[..., Value | Sequence[Value]]
+
+# What a program asks for that no graph of these runtimes has, and the way out.
+_REFUSED = {
+    "while": "a loop whose number of steps is not known. Export the body alone, or "
+    "write the loop out in Python",
+    "scan": "a loop over steps. Pass unroll=N to write out loops of up to N steps",
+    "cond": "a branch that depends on the inputs. Use jnp.where, which runs both sides",
+    "sort": "a sort. Return what is to be sorted and sort on the host",
+    "top_k": "a top-k. Return what is to be sorted and sort on the host",
+    "random_bits": "random numbers. Call the model as in inference: train=False or "
+    "deterministic=True",
+    "random_seed": "random numbers. Call the model as in inference: train=False or "
+    "deterministic=True",
+    "pallas_call": "a kernel of its own. Switch to the model's plain implementation",
+    "custom_call": "a kernel of its own. Switch to the model's plain implementation",
+    "scatter": "a write into a part of an array. Use jnp.where or jnp.concatenate",
+    "fft": "a Fourier transform. Compute it on the host, before or after the model",
+}
+
+
+class Lowering:
+    """Collects the operations of a program as it is walked.
+
+    Args:
+      unroll: loops of up to this many steps are written out.
+    """
+
+    def __init__(self, unroll: int = 0):
+        self.unroll = unroll
+        self.nodes: list[Node] = []
+        self.notes: list[str] = []
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[Value],
+        shape: Sequence[int],
+        dtype: Any = None,
+        **attrs: Any,
+    ) -> Value:
+        """Appends an operation and returns what it makes."""
+        dtype = np.dtype(inputs[0].dtype if dtype is None else dtype)
+        out = Value(tuple(map(int, shape)), dtype)
+        self.nodes.append(Node(op, list(inputs), [out], attrs))
+        return out
+
+    def reshape(self, x: Value, shape: Sequence[int]) -> Value:
+        """A reshape; none where the shape stays, and at once of a constant."""
+        shape = tuple(map(int, shape))
+        if shape == x.shape:
+            return x
+        if x.data is not None:
+            return x.moved("reshape", shape)
+        return self.add("reshape", [x], shape)
+
+    def transpose(self, x: Value, perm: Sequence[int]) -> Value:
+        """A transpose; none where the order stays, and at once of a constant."""
+        perm = tuple(map(int, perm))
+        if perm == tuple(range(len(perm))):
+            return x
+        if x.data is not None:
+            return x.moved("transpose", perm)
+        return self.add("transpose", [x], [x.shape[i] for i in perm], perm=perm)
+
+    def visit(self, eqn: Any, operands: Sequence[Any]) -> list[Value]:
+        """What one equation makes."""
+        values = [as_value(operand) for operand in operands]
+        body = call_body(eqn)
+        if body is not None:
+            return self.run(body, values)
+        name = eqn.primitive.name
+        known = all(value.data is not None for value in values)
+        if known and name not in _MOVES and name not in ("scan", "while", "cond"):
+            return _computed(eqn, values)
+        if name == "scan" and 0 < eqn.params["length"] <= self.unroll:
+            return self._unrolled(eqn, values)
+        if name in ("scan", "while", "cond") and known:
+            return _computed(eqn, values)
+        if name == "cond" and values[0].data is not None:
+            branches = eqn.params["branches"]
+            which = min(max(int(values[0].data), 0), len(branches) - 1)
+            return self.run(branches[which], values[1:])
+        rule = self._rule(name)
+        if rule is None:
+            raise _refusal(eqn)
+        made = rule(self, eqn, *values)
+        return [made] if isinstance(made, Value) else list(made)
+
+    def run(self, jaxpr: Any, values: Sequence[Value]) -> list[Value]:
+        """Walks a jaxpr."""
+        return [as_value(v) for v in evaluate(jaxpr, values, self.visit)]
+
+    def _rule(self, name: str) -> Rule | None:
+        from .lowering_rules import RULES
+
+        return RULES.get(name)
+
+    def _unrolled(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+        """A loop, written out."""
+        length, jaxpr = eqn.params["length"], eqn.params["jaxpr"]
+        consts, carried = scan_parts(eqn)
+        fixed, carry = values[:consts], list(values[consts : consts + carried])
+        stacked = values[consts + carried :]
+        steps: list[list[Value]] = []
+        order = range(length)
+        for i in reversed(order) if eqn.params["reverse"] else order:
+            xs = [self._row(value, i) for value in stacked]
+            outs = self.run(jaxpr, [*fixed, *carry, *xs])
+            carry, ys = outs[:carried], outs[carried:]
+            steps.append(ys)
+        if eqn.params["reverse"]:
+            steps.reverse()
+        stacks = []
+        for rows in zip(*steps):
+            each = [self.reshape(row, (1, *row.shape)) for row in rows]
+            shape = (length, *each[0].shape[1:])
+            stacks.append(self.add("concat", each, shape, axis=0))
+        return [*carry, *stacks]
+
+    def _row(self, x: Value, i: int) -> Value:
+        start, stop = (i, *[0] * (len(x.shape) - 1)), (i + 1, *x.shape[1:])
+        return self.reshape(self.slice(x, start, stop), x.shape[1:])
+
+    def slice(
+        self,
+        x: Value,
+        start: Sequence[int],
+        stop: Sequence[int],
+        steps: Sequence[int] | None = None,
+    ) -> Value:
+        """A slice with a step along each axis."""
+        details = tuple(start), tuple(stop), tuple(steps or [1] * len(x.shape))
+        if x.data is not None:
+            return x.moved("slice", *details)
+        shape = [len(range(a, b, s)) for a, b, s in zip(*details)]
+        if tuple(shape) == x.shape:
+            return x
+        names = dict(zip(("start", "stop", "steps"), details))
+        return self.add("slice", [x], shape, **names)
+
+
+def lower(
+    jaxpr: Any,
+    leaves: Sequence[tuple[str, Any]],
+    input_names: Sequence[str],
+    output_names: Sequence[str],
+    unroll: int = 0,
+) -> Graph:
+    """The graph of a closed jaxpr.
+
+    Args:
+      jaxpr: takes the parameters, then the inputs.
+      leaves: path and array of each parameter.
+      input_names: one for each input.
+      output_names: one for each output.
+      unroll: loops of up to this many steps are written out.
+
+    Raises:
+      ExportError: the program does what no runtime takes; names it and the way out.
+
+    Example:
+      >>> import jax
+      >>> w = np.ones((3, 2), np.float32)
+      >>> jaxpr = jax.make_jaxpr(lambda w, x: x @ w)(w, np.ones((1, 3), np.float32))
+      >>> print(lower(jaxpr, [("w", w)], ["x"], ["y"]))
+      %1[1, 2] = dense(%0, w[3, 2])
+    """
+    body, _ = opened(jaxpr)
+    count = len(leaves)
+    for var, name in zip(body.invars[count:], input_names, strict=True):
+        if jnp.issubdtype(var.aval.dtype, jax.dtypes.extended):
+            raise ExportError(
+                f"the input {name!r} is a random key: call the model as in inference "
+                "(train=False, deterministic=True), without rngs="
+            )
+    inputs = [
+        Value(tuple(map(int, var.aval.shape)), np.dtype(var.aval.dtype))
+        for var in body.invars[count:]
+    ]
+    params = []
+    for path, leaf in leaves:
+        array = np.asarray(leaf)
+        params.append(
+            Value(
+                *(tuple(array.shape), array.dtype, array, Source(path)),
+                frozenset({path}),
+            )
+        )
+    lowering = Lowering(unroll)
+    outs = lowering.run(jaxpr, [*params, *inputs])
+    names = list(output_names)
+    constant_ones = [n for n, v in zip(names, outs) if v.data is not None]
+    if constant_ones:
+        lowering.notes.append(
+            f"left out, as the inputs do not change it: {', '.join(constant_ones)}"
+        )
+    kept = [(n, v) for n, v in zip(names, outs) if v.data is None]
+    if not kept:
+        raise ExportError("the model returns nothing that depends on its inputs")
+    return Graph(
+        inputs,
+        [value for _, value in kept],
+        lowering.nodes,
+        list(input_names),
+        [name for name, _ in kept],
+        lowering.notes,
+    )
+
+
+def as_value(operand: Any) -> Value:
+    """A value, or a number of the trace as one."""
+    return operand if isinstance(operand, Value) else constant(operand)
+
+
+# Primitives whose rules move a constant's entries and remember how.
+_MOVES = frozenset(
+    """broadcast_in_dim copy copy_p expand_dims reshape rev slice squeeze transpose
+    stop_gradient""".split()
+)
+
+
+def _computed(eqn: Any, values: Sequence[Value]) -> list[Value]:
+    """What an equation makes of constants."""
+    with jax.default_device(jax.devices("cpu")[0]):
+        outs = bind(eqn, [value.data for value in values])
+    leaves = frozenset[str]().union(*(value.leaves for value in values))
+    same = eqn.primitive.name == "convert_element_type"
+    found = []
+    for out in outs:
+        if jnp.issubdtype(out.dtype, jax.dtypes.extended):
+            raise _refusal(eqn)
+        data = np.asarray(out)
+        source = None
+        if same and values and values[0].data is not None:
+            # A cast to the same dtype, which only drops the weak type.
+            source = values[0].source if data.dtype == values[0].dtype else None
+        found.append(Value(tuple(data.shape), data.dtype, data, source, leaves))
+    return found
+
+
+def _refusal(eqn: Any) -> ExportError:
+    name = eqn.primitive.name
+    what = _REFUSED.get(name) or next(
+        (text for key, text in _REFUSED.items() if name.startswith(key)), None
+    )
+    shapes = ", ".join(f"{v.aval.dtype}{list(v.aval.shape)}" for v in eqn.invars[:3])
+    if name == "scan" and what:
+        what = f"a loop over {eqn.params['length']} steps. Pass unroll={{}} to write it"
+        what = what.format(eqn.params["length"]) + " out"
+    return ExportError(
+        f"the model has {name!r} on {shapes}: "
+        + (what or "no edge runtime's file has it. Replace it in the model")
+        + "; to='stablehlo' takes whatever JAX does"
+    )

@@ -1,0 +1,92 @@
+"""What the proof asks of a file: its layers, each cut out, and the whole of it."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Protocol
+
+import numpy as np
+
+from .layers import Layer, Record
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class ShippedLayer:
+    """A linear operation with a weight, as a file holds it.
+
+    Args:
+      name: that of the layer.
+      op: the runtime's own word: ``"CONV_2D"``, ``"Gemm"``.
+      form: ``"conv"`` or ``"dense"``.
+      kernel: in the graph's arrangement, whatever the file's is.
+      bias: None where there is none.
+    """
+
+    name: str
+    op: str
+    form: str
+    kernel: np.ndarray
+    bias: np.ndarray | None
+
+
+class Shipped(Protocol):
+    """A file, read back."""
+
+    runtime: str
+
+    def record(self) -> Record | None:
+        """What the file says about itself; None where it was written by others."""
+        ...
+
+    def layers(self) -> Sequence[ShippedLayer]:
+        """The linear operations with a weight."""
+        ...
+
+    def products(self) -> Sequence[str]:
+        """The products of two activations, such as attention's."""
+        ...
+
+    def ops(self) -> Mapping[str, int]:
+        """How many operations there are of each kind, in the runtime's words."""
+        ...
+
+    def moves(self) -> tuple[int, int]:
+        """How many transposes and how many reshapes there are."""
+        ...
+
+    def run_layer(
+        self,
+        layer: Layer,
+        x: np.ndarray,
+        kernel: np.ndarray,
+        bias: np.ndarray | None,
+    ) -> np.ndarray:
+        """Runs one layer, cut out of the file, with other numbers for its weights.
+
+        Args:
+          layer: which, and how the model has it.
+          x: its input.
+          kernel: in the graph's arrangement.
+          bias: likewise.
+        """
+        ...
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs the whole file in its runtime."""
+        ...
+
+
+def arrange_conv(kernel: np.ndarray, order: str) -> np.ndarray:
+    """A kernel ``HWIO`` in another order of its axes.
+
+    Example:
+      >>> arrange_conv(np.zeros((3, 5, 2, 7)), "OHWI").shape
+      (7, 3, 5, 2)
+    """
+    return np.ascontiguousarray(kernel.transpose(["HWIO".index(a) for a in order]))
+
+
+def canonical_conv(kernel: np.ndarray, order: str) -> np.ndarray:
+    """A kernel ``HWIO``, from one in another order of its axes."""
+    return kernel.transpose([order.index(a) for a in "HWIO"])
