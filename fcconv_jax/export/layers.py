@@ -113,12 +113,16 @@ class Record:
       plan: which of them were converted, and how.
       form: the form that was asked for.
       chip: the chip that it is for.
+      constants: the parameters besides kernels and biases, as the file has them.
+      kind: the kind of model: ``"linen"``, ``"nnx"``, ``"function"``.
     """
 
     layers: tuple[Layer, ...]
     plan: Plan
     form: str
     chip: str | None = None
+    constants: tuple[Source, ...] = ()
+    kind: str = "linen"
 
     def to_json(self) -> str:
         """As JSON text, as files carry it."""
@@ -128,8 +132,10 @@ class Record:
                 "version": VERSION,
                 "form": self.form,
                 "chip": self.chip,
-                "plan": json.loads(dataclasses.replace(self.plan).to_json()),
+                "kind": self.kind,
+                "plan": json.loads(self.plan.to_json()),
                 "layers": [dataclasses.asdict(layer) for layer in self.layers],
+                "constants": [dataclasses.asdict(source) for source in self.constants],
             }
         )
 
@@ -149,7 +155,9 @@ class Record:
                 )
             layers = tuple(map(_layer_from_json, content["layers"]))
             plan = Plan.from_json(json.dumps(content["plan"]))
-            return cls(layers, plan, content["form"], content["chip"])
+            constants = tuple(map(_source_from_json, content["constants"]))
+            kind = content["kind"]
+            return cls(layers, plan, content["form"], content["chip"], constants, kind)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ExportError):
                 raise
@@ -159,11 +167,14 @@ class Record:
 def _layer_from_json(entry: Mapping[str, Any]) -> Layer:
     values = {key: _tuples(value) for key, value in entry.items()}
     for name in ("kernel", "bias"):
-        found = entry[name]
-        if found is not None:
-            steps = tuple((kind, _tuples(details)) for kind, details in found["steps"])
-            values[name] = Source(found["leaf"], steps)
+        if entry[name] is not None:
+            values[name] = _source_from_json(entry[name])
     return Layer(**values)
+
+
+def _source_from_json(entry: Mapping[str, Any]) -> Source:
+    steps = tuple((kind, _tuples(details)) for kind, details in entry["steps"])
+    return Source(entry["leaf"], steps)
 
 
 def _tuples(value: Any) -> Any:
@@ -256,6 +267,13 @@ def _convolve(
         rows = part.reshape(n * h * w, ky * kx * inner)
         made.append(rows @ matrix.reshape(-1, columns))
     return np.concatenate(made, axis=-1).reshape(n, h, w, features)
+
+
+def constants_of(graph: Graph) -> tuple[Source, ...]:
+    """The parameters that a graph reads besides the kernels and biases of layers."""
+    linear = {id(v) for node in graph.linear() for v in node.inputs}
+    found = [v.source for v in graph.reads() if v.source and id(v) not in linear]
+    return tuple(dict.fromkeys(found))
 
 
 def computed_values(graph: Graph) -> dict[str, Value]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,6 +90,11 @@ class LiteRTFile:
         """Transposes and reshapes."""
         found = self.ops()
         return found.get("TRANSPOSE", 0), found.get("RESHAPE", 0)
+
+    def constants(self) -> Sequence[np.ndarray]:
+        """Every constant tensor."""
+        found = [self.array(i) for i in range(len(self.graph.tensors))]
+        return [array for array in found if array is not None]
 
     def products(self) -> Sequence[str]:
         """Products of two activations."""
@@ -232,6 +237,12 @@ class LiteRTFile:
         model.subgraphs = [graph]
         return pack(model)
 
+    def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
+        """One run of the whole file, to be timed."""
+        ready = interpreter(self.content)
+        _feed(ready, inputs)
+        return ready.invoke
+
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs the whole file."""
         return run(self.content, inputs)
@@ -248,9 +259,13 @@ def interpreter(content: bytes) -> Any:
 def run(content: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Runs a file's content on arrays, in the order of its inputs."""
     runner = interpreter(content)
-    for detail, x in zip(runner.get_input_details(), inputs, strict=True):
-        runner.set_tensor(detail["index"], np.asarray(x, detail["dtype"]))
+    _feed(runner, inputs)
     runner.invoke()
     return [
         np.array(runner.get_tensor(d["index"])) for d in runner.get_output_details()
     ]
+
+
+def _feed(runner: Any, inputs: Sequence[np.ndarray]) -> None:
+    for detail, x in zip(runner.get_input_details(), inputs, strict=True):
+        runner.set_tensor(detail["index"], np.asarray(x, detail["dtype"]))

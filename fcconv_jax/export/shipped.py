@@ -43,6 +43,10 @@ class Shipped(Protocol):
         """The linear operations with a weight."""
         ...
 
+    def constants(self) -> Sequence[np.ndarray]:
+        """Every constant array."""
+        ...
+
     def products(self) -> Sequence[str]:
         """The products of two activations, such as attention's."""
         ...

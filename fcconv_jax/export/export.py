@@ -1,0 +1,323 @@
+"""Writes a model as a file for an edge runtime, and proves the file: ``export``."""
+
+from __future__ import annotations
+
+import dataclasses
+import tempfile
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import jax
+import numpy as np
+
+from ..backends.timing import milliseconds
+from ..default_settings import default_settings
+from ..frontends.convert_model import convert_model
+from ..frontends.kinds import ModelProgram, frontend_of, kind_of
+from ..params.trees import convert_params
+from ..plan import Plan
+from ..progress import Progress, shown
+from ..rules import Rule, as_rules
+from ..verification.agreement import named_leaves
+from .chips import Chip, chip_of
+from .errors import ExportError
+from .forms import Form, plan_of_form
+from .graph import Graph
+from .layers import Record, computed_values, constants_of, layers_of
+from .lowering import lower
+from .memory import peak_bytes
+from .proof import Proof, Reference, parameter_leaves, prove, reference_of
+from .report import ExportReport, FormFigures
+from .simplify import simplify
+from .targets import Name, Target, target_of
+
+
+def export(
+    model: Any,
+    params: Any,
+    *inputs: Any,
+    to: Name,
+    path: str | Path,
+    plan: Plan | None = None,
+    form: Form = "conv",
+    chip: str | None = None,
+    rules: Iterable[Rule | str] = (),
+    unroll: int = 0,
+    calibrate: Sequence[Any] | None = None,
+    compare: bool = False,
+    progress: Progress | Literal[False] | None = None,
+    **kwargs: Any,
+) -> ExportReport:
+    """Writes a model for an edge runtime and proves what was written.
+
+    The model is traced once in the form that is asked for, lowered to a few
+    operations, and written with its layout kept. Then the file itself is checked: the
+    bits of its weights, each linear operation cut out of it and run in its runtime on
+    integers, and the whole of it on ``inputs`` against float64
+    (:mod:`fcconv_jax.export.proof`).
+
+    Args:
+      model: a ``flax.linen`` or ``flax.nnx`` Module, or a function of params, inputs.
+      params: its params or variables, in the model's own form; None for an NNX model's
+        own.
+      *inputs: what it is called with; their shapes are the file's.
+      to: ``"litert"``, ``"onnx"``, ``"openvino"``, ``"iree"``, ``"coreml"`` or
+        ``"stablehlo"``.
+      path: the file to write.
+      plan: which layers go where; made from ``form`` where it is None.
+      form: ``"conv"``: no matmul with a weight is left; ``"dense"``: no convolution
+        that has a dense form; ``"mix"``: each layer as the chip's rules say.
+      chip: the chip that the file is for, see :mod:`fcconv_jax.export.chips`.
+      rules: as for :func:`fcconv_jax.make_plan`, where the plan is made here.
+      unroll: loops (``nn.scan``) of up to this many steps are written out.
+      calibrate: for an int8 file: arrays of inputs, one for each positional input, with
+        examples along the first axis.
+      compare: whether to make the other forms as well, for the report's figures.
+      progress: as for :func:`fcconv_jax.verify`.
+      **kwargs: keyword arguments of the call, such as ``train=False``.
+
+    Returns:
+      A report; ``report.passed`` tells, ``print(report)`` shows.
+
+    Raises:
+      ExportError: the target cannot take the model: names what, and the way out.
+      PlanError: a rule matches no layer.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> export(model, params, x, to="tflite", path="model.tflite")
+      Traceback (most recent call last):
+        ...
+      fcconv_jax.export.errors.ExportError: expected to= one of litert, ...
+    """
+    target = target_of(to)
+    made_for = None if chip is None else chip_of(chip)
+    if form == "mix" and made_for is None and plan is None:
+        raise ExportError(
+            "expected a chip for form='mix', whose rules decide; got none. Pass "
+            "chip='ethos-u55', or plan= of your own"
+        )
+    call = _Call(model, params, inputs, kwargs, target, made_for, unroll)
+    with default_settings(), shown(progress) as tell:
+        tell("planning", 0, 1)
+        if plan is None:
+            plan = call.plan(form, as_rules(rules))
+        else:
+            form = plan.to
+        tell("planning", 1, 1)
+        reference, notes = reference_of(call.program, call.variables)
+        written = call.write(plan, form, Path(path))
+        proof, figures = call.check(written, reference, tell)
+        rows = [figures]
+        others: list[Form] = [f for f in ("dense", "conv") if f != form]
+        if compare:
+            with tempfile.TemporaryDirectory() as folder:
+                for other in others:
+                    tell(f"{target.title}: {other} form", 0, 1)
+                    made = call.plan(other, ())
+                    there = Path(folder) / f"{other}{target.suffix}"
+                    rows.append(call.figures(call.write(made, other, there), reference))
+        return call.report(written, proof, rows, notes, tell, calibrate)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Written:
+    """A file with what it was written from."""
+
+    path: Path
+    form: str
+    plan: Plan
+    graph: Graph
+    record: Record
+    leaves: Mapping[str, np.ndarray]
+    computed: Mapping[str, np.ndarray]
+
+
+class _Call:
+    """A model on its inputs, on its way to a target."""
+
+    def __init__(
+        self,
+        model: Any,
+        params: Any,
+        inputs: Sequence[Any],
+        kwargs: Mapping[str, Any],
+        target: Target,
+        chip: Chip | None,
+        unroll: int,
+    ):
+        self.model, self.params, self.inputs, self.kwargs = (
+            model,
+            params,
+            inputs,
+            kwargs,
+        )
+        self.target, self.chip, self.unroll = target, chip, unroll
+        self.room = frontend_of(model, "export")
+        self.variables = self.room.variables(model, params)
+        self.program = self.room.model_program(model, inputs, kwargs)
+        tree = jax.eval_shape(self.program.call, self.variables, self.program.arrays)
+        self.outputs = [name for name, _ in named_leaves(tree, "output")]
+        self.input_names = input_names(inputs, kwargs)
+
+    def plan(self, form: Form, rules: Sequence[Rule]) -> Plan:
+        """The plan of a form."""
+        args, options = self.room.planning_call(self.params, self.inputs, self.kwargs)
+        return plan_of_form(
+            self.model, args, options, form, rules, self.target, self.chip
+        )
+
+    def lowered(self, plan: Plan) -> tuple[Graph, ModelProgram, Any]:
+        """The graph of the model in a plan's form, its program and its variables."""
+        changed = convert_model(self.model, plan)
+        variables = convert_params(self.variables, plan)
+        program = self.room.model_program(changed, self.inputs, self.kwargs)
+        flat, tree = jax.tree.flatten(variables)
+
+        def call(flat: Any, arrays: Any) -> Any:
+            return program.call(jax.tree.unflatten(tree, flat), arrays)
+
+        jaxpr = jax.make_jaxpr(call)(flat, program.arrays)
+        leaves = list(parameter_leaves(variables).items())
+        graph = lower(jaxpr, leaves, self.input_names, self.outputs, self.unroll)
+        return simplify(graph), program, variables
+
+    def write(self, plan: Plan, form: str, path: Path) -> Written:
+        """Writes a file."""
+        graph, _, variables = self.lowered(plan)
+        record = Record(
+            tuple(layers_of(graph)),
+            plan,
+            form,
+            self.chip.name if self.chip else None,
+            constants_of(graph),
+            kind_of(self.model, "export"),
+        )
+        computed = {
+            name: value.data
+            for name, value in computed_values(graph).items()
+            if value.data is not None
+        }
+        self.target.room().write(graph, record, path)
+        leaves = parameter_leaves(variables)
+        return Written(path, form, plan, graph, record, leaves, computed)
+
+    def check(
+        self, written: Written, reference: Reference | None, tell: Progress
+    ) -> tuple[Proof, FormFigures]:
+        """Proves a file."""
+        shipped = self.target.open(written.path)
+        proof = prove(
+            *(shipped, written.record, written.leaves, tell, written.computed),
+            reference,
+            written.graph.output_names,
+        )
+        errors = [error.converted for error in proof.outputs]
+        return proof, self._figures(written, max(errors, default=None))
+
+    def figures(self, written: Written, reference: Reference | None) -> FormFigures:
+        """The figures of a file, without its proof."""
+        shipped = self.target.open(written.path)
+        error = None
+        if reference is not None and self.target.executed:
+            error = whole_error(shipped, reference, written.graph.output_names)
+        return self._figures(written, error)
+
+    def _figures(self, written: Written, error: float | None) -> FormFigures:
+        shipped = self.target.open(written.path)
+        transposes, reshapes = shipped.moves()
+        arrays = [np.asarray(x) for x in self.program.arrays]
+        time = None
+        run: Callable[..., Any] | None = getattr(shipped, "runner", None)
+        if run is not None and error is not None:
+            time = milliseconds({"file": run(arrays)})["file"]
+        return FormFigures(
+            form=written.form,
+            bytes=size_of(written.path),
+            ops=dict(shipped.ops()),
+            transposes=transposes,
+            reshapes=reshapes,
+            activation_bytes=peak_bytes(written.graph),
+            milliseconds=time,
+            error=error,
+        )
+
+    def report(
+        self,
+        written: Written,
+        proof: Proof,
+        rows: Sequence[FormFigures],
+        notes: Sequence[str],
+        tell: Progress,
+        calibrate: Sequence[Any] | None,
+    ) -> ExportReport:
+        """All that was found."""
+        shipped = self.target.open(written.path)
+        wanted = written.form
+        left = tuple(
+            (layer.name, f"{layer.op}: {_why(written.plan, layer.name)}")
+            for layer in proof.layers
+            if wanted in ("conv", "dense") and layer.form != wanted
+        )
+        broken: list[tuple[str, str]] = []
+        if self.chip is not None:
+            for layer in written.record.layers:
+                broken += [(layer.name, why) for why in self.chip.breaks(layer)]
+        return ExportReport(
+            path=str(written.path),
+            to=self.target.name,
+            runtime=shipped.runtime,
+            form=wanted,
+            chip=self.chip.name if self.chip else None,
+            plan=written.plan,
+            proof=proof,
+            figures=tuple(rows),
+            products=tuple(shipped.products()),
+            left=left,
+            broken=tuple(broken),
+            executed=self.target.executed,
+            notes=tuple(dict.fromkeys([*notes, *written.graph.notes])),
+        )
+
+
+def _why(plan: Plan, name: str) -> str:
+    """Why a layer has another form than was asked for."""
+    return plan.skipped.get(name.partition("#")[0], "it has no other form here")
+
+
+def input_names(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """A name for each array among a call's arguments, in the order of its program.
+
+    Example:
+      >>> input_names([np.ones(2), 3], {"mask": np.ones(2), "train": False})
+      ['input0', 'mask']
+    """
+    from ..tracing.arguments import is_array
+
+    found = []
+    tree = (tuple(inputs), dict(kwargs))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not is_array(leaf):
+            continue
+        parts = [str(getattr(p, "key", getattr(p, "idx", p))) for p in path[1:]]
+        first = f"input{parts[0]}" if parts[0].isdigit() else parts[0]
+        found.append("_".join([first, *parts[1:]]))
+    return found
+
+
+def size_of(path: Path) -> int:
+    """Bytes of a file, or of the files in a folder."""
+    if path.is_dir():
+        return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
+    return path.stat().st_size
+
+
+def whole_error(shipped: Any, reference: Reference, names: Sequence[str]) -> float:
+    """The largest error of a file against the reference."""
+    from .proof import whole_errors
+
+    errors = whole_errors(shipped, reference, names)
+    return max((error.converted for error in errors), default=0.0)

@@ -1,0 +1,192 @@
+"""Which plan brings a model into a form, for a kind of file and for a chip."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal
+
+from ..frontends.make_plan import make_plan
+from ..layer_forms import output_positions
+from ..plan import LayerPlan, Plan, PlanError, direction
+from ..rules import Rule
+from .chips import Chip, Place
+from .layers import Layer
+from .targets import Target
+
+Form = Literal["conv", "dense", "mix"]
+
+
+def plan_of_form(
+    model: Any,
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    form: Form,
+    rules: Sequence[Rule],
+    target: Target,
+    chip: Chip | None,
+) -> Plan:
+    """The plan that brings a model into a form.
+
+    Channel-last files keep tokens as one row of pixels, ``(B, 1, T, C)``, so nothing is
+    added but a reshape. Where images are channel-first they are folded into the batch,
+    ``(B T, C, 1, 1)``, which needs no transpose either.
+
+    Args:
+      model: linen, NNX or a function.
+      args: what ``make_plan`` takes.
+      options: its keyword arguments.
+      form: which.
+      rules: the user's.
+      target: the file's kind.
+      chip: whose rules decide a mix.
+
+    Raises:
+      PlanError: a rule matches no layer.
+    """
+    if form == "dense":
+        return _made(model, args, options, "dense", rules)
+    layout = "keep" if target.images == "last" else "fold"
+    usual = Rule("*", layout=layout)
+    to_conv = _made(model, args, options, "conv", rules, usual)
+    if chip is None or (form == "conv" and not chip.rules):
+        return to_conv
+    ones = _made(model, args, options, "conv", rules, Rule("*", (1, 1), None, layout))
+    if form == "conv":
+        return _legal(to_conv, ones, chip)
+    to_dense = _made(model, args, options, "dense", rules)
+    return _mixed(to_conv, ones, to_dense, chip)
+
+
+def _made(
+    model: Any,
+    args: Sequence[Any],
+    options: Mapping[str, Any],
+    to: Any,
+    rules: Sequence[Rule],
+    *usual: Rule,
+) -> Plan:
+    """A plan of one direction; of a model without such layers, an empty one."""
+    options = {**options, "to": to, "backend": "any"}
+    try:
+        return make_plan(model, *args, rules=(*rules, *usual), **options)
+    except PlanError as error:
+        if usual and "matches no linear layer" in str(error) and "'*'" in str(error):
+            return make_plan(model, *args, rules=rules, **options)
+        raise
+
+
+def _legal(to_conv: Plan, ones: Plan, chip: Chip) -> Plan:
+    """Windows that the chip lacks as 1x1, where that is another way to say them."""
+    layers = [
+        (path, _better_window(path, layer, ones, chip))
+        for path, layer in to_conv.layers
+    ]
+    return dataclasses.replace(to_conv, layers=tuple(layers))
+
+
+def _better_window(path: str, layer: LayerPlan, ones: Plan, chip: Chip) -> LayerPlan:
+    if chip.breaks(as_layer(path, layer, "conv")) and path in ones:
+        return ones[path]
+    return layer
+
+
+def _mixed(to_conv: Plan, ones: Plan, to_dense: Plan, chip: Chip) -> Plan:
+    """Each layer in the form that the chip takes and prefers."""
+    layers: dict[str, LayerPlan] = {}
+    left = {**dict(to_dense.left), **dict(to_conv.left)}
+    for path, layer in to_conv.layers:
+        best = _better_window(path, layer, ones, chip)
+        if _choice(path, best, chip, "dense") == "conv":
+            layers[path] = best
+        else:
+            left[path] = f"{chip.title} takes it better in dense form"
+    for path, layer in to_dense.layers:
+        if _choice(path, layer, chip, "conv") == "dense":
+            layers[path] = layer
+        else:
+            left[path] = f"{chip.title} takes it better in conv form"
+    reasons = tuple((path, why) for path, why in left.items() if path not in layers)
+    to = direction(layers) if layers else "mix"
+    return Plan(to, tuple(layers.items()), reasons)
+
+
+def _choice(path: str, layer: LayerPlan, chip: Chip, own: Any) -> str:
+    """The form that a chip takes a layer in: legal, then preferred, then its own."""
+    forms = ("conv", "dense")
+    broken = {form: len(chip.breaks(as_layer(path, layer, form))) for form in forms}
+    order = [*chip.order(place_of(layer)), own, *forms]
+    return min(forms, key=lambda form: (broken[form], order.index(form)))
+
+
+def place_of(layer: LayerPlan) -> Place:
+    """Where a layer sits: on patches, on the whole of an image, on tokens, or last."""
+    if layer.base == "patchify":
+        return "patchify"
+    if layer.base == "full_window":
+        return "full_window"
+    *lead, _ = _dense_shapes(layer)[0]
+    # Rows beside the batch are tokens, also those of 1x1 convolutions on an image.
+    return "tokens" if math.prod(lead[1:]) > 1 else "head"
+
+
+def as_layer(path: str, layer: LayerPlan, form: str) -> Layer:
+    """A planned layer in one of its forms, as a chip's rules judge it."""
+    if form == "dense":
+        x, y = _dense_shapes(layer)
+        kernel = (x[-1], y[-1])
+        return Layer(path, "dense", None, kernel, None, False, x, y, ())
+    x, y = _conv_shapes(layer)
+    window = (1,) * (2 - len(layer.window)) + layer.window
+    strides = (1,) * (2 - len(layer.strides)) + layer.strides
+    kernel = (*window, x[-1] // layer.groups, y[-1])
+    geometry = {
+        "dilation": (1, 1),
+        "groups": layer.groups,
+        "padding": ((0, 0), (0, 0)),
+        "strides": strides,
+    }
+    made = tuple(sorted(geometry.items()))
+    return Layer(path, "conv", None, kernel, None, False, x, y, made)
+
+
+def _features(layer: LayerPlan) -> int:
+    kernel = layer.kernel.target if layer.to == "conv" else layer.kernel.source
+    return layer.channels_last(kernel)[-1]
+
+
+def _dense_shapes(layer: LayerPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Input and output of the dense form."""
+    if layer.to == "conv":
+        x = layer.dense_input_shape()
+        return x, (*x[:-1], _features(layer) // layer.groups)
+    rank = len(layer.window)
+    spatial = layer.input_shape[-1 - rank : -1]
+    lead = (*layer.input_shape[: -1 - rank], *output_positions(layer, spatial))
+    inner = math.prod(layer.window) * layer.input_shape[-1] // layer.groups
+    return (*lead, inner), (*lead, _features(layer) // layer.groups)
+
+
+def _conv_shapes(layer: LayerPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Input and output of the conv form, with two spatial axes."""
+    out = _features(layer)
+    if layer.to == "dense":
+        rank = len(layer.window)
+        spatial = layer.input_shape[-1 - rank : -1]
+        places = output_positions(layer, spatial)
+        ones = (1,) * (2 - rank)
+        batch = (math.prod(layer.input_shape[: -1 - rank]),)
+        x = (*batch, *ones, *spatial, layer.input_shape[-1])
+        return x, (*batch, *ones, *places, out)
+    *lead, features = layer.dense_input_shape()
+    if layer.groups > 1:
+        lead = lead[:-1]
+    if math.prod(layer.window) > 1:
+        channels = features * layer.groups // math.prod(layer.window)
+        window = (1,) * (2 - len(layer.window)) + layer.window
+        batch = math.prod(lead)
+        return (batch, *window, channels), (batch, 1, 1, out)
+    rows = lead[-1] if len(lead) > 1 and layer.layout == "keep" else 1
+    batch = math.prod(lead) // rows
+    return (batch, 1, rows, features * layer.groups), (batch, 1, rows, out)

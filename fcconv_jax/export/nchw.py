@@ -1,0 +1,194 @@
+"""Puts images channel-first, for runtimes that have them so, with few transposes.
+
+Each convolution and pool is put between two transposes; these then sink through what
+does not care about the order of axes, and vanish where they meet. What is left is no
+more than the model has in its dense form: images of one position, as a full window
+leaves them, and tokens that are folded into the batch, need a reshape only.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+from .graph import BINARY, UNARY, Graph, Node, Value
+from .simplify import drop_broadcasts, join_views, keep_dims, share_views
+
+_TO = (0, 3, 1, 2)
+_BACK = (0, 2, 3, 1)
+_IMAGES = ("conv", "pool_max", "pool_mean")
+_ANY_ORDER = UNARY | BINARY | {"cast", "gelu", "select"}
+
+
+def to_nchw(graph: Graph) -> Graph:
+    """Rewrites a graph in place; images of ``conv`` and ``pool_*`` are NCHW then."""
+    _surround(graph)
+    _expand_adjoints(graph)
+    passes: tuple[Callable[[Graph], bool], ...] = (
+        join_views,
+        share_views,
+        sink_transposes,
+        drop_broadcasts,
+        keep_dims,
+    )
+    changed = True
+    while changed:
+        changed = False
+        for each in passes:
+            changed |= each(graph)
+            graph.prune()
+    _patches_as_rows(graph)
+    graph.prune()
+    return graph
+
+
+def _surround(graph: Graph) -> None:
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.op not in _IMAGES:
+            nodes.append(node)
+            continue
+        x, y = node.inputs[0], node.out
+        inside = Value(_permuted(x.shape, _TO), x.dtype)
+        made = Value(_permuted(y.shape, _TO), y.dtype)
+        nodes.append(Node("transpose", [x], [inside], {"perm": _TO}))
+        node.inputs = [inside, *node.inputs[1:]]
+        node.outputs = [made]
+        nodes += [node, Node("transpose", [made], [y], {"perm": _BACK})]
+    graph.nodes = nodes
+
+
+def _expand_adjoints(graph: Graph) -> None:
+    """Says the swapped operands of products as transposes, which others may take up."""
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        if node.op == "matmul":
+            for i, name in enumerate(("adj_a", "adj_b")):
+                x = node.inputs[i]
+                if not node.attrs[name]:
+                    continue
+                last = len(x.shape) - 1
+                perm = (*range(last - 1), last, last - 1)
+                if x.data is not None:
+                    node.inputs[i] = x.moved("transpose", perm)
+                else:
+                    out = Value(_permuted(x.shape, perm), x.dtype)
+                    nodes.append(Node("transpose", [x], [out], {"perm": perm}))
+                    node.inputs[i] = out
+                node.attrs[name] = False
+        nodes.append(node)
+    graph.nodes = nodes
+
+
+def sink_transposes(graph: Graph) -> bool:
+    """Moves transposes behind the operations that work in any order of axes."""
+    makers, changed = graph.producers(), False
+    for node in list(graph.nodes):
+        perm = _common(node, makers)
+        if perm is None:
+            continue
+        moved = _moved(node, perm, makers)
+        if moved is None:
+            continue
+        inner, order = moved
+        at = graph.nodes.index(node)
+        outer = Value(node.out.shape, node.out.dtype)
+        after = Node("transpose", [inner.out], [outer], {"perm": order})
+        graph.nodes[at : at + 1] = [inner, after]
+        graph.replace(node.out, outer)
+        makers, changed = graph.producers(), True
+    return changed
+
+
+def _common(node: Node, makers: dict[Value, Node]) -> tuple[int, ...] | None:
+    """The one permutation that all operands of an operation went through."""
+    perms = set()
+    for value in node.inputs:
+        if value.data is not None:
+            continue
+        maker = makers.get(value)
+        if maker is None or maker.op != "transpose":
+            return None
+        perms.add(maker.attrs["perm"])
+    return perms.pop() if len(perms) == 1 else None
+
+
+def _moved(
+    node: Node, perm: tuple[int, ...], makers: dict[Value, Node]
+) -> tuple[Node, tuple[int, ...]] | None:
+    """The operation before the transpose, and the transpose that is to follow it."""
+    rank = len(perm)
+    if any(len(v.shape) > rank for v in node.inputs):
+        return None
+    inverse = [perm.index(i) for i in range(rank)]
+    inputs = []
+    for value in node.inputs:
+        if value.data is None:
+            inputs.append(makers[value].inputs[0])
+        elif value.size == 1 or node.op == "gather":
+            inputs.append(value)
+        else:
+            wide = value.moved(
+                "reshape", (*[1] * (rank - len(value.shape)), *value.shape)
+            )
+            inputs.append(wide.moved("transpose", tuple(inverse)))
+    attrs = dict(node.attrs)
+    op, shape = node.op, node.out.shape
+    order: Sequence[int] = perm
+    if op in _ANY_ORDER:
+        if len(shape) != rank:
+            return None
+    elif op.startswith("reduce_"):
+        attrs["axes"] = tuple(sorted(perm[axis] for axis in node.attrs["axes"]))
+        if not attrs["keepdims"]:
+            left = [p for p in perm if p not in attrs["axes"]]
+            order = [sorted(left).index(p) for p in left]
+    elif op == "softmax":
+        attrs["axis"] = perm[attrs.get("axis", rank - 1)]
+    elif op == "concat":
+        attrs["axis"] = perm[attrs["axis"]]
+    elif op == "pad":
+        attrs["widths"] = tuple(attrs["widths"][i] for i in inverse)
+    elif op == "slice":
+        for name in ("start", "stop", "steps"):
+            attrs[name] = tuple(attrs[name][i] for i in inverse)
+    else:
+        return None
+    back = [list(order).index(i) for i in range(len(order))]
+    out = Value(_permuted(shape, back), node.out.dtype)
+    return Node(op, inputs, [out], attrs, node.name), tuple(order)
+
+
+def _patches_as_rows(graph: Graph) -> None:
+    """Convolutions of patches on channel-last images, without a transpose.
+
+    The width and the channels of a row are one axis in memory: a window as wide as its
+    stride, or as the image, is the same convolution on one channel with ``k * C``
+    columns.
+    """
+    makers = graph.producers()
+    for node in graph.nodes:
+        if node.op != "conv" or node.attrs["groups"] != 1:
+            continue
+        maker, kernel, p = makers.get(node.inputs[0]), node.inputs[1], node.attrs
+        if maker is None or maker.op != "transpose" or maker.attrs["perm"] != _TO:
+            continue
+        window = kernel.shape[:2]
+        padded = any(map(any, p["padding"]))
+        whole = maker.inputs[0].shape[2] == window[1]
+        if not (whole or window[1] == p["strides"][1]) or window[1] == 1 or padded:
+            continue
+        if set(p["dilation"]) != {1}:
+            continue
+        x = maker.inputs[0]
+        n, h, w, c = x.shape
+        rows = Value((n, 1, h, w * c), x.dtype)
+        at = graph.nodes.index(node)
+        graph.nodes.insert(at, Node("reshape", [x], [rows]))
+        node.inputs[0] = rows
+        node.attrs = {**p, "rows": c, "strides": (p["strides"][0], window[1] * c)}
+        _patches_as_rows(graph)
+        return
+
+
+def _permuted(shape: Sequence[int], perm: Sequence[int]) -> tuple[int, ...]:
+    return tuple(shape[i] for i in perm)

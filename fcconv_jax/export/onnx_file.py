@@ -1,0 +1,234 @@
+"""Reads ONNX files back: their layers, each run alone, and the whole file."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ExportError, require
+from .layers import Layer, Record
+from .onnx_writer import RECORD
+from .shipped import ShippedLayer, arrange_conv, canonical_conv
+
+_LINEAR = ("Conv", "Gemm", "MatMul")
+
+
+class OnnxFile:
+    """An .onnx file, read back.
+
+    Args:
+      path: the file.
+
+    Raises:
+      ExportError: it is none.
+    """
+
+    runtime = "ONNX Runtime"
+
+    def __init__(self, path: Path):
+        self.onnx = require("onnx", "onnx", "reading an ONNX file")
+        self.path, self.content = path, path.read_bytes()
+        try:
+            self.model = self.onnx.load_model_from_string(self.content)
+        except Exception as error:  # protobuf's own kinds
+            raise ExportError(f"{path} is no ONNX file: {error}") from None
+        self.arrays = {
+            tensor.name: self.onnx.numpy_helper.to_array(tensor)
+            for tensor in self.model.graph.initializer
+        }
+        record = self.record()
+        self._records = {e.name: e for e in record.layers} if record else {}
+
+    def record(self) -> Record | None:
+        """What the file says about itself."""
+        for entry in self.model.metadata_props:
+            if entry.key == RECORD:
+                return Record.from_json(entry.value)
+        return None
+
+    def ops(self) -> Mapping[str, int]:
+        """How many nodes there are of each kind."""
+        return Counter(node.op_type for node in self.model.graph.node)
+
+    def moves(self) -> tuple[int, int]:
+        """Transposes and reshapes."""
+        found = self.ops()
+        return found.get("Transpose", 0), found.get("Reshape", 0)
+
+    def constants(self) -> Sequence[np.ndarray]:
+        """Every initializer."""
+        return list(self.arrays.values())
+
+    def products(self) -> Sequence[str]:
+        """Products of two activations."""
+        return [
+            f"{node.op_type} {_label(node)}"
+            for node in self.model.graph.node
+            if node.op_type in _LINEAR and self._side(node) is None
+        ]
+
+    def layers(self) -> Sequence[ShippedLayer]:
+        """The nodes of a weight."""
+        found = []
+        for node in self._linear():
+            side = self._side(node)
+            assert side is not None
+            kernel = self.arrays[node.input[side]]
+            name, attributes = _label(node), self._attributes(node)
+            bias = self._bias(node)
+            if node.op_type == "Conv":
+                layer = self._records.get(name)
+                shape = layer.kernel_shape if layer else ()
+                if _is_rows(kernel, shape):
+                    kernel = kernel.reshape(kernel.shape[0], *shape[:-1])
+                    kernel = canonical_conv(kernel, "OHWI")
+                else:
+                    kernel = canonical_conv(kernel, "OIHW")
+            elif attributes.get("transB"):
+                kernel = kernel.T
+            form = "conv" if node.op_type == "Conv" else "dense"
+            array = None if bias is None else self.arrays[bias]
+            found.append(ShippedLayer(name, node.op_type, form, kernel, array))
+        return found
+
+    def _linear(self) -> list[Any]:
+        return [
+            node
+            for node in self.model.graph.node
+            if node.op_type in _LINEAR and self._side(node) is not None
+        ]
+
+    def _side(self, node: Any) -> int | None:
+        return next((i for i in (1, 0) if node.input[i] in self.arrays), None)
+
+    def _attributes(self, node: Any) -> dict[str, Any]:
+        read = self.onnx.helper.get_attribute_value
+        return {entry.name: read(entry) for entry in node.attribute}
+
+    def _add_of(self, node: Any) -> Any:
+        """The addition of a bias that is part of a layer."""
+        for other in self.model.graph.node:
+            ours = other.op_type == "Add" and _label(other).endswith("/bias")
+            if ours and other.input[0] == node.output[0]:
+                return other if other.input[1] in self.arrays else None
+        return None
+
+    def _bias(self, node: Any) -> str | None:
+        if node.op_type != "MatMul":
+            return node.input[2] if len(node.input) > 2 else None
+        add = self._add_of(node)
+        return None if add is None else add.input[1]
+
+    def run_layer(
+        self,
+        layer: Layer,
+        x: np.ndarray,
+        kernel: np.ndarray,
+        bias: np.ndarray | None,
+    ) -> np.ndarray:
+        """Runs one node, cut out of the file, with other numbers for its weights."""
+        node = next((n for n in self._linear() if _label(n) == layer.name), None)
+        if node is None:
+            raise ExportError(f"{self.path} has no layer {layer.name!r}")
+        side = self._side(node)
+        assert side is not None
+        stored = self.arrays[node.input[side]]
+        dtype = stored.dtype
+        back = None
+        if node.op_type == "Conv":
+            if _is_rows(stored, layer.kernel_shape):
+                n, h, w, c = x.shape
+                x = x.reshape(n, 1, h, w * c)
+                laid = arrange_conv(kernel, "OHWI").reshape(stored.shape)
+            else:
+                x = x.transpose(0, 3, 1, 2)
+                laid = arrange_conv(kernel, "OIHW")
+            back = (0, 2, 3, 1)
+        else:
+            laid = kernel.T if self._attributes(node).get("transB") else kernel
+            options = layer.options
+            if node.op_type == "MatMul" and layer.op == "matmul":
+                swap = options["adj_a" if side == 0 else "adj_b"]
+                laid = laid.swapaxes(-1, -2) if swap else laid
+                if options["adj_b" if side == 0 else "adj_a"]:
+                    x = x.swapaxes(-1, -2)
+        if laid.shape != stored.shape:
+            raise ExportError(
+                f"expected a weight of shape {laid.shape}, the file has {stored.shape}"
+            )
+        nodes = [node]
+        add = self._add_of(node) if node.op_type == "MatMul" else None
+        if add is not None:
+            nodes.append(add)
+        new = {node.input[side]: laid.astype(dtype)}
+        name = self._bias(node)
+        if name is not None and bias is not None:
+            new[name] = bias.astype(dtype)
+        y = self._run_nodes(nodes, node.input[1 - side], x.astype(dtype), new)
+        return y if back is None else y.transpose(back)
+
+    def _run_nodes(
+        self, nodes: Sequence[Any], entering: str, x: np.ndarray, new: Any
+    ) -> np.ndarray:
+        helper = self.onnx.helper
+        kind = helper.np_dtype_to_tensor_dtype(x.dtype)
+        out = nodes[-1].output[0]
+        graph = helper.make_graph(
+            nodes,
+            "layer",
+            [helper.make_tensor_value_info(entering, kind, list(x.shape))],
+            [helper.make_tensor_value_info(out, kind, None)],
+            [
+                self.onnx.numpy_helper.from_array(np.ascontiguousarray(array), name)
+                for name, array in new.items()
+            ],
+        )
+        model = helper.make_model(
+            graph,
+            opset_imports=list(self.model.opset_import),
+            ir_version=self.model.ir_version,
+        )
+        return run(model.SerializeToString(), [x])[0]
+
+    def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
+        """One run of the whole file, to be timed."""
+        ready = session(self.content)
+        names = [entry.name for entry in ready.get_inputs()]
+        feeds = dict(zip(names, map(np.asarray, inputs), strict=True))
+        return lambda: ready.run(None, feeds)
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs the whole file."""
+        return run(self.content, inputs)
+
+
+def session(content: bytes) -> Any:
+    """The runtime's session of a file's content."""
+    ort = require("onnxruntime", "onnx", "running an ONNX file")
+    options = ort.SessionOptions()
+    options.log_severity_level = 3
+    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+
+
+def run(content: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+    """Runs a file's content on arrays, in the order of its inputs."""
+    runner = session(content)
+    names = [entry.name for entry in runner.get_inputs()]
+    return runner.run(None, dict(zip(names, map(np.asarray, inputs), strict=True)))
+
+
+def _label(node: Any) -> str:
+    """A node's name, without the number that keeps names apart."""
+    return node.name.partition("@")[0]
+
+
+def _is_rows(kernel: np.ndarray, shape: Sequence[int]) -> bool:
+    """Whether a kernel takes the channels of a row as columns."""
+    if len(shape) != 4 or kernel.ndim != 4 or kernel.shape[1] != 1:
+        return False
+    h, w, c, _ = shape
+    return c > 1 and kernel.shape[2:] == (h, w * c)

@@ -1,0 +1,327 @@
+"""Writes ONNX files from a graph, with the onnx package alone."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ExportError, require
+from .graph import Graph, Node, Value
+from .layers import Record
+from .nchw import to_nchw
+from .shipped import arrange_conv
+
+RECORD = "fcconv_jax"
+OPSET = 20
+_DTYPES = ("float32", "float64", "float16", "int32", "int64", "int8", "uint8", "bool")
+_PLAIN = {
+    "abs": "Abs",
+    "add": "Add",
+    "and": "And",
+    "ceil": "Ceil",
+    "cos": "Cos",
+    "div": "Div",
+    "eq": "Equal",
+    "erf": "Erf",
+    "exp": "Exp",
+    "floor": "Floor",
+    "ge": "GreaterOrEqual",
+    "gt": "Greater",
+    "le": "LessOrEqual",
+    "log": "Log",
+    "logistic": "Sigmoid",
+    "lt": "Less",
+    "max": "Max",
+    "min": "Min",
+    "mul": "Mul",
+    "neg": "Neg",
+    "not": "Not",
+    "or": "Or",
+    "pow": "Pow",
+    "relu": "Relu",
+    "round": "Round",
+    "select": "Where",
+    "sign": "Sign",
+    "sin": "Sin",
+    "sqrt": "Sqrt",
+    "sub": "Sub",
+    "tanh": "Tanh",
+}
+_REDUCTIONS = {
+    "reduce_sum": "ReduceSum",
+    "reduce_mean": "ReduceMean",
+    "reduce_max": "ReduceMax",
+    "reduce_min": "ReduceMin",
+    "reduce_prod": "ReduceProd",
+}
+
+
+def write(graph: Graph, record: Record, path: Path) -> None:
+    """Writes a graph as an .onnx file, its images channel-first.
+
+    Args:
+      graph: what to write; it is rewritten.
+      record: what the file says about itself.
+      path: where to.
+
+    Raises:
+      ExportError: ONNX Runtime has no such operation or dtype.
+    """
+    onnx = require("onnx", "onnx", "an ONNX file")
+    model = _Writer(onnx).model(to_nchw(graph), record)
+    onnx.checker.check_model(model)
+    path.write_bytes(model.SerializeToString())
+
+
+class _Writer:
+    """Collects nodes and initializers of one model."""
+
+    def __init__(self, onnx: Any):
+        self.onnx, self.helper = onnx, onnx.helper
+        self.nodes: list[Any] = []
+        self.initializers: list[Any] = []
+        self.known: dict[Any, str] = {}
+        self.names: dict[str, int] = {}
+
+    def model(self, graph: Graph, record: Record) -> Any:
+        inputs = [
+            self.info(value, self.name(value, name))
+            for value, name in zip(graph.inputs, graph.input_names)
+        ]
+        reserved = dict(zip(graph.outputs, graph.output_names))
+        for node in graph.nodes:
+            for value in node.outputs:
+                self.name(value, reserved.get(value, node.name or node.op))
+            self.emit(node)
+        outputs = []
+        for value, name in zip(graph.outputs, graph.output_names):
+            if self.known[value] != name:
+                self.add("Identity", [self.known[value]], name)
+            outputs.append(self.info(value, name))
+        made = self.helper.make_graph(
+            self.nodes, "main", inputs, outputs, self.initializers
+        )
+        model = self.helper.make_model(
+            made,
+            opset_imports=[self.helper.make_opsetid("", OPSET)],
+            producer_name="fcconv_jax",
+            ir_version=9,
+        )
+        self.helper.set_model_props(model, {RECORD: record.to_json()})
+        return model
+
+    def info(self, value: Value, name: str) -> Any:
+        kind = self.helper.np_dtype_to_tensor_dtype(self.checked(value.dtype))
+        return self.helper.make_tensor_value_info(name, kind, list(value.shape))
+
+    def checked(self, dtype: np.dtype) -> np.dtype:
+        if str(dtype) not in _DTYPES:
+            raise ExportError(
+                f"ONNX Runtime has no {dtype} in its CPU kernels. Cast params and "
+                "inputs to float32"
+            )
+        return dtype
+
+    def unique(self, name: str) -> str:
+        count = self.names.get(name, 0)
+        self.names[name] = count + 1
+        return name if not count else f"{name};{count}"
+
+    def name(self, value: Value, wanted: str = "") -> str:
+        """A value's name, given on first sight; a constant becomes an initializer."""
+        if value in self.known:
+            return self.known[value]
+        if value.data is not None:
+            label = value.source.leaf if value.source else "constant"
+            return self.array(value, value.data, wanted or label)
+        self.known[value] = self.unique(wanted or "value")
+        return self.known[value]
+
+    def array(self, key: Any, data: Any, label: str) -> str:
+        """The name of an initializer."""
+        if key not in self.known:
+            self.checked(np.asarray(data).dtype)
+            self.known[key] = self.unique(label)
+            self.initializers.append(
+                self.onnx.numpy_helper.from_array(
+                    np.ascontiguousarray(data), self.known[key]
+                )
+            )
+        return self.known[key]
+
+    def ints(self, numbers: Any) -> str:
+        data = np.asarray(numbers, np.int64)
+        return self.array((data.shape, data.tobytes()), data, "numbers")
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[str],
+        out: str,
+        label: str = "",
+        **attributes: Any,
+    ) -> str:
+        """Appends a node and returns the name of its output."""
+        self.nodes.append(
+            self.helper.make_node(
+                op, list(inputs), [out], self.unique(f"{label or op}@"), **attributes
+            )
+        )
+        return out
+
+    def emit(self, node: Node) -> None:
+        """Appends what a node is in ONNX."""
+        method: Callable[..., None] | None = getattr(self, f"_{node.op}", None)
+        out = self.known[node.out]
+        if method is not None:
+            method(node, out)
+            return
+        inputs = [self.name(value) for value in node.inputs]
+        if node.op in _REDUCTIONS:
+            axes = self.ints(node.attrs["axes"])
+            keep = int(node.attrs["keepdims"])
+            self.add(_REDUCTIONS[node.op], [*inputs, axes], out, keepdims=keep)
+        elif node.op in _PLAIN:
+            self.add(_PLAIN[node.op], inputs, out)
+        else:
+            raise ExportError(f"the ONNX writer has no {node.op!r}")
+
+    def _conv(self, node: Node, out: str) -> None:
+        x, kernel = node.inputs[:2]
+        p = node.attrs
+        assert kernel.data is not None
+        laid = arrange_conv(kernel.data, "OIHW")
+        if "rows" in p:
+            h, w, c, o = kernel.shape
+            laid = arrange_conv(kernel.data, "OHWI").reshape(o, 1, h, w * c)
+        label = kernel.source.leaf if kernel.source else "weight"
+        inputs = [
+            self.name(x),
+            self.array((kernel, "rows" in p, "conv"), laid, label),
+        ]
+        if len(node.inputs) > 2:
+            inputs.append(self.name(node.inputs[2]))
+        self.add(
+            *("Conv", inputs, out, node.name),
+            strides=list(p["strides"]),
+            pads=[a for a, _ in p["padding"]] + [b for _, b in p["padding"]],
+            dilations=list(p["dilation"]),
+            group=p["groups"],
+            kernel_shape=list(laid.shape[2:]),
+        )
+
+    def _dense(self, node: Node, out: str) -> None:
+        inputs = [self.name(value) for value in node.inputs]
+        if len(node.inputs[0].shape) == 2:
+            self.add("Gemm", inputs, out, node.name)
+        elif len(inputs) == 2:
+            self.add("MatMul", inputs, out, node.name)
+        else:
+            product = self.unique(f"{node.name}/product")
+            self.add("MatMul", inputs[:2], product, node.name)
+            self.add("Add", [product, inputs[2]], out, f"{node.name}/bias")
+
+    def _matmul(self, node: Node, out: str) -> None:
+        self.add("MatMul", [self.name(v) for v in node.inputs], out, node.name)
+
+    def _pool_max(self, node: Node, out: str) -> None:
+        p = node.attrs
+        name = "MaxPool" if node.op == "pool_max" else "AveragePool"
+        self.add(
+            *(name, [self.name(node.inputs[0])], out),
+            kernel_shape=list(p["window"]),
+            strides=list(p["strides"]),
+            pads=[a for a, _ in p["padding"]] + [b for _, b in p["padding"]],
+        )
+
+    _pool_mean = _pool_max
+
+    def _reshape(self, node: Node, out: str) -> None:
+        shape = self.ints(node.out.shape)
+        self.add("Reshape", [self.name(node.inputs[0]), shape], out)
+
+    def _transpose(self, node: Node, out: str) -> None:
+        perm = list(node.attrs["perm"])
+        self.add("Transpose", [self.name(node.inputs[0])], out, perm=perm)
+
+    def _broadcast(self, node: Node, out: str) -> None:
+        shape = self.ints(node.out.shape)
+        self.add("Expand", [self.name(node.inputs[0]), shape], out)
+
+    def _concat(self, node: Node, out: str) -> None:
+        inputs = [self.name(value) for value in node.inputs]
+        self.add("Concat", inputs, out, axis=node.attrs["axis"])
+
+    def _slice(self, node: Node, out: str) -> None:
+        p = node.attrs
+        axes = range(len(node.out.shape))
+        parts = [self.ints(v) for v in (p["start"], p["stop"], axes, p["steps"])]
+        self.add("Slice", [self.name(node.inputs[0]), *parts], out)
+
+    def _reverse(self, node: Node, out: str) -> None:
+        axes = node.attrs["axes"]
+        ends = [np.iinfo(np.int64).min] * len(axes)
+        parts = [self.ints(v) for v in ([-1] * len(axes), ends, axes, [-1] * len(axes))]
+        self.add("Slice", [self.name(node.inputs[0]), *parts], out)
+
+    def _pad(self, node: Node, out: str) -> None:
+        widths = node.attrs["widths"]
+        pads = self.ints([a for a, _ in widths] + [b for _, b in widths])
+        fill = np.asarray(node.attrs["value"], node.out.dtype)
+        value = self.array((fill.tobytes(), str(fill.dtype)), fill, "fill")
+        self.add("Pad", [self.name(node.inputs[0]), pads, value], out)
+
+    def _gather(self, node: Node, out: str) -> None:
+        inputs = [self.name(value) for value in node.inputs]
+        self.add("Gather", inputs, out, axis=node.attrs["axis"])
+
+    def _softmax(self, node: Node, out: str) -> None:
+        axis = node.attrs.get("axis", -1)
+        self.add("Softmax", [self.name(node.inputs[0])], out, axis=axis)
+
+    def _gelu(self, node: Node, out: str) -> None:
+        how = "tanh" if node.attrs["approximate"] else "none"
+        self.add("Gelu", [self.name(node.inputs[0])], out, approximate=how)
+
+    def _cast(self, node: Node, out: str) -> None:
+        to = self.helper.np_dtype_to_tensor_dtype(self.checked(node.out.dtype))
+        self.add("Cast", [self.name(node.inputs[0])], out, to=to)
+
+    def _argmax(self, node: Node, out: str) -> None:
+        name = "ArgMax" if node.op == "argmax" else "ArgMin"
+        wide = self.unique("index")
+        x = self.name(node.inputs[0])
+        self.add(name, [x], wide, axis=node.attrs["axis"], keepdims=0)
+        to = self.helper.np_dtype_to_tensor_dtype(node.out.dtype)
+        self.add("Cast", [wide], out, to=to)
+
+    _argmin = _argmax
+
+    def _cumsum(self, node: Node, out: str) -> None:
+        axis = self.array(
+            ("axis", node.attrs["axis"]), np.int64(node.attrs["axis"]), "axis"
+        )
+        back = int(node.attrs["reverse"])
+        self.add("CumSum", [self.name(node.inputs[0]), axis], out, reverse=back)
+
+    def _rsqrt(self, node: Node, out: str) -> None:
+        root = self.add("Sqrt", [self.name(node.inputs[0])], self.unique("sqrt"))
+        self.add("Reciprocal", [root], out)
+
+    def _relu6(self, node: Node, out: str) -> None:
+        least, most = (
+            self.array(("clip", n), np.asarray(n, node.out.dtype), "bound")
+            for n in (0, 6)
+        )
+        self.add("Clip", [self.name(node.inputs[0]), least, most], out)
+
+    def _ne(self, node: Node, out: str) -> None:
+        inputs = [self.name(value) for value in node.inputs]
+        self.add("Not", [self.add("Equal", inputs, self.unique("equal"))], out)
+
+    def _rem(self, node: Node, out: str) -> None:
+        inputs = [self.name(value) for value in node.inputs]
+        self.add("Mod", inputs, out, fmod=1)

@@ -1,0 +1,325 @@
+"""Proves a file: its weights' bits, its layers on integers, its whole on real inputs.
+
+1. Each weight in the file is the parameter's bits, moved as the record says.
+2. Each linear operation, cut out of the file and run in its runtime with other numbers
+   in its buffers, equals integer arithmetic to the bit.
+3. The whole file, on real inputs, against the original model read in float64: no worse
+   than twice the model's own error in JAX, and a few units in the last place.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import numpy as np
+
+from ..frontends.kinds import ModelProgram
+from ..params.leaves import flatten_with_path
+from ..progress import Progress
+from ..verification.agreement import WorkingError, named_leaves, working_errors
+from ..verification.moved import MOVED, moved_by_an_ulp
+from ..verification.reading import Reading, obstacles
+from ..verification.reference import free_memory
+from .errors import ExportError
+from .layers import Layer, Record, compute, expected
+from .probes import probes, small_probes
+from .shipped import Shipped, ShippedLayer
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerProof:
+    """What was found about one linear operation of a file.
+
+    Args:
+      name: the layer.
+      op: the runtime's word for it.
+      form: ``"conv"`` or ``"dense"``.
+      bits: whether its weights are the parameters' bits; None where they are computed
+        from parameters.
+      exact: whether it equals integer arithmetic; None where it was not run.
+      probes: how many draws it was given.
+      failures: what is wrong.
+    """
+
+    name: str
+    op: str
+    form: str
+    bits: bool | None
+    exact: bool | None
+    probes: int
+    failures: tuple[str, ...] = ()
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed."""
+        return not self.failures
+
+
+@dataclasses.dataclass(frozen=True)
+class Proof:
+    """What was found about a file.
+
+    Args:
+      layers: one entry for each linear operation.
+      outputs: the whole file's outputs against the float64 reference.
+      constants: how many other parameters were found bit by bit.
+      failures: what is wrong with the file as a whole.
+      notes: what could not be checked, and why.
+    """
+
+    layers: tuple[LayerProof, ...]
+    outputs: tuple[WorkingError, ...]
+    constants: int
+    failures: tuple[str, ...]
+    notes: tuple[str, ...]
+
+    @property
+    def all_failures(self) -> tuple[str, ...]:
+        """Every failed check, by layer or output."""
+        found = [*self.failures]
+        for layer in self.layers:
+            found += [f"layer {layer.name!r}: {why}" for why in layer.failures]
+        found += [f"{e.path!r}: {e.reason}" for e in self.outputs if not e.passed]
+        return tuple(found)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Reference:
+    """A model's outputs in float64, and as JAX computes them.
+
+    Args:
+      exact: path and array, in float64.
+      own: the outputs in the model's precision, on its params and on moved ones.
+      inputs: what it was called on.
+    """
+
+    exact: Sequence[tuple[str, np.ndarray]]
+    own: Sequence[Sequence[Any]]
+    inputs: Sequence[np.ndarray]
+
+
+def reference_of(
+    program: ModelProgram, variables: Any
+) -> tuple[Reference | None, list[str]]:
+    """A model on its inputs, in float64 and in its own precision.
+
+    Returns:
+      The reference, or None and the reasons why there is none.
+    """
+    jaxpr = jax.make_jaxpr(program.call)(variables, program.arrays)
+    why = obstacles(jaxpr)
+    if why:
+        return None, [f"no float64 reference: {reason}" for reason in why]
+    reading = Reading(jaxpr)
+    if reading.bytes > free_memory():
+        return None, ["no float64 reference: it needs more memory than is free"]
+    outs, _ = reading(jax.tree.leaves((variables, program.arrays)))
+    run = jax.jit(program.call)
+    tree = jax.eval_shape(program.call, variables, program.arrays)
+    names = [path for path, _ in named_leaves(tree, "output")]
+    own = [run(variables, program.arrays)]
+    for seed in range(MOVED):
+        params = moved_by_an_ulp(variables["params"], seed)
+        own.append(run({**variables, "params": params}, program.arrays))
+    inputs = [np.asarray(x) for x in program.arrays]
+    leaves = [jax.tree.leaves(each) for each in own]
+    return Reference(list(zip(names, outs)), leaves, inputs), []
+
+
+def parameter_leaves(tree: Any) -> dict[str, np.ndarray]:
+    """The arrays of a tree of variables by path."""
+    found = {}
+    for path, node in flatten_with_path(tree)[0]:
+        for leaf in jax.tree.leaves(node):
+            found[path] = np.asarray(leaf)
+    return found
+
+
+def prove(
+    shipped: Shipped,
+    record: Record,
+    leaves: Mapping[str, np.ndarray],
+    tell: Progress,
+    computed: Mapping[str, np.ndarray] | None = None,
+    reference: Reference | None = None,
+    names: Sequence[str] = (),
+) -> Proof:
+    """Checks a file.
+
+    Args:
+      shipped: the file, read back.
+      record: what its layers are to be; of the model if there is one, else its own.
+      leaves: the parameters in the file's form, by path.
+      tell: takes the progress.
+      computed: kernels that are computed from parameters, by layer.
+      reference: the model's outputs, for the whole file.
+      names: the outputs that the file has, as the reference names them.
+    """
+    failures, notes, proofs = [], [], []
+    mine = {layer.name: layer for layer in shipped.layers()}
+    wanted = [layer.name for layer in record.layers]
+    for name in wanted:
+        if name not in mine:
+            failures.append(f"the file has no layer {name!r}")
+    for name in mine:
+        if name not in wanted:
+            failures.append(f"the file has a layer {name!r} that the model has not")
+    for done, layer in enumerate(record.layers):
+        tell(f"{shipped.runtime}: exact layers", done, len(record.layers))
+        if layer.name in mine:
+            found = mine[layer.name]
+            proofs.append(_prove_layer(shipped, layer, found, leaves, computed or {}))
+    tell(f"{shipped.runtime}: exact layers", len(record.layers), len(record.layers))
+    made_of = sorted({leaf for layer in record.layers for leaf in layer.made_of})
+    if made_of:
+        notes.append(f"computed from parameters, not their bits: {', '.join(made_of)}")
+    lost, count = _other_constants(shipped, record, leaves)
+    failures += lost
+    outputs: tuple[WorkingError, ...] = ()
+    if reference is not None:
+        tell(f"{shipped.runtime}: the whole file", 0, 1)
+        try:
+            outputs = whole_errors(shipped, reference, names)
+        except (RuntimeError, ValueError) as error:
+            failures.append(f"the file does not run: {_first_line(error)}")
+        tell(f"{shipped.runtime}: the whole file", 1, 1)
+    return Proof(tuple(proofs), outputs, count, tuple(failures), tuple(notes))
+
+
+def _prove_layer(
+    shipped: Shipped,
+    layer: Layer,
+    found: ShippedLayer,
+    leaves: Mapping[str, np.ndarray],
+    computed: Mapping[str, np.ndarray],
+) -> LayerProof:
+    failures = []
+    kernel, bias = expected(layer, leaves)
+    if kernel is None:
+        kernel = computed.get(layer.name)
+    bits: bool | None = None if layer.kernel is None else True
+    for what, want, got in (
+        ("kernel", kernel, found.kernel),
+        ("bias", bias, found.bias),
+    ):
+        if want is None:
+            continue
+        why = _other_bits(want, got)
+        if why is not None:
+            bits = False
+            failures.append(f"its {what} {why}")
+    if layer.form != found.form:
+        failures.append(f"expected {layer.op}, the file has {found.op}")
+    exact, count = None, 0
+    try:
+        for probe in probes(layer):
+            count += 1
+            want = compute(layer, probe.x, probe.kernel, probe.bias)
+            got = shipped.run_layer(layer, probe.x, probe.kernel, probe.bias)
+            why = _difference(want, got)
+            exact = why is None
+            if why is not None:
+                failures.append(f"on integers: {why}{_of_precision(shipped, layer)}")
+                break
+    except (ExportError, RuntimeError, ValueError) as error:
+        exact = False
+        failures.append(f"it does not run on its own: {_first_line(error)}")
+    return LayerProof(
+        layer.name, found.op, found.form, bits, exact, count, tuple(failures)
+    )
+
+
+def _of_precision(shipped: Shipped, layer: Layer) -> str:
+    """Says so where only entries of many bits differ."""
+    for probe in small_probes(layer):
+        want = compute(layer, probe.x, probe.kernel, probe.bias)
+        got = shipped.run_layer(layer, probe.x, probe.kernel, probe.bias)
+        if _difference(want, got) is not None:
+            return ""
+    return (
+        f"; entries of 4 bits are exact and those of 12 are not: {shipped.runtime} "
+        "lowers the precision here without being asked"
+    )
+
+
+def _other_bits(want: np.ndarray, got: np.ndarray | None) -> str | None:
+    if got is None:
+        return "is not in the file"
+    if want.shape != got.shape or want.dtype != got.dtype:
+        return (
+            f"should be {want.dtype}{list(want.shape)}, the file has "
+            f"{got.dtype}{list(got.shape)}"
+        )
+    a, b = (np.ascontiguousarray(x).view(np.uint8).reshape(-1) for x in (want, got))
+    if np.array_equal(a, b):
+        return None
+    off = np.argwhere((want != got) & ~((want != want) & (got != got)))
+    if not len(off):
+        return "has other bits (of a zero or a NaN)"
+    index = tuple(int(i) for i in off[0])
+    return (
+        f"has other bits: expected {want[index].item()!r} at {index}, got "
+        f"{got[index].item()!r} ({len(off)} of {want.size} entries differ)"
+    )
+
+
+def _difference(want: np.ndarray, got: np.ndarray) -> str | None:
+    if want.shape != got.shape:
+        return f"expected shape {want.shape}, got {got.shape}"
+    off = np.argwhere(got.astype(np.float64) != want)
+    if not len(off):
+        return None
+    index = tuple(int(i) for i in off[0])
+    return (
+        f"expected {int(want[index])} at {index}, got {got[index].item():.9g} "
+        f"({len(off)} of {want.size} differ)"
+    )
+
+
+def _other_constants(
+    shipped: Shipped, record: Record, leaves: Mapping[str, np.ndarray]
+) -> tuple[list[str], int]:
+    """The parameters besides kernels and biases, as some constant of the file."""
+    have = {np.ascontiguousarray(x).tobytes() for x in shipped.constants()}
+    lost, count = [], 0
+    for source in record.constants:
+        if source.leaf not in leaves:
+            lost.append(f"the checkpoint lacks {source.leaf!r}")
+            continue
+        want = np.ascontiguousarray(source.apply(leaves[source.leaf]))
+        count += 1
+        if want.tobytes() not in have:
+            lost.append(
+                f"parameter {source.leaf!r} is in no constant of the file bit by bit"
+            )
+    return lost, count
+
+
+def whole_errors(
+    shipped: Shipped, reference: Reference, names: Sequence[str] = ()
+) -> tuple[WorkingError, ...]:
+    """The errors of a file's outputs, and the model's own, against the reference.
+
+    Args:
+      shipped: the file.
+      reference: of the model.
+      names: the outputs that the file has; all, if there are none.
+    """
+    got = shipped.run(reference.inputs)
+    paths = [path for path, _ in reference.exact]
+    kept = [paths.index(name) for name in names] if names else range(len(paths))
+    return tuple(
+        working_errors(
+            "outputs",
+            [reference.exact[i] for i in kept],
+            [[run[i] for i in kept] for run in reference.own],
+            got,
+        )
+    )
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]

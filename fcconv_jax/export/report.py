@@ -1,0 +1,188 @@
+"""What an export wrote and what was proved of it: a table, JSON, Markdown."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ..plan import Plan
+from ..tables import aligned
+from .proof import LayerProof, Proof
+
+
+@dataclasses.dataclass(frozen=True)
+class FormFigures:
+    """What one form of the model is as a file.
+
+    Args:
+      form: ``"conv"``, ``"dense"`` or ``"mix"``.
+      bytes: size of the file.
+      ops: how many operations there are of each kind, in the runtime's words.
+      transposes: how many of them only move entries.
+      reshapes: how many only rename axes.
+      activation_bytes: memory for what lies between operations, at its fullest.
+      milliseconds: one run on this machine; None where it was not run.
+      error: the largest error against the float64 reference, as a part of the largest
+        value; None where it was not run.
+      cycles: by accelerator, what its compiler estimates for the int8 file.
+    """
+
+    form: str
+    bytes: int
+    ops: Mapping[str, int]
+    transposes: int
+    reshapes: int
+    activation_bytes: int
+    milliseconds: float | None = None
+    error: float | None = None
+    cycles: Mapping[str, int] = dataclasses.field(default_factory=dict)
+
+
+@dataclasses.dataclass(frozen=True)
+class ExportReport:
+    """What :func:`fcconv_jax.export` wrote, and what it proved inside the file.
+
+    Attributes:
+      path: the file.
+      to: the kind of file.
+      runtime: what ran it; or why nothing did.
+      form: the form that was asked for.
+      chip: the chip that it is for.
+      plan: which layers were converted, and how.
+      proof: the checks of the file.
+      figures: the file's figures, and those of the other forms if they were made.
+      products: products of two activations, which are in every form.
+      left: weights in another form than asked for, and why.
+      broken: layers that the chip cannot take, and the rule that they break.
+      executed: whether the file was run here.
+      notes: what else there is to know.
+      int8: what quantizing changed.
+    """
+
+    path: str
+    to: str
+    runtime: str
+    form: str
+    chip: str | None
+    plan: Plan
+    proof: Proof
+    figures: tuple[FormFigures, ...]
+    products: tuple[str, ...] = ()
+    left: tuple[tuple[str, str], ...] = ()
+    broken: tuple[tuple[str, str], ...] = ()
+    executed: bool = True
+    notes: tuple[str, ...] = ()
+    int8: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def passed(self) -> bool:
+        """Whether every check passed of those that were made."""
+        return not self.failures
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """Each failed check, by layer or output."""
+        found = [*self.proof.all_failures]
+        found += [str(why) for why in self.int8.get("failures", ())]
+        return tuple(found)
+
+    @property
+    def layers(self) -> tuple[LayerProof, ...]:
+        """What was found about each linear operation."""
+        return self.proof.layers
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        content = {
+            "passed": self.passed,
+            "failures": self.failures,
+            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
+            "plan": json.loads(self.plan.to_json()),
+            "proof": dataclasses.asdict(self.proof),
+            "figures": [dataclasses.asdict(each) for each in self.figures],
+        }
+        return json.dumps(content, default=str)
+
+    def to_markdown(self) -> str:
+        """The report as Markdown."""
+        lines = [f"**{self._verdict()}**", ""]
+        for rows in (self._layer_rows(), self._form_rows()):
+            if len(rows) > 1:
+                table = [rows[0], tuple("---" for _ in rows[0]), *rows[1:]]
+                lines += ["| " + " | ".join(row) + " |" for row in table]
+                lines.append("")
+        return "\n".join([*lines, *(f"- {line}" for line in self._details())]) + "\n"
+
+    def __str__(self) -> str:
+        lines = [self._verdict()]
+        for rows in (self._layer_rows(), self._form_rows()):
+            if len(rows) > 1:
+                lines += aligned(rows)
+        return "\n".join([*lines, *self._details()])
+
+    def _verdict(self) -> str:
+        verdict = "PROVED" if self.passed else "DIFFERENT"
+        if self.passed and not self.executed:
+            verdict = "CONVERTED, NOT RUN"
+        chip = f" for {self.chip}" if self.chip else ""
+        return f"{verdict}: {self.path}, {self.form} form{chip}, {self.runtime}"
+
+    def _layer_rows(self) -> list[tuple[str, ...]]:
+        rows = [("layer", "op", "weights", "on integers", "draws")]
+        for layer in self.layers:
+            bits = {True: "the same bits", False: "OTHER BITS", None: "computed"}
+            exact = {True: "exact", False: "DIFFERENT", None: "not run"}
+            rows.append(
+                (
+                    *(layer.name or "(root)", layer.op, bits[layer.bits]),
+                    *(exact[layer.exact], str(layer.probes)),
+                )
+            )
+        return rows
+
+    def _form_rows(self) -> list[tuple[str, ...]]:
+        chips = list(dict.fromkeys(c for f in self.figures for c in f.cycles))
+        rows = [
+            (
+                *("form", "KiB", "ops", "transposes", "reshapes", "activations KiB"),
+                *("error", "ms", *(f"{chip} cycles" for chip in chips)),
+            )
+        ]
+        for each in self.figures:
+            error = "-" if each.error is None else f"{each.error:.1e}"
+            ms = "-" if each.milliseconds is None else f"{each.milliseconds:.3g}"
+            rows.append(
+                (
+                    *(each.form, f"{each.bytes / 1024:.1f}"),
+                    *(str(sum(each.ops.values())), str(each.transposes)),
+                    *(str(each.reshapes), f"{each.activation_bytes / 1024:.1f}"),
+                    *(error, ms),
+                    *(f"{each.cycles.get(chip, 0):,}" for chip in chips),
+                )
+            )
+        return rows
+
+    def _details(self) -> Iterator[str]:
+        for error in self.proof.outputs:
+            yield (
+                f"{error.path}: error {error.original:.1e} in JAX, "
+                f"{error.converted:.1e} in the file ({error.allowed:.1e} allowed)"
+            )
+        if self.proof.constants:
+            yield f"other parameters: {self.proof.constants}, the same bits"
+        if self.products:
+            yield (
+                f"products of two activations: {len(self.products)} "
+                f"({', '.join(self.products)})"
+            )
+        for path, why in self.left:
+            yield f"not in {self.form} form: {path}: {why}"
+        for path, why in self.broken:
+            yield f"{self.chip} does not take {path}: {why}"
+        for key, value in self.int8.items():
+            if key != "failures":
+                yield f"int8: {key}: {value}"
+        yield from (f"note: {note}" for note in (*self.notes, *self.proof.notes))
+        yield from (f"FAILED: {failure}" for failure in self.failures)
