@@ -100,27 +100,47 @@ def export(
             "expected a chip for form='mix', whose rules decide; got none. Pass "
             "chip='ethos-u55', or plan= of your own"
         )
+    if calibrate is not None and to != "litert":
+        raise ExportError(
+            f"expected to='litert' for an int8 file, got {to!r}: its quantizer is "
+            "LiteRT's. Drop calibrate= for a file in float32"
+        )
     call = _Call(model, params, inputs, kwargs, target, made_for, unroll)
-    with default_settings(), shown(progress) as tell:
+    with (
+        default_settings(),
+        shown(progress) as tell,
+        tempfile.TemporaryDirectory() as folder,
+    ):
         tell("planning", 0, 1)
-        if plan is None:
-            plan = call.plan(form, as_rules(rules))
-        else:
+        if plan is not None:
             form = plan.to
+        elif form == "mix" and to == "litert":
+            plan = fewest_cycles(call, as_rules(rules), Path(folder), tell)
+        else:
+            plan = call.plan(form, as_rules(rules))
         tell("planning", 1, 1)
         reference, notes = reference_of(call.program, call.variables)
-        written = call.write(plan, form, Path(path))
+        last = Path(path)
+        first = last if calibrate is None else Path(folder) / f"float{target.suffix}"
+        written = call.write(plan, form, first)
         proof, figures = call.check(written, reference, tell)
-        rows = [figures]
-        others: list[Form] = [f for f in ("dense", "conv") if f != form]
-        if compare:
-            with tempfile.TemporaryDirectory() as folder:
-                for other in others:
-                    tell(f"{target.title}: {other} form", 0, 1)
-                    made = call.plan(other, ())
-                    there = Path(folder) / f"{other}{target.suffix}"
-                    rows.append(call.figures(call.write(made, other, there), reference))
-        return call.report(written, proof, rows, notes, tell, calibrate)
+        made: dict[Form, tuple[Written, FormFigures]] = {form: (written, figures)}
+        chosen: list[Form] = ["dense", "conv"]
+        if made_for is not None:
+            chosen.append("mix")
+        for other in chosen if compare else ():
+            if other != form:
+                tell(f"{target.title}: {other} form", 0, 1)
+                there = Path(folder) / f"{other}{target.suffix}"
+                again = call.write(call.plan(other, as_rules(rules)), other, there)
+                made[other] = again, call.figures(again, reference)
+        found: Mapping[str, Any] = {}
+        if to == "litert":
+            found = quantized(call, made, calibrate, form, last, tell)
+        report = call.report(
+            *(written, proof, [each for _, each in made.values()], notes)
+        )
+        return dataclasses.replace(report, path=str(last), **found)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -251,8 +271,6 @@ class _Call:
         proof: Proof,
         rows: Sequence[FormFigures],
         notes: Sequence[str],
-        tell: Progress,
-        calibrate: Sequence[Any] | None,
     ) -> ExportReport:
         """All that was found."""
         shipped = self.target.open(written.path)
@@ -281,6 +299,118 @@ class _Call:
             executed=self.target.executed,
             notes=tuple(dict.fromkeys([*notes, *written.graph.notes])),
         )
+
+
+def fewest_cycles(
+    call: _Call, rules: Sequence[Rule], folder: Path, tell: Progress
+) -> Plan:
+    """The chip's mix; where Vela compiles for it, a pure form that Vela finds quicker.
+
+    The chip's rules come from single layers. A network's own order of layers, and what
+    its small sizes cost, Vela knows better.
+    """
+    from . import int8, vela
+
+    assert call.chip is not None
+    plan = call.plan("mix", rules)
+    accelerator = call.chip.accelerator
+    if accelerator is None or not vela.available():
+        return plan
+    arrays = [np.asarray(x) for x in call.program.arrays]
+    candidates: dict[Plan, int] = {}
+    forms: tuple[Form, ...] = ("mix", "dense", "conv")
+    for done, form in enumerate(forms):
+        tell("planning: Vela's cycles", done, len(forms))
+        each = plan if form == "mix" else call.plan(form, rules)
+        if each in candidates:
+            continue
+        file = folder / f"candidate{call.target.suffix}"
+        call.write(each, form, file)
+        try:
+            content = int8.quantize(file.read_bytes(), call.input_names, [arrays])
+        except ExportError:
+            return plan
+        candidates[each] = vela.compile_file(content, accelerator).cycles
+    # Of equals the chip's own mix, which comes first.
+    return min(candidates, key=candidates.__getitem__)
+
+
+def quantized(
+    call: _Call,
+    made: Mapping[Form, tuple[Written, FormFigures]],
+    calibrate: Sequence[Any] | None,
+    form: Form,
+    path: Path,
+    tell: Progress,
+) -> dict[str, Any]:
+    """The int8 files of all forms that were made: written, checked, compiled by Vela.
+
+    Without calibration data nothing is written: an Ethos-U's cycles are those of a
+    file whose ranges are taken from the inputs, which change no cycle.
+
+    Returns:
+      What the report says of it, by field.
+    """
+    from . import int8, vela
+
+    chip = call.chip.accelerator if call.chip else None
+    if calibrate is None and (chip is None or not vela.available()):
+        return {}
+    names = call.input_names
+    arrays = [np.asarray(x) for x in call.program.arrays]
+    examples = [arrays]
+    if calibrate is not None:
+        examples = int8.batches(calibrate, [x.shape for x in arrays])
+    contents: dict[Form, bytes] = {}
+    rows: list[FormFigures] = []
+    notes: list[str] = []
+    for each, (written, figures) in made.items():
+        tell(f"int8: {each} form", 0, 1)
+        content = written.path.read_bytes()
+        try:
+            contents[each] = int8.quantize(content, names, examples)
+        except ExportError as error:
+            if calibrate is not None:
+                raise
+            notes.append(f"no cycles of the {each} form: {error}")
+            continue
+        cycles = {}
+        if chip is not None and vela.available():
+            compiled = vela.compile_file(contents[each], chip)
+            cycles[chip] = compiled.cycles
+            if compiled.cpu:
+                count = f"{compiled.cpu} of {compiled.cpu + compiled.npu}"
+                notes.append(f"{chip}, {each} form: {count} operations stay on its CPU")
+        rows.append(dataclasses.replace(figures, cycles=cycles))
+    if calibrate is None:
+        return {"figures": tuple(rows), "notes": tuple(notes)} if rows else {}
+    written, _ = made[form]
+    path.write_bytes(contents[form])
+    found = int8.check(
+        *(contents[form], written.path.read_bytes(), written.record, written.leaves),
+        examples,
+    )
+    failures = list(found.failures)
+    about: dict[str, Any] = {
+        "weights": f"{found.layers} layers, the parameters rounded",
+        "difference from float32": f"{found.difference:.1e} of the largest output",
+        "same choice as float32": f"{100 * found.same_choice:.1f} %",
+        "calibrated on": f"{len(examples)} calls",
+    }
+    for other, content in contents.items():
+        if other == form:
+            continue
+        wrong, total = int8.same_outputs(contents[form], content, examples)
+        about[f"{form} and {other} forms"] = (
+            f"the same bits in {total:,} numbers"
+            if not wrong
+            else f"{wrong:,} of {total:,} numbers differ"
+        )
+    about["failures"] = failures
+    float_bytes = size_of(written.path)
+    rows[0] = dataclasses.replace(rows[0], bytes=len(contents[form]))
+    notes.append(f"the float file that it was quantized from: {float_bytes:,} bytes")
+    return {"figures": tuple(rows), "notes": tuple(notes), "int8": about}
 
 
 def _why(plan: Plan, name: str) -> str:

@@ -32,6 +32,7 @@ class LiteRTFile:
 
     Args:
       path: the file.
+      content: its bytes, where they are at hand.
 
     Raises:
       ExportError: it is none.
@@ -39,9 +40,10 @@ class LiteRTFile:
 
     runtime = "LiteRT"
 
-    def __init__(self, path: Path):
+    def __init__(self, path: Path, content: bytes | None = None):
         s = schema()
-        self.path, self.content = path, path.read_bytes()
+        self.path = path
+        self.content = path.read_bytes() if content is None else content
         if self.content[4:8] != b"TFL3":
             raise ExportError(f"{path} is no LiteRT file: it lacks the mark 'TFL3'")
         self.model = s.ModelT.InitFromPackedBuf(self.content, 0)
@@ -54,6 +56,11 @@ class LiteRTFile:
         types = {v: k for k, v in vars(s.TensorType).items() if k.isupper()}
         self._types = types
         self._makers = {i: op for op in self.graph.operators for i in op.outputs}
+
+    @classmethod
+    def of(cls, content: bytes, path: Path) -> LiteRTFile:
+        """A file that is in memory."""
+        return cls(path, content)
 
     def name(self, operator: Any) -> str:
         """The runtime's word for an operator."""
@@ -108,7 +115,7 @@ class LiteRTFile:
     def layers(self) -> Sequence[ShippedLayer]:
         """The linear operators with a weight."""
         found = []
-        for op in self._linear():
+        for op in self.linear_operators():
             name = self.name(op)
             side = self._side(op)
             kernel = self.array(op.inputs[side])
@@ -128,7 +135,8 @@ class LiteRTFile:
             )
         return found
 
-    def _linear(self) -> list[Any]:
+    def linear_operators(self) -> list[Any]:
+        """The linear operators with a weight."""
         return [
             op
             for op in self.graph.operators
@@ -186,7 +194,7 @@ class LiteRTFile:
         return run(content, [x.astype(np.float32)])[0]
 
     def _find(self, name: str) -> Any:
-        for op in self._linear():
+        for op in self.linear_operators():
             if self._label(op.outputs[0]) == name:
                 return op
         raise ExportError(f"{self.path} has no layer {name!r}")

@@ -36,18 +36,29 @@ def to_nchw(graph: Graph) -> Graph:
         for each in passes:
             changed |= each(graph)
             graph.prune()
-    _patches_as_rows(graph)
-    graph.prune()
     return graph
 
 
 def _surround(graph: Graph) -> None:
     nodes: list[Node] = []
+    makers = graph.producers()
+    rows = {node for node in graph.nodes if _as_rows(node, makers)}
     for node in graph.nodes:
         if node.op not in _IMAGES:
             nodes.append(node)
             continue
         x, y = node.inputs[0], node.out
+        if node in rows:
+            n, h, w, c = x.shape
+            inside = Value((n, 1, h, w * c), x.dtype)
+            made = Value(_permuted(y.shape, _TO), y.dtype)
+            nodes.append(Node("reshape", [x], [inside]))
+            node.inputs = [inside, *node.inputs[1:]]
+            node.outputs = [made]
+            strides = (node.attrs["strides"][0], node.attrs["strides"][1] * c)
+            node.attrs = {**node.attrs, "rows": c, "strides": strides}
+            nodes += [node, Node("transpose", [made], [y], {"perm": _BACK})]
+            continue
         inside = Value(_permuted(x.shape, _TO), x.dtype)
         made = Value(_permuted(y.shape, _TO), y.dtype)
         nodes.append(Node("transpose", [x], [inside], {"perm": _TO}))
@@ -158,36 +169,25 @@ def _moved(
     return Node(op, inputs, [out], attrs, node.name), tuple(order)
 
 
-def _patches_as_rows(graph: Graph) -> None:
-    """Convolutions of patches on channel-last images, without a transpose.
+def _as_rows(node: Node, makers: dict[Value, Node]) -> bool:
+    """Whether a convolution is better said on rows of pixels than on channels.
 
     The width and the channels of a row are one axis in memory: a window as wide as its
     stride, or as the image, is the same convolution on one channel with ``k * C``
-    columns.
+    columns. On what comes channel-last this saves the transpose; what comes from
+    another convolution is channel-first already.
     """
-    makers = graph.producers()
-    for node in graph.nodes:
-        if node.op != "conv" or node.attrs["groups"] != 1:
-            continue
-        maker, kernel, p = makers.get(node.inputs[0]), node.inputs[1], node.attrs
-        if maker is None or maker.op != "transpose" or maker.attrs["perm"] != _TO:
-            continue
-        window = kernel.shape[:2]
-        padded = any(map(any, p["padding"]))
-        whole = maker.inputs[0].shape[2] == window[1]
-        if not (whole or window[1] == p["strides"][1]) or window[1] == 1 or padded:
-            continue
-        if set(p["dilation"]) != {1}:
-            continue
-        x = maker.inputs[0]
-        n, h, w, c = x.shape
-        rows = Value((n, 1, h, w * c), x.dtype)
-        at = graph.nodes.index(node)
-        graph.nodes.insert(at, Node("reshape", [x], [rows]))
-        node.inputs[0] = rows
-        node.attrs = {**p, "rows": c, "strides": (p["strides"][0], window[1] * c)}
-        _patches_as_rows(graph)
-        return
+    p, window = node.attrs, node.inputs[1].shape[:2] if node.op == "conv" else (1, 1)
+    if node.op != "conv" or window[1] == 1 or p["groups"] > 1:
+        return False
+    if any(map(any, p["padding"])) or set(p["dilation"]) != {1}:
+        return False
+    if window[1] not in (p["strides"][1], node.inputs[0].shape[2]):
+        return False
+    value = node.inputs[0]
+    while (maker := makers.get(value)) and maker.op in _ANY_ORDER | {"pad", "slice"}:
+        value = next((v for v in maker.inputs if v.data is None), maker.inputs[0])
+    return maker is None or maker.op not in _IMAGES
 
 
 def _permuted(shape: Sequence[int], perm: Sequence[int]) -> tuple[int, ...]:

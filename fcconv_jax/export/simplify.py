@@ -138,11 +138,12 @@ def _with_ones(stored, factors, axes):
 
 
 def _alike(short: Sequence[tuple[str, tuple[int, ...]]], chain: list[Node]) -> bool:
+    """Whether a chain is as short as it can be, to the shapes in between."""
     have = [
         (n.op, n.out.shape if n.op == "reshape" else n.attrs["perm"])
         for n in chain[::-1]
     ]
-    return [op for op, _ in short] == [op for op, _ in have]
+    return list(short) == have
 
 
 def share_views(graph: Graph) -> bool:
