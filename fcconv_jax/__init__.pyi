@@ -3,6 +3,9 @@ from .checkpoints import restore_checkpoint as restore_checkpoint
 from .dense_prediction.report import SlideReport as SlideReport
 from .dense_prediction.slide import Slide as Slide
 from .dense_prediction.slide import slide as slide
+from .export.export import export as export
+from .export.report import ExportReport as ExportReport
+from .export.verify_file import verify_file as verify_file
 from .frontends.convert_model import convert_model as convert_model
 from .frontends.make_plan import make_plan as make_plan
 from .frontends.train_state import convert_train_state as convert_train_state

@@ -4,6 +4,7 @@ from . import (
     compare,
     convert,
     explain,
+    export,
     hlo,
     inspect,
     plan,
@@ -16,4 +17,7 @@ from .app import app as app
 from .app import main as main
 
 # In the order in which --help lists them.
-COMMANDS = (plan, convert, restore, verify, compare, inspect, explain, hlo, slide, tune)
+COMMANDS = (
+    *(plan, convert, restore, verify, compare, export),
+    *(inspect, explain, hlo, slide, tune),
+)

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from .app import app, examples
+from .export import is_exported, show, verify_exported
 from .inputs import ArgumentError
 from .options import (
     AsJson,
@@ -22,7 +23,6 @@ from .options import (
     Step,
     ToForm,
 )
-from .output import write_text
 from .steps import (
     ModelCall,
     Wishes,
@@ -32,10 +32,6 @@ from .steps import (
     verify_model,
 )
 
-if TYPE_CHECKING:
-    from ..checkpoints import ContentReport
-    from ..verification.report import Report
-
 
 @app.command(
     epilog=examples(
@@ -44,6 +40,7 @@ if TYPE_CHECKING:
         "verify model.py:Net --input 2,8,8,1 --no-gradients --json",
         "verify model.py:Net --input 2,8,8,1 --backend cpu --backend tpu:v6e",
         "verify ckpt conv",
+        "verify net.tflite --against ckpt",
     )
 )
 def verify(
@@ -84,6 +81,22 @@ def verify(
             help="Compare gradients and one optimizer step too.",
         ),
     ] = True,
+    against: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CKPT",
+            help="Of a file that fcconv export wrote, in the place of the model: the "
+            "checkpoint that it is held against.",
+        ),
+    ] = None,
+    code: Annotated[
+        str | None,
+        typer.Option(
+            "--model",
+            metavar="MODULE:NAME",
+            help="Of such a file: its model, to compare the whole of it on --input.",
+        ),
+    ] = None,
     out: Annotated[
         Path | None,
         typer.Option(help="Write the report here: JSON to *.json, else Markdown."),
@@ -109,7 +122,11 @@ def verify(
         if inputs or checkpoint or to or rules or backend_for or kwargs or backends:
             raise ArgumentError("two checkpoints are compared with no other option")
         compared = compare_checkpoints(Path(model), other, step, prefixes)
-        _show(compared, out, as_json, as_markdown)
+        show(compared, out, as_json, as_markdown)
+        return
+    if is_exported(model):
+        file = verify_exported(model, against, code, inputs, kwargs, method, seed)
+        show(file, out, as_json, as_markdown)
         return
     wishes = Wishes(to, rules, backend_for)
     call = ModelCall.read(model, inputs, kwargs, method)
@@ -122,19 +139,4 @@ def verify(
         report = verify_model(call, call.plan(wishes), seed, options)
     else:
         report = verify_checkpoint(call, checkpoint, wishes, seed, options, step)
-    _show(report, out, as_json, as_markdown)
-
-
-def _show(
-    report: Report | ContentReport, out: Path | None, as_json: bool, as_markdown: bool
-) -> None:
-    """Prints and writes a report; exits with 1 where it did not pass."""
-    if out is not None:
-        to_json = out.suffix == ".json"
-        write_text(out, report.to_json() if to_json else report.to_markdown())
-    if as_json:
-        typer.echo(report.to_json())
-    else:
-        typer.echo(report.to_markdown() if as_markdown else str(report))
-    if not report.passed:
-        raise typer.Exit(1)
+    show(report, out, as_json, as_markdown)

@@ -30,6 +30,7 @@ from .memory import peak_bytes
 from .proof import Proof, Reference, parameter_leaves, prove, reference_of
 from .report import ExportReport, FormFigures
 from .simplify import simplify
+from .size import size_of
 from .targets import Name, Target, target_of
 
 
@@ -390,9 +391,13 @@ def quantized(
         *(contents[form], written.path.read_bytes(), written.record, written.leaves),
         examples,
     )
-    failures = list(found.failures)
+    failures = [
+        f"int8: layer {layer.name!r}: {why}"
+        for layer in found.layers
+        for why in layer.failures
+    ]
     about: dict[str, Any] = {
-        "weights": f"{found.layers} layers, the parameters rounded",
+        "weights": f"{len(found.layers)} layers, the parameters rounded",
         "difference from float32": f"{found.difference:.1e} of the largest output",
         "same choice as float32": f"{100 * found.same_choice:.1f} %",
         "calibrated on": f"{len(examples)} calls",
@@ -436,13 +441,6 @@ def input_names(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
         first = f"input{parts[0]}" if parts[0].isdigit() else parts[0]
         found.append("_".join([first, *parts[1:]]))
     return found
-
-
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of the files in a folder."""
-    if path.is_dir():
-        return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-    return path.stat().st_size
 
 
 def whole_error(shipped: Any, reference: Reference, names: Sequence[str]) -> float:

@@ -14,7 +14,8 @@ import numpy as np
 
 from .errors import ExportError, require
 from .layers import Record, expected
-from .litert_file import LiteRTFile, interpreter, run
+from .litert_file import LiteRTFile, run
+from .proof import LayerProof
 
 
 def quantize(
@@ -34,7 +35,11 @@ def quantize(
     room = require("litert_quantizer.quantizer", "litert", "an int8 LiteRT file")
     recipe = require("litert_quantizer.recipe", "litert", "an int8 LiteRT file")
     data = [dict(zip(names, each, strict=True)) for each in examples]
-    with warnings.catch_warnings(), contextlib.redirect_stdout(io.StringIO()):
+    with (
+        warnings.catch_warnings(),
+        contextlib.redirect_stdout(io.StringIO()),
+        contextlib.redirect_stderr(io.StringIO()),
+    ):
         # It asks the interpreter to keep every tensor, which warns about memory.
         warnings.simplefilter("ignore")
         made = room.Quantizer(bytearray(content), recipe.static_wi8_ai8())
@@ -95,15 +100,13 @@ class Int8Check:
     """What was found about an int8 file.
 
     Args:
-      layers: linear operations whose int8 weights are the parameters, rounded.
-      failures: what is wrong.
+      layers: whether the weights of each linear operation are the parameters, rounded.
       difference: the largest difference of an output from the float file's, as a part
         of the largest output.
       same_choice: the part of examples whose largest output is at the same place.
     """
 
-    layers: int
-    failures: tuple[str, ...]
+    layers: tuple[LayerProof, ...]
     difference: float
     same_choice: float
 
@@ -124,24 +127,7 @@ def check(
       leaves: the parameters in the file's form.
       examples: to run both on.
     """
-    failures = []
-    weights = int8_weights(quantized)
-    count = 0
-    for layer in record.layers:
-        kernel, _ = expected(layer, leaves)
-        if kernel is None:
-            continue
-        if layer.name not in weights:
-            failures.append(f"int8: layer {layer.name!r} kept its floats")
-            continue
-        values, scales = weights[layer.name]
-        off = abs(values * scales - kernel) / scales
-        # Rounding leaves half a step, and float32 a little.
-        if off.max(initial=0.0) > 0.501:
-            failures.append(
-                f"int8: the weights of {layer.name!r} are not the parameter's, rounded"
-            )
-        count += 1
+    layers = prove_weights(LiteRTFile.of(quantized, Path("int8")), record, leaves)
     small, whole = [], []
     for each in examples:
         small.append(run(quantized, each)[0])
@@ -149,25 +135,62 @@ def check(
     a, b = np.concatenate(small), np.concatenate(whole)
     scale = float(abs(b).max(initial=0.0)) or 1.0
     chosen = a.argmax(-1) == b.argmax(-1)
-    return Int8Check(
-        count, tuple(failures), float(abs(a - b).max()) / scale, float(chosen.mean())
-    )
+    return Int8Check(layers, float(abs(a - b).max()) / scale, float(chosen.mean()))
 
 
-def int8_weights(content: bytes) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-    """The integers and scales of each layer's kernel, in the graph's arrangement."""
-    file = LiteRTFile.of(content, Path("int8"))
-    found = {}
-    for layer, operator in zip(file.layers(), file.linear_operators()):
-        side = 0 if file.array(operator.inputs[1]) is None else 1
-        tensor = file.graph.tensors[operator.inputs[side]]
-        quantization = tensor.quantization
-        if layer.kernel.dtype != np.int8 or quantization is None:
+def prove_weights(
+    file: LiteRTFile, record: Record, leaves: Mapping[str, np.ndarray]
+) -> tuple[LayerProof, ...]:
+    """Holds the integers of each kernel, times their scales, against the parameters.
+
+    Rounding leaves half a step of the feature's scale, and float32 a little.
+    """
+    operators = dict(zip((x.name for x in file.layers()), file.linear_operators()))
+    shipped = {layer.name: layer for layer in file.layers()}
+    found = []
+    for layer in record.layers:
+        kernel, _ = expected(layer, leaves)
+        if layer.name not in shipped:
+            why = ("is not in the file",)
+            found.append(LayerProof(layer.name, "-", layer.form, None, None, 0, why))
             continue
-        # Scales stand along the features, which come last in the graph's arrangement.
-        scales = np.asarray(quantization.scale, np.float64)
-        found[layer.name] = (layer.kernel.astype(np.float64), scales)
-    return found
+        mine, operator = shipped[layer.name], operators[layer.name]
+        failures: list[str] = []
+        if kernel is not None:
+            why = _rounded(file, operator, mine.kernel, kernel)
+            failures += [why] if why else []
+        bits = None if kernel is None else not failures
+        found.append(
+            LayerProof(
+                *(layer.name, mine.op, mine.form, bits, None, 0, tuple(failures)),
+                rounded=True,
+            )
+        )
+    return tuple(found)
+
+
+def _rounded(
+    file: LiteRTFile, operator: Any, values: np.ndarray, kernel: np.ndarray
+) -> str | None:
+    """What is wrong with a layer's integers, if anything is."""
+    side = 0 if file.array(operator.inputs[1]) is None else 1
+    quantization = file.graph.tensors[operator.inputs[side]].quantization
+    if values.dtype != np.int8 or quantization is None:
+        return f"its weights are {values.dtype}, not int8"
+    if values.shape != kernel.shape:
+        return f"its kernel should be {kernel.shape}, the file has {values.shape}"
+    # Scales stand along the features, which come last in the graph's arrangement.
+    scales = np.asarray(quantization.scale, np.float64)
+    off = abs(values.astype(np.float64) * scales - kernel) / scales
+    wrong = np.argwhere(off > 0.501)
+    if not len(wrong):
+        return None
+    index = tuple(int(i) for i in wrong[0])
+    return (
+        f"its weights are not the parameter's, rounded: expected "
+        f"{kernel[index].item():.6g} at {index}, got "
+        f"{(values * scales)[index].item():.6g} ({len(wrong)} of {kernel.size})"
+    )
 
 
 def same_outputs(
@@ -176,15 +199,8 @@ def same_outputs(
     """How many numbers of two int8 files' outputs differ, and of how many."""
     wrong = total = 0
     for each in examples:
-        for a, b in zip(run(one, each), run(other, each)):
+        pair = (run(content, each, integers=True) for content in (one, other))
+        for a, b in zip(*pair):
             wrong += int((a != b).sum())
             total += a.size
     return wrong, total
-
-
-def input_details(content: bytes) -> list[tuple[str, tuple[int, ...]]]:
-    """Signature name and shape of each input of a file."""
-    runner: Any = interpreter(content)
-    signature = runner.get_signature_list()["serving_default"]["inputs"]
-    details = runner.get_signature_runner("serving_default").get_input_details()
-    return [(name, tuple(map(int, details[name]["shape"]))) for name in signature]

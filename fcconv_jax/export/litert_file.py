@@ -98,6 +98,18 @@ class LiteRTFile:
         found = self.ops()
         return found.get("TRANSPOSE", 0), found.get("RESHAPE", 0)
 
+    def output_names(self) -> Sequence[str]:
+        """The outputs, as the signature names them."""
+        for signature in self.model.signatureDefs or ():
+            by_index = {
+                entry.tensorIndex: entry.name.decode()
+                if isinstance(entry.name, bytes)
+                else entry.name
+                for entry in signature.outputs
+            }
+            return [by_index[index] for index in self.graph.outputs]
+        return []
+
     def constants(self) -> Sequence[np.ndarray]:
         """Every constant tensor."""
         found = [self.array(i) for i in range(len(self.graph.tensors))]
@@ -264,16 +276,34 @@ def interpreter(content: bytes) -> Any:
     return made
 
 
-def run(content: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Runs a file's content on arrays, in the order of its inputs."""
+def run(
+    content: bytes, inputs: Sequence[np.ndarray], integers: bool = False
+) -> list[np.ndarray]:
+    """Runs a file's content on arrays, in the order of its inputs.
+
+    Args:
+      content: the file's bytes.
+      inputs: floats also where the file takes int8: they are rounded as it says.
+      integers: whether int8 outputs come out as they are; else as the floats that they
+        stand for.
+    """
     runner = interpreter(content)
     _feed(runner, inputs)
     runner.invoke()
-    return [
-        np.array(runner.get_tensor(d["index"])) for d in runner.get_output_details()
-    ]
+    found = []
+    for detail in runner.get_output_details():
+        y = np.array(runner.get_tensor(detail["index"]))
+        scale, zero = detail["quantization"]
+        if scale and not integers:
+            y = ((y.astype(np.float64) - zero) * scale).astype(np.float32)
+        found.append(y)
+    return found
 
 
 def _feed(runner: Any, inputs: Sequence[np.ndarray]) -> None:
     for detail, x in zip(runner.get_input_details(), inputs, strict=True):
+        scale, zero = detail["quantization"]
+        if scale and np.issubdtype(np.asarray(x).dtype, np.floating):
+            info = np.iinfo(detail["dtype"])
+            x = np.clip(np.round(x / scale) + zero, info.min, info.max)
         runner.set_tensor(detail["index"], np.asarray(x, detail["dtype"]))

@@ -59,6 +59,10 @@ class OnnxFile:
         found = self.ops()
         return found.get("Transpose", 0), found.get("Reshape", 0)
 
+    def output_names(self) -> Sequence[str]:
+        """The outputs."""
+        return [entry.name for entry in self.model.graph.output]
+
     def constants(self) -> Sequence[np.ndarray]:
         """Every initializer."""
         return list(self.arrays.values())

@@ -42,6 +42,7 @@ class LayerProof:
       exact: whether it equals integer arithmetic; None where it was not run.
       probes: how many draws it was given.
       failures: what is wrong.
+      rounded: whether the weights are to be the parameters rounded to int8.
     """
 
     name: str
@@ -51,6 +52,7 @@ class LayerProof:
     exact: bool | None
     probes: int
     failures: tuple[str, ...] = ()
+    rounded: bool = False
 
     @property
     def passed(self) -> bool:

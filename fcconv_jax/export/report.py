@@ -22,7 +22,8 @@ class FormFigures:
       ops: how many operations there are of each kind, in the runtime's words.
       transposes: how many of them only move entries.
       reshapes: how many only rename axes.
-      activation_bytes: memory for what lies between operations, at its fullest.
+      activation_bytes: memory for what lies between operations, at its fullest; None
+        of a file that was only read.
       milliseconds: one run on this machine; None where it was not run.
       error: the largest error against the float64 reference, as a part of the largest
         value; None where it was not run.
@@ -34,7 +35,7 @@ class FormFigures:
     ops: Mapping[str, int]
     transposes: int
     reshapes: int
-    activation_bytes: int
+    activation_bytes: int | None
     milliseconds: float | None = None
     error: float | None = None
     cycles: Mapping[str, int] = dataclasses.field(default_factory=dict)
@@ -132,7 +133,8 @@ class ExportReport:
     def _layer_rows(self) -> list[tuple[str, ...]]:
         rows = [("layer", "op", "weights", "on integers", "draws")]
         for layer in self.layers:
-            bits = {True: "the same bits", False: "OTHER BITS", None: "computed"}
+            kept = "rounded to int8" if layer.rounded else "the same bits"
+            bits = {True: kept, False: "OTHER BITS", None: "computed"}
             exact = {True: "exact", False: "DIFFERENT", None: "not run"}
             rows.append(
                 (
@@ -152,12 +154,15 @@ class ExportReport:
         ]
         for each in self.figures:
             error = "-" if each.error is None else f"{each.error:.1e}"
+            memory = "-"
+            if each.activation_bytes is not None:
+                memory = f"{each.activation_bytes / 1024:.1f}"
             ms = "-" if each.milliseconds is None else f"{each.milliseconds:.3g}"
             rows.append(
                 (
                     *(each.form, f"{each.bytes / 1024:.1f}"),
                     *(str(sum(each.ops.values())), str(each.transposes)),
-                    *(str(each.reshapes), f"{each.activation_bytes / 1024:.1f}"),
+                    *(str(each.reshapes), memory),
                     *(error, ms),
                     *(f"{each.cycles.get(chip, 0):,}" for chip in chips),
                 )

@@ -55,6 +55,10 @@ class Shipped(Protocol):
         """How many operations there are of each kind, in the runtime's words."""
         ...
 
+    def output_names(self) -> Sequence[str]:
+        """The outputs, by their paths in what the model returns."""
+        ...
+
     def moves(self) -> tuple[int, int]:
         """How many transposes and how many reshapes there are."""
         ...

@@ -1,0 +1,228 @@
+"""fcconv export: a file for an edge runtime, in the form of choice, proved."""
+
+from __future__ import annotations
+
+from enum import StrEnum
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+
+from .app import app, examples
+from .inputs import ArgumentError, random_inputs
+from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules
+from .output import write_text
+from .steps import ModelCall, read_plan
+
+if TYPE_CHECKING:
+    from ..export.report import ExportReport
+
+_SUFFIXES = (".tflite", ".onnx", ".xml", ".vmfb", ".mlpackage", ".stablehlo")
+
+
+class Runtime(StrEnum):
+    """The kind of file."""
+
+    LITERT = "litert"
+    ONNX = "onnx"
+    OPENVINO = "openvino"
+    IREE = "iree"
+    COREML = "coreml"
+    STABLEHLO = "stablehlo"
+
+
+class FileForm(StrEnum):
+    """The form of the layers in the file."""
+
+    CONV = "conv"
+    DENSE = "dense"
+    MIX = "mix"
+
+
+@app.command(
+    epilog=examples(
+        "export model.py:Net --input 1,8,8,1 --params ckpt --to litert"
+        " --out net.tflite",
+        "export model.py:Net --input 1,224,224,3 --params ckpt --to litert"
+        " --for ethos-u55 --compare --out net.tflite",
+        "export model.py:Net --input 1,8,8,1 --params ckpt --to litert --int8"
+        " --calibrate data.npz --out net.tflite",
+    )
+)
+def export(
+    model: ModelName,
+    to: Annotated[Runtime, typer.Option(help="The kind of file.")],
+    out: Annotated[Path, typer.Option(help="The file to write.")],
+    inputs: Inputs = None,
+    params: Annotated[
+        Path | None,
+        typer.Option(
+            help="Checkpoint with the model's params, of either form. Drawn at random "
+            "unless said.",
+            metavar="CKPT",
+        ),
+    ] = None,
+    form: Annotated[
+        FileForm | None,
+        typer.Option(help="The form of its layers; mix with --for, else conv."),
+    ] = None,
+    chip: Annotated[
+        str | None,
+        typer.Option(
+            "--for",
+            metavar="CHIP",
+            help="The chip whose rules decide: ethos-u55, ethos-u65, ethos-u85, "
+            "edgetpu, artpec-8, artpec-9, hexagon, ane, dpu, k210, mdla, tidl.",
+        ),
+    ] = None,
+    plan: Annotated[
+        Path | None, typer.Option(help="A plan, in the place of --form and --rule.")
+    ] = None,
+    rules: Rules = None,
+    int8: Annotated[
+        bool, typer.Option("--int8", help="Quantize with --calibrate's data.")
+    ] = False,
+    calibrate: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DATA.npz",
+            help="Examples, an array for each input, the first axis over examples.",
+        ),
+    ] = None,
+    unroll: Annotated[
+        int, typer.Option(help="Write out loops of up to this many steps.")
+    ] = 0,
+    compare: Annotated[
+        bool, typer.Option("--compare", help="Make the other forms too, for figures.")
+    ] = False,
+    seed: Annotated[int, typer.Option(help="Of the inputs, and params if random.")] = 0,
+    report: Annotated[
+        Path | None,
+        typer.Option(help="Write the report here: JSON to *.json, else Markdown."),
+    ] = None,
+    kwargs: Kwargs = None,
+    method: Method = None,
+    as_json: AsJson = False,
+    as_markdown: Annotated[
+        bool, typer.Option("--markdown", help="Print Markdown.")
+    ] = False,
+) -> None:
+    """Write a model as a file for an edge runtime, and prove what was written.
+
+    The weights in the file are the checkpoint's bits, each layer cut out of it
+    equals integer arithmetic, the whole of it the model in float64.
+
+    Exit status 0 when every check passes, 1 when one does not.
+    """
+    import numpy as np
+
+    from ..export.export import export as write
+    from .variables import as_params, checkpoint_params, random_variables
+
+    if int8 != (calibrate is not None):
+        raise ArgumentError("--int8 and --calibrate go together: pass both, or neither")
+    if as_json and as_markdown:
+        raise ArgumentError("give one of --json and --markdown")
+    call = ModelCall.read(model, inputs, kwargs, method)
+    arrays = random_inputs(call.specs, seed)
+    if params is None:
+        variables = as_params(call.model, random_variables(call, arrays, seed))
+    else:
+        variables = checkpoint_params(call, params)
+    data: list[Any] | None = None
+    if calibrate is not None:
+        with np.load(calibrate) as file:
+            data = [file[name] for name in file.files]
+    chosen = form or (FileForm.MIX if chip else FileForm.CONV)
+    found = write(
+        call.model,
+        variables,
+        *arrays,
+        to=to.value,
+        path=out,
+        plan=None if plan is None else read_plan(plan),
+        form=chosen.value,
+        chip=chip,
+        rules=rules or (),
+        unroll=unroll,
+        calibrate=data,
+        compare=compare,
+        **call.options,
+    )
+    show(found, report, as_json, as_markdown)
+
+
+def show(
+    found: ExportReport, out: Path | None, as_json: bool, as_markdown: bool
+) -> None:
+    """Prints a report, and ends with status 1 if it did not pass."""
+    if out is not None:
+        to_json = out.suffix == ".json"
+        write_text(out, found.to_json() if to_json else found.to_markdown())
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        typer.echo(found.to_markdown() if as_markdown else str(found))
+    if not found.passed:
+        raise typer.Exit(1)
+
+
+def is_exported(text: str) -> bool:
+    """Whether an argument names a file for an edge runtime.
+
+    Example:
+      >>> is_exported("net.tflite"), is_exported("net.py:Net")
+      (True, False)
+    """
+    return text.endswith(_SUFFIXES)
+
+
+def verify_exported(
+    file: str,
+    against: Path | None,
+    model: str | None,
+    inputs: list[str] | None,
+    kwargs: list[str] | None,
+    method: str | None,
+    seed: int,
+) -> ExportReport:
+    """The report on a file, held against a checkpoint.
+
+    Raises:
+      ArgumentError: there is no checkpoint to hold it against.
+    """
+    from ..checkpoints import read_checkpoint
+    from ..export.verify_file import tree_of, verify_file
+    from ..params.trees import restore_params
+    from .variables import checkpoint_leaves, checkpoint_params
+
+    if against is None:
+        raise ArgumentError(
+            f"{file} is held against a checkpoint: pass --against CKPT; with --model "
+            "and --input the whole file is compared too"
+        )
+    if model is not None:
+        call = ModelCall.read(model, inputs, kwargs, method)
+        return verify_file(
+            file,
+            checkpoint_params(call, against),
+            model=call.model,
+            inputs=random_inputs(call.specs, seed),
+            **call.options,
+        )
+    saved = read_checkpoint(against)
+    tree = tree_of(_below_params(checkpoint_leaves(saved)))
+    if saved.plan is not None:
+        tree = restore_params(tree, saved.plan)
+    return verify_file(file, tree)
+
+
+def _below_params(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
+    """The variables among a checkpoint's leaves, without what is above them."""
+    ends = {path[: path.index("params")] for path in leaves if "params" in path}
+    # An optimizer state has params of its own, deeper down.
+    above = min(ends, key=len, default=None)
+    if above is None:
+        return {("params", *path): leaf for path, leaf in leaves.items()}
+    kept = {path: leaf for path, leaf in leaves.items() if path[: len(above)] == above}
+    return {path[len(above) :]: leaf for path, leaf in kept.items()}

@@ -1,0 +1,162 @@
+"""Holds a file against a checkpoint, and against its model if there is one."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+
+from ..default_settings import default_settings
+from ..frontends.kinds import frontend_of
+from ..params.trees import convert_params
+from ..progress import Progress, shown
+from .errors import ExportError
+from .layers import Record
+from .proof import Proof, Reference, parameter_leaves, prove, reference_of
+from .report import ExportReport, FormFigures
+from .shipped import Shipped
+from .size import size_of
+from .targets import TARGETS, Target, target_of_file
+
+
+def verify_file(
+    path: str | Path,
+    params: Any,
+    *,
+    model: Any = None,
+    inputs: Sequence[Any] = (),
+    progress: Progress | Literal[False] | None = None,
+    **kwargs: Any,
+) -> ExportReport:
+    """Checks a file that :func:`fcconv_jax.export` wrote against parameters.
+
+    The file's own record says which parameter each weight is, and how it was moved. The
+    bits of the weights and each layer on integers need nothing else; the whole file
+    needs the model.
+
+    Args:
+      path: the file.
+      params: the params or variables, in the form that the model has.
+      model: the model, for the whole file on ``inputs``.
+      inputs: what the model is called on.
+      progress: as for :func:`fcconv_jax.verify`.
+      **kwargs: keyword arguments of the call.
+
+    Returns:
+      A report; ``report.passed`` tells.
+
+    Raises:
+      ExportError: the file is of another kind, or was written by something else.
+    """
+    path = Path(path)
+    target = target_of_file(path)
+    if target is None:
+        suffixes = ", ".join(each.suffix for each in TARGETS.values())
+        raise ExportError(f"expected a file that ends in {suffixes}, got {path}")
+    if not path.exists():
+        raise ExportError(f"{path}: no such file")
+    shipped = target.open(path)
+    record = shipped.record()
+    if record is None:
+        raise ExportError(
+            f"{path} does not say which parameters it holds: it was not written by "
+            "fcconv_jax. Export the model with fcconv export"
+        )
+    with default_settings(), shown(progress) as tell:
+        variables = params
+        if not (isinstance(params, Mapping) and "params" in params):
+            variables = {"params": params}
+        reference, notes = None, []
+        if model is not None:
+            variables = frontend_of(model, "verify").variables(model, params)
+            reference, notes = _reference(model, variables, inputs, kwargs)
+        else:
+            notes.append("the whole file was not compared: that needs its model")
+        leaves = parameter_leaves(convert_params(variables, record.plan))
+        names = shipped.output_names()
+        proof = _prove(shipped, record, leaves, tell, reference, names)
+    return _report(path, target, shipped, record, proof, notes)
+
+
+def _reference(
+    model: Any, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
+) -> tuple[Reference | None, list[str]]:
+    room = frontend_of(model, "verify")
+    return reference_of(room.model_program(model, inputs, kwargs), variables)
+
+
+def _prove(
+    shipped: Shipped,
+    record: Record,
+    leaves: Mapping[str, np.ndarray],
+    tell: Progress,
+    reference: Reference | None,
+    names: Sequence[str],
+) -> Proof:
+    if any(layer.kernel.dtype == np.int8 for layer in shipped.layers()):
+        from .int8 import prove_weights
+        from .litert_file import LiteRTFile
+
+        assert isinstance(shipped, LiteRTFile)
+        note = "an int8 file: its weights are the parameters, rounded"
+        return Proof(prove_weights(shipped, record, leaves), (), 0, (), (note,))
+    return prove(shipped, record, leaves, tell, None, reference, names)
+
+
+def _report(
+    path: Path,
+    target: Target,
+    shipped: Shipped,
+    record: Record,
+    proof: Proof,
+    notes: Sequence[str],
+) -> ExportReport:
+    transposes, reshapes = shipped.moves()
+    errors = [error.converted for error in proof.outputs]
+    figures = FormFigures(
+        record.form,
+        size_of(path),
+        dict(shipped.ops()),
+        transposes,
+        reshapes,
+        None,
+        error=max(errors, default=None),
+    )
+    wanted = record.form
+    left = tuple(
+        (layer.name, layer.op)
+        for layer in proof.layers
+        if wanted in ("conv", "dense") and layer.form != wanted
+    )
+    return ExportReport(
+        path=str(path),
+        to=target.name,
+        runtime=shipped.runtime,
+        form=wanted,
+        chip=record.chip,
+        plan=record.plan,
+        proof=proof,
+        figures=(figures,),
+        products=tuple(shipped.products()),
+        left=left,
+        executed=target.executed,
+        notes=tuple(notes),
+    )
+
+
+def tree_of(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
+    """Nested dictionaries of leaves, from their paths.
+
+    Example:
+      >>> tree_of({("params", "fc", "bias"): 1})
+      {'params': {'fc': {'bias': 1}}}
+    """
+    tree: dict[str, Any] = {}
+    for path, leaf in leaves.items():
+        node = tree
+        for level in path[:-1]:
+            node = node.setdefault(level, {})
+        node[path[-1]] = leaf
+    return tree
