@@ -11,7 +11,7 @@ import typer
 from .app import app, examples
 from .inputs import ArgumentError, random_inputs
 from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules
-from .output import write_text
+from .output import show_report
 from .steps import ModelCall, read_plan
 
 if TYPE_CHECKING:
@@ -149,22 +149,7 @@ def export(
         compare=compare,
         **call.options,
     )
-    show(found, report, as_json, as_markdown)
-
-
-def show(
-    found: ExportReport, out: Path | None, as_json: bool, as_markdown: bool
-) -> None:
-    """Prints a report, and ends with status 1 if it did not pass."""
-    if out is not None:
-        to_json = out.suffix == ".json"
-        write_text(out, found.to_json() if to_json else found.to_markdown())
-    if as_json:
-        typer.echo(found.to_json())
-    else:
-        typer.echo(found.to_markdown() if as_markdown else str(found))
-    if not found.passed:
-        raise typer.Exit(1)
+    show_report(found, report, as_json, as_markdown)
 
 
 def is_exported(text: str) -> bool:

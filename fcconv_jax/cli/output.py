@@ -8,7 +8,7 @@ import sys
 import tempfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Protocol
 
 import typer
 
@@ -25,6 +25,38 @@ def write_text(file: Path, text: str) -> None:
     except OSError as error:
         raise ArgumentError(f"{file}: {error.strerror}") from None
     typer.echo(f"wrote {file}", err=True)
+
+
+class Reports(Protocol):
+    """What any report can do."""
+
+    @property
+    def passed(self) -> bool:
+        """Whether nothing is wrong."""
+        ...
+
+    def to_json(self) -> str:
+        """The report as JSON text."""
+        ...
+
+    def to_markdown(self) -> str:
+        """The report as Markdown."""
+        ...
+
+
+def show_report(
+    found: Reports, out: Path | None, as_json: bool, as_markdown: bool
+) -> None:
+    """Prints and writes a report, and ends with status 1 if it did not pass."""
+    if out is not None:
+        to_json = out.suffix == ".json"
+        write_text(out, found.to_json() if to_json else found.to_markdown())
+    if as_json:
+        typer.echo(found.to_json())
+    else:
+        typer.echo(found.to_markdown() if as_markdown else str(found))
+    if not found.passed:
+        raise typer.Exit(1)
 
 
 def print_plan(made: Plan, err: bool = False) -> None:

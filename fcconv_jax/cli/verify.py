@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import app, examples
-from .export import is_exported, show, verify_exported
+from .export import is_exported, verify_exported
 from .inputs import ArgumentError
 from .options import (
     AsJson,
@@ -23,6 +23,7 @@ from .options import (
     Step,
     ToForm,
 )
+from .output import show_report
 from .steps import (
     ModelCall,
     Wishes,
@@ -122,11 +123,11 @@ def verify(
         if inputs or checkpoint or to or rules or backend_for or kwargs or backends:
             raise ArgumentError("two checkpoints are compared with no other option")
         compared = compare_checkpoints(Path(model), other, step, prefixes)
-        show(compared, out, as_json, as_markdown)
+        show_report(compared, out, as_json, as_markdown)
         return
     if is_exported(model):
         file = verify_exported(model, against, code, inputs, kwargs, method, seed)
-        show(file, out, as_json, as_markdown)
+        show_report(file, out, as_json, as_markdown)
         return
     wishes = Wishes(to, rules, backend_for)
     call = ModelCall.read(model, inputs, kwargs, method)
@@ -139,4 +140,4 @@ def verify(
         report = verify_model(call, call.plan(wishes), seed, options)
     else:
         report = verify_checkpoint(call, checkpoint, wishes, seed, options, step)
-    show(report, out, as_json, as_markdown)
+    show_report(report, out, as_json, as_markdown)
