@@ -284,7 +284,7 @@ def test_ctrl_c_says_no_more_than_that(case, save, tmp_path, after):
     _, err = process.communicate(timeout=60)
     if process.returncode:
         assert process.returncode in (130, -signal.SIGINT)
-        assert "Traceback" not in err or after < 0.2  # Python itself is starting
+        assert "fcconv_jax/cli" not in err  # before that, Python itself is starting
     if not process.returncode or (tmp_path / "conv").exists():
         assert read_checkpoint(tmp_path / "conv").plan == case.plan
     assert not litter(tmp_path)
