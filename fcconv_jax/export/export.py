@@ -120,10 +120,10 @@ def export(
         else:
             plan = call.plan(form, as_rules(rules))
         tell("planning", 1, 1)
-        reference, notes = reference_of(call.program, call.variables)
         last = Path(path)
         first = last if calibrate is None else Path(folder) / f"float{target.suffix}"
-        written = call.write(plan, form, first)
+        written = call.write(plan, form, first)  # refuses what it cannot, at once
+        reference, notes = reference_of(call.program, call.variables)
         proof, figures = call.check(written, reference, tell)
         made: dict[Form, tuple[Written, FormFigures]] = {form: (written, figures)}
         chosen: list[Form] = ["dense", "conv"]

@@ -98,6 +98,8 @@ _REDUCTIONS = {
     "reduce_min": "REDUCE_MIN",
     "reduce_prod": "REDUCE_PROD",
 }
+# Of operators that the runtime does not have in version 1.
+_VERSIONS = {"BROADCAST_TO": 2}
 _FUSED = {"relu": "RELU", "relu6": "RELU6"}
 
 
@@ -265,7 +267,7 @@ class _Writer:
                 return index
         code = self.s.OperatorCodeT()
         code.builtinCode, code.deprecatedBuiltinCode = number, min(number, 127)
-        code.version = 1
+        code.version = _VERSIONS.get(name, 1)
         self.codes.append(code)
         return len(self.codes) - 1
 
@@ -457,8 +459,15 @@ class _Writer:
             self.op("PADV2", [*inputs, value], node.outputs)
 
     def _reverse(self, node: Node, fused: str) -> None:
-        axes = self.constant(node.attrs["axes"])
-        self.op("REVERSE_V2", [self.tensor(node.inputs[0]), axes], node.outputs)
+        # One axis at a time: it takes several only where they stand side by side.
+        x, (*first, last) = node.inputs[0], node.attrs["axes"]
+        for axis in first:
+            turned = Value(x.shape, x.dtype)
+            self.tensor(turned, "reverse")
+            self.op("REVERSE_V2", [self.tensor(x), self.constant([axis])], [turned])
+            x = turned
+        axis = self.constant([last])
+        self.op("REVERSE_V2", [self.tensor(x), axis], node.outputs)
 
     def _gather(self, node: Node, fused: str) -> None:
         inputs = [self.tensor(value) for value in node.inputs]

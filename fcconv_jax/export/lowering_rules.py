@@ -242,6 +242,24 @@ def _concatenate(low: Lowering, eqn: Any, *values: Value) -> Value:
     return low.add("concat", values, out.shape, axis=eqn.params["dimension"])
 
 
+@_rule("stack")
+def _stack(low: Lowering, eqn: Any, *values: Value) -> Value:
+    axis, out = eqn.params["axis"], eqn.outvars[0].aval
+    shape = list(values[0].shape)
+    shape.insert(axis, 1)
+    parts = [low.reshape(value, shape) for value in values]
+    return low.add("concat", parts, out.shape, axis=axis)
+
+
+@_rule("tile")
+def _tile(low: Lowering, eqn: Any, x: Value) -> Value:
+    for axis, count in enumerate(eqn.params["reps"]):
+        if count > 1:
+            shape = [n * count if i == axis else n for i, n in enumerate(x.shape)]
+            x = low.add("concat", [x] * count, shape, axis=axis)
+    return x
+
+
 @_rule("split")
 def _split(low: Lowering, eqn: Any, x: Value) -> list[Value]:
     axis, parts, start = eqn.params["axis"], [], 0

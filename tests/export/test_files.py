@@ -1,0 +1,129 @@
+"""Every model as every file: proved, in the form asked for, no transposes added."""
+
+import flax.linen as nn
+import jax
+import pytest
+
+import fcconv_jax as fc
+
+from .models import MODELS, normal
+
+RUNTIMES = {"litert": "ai_edge_litert", "onnx": "onnxruntime"}
+SUFFIX = {"litert": "tflite", "onnx": "onnx"}
+MATMULS = {"FULLY_CONNECTED", "BATCH_MATMUL", "Gemm", "MatMul"}
+
+
+@pytest.fixture(params=RUNTIMES)
+def to(request):
+    pytest.importorskip(
+        RUNTIMES[request.param], reason=f"needs the extra {request.param}"
+    )
+    return request.param
+
+
+def write(name, to, folder, form, **options):
+    model, params, inputs = MODELS[name]()
+    path = folder / f"model.{SUFFIX[to]}"
+    options = {"to": to, "path": path, "form": form, "progress": False, **options}
+    return fc.export(model, params, *inputs, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_forms_are_proved(name, to, tmp_path):
+    conv = write(name, to, tmp_path, "conv")
+    assert conv.passed, conv.failures
+    assert all(layer.bits is not False and layer.exact for layer in conv.layers)
+    assert conv.proof.outputs
+    # No matmul with a weight is left; attention's two products are, and are listed.
+    assert not {layer.op for layer in conv.layers} & MATMULS
+    assert len(conv.products) == (2 if name == "vit block" else 0)
+    assert not conv.left
+    dense = write(name, to, tmp_path, "dense")
+    assert dense.passed, dense.failures
+    for layer in dense.layers:
+        # A convolution that is left has no dense form, and its name stands there.
+        assert (layer.op in MATMULS) != (layer.name in dict(dense.left))
+    assert conv.figures[0].transposes <= dense.figures[0].transposes
+
+
+def test_the_layout_is_kept(to, tmp_path):
+    added = {
+        name: write(name, to, tmp_path, "conv").figures[0].transposes
+        for name in ("digits", "mlp", "vgg head", "mobile")
+    }
+    # Only an image with channels is turned for ONNX, once.
+    images = {"digits": 0, "mlp": 0, "vgg head": 1, "mobile": 1}
+    assert added == (images if to == "onnx" else dict.fromkeys(added, 0))
+
+
+def test_the_report(to, tmp_path):
+    report = write("digits", to, tmp_path, "conv", compare=True)
+    assert [row.form for row in report.figures] == ["conv", "dense"]
+    assert all(row.milliseconds > 0 and row.bytes > 0 for row in report.figures)
+    assert str(report).startswith("PROVED")
+    assert "| fc1 |" in report.to_markdown()
+    assert '"passed": true' in report.to_json()
+
+
+def test_a_plan_of_ones_own(to, tmp_path):
+    model, _, inputs = MODELS["digits"]()
+    plan = fc.make_plan(model, *inputs, rules=["fc2=skip"])
+    report = write("digits", to, tmp_path, "dense", plan=plan)
+    assert report.passed
+    assert {x.name: x.form for x in report.layers}["fc2"] == "dense"
+    assert {x.name: x.form for x in report.layers}["fc1"] == "conv"
+
+
+def test_rules_name_layers(to, tmp_path):
+    report = write("digits", to, tmp_path, "conv", rules=["fc1=1x1"])
+    assert report.passed
+    assert report.plan["fc1"].window == (1, 1)
+
+
+def test_verify_file_reads_back(to, tmp_path):
+    model, params, inputs = MODELS["vgg head"]()
+    written = write("vgg head", to, tmp_path, "conv")
+    alone = fc.verify_file(written.path, params, progress=False)
+    assert alone.passed
+    assert not alone.proof.outputs
+    whole = fc.verify_file(
+        written.path, params, model=model, inputs=inputs, progress=False
+    )
+    assert whole.passed
+    assert whole.proof.outputs
+    other = jax.tree.map(lambda p: p + 1, params)
+    assert not fc.verify_file(written.path, other, progress=False).passed
+
+
+def test_a_loop_is_refused_until_it_is_written_out(to, tmp_path):
+    def model(params, x):
+        def step(carry, row):
+            return 0.5 * carry + row @ params["w"], carry
+
+        return jax.lax.scan(step, x[:, 0, :2], x.swapaxes(0, 1))[0]
+
+    params, x = {"w": normal(3, 2)}, normal(2, 4, 3)
+    options = {"to": to, "path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
+    with pytest.raises(ValueError, match=r"a loop over 4 steps. Pass unroll=4"):
+        fc.export(model, params, x, **options)
+    report = fc.export(model, params, x, unroll=4, **options)
+    assert report.passed, report.failures
+    assert len(report.layers) == 4
+
+
+def test_another_model_is_caught_by_the_whole_file(to, tmp_path):
+    """The same layers and weights, and another function between them."""
+
+    class Other(type(MODELS["digits"]()[0])):
+        @nn.compact
+        def __call__(self, x):
+            return super().__call__(0.99 * x)
+
+    _, params, inputs = MODELS["digits"]()
+    written = write("digits", to, tmp_path, "conv")
+    report = fc.verify_file(
+        written.path, params, model=Other(), inputs=inputs, progress=False
+    )
+    assert all(layer.passed for layer in report.layers)
+    assert not report.passed
+    assert "'output': expected an error of at most" in report.failures[0]

@@ -1,0 +1,246 @@
+"""Each operation of JAX in each runtime: the same numbers, or a refusal by name."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax import lax
+
+from fcconv_jax.export.errors import ExportError
+from fcconv_jax.export.export import export
+
+from .models import normal
+from .test_files import RUNTIMES, SUFFIX
+
+X = normal(2, 3, 4, 5)
+ONE_BY_ONE = {
+    "abs": jnp.abs,
+    "ceil": lambda x: jnp.ceil(3 * x),
+    "clip": lambda x: jnp.clip(x, -0.5, 0.7),
+    "cos": jnp.cos,
+    "elu": nn.elu,
+    "exp": jnp.exp,
+    "exp2": jnp.exp2,
+    "expm1": jnp.expm1,
+    "floor": lambda x: jnp.floor(3 * x),
+    "gelu": nn.gelu,
+    "gelu, exact": lambda x: nn.gelu(x, approximate=False),
+    "hard_swish": nn.hard_swish,
+    "integer_pow": lambda x: x**3 + (2 + jnp.abs(x)) ** -2,
+    "isfinite": lambda x: jnp.where(jnp.isfinite(x / (x * (x > 0))), x, 0.0),
+    "leaky_relu": nn.leaky_relu,
+    "log": lambda x: jnp.log(1.5 + jnp.abs(x)),
+    "log1p": lambda x: jnp.log1p(jnp.abs(x)),
+    "logical": lambda x: jnp.where((x > 0) & ~(x > 1) | (x == 0), x, -x),
+    "neg": lambda x: -x,
+    "pow": lambda x: jnp.power(0.1 + jnp.abs(x), 1.3),
+    "relu": nn.relu,
+    "relu6": lambda x: nn.relu6(4 * x),
+    "round": lambda x: jnp.round(3 * x),
+    "rsqrt": lambda x: lax.rsqrt(0.1 + x * x),
+    "sigmoid": nn.sigmoid,
+    "sign": jnp.sign,
+    "silu": nn.silu,
+    "sin": jnp.sin,
+    "sqrt": lambda x: jnp.sqrt(jnp.abs(x)),
+    "tanh": jnp.tanh,
+    "where": lambda x: jnp.where(x > 0.3, x, 2.0),
+}
+SEVERAL = {
+    "add": lambda x: x + x[:1, :, :1],
+    "argmax": lambda x: x.argmax(1),
+    "argmin": lambda x: x.argmin(-1),
+    "avg_pool": lambda x: nn.avg_pool(x, (2, 3), (1, 2)),
+    "avg_pool, padded": lambda x: nn.avg_pool(x, (2, 3), (2, 2), padding="SAME"),
+    "broadcast": lambda x: jnp.broadcast_to(x[:, :1], x.shape),
+    "cast": lambda x: (x > 0).astype(jnp.float32) + (3 * x).astype(jnp.int32),
+    "concatenate": lambda x: jnp.concatenate([x, x[:, :2] * 2], axis=1),
+    "cumsum": lambda x: jnp.cumsum(x, axis=1),
+    "div": lambda x: x / (1 + x[:1] ** 2),
+    "einsum": lambda x: jnp.einsum("nhwc,nhvc->nwhv", x, x),
+    "flip": lambda x: x[:, ::-1, :, ::-1],
+    "index": lambda x: x[:, -1] + x[:, 0],
+    "log_softmax": nn.log_softmax,
+    "matmul": lambda x: x @ x.swapaxes(2, 3),
+    "matmul, first": lambda x: jnp.einsum("nhwc,nhwd->nhcd", x, x[..., :2]),
+    "max": lambda x: x.max((0, 2)),
+    "max_pool": lambda x: nn.max_pool(x, (2, 3), (1, 2)),
+    "max_pool, padded": lambda x: nn.max_pool(x - 5, (3, 2), (2, 1), padding="SAME"),
+    "maximum": lambda x: jnp.maximum(x, x[:, :, :1]),
+    "mean": lambda x: x.mean((1, 2)),
+    "mean, kept": lambda x: x - x.mean(-1, keepdims=True),
+    "min": lambda x: x.min(1),
+    "minimum": lambda x: jnp.minimum(x[:1], x),
+    "negative pad": lambda x: lax.pad(
+        x, 0.0, ((0, 0, 0), (-1, 2, 0), (1, -1, 0), (0, 0, 0))
+    ),
+    "pad": lambda x: jnp.pad(x, ((0, 0), (1, 2), (0, 1), (0, 0)), constant_values=3),
+    "prod": lambda x: x.prod(2),
+    "repeat": lambda x: jnp.repeat(x, 2, axis=1),
+    "reshape": lambda x: x.reshape(3, 40).T.reshape(8, 15),
+    "roll": lambda x: jnp.roll(x, 1, axis=2),
+    "slice": lambda x: x[:, 1:, ::2, 1:4:2],
+    "softmax": nn.softmax,
+    "softmax, first": lambda x: nn.softmax(x, axis=1),
+    "split": lambda x: jnp.split(x, [2], axis=2)[1],
+    "stack": lambda x: jnp.stack([x, 2 * x], axis=2),
+    "std": lambda x: x.std(2),
+    "sum": lambda x: x.sum((0, 3)),
+    "take": lambda x: jnp.take(x, jnp.array([2, 0, 0]), axis=1),
+    "tile": lambda x: jnp.tile(x, (1, 2, 1, 1)),
+    "transpose": lambda x: x.transpose(2, 0, 3, 1),
+}
+# What a runtime lacks, and says so.
+LACKING = {"litert": {"erf": lax.erf, "rem": lambda x: lax.rem(x, 0.7 + 0 * x)}}
+
+
+@pytest.fixture(params=RUNTIMES)
+def to(request):
+    pytest.importorskip(RUNTIMES[request.param], reason=f"needs {request.param}")
+    return request.param
+
+
+@pytest.fixture
+def run(to, tmp_path):
+    def check(function, *inputs, params=None):
+        path = tmp_path / f"m.{SUFFIX[to]}"
+        params = {"scale": np.float32(1)} if params is None else params
+        options = {"to": to, "path": path, "progress": False}
+        report = export(function, params, *inputs, **options)
+        assert report.passed, report.failures
+        return report
+
+    return check
+
+
+@pytest.mark.parametrize("name", ONE_BY_ONE)
+def test_one_by_one(name, run):
+    run(lambda params, x: params["scale"] * ONE_BY_ONE[name](x), X)
+
+
+@pytest.mark.parametrize("name", SEVERAL)
+def test_several(name, run):
+    run(lambda params, x: SEVERAL[name](x), X)
+
+
+def test_a_layer_normalisation_over_other_axes(run):
+    def model(params, x):
+        x = nn.relu(lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", **NHWC))
+        x = (x - x.mean((1, 2), keepdims=True)) / jnp.sqrt(x.var((1, 2))[:, None, None])
+        x = jnp.concatenate([x, 2 * x], axis=-1) * params["scale"]
+        return nn.softmax(jnp.pad(x, ((0, 0), (1, 0), (0, 2), (0, 0))))[:, 1:]
+
+    run(model, X, params={"k": normal(3, 3, 5, 4), "scale": normal(8)})
+
+
+NHWC = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+
+
+@pytest.mark.parametrize("padding", ["VALID", "SAME", ((0, 2), (1, 0))])
+@pytest.mark.parametrize("strides", [(1, 1), (2, 3)])
+def test_convolutions(padding, strides, run):
+    def model(params, x):
+        y = lax.conv_general_dilated(x, params["k"], strides, padding, **NHWC)
+        return y + params["b"]
+
+    report = run(model, X, params={"k": normal(3, 2, 5, 6), "b": normal(6, seed=3)})
+    assert len(report.layers) == 1
+    assert report.layers[0].bits
+
+
+def test_channels_first(run):
+    def model(params, x):
+        return lax.conv_general_dilated(
+            x, params["k"], (1, 1), "VALID", dimension_numbers=("NCHW", "OIHW", "NCHW")
+        )
+
+    assert run(model, X, params={"k": normal(6, 3, 2, 2)}).layers[0].bits
+
+
+def test_weights_on_the_left_and_stacked(run):
+    def model(params, x):
+        y = params["left"] @ x  # (7, 4) @ (..., 4, 5)
+        return jnp.einsum("nhwc,hcd->nhwd", y, params["stack"])
+
+    params = {"left": normal(7, 4), "stack": normal(3, 5, 2)}
+    report = run(model, X, params=params)
+    assert len(report.layers) == 2
+
+
+def test_a_computed_kernel_is_listed(run):
+    def model(params, x):
+        w = params["w"]
+        return x @ (w / jnp.linalg.norm(w, axis=0))
+
+    report = run(model, X, params={"w": normal(5, 3)})
+    assert [layer.bits for layer in report.layers] == [None]
+    assert "computed from parameters, not their bits: params/w" in str(report)
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (lambda params, x: jnp.sort(x), "'sort'.*sort on the host"),
+        (lambda params, x: lax.top_k(x, 2)[0], "'top_k'"),
+        (
+            lambda params, x: lax.while_loop(lambda y: y.sum() < 9, lambda y: y + 1, x),
+            "'while'.*number of steps is not known",
+        ),
+        (
+            lambda params, x: lax.cond(x[0, 0, 0, 0] > 0, jnp.sin, jnp.cos, x),
+            "'cond'.*Use jnp.where",
+        ),
+        (lambda params, x: jnp.fft.fft(x).real, "'fft'"),
+        (lambda params, x: x.at[0].set(1.0), "'scatter'.*jnp.concatenate"),
+        (lambda params, x: x.astype(jnp.bfloat16), "bfloat16"),
+        (
+            lambda params, x: lax.conv_transpose(
+                x, jnp.ones((2, 2, 5, 3)), (2, 2), "SAME"
+            ),
+            "transposed convolution",
+        ),
+        (lambda params, x: lax.conv(x, x, (1, 1), "VALID"), "kernel depends on"),
+        (
+            lambda params, x: lax.dynamic_slice_in_dim(x, x[0, 0, 0, 0].astype(int), 1),
+            "slice whose place depends on its inputs",
+        ),
+        (lambda params, x: jnp.ones(3), "nothing that depends on its inputs"),
+    ],
+)
+def test_refusals_name_what_and_the_way_out(function, what, to, tmp_path):
+    with pytest.raises(ExportError, match=what):
+        export(
+            *(function, {"w": X}, X),
+            to=to,
+            path=tmp_path / "m",
+            progress=False,
+        )
+
+
+def test_random_numbers_are_refused(to, tmp_path):
+    class Noisy(nn.Module):
+        @nn.compact
+        def __call__(self, x, train):
+            return nn.Dropout(0.5, deterministic=not train)(nn.Dense(3)(x))
+
+    model = Noisy()
+    params = model.init(jax.random.key(0), X, train=False)
+    options = {"to": to, "path": tmp_path / "m", "progress": False}
+    rngs = {"dropout": jax.random.key(1)}
+    with pytest.raises(ExportError, match=r"random key.*train=False"):
+        export(model, params, X, train=True, rngs=rngs, **options)
+    assert export(model, params, X, train=False, **options).passed
+
+
+@pytest.mark.parametrize("name", LACKING["litert"])
+def test_what_litert_lacks(name, tmp_path):
+    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
+    function = LACKING["litert"][name]
+    with pytest.raises(ExportError, match=f"LiteRT has no {name!r}"):
+        export(
+            *(lambda params, x: function(x), {"w": X}, X),
+            to="litert",
+            path=tmp_path / "m",
+            progress=False,
+        )
