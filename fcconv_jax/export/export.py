@@ -95,6 +95,10 @@ def export(
       fcconv_jax.export.errors.ExportError: expected to= one of litert, ...
     """
     target = target_of(to)
+    if Path(path).suffix != target.suffix:
+        raise ExportError(
+            f"expected a path that ends in {target.suffix} for to={to!r}, got {path}"
+        )
     made_for = None if chip is None else chip_of(chip)
     if form == "mix" and made_for is None and plan is None:
         raise ExportError(
@@ -398,7 +402,7 @@ def quantized(
     ]
     about: dict[str, Any] = {
         "weights": f"{len(found.layers)} layers, the parameters rounded",
-        "difference from float32": f"{found.difference:.1e} of the largest output",
+        "difference from float32": f"{found.difference:.1e} of the outputs, root mean square",
         "same choice as float32": f"{100 * found.same_choice:.1f} %",
         "calibrated on": f"{len(examples)} calls",
     }
@@ -420,7 +424,8 @@ def quantized(
 
 def _why(plan: Plan, name: str) -> str:
     """Why a layer has another form than was asked for."""
-    return plan.skipped.get(name.partition("#")[0], "it has no other form here")
+    reason = plan.skipped.get(name.partition("#")[0], "it has no other form here")
+    return reason.partition(". ")[0].rstrip(".")
 
 
 def input_names(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:

@@ -98,12 +98,12 @@ def _mixed(to_conv: Plan, ones: Plan, to_dense: Plan, chip: Chip) -> Plan:
     left = {**dict(to_dense.left), **dict(to_conv.left)}
     for path, layer in to_conv.layers:
         best = _better_window(path, layer, ones, chip)
-        if _choice(path, best, chip, "dense") == "conv":
+        if _choice(path, best, chip, place_of(layer), "dense") == "conv":
             layers[path] = best
         else:
             left[path] = f"{chip.title} takes it better in dense form"
     for path, layer in to_dense.layers:
-        if _choice(path, layer, chip, "conv") == "dense":
+        if _choice(path, layer, chip, place_of(layer), "conv") == "dense":
             layers[path] = layer
         else:
             left[path] = f"{chip.title} takes it better in conv form"
@@ -112,11 +112,11 @@ def _mixed(to_conv: Plan, ones: Plan, to_dense: Plan, chip: Chip) -> Plan:
     return Plan(to, tuple(layers.items()), reasons)
 
 
-def _choice(path: str, layer: LayerPlan, chip: Chip, own: Any) -> str:
+def _choice(path: str, layer: LayerPlan, chip: Chip, place: Place, own: Any) -> str:
     """The form that a chip takes a layer in: legal, then preferred, then its own."""
     forms = ("conv", "dense")
     broken = {form: len(chip.breaks(as_layer(path, layer, form))) for form in forms}
-    order = [*chip.order(place_of(layer)), own, *forms]
+    order = [*chip.order(place), own, *forms]
     return min(forms, key=lambda form: (broken[form], order.index(form)))
 
 

@@ -101,8 +101,8 @@ class Int8Check:
 
     Args:
       layers: whether the weights of each linear operation are the parameters, rounded.
-      difference: the largest difference of an output from the float file's, as a part
-        of the largest output.
+      difference: the root mean square of the difference from the float file's outputs,
+        as a part of that of the outputs.
       same_choice: the part of examples whose largest output is at the same place.
     """
 
@@ -133,9 +133,10 @@ def check(
         small.append(run(quantized, each)[0])
         whole.append(run(float_content, each)[0])
     a, b = np.concatenate(small), np.concatenate(whole)
-    scale = float(abs(b).max(initial=0.0)) or 1.0
+    scale = float(np.sqrt((b.astype(np.float64) ** 2).mean())) or 1.0
+    off = float(np.sqrt(((a - b).astype(np.float64) ** 2).mean()))
     chosen = a.argmax(-1) == b.argmax(-1)
-    return Int8Check(layers, float(abs(a - b).max()) / scale, float(chosen.mean()))
+    return Int8Check(layers, off / scale, float(chosen.mean()))
 
 
 def prove_weights(

@@ -59,19 +59,20 @@ _REDUCTIONS = {
 }
 
 
-def write(graph: Graph, record: Record, path: Path) -> None:
+def write(graph: Graph, record: Record, path: Path, gemm: bool = True) -> None:
     """Writes a graph as an .onnx file, its images channel-first.
 
     Args:
       graph: what to write; it is rewritten.
       record: what the file says about itself.
       path: where to.
+      gemm: whether a dense layer on rows is a Gemm; else a MatMul and an Add.
 
     Raises:
       ExportError: ONNX Runtime has no such operation or dtype.
     """
     onnx = require("onnx", "onnx", "an ONNX file")
-    model = _Writer(onnx).model(to_nchw(graph), record)
+    model = _Writer(onnx, gemm).model(to_nchw(graph), record)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
 
@@ -79,8 +80,8 @@ def write(graph: Graph, record: Record, path: Path) -> None:
 class _Writer:
     """Collects nodes and initializers of one model."""
 
-    def __init__(self, onnx: Any):
-        self.onnx, self.helper = onnx, onnx.helper
+    def __init__(self, onnx: Any, gemm: bool):
+        self.onnx, self.helper, self.gemm = onnx, onnx.helper, gemm
         self.nodes: list[Any] = []
         self.initializers: list[Any] = []
         self.known: dict[Any, str] = {}
@@ -215,7 +216,7 @@ class _Writer:
 
     def _dense(self, node: Node, out: str) -> None:
         inputs = [self.name(value) for value in node.inputs]
-        if len(node.inputs[0].shape) == 2:
+        if self.gemm and len(node.inputs[0].shape) == 2:
             self.add("Gemm", inputs, out, node.name)
         elif len(inputs) == 2:
             self.add("MatMul", inputs, out, node.name)

@@ -178,6 +178,9 @@ def prove(
     made_of = sorted({leaf for layer in record.layers for leaf in layer.made_of})
     if made_of:
         notes.append(f"computed from parameters, not their bits: {', '.join(made_of)}")
+    remarks = getattr(shipped, "remarks", None)
+    if remarks is not None and not any(proof.failures for proof in proofs):
+        notes += remarks(record)
     lost, count = _other_constants(shipped, record, leaves)
     failures += lost
     outputs: tuple[WorkingError, ...] = ()

@@ -66,6 +66,11 @@ TARGETS: dict[str, Target] = {
             ("onnx_file", "OnnxFile"),
             "first",
         ),
+        Target(
+            *("openvino", "OpenVINO", ".xml", "openvino", "openvino_file"),
+            ("openvino_file", "OpenVinoFile"),
+            "first",
+        ),
     )
 }
 

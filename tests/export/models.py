@@ -126,7 +126,17 @@ def normal(*shape, seed=1):
 
 
 def _made(model, *inputs):
-    return model, model.init(jax.random.key(0), *inputs), inputs
+    """With every parameter at random: a bias of zeros would hide what becomes of it."""
+    start = model.init(jax.random.key(0), *inputs)
+    leaves, tree = jax.tree.flatten(start)
+    keys = jax.random.split(jax.random.key(7), len(leaves))
+    moved = [
+        jnp.abs(leaf + 0.3 * jax.random.normal(key, leaf.shape))
+        if (leaf == 1).all()  # scales and variances
+        else leaf + 0.1 * jax.random.normal(key, leaf.shape)
+        for leaf, key in zip(leaves, keys)
+    ]
+    return model, jax.tree.unflatten(tree, moved), inputs
 
 
 MODELS = {

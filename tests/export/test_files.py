@@ -8,8 +8,8 @@ import fcconv_jax as fc
 
 from .models import MODELS, normal
 
-RUNTIMES = {"litert": "ai_edge_litert", "onnx": "onnxruntime"}
-SUFFIX = {"litert": "tflite", "onnx": "onnx"}
+RUNTIMES = {"litert": "ai_edge_litert", "onnx": "onnxruntime", "openvino": "openvino"}
+SUFFIX = {"litert": "tflite", "onnx": "onnx", "openvino": "xml"}
 MATMULS = {"FULLY_CONNECTED", "BATCH_MATMUL", "Gemm", "MatMul"}
 
 
@@ -53,7 +53,7 @@ def test_the_layout_is_kept(to, tmp_path):
     }
     # Only an image with channels is turned for ONNX, once.
     images = {"digits": 0, "mlp": 0, "vgg head": 1, "mobile": 1}
-    assert added == (images if to == "onnx" else dict.fromkeys(added, 0))
+    assert added == (images if to != "litert" else dict.fromkeys(added, 0))
 
 
 def test_the_report(to, tmp_path):

@@ -213,7 +213,7 @@ def test_refusals_name_what_and_the_way_out(function, what, to, tmp_path):
         export(
             *(function, {"w": X}, X),
             to=to,
-            path=tmp_path / "m",
+            path=tmp_path / f"m.{SUFFIX[to]}",
             progress=False,
         )
 
@@ -226,7 +226,7 @@ def test_random_numbers_are_refused(to, tmp_path):
 
     model = Noisy()
     params = model.init(jax.random.key(0), X, train=False)
-    options = {"to": to, "path": tmp_path / "m", "progress": False}
+    options = {"to": to, "path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
     rngs = {"dropout": jax.random.key(1)}
     with pytest.raises(ExportError, match=r"random key.*train=False"):
         export(model, params, X, train=True, rngs=rngs, **options)
@@ -241,6 +241,6 @@ def test_what_litert_lacks(name, tmp_path):
         export(
             *(lambda params, x: function(x), {"w": X}, X),
             to="litert",
-            path=tmp_path / "m",
+            path=tmp_path / "m.tflite",
             progress=False,
         )

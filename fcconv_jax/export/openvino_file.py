@@ -1,0 +1,305 @@
+"""Writes OpenVINO files (.xml with .bin), and reads them back.
+
+The graph is written as ONNX and read by OpenVINO's own front end without its fusions,
+which would multiply scales into weights. On a CPU with bfloat16, OpenVINO computes in
+it unless it is told otherwise: the proof is run with its hint for float32, and says
+when it is needed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import sys
+import tempfile
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from . import onnx_writer
+from .errors import ExportError, require
+from .graph import Graph
+from .layers import Layer, Record, compute
+from .probes import probes
+from .shipped import ShippedLayer, arrange_conv, canonical_conv
+
+RECORD = "fcconv_jax"
+HINT = "INFERENCE_PRECISION_HINT"
+_CONVS = ("Convolution", "GroupConvolution")
+
+
+def _openvino() -> Any:
+    """OpenVINO, imported without the process that its telemetry forks.
+
+    A fork beside JAX's threads may hang, and nothing is to be sent in a user's name.
+    """
+    name = "openvino_telemetry"
+    if "openvino" in sys.modules or name in sys.modules:
+        return require("openvino", "openvino", "an OpenVINO file (.xml)")
+    sys.modules[name] = None  # pyright: ignore
+    try:
+        return require("openvino", "openvino", "an OpenVINO file (.xml)")
+    finally:
+        del sys.modules[name]
+
+
+def write(graph: Graph, record: Record, path: Path) -> None:
+    """Writes a graph as an .xml file and the .bin with its weights beside it.
+
+    Args:
+      graph: what to write; it is rewritten.
+      record: what the file says about itself.
+      path: of the .xml file.
+
+    Raises:
+      ExportError: ONNX, which it goes through, has no such operation.
+    """
+    ov = _openvino()
+    passes = require("openvino.passes", "openvino", "an OpenVINO file (.xml)")
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "model.onnx"
+        onnx_writer.write(graph, record, file, gemm=False)
+        model = ov.Core().read_model(str(file))
+    manager = passes.Manager()
+    manager.register_pass(passes.ConstantFolding())
+    manager.run_passes(model)
+    model.set_rt_info(record.to_json(), [RECORD])
+    ov.save_model(model, str(path), compress_to_fp16=False)
+
+
+class OpenVinoFile:
+    """An .xml file with its .bin, read back.
+
+    Args:
+      path: the .xml file.
+      hint: the precision that is asked of the runtime; None for its own choice.
+
+    Raises:
+      ExportError: it is none.
+    """
+
+    runtime = "OpenVINO"
+
+    def __init__(self, path: Path, hint: str | None = "f32"):
+        ov = _openvino()
+        self.path = path
+        self.config = {} if hint is None else {HINT: hint}
+        self.core = ov.Core()
+        self.model = self._load()
+        record = self.record()
+        self._records = {e.name: e for e in record.layers} if record else {}
+
+    def _load(self) -> Any:
+        try:
+            return self.core.read_model(str(self.path))
+        except RuntimeError as error:
+            raise ExportError(f"{self.path} is no OpenVINO file: {error}") from None
+
+    def record(self) -> Record | None:
+        """What the file says about itself."""
+        if not self.model.has_rt_info([RECORD]):
+            return None
+        return Record.from_json(self.model.get_rt_info([RECORD]).value)
+
+    def ops(self) -> Mapping[str, int]:
+        """How many operations there are of each kind; constants are none."""
+        kinds = (op.get_type_name() for op in self.model.get_ordered_ops())
+        return Counter(k for k in kinds if k not in ("Constant", "Parameter", "Result"))
+
+    def moves(self) -> tuple[int, int]:
+        """Transposes and reshapes."""
+        found = self.ops()
+        return found.get("Transpose", 0), found.get("Reshape", 0)
+
+    def constants(self) -> Sequence[np.ndarray]:
+        """Every constant."""
+        return [
+            op.data
+            for op in self.model.get_ordered_ops()
+            if op.get_type_name() == "Constant"
+        ]
+
+    def output_names(self) -> Sequence[str]:
+        """The outputs."""
+        return [sorted(out.get_names())[0] for out in self.model.outputs]
+
+    def products(self) -> Sequence[str]:
+        """Products of two activations."""
+        return [
+            f"MatMul {_label(op)}"
+            for op in self.model.get_ordered_ops()
+            if op.get_type_name() == "MatMul" and _side(op) is None
+        ]
+
+    def layers(self) -> Sequence[ShippedLayer]:
+        """The operations of a weight."""
+        found = []
+        for op in _linear(self.model):
+            kind, name, side = op.get_type_name(), _label(op), _side(op)
+            assert side is not None
+            kernel = np.array(_constant(op, side).data)
+            layer = self._records.get(name)
+            if kind in _CONVS:
+                kernel = _canonical(kernel, kind, layer.kernel_shape if layer else ())
+            elif _swapped(op, side):
+                kernel = kernel.swapaxes(-1, -2)
+            bias = _bias(op, layer)
+            array = None if bias is None else np.array(bias[1].data).reshape(-1)
+            form = "conv" if kind in _CONVS else "dense"
+            found.append(ShippedLayer(name, kind, form, kernel, array))
+        return found
+
+    def run_layer(
+        self,
+        layer: Layer,
+        x: np.ndarray,
+        kernel: np.ndarray,
+        bias: np.ndarray | None,
+    ) -> np.ndarray:
+        """Runs one operation, cut out of the file, with other numbers in it."""
+        ov = _openvino()
+        model = self._load()  # a copy: what is cut is changed
+        op = next((op for op in _linear(model) if _label(op) == layer.name), None)
+        if op is None:
+            raise ExportError(f"{self.path} has no layer {layer.name!r}")
+        kind, side = op.get_type_name(), _side(op)
+        assert side is not None
+        stored = _constant(op, side).data
+        conv = kind in _CONVS
+        if conv:
+            rows = _is_rows(stored, kind, layer.kernel_shape)
+            if rows:
+                n, h, w, c = x.shape
+                x = x.reshape(n, 1, h, w * c)
+                laid = arrange_conv(kernel, "OHWI").reshape(stored.shape)
+            else:
+                x = x.transpose(0, 3, 1, 2)
+                laid = arrange_conv(kernel, "OIHW").reshape(stored.shape)
+        else:
+            options = layer.options
+            laid = kernel
+            if layer.op == "matmul":
+                laid = kernel.swapaxes(-1, -2) if _adjoint(options, side) else kernel
+                x = x.swapaxes(-1, -2) if _adjoint(options, 1 - side) else x
+            laid = laid.swapaxes(-1, -2) if _swapped(op, side) else laid
+            if laid.shape != stored.shape:
+                raise ExportError(
+                    f"expected a weight of shape {laid.shape}, got {stored.shape}"
+                )
+        ops = require("openvino.opset13", "openvino", "running an OpenVINO file")
+        floats = np.float32
+        entering = ops.parameter(list(x.shape), floats)
+        op.input(1 - side).replace_source_output(entering.output(0))
+        weight = ops.constant(np.ascontiguousarray(laid, floats))
+        op.input(side).replace_source_output(weight.output(0))
+        last = op
+        added = _bias(op, layer)
+        if added is not None and bias is not None:
+            last, old, place = added
+            new = ops.constant(bias.astype(floats).reshape(old.data.shape))
+            last.input(place).replace_source_output(new.output(0))
+        cut = ov.Model([last.output(0)], [entering], "layer")
+        y = self._run(cut, [x.astype(floats)])[0]
+        return y.transpose(0, 2, 3, 1) if conv else y
+
+    def _run(self, model: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        compiled = self.core.compile_model(model, "CPU", self.config)
+        found = compiled([np.ascontiguousarray(x) for x in inputs])
+        return [np.array(found[out]) for out in compiled.outputs]
+
+    def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
+        """One run of the whole file, to be timed."""
+        compiled = self.core.compile_model(self.model, "CPU", self.config)
+        request = compiled.create_infer_request()
+        given = [np.ascontiguousarray(x) for x in inputs]
+        return lambda: request.infer(given) and None
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs the whole file."""
+        return self._run(self.model, inputs)
+
+    def remarks(self, record: Record) -> list[str]:
+        """Whether the runtime lowers the precision if it is left to itself."""
+        own = OpenVinoFile(self.path, hint=None)
+        for layer in record.layers:
+            for probe in probes(layer):
+                want = compute(layer, probe.x, probe.kernel, probe.bias)
+                got = own.run_layer(layer, probe.x, probe.kernel, probe.bias)
+                if not np.array_equal(got.astype(np.float64), want):
+                    used = "a lower precision"
+                    with contextlib.suppress(RuntimeError):
+                        compiled = self.core.compile_model(self.model, "CPU", {})
+                        used = compiled.get_property(HINT).get_type_name()
+                    return [
+                        f"OpenVINO by default computes in {used} here without being "
+                        f"asked (layer {layer.name!r} is not exact then): compile the "
+                        f'file with {{"{HINT}": "f32"}}, as this proof did'
+                    ]
+        return []
+
+
+def _linear(model: Any) -> list[Any]:
+    return [
+        op
+        for op in model.get_ordered_ops()
+        if op.get_type_name() in (*_CONVS, "MatMul") and _side(op) is not None
+    ]
+
+
+def _constant(op: Any, side: int) -> Any:
+    return op.input(side).get_source_output().get_node()
+
+
+def _side(op: Any) -> int | None:
+    """Which operand is the weight."""
+    sides = (1, 0) if op.get_type_name() == "MatMul" else (1,)
+    for side in sides:
+        if _constant(op, side).get_type_name() == "Constant":
+            return side
+    return None
+
+
+def _bias(op: Any, layer: Layer | None) -> tuple[Any, Any, int] | None:
+    """The addition of a layer's bias, its constant, and which operand that is."""
+    if layer is None or not layer.has_bias:
+        return None
+    for target in op.output(0).get_target_inputs():
+        add = target.get_node()
+        if add.get_type_name() != "Add":
+            continue
+        for place in (0, 1):
+            other = _constant(add, place)
+            if other.get_type_name() == "Constant":
+                return add, other, place
+    return None
+
+
+def _swapped(op: Any, side: int) -> bool:
+    return bool(op.get_attributes()["transpose_b" if side == 1 else "transpose_a"])
+
+
+def _adjoint(options: Mapping[str, Any], side: int) -> bool:
+    return bool(options["adj_b" if side == 1 else "adj_a"])
+
+
+def _is_rows(kernel: np.ndarray, kind: str, shape: Sequence[int]) -> bool:
+    """Whether a kernel takes the channels of a row as columns."""
+    if kind != "Convolution" or len(shape) != 4 or kernel.shape[1] != 1:
+        return False
+    h, w, c, _ = shape
+    return c > 1 and tuple(kernel.shape[2:]) == (h, w * c)
+
+
+def _canonical(kernel: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarray:
+    if kind == "GroupConvolution":  # (G, O/G, I, H, W)
+        kernel = kernel.reshape(-1, *kernel.shape[2:])
+    elif _is_rows(kernel, kind, shape):
+        return canonical_conv(kernel.reshape(kernel.shape[0], *shape[:-1]), "OHWI")
+    return canonical_conv(kernel, "OIHW")
+
+
+def _label(op: Any) -> str:
+    """An operation's name, without what keeps names apart."""
+    return op.get_friendly_name().partition("@")[0]

@@ -1,0 +1,142 @@
+"""What the chips' tables decide: per layer, legal first, then preferred; and Vela."""
+
+import flax.linen as nn
+import jax
+import pytest
+
+import fcconv_jax as fc
+from fcconv_jax.export.chips import CHIPS, chip_of
+from fcconv_jax.export.errors import ExportError
+from fcconv_jax.export.forms import as_layer, place_of, plan_of_form
+from fcconv_jax.export.targets import target_of
+
+from .models import MODELS, normal
+
+
+class Vision(nn.Module):
+    """Patches, tokens, a window on the rest, and a head."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(16, (16, 16), (16, 16), padding="VALID", name="embed")(x)
+        x = x.reshape(x.shape[0], -1, 16)
+        x = x + nn.Dense(16, name="tokens")(x)
+        x = x.reshape(x.shape[0], 4, 4, 16)
+        x = nn.relu(nn.Dense(8, name="window")(x.reshape(x.shape[0], -1)))
+        return nn.Dense(4, name="head")(x)
+
+
+def mix(chip, model=None, x=None):
+    model, x = model or Vision(), normal(1, 64, 64, 3) if x is None else x
+    return plan_of_form(model, (x,), {}, "mix", (), target_of("litert"), chip_of(chip))
+
+
+def forms(chip):
+    plan = mix(chip)
+    kinds = {"embed": "conv", "tokens": "dense", "window": "dense", "head": "dense"}
+    return {path: plan[path].to if path in plan else own for path, own in kinds.items()}
+
+
+def test_every_chip_of_the_table_has_its_sources():
+    wanted = "ethos-u55 ethos-u65 ethos-u85 edgetpu artpec-8 artpec-9 hexagon ane dpu"
+    assert set(CHIPS) == {*wanted.split(), "k210", "mdla", "tidl"}
+    for chip in CHIPS.values():
+        assert chip.source
+        assert chip.how in ("run", "read", "inferred")
+        assert all(rule.source and rule.says for rule in chip.rules)
+
+
+def test_places():
+    plan = fc.make_plan(Vision(), normal(1, 64, 64, 3))
+    patches = fc.make_plan(Vision(), normal(1, 64, 64, 3), to="dense")
+    assert {path: place_of(layer) for path, layer in (plan | patches).items()} == {
+        "embed": "patchify",
+        "tokens": "tokens",
+        "window": "full_window",
+        "head": "head",
+    }
+
+
+@pytest.mark.parametrize(
+    ("chip", "embed", "tokens", "window", "head"),
+    [
+        ("ethos-u55", "dense", "conv", "dense", "dense"),
+        ("edgetpu", "conv", "conv", "dense", "dense"),
+        ("artpec-8", "conv", "dense", "dense", "dense"),
+        ("artpec-9", "dense", "conv", "conv", "conv"),
+        ("hexagon", "conv", "conv", "conv", "conv"),
+        ("ane", "conv", "conv", "conv", "conv"),
+        ("dpu", "dense", "conv", "conv", "conv"),
+        ("k210", "dense", "dense", "dense", "dense"),
+        # Sixteen rows of tokens are no FULLY_CONNECTED there.
+        ("mdla", "dense", "conv", "dense", "dense"),
+        ("tidl", "dense", "dense", "conv", "dense"),
+    ],
+)
+def test_the_mix(chip, embed, tokens, window, head):
+    wanted = {"embed": embed, "tokens": tokens, "window": window, "head": head}
+    assert forms(chip) == wanted
+
+
+def test_a_window_that_a_chip_lacks_is_said_as_1x1():
+    # 4x4 is none of ARTPEC-9's kernels, nor of TIDL's.
+    for chip in ("artpec-9", "tidl"):
+        assert mix(chip)["window"].window == (1, 1)
+        assert not chip_of(chip).breaks(as_layer("w", mix(chip)["window"], "conv"))
+    assert mix("hexagon")["window"].window == (4, 4)
+
+
+def test_what_no_form_makes_legal_is_named(tmp_path):
+    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
+    model = Vision()
+    x = normal(1, 64, 64, 3)
+    params = model.init(jax.random.key(0), x)
+    report = fc.export(
+        *(model, params, x),
+        to="litert",
+        path=tmp_path / "m.tflite",
+        form="mix",
+        chip="mdla",
+        progress=False,
+    )
+    assert report.passed
+    assert [path for path, _ in report.broken] == ["embed"]
+    # A stride of 16 is no convolution there, and 16 rows are no FULLY_CONNECTED.
+    assert "FULLY_CONNECTED has 1, 2, 4 or 8 rows (read: MediaTek" in str(report)
+    assert "mdla does not take embed: " in str(report)
+
+
+def test_a_mix_needs_a_chip(tmp_path):
+    model, params, inputs = MODELS["mlp"]()
+    options = {"to": "litert", "path": tmp_path / "m.tflite", "form": "mix"}
+    with pytest.raises(ExportError, match="Pass chip='ethos-u55'"):
+        fc.export(model, params, *inputs, **options)
+    with pytest.raises(ExportError, match="expected chip= one of ethos-u55, "):
+        fc.export(model, params, *inputs, chip="abacus", **options)
+
+
+@pytest.mark.parametrize("accelerator", ["ethos-u55", "ethos-u65", "ethos-u85"])
+@pytest.mark.parametrize("name", ["vision", "digits", "mobile"])
+def test_velas_mix_is_no_slower_than_either_form(name, accelerator, tmp_path):
+    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
+    pytest.importorskip("ethosu.vela", reason="needs the extra vela")
+    if name == "vision":
+        model, inputs = Vision(), (normal(1, 64, 64, 3),)
+        params = model.init(jax.random.key(0), *inputs)
+    else:
+        model, params, inputs = MODELS[name]()
+        inputs = tuple(x[:1] for x in inputs)
+    report = fc.export(
+        *(model, params, *inputs),
+        to="litert",
+        path=tmp_path / "m.tflite",
+        form="mix",
+        chip=accelerator,
+        compare=True,
+        progress=False,
+    )
+    assert report.passed
+    cycles = {row.form: next(iter(row.cycles.values())) for row in report.figures}
+    assert cycles["mix"] <= min(cycles["dense"], cycles["conv"])
+    if name == "vision":  # patches of 16x16
+        assert cycles["conv"] > 1.5 * cycles["mix"]

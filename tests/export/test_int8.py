@@ -1,0 +1,81 @@
+"""int8 LiteRT files: per channel, the same bits in both forms, the weights rounded."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fcconv_jax as fc
+from fcconv_jax.export import int8
+from fcconv_jax.export.errors import ExportError
+
+from .models import MODELS, normal
+
+pytest.importorskip("litert_quantizer", reason="needs the extra litert")
+
+
+def export(name, folder, form="conv", **options):
+    model, params, inputs = MODELS[name]()
+    inputs = tuple(x[:1] for x in inputs)
+    shape = inputs[0].shape[1:]
+    data = [np.asarray(normal(24, *shape, seed=5))]
+    options = {"calibrate": data, "form": form, "progress": False, **options}
+    path = folder / f"{form}.tflite"
+    return fc.export(model, params, *inputs, to="litert", path=path, **options)
+
+
+@pytest.mark.parametrize("name", ["digits", "vgg head", "mlp", "mobile"])
+def test_both_forms_are_the_same_bits(name, tmp_path):
+    report = export(name, tmp_path, compare=True)
+    assert report.passed, report.failures
+    assert report.int8["conv and dense forms"].startswith("the same bits in ")
+    difference = float(report.int8["difference from float32"].split()[0])
+    assert 0 < difference < 0.2
+
+
+@pytest.mark.parametrize("form", ["conv", "dense"])
+def test_a_scale_for_each_feature_and_a_quarter_of_the_size(form, tmp_path):
+    from fcconv_jax.export.litert_file import LiteRTFile
+
+    report = export("digits", tmp_path, form)
+    file = LiteRTFile(Path(report.path))
+    for layer, operator in zip(file.layers(), file.linear_operators()):
+        quantization = file.graph.tensors[operator.inputs[1]].quantization
+        assert layer.kernel.dtype == np.int8
+        assert len(quantization.scale) == layer.kernel.shape[-1]
+    assert Path(report.path).stat().st_size == report.figures[0].bytes
+
+
+def test_another_weight_is_caught(tmp_path):
+    report = export("digits", tmp_path)
+    _, params, _ = MODELS["digits"]()
+    alone = fc.verify_file(report.path, params, progress=False)
+    assert alone.passed
+    assert "rounded to int8" in str(alone)
+    kernel = params["params"]["fc1"]["kernel"]
+    params["params"]["fc1"]["kernel"] = kernel.at[3, 2].add(0.1)
+    again = fc.verify_file(report.path, params, progress=False)
+    assert len(again.failures) == 1
+    assert "layer 'fc1': its weights are not the parameter's, rounded" in str(again)
+
+
+def test_calibration_data_that_does_not_fit(tmp_path):
+    with pytest.raises(
+        ExportError, match=r"expected calibration data of shape \(N, 8, 6"
+    ):
+        export("digits", tmp_path, calibrate=[np.zeros((4, 8, 8, 1))])
+    with pytest.raises(ExportError, match="for 1 inputs, got 0"):
+        export("digits", tmp_path, calibrate=[])
+    with pytest.raises(ExportError, match="at least 2 examples"):
+        int8.batches([np.zeros((1, 3))], [(2, 3)])
+
+
+def test_int8_is_litert_s(tmp_path):
+    model, params, inputs = MODELS["mlp"]()
+    with pytest.raises(ExportError, match="expected to='litert' for an int8 file"):
+        fc.export(
+            *(model, params, *inputs),
+            to="onnx",
+            path=tmp_path / "m.onnx",
+            calibrate=[np.zeros((4, 10))],
+        )
