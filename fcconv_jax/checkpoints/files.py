@@ -302,7 +302,10 @@ def _detect(path: PathLike) -> tuple[Path, Format]:
             return path, folders.format_of(path)
     with named(path), path.open("rb") as file:
         head = file.read(16)
-    # Before the others: a header's length may begin like anything.
+    # What the name says, where the content may be it: a short frame may look like a
+    # header, whose length begins like anything.
+    if path.suffix == ".msgpack" and msgpack.looks_like(head):
+        return path, "msgpack"
     if safetensors.looks_like(head):
         return path, "safetensors"
     for magic, what in _MAGIC.items():

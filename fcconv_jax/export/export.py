@@ -85,6 +85,9 @@ def export(
       ExportError: the target cannot take the model: names what, and the way out.
       PlanError: a rule matches no layer.
 
+    Source:
+      The formats' own schemas: TensorFlow Lite's flatbuffer, ONNX, StableHLO.
+
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> model, x = nn.Dense(3), jnp.ones((2, 4))

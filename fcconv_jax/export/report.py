@@ -60,6 +60,12 @@ class ExportReport:
       executed: whether the file was run here.
       notes: what else there is to know.
       int8: what quantizing changed.
+
+    Example:
+      >>> proof = Proof((), (), 0, (), ())
+      >>> made = "m.onnx", "onnx", "ONNX Runtime", "conv", None, Plan("conv"), proof, ()
+      >>> ExportReport(*made).passed
+      True
     """
 
     path: str

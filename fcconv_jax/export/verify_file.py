@@ -49,6 +49,15 @@ def verify_file(
 
     Raises:
       ExportError: the file is of another kind, or was written by something else.
+
+    Source:
+      The formats' own schemas: TensorFlow Lite's flatbuffer and ONNX.
+
+    Example:
+      >>> verify_file("model.h5", {})
+      Traceback (most recent call last):
+        ...
+      fcconv_jax.export.errors.ExportError: expected a file that ends in ...
     """
     path = Path(path)
     target = target_of_file(path)

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 
 from fcconv_jax.checkpoints import CheckpointError, read_checkpoint
 
-sys.path.insert(0, str(Path(__file__).parent))
+sys.path.append(str(Path(__file__).parent))
 import fuzz
 
 CORPUS = sorted(fuzz.CORPUS.iterdir())

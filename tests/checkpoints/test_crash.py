@@ -25,6 +25,7 @@ from fcconv_jax.checkpoints import (
 )
 
 HERE = Path(__file__).parent
+sys.path.append(str(HERE))
 FORMATS = ("orbax", "msgpack", "safetensors")
 
 

@@ -15,7 +15,7 @@ import pytest
 import fcconv_jax as fc
 from fcconv_jax.checkpoints import convert_checkpoint, verify_checkpoint
 
-sys.path.insert(0, str(pathlib.Path(__file__).parent))
+sys.path.append(str(pathlib.Path(__file__).parent))
 import processes
 
 PROGRAM = pathlib.Path(processes.__file__)
