@@ -20,7 +20,6 @@ from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "_generated"
-COMMANDS = "plan tune convert restore verify compare slide inspect explain hlo".split()
 
 
 def tuned_table(file: Path) -> str:
@@ -47,6 +46,8 @@ def cycles_table(file: Path) -> str:
 
 def command_line() -> str:
     """The help of every command."""
+    from fcconv_jax import cli
+
     env = {**os.environ, "COLUMNS": "78", "TERM": "dumb", "NO_COLOR": "1"}
     parts = [
         "# Command line",
@@ -54,7 +55,8 @@ def command_line() -> str:
         "that something failed or differs, 2 a usage error; messages go to stderr, and "
         "`--json` is for machines.",
     ]
-    for command in COMMANDS:
+    for module in cli.COMMANDS:
+        command = module.__name__.rpartition(".")[2]
         done = subprocess.run(
             [Path(sys.executable).with_name("fcconv"), command, "--help"],
             capture_output=True,
