@@ -405,7 +405,7 @@ def quantized(
     ]
     about: dict[str, Any] = {
         "weights": f"{len(found.layers)} layers, the parameters rounded",
-        "difference from float32": f"{found.difference:.1e} of the outputs' RMS",
+        "difference from float32": f"{found.difference:.1e} (root mean square)",
         "same choice as float32": f"{100 * found.same_choice:.1f} %",
         "calibrated on": f"{len(examples)} calls",
     }

@@ -136,8 +136,8 @@ class OpenVinoFile:
     def layers(self) -> Sequence[ShippedLayer]:
         """The operations of a weight."""
         found = []
-        for op in _linear(self.model):
-            kind, name, side = op.get_type_name(), _label(op), _side(op)
+        for name, op in self._named(self.model).items():
+            kind, side = op.get_type_name(), _side(op)
             assert side is not None
             kernel = np.array(_constant(op, side).data)
             layer = self._records.get(name)
@@ -151,6 +151,19 @@ class OpenVinoFile:
             found.append(ShippedLayer(name, kind, form, kernel, array))
         return found
 
+    def _named(self, model: Any) -> dict[str, Any]:
+        """The operations of a weight by their layer.
+
+        OpenVINO calls what comes last by the output's name: that is the one layer that
+        no other operation is called by.
+        """
+        found = {_label(op): op for op in _linear(model)}
+        unknown = [name for name in found if name not in self._records]
+        missing = [name for name in self._records if name not in found]
+        if len(unknown) == len(missing) == 1:
+            found[missing[0]] = found.pop(unknown[0])
+        return found
+
     def run_layer(
         self,
         layer: Layer,
@@ -161,7 +174,7 @@ class OpenVinoFile:
         """Runs one operation, cut out of the file, with other numbers in it."""
         ov = _openvino()
         model = self._load()  # a copy: what is cut is changed
-        op = next((op for op in _linear(model) if _label(op) == layer.name), None)
+        op = self._named(model).get(layer.name)
         if op is None:
             raise ExportError(f"{self.path} has no layer {layer.name!r}")
         kind, side = op.get_type_name(), _side(op)

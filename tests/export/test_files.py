@@ -1,5 +1,7 @@
 """Every model as every file: proved, in the form asked for, no transposes added."""
 
+import importlib.util
+
 import flax.linen as nn
 import jax
 import pytest
@@ -13,11 +15,15 @@ SUFFIX = {"litert": "tflite", "onnx": "onnx", "openvino": "xml"}
 MATMULS = {"FULLY_CONNECTED", "BATCH_MATMUL", "Gemm", "MatMul"}
 
 
+def needs(to):
+    """Skips where the extra is missing; finds the package without importing it."""
+    if importlib.util.find_spec(RUNTIMES[to]) is None:
+        pytest.skip(f"needs the extra {to}")
+
+
 @pytest.fixture(params=RUNTIMES)
 def to(request):
-    pytest.importorskip(
-        RUNTIMES[request.param], reason=f"needs the extra {request.param}"
-    )
+    needs(request.param)
     return request.param
 
 
@@ -59,8 +65,7 @@ def test_the_layout_is_kept(to, tmp_path):
 def test_the_report(to, tmp_path):
     report = write("digits", to, tmp_path, "conv", compare=True)
     assert [row.form for row in report.figures] == ["conv", "dense"]
-    assert all((row.milliseconds or 0) > 0 for row in report.figures)
-    assert all(row.bytes > 0 for row in report.figures)
+    assert all(row.milliseconds and row.bytes > 0 for row in report.figures)
     assert str(report).startswith("PROVED")
     assert "| fc1 |" in report.to_markdown()
     assert '"passed": true' in report.to_json()

@@ -11,7 +11,7 @@ from fcconv_jax.export.errors import ExportError
 from fcconv_jax.export.export import export
 
 from .models import normal
-from .test_files import RUNTIMES, SUFFIX
+from .test_files import RUNTIMES, SUFFIX, needs
 
 X = normal(2, 3, 4, 5)
 ONE_BY_ONE = {
@@ -97,7 +97,7 @@ LACKING = {"litert": {"erf": lax.erf, "rem": lambda x: lax.rem(x, 0.7 + 0 * x)}}
 
 @pytest.fixture(params=RUNTIMES)
 def to(request):
-    pytest.importorskip(RUNTIMES[request.param], reason=f"needs {request.param}")
+    needs(request.param)
     return request.param
 
 

@@ -12,7 +12,7 @@ from fcconv_jax.export.errors import ExportError
 from fcconv_jax.export.litert import pack
 
 from .models import MODELS
-from .test_files import RUNTIMES, SUFFIX, write
+from .test_files import RUNTIMES, SUFFIX, needs, write
 
 LAYER, OTHER = "conv2", "conv1"
 
@@ -183,7 +183,7 @@ EDITORS = {"litert": LiteRT, "onnx": Onnx, "openvino": OpenVino}
 
 @pytest.fixture(scope="module", params=RUNTIMES)
 def shipped(request, tmp_path_factory):
-    pytest.importorskip(RUNTIMES[request.param], reason=f"needs {request.param}")
+    needs(request.param)
     folder = tmp_path_factory.mktemp("shipped")
     report = write("digits", request.param, folder, "conv")
     assert report.passed
