@@ -23,8 +23,8 @@ from ..verification.agreement import named_leaves
 from .chips import Chip, chip_of
 from .errors import ExportError
 from .forms import Form, plan_of_form
-from .graph import Graph
-from .layers import Record, computed_values, constants_of, layers_of
+from .graph import Graph, Source
+from .layers import Record, computed_values, constants_of, layers_of, leaves_read
 from .lowering import lower
 from .memory import peak_bytes
 from .proof import Proof, Reference, parameter_leaves, prove, reference_of
@@ -198,24 +198,13 @@ class _Call:
             self.model, args, options, form, rules, self.target, self.chip
         )
 
-    def lowered(self, plan: Plan) -> tuple[Graph, ModelProgram, Any]:
-        """The graph of the model in a plan's form, its program and its variables."""
+    def write(self, plan: Plan, form: str, path: Path) -> Written:
+        """Writes a file."""
         changed = convert_model(self.model, plan)
         variables = convert_params(self.variables, plan)
         program = self.room.model_program(changed, self.inputs, self.kwargs)
-        flat, tree = jax.tree.flatten(variables)
-
-        def call(flat: Any, arrays: Any) -> Any:
-            return program.call(jax.tree.unflatten(tree, flat), arrays)
-
-        jaxpr = jax.make_jaxpr(call)(flat, program.arrays)
-        leaves = list(parameter_leaves(variables).items())
-        graph = lower(jaxpr, leaves, self.input_names, self.outputs, self.unroll)
-        return simplify(graph), program, variables
-
-    def write(self, plan: Plan, form: str, path: Path) -> Written:
-        """Writes a file."""
-        graph, _, variables = self.lowered(plan)
+        leaves = parameter_leaves(variables)
+        graph = self._lowered(program, variables, leaves)
         record = Record(
             tuple(layers_of(graph)),
             plan,
@@ -229,9 +218,39 @@ class _Call:
             for name, value in computed_values(graph).items()
             if value.data is not None
         }
-        self.target.room().write(graph, record, path)
-        leaves = parameter_leaves(variables)
+        room = self.target.room()
+        if self.target.from_program:
+            if self.target.name == "stablehlo":
+                # No layer is cut out of it: every parameter is looked for as it is.
+                used = tuple(Source(leaf) for leaf in leaves_read(graph))
+                record = dataclasses.replace(record, layers=(), constants=used)
+            names = graph.output_names or self.outputs
+            graph.notes += room.write_program(
+                *(program.call, variables, program.arrays, names, record, path)
+            )
+        else:
+            room.write(graph, record, path)
         return Written(path, form, plan, graph, record, leaves, computed)
+
+    def _lowered(
+        self, program: ModelProgram, variables: Any, leaves: Mapping[str, np.ndarray]
+    ) -> Graph:
+        """The graph of a model; an empty one where only JAX can say it, and may."""
+        flat, tree = jax.tree.flatten(variables)
+
+        def call(flat: Any, arrays: Any) -> Any:
+            return program.call(jax.tree.unflatten(tree, flat), arrays)
+
+        jaxpr = jax.make_jaxpr(call)(flat, program.arrays)
+        pairs = list(leaves.items())
+        try:
+            graph = lower(jaxpr, pairs, self.input_names, self.outputs, self.unroll)
+        except ExportError as error:
+            if not self.target.from_program:
+                raise
+            why = f"its layers are not compared one by one: {error}"
+            return Graph([], [], [], [], list(self.outputs), [why])
+        return simplify(graph)
 
     def check(
         self, written: Written, reference: Reference | None, tell: Progress

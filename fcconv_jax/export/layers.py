@@ -276,6 +276,12 @@ def constants_of(graph: Graph) -> tuple[Source, ...]:
     return tuple(dict.fromkeys(found))
 
 
+def leaves_read(graph: Graph) -> list[str]:
+    """The parameters that a graph reads, each once."""
+    found = [leaf for value in graph.reads() for leaf in sorted(value.leaves)]
+    return list(dict.fromkeys(found))
+
+
 def computed_values(graph: Graph) -> dict[str, Value]:
     """The kernels that are no parameter's entries, by the name of their layer."""
     return {

@@ -27,6 +27,7 @@ class Target:
       reader: the module and the class that reads it back.
       images: where images have their channels.
       executed: whether its runtime runs here.
+      from_program: whether it is written from JAX's own program, not from a graph.
     """
 
     name: Name
@@ -37,6 +38,7 @@ class Target:
     reader: tuple[str, str]
     images: Images
     executed: bool = True
+    from_program: bool = False
 
     def open(self, path: Path) -> Shipped:
         """Reads a file back."""
@@ -70,6 +72,18 @@ TARGETS: dict[str, Target] = {
             *("openvino", "OpenVINO", ".xml", "openvino", "openvino_file"),
             ("openvino_file", "OpenVinoFile"),
             "first",
+        ),
+        Target(
+            *("iree", "IREE", ".vmfb", "iree", "iree_file"),
+            ("iree_file", "IreeFile"),
+            "last",
+            from_program=True,
+        ),
+        Target(
+            *("stablehlo", "StableHLO", ".stablehlo", "stablehlo", "stablehlo_file"),
+            ("stablehlo_file", "StableHloFile"),
+            "last",
+            from_program=True,
         ),
     )
 }

@@ -1,0 +1,224 @@
+"""Writes IREE modules (.vmfb) from StableHLO, and reads them back.
+
+The params are arguments of the module and lie beside it in a .safetensors file, so one
+module runs any params. No operation can be cut out of compiled code: each layer is
+compiled again, alone and with the same flags, for the integers.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export as jax_export
+from jax import lax
+from safetensors import safe_open
+from safetensors.numpy import save_file
+
+from .errors import ExportError, require
+from .layers import Layer, Record, expected
+from .proof import parameter_leaves
+from .shipped import ShippedLayer
+
+BACKEND = "llvm-cpu"
+
+
+def write_program(
+    call: Callable[..., Any],
+    variables: Any,
+    arrays: Sequence[Any],
+    names: Sequence[str],
+    record: Record,
+    path: Path,
+) -> list[str]:
+    """Compiles a model for this machine's processor, its params as arguments.
+
+    Args:
+      call: takes variables and a list of the inputs.
+      variables: the params.
+      arrays: the inputs, for their shapes.
+      names: of the outputs.
+      record: what the file says about itself.
+      path: where to.
+
+    Returns:
+      What there is to know about the file.
+
+    Raises:
+      ExportError: IREE refuses the program; says why.
+    """
+    leaves = parameter_leaves(variables)
+    flat, tree = jax.tree.flatten(variables)
+    keys = list(leaves)
+
+    def run(flat: Any, inputs: Any) -> list[Any]:
+        return jax.tree.leaves(call(jax.tree.unflatten(tree, flat), inputs))
+
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*flat, *arrays)]
+    count = len(flat)
+    text = _stablehlo(lambda *a: run(list(a[:count]), list(a[count:])), shapes)
+    path.write_bytes(compiled(text))
+    about = {
+        "record": record.to_json(),
+        "outputs": list(names),
+        "ops": re.findall(r"= stablehlo\.(\w+)", text),
+        "params": keys,
+    }
+    save_file(
+        {key: np.ascontiguousarray(leaves[key]) for key in keys},
+        path.with_suffix(".safetensors"),
+        {"fcconv_jax": json.dumps(about)},
+    )
+    return [f"its params are arguments, and lie in {path.stem}.safetensors"]
+
+
+def _stablehlo(function: Callable[..., Any], shapes: Sequence[Any]) -> str:
+    # Arguments that the program does not read stay: params are counted by place.
+    jitted = jax.jit(function, keep_unused=True)
+    return jax_export.export(jitted, platforms=("cpu",))(*shapes).mlir_module()
+
+
+def compiled(text: str) -> bytes:
+    """A module of a program's StableHLO."""
+    room = require("iree.compiler", "iree", "an IREE module (.vmfb)")
+    try:
+        return room.compile_str(
+            text,
+            target_backends=[BACKEND],
+            input_type="stablehlo",
+            extra_args=["--iree-llvmcpu-target-cpu=host"],
+        )
+    except room.CompilerToolError as error:
+        said = str(error).strip().splitlines()
+        raise ExportError(f"IREE refuses the model: {' '.join(said[:3])}") from None
+
+
+class IreeFile:
+    """A .vmfb file with its params, read back.
+
+    Args:
+      path: the .vmfb file.
+
+    Raises:
+      ExportError: there are no params beside it.
+    """
+
+    runtime = "IREE, llvm-cpu"
+
+    def __init__(self, path: Path):
+        self.path, self.content = path, path.read_bytes()
+        beside = path.with_suffix(".safetensors")
+        if not beside.exists():
+            raise ExportError(
+                f"{beside}: no such file; {path} takes its params from it"
+            )
+        with safe_open(beside, "numpy") as file:
+            self.about = json.loads((file.metadata() or {}).get("fcconv_jax", "{}"))
+            names = self.about.get("params", list(file.keys()))
+            self.params = {name: file.get_tensor(name) for name in names}
+        self._compiled: dict[str, Callable[..., list[np.ndarray]]] = {}
+
+    def record(self) -> Record | None:
+        """What the file says about itself."""
+        text = self.about.get("record")
+        return None if text is None else Record.from_json(text)
+
+    def ops(self) -> Mapping[str, int]:
+        """How many operations were handed to IREE."""
+        found = Counter(self.about.get("ops", ()))
+        del found["constant"]
+        return found
+
+    def moves(self) -> tuple[int, int]:
+        """Transposes and reshapes, as asked for: IREE makes fewer of them."""
+        found = self.ops()
+        return found.get("transpose", 0), found.get("reshape", 0)
+
+    def constants(self) -> Sequence[np.ndarray]:
+        """Every parameter."""
+        return list(self.params.values())
+
+    def output_names(self) -> Sequence[str]:
+        """The outputs."""
+        return self.about.get("outputs", [])
+
+    def products(self) -> Sequence[str]:
+        """None are told apart here."""
+        return []
+
+    def layers(self) -> Sequence[ShippedLayer]:
+        """The layers of the record, with the params beside the module."""
+        record, found = self.record(), []
+        for layer in record.layers if record else ():
+            kernel, bias = expected(layer, self.params)
+            if kernel is None:
+                kernel = np.zeros(layer.kernel_shape, np.float32)
+            op = {"conv": "convolution"}.get(layer.op, "dot_general")
+            found.append(ShippedLayer(layer.name, op, layer.form, kernel, bias))
+        return found
+
+    def run_layer(
+        self, layer: Layer, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None
+    ) -> np.ndarray:
+        """Runs one layer, compiled alone with the same flags."""
+        given = [x, kernel] if bias is None else [x, kernel, bias]
+        given = [np.ascontiguousarray(array, np.float32) for array in given]
+        if layer.name not in self._compiled:
+            shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in given]
+            text = _stablehlo(lambda *a: [_as_jax(layer, *a)], shapes)
+            self._compiled[layer.name] = loaded(compiled(text))
+        return self._compiled[layer.name](*given)[0]
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs the whole module on its params."""
+        return loaded(self.content)(*self.params.values(), *inputs)
+
+    def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
+        """One run of the whole module, to be timed."""
+        run, params = loaded(self.content), list(self.params.values())
+        return lambda: run(*params, *inputs)
+
+    def remarks(self, record: Record) -> list[str]:
+        """What is not checked here."""
+        return ["IREE's layers are compiled again, alone, to be run on integers"]
+
+
+def loaded(content: bytes) -> Callable[..., list[np.ndarray]]:
+    """A module's main function, on NumPy arrays."""
+    room = require("iree.runtime", "iree", "running an IREE module (.vmfb)")
+    context = room.SystemContext(config=room.Config("local-sync"))
+    module = room.VmModule.copy_buffer(context.instance, content)
+    context.add_vm_module(module)
+    main = context.modules[module.name]["main"]
+
+    def run(*arrays: np.ndarray) -> list[np.ndarray]:
+        found = main(*(np.ascontiguousarray(array) for array in arrays))
+        several = found if isinstance(found, tuple | list) else [found]
+        return [np.array(each.to_host()) for each in several]
+
+    return run
+
+
+def _as_jax(layer: Layer, x: Any, kernel: Any, bias: Any = None) -> Any:
+    """A layer as JAX has it."""
+    options = layer.options
+    if layer.op == "conv":
+        y = lax.conv_general_dilated(
+            *(x, kernel, options["strides"], options["padding"]),
+            rhs_dilation=options["dilation"],
+            feature_group_count=options["groups"],
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+    elif layer.op == "dense":
+        y = x @ kernel
+    else:
+        a, b = (kernel, x) if options["side"] == 0 else (x, kernel)
+        a = a.swapaxes(-1, -2) if options["adj_a"] else a
+        y = a @ (b.swapaxes(-1, -2) if options["adj_b"] else b)
+    return y if bias is None else y + bias

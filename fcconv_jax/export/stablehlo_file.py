@@ -1,0 +1,198 @@
+"""Writes StableHLO files with jax.export, and reads them back.
+
+JAX itself is the writer here, so whatever JAX does can be in the file, and
+``jax.export.deserialize`` reads it: the record of this package stands behind what that
+reads. The leading axis of the inputs stays symbolic where the model allows it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax import export as jax_export
+
+from .errors import ExportError, MissingExtraError
+from .layers import Layer, Record
+from .shipped import ShippedLayer
+
+_MARK = b"fcconv_jax.record"
+PLATFORMS = ("cpu", "cuda", "tpu")
+_CONSTANT = re.compile(
+    r'stablehlo\.constant dense<(?P<data>"0x[0-9A-F]*"|[^>]*)> : '
+    r"tensor<(?P<type>[^>]*)>"
+)
+_DTYPES = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "i32": np.int32}
+
+
+def write_program(
+    call: Callable[..., Any],
+    variables: Any,
+    arrays: Sequence[Any],
+    names: Sequence[str],
+    record: Record,
+    path: Path,
+) -> list[str]:
+    """Writes a model with its params as constants.
+
+    Args:
+      call: takes variables and a list of the inputs.
+      variables: the params.
+      arrays: the inputs, for their shapes.
+      names: of the outputs.
+      record: what the file says about itself.
+      path: where to.
+
+    Returns:
+      What there is to know about the file.
+
+    Raises:
+      MissingExtraError: flatbuffers is not installed.
+    """
+    constants = jax.tree.map(np.asarray, variables)
+
+    def run(*inputs: Any) -> Any:
+        return call(constants, list(inputs))
+
+    shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
+    exporting = jax_export.export(jax.jit(run), platforms=PLATFORMS)
+    notes = []
+    try:
+        made = exporting(*_symbolic(shapes))
+        notes.append("the leading axis of its inputs is symbolic: any batch")
+    except Exception as error:  # whatever the model makes of a symbolic size
+        why = str(error).strip().splitlines()[0][:100]
+        notes.append(f"its batch is fixed at {shapes[0].shape[:1]}: {why}")
+        made = exporting(*shapes)
+    try:
+        content = bytes(made.serialize())
+    except ImportError as error:
+        raise MissingExtraError(
+            f"a StableHLO file needs 'flatbuffers' ({error}). Install it with: "
+            "pip install 'fcconv-jax[stablehlo]'"
+        ) from None
+    about = json.dumps({"record": record.to_json(), "outputs": list(names)}).encode()
+    size = len(about).to_bytes(8, "little")
+    path.write_bytes(content + about + size + _MARK)
+    return notes
+
+
+def _symbolic(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
+    sizes = {x.shape[0] for x in shapes if x.shape}
+    if len(sizes) != 1 or not all(x.shape for x in shapes):
+        raise ValueError(f"the inputs have leading axes of {sorted(sizes)}")
+    (batch,) = jax_export.symbolic_shape("batch")
+    return [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in shapes]
+
+
+class StableHloFile:
+    """A .stablehlo file, read back.
+
+    Args:
+      path: the file.
+
+    Raises:
+      ExportError: it is none.
+    """
+
+    runtime = "JAX, from StableHLO"
+
+    def __init__(self, path: Path):
+        self.path = path
+        content = path.read_bytes()
+        self.about: dict[str, Any] = {}
+        if content.endswith(_MARK):
+            end = len(content) - len(_MARK) - 8
+            size = int.from_bytes(content[end : end + 8], "little")
+            self.about = json.loads(content[end - size : end])
+        try:
+            self.exported = jax_export.deserialize(bytearray(content))
+        except Exception as error:  # flatbuffers' and JAX's own kinds
+            raise ExportError(f"{path} is no file of jax.export: {error}") from None
+        self.text = self.exported.mlir_module()
+
+    def record(self) -> Record | None:
+        """What the file says about itself."""
+        text = self.about.get("record")
+        return None if text is None else Record.from_json(text)
+
+    def ops(self) -> Mapping[str, int]:
+        """How many operations there are of each kind; constants are none."""
+        found = Counter(re.findall(r"= stablehlo\.(\w+)", self.text))
+        del found["constant"]
+        return found
+
+    def moves(self) -> tuple[int, int]:
+        """Transposes and reshapes, as asked for: XLA makes fewer of them."""
+        found = self.ops()
+        return found.get("transpose", 0), found.get("reshape", 0)
+
+    def constants(self) -> Sequence[np.ndarray]:
+        """Every constant of a dtype that params have."""
+        found = []
+        for match in _CONSTANT.finditer(self.text):
+            *sizes, kind = match["type"].split("x")
+            if kind in _DTYPES:
+                shape = tuple(map(int, sizes))
+                found.append(_parsed(match["data"], shape, _DTYPES[kind]))
+        return found
+
+    def output_names(self) -> Sequence[str]:
+        """The outputs."""
+        return self.about.get("outputs", [])
+
+    def products(self) -> Sequence[str]:
+        """None are told apart here."""
+        return []
+
+    def layers(self) -> Sequence[ShippedLayer]:
+        """None are cut out: JAX is the writer."""
+        return []
+
+    def run_layer(
+        self, layer: Layer, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None
+    ) -> np.ndarray:
+        """Never called: there are no layers."""
+        raise ExportError(f"layer {layer.name!r} is not cut out of StableHLO")
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Runs the whole file on JAX's default device."""
+        outs = self.exported.call(*inputs)
+        return [np.asarray(y) for y in jax.tree.leaves(outs)]
+
+    def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
+        """One run of the whole file, to be timed."""
+        run = jax.jit(self.exported.call)
+        return lambda: run(*inputs)
+
+    def remarks(self, record: Record) -> list[str]:
+        """What is not checked here."""
+        return [
+            "layers are not cut out of StableHLO, which JAX itself writes: fcconv "
+            "verify compares both forms of each"
+        ]
+
+
+def _parsed(data: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+    """The entries of a constant as MLIR prints it."""
+    if data.startswith('"0x'):
+        array = np.frombuffer(bytes.fromhex(data[3:-1]), dtype)
+    else:
+        numbers = [_number(word, dtype) for word in re.findall(r"[^\s\[\],]+", data)]
+        array = np.array(numbers, dtype)
+    if array.size == 1:  # said once for all entries
+        return np.full(shape, array.reshape(-1)[0])
+    return array.reshape(shape)
+
+
+def _number(word: str, dtype: Any) -> Any:
+    if word.startswith("0x"):  # what decimals do not say: infinities, NaN
+        size = np.dtype(dtype).itemsize
+        return np.frombuffer(bytes.fromhex(word[2:])[::-1][:size], dtype)[0]
+    return dtype(word)
