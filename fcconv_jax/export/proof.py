@@ -184,7 +184,7 @@ def prove(
     lost, count = _other_constants(shipped, record, leaves)
     failures += lost
     outputs: tuple[WorkingError, ...] = ()
-    if reference is not None:
+    if reference is not None and getattr(shipped, "executed", True):
         tell(f"{shipped.runtime}: the whole file", 0, 1)
         try:
             outputs = whole_errors(shipped, reference, names)
@@ -219,8 +219,9 @@ def _prove_layer(
     if layer.form != found.form:
         failures.append(f"expected {layer.op}, the file has {found.op}")
     exact, count = None, 0
+    executed = getattr(shipped, "executed", True)
     try:
-        for probe in probes(layer):
+        for probe in probes(layer) if executed else ():
             count += 1
             want = compute(layer, probe.x, probe.kernel, probe.bias)
             got = shipped.run_layer(layer, probe.x, probe.kernel, probe.bias)

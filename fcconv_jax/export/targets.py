@@ -80,6 +80,12 @@ TARGETS: dict[str, Target] = {
             from_program=True,
         ),
         Target(
+            *("coreml", "Core ML", ".mlpackage", "coreml", "coreml_file"),
+            ("coreml_file", "CoreMlFile"),
+            "first",
+            executed=False,
+        ),
+        Target(
             *("stablehlo", "StableHLO", ".stablehlo", "stablehlo", "stablehlo_file"),
             ("stablehlo_file", "StableHloFile"),
             "last",

@@ -1,0 +1,403 @@
+"""Writes Core ML packages (.mlpackage) with coremltools' own builder, and reads them.
+
+In float32, and without coremltools' fusions, which change weights. Core ML runs on
+Apple's systems only: the file is written and read back here, its weights are compared
+bit by bit, and it is reported as converted, not run.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import logging
+import warnings
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ExportError, require
+from .graph import Graph, Node, Value
+from .layers import Layer, Record
+from .nchw import to_nchw
+from .shipped import ShippedLayer, arrange_conv, canonical_conv
+
+RECORD = "fcconv_jax"
+_UNARY = {
+    "abs": "abs",
+    "ceil": "ceil",
+    "cos": "cos",
+    "erf": "erf",
+    "exp": "exp",
+    "floor": "floor",
+    "not": "logical_not",
+    "relu": "relu",
+    "relu6": "relu6",
+    "round": "round",
+    "sign": "sign",
+    "logistic": "sigmoid",
+    "sin": "sin",
+    "sqrt": "sqrt",
+    "tanh": "tanh",
+}
+_BINARY = {
+    "add": "add",
+    "and": "logical_and",
+    "div": "real_div",
+    "eq": "equal",
+    "ge": "greater_equal",
+    "gt": "greater",
+    "le": "less_equal",
+    "lt": "less",
+    "max": "maximum",
+    "min": "minimum",
+    "mul": "mul",
+    "ne": "not_equal",
+    "or": "logical_or",
+    "pow": "pow",
+    "sub": "sub",
+}
+_REDUCTIONS = {
+    "reduce_sum": "reduce_sum",
+    "reduce_mean": "reduce_mean",
+    "reduce_max": "reduce_max",
+    "reduce_min": "reduce_min",
+    "reduce_prod": "reduce_prod",
+}
+
+
+def _coremltools() -> Any:
+    """coremltools, without its remarks on versions that it does not know."""
+    logging.getLogger("coremltools").setLevel(logging.ERROR)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return require("coremltools", "coreml", "a Core ML package (.mlpackage)")
+
+
+def write(graph: Graph, record: Record, path: Path) -> None:
+    """Writes a graph as an .mlpackage, its images channel-first.
+
+    Args:
+      graph: what to write; it is rewritten.
+      record: what the file says about itself.
+      path: where to; a folder.
+
+    Raises:
+      ExportError: Core ML has no such operation or dtype.
+    """
+    ct = _coremltools()
+    graph = to_nchw(graph)
+    mil = require("coremltools.converters.mil.mil", "coreml", "a Core ML package")
+    types = mil.types
+    kinds = {"float32": types.fp32, "int32": types.int32}
+    placeholders = {}
+    for value, name in zip(graph.inputs, graph.input_names):
+        if str(value.dtype) not in kinds:
+            raise ExportError(
+                f"Core ML takes float32 and int32 inputs, got {value.dtype} at {name!r}"
+            )
+        placeholders[name] = mil.Builder.placeholder(
+            shape=value.shape, dtype=kinds[str(value.dtype)]
+        )
+    program = mil.Program()
+    with (
+        warnings.catch_warnings(),
+        mil.Function(placeholders, opset_version=ct.target.iOS17) as function,
+    ):
+        warnings.simplefilter("ignore")
+        writer = _Writer(mil.Builder, graph, function.inputs)
+        outputs = [
+            writer.output(v, n) for v, n in zip(graph.outputs, graph.output_names)
+        ]
+        function.set_outputs(outputs)
+        program.add_function("main", function)
+    with warnings.catch_warnings(), contextlib.redirect_stderr(io.StringIO()):
+        warnings.simplefilter("ignore")  # and no bars of its own
+        model = ct.convert(
+            program,
+            convert_to="mlprogram",
+            compute_precision=ct.precision.FLOAT32,
+            minimum_deployment_target=ct.target.iOS17,
+            pass_pipeline=ct.PassPipeline.EMPTY,
+            skip_model_load=True,
+        )
+        model.user_defined_metadata[RECORD] = record.to_json()
+        model.save(str(path))
+
+
+class _Writer:
+    """Says each node of a graph to coremltools' builder."""
+
+    def __init__(self, mb: Any, graph: Graph, inputs: Mapping[str, Any]):
+        self.mb, self.names = mb, {}
+        self.made: dict[Value, Any] = {
+            value: inputs[name] for value, name in zip(graph.inputs, graph.input_names)
+        }
+        for node in graph.nodes:
+            self.made[node.out] = self.emit(node)
+
+    def unique(self, name: str) -> str:
+        """A name that Core ML takes, and that is not used yet."""
+        plain = "".join(c if c.isalnum() else "_" for c in name)
+        count = self.names[plain] = self.names.get(plain, -1) + 1
+        return plain if not count else f"{plain}__{count}"
+
+    def output(self, value: Value, name: str) -> Any:
+        return self.mb.identity(x=self.made[value], name=self.unique(name))
+
+    def value(self, value: Value) -> Any:
+        """A value, or a constant's entries."""
+        if value.data is None:
+            return self.made[value]
+        return self.constant(value, value.data)
+
+    def constant(self, value: Value, data: np.ndarray) -> Any:
+        label = value.source.leaf if value.source else "constant"
+        array = np.ascontiguousarray(data)
+        return self.mb.const(val=array, name=self.unique(label))
+
+    def emit(self, node: Node) -> Any:
+        """What a node is in Core ML."""
+        method: Callable[[Node, str], Any] | None = getattr(self, f"_{node.op}", None)
+        # A layer's name is found again by its number, as Core ML takes no slashes.
+        name = self.unique(node.name or node.op)
+        if method is not None:
+            return method(node, name)
+        mb, inputs = self.mb, [self.value(v) for v in node.inputs]
+        if node.op in _UNARY:
+            return getattr(mb, _UNARY[node.op])(x=inputs[0], name=name)
+        if node.op in _BINARY:
+            return getattr(mb, _BINARY[node.op])(x=inputs[0], y=inputs[1], name=name)
+        if node.op in _REDUCTIONS:
+            return getattr(mb, _REDUCTIONS[node.op])(
+                x=inputs[0],
+                axes=list(node.attrs["axes"]),
+                keep_dims=node.attrs["keepdims"],
+                name=name,
+            )
+        raise ExportError(f"the Core ML writer has no {node.op!r}; to='onnx' takes it")
+
+    def _conv(self, node: Node, name: str) -> Any:
+        kernel, p = node.inputs[1], node.attrs
+        assert kernel.data is not None
+        laid = arrange_conv(kernel.data, "OIHW")
+        if "rows" in p:
+            h, w, c, o = kernel.shape
+            laid = arrange_conv(kernel.data, "OHWI").reshape(o, 1, h, w * c)
+        more = {}
+        if len(node.inputs) > 2:
+            more["bias"] = self.value(node.inputs[2])
+        return self.mb.conv(
+            x=self.value(node.inputs[0]),
+            weight=self.constant(kernel, laid),
+            strides=list(p["strides"]),
+            pad_type="custom",
+            pad=[n for pair in p["padding"] for n in pair],
+            dilations=list(p["dilation"]),
+            groups=p["groups"],
+            name=name,
+            **more,
+        )
+
+    def _dense(self, node: Node, name: str) -> Any:
+        kernel = node.inputs[1]
+        assert kernel.data is not None
+        more = {}
+        if len(node.inputs) > 2:
+            more["bias"] = self.value(node.inputs[2])
+        x, weight = self.value(node.inputs[0]), self.constant(kernel, kernel.data.T)
+        return self.mb.linear(x=x, weight=weight, name=name, **more)
+
+    def _matmul(self, node: Node, name: str) -> Any:
+        a, b = (self.value(v) for v in node.inputs)
+        return self.mb.matmul(x=a, y=b, name=name)
+
+    def _pool(self, node: Node, name: str, kind: str) -> Any:
+        p = node.attrs
+        options = {} if kind == "max_pool" else {"exclude_padding_from_average": False}
+        return getattr(self.mb, kind)(
+            x=self.value(node.inputs[0]),
+            kernel_sizes=list(p["window"]),
+            strides=list(p["strides"]),
+            pad_type="custom",
+            pad=[n for pair in p["padding"] for n in pair],
+            name=name,
+            **options,
+        )
+
+    def _pool_max(self, node: Node, name: str) -> Any:
+        return self._pool(node, name, "max_pool")
+
+    def _pool_mean(self, node: Node, name: str) -> Any:
+        return self._pool(node, name, "avg_pool")
+
+    def _reshape(self, node: Node, name: str) -> Any:
+        x, shape = self.value(node.inputs[0]), list(node.out.shape)
+        return self.mb.reshape(x=x, shape=shape, name=name)
+
+    def _transpose(self, node: Node, name: str) -> Any:
+        x, perm = self.value(node.inputs[0]), list(node.attrs["perm"])
+        return self.mb.transpose(x=x, perm=perm, name=name)
+
+    def _concat(self, node: Node, name: str) -> Any:
+        values = [self.value(v) for v in node.inputs]
+        return self.mb.concat(values=values, axis=node.attrs["axis"], name=name)
+
+    def _slice(self, node: Node, name: str) -> Any:
+        p = node.attrs
+        return self.mb.slice_by_index(
+            x=self.value(node.inputs[0]),
+            begin=list(p["start"]),
+            end=list(p["stop"]),
+            stride=list(p["steps"]),
+            name=name,
+        )
+
+    def _softmax(self, node: Node, name: str) -> Any:
+        axis = node.attrs.get("axis", -1)
+        return self.mb.softmax(x=self.value(node.inputs[0]), axis=axis, name=name)
+
+    def _gelu(self, node: Node, name: str) -> Any:
+        return self.mb.gelu(x=self.value(node.inputs[0]), mode="EXACT", name=name)
+
+    def _select(self, node: Node, name: str) -> Any:
+        which, a, b = (self.value(v) for v in node.inputs)
+        return self.mb.select(cond=which, a=a, b=b, name=name)
+
+    def _gather(self, node: Node, name: str) -> Any:
+        x, ids = (self.value(v) for v in node.inputs)
+        return self.mb.gather(x=x, indices=ids, axis=node.attrs["axis"], name=name)
+
+    def _rsqrt(self, node: Node, name: str) -> Any:
+        return self.mb.rsqrt(x=self.value(node.inputs[0]), epsilon=0.0, name=name)
+
+    def _neg(self, node: Node, name: str) -> Any:
+        minus = np.asarray(-1, node.out.dtype)
+        return self.mb.mul(x=self.value(node.inputs[0]), y=minus, name=name)
+
+    def _cast(self, node: Node, name: str) -> Any:
+        kinds = {"float32": "fp32", "int32": "int32", "bool": "bool"}
+        if str(node.out.dtype) not in kinds:
+            raise ExportError(f"Core ML has no {node.out.dtype}. Cast to float32")
+        to = kinds[str(node.out.dtype)]
+        return self.mb.cast(x=self.value(node.inputs[0]), dtype=to, name=name)
+
+
+class CoreMlFile:
+    """An .mlpackage, read back; it is not run.
+
+    Args:
+      path: the package.
+
+    Raises:
+      ExportError: it is none.
+    """
+
+    runtime = "Core ML"
+    executed = False
+
+    def __init__(self, path: Path):
+        ct = _coremltools()
+        self.path = path
+        room = "coremltools.converters.mil.frontend.milproto.load"
+        load = require(room, "coreml", "reading a Core ML package")
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")
+                self.model = ct.models.MLModel(str(path), skip_model_load=True)
+                spec = self.model.get_spec()
+                self.program = load.load(
+                    spec, spec.specificationVersion, self.model.weights_dir
+                )
+        except Exception as error:  # coremltools' own kinds
+            raise ExportError(f"{path} is no Core ML package: {error}") from None
+        self.operations = list(self.program.functions["main"].operations)
+
+    def record(self) -> Record | None:
+        """What the file says about itself."""
+        text = self.model.user_defined_metadata.get(RECORD)
+        return None if text is None else Record.from_json(text)
+
+    def ops(self) -> Mapping[str, int]:
+        """How many operations there are of each kind; constants are none."""
+        found = Counter(op.op_type for op in self.operations)
+        del found["const"], found["identity"]
+        return found
+
+    def moves(self) -> tuple[int, int]:
+        """Transposes and reshapes."""
+        found = self.ops()
+        return found.get("transpose", 0), found.get("reshape", 0)
+
+    def constants(self) -> Sequence[np.ndarray]:
+        """Every constant."""
+        found = [op.outputs[0].val for op in self.operations if op.op_type == "const"]
+        return [array for array in found if isinstance(array, np.ndarray)]
+
+    def output_names(self) -> Sequence[str]:
+        """The outputs."""
+        return [var.name for var in self.program.functions["main"].outputs]
+
+    def products(self) -> Sequence[str]:
+        """Products of two activations."""
+        return [f"matmul {op.name}" for op in self.operations if _is_product(op)]
+
+    def layers(self) -> Sequence[ShippedLayer]:
+        """The operations of a weight, by the order in which the record has them."""
+        record = self.record()
+        wanted = list(record.layers) if record else []
+        mine = [op for op in self.operations if op.op_type in ("conv", "linear")]
+        mine += [op for op in self.operations if _is_weighted_product(op)]
+        mine.sort(key=self.operations.index)
+        found = []
+        for number, op in enumerate(mine):
+            layer = wanted[number] if number < len(wanted) else None
+            name = op.name if layer is None else layer.name
+            found.append(_shipped(op, name, layer))
+        return found
+
+    def run_layer(
+        self, layer: Layer, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None
+    ) -> np.ndarray:
+        """Never called: Core ML does not run here."""
+        raise ExportError(f"layer {layer.name!r}: Core ML runs on Apple's systems only")
+
+    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
+        """Never called: Core ML does not run here."""
+        raise ExportError("Core ML runs on Apple's systems only")
+
+
+def _is_product(op: Any) -> bool:
+    return op.op_type == "matmul" and op.x.val is None and op.y.val is None
+
+
+def _is_weighted_product(op: Any) -> bool:
+    return op.op_type == "matmul" and not _is_product(op)
+
+
+def _shipped(op: Any, name: str, layer: Layer | None) -> ShippedLayer:
+    if op.op_type == "matmul":
+        kernel = np.asarray(op.y.val if op.x.val is None else op.x.val)
+        if layer is not None:
+            options = layer.options
+            swapped = options["adj_a" if options["side"] == 0 else "adj_b"]
+            kernel = kernel.swapaxes(-1, -2) if swapped else kernel
+        return ShippedLayer(name, op.op_type, "dense", kernel, None)
+    kernel, bias = np.asarray(op.weight.val), op.bias
+    array = None if bias is None or bias.val is None else np.asarray(bias.val)
+    if op.op_type == "linear":
+        return ShippedLayer(name, "linear", "dense", kernel.T, array)
+    if layer is not None and layer.op == "conv" and _is_rows(kernel, layer):
+        inner = layer.kernel_shape[:-1]
+        kernel = canonical_conv(kernel.reshape(kernel.shape[0], *inner), "OHWI")
+    else:
+        kernel = canonical_conv(kernel, "OIHW")
+    return ShippedLayer(name, "conv", "conv", kernel, array)
+
+
+def _is_rows(kernel: np.ndarray, layer: Layer) -> bool:
+    """Whether a kernel takes the channels of a row as columns."""
+    h, w, c, _ = layer.kernel_shape
+    return c > 1 and kernel.shape[1:] == (1, h, w * c)

@@ -1,0 +1,64 @@
+"""Core ML packages: converted, read back, their weights compared; not run."""
+
+import importlib.util
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+import fcconv_jax as fc
+
+from .models import MODELS
+from .test_planted_defects import DEFECTS
+
+if importlib.util.find_spec("coremltools") is None:
+    pytest.skip("needs the extra coreml", allow_module_level=True)
+
+
+def write(name, folder, form="conv"):
+    model, params, inputs = MODELS[name]()
+    path = folder / f"{form}.mlpackage"
+    options = {"to": "coreml", "path": path, "form": form, "progress": False}
+    return fc.export(model, params, *inputs, **options)
+
+
+@pytest.mark.parametrize("name", MODELS)
+def test_both_forms(name, tmp_path):
+    conv, dense = (write(name, tmp_path, form) for form in ("conv", "dense"))
+    for report in (conv, dense):
+        assert report.passed, report.failures
+        assert str(report).startswith("CONVERTED, NOT RUN")
+        assert all(layer.bits is not False for layer in report.layers)
+        assert not any(layer.exact for layer in report.layers)
+        assert not report.proof.outputs
+    assert {layer.op for layer in conv.layers} == {"conv"}
+    left = dict(dense.left)
+    assert all((x.op == "linear") != (x.name in left) for x in dense.layers)
+    assert conv.figures[0].transposes <= dense.figures[0].transposes
+
+
+@pytest.mark.parametrize("defect", DEFECTS)
+def test_a_planted_kernel(defect, tmp_path):
+    report = write("digits", tmp_path)
+    (weights,) = (tmp_path / "conv.mlpackage").rglob("weight.bin")
+    _, params, _ = MODELS["digits"]()
+    kernel = np.asarray(params["params"]["conv2"]["kernel"])
+    stored, wrong = (
+        np.ascontiguousarray(k.transpose(3, 2, 0, 1)).tobytes()
+        for k in (kernel, DEFECTS[defect](kernel))
+    )
+    data = weights.read_bytes()
+    assert data.count(stored) == 1
+    weights.write_bytes(data.replace(stored, wrong))
+    again = fc.verify_file(report.path, params, progress=False)
+    assert len(again.failures) == 1
+    assert "layer 'conv2': its kernel has other bits" in again.failures[0]
+
+
+def test_other_params(tmp_path):
+    report = write("digits", tmp_path)
+    _, params, _ = MODELS["digits"]()
+    assert fc.verify_file(report.path, params, progress=False).passed
+    params["params"]["fc1"]["bias"] = jnp.flip(params["params"]["fc1"]["bias"])
+    again = fc.verify_file(report.path, params, progress=False)
+    assert "layer 'fc1': its bias has other bits" in again.failures[0]
