@@ -15,6 +15,11 @@ dense x (bf16 holds integers to 256), the entries of x are split into classes, f
 each sum, and one kernel draw runs each class once: entry x_i is drawn uniformly
 in one of them, so the same 2/m holds, for that is all that the argument needs.
 
+**Wide draws.** Long sums leave only entries of few bits, which bfloat16 or TF32 would
+keep too: a backend that lowers the precision of one form, for some shapes only, would
+pass. So each side of the products is also drawn from integers of 12 bits, the other
+from -1, 0 and 1, wherever the arithmetic that was measured promises to keep them.
+
 **Placement.** For small layers, x runs over the one-hot vectors and the kernel's
 entries are their own numbers (in digits, where the dtype is too narrow). Under the
 premise that each output is then one kernel entry or zero, and that all examples of a
@@ -42,6 +47,8 @@ from .arithmetic import (
 )
 from .compiling import BackgroundProgram
 
+# Significant bits that no format between float32 and bfloat16, TF32, float16 keeps.
+_WIDE_BITS = 12
 # The placement proof runs only if it takes no more calls than this.
 _PLACEMENT_CALLS = 64
 _MISS = 1e-9
@@ -132,6 +139,8 @@ def prepare_certificate(
     limits = min(map(_integer_limit, held)), min(map(_integer_limit, sums))
     plan = _plan_draws(arithmetic, limits, reduction, probes)
     classes = _classes(x, reduction, reduction_index, plan)
+    wide = _wide_plan(arithmetic, limits, reduction)
+    wide_classes = wide and _classes(x, reduction, reduction_index, wide)
     wrong = None
     if (out.shape, out.dtype) != (other.shape, other.dtype):
         wrong = Mismatch(
@@ -142,9 +151,11 @@ def prepare_certificate(
         mismatch = wrong
         rng = np.random.default_rng(seed)
         random = _random_draws(rng, shapes, plan, classes)
+        large = _wide_draws(rng, shapes, wide, wide_classes)
         placement = list(_placement_draws(shapes, plan)) if not mismatch else []
         seen = 0
-        for kind, draws in (("placement", placement), ("random", random)):
+        kinds = (("placement", placement), ("random", random), ("12-bit", large))
+        for kind, draws in kinds:
             for number, (xs, k, b) in enumerate(draws):
                 if mismatch:
                     break
@@ -321,6 +332,17 @@ def _plan_draws(
     return plan
 
 
+def _wide_plan(
+    arithmetic: Arithmetic, limits: tuple[int, int], reduction: int
+) -> _Draws | None:
+    """Draws of 12 bits on one side; None where the arithmetic does not keep them."""
+    size = 2**_WIDE_BITS - 1
+    entry = min(limits[0], arithmetic.exact_inputs)
+    total = min(limits[1], arithmetic.exact_integers)
+    terms = min(reduction, (total - size) // size)  # and the bias
+    return None if entry < size or terms < 1 else _Draws(size, terms, 1, size)
+
+
 def _classes(
     x: Any, reduction: int, index: np.ndarray | None, plan: _Draws
 ) -> np.ndarray | None:
@@ -345,21 +367,46 @@ def _classes(
 def _random_draws(
     rng: np.random.Generator, shapes: Any, plan: _Draws, classes: np.ndarray | None
 ) -> Iterator[tuple[Any, Any, Any]]:
-    def draw(shape: tuple[int, ...]) -> np.ndarray:
-        return rng.integers(-plan.size, plan.size, shape, endpoint=True)
+    sizes = (plan.size, plan.size, plan.size)
+    for _ in range(plan.probes):
+        yield from _draw(rng, shapes, sizes, classes)
+
+
+def _wide_draws(
+    rng: np.random.Generator,
+    shapes: Any,
+    plan: _Draws | None,
+    classes: np.ndarray | None,
+) -> Iterator[tuple[Any, Any, Any]]:
+    """Each side of the products large in turn."""
+    for sizes in ((1, plan.size, plan.size), (plan.size, 1, plan.size)) if plan else ():
+        yield from _draw(rng, shapes, sizes, classes)
+
+
+def _draw(
+    rng: np.random.Generator,
+    shapes: Any,
+    sizes: tuple[int, int, int],
+    classes: np.ndarray | None,
+) -> Iterator[tuple[Any, Any, Any]]:
+    """One draw of kernel and bias, and of x as a whole or class by class."""
+
+    def draw(shape: tuple[int, ...], size: int) -> np.ndarray:
+        return rng.integers(-size, size, shape, endpoint=True)
 
     x, kernel, bias = shapes
-    for _ in range(plan.probes):
-        k, b = draw(kernel.shape), None if bias is None else draw(bias.shape)
-        if classes is None:
-            yield draw(x.shape), k, b
-            continue
+    x_size, kernel_size, bias_size = sizes
+    k = draw(kernel.shape, kernel_size)
+    b = None if bias is None else draw(bias.shape, bias_size)
+    if classes is None:
+        yield draw(x.shape, x_size), k, b
+    else:
         # Every example holds every class in its turn; the examples differ in which.
         count = int(classes.max()) + 1
         for first in range(count):
             turn = (first + np.arange(x.shape[0])) % count
             mask = classes[None] == turn.reshape(-1, *[1] * classes.ndim)
-            yield draw(x.shape) * mask, k, b
+            yield draw(x.shape, x_size) * mask, k, b
 
 
 def _placement_draws(shapes: Any, plan: _Draws) -> Iterator[tuple[Any, Any, Any]]:

@@ -240,3 +240,32 @@ def test_impossible_dtypes_and_wrong_indices_are_refused():
     )
     with pytest.raises(ValueError, match="reduction_index must have x's shape"):
         _certify(big, "bfloat16")
+
+
+@pytest.mark.parametrize("lowered", ["bfloat16", "tf32"])
+def test_a_precision_that_is_lowered_for_long_sums_only(lowered):
+    """Entries of few bits, all that a long sum leaves, are exact in it too."""
+    bits = {"bfloat16": 7, "tf32": 10}[lowered]
+
+    def rounded(array):
+        return jax.lax.reduce_precision(array, 8, bits)
+
+    shapes = {
+        "x": jax.ShapeDtypeStruct((2, 4000), "float32"),
+        "kernel": jax.ShapeDtypeStruct((4000, 3), "float32"),
+    }
+    for side in (0, 1):
+
+        def target(x, k, b, side=side):
+            del b
+            return (rounded(x) if side == 0 else x) @ (rounded(k) if side else k)
+
+        found = certify(
+            lambda x, k, b: x @ k,
+            target,
+            map_kernel=lambda k: k,
+            reduction=4000,
+            **shapes,
+        )
+        assert not found.passed
+        assert found.mismatch.probe.startswith("12-bit")
