@@ -216,8 +216,6 @@ class TestHelp:
                 c.epilog for c in app.registered_commands if _name(c) == command
             )
             for line in epilog.split("\n\n")[1:]:
-                if ".tflite" in line:  # that needs an extra
-                    continue
                 if " back" in line and Path("back").exists():
                     assert "--overwrite" in line
                 run(line.strip().removeprefix("fcconv "))

@@ -41,7 +41,6 @@ from .steps import (
         "verify model.py:Net --input 2,8,8,1 --no-gradients --json",
         "verify model.py:Net --input 2,8,8,1 --backend cpu --backend tpu:v6e",
         "verify ckpt conv",
-        "verify net.tflite --against ckpt",
     )
 )
 def verify(
@@ -114,6 +113,9 @@ def verify(
 
     Two checkpoints in place of a model are compared by what they hold, without
     the model's code, whatever their formats and sizes.
+
+    In the place of the model, a file that fcconv export wrote, such as net.tflite
+    with --against CKPT: its weights, each layer in its runtime, and the whole file.
 
     Exit status 0 when every check passes, 1 when one does not.
     """
