@@ -246,7 +246,7 @@ def _of_precision(shipped: Shipped, layer: Layer) -> str:
         if _difference(want, got) is not None:
             return ""
     return (
-        f"; entries of 4 bits are exact and those of 12 are not: {shipped.runtime} "
+        f"; small integers are exact and those of 12 bits are not: {shipped.runtime} "
         "lowers the precision here without being asked"
     )
 
