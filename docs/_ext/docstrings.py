@@ -77,7 +77,23 @@ def _check(app: Sphinx) -> None:
         raise ValueError("docstrings: " + "; ".join(sorted(found)))
 
 
+def _signature(
+    _app: Sphinx,
+    _what: str,
+    _name: str,
+    _obj: Any,
+    _options: Any,
+    arguments: str | None,
+    returns: str | None,
+) -> tuple[str, str | None] | None:
+    """Writes the default of a dataclass's factory as Python, so that it is read."""
+    if arguments is None:
+        return None
+    return arguments.replace("<factory>", "..."), returns
+
+
 def setup(app: Sphinx) -> dict[str, bool]:
     """Checks before anything is read."""
     app.connect("builder-inited", _check, priority=100)
+    app.connect("autodoc-process-signature", _signature)
     return {"parallel_read_safe": True, "parallel_write_safe": True}
