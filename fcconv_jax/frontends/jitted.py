@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Hashable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jax.core import Tracer
 from jax.extend.core import get_opaque_trace_state
 
 from ..tracing import arguments
@@ -22,13 +23,13 @@ class Jitted:
     ``eval_shape`` are those of ``jax.jit``, and ``jax.export.export`` takes it.
 
     A call costs what one of ``jax.jit`` does: what is static is decided once for each
-    combination of argument types. Only where static values lie inside of PyTrees is
-    every call taken apart.
+    combination of argument types, and not at all while every call has only arrays.
+    Only where static values lie inside of PyTrees is every call taken apart.
 
     Args:
       function: what is traced.
       name: of the function, for errors and for the trace.
-      context: gives what else a trace depends on.
+      context: what else a trace depends on; most often empty.
       options: compiler options, where it is called on arrays; within another
         transformation the outermost jit decides.
 
@@ -43,31 +44,27 @@ class Jitted:
         self,
         function: Callable[..., Any],
         name: str,
-        context: Callable[[], Hashable] = lambda: None,
+        context: Collection[Hashable] = (),
         options: Callable[[], Mapping[str, Any]] = dict,
     ):
         self.__wrapped__ = function
         self.__name__ = name
-        self.__wrapped__ = function
         self._context = context
         self._options = options
         self._by_types: dict[Hashable, Any] = {}
         self._by_static: dict[Hashable, Any] = {}
+        # The jit of calls on arrays only, while there were no others.
+        self._of_arrays: Any = None
+        self._only_arrays = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """Calls the function, compiled on the first call with new shapes."""
-        # As in _on, without the frames that it takes.
-        types = (
-            self._context(),
-            *map(type, args),
-            *kwargs,
-            *map(type, kwargs.values()),
-        )
-        jitted = self._by_types.get(types) or self._jit(types, args, kwargs)
-        try:
-            return jitted(*args, **kwargs)
-        except (_WeakTypeError, TypeError) as error:
-            return self._apart(types, args, kwargs, error)(*args, **kwargs)
+        if self._of_arrays is not None and not self._context:
+            try:
+                return self._of_arrays(*args, **kwargs)
+            except (_StaticError, TypeError):
+                self._of_arrays, self._only_arrays = None, False
+        return self._on("__call__", args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the function for these arguments, which may be abstract."""
@@ -83,7 +80,7 @@ class Jitted:
 
     def _on(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
         types = (
-            self._context(),
+            tuple(self._context),
             *map(type, args),
             *kwargs,
             *map(type, kwargs.values()),
@@ -91,9 +88,9 @@ class Jitted:
         jitted = self._by_types.get(types) or self._jit(types, args, kwargs)
         try:
             return getattr(jitted, method)(*args, **kwargs)
-        except (_WeakTypeError, TypeError) as error:
+        except (_StaticError, TypeError) as error:
             jitted = self._apart(types, args, kwargs, error)
-            return getattr(jitted, method)(*args, **kwargs)
+        return getattr(jitted, method)(*args, **kwargs)
 
     def _jit(
         self, types: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]
@@ -111,14 +108,14 @@ class Jitted:
             return self._by_types.setdefault(types, self._split())
 
         def traced(*args: Any, **kwargs: Any) -> Any:
-            # A number inside of a PyTree would be traced: its type is a weak one.
-            if any(_is_weak(leaf) for leaf in jax.tree.leaves((args, kwargs))):
-                raise _WeakTypeError
+            # A number or a flag would be traced, as an array is.
+            if any(_may_be_static(leaf) for leaf in jax.tree.leaves((args, kwargs))):
+                raise _StaticError
             with explained():
                 return self.__wrapped__(*args, **kwargs)
 
         traced.__name__ = self.__name__
-        key = (self._context(), static)
+        key = (tuple(self._context), static)
         if key not in self._by_static:
             self._by_static[key] = _with_options(
                 functools.partial(
@@ -126,6 +123,9 @@ class Jitted:
                 ),
                 self._options(),
             )
+        self._only_arrays &= not static
+        if self._only_arrays and not self._context:
+            self._of_arrays = self._by_static[key]
         return self._by_types.setdefault(types, self._by_static[key])
 
     def _apart(
@@ -139,11 +139,12 @@ class Jitted:
         others = [value for value in (*args, *kwargs.values()) if not _is_static(value)]
         if isinstance(error, TypeError) and _all_arrays(others):
             raise error
+        self._of_arrays, self._only_arrays = None, False
         self._by_types[types] = self._split()
         return self._by_types[types]
 
     def _split(self) -> _Split:
-        key = (self._context(), _Split)
+        key = (tuple(self._context), _Split)
         if key not in self._by_static:
             self._by_static[key] = _Split(
                 self.__wrapped__, self.__name__, self._options()
@@ -220,8 +221,8 @@ class _Split:
         return static, arrays
 
 
-class _WeakTypeError(Exception):
-    """Some leaf may be a Python number, which a model may branch on."""
+class _StaticError(Exception):
+    """Some leaf may be a Python number or flag, which a model may branch on."""
 
 
 def _is_static(value: Any) -> bool:
@@ -242,5 +243,10 @@ def _hashable(args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
     return True
 
 
-def _is_weak(leaf: Any) -> bool:
-    return bool(getattr(leaf, "weak_type", False))
+def _may_be_static(leaf: Any) -> bool:
+    """Whether a traced leaf may have been a Python number, or ``True`` or ``False``."""
+    if not isinstance(leaf, Tracer):
+        return False
+    return getattr(leaf.aval, "weak_type", False) or (
+        leaf.dtype == bool and not leaf.shape
+    )

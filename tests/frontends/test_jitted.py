@@ -74,11 +74,11 @@ def test_an_error_of_the_function_stays():
 
 
 def test_another_context_traces_again():
-    context = ["a"]
-    call = Jitted(kinds, "kinds", lambda: context[0])
-    for context[0] in "aabba":
+    context = []
+    call = Jitted(kinds, "kinds", context)
+    for context[:] in ("", "", "a", "a", "b", "", "a"):
         call(jnp.ones(3))
-    assert len(seen) == 2
+    assert len(seen) == 3
 
 
 class Net(nn.Module):
@@ -163,3 +163,35 @@ def test_a_lowered_call_is_traced_once(kind, request):
     apply(moved, x)
     apply(moved, x)
     assert len(traces) == 1
+
+
+def test_calls_on_arrays_only_go_straight_to_jit(monkeypatch):
+    call, x = Jitted(kinds, "kinds"), jnp.ones(3)
+    call(x, {"y": x})
+    monkeypatch.setattr(Jitted, "_on", None)  # the slower way
+    call(2 * x, {"y": x})
+    call(x, {"y": 2 * x})
+    assert len(seen) == 1
+
+
+@pytest.mark.parametrize("value", [2, 2.5, True, np.True_, "same", len, None])
+@pytest.mark.parametrize("where", ["args", "kwargs", "tree"])
+def test_a_value_after_calls_on_arrays_only_is_static(value, where):
+    def which(x, tree=None, n=None, flag=None):
+        values.append((n, flag, (tree or {}).get("n")))
+        return x
+
+    values, call, x = [], Jitted(which, "which"), jnp.ones(3)
+    array = jnp.asarray([1, 2])
+    for given in (array, value, value, array):
+        if where == "args":
+            call(x, {}, given)
+        elif where == "kwargs":
+            call(x, flag=given)
+        else:
+            call(x, {"n": given})
+    found = [next((v for v in each if v is not None), None) for each in values]
+    if isinstance(value, np.bool_):
+        assert all(isinstance(each, Tracer) for each in found)
+    else:
+        assert [each for each in found if not isinstance(each, Tracer)] == [value]

@@ -17,7 +17,7 @@ from ...params.moves import check_converted
 from ...params.trees import convert_params
 from ...plan import Plan, PlanError
 from ..jitted import Jitted
-from .interception import interceptors
+from .interception import active
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -64,7 +64,7 @@ class ConvertedLinen:
         """
         name = f"{type(self.model).__name__}.apply"
         return Jitted(
-            self._apply, name, interceptors, lambda: known_options(self.plan.options)
+            self._apply, name, active, lambda: known_options(self.plan.options)
         )
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
