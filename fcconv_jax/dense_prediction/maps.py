@@ -102,6 +102,12 @@ def window_layouts(
     chains = _chains(ids, found, stride)
     # What no window reads may be anything that is there: its outputs are not used.
     fill = int(map_.max()) if map_.size else size - 1
+    return _ways(found, ids, chains, stride, fill)
+
+
+def _ways(
+    found: Map, ids: Map, chains: _Chains, stride: int, fill: int
+) -> list[Layout]:
     lengths = np.bincount(chains.chain)
     ways = [_side_by_side(found, ids, chains, lengths, stride, fill)]
     if len(lengths) > 1 and len(np.unique(lengths)) <= _MOST_SEGMENTS:
@@ -150,6 +156,36 @@ def whole_layout(
     count = (length + low + high - window) // stride + 1
     places = (starts // stride)[:, None] + np.arange(count)
     return Layout((take[None],), places, (len(take) - window) // stride + 1)
+
+
+def full_window_layouts(map_: Map) -> tuple[int, list[Layout]]:
+    """Ways to lay out an axis for a window over all that a crop sees of it.
+
+    Args:
+      map_: of the axis.
+
+    Returns:
+      The stride between windows that overlap, and the ways, as of
+      :func:`window_layouts`, whose maps have one output for each crop; none where
+      nothing overlaps.
+
+    Example:
+      >>> stride, layouts = full_window_layouts(crops(7, 5, 1))
+      >>> stride, layouts[0].segments[0].tolist(), layouts[0].map.tolist()
+      (1, [[0, 1, 2, 3, 4, 5, 6]], [[0], [1], [2]])
+    """
+    found, ids = distinct(map_)
+    order = np.argsort(found[:, 0], kind="stable")
+    steps = np.diff(found[order, 0])
+    stride = int(steps[steps > 0].min(initial=map_.shape[1]))
+    before, after = order[:-1], order[1:]
+    kept = (found[before, stride:] == found[after, : map_.shape[1] - stride]).all(1)
+    if stride >= map_.shape[1] or not kept.any():
+        return stride, []
+    precedes = np.full(len(found), -1)
+    precedes[after[kept]] = before[kept]
+    chains = _ranked(precedes, ids)
+    return stride, _ways(found, ids[:, None], chains, stride, int(map_.max()))
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,10 +18,18 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.custom_derivatives import SymbolicZero
 
 from ..plan import PlanError
 from ..tracing.jaxprs import bind
-from .maps import Layout, Map, join, whole_layout, window_layouts
+from .maps import (
+    Layout,
+    Map,
+    full_window_layouts,
+    join,
+    whole_layout,
+    window_layouts,
+)
 from .values import (
     Grid,
     NotSharedError,
@@ -349,6 +357,19 @@ def _sweep(
 _PASS = 2e7
 
 
+def _cost(layouts: Sequence[Layout], each: float) -> float:
+    """Of windows over these axes, in operations; ``each`` for one output position."""
+    area = math.prod(layout.outputs for layout in layouts)
+    passes = math.prod(len(layout.segments) for layout in layouts)
+    return area * each + passes * _PASS
+
+
+def _least(sweeps: Sequence[_Sweep], each: float) -> tuple[Layout, ...]:
+    """The layouts that cost least, one for each axis."""
+    ways = itertools.product(*(sweep.layouts for sweep in sweeps))
+    return min(ways, key=functools.partial(_cost, each=each))
+
+
 def _swept(
     run: Callable[[Any], Any],
     value: Value,
@@ -367,39 +388,40 @@ def _swept(
       each: floating point operations of one output position.
       fill: what padding holds.
     """
-
-    def cost(choice: Sequence[Layout]) -> float:
-        area = math.prod(layout.outputs for layout in choice)
-        passes = math.prod(len(layout.segments) for layout in choice)
-        return area * each + passes * _PASS
-
-    chosen = min(itertools.product(*(s.layouts for s in sweeps)), key=cost)
-    todo = list(zip(sweeps, chosen))
-
-    def passes(data: Any, todo: Sequence[tuple[_Sweep, Layout]]) -> Any:
-        if not todo:
-            return run(data)
-        (sweep, layout), *rest = todo
-        outs = []
-        for places in layout.segments:
-            x = take_padded(data, places.reshape(-1), sweep.axis, fill)
-            if len(places) == 1:
-                outs.append(passes(x, rest))
-                continue
-            shape = list(x.shape)
-            shape[sweep.axis : sweep.axis + 1] = places.shape
-            one = functools.partial(passes, todo=rest)
-            y = jax.vmap(one, sweep.axis, sweep.out)(x.reshape(shape))
-            shape = list(y.shape)
-            shape[sweep.out : sweep.out + 2] = [-1]
-            outs.append(y.reshape(shape))
-        return lax.concatenate(outs, sweep.out) if len(outs) > 1 else outs[0]
+    todo = list(zip(sweeps, _least(sweeps, each)))
 
     parts = {
         sweep.out: Part(layout.map.shape[1], layout.map, sweep.grid)
         for sweep, layout in todo
     }
-    return _mapped(functools.partial(passes, todo=todo), value, eqn, parts)
+    run = functools.partial(_passes, run, todo=todo, fill=fill)
+    return _mapped(run, value, eqn, parts)
+
+
+def _passes(
+    run: Callable[[Any], Any],
+    data: Any,
+    todo: Sequence[tuple[_Sweep, Layout]],
+    fill: Any,
+) -> Any:
+    """Runs windows over axes that are laid out, and sets their results side by side."""
+    if not todo:
+        return run(data)
+    (sweep, layout), *rest = todo
+    one = functools.partial(_passes, run, todo=rest, fill=fill)
+    outs = []
+    for places in layout.segments:
+        x = take_padded(data, places.reshape(-1), sweep.axis, fill)
+        if len(places) == 1:
+            outs.append(one(x))
+            continue
+        shape = list(x.shape)
+        shape[sweep.axis : sweep.axis + 1] = places.shape
+        y = jax.vmap(one, sweep.axis, sweep.out)(x.reshape(shape))
+        shape = list(y.shape)
+        shape[sweep.out : sweep.out + 2] = [-1]
+        outs.append(y.reshape(shape))
+    return lax.concatenate(outs, sweep.out) if len(outs) > 1 else outs[0]
 
 
 def _mapped(
@@ -507,10 +529,6 @@ def _dot(eqn: Any, values: Sequence[Value]) -> list[Value]:
         if any(part.map is not None for part in value.groups[dim]):
             raise NotSharedError("a product that is batched over the image's axes")
         value = merged(value, dim)
-    for dim in contracted:
-        for part in value.groups[dim]:
-            if part.grid is not None:
-                value = own_arrays(value, part.grid)
     for index in range(len(value.parts)):
         value = stored(value, index)
     weights = array_of(other)
@@ -524,7 +542,25 @@ def _dot(eqn: Any, values: Sequence[Value]) -> list[Value]:
     kept = [weights.shape[i] for i in range(len(their_batch))]
     ends = [weights.shape[len(order) + i] for i in range(len(free))]
     weights = weights.reshape(*kept, *sizes, *ends)
-    mine = [value.axis(i) for d in contracted for i in range(bounds[d], bounds[d + 1])]
+    rest = [dim for dim in range(len(value.ranks)) if dim not in (*contracted, *batch)]
+    mine_groups = [groups[dim] for dim in rest]
+    theirs_groups = [(Part(size),) for size in ends]
+    both = [*mine_groups, *theirs_groups] if first else [*theirs_groups, *mine_groups]
+    indices = [i for dim in contracted for i in range(bounds[dim], bounds[dim + 1])]
+    if not batch:
+        done = _full_window(eqn, value, indices, weights)
+        if done is not None:
+            data, fronts = done
+            if not first:
+                nf, count = len(fronts), len(ends)
+                order = [*range(data.ndim - count, data.ndim)]
+                order = [*range(nf), *order, *range(nf, data.ndim - count)]
+                data = jnp.transpose(data, order)
+            return [value.replace(fronts=fronts).with_groups(both, data)]
+    for index in indices:
+        if (grid := value.parts[index].grid) is not None:
+            value = own_arrays(value, grid)
+    mine = [value.axis(index) for index in indices]
     mine_batch = [value.axis(bounds[dim]) for dim in batch]
     nb, nc = len(their_batch), len(sizes)
     there, there_batch = list(range(nb, nb + nc)), list(range(nb))
@@ -541,7 +577,6 @@ def _dot(eqn: Any, values: Sequence[Value]) -> list[Value]:
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],
     )
-    rest = [dim for dim in range(len(value.ranks)) if dim not in (*contracted, *batch)]
     nf, count = len(value.fronts), len(free)
     # The result has the batch, then the free axes of the left operand, then the right.
     if first:
@@ -554,10 +589,107 @@ def _dot(eqn: Any, values: Sequence[Value]) -> list[Value]:
         ]
     data = jnp.transpose(data, order)
     batches = [(Part(size),) for size in kept]
-    mine_groups = [groups[dim] for dim in rest]
-    theirs_groups = [(Part(size),) for size in ends]
-    both = [*mine_groups, *theirs_groups] if first else [*theirs_groups, *mine_groups]
     return [value.with_groups([*batches, *both], data)]
+
+
+def _full_window(
+    eqn: Any, value: Value, contracted: Sequence[int], weights: Any
+) -> tuple[Any, tuple[Grid, ...]] | None:
+    """A Dense layer over axes that crops share, as the convolution that it is.
+
+    Args:
+      eqn: the product.
+      value: what differs between crops, all of its parts stored.
+      contracted: its parts that are summed over.
+      weights: their axes in this order, then the features.
+
+    Returns:
+      Data with the axes of all fronts, the parts that are left, and the features, and
+      the fronts; None where the crops' own arrays cost less.
+    """
+    shared = [i for i in contracted if value.parts[i].map is not None]
+    summed = [i for i in contracted if value.parts[i].map is None]
+    data, fronts = value.data, value.fronts
+    if data.dtype != weights.dtype or not jnp.issubdtype(data.dtype, jnp.floating):
+        return None
+    count = len(shared)
+    sweeps: list[_Sweep] = []
+    strides: list[int] = []
+    for k, index in enumerate(shared):
+        part = value.parts[index]
+        assert part.map is not None
+        assert part.grid is not None
+        stride, layouts = full_window_layouts(part.map)
+        if not layouts:
+            return None
+        sweeps.append(_Sweep(1 + k, 1 + k, layouts, part.grid))
+        strides.append(stride)
+    moved = {value.axis(i) for i in contracted}
+    left = [axis for axis in range(data.ndim) if axis not in moved]
+    ends = weights.shape[len(contracted) :]
+    kept = [data.shape[axis] for axis in left]
+    each = 2 * weights.size * math.prod(kept)
+    chosen = _least(sweeps, each)
+    rows = [len(layout.map) for layout in chosen]
+    if not sweeps or _cost(chosen, each) > WORTH * (math.prod(rows) * each + _PASS):
+        return None
+    order = [value.axis(i) for i in (*shared, *summed)]
+    places = [contracted.index(i) for i in (*shared, *summed)]
+    inner = tuple(range(1, count + 1))
+    spec = lax.ConvDimensionNumbers(
+        (0, count + 1, *inner),
+        (count + 1, count, *range(count)),
+        (0, count + 1, *inner),
+    )
+    types = {key: eqn.params[key] for key in ("precision", "preferred_element_type")}
+
+    # The crops' axes go to the front, sorted.
+    now = [*fronts, *(sweep.grid for sweep in sweeps)]
+    where = [*range(len(fronts)), *range(len(left), len(left) + count)]
+    front = [where[now.index(grid)] for grid in sorted(now)]
+
+    def own(data: Any, weights: Any) -> Any:
+        """From an array for each crop."""
+        each = value.replace(data=data)
+        for sweep in sweeps:
+            each = own_arrays(each, sweep.grid)
+        numbers = [each.axis(i) for i in contracted], list(range(len(contracted)))
+        return lax.dot_general(each.data, weights, (numbers, ((), ())), **types)
+
+    @jax.custom_jvp
+    def product(data: Any, weights: Any) -> Any:
+        x = jnp.transpose(data, (*left, *order))
+        lengths = x.shape[len(left) : len(left) + count]
+        x = x.reshape(math.prod(kept), *lengths, -1)
+        kernel = jnp.transpose(weights, (*places, *range(len(places), weights.ndim)))
+        kernel = kernel.reshape(*kernel.shape[:count], x.shape[-1], -1)
+        convolve = functools.partial(
+            lax.conv_general_dilated,
+            rhs=kernel,
+            window_strides=strides,
+            padding="VALID",
+            dimension_numbers=spec,
+            **types,
+        )
+        y = _passes(convolve, x, list(zip(sweeps, chosen)), 0)
+        for sweep, layout in zip(sweeps, chosen):
+            y = take(y, layout.map[:, 0], sweep.out)
+        y = y.reshape(*kept, *rows, *ends)
+        return jnp.transpose(y, (*front, *(a for a in range(y.ndim) if a not in front)))
+
+    @functools.partial(product.defjvp, symbolic_zeros=True)
+    def _(primals: Any, tangents: Any) -> Any:
+        # The gradient of a convolution by its kernel is slow where windows are large.
+        (data, weights), (of_data, of_weights) = primals, tangents
+        out = product(data, weights)
+        terms = []
+        if not isinstance(of_data, SymbolicZero):
+            terms.append(own(of_data, weights))
+        if not isinstance(of_weights, SymbolicZero):
+            terms.append(own(data, of_weights))
+        return out, functools.reduce(jnp.add, terms)
+
+    return product(data, weights), tuple(sorted(now))
 
 
 def _reshape(eqn: Any, values: Sequence[Value]) -> list[Value]:

@@ -377,3 +377,79 @@ def test_zarr_arrays_in_and_out(tmp_path):
         made("images", images, images.shape), out=out, memory=60_000, progress=False
     )
     chex.assert_trees_all_close(np.asarray(out.read().result()), want, atol=1e-6)
+
+
+def heads(order, left=False):
+    """A convolution, a pool, and a head of float64 over a flatten in an order."""
+
+    def net(weights, x):
+        kernel, head = weights
+        y = jax.lax.conv_general_dilated(
+            x, kernel, (1, 1), "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        y = nn.max_pool(jnp.tanh(y), (2, 2), (2, 2))
+        y = jnp.transpose(y, order).reshape(y.shape[0], -1)
+        return (head.T @ y.T).T if left else y @ head
+
+    return net
+
+
+@pytest.mark.parametrize(
+    ("order", "stride", "left"),
+    [
+        ((0, 1, 2, 3), (1, 2), False),
+        ((0, 3, 1, 2), (2, 2), True),
+        ((0, 2, 3, 1), (3, 1), False),
+    ],
+)
+def test_a_head_over_a_flatten_is_a_convolution(order, stride, left):
+    window = (11, 8)  # 4 x 3 behind the pool
+    with jax.enable_x64(True):
+        keys = jax.random.split(jax.random.key(2), 3)
+        weights = (
+            jax.random.normal(keys[0], (3, 3, 2, 5), float),
+            jax.random.normal(keys[1], (4 * 3 * 5, 7), float),
+        )
+        x = jax.random.normal(keys[2], (2, 21, 18, 2), float)
+        net = heads(order, left)
+        grid = fc.slide(net, window, stride)
+        want = crops_one_by_one(lambda x: net(weights, x), x, window, stride)
+        np.testing.assert_allclose(grid(weights, x), want, rtol=0, atol=1e-13)
+        program = str(jax.make_jaxpr(grid)(weights, x))
+        assert "dot_general" not in program
+        assert program.count("conv_general_dilated") == 2
+
+        def loss(run):
+            return lambda weights, x: (run(weights, x) ** 3).sum()
+
+        rows = np.arange(0, 21 - window[0] + 1, stride[0])[:, None]
+        columns = np.arange(0, 18 - window[1] + 1, stride[1])[:, None]
+        rows, columns = rows + np.arange(window[0]), columns + np.arange(window[1])
+
+        def apart(weights, x):
+            crops = x[:, rows[:, None, :, None], columns[None, :, None, :]]
+            return net(weights, crops.reshape(-1, *window, 2))
+
+        got = jax.jit(jax.grad(loss(grid), (0, 1)))(weights, x)
+        asked = jax.jit(jax.grad(loss(apart), (0, 1)))(weights, x)
+        chex.assert_trees_all_close(got, asked, rtol=1e-9, atol=1e-9)
+
+
+def test_a_head_whose_crops_do_not_overlap_stays_a_product():
+    net = heads((0, 1, 2, 3))
+    weights = jnp.ones((3, 3, 2, 5)), jnp.ones((4 * 3 * 5, 7))
+    program = str(jax.make_jaxpr(fc.slide(net, (11, 8), (11, 8)))(weights, IMAGES))
+    assert program.count("conv_general_dilated") == 1
+    assert "dot_general" in program
+
+
+def test_a_head_has_forward_and_second_derivatives():
+    net = heads((0, 1, 2, 3))
+    keys = jax.random.split(jax.random.key(2), 2)
+    weights = (
+        jax.random.normal(keys[0], (3, 3, 2, 5)) / 4,
+        jax.random.normal(keys[1], (4 * 3 * 5, 7)) / 8,
+    )
+    grid = fc.slide(net, (11, 8), (2, 2))
+    x = IMAGES[:1, :15, :12]
+    jax.test_util.check_grads(grid, (weights, x), 2, atol=0.05, rtol=0.05)
