@@ -57,11 +57,19 @@ class Layout:
       map: for each crop and output, its place in the results of all passes, which are
         set side by side.
       outputs: how many there are.
+      stride: of the window in these passes.
     """
 
     segments: tuple[Map, ...]
     map: Map
     outputs: int
+    stride: int
+
+    @property
+    def in_order(self) -> bool:
+        """Whether the axis is read as it is."""
+        places = np.concatenate([segment.reshape(-1) for segment in self.segments])
+        return bool((np.diff(places) == 1).all())
 
 
 def window_layouts(
@@ -76,8 +84,9 @@ def window_layouts(
 
     Windows with the same entries are computed once. Windows that follow one another in
     some crop are chained where they can be. The first way sets all chains side by side
-    for one pass, which also computes what lies across two chains; the second, where
-    there is one, makes a batch of the chains of each length.
+    for one pass, which also computes what lies across two chains; another makes a batch
+    of the chains of each length. Where windows are stretches of the axis as it is, and
+    most of those that there are, the first way is to read it once, with stride 1.
 
     Args:
       map_: of the axis.
@@ -102,7 +111,17 @@ def window_layouts(
     chains = _chains(ids, found, stride)
     # What no window reads may be anything that is there: its outputs are not used.
     fill = int(map_.max()) if map_.size else size - 1
-    return _ways(found, ids, chains, stride, fill)
+    ways = _ways(found, ids, chains, stride, fill)
+    if stride > 1 and (np.diff(found, axis=1) == 1).all() and (found >= 0).all():
+        ways.insert(0, _as_it_is(found, ids))
+    return ways
+
+
+def _as_it_is(found: Map, ids: Map) -> Layout:
+    first, last = int(found[:, 0].min()), int(found[:, -1].max())
+    places = found[:, 0] - first
+    take = np.arange(first, last + 1)
+    return Layout((take[None],), places[ids], int(places.max()) + 1, 1)
 
 
 def _ways(
@@ -155,37 +174,42 @@ def whole_layout(
     take = np.pad(spread, (low, high), constant_values=PADDING)
     count = (length + low + high - window) // stride + 1
     places = (starts // stride)[:, None] + np.arange(count)
-    return Layout((take[None],), places, (len(take) - window) // stride + 1)
+    outputs = (len(take) - window) // stride + 1
+    return Layout((take[None],), places, outputs, stride)
 
 
-def full_window_layouts(map_: Map) -> tuple[int, list[Layout]]:
+def full_window_layouts(map_: Map) -> list[Layout]:
     """Ways to lay out an axis for a window over all that a crop sees of it.
 
     Args:
       map_: of the axis.
 
     Returns:
-      The stride between windows that overlap, and the ways, as of
-      :func:`window_layouts`, whose maps have one output for each crop; none where
-      nothing overlaps.
+      The ways, as of :func:`window_layouts`, whose maps have one output for each crop;
+      none where no windows overlap.
 
     Example:
-      >>> stride, layouts = full_window_layouts(crops(7, 5, 1))
-      >>> stride, layouts[0].segments[0].tolist(), layouts[0].map.tolist()
-      (1, [[0, 1, 2, 3, 4, 5, 6]], [[0], [1], [2]])
+      >>> (layout,) = full_window_layouts(crops(7, 5, 1))
+      >>> layout.segments[0].tolist(), layout.map.tolist(), layout.stride
+      ([[0, 1, 2, 3, 4, 5, 6]], [[0], [1], [2]], 1)
     """
     found, ids = distinct(map_)
-    order = np.argsort(found[:, 0], kind="stable")
-    steps = np.diff(found[order, 0])
-    stride = int(steps[steps > 0].min(initial=map_.shape[1]))
-    before, after = order[:-1], order[1:]
-    kept = (found[before, stride:] == found[after, : map_.shape[1] - stride]).all(1)
-    if stride >= map_.shape[1] or not kept.any():
-        return stride, []
-    precedes = np.full(len(found), -1)
-    precedes[after[kept]] = before[kept]
-    chains = _ranked(precedes, ids)
-    return stride, _ways(found, ids[:, None], chains, stride, int(map_.max()))
+    window = map_.shape[1]
+    # The least shift at which a window begins as another one goes on.
+    shifts = np.unique(np.nonzero(np.isin(found[:, 1:], found[:, 0]))[1]) + 1
+    for stride in shifts.tolist():
+        first = {row.tobytes(): i for i, row in enumerate(found[:, : window - stride])}
+        follows = np.full(len(found), -1)
+        precedes = np.full(len(found), -1)
+        for i, row in enumerate(found[:, stride:]):
+            after = first.get(row.tobytes(), -1)
+            if after not in (-1, i) and precedes[after] < 0:
+                follows[i], precedes[after] = after, i
+        if (follows >= 0).any():
+            _break_cycles(follows, precedes)
+            chains = _ranked(precedes, ids)
+            return _ways(found, ids[:, None], chains, stride, int(map_.max()))
+    return []
 
 
 @dataclasses.dataclass(frozen=True)
@@ -208,7 +232,7 @@ def _side_by_side(
     take = np.full(total, fill, np.int64)
     take[place[:, None] + np.arange(window)] = found
     outputs = (total - window) // stride + 1
-    return Layout((take[None],), (place // stride)[ids], outputs)
+    return Layout((take[None],), (place // stride)[ids], outputs, stride)
 
 
 def _by_length(
@@ -227,7 +251,7 @@ def _by_length(
         segments.append(read)
         place[mine] = offset + rows * length + ranks
         offset += len(members) * int(length)
-    return Layout(tuple(segments), place[ids], offset)
+    return Layout(tuple(segments), place[ids], offset, stride)
 
 
 def _padded(map_: Map, padding: tuple[int, int], holes: int) -> Map:

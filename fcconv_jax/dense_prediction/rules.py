@@ -11,7 +11,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -281,15 +281,19 @@ def _convolution(eqn: Any, values: Sequence[Value]) -> list[Value]:
         # Without padding XLA's CPU backend takes a convolution of half the speed.
         for k, dim in enumerate(spec.out_spec[2:]):
             if window[k] > 1 and padding[k] == (0, 0):
-                padding[k] = (0, p["window_strides"][k])
                 cut[dim] = slice(-1)
 
-    def convolve(data: Any) -> Any:
+    def convolve(data: Any, changed: Mapping[int, int]) -> Any:
+        strides = [
+            changed.get(dim, stride)
+            for dim, stride in zip(spec.lhs_spec[2:], p["window_strides"])
+        ]
+        more = [cut[dim].stop is not None for dim in spec.out_spec[2:]]
         y = lax.conv_general_dilated(
             data,
             weights,
-            p["window_strides"],
-            padding,
+            strides,
+            [(0, s) if m else pad for m, s, pad in zip(more, strides, padding)],
             holes,
             p["rhs_dilation"],
             spec,
@@ -361,7 +365,8 @@ def _cost(layouts: Sequence[Layout], each: float) -> float:
     """Of windows over these axes, in operations; ``each`` for one output position."""
     area = math.prod(layout.outputs for layout in layouts)
     passes = math.prod(len(layout.segments) for layout in layouts)
-    return area * each + passes * _PASS
+    moved = sum(not layout.in_order for layout in layouts)
+    return area * each * WORTH**moved + passes * _PASS
 
 
 def _least(sweeps: Sequence[_Sweep], each: float) -> tuple[Layout, ...]:
@@ -371,7 +376,7 @@ def _least(sweeps: Sequence[_Sweep], each: float) -> tuple[Layout, ...]:
 
 
 def _swept(
-    run: Callable[[Any], Any],
+    run: Callable[[Any, Mapping[int, int]], Any],
     value: Value,
     eqn: Any,
     sweeps: Sequence[_Sweep],
@@ -381,7 +386,8 @@ def _swept(
     """Runs windows over shared axes, laid out in the way that costs least.
 
     Args:
-      run: makes the result of one crop's own axes, or of what is laid out for them.
+      run: makes the result of one crop's own axes, or of what is laid out for them,
+        with other strides for some axes.
       value: the operand, each of its axes one part.
       eqn: the equation.
       sweeps: the shared axes.
@@ -394,8 +400,12 @@ def _swept(
         sweep.out: Part(layout.map.shape[1], layout.map, sweep.grid)
         for sweep, layout in todo
     }
-    run = functools.partial(_passes, run, todo=todo, fill=fill)
-    return _mapped(run, value, eqn, parts)
+    changed = {sweep.axis: layout.stride for sweep, layout in todo}
+
+    def passes(data: Any) -> Any:
+        return _passes(lambda x: run(x, changed), data, todo, fill)
+
+    return _mapped(passes, value, eqn, parts)
 
 
 def _passes(
@@ -477,8 +487,9 @@ def _pool(eqn: Any, values: Sequence[Value]) -> list[Value]:
         value = merged(value, dim)
     p["padding"], p["base_dilation"] = tuple(padding), tuple(base)
 
-    def run(data: Any) -> Any:
-        return eqn.primitive.bind(data, **p)
+    def run(data: Any, changed: Mapping[int, int]) -> Any:
+        strides = [changed.get(i, s) for i, s in enumerate(p["window_strides"])]
+        return eqn.primitive.bind(data, **p | {"window_strides": tuple(strides)})
 
     mapped = math.prod(value.shape[sweep.axis] for sweep in sweeps)
     each = math.prod(p["window_dimensions"]) * math.prod(value.shape) / max(mapped, 1)
@@ -614,16 +625,14 @@ def _full_window(
         return None
     count = len(shared)
     sweeps: list[_Sweep] = []
-    strides: list[int] = []
     for k, index in enumerate(shared):
         part = value.parts[index]
         assert part.map is not None
         assert part.grid is not None
-        stride, layouts = full_window_layouts(part.map)
+        layouts = full_window_layouts(part.map)
         if not layouts:
             return None
         sweeps.append(_Sweep(1 + k, 1 + k, layouts, part.grid))
-        strides.append(stride)
     moved = {value.axis(i) for i in contracted}
     left = [axis for axis in range(data.ndim) if axis not in moved]
     ends = weights.shape[len(contracted) :]
@@ -631,7 +640,8 @@ def _full_window(
     each = 2 * weights.size * math.prod(kept)
     chosen = _least(sweeps, each)
     rows = [len(layout.map) for layout in chosen]
-    if not sweeps or _cost(chosen, each) > WORTH * (math.prod(rows) * each + _PASS):
+    most = math.prod(rows) * each * WORTH ** (count + 1) + _PASS
+    if not sweeps or _cost(chosen, each) > most:
         return None
     order = [value.axis(i) for i in (*shared, *summed)]
     places = [contracted.index(i) for i in (*shared, *summed)]
@@ -666,7 +676,7 @@ def _full_window(
         convolve = functools.partial(
             lax.conv_general_dilated,
             rhs=kernel,
-            window_strides=strides,
+            window_strides=[layout.stride for layout in chosen],
             padding="VALID",
             dimension_numbers=spec,
             **types,

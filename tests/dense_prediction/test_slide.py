@@ -7,6 +7,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from jax.test_util import check_grads
 from random_networks import crops_one_by_one
 
 import fcconv_jax as fc
@@ -410,7 +411,7 @@ def test_a_head_over_a_flatten_is_a_convolution(order, stride, left):
             jax.random.normal(keys[0], (3, 3, 2, 5), float),
             jax.random.normal(keys[1], (4 * 3 * 5, 7), float),
         )
-        x = jax.random.normal(keys[2], (2, 21, 18, 2), float)
+        x = jax.random.normal(keys[2], (2, 22, 18, 2), float)
         net = heads(order, left)
         grid = fc.slide(net, window, stride)
         want = crops_one_by_one(lambda x: net(weights, x), x, window, stride)
@@ -422,7 +423,7 @@ def test_a_head_over_a_flatten_is_a_convolution(order, stride, left):
         def loss(run):
             return lambda weights, x: (run(weights, x) ** 3).sum()
 
-        rows = np.arange(0, 21 - window[0] + 1, stride[0])[:, None]
+        rows = np.arange(0, 22 - window[0] + 1, stride[0])[:, None]
         columns = np.arange(0, 18 - window[1] + 1, stride[1])[:, None]
         rows, columns = rows + np.arange(window[0]), columns + np.arange(window[1])
 
@@ -452,4 +453,4 @@ def test_a_head_has_forward_and_second_derivatives():
     )
     grid = fc.slide(net, (11, 8), (2, 2))
     x = IMAGES[:1, :15, :12]
-    jax.test_util.check_grads(grid, (weights, x), 2, atol=0.05, rtol=0.05)
+    check_grads(grid, (weights, x), 2, atol=0.05, rtol=0.05)
