@@ -28,6 +28,7 @@ from .layers import Record, computed_values, constants_of, layers_of, leaves_rea
 from .lowering import lower
 from .memory import peak_bytes
 from .proof import Proof, Reference, parameter_leaves, prove, reference_of
+from .putting import beside
 from .report import ExportReport, FormFigures
 from .simplify import simplify
 from .size import size_of
@@ -82,7 +83,8 @@ def export(
       A report; ``report.passed`` tells, ``print(report)`` shows.
 
     Raises:
-      ExportError: the target cannot take the model: names what, and the way out.
+      ExportError: the target cannot take the model: names what, and the way out. What
+        was at ``path`` before stays.
       PlanError: a rule matches no layer.
 
     Source:
@@ -117,6 +119,7 @@ def export(
     with (
         default_settings(),
         shown(progress) as tell,
+        beside(Path(path)) as place,
         tempfile.TemporaryDirectory() as folder,
     ):
         tell("planning", 0, 1)
@@ -127,7 +130,7 @@ def export(
         else:
             plan = call.plan(form, as_rules(rules))
         tell("planning", 1, 1)
-        last = Path(path)
+        last = place / Path(path).name
         first = last if calibrate is None else Path(folder) / f"float{target.suffix}"
         written = call.write(plan, form, first)  # refuses what it cannot, at once
         reference, notes = reference_of(call.program, call.variables)
@@ -148,7 +151,7 @@ def export(
         report = call.report(
             *(written, proof, [each for _, each in made.values()], notes)
         )
-        return dataclasses.replace(report, path=str(last), **found)
+        return dataclasses.replace(report, path=str(path), **found)
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
