@@ -305,9 +305,11 @@ class _Call:
         """All that was found."""
         shipped = self.target.open(written.path)
         wanted = written.form
+        # Where the file's layers are not cut out, those that it was written from.
+        found = proof.layers or layers_of(written.graph)
         left = tuple(
             (layer.name, f"{layer.op}: {_why(written.plan, layer.name)}")
-            for layer in proof.layers
+            for layer in found
             if wanted in ("conv", "dense") and layer.form != wanted
         )
         broken: list[tuple[str, str]] = []

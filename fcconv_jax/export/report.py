@@ -134,7 +134,13 @@ class ExportReport:
         if self.passed and not self.executed:
             verdict = "CONVERTED, NOT RUN"
         chip = f" for {self.chip}" if self.chip else ""
-        return f"{verdict}: {self.path}, {self.form} form{chip}, {self.runtime}"
+        form = f"{self.form} form"
+        if self.left:
+            few = (
+                "1 layer is" if len(self.left) == 1 else f"{len(self.left)} layers are"
+            )
+            form += f" ({few} not)"
+        return f"{verdict}: {self.path}, {form}{chip}, {self.runtime}"
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
         rows = [("layer", "op", "weights", "on integers", "draws")]

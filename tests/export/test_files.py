@@ -133,3 +133,16 @@ def test_another_model_is_caught_by_the_whole_file(to, tmp_path):
     assert all(layer.passed for layer in report.layers)
     assert not report.passed
     assert "'output': expected an error of at most" in report.failures[0]
+
+
+def test_a_weight_in_two_roles_is_said_first(to, tmp_path):
+    """``x @ w @ w.T`` has no one kernel for both: no file calls itself all conv."""
+
+    def model(params, x):
+        return x @ params["w"] @ params["w"].T
+
+    path = tmp_path / f"m.{SUFFIX[to]}"
+    options = {"to": to, "path": path, "progress": False}
+    report = fc.export(model, {"w": normal(6, 4)}, normal(3, 6), **options)
+    assert [name for name, _ in report.left] == ["w", "w#2"]
+    assert "conv form (2 layers are not)" in str(report).splitlines()[0]

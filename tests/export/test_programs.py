@@ -99,3 +99,16 @@ def test_any_batch_and_any_program_in_stablehlo(tmp_path):
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
     more = normal(7, 4, 3)
     np.testing.assert_allclose(exported.call(more), model(params, more), rtol=1e-5)
+
+
+def test_a_weight_in_two_roles_is_said_first(to, tmp_path):
+    """``x @ w @ w.T`` has no one kernel for both: no file calls itself all conv."""
+
+    def model(params, x):
+        return x @ params["w"] @ params["w"].T
+
+    path = tmp_path / f"m{SUFFIX[to]}"
+    options = {"to": to, "path": path, "progress": False}
+    report = fc.export(model, {"w": normal(6, 4)}, normal(3, 6), **options)
+    assert [name for name, _ in report.left] == ["w", "w#2"]
+    assert "conv form (2 layers are not)" in str(report).splitlines()[0]
