@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ExportError, require
+from .fingerprint import digest
 from .graph import Graph, Node, Value
 from .layers import Layer, Record
 from .nchw import to_nchw
@@ -307,9 +308,10 @@ class CoreMlFile:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
                 self.model = ct.models.MLModel(str(path), skip_model_load=True)
-                spec = self.model.get_spec()
+                self.spec = self.model.get_spec()
                 self.program = load.load(
-                    spec, spec.specificationVersion, self.model.weights_dir
+                    *(self.spec, self.spec.specificationVersion),
+                    self.model.weights_dir,
                 )
         except Exception as error:  # coremltools' own kinds
             raise ExportError(f"{path} is no Core ML package: {error}") from None
@@ -319,6 +321,16 @@ class CoreMlFile:
         """What the file says about itself."""
         text = self.model.user_defined_metadata.get(RECORD)
         return None if text is None else Record.from_json(text)
+
+    def fingerprint(self) -> str:
+        """Of the program without what it says about itself, and of the weights."""
+        spec = type(self.spec)()
+        spec.CopyFrom(self.spec)
+        spec.description.ClearField("metadata")
+        parts = [spec.SerializeToString(deterministic=True)]
+        for file in sorted(Path(self.model.weights_dir).rglob("*")):
+            parts += [file.read_bytes()] if file.is_file() else []
+        return digest(*parts)
 
     def ops(self) -> Mapping[str, int]:
         """How many operations there are of each kind; constants are none."""

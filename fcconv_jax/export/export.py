@@ -22,6 +22,7 @@ from ..rules import Rule, as_rules
 from ..verification.agreement import named_leaves
 from .chips import Chip, chip_of
 from .errors import ExportError
+from .fingerprint import BLANK, seal
 from .forms import Form, plan_of_form
 from .graph import Graph, Source
 from .layers import Record, computed_values, constants_of, layers_of, leaves_read
@@ -215,6 +216,7 @@ class _Call:
             self.chip.name if self.chip else None,
             constants_of(graph),
             kind_of(self.model, "export"),
+            BLANK,
         )
         computed = {
             name: value.data
@@ -233,6 +235,7 @@ class _Call:
             )
         else:
             room.write(graph, record, path)
+        seal(path, self.target.open(path))
         return Written(path, form, plan, graph, record, leaves, computed)
 
     def _lowered(

@@ -13,6 +13,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ExportError, require
+from .fingerprint import resealed
 from .layers import Record, expected
 from .litert_file import LiteRTFile, run
 from .proof import LayerProof
@@ -52,7 +53,12 @@ def quantize(
             raise ExportError(
                 f"LiteRT's quantizer cannot take the model: {error}. Export in float32"
             ) from error
-    return bytes(result.quantized_model)
+    made_of = LiteRTFile.of(content, Path("float")).record()
+    content = bytes(result.quantized_model)
+    if made_of is None:
+        return content
+    found = LiteRTFile.of(content, Path("int8")).fingerprint()
+    return resealed(content, made_of.fingerprint, found)
 
 
 def batches(

@@ -22,6 +22,7 @@ from safetensors import safe_open
 from safetensors.numpy import save_file
 
 from .errors import ExportError, require
+from .fingerprint import digest
 from .layers import Layer, Record, expected
 from .proof import parameter_leaves
 from .shipped import ShippedLayer
@@ -128,6 +129,12 @@ class IreeFile:
         """What the file says about itself."""
         text = self.about.get("record")
         return None if text is None else Record.from_json(text)
+
+    def fingerprint(self) -> str:
+        """Of the module, and of the params and what order it takes them in."""
+        about = {key: value for key, value in self.about.items() if key != "record"}
+        arrays = [np.ascontiguousarray(x).tobytes() for x in self.params.values()]
+        return digest(self.content, json.dumps(about).encode(), *arrays)
 
     def ops(self) -> Mapping[str, int]:
         """How many operations were handed to IREE."""

@@ -115,6 +115,7 @@ class Record:
       chip: the chip that it is for.
       constants: the parameters besides kernels and biases, as the file has them.
       kind: the kind of model: ``"linen"``, ``"nnx"``, ``"function"``.
+      fingerprint: of the file, see :mod:`fcconv_jax.export.fingerprint`.
     """
 
     layers: tuple[Layer, ...]
@@ -123,6 +124,7 @@ class Record:
     chip: str | None = None
     constants: tuple[Source, ...] = ()
     kind: str = "linen"
+    fingerprint: str | None = None
 
     def to_json(self) -> str:
         """As JSON text, as files carry it."""
@@ -133,6 +135,7 @@ class Record:
                 "form": self.form,
                 "chip": self.chip,
                 "kind": self.kind,
+                "fingerprint": self.fingerprint,
                 "plan": json.loads(self.plan.to_json()),
                 "layers": [dataclasses.asdict(layer) for layer in self.layers],
                 "constants": [dataclasses.asdict(source) for source in self.constants],
@@ -156,8 +159,8 @@ class Record:
             layers = tuple(map(_layer_from_json, content["layers"]))
             plan = Plan.from_json(json.dumps(content["plan"]))
             constants = tuple(map(_source_from_json, content["constants"]))
-            kind = content["kind"]
-            return cls(layers, plan, content["form"], content["chip"], constants, kind)
+            about = content["form"], content["chip"], constants, content["kind"]
+            return cls(layers, plan, *about, content.get("fingerprint"))
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ExportError):
                 raise

@@ -11,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ExportError, require
+from .fingerprint import digest, plain
 from .layers import Layer, Record
 from .litert import RECORD, pack, schema
 from .shipped import ShippedLayer, arrange_conv, canonical_conv
@@ -88,6 +89,16 @@ class LiteRTFile:
                 data = np.asarray(self.model.buffers[entry.buffer].data, np.uint8)
                 return Record.from_json(data.tobytes())
         return None
+
+    def fingerprint(self) -> str:
+        """Of the schema's objects; a file that is packed again keeps it."""
+        fields = vars(self.model)
+        entries = fields["metadata"] or ()
+        buffers = [buffer.data for buffer in fields["buffers"]]
+        for entry in entries:
+            buffers[entry.buffer] = None
+        content = {**fields, "metadata": None, "buffers": buffers}
+        return digest(repr(plain(content)).encode())
 
     def ops(self) -> Mapping[str, int]:
         """How many operators there are of each kind."""

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 
 from .errors import ExportError, require
+from .fingerprint import digest
 from .layers import Layer, Record
 from .onnx_writer import RECORD
 from .shipped import ShippedLayer, arrange_conv, canonical_conv
@@ -49,6 +50,13 @@ class OnnxFile:
             if entry.key == RECORD:
                 return Record.from_json(entry.value)
         return None
+
+    def fingerprint(self) -> str:
+        """Of the model without its properties."""
+        model = type(self.model)()
+        model.CopyFrom(self.model)
+        del model.metadata_props[:]
+        return digest(model.SerializeToString(deterministic=True))
 
     def ops(self) -> Mapping[str, int]:
         """How many nodes there are of each kind."""

@@ -15,11 +15,13 @@ from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+from xml.etree import ElementTree
 
 import numpy as np
 
 from . import onnx_writer
 from .errors import ExportError, require
+from .fingerprint import digest
 from .graph import Graph
 from .layers import Layer, Record, compute
 from .probes import probes
@@ -102,6 +104,15 @@ class OpenVinoFile:
         if not self.model.has_rt_info([RECORD]):
             return None
         return Record.from_json(self.model.get_rt_info([RECORD]).value)
+
+    def fingerprint(self) -> str:
+        """Of the .xml without what it says about itself, and of the .bin."""
+        root = ElementTree.parse(self.path).getroot()
+        for about in root.findall("rt_info"):
+            root.remove(about)
+        text = ElementTree.canonicalize(ElementTree.tostring(root), strip_text=True)
+        weights = self.path.with_suffix(".bin")
+        return digest(text.encode(), weights.read_bytes() if weights.exists() else b"")
 
     def ops(self) -> Mapping[str, int]:
         """How many operations there are of each kind; constants are none."""

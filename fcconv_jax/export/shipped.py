@@ -39,6 +39,10 @@ class Shipped(Protocol):
         """What the file says about itself; None where it was written by others."""
         ...
 
+    def fingerprint(self) -> str:
+        """Of all that the file says, its record aside."""
+        ...
+
     def layers(self) -> Sequence[ShippedLayer]:
         """The linear operations with a weight."""
         ...

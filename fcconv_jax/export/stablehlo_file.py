@@ -19,6 +19,7 @@ import numpy as np
 from jax import export as jax_export
 
 from .errors import ExportError, MissingExtraError
+from .fingerprint import digest
 from .layers import Layer, Record
 from .shipped import ShippedLayer
 
@@ -111,6 +112,8 @@ class StableHloFile:
             end = len(content) - len(_MARK) - 8
             size = int.from_bytes(content[end : end + 8], "little")
             self.about = json.loads(content[end - size : end])
+            content = content[: end - size]
+        self.program = content
         try:
             self.exported = jax_export.deserialize(bytearray(content))
         except Exception as error:  # flatbuffers' and JAX's own kinds
@@ -121,6 +124,10 @@ class StableHloFile:
         """What the file says about itself."""
         text = self.about.get("record")
         return None if text is None else Record.from_json(text)
+
+    def fingerprint(self) -> str:
+        """Of what JAX wrote, and of the outputs' names."""
+        return digest(self.program, json.dumps(self.output_names()).encode())
 
     def ops(self) -> Mapping[str, int]:
         """How many operations there are of each kind; constants are none."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -19,6 +20,11 @@ from .report import ExportReport, FormFigures
 from .shipped import Shipped
 from .size import size_of
 from .targets import TARGETS, Target, target_of_file
+
+_CHANGED = (
+    "the file has been changed since it was proved: its weights and layers are the "
+    "same, what lies between them is not. Export it again"
+)
 
 
 def verify_file(
@@ -86,6 +92,10 @@ def verify_file(
         leaves = parameter_leaves(convert_params(variables, record.plan))
         names = shipped.output_names()
         proof = _prove(shipped, record, leaves, tell, reference, names)
+        # What is found in a layer says more than that something was changed.
+        known = record.fingerprint in (None, shipped.fingerprint())
+        if not known and not proof.all_failures:
+            proof = dataclasses.replace(proof, failures=(_CHANGED,))
     return _report(path, target, shipped, record, proof, notes)
 
 

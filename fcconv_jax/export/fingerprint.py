@@ -1,0 +1,83 @@
+"""A file's fingerprint: all that it says, the record of this package aside.
+
+The record says which parameter each weight is; it does not say what lies between the
+layers. The fingerprint does: an activation, an order of layers, a scale of int8 that
+was changed after the file was proved gives another one. It is taken of what a file
+says, not of its bytes, so that a file which was read and saved again keeps it.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from .errors import ExportError
+from .shipped import Shipped
+
+_START = "sha256:"
+# Stands in the record until the file is there: as long as the fingerprint itself.
+BLANK = _START + "0" * 64
+
+
+def digest(*parts: bytes) -> str:
+    """One fingerprint of several parts.
+
+    Example:
+      >>> len(digest(b"a", b"b")) == len(BLANK), digest(b"a", b"b") == digest(b"ab")
+      (True, False)
+    """
+    made = hashlib.sha256()
+    for part in parts:
+        made.update(len(part).to_bytes(8, "little"))
+        made.update(part)
+    return _START + made.hexdigest()
+
+
+def plain(thing: Any) -> Any:
+    """An object of a schema as plain values; what has its default is left out.
+
+    A later schema may have more fields, which are at their defaults then.
+
+    Example:
+      >>> plain({"a": 0, "b": np.int32(2), "c": [], "d": (1, np.float32(0))})
+      [('b', 2), ('d', [1, 0.0])]
+    """
+    if isinstance(thing, np.ndarray):
+        if thing.nbytes > 64:
+            kind = [str(thing.dtype), list(thing.shape)]
+            return [*kind, digest(np.ascontiguousarray(thing).tobytes())]
+        return thing.tolist()
+    if isinstance(thing, np.generic):
+        return thing.item()
+    if isinstance(thing, bytes):
+        return thing.decode("latin1")
+    if isinstance(thing, list | tuple):
+        return [plain(each) for each in thing]
+    fields = thing if isinstance(thing, dict) else getattr(thing, "__dict__", None)
+    if fields is None:
+        return thing
+    pairs = ((key, plain(value)) for key, value in sorted(fields.items()))
+    return [(key, value) for key, value in pairs if value]
+
+
+def seal(path: Path, shipped: Shipped) -> None:
+    """Writes a new file's fingerprint into its record.
+
+    Args:
+      path: the file, alone with what belongs to it in its folder.
+      shipped: the same, read back.
+    """
+    found = shipped.fingerprint()
+    for file in path.parent.rglob("*"):
+        if file.is_file() and BLANK.encode() in (content := file.read_bytes()):
+            file.write_bytes(content.replace(BLANK.encode(), found.encode()))
+
+
+def resealed(content: bytes, old: str | None, new: str) -> bytes:
+    """A file's content with another fingerprint in its record."""
+    if old is None or content.count(old.encode()) != 1:
+        raise ExportError("the file does not say its fingerprint once")
+    return content.replace(old.encode(), new.encode())

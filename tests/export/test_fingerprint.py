@@ -1,0 +1,158 @@
+"""What lies between a file's layers: a change of it is found without the model."""
+
+import importlib.util
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import fcconv_jax as fc
+
+from .models import MODELS, normal
+from .test_files import needs, write
+from .test_planted_defects import Onnx
+
+CHANGED = "the file has been changed since it was proved"
+
+
+def check(report, changed=True, name="vgg head"):
+    _, params, _ = MODELS[name]()
+    found = fc.verify_file(report.path, params, progress=False)
+    if not changed:
+        assert found.passed, found.failures
+        return
+    (failure,) = found.failures
+    assert failure.startswith(CHANGED)
+
+
+def litert(path):
+    from fcconv_jax.export.litert_file import LiteRTFile
+
+    return LiteRTFile(Path(path))
+
+
+def save(file):
+    from fcconv_jax.export.litert import pack
+
+    file.path.write_bytes(pack(file.model))
+
+
+@pytest.mark.parametrize("form", ["conv", "dense"])
+def test_an_activation_of_litert(form, tmp_path):
+    needs("litert")
+    report = write("digits", "litert", tmp_path, form)
+    file = litert(report.path)
+    save(file)
+    check(report, False, "digits")
+    first = file.linear_operators()[0].builtinOptions
+    assert first.fusedActivationFunction == 1  # RELU
+    first.fusedActivationFunction = 3  # RELU6
+    save(file)
+    check(report, True, "digits")
+
+
+def test_two_layers_of_litert_in_each_others_place(tmp_path):
+    needs("litert")
+    params, x = {"a": normal(6, 6), "b": normal(6, 6, seed=2)}, normal(2, 6)
+
+    def model(params, x):
+        return (x @ params["a"]) ** 2 @ params["b"]
+
+    path = tmp_path / "m.tflite"
+    report = fc.export(model, params, x, to="litert", path=path, progress=False)
+    file = litert(path)
+    a, b = file.linear_operators()
+    labels = [file.graph.tensors[op.outputs[0]].name for op in (a, b)]
+    a.inputs, b.inputs = (
+        [mine.inputs[0], *list(its.inputs)[1:]] for mine, its in ((a, b), (b, a))
+    )
+    for op, label in zip((b, a), labels):
+        file.graph.tensors[op.outputs[0]].name = label
+    save(file)
+    found = fc.verify_file(report.path, params, progress=False)
+    assert all(layer.passed for layer in found.layers)
+    assert found.failures[0].startswith(CHANGED)
+
+
+def test_an_activation_of_onnx(tmp_path):
+    needs("onnx")
+    report = write("digits", "onnx", tmp_path, "conv")
+    editor = Onnx(Path(report.path))
+    editor.save()
+    check(report, False, "digits")
+    next(n for n in editor.model.graph.node if n.op_type == "Relu").op_type = "Sigmoid"
+    editor.save()
+    check(report, True, "digits")
+
+
+def test_an_activation_of_openvino(tmp_path):
+    needs("openvino")
+    report = write("digits", "openvino", tmp_path, "conv")
+    path = Path(report.path)
+    path.write_text(path.read_text().replace('type="ReLU"', 'type="Sigmoid"', 1))
+    check(report, True, "digits")
+
+
+def test_a_pool_of_coreml(tmp_path):
+    ct = pytest.importorskip("coremltools")
+    model, params, inputs = MODELS["digits"]()
+    path = tmp_path / "m.mlpackage"
+    report = fc.export(model, params, *inputs, to="coreml", path=path, progress=False)
+    check(report, False, "digits")
+    (file,) = path.rglob("*.mlmodel")
+    spec = ct.proto.Model_pb2.Model()
+    spec.ParseFromString(file.read_bytes())
+    (block,) = spec.mlProgram.functions["main"].block_specializations.values()
+    next(op for op in block.operations if op.type == "relu").type = "sigmoid"
+    file.write_bytes(spec.SerializeToString())
+    check(report, True, "digits")
+
+
+@pytest.mark.parametrize("to", ["iree", "stablehlo"])
+def test_another_program(to, tmp_path):
+    needed = {"iree": "iree", "stablehlo": "flatbuffers"}[to]
+    if importlib.util.find_spec(needed) is None:
+        pytest.skip(f"needs the extra {to}")
+    suffix = {"iree": "vmfb", "stablehlo": "stablehlo"}[to]
+    params, x = {"w": normal(6, 6)}, normal(2, 6)
+    options = {"to": to, "progress": False}
+    paths = [tmp_path / f"{name}.{suffix}" for name in ("one", "other")]
+
+    def one(params, x):
+        return x @ params["w"]
+
+    def other(params, x):
+        return 2 * x @ params["w"]
+
+    for model, path in zip((one, other), paths):
+        fc.export(model, params, x, path=path, **options)
+        assert fc.verify_file(path, params, progress=False).passed
+    first, second = (path.read_bytes() for path in paths)
+    if to == "stablehlo":  # its record stands behind the program
+        sizes = [int.from_bytes(c[-25:-17], "little") + 25 for c in (first, second)]
+        assert json.loads(first[-sizes[0] : -25])
+        second = second[: -sizes[1]] + first[-sizes[0] :]
+    paths[0].write_bytes(second)
+    found = fc.verify_file(paths[0], params, progress=False)
+    assert found.failures[0].startswith(CHANGED)
+
+
+@pytest.mark.parametrize("what", ["zero point", "scale"])
+def test_the_steps_of_an_int8_activation(what, tmp_path):
+    pytest.importorskip("litert_quantizer", reason="needs the extra litert")
+    model, params, inputs = MODELS["digits"]()
+    path = tmp_path / "m.tflite"
+    options = {"to": "litert", "path": path, "progress": False}
+    data = [np.asarray(normal(24, 8, 6, 1, seed=5))]
+    report = fc.export(model, params, inputs[0][:1], calibrate=data, **options)
+    file = litert(path)
+    save(file)
+    check(report, False, "digits")
+    made = file.graph.tensors[file.linear_operators()[1].outputs[0]].quantization
+    if what == "zero point":
+        made.zeroPoint = np.asarray(made.zeroPoint) + 1
+    else:
+        made.scale = np.asarray(made.scale) * np.float32(1.5)
+    save(file)
+    check(report, True, "digits")
