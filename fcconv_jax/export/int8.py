@@ -16,7 +16,7 @@ from .errors import ExportError, require
 from .fingerprint import resealed
 from .layers import Record, expected
 from .litert_file import LiteRTFile, run
-from .proof import LayerProof
+from .proof import LayerProof, Reference, on_integers
 
 
 def quantize(
@@ -145,18 +145,37 @@ def check(
     return Int8Check(layers, off / scale, float(chosen.mean()))
 
 
+def difference(
+    file: LiteRTFile, reference: Reference, names: Sequence[str] = ()
+) -> float:
+    """How far an int8 file is from its model in float64, as a part of the outputs.
+
+    Args:
+      file: the int8 file.
+      reference: of the model.
+      names: the outputs that the file has, as for :func:`.proof.whole_errors`.
+    """
+    exact = dict(reference.exact)
+    off = total = 0.0
+    for name, got in zip(names or exact, file.run(reference.inputs), strict=True):
+        off += float(((got - exact[name]) ** 2).sum())
+        total += float((exact[name].astype(np.float64) ** 2).sum())
+    return (off / total) ** 0.5 if total else off**0.5
+
+
 def prove_weights(
     file: LiteRTFile, record: Record, leaves: Mapping[str, np.ndarray]
 ) -> tuple[LayerProof, ...]:
-    """Holds the integers of each kernel, times their scales, against the parameters.
+    """Holds each layer's integers, times their scales, against the parameters.
 
-    Rounding leaves half a step of the feature's scale, and float32 a little.
+    Rounding leaves half a step of the feature's scale, and float32 a little. What the
+    layer computes is held against integer arithmetic as a float layer's is.
     """
     operators = dict(zip((x.name for x in file.layers()), file.linear_operators()))
     shipped = {layer.name: layer for layer in file.layers()}
     found = []
     for layer in record.layers:
-        kernel, _ = expected(layer, leaves)
+        kernel, bias = expected(layer, leaves)
         if layer.name not in shipped:
             why = ("is not in the file",)
             found.append(LayerProof(layer.name, "-", layer.form, None, None, 0, why))
@@ -164,12 +183,23 @@ def prove_weights(
         mine, operator = shipped[layer.name], operators[layer.name]
         failures: list[str] = []
         if kernel is not None:
-            why = _rounded(file, operator, mine.kernel, kernel)
+            why = _rounded("weights", file, operator, mine.kernel, kernel)
+            failures += [why] if why else []
+        if layer.has_bias and mine.bias is None:
+            failures.append("its bias is not in the file")
+        elif mine.bias is not None and not layer.has_bias:
+            failures.append("it has a bias in the file, and none in the model")
+        elif bias is not None and mine.bias is not None:
+            why = _rounded("bias", file, operator, mine.bias, bias)
             failures += [why] if why else []
         bits = None if kernel is None else not failures
+        if layer.form != mine.form:
+            failures.append(f"expected {layer.op}, the file has {mine.op}")
+        exact, count, why = on_integers(file, layer)
+        failures += why
         found.append(
             LayerProof(
-                *(layer.name, mine.op, mine.form, bits, None, 0, tuple(failures)),
+                *(layer.name, mine.op, mine.form, bits, exact, count, tuple(failures)),
                 rounded=True,
             )
         )
@@ -177,26 +207,31 @@ def prove_weights(
 
 
 def _rounded(
-    file: LiteRTFile, operator: Any, values: np.ndarray, kernel: np.ndarray
+    what: str, file: LiteRTFile, operator: Any, values: np.ndarray, wanted: np.ndarray
 ) -> str | None:
     """What is wrong with a layer's integers, if anything is."""
-    side = 0 if file.array(operator.inputs[1]) is None else 1
-    quantization = file.graph.tensors[operator.inputs[side]].quantization
-    if values.dtype != np.int8 or quantization is None:
-        return f"its weights are {values.dtype}, not int8"
-    if values.shape != kernel.shape:
-        return f"its kernel should be {kernel.shape}, the file has {values.shape}"
+    place, dtype, verb = 2, np.dtype(np.int32), "is"
+    if what == "weights":
+        verb = "are"
+        place, dtype = int(file.array(operator.inputs[1]) is not None), np.dtype("int8")
+    quantization = file.graph.tensors[operator.inputs[place]].quantization
+    if values.dtype != dtype or quantization is None:
+        return f"its {what} should be {dtype}, the file has {values.dtype}"
+    if values.shape != wanted.shape:
+        return f"its {what} should be {wanted.shape}, the file has {values.shape}"
+    if np.any(quantization.zeroPoint):
+        return f"the zero point of its {what} is not 0, which kernels do not read"
     # Scales stand along the features, which come last in the graph's arrangement.
     scales = np.asarray(quantization.scale, np.float64)
-    off = abs(values.astype(np.float64) * scales - kernel) / scales
+    off = abs(values.astype(np.float64) * scales - wanted) / scales
     wrong = np.argwhere(off > 0.501)
     if not len(wrong):
         return None
     index = tuple(int(i) for i in wrong[0])
     return (
-        f"its weights are not the parameter's, rounded: expected "
-        f"{kernel[index].item():.6g} at {index}, got "
-        f"{(values * scales)[index].item():.6g} ({len(wrong)} of {kernel.size})"
+        f"its {what} {verb} not the parameter's, rounded: expected "
+        f"{wanted[index].item():.6g} at {index}, got "
+        f"{(values * scales)[index].item():.6g} ({len(wrong)} of {wanted.size})"
     )
 
 

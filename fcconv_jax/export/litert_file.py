@@ -211,8 +211,11 @@ class LiteRTFile:
                 chain.insert(0, before)
                 entering = before.inputs[0]
         new = {operator.inputs[side]: stored.astype(np.float32)}
-        if len(operator.inputs) > 2 and operator.inputs[2] >= 0 and bias is not None:
-            new[operator.inputs[2]] = bias.astype(np.float32)
+        if len(operator.inputs) > 2 and operator.inputs[2] >= 0:
+            # Zeros of the file's own where the model has no bias.
+            zeros = self.array(operator.inputs[2]) if bias is None else bias
+            if zeros is not None:
+                new[operator.inputs[2]] = zeros.astype(np.float32)
         content = self._cut(chain, entering, new)
         return run(content, [x.astype(np.float32)])[0]
 
@@ -237,6 +240,9 @@ class LiteRTFile:
             if index < 0 or index in numbers:
                 return numbers.get(index, -1)
             tensor = copy.copy(self.graph.tensors[index])
+            if index in new or tensor.type == s.TensorType.INT8:
+                # An int8 layer computes on integers as floats, by the same options.
+                tensor.type, tensor.quantization = s.TensorType.FLOAT32, None
             data = new.get(index)
             if data is None and index != entering:
                 data = self.array(index)

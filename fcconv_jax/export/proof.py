@@ -218,6 +218,22 @@ def _prove_layer(
             failures.append(f"its {what} {why}")
     if layer.form != found.form:
         failures.append(f"expected {layer.op}, the file has {found.op}")
+    exact, count, why = on_integers(shipped, layer)
+    failures += why
+    return LayerProof(
+        layer.name, found.op, found.form, bits, exact, count, tuple(failures)
+    )
+
+
+def on_integers(
+    shipped: Shipped, layer: Layer
+) -> tuple[bool | None, int, Sequence[str]]:
+    """Whether a layer of a file equals integer arithmetic.
+
+    Returns:
+      Whether it does, None where it was not run; the number of draws; what is wrong.
+    """
+    failures: list[str] = []
     exact, count = None, 0
     executed = getattr(shipped, "executed", True)
     try:
@@ -233,9 +249,7 @@ def _prove_layer(
     except (ExportError, RuntimeError, ValueError) as error:
         exact = False
         failures.append(f"it does not run on its own: {_first_line(error)}")
-    return LayerProof(
-        layer.name, found.op, found.form, bits, exact, count, tuple(failures)
-    )
+    return exact, count, failures
 
 
 def _of_precision(shipped: Shipped, layer: Layer) -> str:

@@ -115,12 +115,22 @@ def _prove(
     names: Sequence[str],
 ) -> Proof:
     if any(layer.kernel.dtype == np.int8 for layer in shipped.layers()):
-        from .int8 import prove_weights
+        from .int8 import difference, prove_weights
         from .litert_file import LiteRTFile
 
         assert isinstance(shipped, LiteRTFile)
-        note = "an int8 file: its weights are the parameters, rounded"
-        return Proof(prove_weights(shipped, record, leaves), (), 0, (), (note,))
+        notes = ["an int8 file: its weights and biases are the parameters, rounded"]
+        if record.constants:
+            count = len(record.constants)
+            notes.append(f"other parameters, rounded too, were not compared: {count}")
+        if reference is not None:
+            off = difference(shipped, reference, names)
+            notes.append(f"the whole file is {off:.1e} from float64 (root mean square)")
+        known = {layer.name for layer in record.layers}
+        more = [layer.name for layer in shipped.layers() if layer.name not in known]
+        failures = [f"the file has a layer {x!r} that the model has not" for x in more]
+        layers = prove_weights(shipped, record, leaves)
+        return Proof(layers, (), 0, tuple(failures), tuple(notes))
     return prove(shipped, record, leaves, tell, None, reference, names)
 
 

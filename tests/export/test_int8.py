@@ -79,3 +79,82 @@ def test_int8_is_litert_s(tmp_path):
             path=tmp_path / "m.onnx",
             calibrate=[np.zeros((4, 10))],
         )
+
+
+def bias_of_another_layer(file, operator):
+    its = file.array(file.linear_operators()[0].inputs[2])
+    mine = file.array(operator.inputs[2])
+    _put(file, operator.inputs[2], np.resize(its, mine.shape))
+
+
+def no_bias(file, operator):
+    operator.inputs = [*operator.inputs[:2], -1]
+
+
+def weights_one_step_off(file, operator):
+    kernel = file.array(operator.inputs[1]).copy()
+    kernel.flat[5] += 1 if kernel.flat[5] < 0 else -1
+    _put(file, operator.inputs[1], kernel)
+
+
+def padding(file, operator):
+    operator.builtinOptions.padding = 1  # VALID
+
+
+def strides(file, operator):
+    operator.builtinOptions.strideW = 2
+
+
+def dilation(file, operator):
+    operator.builtinOptions.dilationHFactor = 2
+
+
+def zero_point(file, operator):
+    quantization = file.graph.tensors[operator.inputs[1]].quantization
+    quantization.zeroPoint = np.asarray(quantization.zeroPoint) + 1
+
+
+def scale(file, operator):
+    quantization = file.graph.tensors[operator.inputs[1]].quantization
+    quantization.scale = np.asarray(quantization.scale) * np.float32(1.1)
+
+
+def _put(file, index, array):
+    buffer = file.model.buffers[file.graph.tensors[index].buffer]
+    buffer.data = np.frombuffer(np.ascontiguousarray(array).tobytes(), np.uint8)
+
+
+@pytest.mark.parametrize(
+    ("defect", "what"),
+    [
+        (bias_of_another_layer, "its bias is not the parameter's, rounded"),
+        (no_bias, "its bias is not in the file"),
+        (weights_one_step_off, "its weights are not the parameter's, rounded"),
+        (padding, "on integers: expected shape"),
+        (strides, "on integers: expected shape"),
+        (dilation, "on integers: expected "),
+        (zero_point, "the zero point of its weights is not 0"),
+        (scale, "its weights are not the parameter's, rounded"),
+    ],
+)
+def test_planted_defects(defect, what, tmp_path):
+    from fcconv_jax.export.litert import pack
+    from fcconv_jax.export.litert_file import LiteRTFile
+
+    report = export("digits", tmp_path)
+    file = LiteRTFile(Path(report.path))
+    defect(file, file.linear_operators()[1])
+    file.path.write_bytes(pack(file.model))
+    _, params, _ = MODELS["digits"]()
+    again = fc.verify_file(report.path, params, progress=False)
+    assert any(f"layer 'conv2': {what}" in each for each in again.failures)
+
+
+def test_what_verify_says_of_the_whole_file(tmp_path):
+    report = export("digits", tmp_path)
+    model, params, inputs = MODELS["digits"]()
+    options = {"model": model, "inputs": [inputs[0][:1]], "progress": False}
+    again = fc.verify_file(report.path, params, **options)
+    assert again.passed
+    (note,) = (n for n in again.proof.notes if n.startswith("the whole file is "))
+    assert 0 < float(note.split()[4]) < 0.2
