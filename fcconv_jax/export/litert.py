@@ -225,9 +225,10 @@ class _Writer:
         tensor.shape, tensor.hasRank = list(value.shape), True
         kind = _DTYPES.get(str(value.dtype))
         if kind is None:
+            other = "iree" if str(value.dtype) == "bfloat16" else "onnx"
             raise ExportError(
                 f"LiteRT has no {value.dtype} in its kernels, found at {name!r}. Cast "
-                "params and inputs to float32, or pass to='onnx'"
+                f"params and inputs to float32, or pass to={other!r}"
             )
         tensor.type = getattr(self.s.TensorType, kind)
         if value.data is not None:

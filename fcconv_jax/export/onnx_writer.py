@@ -122,7 +122,7 @@ class _Writer:
         if str(dtype) not in _DTYPES:
             raise ExportError(
                 f"ONNX Runtime has no {dtype} in its CPU kernels. Cast params and "
-                "inputs to float32"
+                "inputs to float32, or pass to='iree'"
             )
         return dtype
 

@@ -213,7 +213,7 @@ class OpenVinoFile:
                     f"expected a weight of shape {laid.shape}, got {stored.shape}"
                 )
         ops = require("openvino.opset13", "openvino", "running an OpenVINO file")
-        floats = np.float32
+        floats = stored.dtype
         entering = ops.parameter(list(x.shape), floats)
         op.input(1 - side).replace_source_output(entering.output(0))
         weight = ops.constant(np.ascontiguousarray(laid, floats))
@@ -247,8 +247,9 @@ class OpenVinoFile:
     def remarks(self, record: Record) -> list[str]:
         """Whether the runtime lowers the precision if it is left to itself."""
         own = OpenVinoFile(self.path, hint=None)
+        half = {x.name for x in self.layers() if x.kernel.dtype.itemsize < 4}
         for layer in record.layers:
-            for probe in probes(layer):
+            for probe in () if layer.name in half else probes(layer):
                 want = compute(layer, probe.x, probe.kernel, probe.bias)
                 got = own.run_layer(layer, probe.x, probe.kernel, probe.bias)
                 if not np.array_equal(got.astype(np.float64), want):

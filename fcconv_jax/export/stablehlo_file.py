@@ -29,7 +29,14 @@ _CONSTANT = re.compile(
     r'stablehlo\.constant dense<(?P<data>"0x[0-9A-F]*"|[^>]*)> : '
     r"tensor<(?P<type>[^>]*)>"
 )
-_DTYPES = {"f32": np.float32, "f64": np.float64, "f16": np.float16, "i32": np.int32}
+_DTYPES: dict[str, Any] = {
+    "f32": np.float32,
+    "f64": np.float64,
+    "f16": np.float16,
+    "bf16": np.dtype("bfloat16").type,
+    "i32": np.int32,
+    "i8": np.int8,
+}
 
 
 def write_program(
@@ -202,4 +209,5 @@ def _number(word: str, dtype: Any) -> Any:
     if word.startswith("0x"):  # what decimals do not say: infinities, NaN
         size = np.dtype(dtype).itemsize
         return np.frombuffer(bytes.fromhex(word[2:])[::-1][:size], dtype)[0]
-    return dtype(word)
+    kind = np.dtype(dtype).kind
+    return dtype(int(word) if kind == "i" else float(word) if kind == "V" else word)

@@ -4,7 +4,9 @@ import importlib.util
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import pytest
+from flax import nnx
 
 import fcconv_jax as fc
 
@@ -146,3 +148,50 @@ def test_a_weight_in_two_roles_is_said_first(to, tmp_path):
     report = fc.export(model, {"w": normal(6, 4)}, normal(3, 6), **options)
     assert [name for name, _ in report.left] == ["w", "w#2"]
     assert "conv form (2 layers are not)" in str(report).splitlines()[0]
+
+
+def test_halves(to, tmp_path):
+    """float16 holds small integers only; bfloat16 is refused with the way out."""
+
+    def model(params, x):
+        return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]
+
+    path = tmp_path / f"m.{SUFFIX[to]}"
+    options = {"to": to, "path": path, "progress": False}
+    arrays = (
+        {"w": normal(300, 5), "b": normal(5, seed=2), "v": normal(5, 3)},
+        normal(2, 300, seed=4),
+    )
+    half, brain = (
+        jax.tree.map(lambda a, kind=kind: a.astype(kind), arrays)
+        for kind in (jnp.float16, jnp.bfloat16)
+    )
+    with pytest.raises(ValueError, match=r"no bfloat16 .* or pass to='iree'"):
+        fc.export(model, *brain, **options)
+    if to == "litert":
+        with pytest.raises(ValueError, match=r"no float16 .* or pass to='onnx'"):
+            fc.export(model, *half, **options)
+        return
+    for form in ("conv", "dense"):
+        report = fc.export(model, *half, form=form, **options)
+        assert report.passed, report.failures
+        assert all(layer.exact for layer in report.layers)
+        assert fc.verify_file(path, half[0], progress=False).passed
+
+
+def test_the_state_of_an_nnx_model(to, tmp_path):
+    """With the keys of its dropout, which are in no file."""
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.fc = nnx.Linear(6, 4, rngs=rngs)
+            self.drop = nnx.Dropout(0.5, deterministic=True, rngs=rngs)
+
+        def __call__(self, x):
+            return self.fc(self.drop(x))
+
+    model, path = Net(nnx.Rngs(0)), tmp_path / f"m.{SUFFIX[to]}"
+    options = {"to": to, "path": path, "progress": False}
+    assert fc.export(model, None, normal(2, 6), **options).passed
+    for state in (nnx.state(model), nnx.state(model, nnx.Param)):
+        assert fc.verify_file(path, state, progress=False).passed

@@ -112,3 +112,15 @@ def test_a_weight_in_two_roles_is_said_first(to, tmp_path):
     report = fc.export(model, {"w": normal(6, 4)}, normal(3, 6), **options)
     assert [name for name, _ in report.left] == ["w", "w#2"]
     assert "conv form (2 layers are not)" in str(report).splitlines()[0]
+
+
+def test_bfloat16(to, tmp_path):
+    def model(params, x):
+        return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]
+
+    params = {"w": normal(6, 5), "b": normal(5, seed=2), "v": normal(5, 3)}
+    params, x = jax.tree.map(lambda a: a.astype("bfloat16"), (params, normal(2, 6)))
+    path = tmp_path / f"m{SUFFIX[to]}"
+    report = fc.export(model, params, x, to=to, path=path, progress=False)
+    assert report.passed, report.failures
+    assert fc.verify_file(path, params, progress=False).passed
