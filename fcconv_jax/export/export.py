@@ -221,7 +221,7 @@ class _Call:
         computed = {
             name: value.data
             for name, value in computed_values(graph).items()
-            if value.data is not None
+            if value.data is not None and not self.target.from_program
         }
         room = self.target.room()
         if self.target.from_program:
@@ -229,9 +229,8 @@ class _Call:
                 # No layer is cut out of it: every parameter is looked for as it is.
                 used = tuple(Source(leaf) for leaf in leaves_read(graph))
                 record = dataclasses.replace(record, layers=(), constants=used)
-            names = graph.output_names or self.outputs
             graph.notes += room.write_program(
-                *(program.call, variables, program.arrays, names, record, path)
+                *(program.call, variables, program.arrays, self.outputs, record, path)
             )
         else:
             room.write(graph, record, path)
@@ -256,6 +255,10 @@ class _Call:
                 raise
             why = f"its layers are not compared one by one: {error}"
             return Graph([], [], [], [], list(self.outputs), [why])
+        if self.target.from_program:
+            # Its file has the outputs that no input changes, too, and computes each
+            # kernel that is no parameter's entries itself.
+            graph.output_names, graph.notes = list(self.outputs), []
         return simplify(graph)
 
     def check(

@@ -124,3 +124,25 @@ def test_bfloat16(to, tmp_path):
     report = fc.export(model, params, x, to=to, path=path, progress=False)
     assert report.passed, report.failures
     assert fc.verify_file(path, params, progress=False).passed
+
+
+def test_outputs_that_no_input_changes(to, tmp_path):
+    def model(params, x):
+        return {"a": jnp.float32(3), "b": x @ params["w"], "c": params["w"] + 1}
+
+    params, x, path = {"w": normal(6, 5)}, normal(2, 6), tmp_path / f"m{SUFFIX[to]}"
+    report = fc.export(model, params, x, to=to, path=path, progress=False)
+    assert report.passed, report.failures
+    assert len(report.proof.outputs) == 3
+    whole = {"model": model, "inputs": [x], "progress": False}
+    assert fc.verify_file(path, params, **whole).passed
+
+
+def test_a_kernel_that_the_model_computes(to, tmp_path):
+    def model(params, x):
+        return x @ (params["w"] * params["scale"])
+
+    params = {"w": normal(6, 5), "scale": normal(5, seed=2)}
+    path = tmp_path / f"m{SUFFIX[to]}"
+    report = fc.export(model, params, normal(2, 6), to=to, path=path, progress=False)
+    assert report.passed, report.failures
