@@ -193,7 +193,10 @@ class _Call:
         self.program = self.room.model_program(model, inputs, kwargs)
         tree = jax.eval_shape(self.program.call, self.variables, self.program.arrays)
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
-        self.input_names = input_names(inputs, kwargs)
+        self.input_names = [
+            f"{name}_in" if name in self.outputs else name
+            for name in input_names(inputs, kwargs)
+        ]
 
     def plan(self, form: Form, rules: Sequence[Rule]) -> Plan:
         """The plan of a form."""

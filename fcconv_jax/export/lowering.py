@@ -40,6 +40,10 @@ _REFUSED = {
 }
 
 
+# The dtype of a random key, which NumPy does not have.
+_KEY = np.dtype(object)
+
+
 class Lowering:
     """Collects the operations of a program as it is walked.
 
@@ -92,7 +96,12 @@ class Lowering:
             return self.run(body, values)
         name = eqn.primitive.name
         known = all(value.data is not None for value in values)
-        if known and name not in _MOVES and name not in ("scan", "while", "cond"):
+        # Keys that nothing is drawn from, as a carry of zeros has, do no harm.
+        keys = any(value.dtype == _KEY for value in values)
+        moved = name in _MOVES and not keys
+        if name == "random_bits":
+            raise _refusal(eqn)
+        if known and not moved and name not in ("scan", "while", "cond"):
             return _computed(eqn, values)
         if name == "scan" and 0 < eqn.params["length"] <= self.unroll:
             return self._unrolled(eqn, values)
@@ -231,7 +240,16 @@ def lower(
 
 def as_value(operand: Any) -> Value:
     """A value, or a number of the trace as one."""
-    return operand if isinstance(operand, Value) else constant(operand)
+    if isinstance(operand, Value):
+        return operand
+    if _is_key(operand):
+        return Value(tuple(operand.shape), _KEY, operand)
+    return constant(operand)
+
+
+def _is_key(array: Any) -> bool:
+    dtype = getattr(array, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
 # Primitives whose rules move a constant's entries and remember how.
@@ -249,8 +267,9 @@ def _computed(eqn: Any, values: Sequence[Value]) -> list[Value]:
     same = eqn.primitive.name == "convert_element_type"
     found = []
     for out in outs:
-        if jnp.issubdtype(out.dtype, jax.dtypes.extended):
-            raise _refusal(eqn)
+        if _is_key(out):
+            found.append(Value(tuple(out.shape), _KEY, out, None, leaves))
+            continue
         data = np.asarray(out)
         source = None
         if same and values and values[0].data is not None:

@@ -409,5 +409,7 @@ def _name_layers(graph: Graph) -> None:
         else:
             path = "+".join(sorted(weight.leaves)) or "constant"
         path = path.removeprefix("params/").removesuffix("/kernel")
+        # These set a name apart from its number, here and in the files.
+        path = path.translate(dict.fromkeys(map(ord, "#;@"), "_"))
         seen[path] = seen.get(path, 0) + 1
         node.name = path if seen[path] == 1 else f"{path}#{seen[path]}"

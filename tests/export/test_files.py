@@ -195,3 +195,44 @@ def test_the_state_of_an_nnx_model(to, tmp_path):
     assert fc.export(model, None, normal(2, 6), **options).passed
     for state in (nnx.state(model), nnx.state(model, nnx.Param)):
         assert fc.verify_file(path, state, progress=False).passed
+
+
+def test_random_keys(to, tmp_path):
+    """A carry of zeros draws nothing from its key; dropout does, and is refused."""
+
+    class Sequence(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.RNN(nn.LSTMCell(5))(x)
+
+    class Net(nnx.Module):
+        def __init__(self, rngs):
+            self.fc, self.drop = (
+                nnx.Linear(6, 4, rngs=rngs),
+                nnx.Dropout(0.5, rngs=rngs),
+            )
+
+        def __call__(self, x):
+            return self.fc(self.drop(x))
+
+    model, x = Sequence(), normal(2, 3, 4)
+    options = {"to": to, "path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
+    params = model.init(jax.random.key(0), x)
+    with pytest.raises(ValueError, match=r"a loop over 3 steps. Pass unroll=3"):
+        fc.export(model, params, x, **options)
+    report = fc.export(model, params, x, unroll=3, **options)
+    assert report.passed, report.failures
+    with pytest.raises(ValueError, match=r"random numbers. Call the model as in infer"):
+        fc.export(Net(nnx.Rngs(0)), None, normal(2, 6), **options)
+
+
+def test_names_that_files_use_themselves(to, tmp_path):
+    def model(params, x, output):
+        return jnp.tanh(x @ params["w;1"]) @ params["a@b"] @ params["w#2"] + output
+
+    params = {"w;1": normal(3, 2), "a@b": normal(2, 4), "w#2": normal(4, 4)}
+    options = {"to": to, "path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
+    x, output = normal(2, 3), normal(2, 4)
+    report = fc.export(model, params, x, output=output, **options)
+    assert report.passed, report.failures
+    assert fc.verify_file(report.path, params, progress=False).passed
