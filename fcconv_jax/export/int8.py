@@ -187,7 +187,7 @@ def prove_weights(
             failures += [why] if why else []
         if layer.has_bias and mine.bias is None:
             failures.append("its bias is not in the file")
-        elif mine.bias is not None and not layer.has_bias:
+        elif mine.bias is not None and mine.bias.any() and not layer.has_bias:
             failures.append("it has a bias in the file, and none in the model")
         elif bias is not None and mine.bias is not None:
             why = _rounded("bias", file, operator, mine.bias, bias)

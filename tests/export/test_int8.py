@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import jax
 import numpy as np
 import pytest
 
@@ -57,6 +58,16 @@ def test_another_weight_is_caught(tmp_path):
     again = fc.verify_file(report.path, params, progress=False)
     assert len(again.failures) == 1
     assert "layer 'fc1': its weights are not the parameter's, rounded" in str(again)
+
+
+def test_layers_with_and_without_a_bias(tmp_path):
+    """The quantizer gives layers without one zeros of its own."""
+    model, params, inputs = MODELS["lstm step"]()
+    flat = [np.asarray(x) for x in jax.tree.leaves(inputs)]
+    options = {"to": "litert", "path": tmp_path / "m.tflite", "progress": False}
+    report = fc.export(model, params, *inputs, calibrate=flat, **options)
+    assert report.passed, report.failures
+    assert fc.verify_file(report.path, params, progress=False).passed
 
 
 def test_calibration_data_that_does_not_fit(tmp_path):
