@@ -23,7 +23,7 @@ from ..verification.agreement import named_leaves
 from .chips import Chip, chip_of
 from .errors import ExportError
 from .fingerprint import BLANK, seal
-from .forms import Form, plan_of_form
+from .forms import FORMS, Form, plan_of_form
 from .graph import Graph, Source
 from .layers import Record, computed_values, constants_of, layers_of, leaves_read
 from .lowering import lower
@@ -105,6 +105,8 @@ def export(
         raise ExportError(
             f"expected a path that ends in {target.suffix} for to={to!r}, got {path}"
         )
+    if form not in FORMS:
+        raise ExportError(f"expected form= one of {', '.join(FORMS)}, got {form!r}")
     made_for = None if chip is None else chip_of(chip)
     if form == "mix" and made_for is None and plan is None:
         raise ExportError(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from ..frontends.make_plan import make_plan
 from ..layer_forms import output_positions
@@ -16,6 +16,7 @@ from .layers import Layer
 from .targets import Target
 
 Form = Literal["conv", "dense", "mix"]
+FORMS: tuple[str, ...] = get_args(Form)
 
 
 def plan_of_form(

@@ -18,7 +18,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 from jax import lax
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from .errors import ExportError, require
@@ -119,10 +119,13 @@ class IreeFile:
             raise ExportError(
                 f"{beside}: no such file; {path} takes its params from it"
             )
-        with safe_open(beside, "numpy") as file:
-            self.about = json.loads((file.metadata() or {}).get("fcconv_jax", "{}"))
-            names = self.about.get("params", list(file.keys()))
-            self.params = {name: file.get_tensor(name) for name in names}
+        try:
+            with safe_open(beside, "numpy") as file:
+                self.about = json.loads((file.metadata() or {}).get("fcconv_jax", "{}"))
+                names = self.about.get("params", list(file.keys()))
+                self.params = {name: file.get_tensor(name) for name in names}
+        except (SafetensorError, ValueError) as error:
+            raise ExportError(f"{beside} is damaged: {error}") from None
         self._compiled: dict[str, Callable[..., list[np.ndarray]]] = {}
 
     def record(self) -> Record | None:

@@ -47,7 +47,10 @@ class LiteRTFile:
         self.content = path.read_bytes() if content is None else content
         if self.content[4:8] != b"TFL3":
             raise ExportError(f"{path} is no LiteRT file: it lacks the mark 'TFL3'")
-        self.model = s.ModelT.InitFromPackedBuf(self.content, 0)
+        try:
+            self.model = s.ModelT.InitFromPackedBuf(self.content, 0)
+        except Exception as error:  # struct's and flatbuffers' own kinds
+            raise ExportError(f"{path} is a damaged LiteRT file: {error}") from None
         self.graph = self.model.subgraphs[0]
         builtin = {v: k for k, v in vars(s.BuiltinOperator).items() if k.isupper()}
         self.codes = [

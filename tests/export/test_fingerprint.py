@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
+from fcconv_jax.export.errors import ExportError
 
 from .models import MODELS, normal
 from .test_files import needs, write
@@ -156,3 +157,27 @@ def test_the_steps_of_an_int8_activation(what, tmp_path):
         made.scale = np.asarray(made.scale) * np.float32(1.5)
     save(file)
     check(report, True, "digits")
+
+
+@pytest.mark.parametrize("part", [0.02, 0.5, 0.999])
+@pytest.mark.parametrize("to", ["litert", "onnx", "openvino", "iree", "stablehlo"])
+def test_half_a_file(to, part, tmp_path):
+    """A file that is cut short is named, whatever its format's reader makes of it."""
+    module, suffix, damaged = {
+        "litert": ("ai_edge_litert", "tflite", "tflite"),
+        "onnx": ("onnxruntime", "onnx", "onnx"),
+        "openvino": ("openvino", "xml", "bin"),
+        "iree": ("iree", "vmfb", "safetensors"),
+        "stablehlo": ("flatbuffers", "stablehlo", "stablehlo"),
+    }[to]
+    if importlib.util.find_spec(module) is None:
+        pytest.skip(f"needs the extra {to}")
+    path = tmp_path / f"m.{suffix}"
+    params = {"w": normal(6, 6)}
+    options = {"to": to, "path": path, "progress": False}
+    fc.export(lambda p, x: x @ p["w"], params, normal(2, 6), **options)
+    file = path.with_suffix(f".{damaged}")
+    content = file.read_bytes()
+    file.write_bytes(content[: int(part * len(content))])
+    with pytest.raises(ExportError, match=rf"m\.({suffix}|{damaged})"):
+        fc.verify_file(path, params, progress=False)
