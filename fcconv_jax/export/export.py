@@ -371,11 +371,11 @@ def fewest_cycles(
         call.write(each, form, file)
         try:
             content = int8.quantize(file.read_bytes(), call.input_names, [arrays])
-        except ExportError:
-            return plan
-        candidates[each] = vela.compile_file(content, accelerator).cycles
+            candidates[each] = vela.compile_file(content, accelerator).cycles
+        except ExportError:  # the report says why
+            continue
     # Of equals the chip's own mix, which comes first.
-    return min(candidates, key=candidates.__getitem__)
+    return min(candidates, key=candidates.__getitem__, default=plan)
 
 
 def quantized(
@@ -419,11 +419,15 @@ def quantized(
             continue
         cycles = {}
         if chip is not None and vela.available():
-            compiled = vela.compile_file(contents[each], chip)
-            cycles[chip] = compiled.cycles
-            if compiled.cpu:
-                count = f"{compiled.cpu} of {compiled.cpu + compiled.npu}"
-                notes.append(f"{chip}, {each} form: {count} operations stay on its CPU")
+            try:
+                compiled = vela.compile_file(contents[each], chip)
+            except ExportError as error:
+                notes.append(f"no cycles of the {each} form: {error}")
+            else:
+                cycles[chip] = compiled.cycles
+                if compiled.cpu:
+                    of = f"{compiled.cpu} of {compiled.cpu + compiled.npu} operations"
+                    notes.append(f"{chip}, {each} form: {of} stay on its CPU")
         rows.append(dataclasses.replace(figures, cycles=cycles))
     if calibrate is None:
         return {"figures": tuple(rows), "notes": tuple(notes)} if rows else {}

@@ -340,6 +340,8 @@ def whole_errors(
     got = shipped.run(reference.inputs)
     paths = [path for path, _ in reference.exact]
     kept = [paths.index(name) for name in names] if names else range(len(paths))
+    if len(got) != len(kept):
+        raise ValueError(f"expected {len(kept)} outputs, the file has {len(got)}")
     return tuple(
         working_errors(
             "outputs",

@@ -176,7 +176,10 @@ class ExportReport:
                     *(str(sum(each.ops.values())), str(each.transposes)),
                     *(str(each.reshapes), memory),
                     *(error, ms),
-                    *(f"{each.cycles.get(chip, 0):,}" for chip in chips),
+                    *(
+                        f"{each.cycles[c]:,}" if c in each.cycles else "-"
+                        for c in chips
+                    ),
                 )
             )
         return rows

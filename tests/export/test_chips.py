@@ -140,3 +140,21 @@ def test_velas_mix_is_no_slower_than_either_form(name, accelerator, tmp_path):
     assert cycles["mix"] <= min(cycles["dense"], cycles["conv"])
     if name == "vision":  # patches of 16x16
         assert cycles["conv"] > 1.5 * cycles["mix"]
+
+
+@pytest.mark.parametrize("form", ["mix", "conv"])
+def test_a_form_that_vela_refuses(form, tmp_path, monkeypatch):
+    """The file is written all the same, and the report says what Vela says."""
+    from fcconv_jax.export import vela
+
+    def refuse(content, accelerator):
+        raise ExportError(f"Vela refuses the file for {accelerator}: too wide")
+
+    monkeypatch.setattr(vela, "available", lambda: True)
+    monkeypatch.setattr(vela, "compile_file", refuse)
+    pytest.importorskip("litert_quantizer", reason="needs the extra litert")
+    model, params, inputs = MODELS["mlp"]()
+    options = {"to": "litert", "path": tmp_path / "m.tflite", "progress": False}
+    report = fc.export(model, params, *inputs, form=form, chip="ethos-u55", **options)
+    assert report.passed
+    assert f"no cycles of the {form} form: Vela refuses the file" in str(report)
