@@ -360,14 +360,45 @@ class CoreMlFile:
         """The operations of a weight, by the order in which the record has them."""
         record = self.record()
         wanted = list(record.layers) if record else []
-        mine = [op for op in self.operations if op.op_type in ("conv", "linear")]
-        mine += [op for op in self.operations if _is_weighted_product(op)]
-        mine.sort(key=self.operations.index)
         found = []
-        for number, op in enumerate(mine):
+        for number, op in enumerate(self._linear()):
             layer = wanted[number] if number < len(wanted) else None
             name = op.name if layer is None else layer.name
             found.append(_shipped(op, name, layer))
+        return found
+
+    def _linear(self) -> list[Any]:
+        """The operations of a weight, in the order in which they run."""
+        return [
+            op
+            for op in self.operations
+            if op.op_type in ("conv", "linear") or _is_weighted_product(op)
+        ]
+
+    def geometry_failures(self, layer: Layer) -> list[str]:
+        """Where a convolution's geometry is another than the model's, as read."""
+        record = self.record()
+        names = [each.name for each in record.layers] if record else []
+        op = self._linear()[names.index(layer.name)]
+        if layer.op != "conv" or op.op_type != "conv":
+            return []
+        options = layer.options
+        strides = list(options["strides"])
+        if _is_rows(np.asarray(op.weight.val), layer):
+            strides[1] *= layer.kernel_shape[2]
+        wanted = {
+            "strides": strides,
+            "dilations": list(options["dilation"]),
+            "groups": options["groups"],
+            "pad": [n for pair in options["padding"] for n in pair],
+        }
+        found = []
+        for name, want in wanted.items():
+            got = np.asarray(getattr(op, name).val).tolist()
+            if got != want:
+                found.append(f"expected {name} {want}, the file has {got}")
+        if op.pad_type.val != "custom":
+            found.append(f"expected pad_type 'custom', got {op.pad_type.val!r}")
         return found
 
     def run_layer(

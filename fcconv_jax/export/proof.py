@@ -220,6 +220,8 @@ def _prove_layer(
             failures.append(f"its {what} {why}")
     if layer.form != found.form:
         failures.append(f"expected {layer.op}, the file has {found.op}")
+    read = getattr(shipped, "geometry_failures", None)
+    failures += read(layer) if read is not None else []
     exact, count, why = on_integers(shipped, layer, found.kernel.dtype.itemsize < 4)
     failures += why
     return LayerProof(

@@ -62,3 +62,28 @@ def test_other_params(tmp_path):
     params["params"]["fc1"]["bias"] = jnp.flip(params["params"]["fc1"]["bias"])
     again = fc.verify_file(report.path, params, progress=False)
     assert "layer 'fc1': its bias has other bits" in again.failures[0]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [{"pad": [0, 2, 1, 1]}, {"dilations": [2, 1], "pad": [2, 2, 1, 1]}],
+)
+def test_planted_geometry(changes, tmp_path):
+    """What is not run is read; what changes a shape, coremltools itself refuses."""
+    ct = pytest.importorskip("coremltools")
+    report = write("digits", tmp_path)
+    (file,) = (tmp_path / "conv.mlpackage").rglob("*.mlmodel")
+    spec = ct.proto.Model_pb2.Model()
+    spec.ParseFromString(file.read_bytes())
+    (block,) = spec.mlProgram.functions["main"].block_specializations.values()
+    conv = [op for op in block.operations if op.type == "conv"][1]
+    for name, value in changes.items():
+        source = conv.inputs[name].arguments[0].name
+        const = next(op for op in block.operations if op.outputs[0].name == source)
+        const.attributes["val"].immediateValue.tensor.ints.values[:] = value
+    file.write_bytes(spec.SerializeToString())
+    _, params, _ = MODELS["digits"]()
+    again = fc.verify_file(report.path, params, progress=False)
+    for name, value in changes.items():
+        what = f"layer 'conv2': expected {name} "
+        assert any(what in x and f"has {value}" in x for x in again.failures)
