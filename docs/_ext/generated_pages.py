@@ -7,7 +7,6 @@ alone from the code, and the interactive page's data from ``classify``.
 
 from __future__ import annotations
 
-import json
 import os
 import re
 import shutil
@@ -22,26 +21,13 @@ ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "_generated"
 
 
-def tuned_table(file: Path) -> str:
-    """The results of ``benchmarks/tuned.py`` on one device, as a table in Markdown."""
+def benchmark_tables(file: Path) -> dict[str, str]:
+    """The results of one device as tables in Markdown, by group."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from tuned import table  # pyright: ignore[reportMissingImports]
+    from report import GROUPS, read, table  # pyright: ignore[reportMissingImports]
 
-    return table(file)
-
-
-def cycles_table(file: Path) -> str:
-    """The results for a device that is not present: XLA's estimate of cycles."""
-    found: list[dict[str, Any]] = json.loads(file.read_text())["results"]
-    names = list(dict.fromkeys(name for case in found for name in case["cycles"]))
-    lines = [
-        f"| {' | '.join(['model', *names, 'chosen / as it is'])} |",
-        "|" + " --- |" * (len(names) + 2),
-    ]
-    for case in found:
-        cells = [f"{case['cycles'].get(name, float('nan')):,.0f}" for name in names]
-        lines.append(f"| {case['case']} | {' | '.join(cells)} | {case['ratio']:.2f}x |")
-    return "\n".join(lines)
+    found = {group: read(file, group) for group in GROUPS}
+    return {group: table(group, results) for group, results in found.items() if results}
 
 
 def command_line() -> str:
@@ -88,12 +74,8 @@ def _generate(app: Sphinx, config: Any) -> None:
     import reasons
 
     for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        found = json.loads(file.read_text())["results"]
-        if not all("case" in each for each in found):  # of benchmarks/gpu.py
-            continue
-        measured = all("milliseconds" in case for case in found)
-        table = tuned_table(file) if measured else cycles_table(file)
-        _write(OUT / f"tuned-{file.stem}.md", table + "\n")
+        for group, table in benchmark_tables(file).items():
+            _write(OUT / f"{group}-{file.stem}.md", table + "\n")
     _write(OUT / "reasons.md", reasons.table())
     _write(ROOT / "docs" / "cli.md", command_line())
     _write(OUT / "static" / "chapter_data.js", chapter_data.as_script())

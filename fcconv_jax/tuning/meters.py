@@ -229,12 +229,30 @@ class Meter:
 def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Figure]:
     """Run times in turns, in milliseconds, with an interval of the median.
 
-    What is slower than the quickest by half leaves after a few rounds; the others go on
-    until the time is over, at least 5 and at most 101 times.
-
     Example:
       >>> list(race({"a": lambda: 1, "b": lambda: 2}, 0.01))
       ['a', 'b']
+    """
+    return {name: _figure(taken) for name, taken in race_times(runs, seconds).items()}
+
+
+def race_times(
+    runs: Mapping[str, Callable[[], Any]], seconds: float, pause: float = 0.0
+) -> dict[str, list[float]]:
+    """The seconds of every run, in turns.
+
+    What is slower than the quickest by half leaves after a few rounds; the others go on
+    until the time is over, at least 5 and at most 101 times.
+
+    Args:
+      runs: by name.
+      seconds: how long they may run.
+      pause: seconds between two runs, in which threads of another library, which may
+        spin for a while, come to rest.
+
+    Example:
+      >>> all(race_times({"a": lambda: 1, "b": lambda: 2}, 0.01).values())
+      True
     """
     first = {name: seconds_of(run) for name, run in runs.items()}
     times: dict[str, list[float]] = {name: [] for name in runs}
@@ -253,6 +271,8 @@ def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Fig
                 times[name].append(first[name])
                 del running[name]
         for name, run in running.items():
+            if pause:
+                time.sleep(pause)
             times[name].append(seconds_of(run))
         middle = {name: statistics.median(times[name]) for name in running}
         least = min(middle.values())
@@ -260,7 +280,7 @@ def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Fig
             running = {n: r for n, r in running.items() if middle[n] <= _SLOWER * least}
         if len(running) == 1 and number >= 4:
             break
-    return {name: _figure(taken) for name, taken in times.items()}
+    return times
 
 
 def _figure(times: list[float]) -> Figure:

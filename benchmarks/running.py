@@ -1,0 +1,206 @@
+"""What all groups share: races, quartiles, bounds, and a process for each case."""
+
+from __future__ import annotations
+
+import gc
+import importlib.metadata
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+import fcconv_jax as fc
+from fcconv_jax.tuning.meters import race_times
+
+# A case measures, and returns what it found: a dict that JSON knows.
+Case = Callable[[], dict[str, Any]]
+_SCRIPT = Path(__file__).with_name("__main__.py")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch")
+
+
+class MissingError(Exception):
+    """A case cannot run here, with the reason."""
+
+
+def race(
+    runs: Mapping[str, Callable[[], Any]], seconds: float, pause: float = 0.0
+) -> dict[str, Any]:
+    """Medians and quartiles in milliseconds, of runs in turns.
+
+    Args:
+      runs: by name, compiled.
+      seconds: how long they may run.
+      pause: seconds between two runs.
+    """
+    taken = race_times(runs, seconds, pause)
+    return {
+        "milliseconds": {k: 1e3 * statistics.median(t) for k, t in taken.items()},
+        "quartiles": {k: [1e3 * q for q in quartiles(t)] for k, t in taken.items()},
+        "runs": {name: len(t) for name, t in taken.items()},
+    }
+
+
+def in_turns(
+    steps: Mapping[str, Callable[[], Any]],
+    rounds: int,
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, list[float]]:
+    """Seconds of each step in every round: what it costs with nothing in JAX's caches.
+
+    The garbage collector runs between the steps and not in them, as in ``timeit``. The
+    first round is not counted.
+    """
+    times: dict[str, list[float]] = {name: [] for name in steps}
+    for number in range(rounds + 1):
+        for name, step in steps.items():
+            jax.clear_caches()
+            gc.collect()
+            gc.disable()
+            start = clock()
+            jax.block_until_ready(step())
+            seconds = clock() - start
+            gc.enable()
+            if number:
+                times[name].append(seconds)
+    return times
+
+
+def quartiles(values: list[float]) -> list[float]:
+    """The first and the third quartile."""
+    if len(values) == 1:
+        return values * 2
+    first, _, third = statistics.quantiles(values, n=4, method="inclusive")
+    return [first, third]
+
+
+def bound(what: str, value: float, most: float, unit: str = "x") -> dict[str, Any]:
+    """A figure, and the most that it is to be."""
+    return {"what": what, "value": value, "bound": most, "unit": unit}
+
+
+def linen(model: nn.Module, *shape: int, dtype: Any = jnp.float32) -> Any:
+    """A linen model, its variables, and an input of random numbers."""
+    x = jnp.asarray(np.random.default_rng(0).normal(size=shape), dtype)
+    return model, jax.jit(model.init)(jax.random.key(0), x), x
+
+
+def in_form(model: Any, params: Any, x: jax.Array, plan: fc.Plan) -> Callable[[], Any]:
+    """Runs a linen model or a function in the form of a plan."""
+    converted: Any = fc.convert_model(model, plan)
+    moved = fc.convert_params(params, plan)
+    call = converted.apply if isinstance(model, nn.Module) else converted
+    return lambda: call(moved, x)
+
+
+def as_it_is(model: Any, params: Any, x: jax.Array) -> Callable[[], Any]:
+    """Runs a linen model or a function, jitted."""
+    call = jax.jit(model.apply if isinstance(model, nn.Module) else model)
+    return lambda: call(params, x)
+
+
+def make_plan(model: Any, params: Any, x: jax.Array, to: Any) -> fc.Plan:
+    """The default plan of a linen model or a function."""
+    args = (x,) if isinstance(model, nn.Module) else (params, x)
+    return fc.make_plan(model, *args, to=to)
+
+
+def largest_error(found: Any, want: Any) -> float:
+    """The largest difference, as a part of the largest entry."""
+    found, want = (np.asarray(array).astype(np.float64) for array in (found, want))
+    return float(np.abs(found - want).max() / np.abs(want).max())
+
+
+def versions() -> dict[str, str]:
+    """Of Python, and of the packages that are here."""
+    found = {"python": platform.python_version()}
+    for name in _PACKAGES:
+        try:
+            found[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def measure(group: str, case: str, run: Case) -> dict[str, Any]:
+    """Runs a case of a group in this process."""
+    start = time.perf_counter()
+    try:
+        found = run()
+    except MissingError as missing:
+        return {"case": case, "missing": str(missing)}
+    return {
+        "case": case,
+        "group": group,
+        "device": jax.devices()[0].device_kind,
+        "cores": os.cpu_count(),
+        "versions": versions(),
+        "seconds": time.perf_counter() - start,
+        **found,
+    }
+
+
+def alone(cases: list[str]) -> Iterator[dict[str, Any]]:
+    """Runs each case in a process of its own; what it found, or that it failed."""
+    for number, case in enumerate(cases):
+        print(f"[{number + 1}/{len(cases)}] {case}", file=sys.stderr, flush=True)
+        command = [sys.executable, _SCRIPT, "--alone", case]
+        done = subprocess.run(command, stdout=subprocess.PIPE, text=True)
+        if done.returncode:
+            yield {"case": case, "failed": f"exit status {done.returncode}"}
+        else:
+            yield json.loads(done.stdout.splitlines()[-1])
+
+
+def holds(found: Mapping[str, Any]) -> bool:
+    """Whether a case ran, where it can, and holds all its bounds."""
+    if "failed" in found:
+        return False
+    return all(each["value"] <= each["bound"] for each in found.get("bounds", ()))
+
+
+def show(found: Mapping[str, Any]) -> str:
+    """A case in a few lines: its figures, and its bounds."""
+    if "missing" in found:
+        return f"{found['case']}: not run: {found['missing']}"
+    if "failed" in found:
+        return f"{found['case']}: FAILED with {found['failed']}"
+    lines = [f"{found['case']} ({found['seconds']:.0f} s)"]
+    for name, ms in found.get("milliseconds", {}).items():
+        low, high = found["quartiles"][name]
+        error = found.get("errors", {}).get(name)
+        text = f"  {name:24} {ms:10.4g} ms, {low:.4g} to {high:.4g}"
+        lines.append(text + ("" if error is None else f", error {error:.0e}"))
+    for name, cycles in found.get("cycles", {}).items():
+        lines.append(f"  {name:24} {cycles:14,.0f} cycles")
+    for name, why in found.get("left out", {}).items():
+        lines.append(f"  {name:24} left out: {why}")
+    for each in found["bounds"]:
+        verdict = "holds" if each["value"] <= each["bound"] else "MISSED"
+        unit = each["unit"] if each["unit"] == "x" else f" {each['unit']}"
+        lines.append(
+            f"  {each['what']}: {each['value']:.3g}{unit}; bound "
+            f"{each['bound']:g}{unit}: {verdict}"
+        )
+    return "\n".join(lines)
+
+
+def write(folder: Path, found: Mapping[str, Any]) -> None:
+    """Puts a case into the file of its device, in the place of an earlier run."""
+    device = found["device"].replace(" ", "-").replace(":", "-").lower()
+    file = folder / f"{device}.json"
+    known = json.loads(file.read_text())["results"] if file.exists() else []
+    results = [each for each in known if each["case"] != found["case"]] + [found]
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {"device": found["device"], "results": results}
+    file.write_text(json.dumps(content, indent=1) + "\n")
