@@ -22,10 +22,12 @@ from collections.abc import Sequence
 from pathlib import Path
 
 import cycles
+import layers
 import models
 from running import Case, alone, holds, measure, show, write
 
 GROUPS: dict[str, dict[str, Case]] = {
+    "layers": layers.CASES,
     "models": models.CASES,
     "cycles": cycles.CASES,
 }

@@ -32,6 +32,19 @@ def _models(results: Sequence[dict[str, Any]]) -> str:
     return _markdown(rows)
 
 
+def _layers(results: Sequence[dict[str, Any]]) -> str:
+    names = list(dict.fromkeys(k for found in results for k in found["milliseconds"]))
+    rows: list[tuple[str, ...]] = [
+        ("layer, batch", *names, "tuned / original", "bound")
+    ]
+    for found in results:
+        ms, quartiles = found["milliseconds"], found.get("quartiles", {})
+        cells = [_time(ms.get(name), quartiles.get(name)) for name in names]
+        what = f"tuned / {found.get('original', 'original')}"
+        rows.append((found["case"], *cells, *_bound(found, what)))
+    return _markdown(rows)
+
+
 def _cycles(results: Sequence[dict[str, Any]]) -> str:
     names = list(dict.fromkeys(name for found in results for name in found["cycles"]))
     rows: list[tuple[str, ...]] = [("model", *names, "tuned / original", "bound")]
@@ -65,4 +78,4 @@ def _markdown(rows: Sequence[Sequence[str]]) -> str:
 
 
 # How the results of a group are shown.
-GROUPS = {"models": _models, "layers": _models, "cycles": _cycles}
+GROUPS = {"models": _models, "layers": _layers, "cycles": _cycles}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import gc
 import importlib.metadata
 import json
@@ -13,6 +15,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import flax.linen as nn
@@ -25,6 +28,8 @@ from fcconv_jax.tuning.meters import race_times
 
 # A case measures, and returns what it found: a dict that JSON knows.
 Case = Callable[[], dict[str, Any]]
+# Rounds in which a short program shows how quick it is.
+_TRIAL = 15
 _SCRIPT = Path(__file__).with_name("__main__.py")
 _PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch")
 
@@ -34,16 +39,16 @@ class MissingError(Exception):
 
 
 def race(
-    runs: Mapping[str, Callable[[], Any]], seconds: float, pause: float = 0.0
+    runs: Mapping[str, Callable[[], Any]], seconds: float, apart: float = 0.0
 ) -> dict[str, Any]:
     """Medians and quartiles in milliseconds, of runs in turns.
 
     Args:
       runs: by name, compiled.
       seconds: how long they may run.
-      pause: seconds between two runs.
+      apart: as for :func:`fcconv_jax.tuning.meters.race_times`.
     """
-    taken = race_times(runs, seconds, pause)
+    taken = race_times(runs, seconds, apart, _TRIAL)
     return {
         "milliseconds": {k: 1e3 * statistics.median(t) for k, t in taken.items()},
         "quartiles": {k: [1e3 * q for q in quartiles(t)] for k, t in taken.items()},
@@ -95,24 +100,90 @@ def linen(model: nn.Module, *shape: int, dtype: Any = jnp.float32) -> Any:
     return model, jax.jit(model.init)(jax.random.key(0), x), x
 
 
-def in_form(model: Any, params: Any, x: jax.Array, plan: fc.Plan) -> Callable[[], Any]:
-    """Runs a linen model or a function in the form of a plan."""
-    converted: Any = fc.convert_model(model, plan)
-    moved = fc.convert_params(params, plan)
-    call = converted.apply if isinstance(model, nn.Module) else converted
-    return lambda: call(moved, x)
+@dataclasses.dataclass(frozen=True)
+class Forms:
+    """A linen model or a function, in every form.
+
+    Attributes:
+      runs: the original, all layers to one form by the default plans, and tuned.
+      plan: the tuned one.
+      seconds: that tuning took.
+    """
+
+    runs: dict[str, Callable[[], Any]]
+    plan: fc.Plan
+    seconds: float
 
 
-def as_it_is(model: Any, params: Any, x: jax.Array) -> Callable[[], Any]:
-    """Runs a linen model or a function, jitted."""
-    call = jax.jit(model.apply if isinstance(model, nn.Module) else model)
-    return lambda: call(params, x)
+def tuned(model: Any, params: Any, x: jax.Array, budget: float = 120.0) -> Forms:
+    """Tunes a model, within about ``budget`` seconds, and makes its other forms."""
+    start = time.perf_counter()
+    plan = fc.tune(model, params, x, budget=budget)
+    seconds = time.perf_counter() - start
+    print(plan.tuning, file=sys.stderr)
+    is_module = isinstance(model, nn.Module)
+    args = (x,) if is_module else (params, x)
+    plans = {
+        "all to conv": fc.make_plan(model, *args, to="conv"),
+        "all to dense": fc.make_plan(model, *args, to="dense"),
+    }
+    plans = {name: each for name, each in plans.items() if len(each)} | {"tuned": plan}
+    original = jax.jit(model.apply if is_module else model)
+    runs: dict[str, Callable[[], Any]] = {
+        "original": functools.partial(original, params, x)
+    }
+    for name, each in plans.items():
+        converted: Any = fc.convert_model(model, each)
+        call = converted.apply if is_module else converted
+        runs[name] = functools.partial(call, fc.convert_params(params, each), x)
+    return Forms(runs, plan, seconds)
 
 
-def make_plan(model: Any, params: Any, x: jax.Array, to: Any) -> fc.Plan:
-    """The default plan of a linen model or a function."""
-    args = (x,) if isinstance(model, nn.Module) else (params, x)
-    return fc.make_plan(model, *args, to=to)
+def compare(
+    runs: Mapping[str, Callable[[], Any]],
+    original: str,
+    most: Mapping[str, float],
+    seconds: float,
+    apart: float = 0.0,
+    known: Mapping[str, np.ndarray] = MappingProxyType({}),
+) -> dict[str, Any]:
+    """Runs forms in turns, against bounds.
+
+    Args:
+      runs: by name; all give the same numbers.
+      original: what the others are compared with.
+      most: parts of the original's time that forms may take at most.
+      seconds: of the race.
+      apart: as for :func:`fcconv_jax.tuning.meters.race_times`.
+      known: results of runs that are no arrays of JAX, in its order.
+    """
+    results = {name: np.asarray(r()) for name, r in runs.items() if name not in known}
+    results |= known
+    found = race(runs, seconds, apart)
+    ms = found["milliseconds"]
+    return {
+        **found,
+        "errors": {
+            name: largest_error(result, results[original])
+            for name, result in results.items()
+            if name != original
+        },
+        "bounds": [
+            bound(f"{name} / {original}", ms[name] / ms[original], value)
+            for name, value in most.items()
+            if name in ms and name != original
+        ],
+    }
+
+
+def as_record(forms: Forms) -> dict[str, Any]:
+    """What tuning found."""
+    assert forms.plan.tuning is not None
+    return {
+        "tuning_seconds": forms.seconds,
+        "options": dict(forms.plan.options),
+        "tuning": forms.plan.tuning.content(),
+    }
 
 
 def largest_error(found: Any, want: Any) -> float:

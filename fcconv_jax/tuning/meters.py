@@ -28,7 +28,7 @@ Options = tuple[tuple[str, Any], ...]
 
 _FORMAT = "fcconv_jax.timings"
 _MAX_ROUNDS = 101
-# Rounds before what is slower by half leaves the race; of a long program one will do.
+# Rounds before what is slower by half leaves the race.
 _TRIAL_ROUNDS = 3
 _LONG = 0.05
 _SLOWER = 1.5
@@ -237,7 +237,10 @@ def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Fig
 
 
 def race_times(
-    runs: Mapping[str, Callable[[], Any]], seconds: float, pause: float = 0.0
+    runs: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    apart: float = 0.0,
+    trial: int = _TRIAL_ROUNDS,
 ) -> dict[str, list[float]]:
     """The seconds of every run, in turns.
 
@@ -247,8 +250,10 @@ def race_times(
     Args:
       runs: by name.
       seconds: how long they may run.
-      pause: seconds between two runs, in which threads of another library, which may
-        spin for a while, come to rest.
+      apart: where it is not 0, each run waits for so many seconds, and follows one of
+        the same program that is not counted. Then threads of another library, which
+        may spin for a while, have come to rest, and no program has a better neighbour.
+      trial: rounds before what is slower leaves; of a long program one will do.
 
     Example:
       >>> all(race_times({"a": lambda: 1, "b": lambda: 2}, 0.01).values())
@@ -271,12 +276,13 @@ def race_times(
                 times[name].append(first[name])
                 del running[name]
         for name, run in running.items():
-            if pause:
-                time.sleep(pause)
+            if apart:
+                time.sleep(apart)
+                seconds_of(run)
             times[name].append(seconds_of(run))
         middle = {name: statistics.median(times[name]) for name in running}
         least = min(middle.values())
-        if number + 1 >= (1 if least > _LONG else _TRIAL_ROUNDS):
+        if number + 1 >= (1 if least > _LONG else trial):
             running = {n: r for n, r in running.items() if middle[n] <= _SLOWER * least}
         if len(running) == 1 and number >= 4:
             break

@@ -105,6 +105,15 @@ def test_slow_programs_leave_the_race(monkeypatch):
         assert found[name].low == pytest.approx(found[name].high)
 
 
+def test_apart_each_run_follows_its_own():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "ab"}
+    times = meters.race_times(runs, 0.0, apart=1e-4)
+    rounds = max(map(len, times.values()))
+    assert order[:6] == ["a", "b", "a", "a", "b", "b"]  # one run each, then in pairs
+    assert rounds >= 5
+
+
 def test_the_interval_is_that_of_the_median():
     found = meters._figure([t / 1e3 for t in range(1, 102)])
     assert (found.median, found.low, found.high) == (51.0, 41.0, 61.0)
