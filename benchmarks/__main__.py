@@ -21,6 +21,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import costs
 import cycles
 import layers
 import models
@@ -29,6 +30,7 @@ from running import Case, alone, holds, measure, show, write
 GROUPS: dict[str, dict[str, Case]] = {
     "layers": layers.CASES,
     "models": models.CASES,
+    "costs": costs.CASES,
     "cycles": cycles.CASES,
 }
 _ALL = {case: run for group in GROUPS.values() for case, run in group.items()}

@@ -13,7 +13,7 @@ import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any
@@ -39,7 +39,10 @@ class MissingError(Exception):
 
 
 def race(
-    runs: Mapping[str, Callable[[], Any]], seconds: float, apart: float = 0.0
+    runs: Mapping[str, Callable[[], Any]],
+    seconds: float,
+    apart: float = 0.0,
+    opponents: Collection[str] = (),
 ) -> dict[str, Any]:
     """Medians and quartiles in milliseconds, of runs in turns.
 
@@ -47,8 +50,9 @@ def race(
       runs: by name, compiled.
       seconds: how long they may run.
       apart: as for :func:`fcconv_jax.tuning.meters.race_times`.
+      opponents: likewise.
     """
-    taken = race_times(runs, seconds, apart, _TRIAL)
+    taken = race_times(runs, seconds, apart, _TRIAL, opponents)
     return {
         "milliseconds": {k: 1e3 * statistics.median(t) for k, t in taken.items()},
         "quartiles": {k: [1e3 * q for q in quartiles(t)] for k, t in taken.items()},
@@ -60,16 +64,25 @@ def in_turns(
     steps: Mapping[str, Callable[[], Any]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
+    anew: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds of each step in every round: what it costs with nothing in JAX's caches.
 
     The garbage collector runs between the steps and not in them, as in ``timeit``. The
     first round is not counted.
+
+    Args:
+      steps: by name.
+      rounds: that are counted.
+      clock: gives seconds.
+      anew: the steps that are made anew, uncounted: their functions give the step.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
             jax.clear_caches()
+            if name in anew:
+                step = step()
             gc.collect()
             gc.disable()
             start = clock()
@@ -155,11 +168,11 @@ def compare(
       most: parts of the original's time that forms may take at most.
       seconds: of the race.
       apart: as for :func:`fcconv_jax.tuning.meters.race_times`.
-      known: results of runs that are no arrays of JAX, in its order.
+      known: results of another library's runs, in JAX's order.
     """
     results = {name: np.asarray(r()) for name, r in runs.items() if name not in known}
     results |= known
-    found = race(runs, seconds, apart)
+    found = race(runs, seconds, apart, known)
     ms = found["milliseconds"]
     return {
         **found,

@@ -105,6 +105,24 @@ def test_slow_programs_leave_the_race(monkeypatch):
         assert found[name].low == pytest.approx(found[name].high)
 
 
+def test_opponents_make_nothing_leave(monkeypatch):
+    now = {"time": 0.0}
+    cost = {"own": 0.1, "other": 0.11, "opponent": 0.01, "slow opponent": 0.3}
+
+    def runner(name):
+        def run():
+            now["time"] += cost[name]
+
+        return run
+
+    monkeypatch.setattr(meters.time, "perf_counter", lambda: now["time"])
+    runs = {name: runner(name) for name in cost}
+    opponents = ("opponent", "slow opponent")
+    times = meters.race_times(runs, 4.0, opponents=opponents)
+    assert len(times["own"]) == len(times["other"]) == len(times["opponent"]) > 15
+    assert len(times["slow opponent"]) == 1
+
+
 def test_apart_each_run_follows_its_own():
     order = []
     runs = {name: lambda name=name: order.append(name) for name in "ab"}
