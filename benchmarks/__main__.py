@@ -25,7 +25,7 @@ import costs
 import cycles
 import layers
 import models
-from running import Case, alone, holds, measure, show, write
+from running import TPUS, Case, alone, holds, measure, show, write
 
 GROUPS: dict[str, dict[str, Case]] = {
     "layers": layers.CASES,
@@ -46,7 +46,7 @@ def chosen(names: Sequence[str], backend: str | None) -> list[str]:
         known = [case for case in cycles.CASES if case.endswith(f" for {backend}")]
         names = [name if name in GROUPS else f"{name} for {backend}" for name in names]
         if not known:
-            sys.exit(f"--for {backend}: it is one of {', '.join(cycles.TPUS)}")
+            sys.exit(f"--for {backend}: it is one of {', '.join(TPUS)}")
         names = names or ["cycles"]
     else:
         known = list(_ALL)

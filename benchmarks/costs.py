@@ -29,12 +29,11 @@ import numpy as np
 import small_networks as small
 from flax import nnx
 from networks import Bert
-from running import Case, MissingError, bound, in_turns, race
+from running import TPUS, Case, MissingError, bound, in_turns, race
 
 import fcconv_jax as fc
 from fcconv_jax.backends.resolution import resolve
 
-TPUS = ("tpu:v4", "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:7x")
 GPUS = ("cuda:a100", "cuda:h100")
 _ROOT = Path(__file__).parents[1]
 _SAMPLE = 0.05  # seconds

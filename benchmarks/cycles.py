@@ -14,12 +14,11 @@ from typing import Any
 
 import jax
 from models import MAKE
-from running import Case, MissingError, bound
+from running import TPUS, Case, MissingError, bound
 
 import fcconv_jax as fc
 from fcconv_jax.backends.resolution import resolve
 
-TPUS = ("tpu:v4", "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:7x")
 _QUICKER = {
     ("vit-b-8", "tpu:v5e"): 0.92,
     ("vit-b-8", "tpu:v5p"): 0.95,

@@ -17,16 +17,15 @@ import argparse
 import dataclasses
 import functools
 import itertools
-import statistics
 import sys
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, get_args
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from running import TPUS, race
 
 import fcconv_jax as fc
 from fcconv_jax.backends.compilation import (
@@ -43,10 +42,7 @@ from fcconv_jax.plan import KernelLayout, Layout
 from fcconv_jax.progress import shown
 from fcconv_jax.tables import aligned
 
-BACKENDS = (
-    *("tpu:v4", "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:7x"),
-    *("cuda:a100", "cuda:h100"),
-)
+BACKENDS = (*TPUS, "cuda:a100", "cuda:h100")
 # A model of one layer, the shape of its input, and the rules that it is planned with.
 LAYERS: dict[str, tuple[nn.Module, tuple[int, ...], list[str]]] = {
     "MLP (64, 1024) -> 1024": (nn.Dense(1024), (64, 1024), ["*=1x1"]),
@@ -61,6 +57,8 @@ LAYOUTS = [
         get_args(KernelLayout), get_args(Layout)
     )
 ]
+# Of a race between the layouts of one layer.
+_SECONDS = 3.0
 # Costs within two hundredths are the same.
 SAME = 1.02
 
@@ -127,21 +125,7 @@ def default(layer: str, backend: str) -> str:
     return f"{plan.layout} {plan.kernel_layout}"
 
 
-def medians(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each function, run in turns."""
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for number in range(rounds + 2):
-        for name, run in runs.items():
-            start = time.perf_counter()
-            jax.block_until_ready(run())
-            if number >= 2:
-                times[name].append(1e3 * (time.perf_counter() - start))
-    return {name: statistics.median(taken) for name, taken in times.items()}
-
-
-def execute(
-    programs: Mapping[str, Program], there: Resolution, rounds: int
-) -> dict[str, Found]:
+def execute(programs: Mapping[str, Program], there: Resolution) -> dict[str, Found]:
     """Compiles and times the forms of one layer on a device that is present."""
     rng = np.random.default_rng(0)
 
@@ -154,13 +138,11 @@ def execute(
         compiled[name] = compile_present(program, there)
         args = jax.tree.map(fill, program.args)
         runs[name] = functools.partial(compiled[name].executable, *args)
-    taken = medians(runs, rounds)
+    taken = race(runs, _SECONDS)["milliseconds"]
     return {name: Found(compiled[name], taken[name]) for name in programs}
 
 
-def measure(
-    backends: Sequence[str], rounds: int
-) -> dict[str, dict[str, dict[str, Found]]]:
+def measure(backends: Sequence[str]) -> dict[str, dict[str, dict[str, Found]]]:
     """What each backend makes of each layer, in each layout.
 
     Raises:
@@ -197,7 +179,7 @@ def measure(
             for number, layer in enumerate(LAYERS):
                 if there.how == "executed":
                     tell(f"{backend}: {layer}", number, len(LAYERS))
-                    by_name = execute(programs[layer], there, rounds)
+                    by_name = execute(programs[layer], there)
                 else:
                     outcome = outcomes[there.backend]
                     if isinstance(outcome, BackendError):
@@ -260,12 +242,9 @@ def main() -> None:
         action="append",
         help=f"may be repeated; default: {' '.join(BACKENDS)}",
     )
-    parser.add_argument(
-        "--rounds", type=int, default=30, help="of runs; default: %(default)s"
-    )
     options = parser.parse_args()
     try:
-        found = measure(options.backend or BACKENDS, options.rounds)
+        found = measure(options.backend or BACKENDS)
     except BackendError as error:
         sys.exit(str(error))
     print(f"jax {jax.__version__}; * is the best layout, [ ] the default")

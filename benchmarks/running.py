@@ -28,6 +28,8 @@ from fcconv_jax.tuning.meters import race_times
 
 # A case measures, and returns what it found: a dict that JSON knows.
 Case = Callable[[], dict[str, Any]]
+# The generations that are compiled for ahead of time.
+TPUS = ("tpu:v4", "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:7x")
 # Rounds in which a short program shows how quick it is.
 _TRIAL = 15
 _SCRIPT = Path(__file__).with_name("__main__.py")
