@@ -21,13 +21,12 @@ ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "_generated"
 
 
-def benchmark_tables(file: Path) -> dict[str, str]:
-    """The results of one device as tables in Markdown, by group."""
+def benchmark_tables() -> dict[str, str]:
+    """The results of the benchmarks as tables in Markdown, by name."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
-    from report import GROUPS, read, table  # pyright: ignore[reportMissingImports]
+    from report import tables  # pyright: ignore[reportMissingImports]
 
-    found = {group: read(file, group) for group in GROUPS}
-    return {group: table(group, results) for group, results in found.items() if results}
+    return tables(ROOT / "benchmarks" / "results")
 
 
 def command_line() -> str:
@@ -73,9 +72,8 @@ def _generate(app: Sphinx, config: Any) -> None:
     import chapter_data
     import reasons
 
-    for file in sorted((ROOT / "benchmarks" / "results").glob("*.json")):
-        for group, table in benchmark_tables(file).items():
-            _write(OUT / f"{group}-{file.stem}.md", table + "\n")
+    for name, table in benchmark_tables().items():
+        _write(OUT / f"{name}.md", table + "\n")
     _write(OUT / "reasons.md", reasons.table())
     _write(ROOT / "docs" / "cli.md", command_line())
     _write(OUT / "static" / "chapter_data.js", chapter_data.as_script())

@@ -1,0 +1,60 @@
+"""The tables of the benchmarks are made from their results."""
+
+import importlib.util
+import json
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).parents[2]
+
+
+def load(name):
+    file = ROOT / "benchmarks" / f"{name}.py"
+    spec = importlib.util.spec_from_file_location(f"benchmarks_{name}", file)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # dataclasses look it up
+    spec.loader.exec_module(module)
+    return module
+
+
+report, running = load("report"), load("running")
+
+
+def found(case, group, value=0.5, **more):
+    each = {"what": "tuned / original", "value": value, "bound": 1.02, "unit": "x"}
+    return {"case": case, "group": group, "device": "a chip", "bounds": [each], **more}
+
+
+def test_readme_tells_the_results():
+    results = report.read(ROOT / "benchmarks" / "results" / "cpu.json")
+    assert report.readme(results) in (ROOT / "README.md").read_text()
+
+
+def test_tables_are_there_before_anything_is_measured(tmp_path):
+    tables = report.tables(tmp_path)
+    assert {"models-cpu", "layers-cpu", "loops-cpu", "costs-cpu", "cycles"} == {*tables}
+
+
+def test_a_table_has_times_and_what_missed(tmp_path):
+    ms = {"original": 10.0, "tuned": 20.0}
+    quartiles = {"original": [9.0, 11.0], "tuned": [20.0, 20.0]}
+    runs = {"original": 5, "tuned": 1}
+    more = {"milliseconds": ms, "quartiles": quartiles, "runs": runs}
+    running.write(tmp_path, found("net-8", "models", 2.0, **more))
+    *_, row = report.tables(tmp_path)["models-a-chip"].splitlines()
+    cells = [cell.strip() for cell in row.strip("|").split("|")]
+    assert cells[:2] == ["net-8", "10 ms ±10%"]
+    missed = "**missed**: tuned / original 2.00x, not 1.02x"
+    assert cells[-3:] == ["20 ms", "2.00x", missed]
+
+
+def test_a_case_takes_the_place_of_its_own_alone(tmp_path):
+    for value in (0.5, 0.7):
+        running.write(tmp_path, found("a", "costs", value))
+        running.write(tmp_path, found("b", "costs"))
+    (file,) = tmp_path.glob("*.json")
+    results = json.loads(file.read_text())["results"]
+    assert {each["case"]: each["bounds"][0]["value"] for each in results} == {
+        "a": 0.7,
+        "b": 0.5,
+    }
