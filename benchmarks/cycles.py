@@ -42,7 +42,7 @@ def estimate(model: str, backend: str) -> dict[str, Any]:
     start = time.perf_counter()
     plan = fc.tune(made[0], params, x, backend=backend)
     assert plan.tuning is not None
-    print(plan.tuning, file=sys.stderr)
+    print(plan.tuning.headline(), file=sys.stderr)
     most = _QUICKER.get((model, backend), 1.0)
     return {
         "device": backend,

@@ -135,7 +135,8 @@ def tuned(model: Any, params: Any, x: jax.Array, budget: float = 120.0) -> Forms
     start = time.perf_counter()
     plan = fc.tune(model, params, x, budget=budget)
     seconds = time.perf_counter() - start
-    print(plan.tuning, file=sys.stderr)
+    assert plan.tuning is not None
+    print(plan.tuning.headline(), file=sys.stderr)
     is_module = isinstance(model, nn.Module)
     args = (x,) if is_module else (params, x)
     plans = {
