@@ -14,7 +14,7 @@ from typing import Any
 
 import jax
 from models import MAKE
-from running import TPUS, Case, MissingError, bound
+from running import TPUS, Case, MissingError, as_record, bound
 
 import fcconv_jax as fc
 from fcconv_jax.backends.resolution import resolve
@@ -41,6 +41,7 @@ def estimate(model: str, backend: str) -> dict[str, Any]:
     params, x = jax.eval_shape(shapes)
     start = time.perf_counter()
     plan = fc.tune(made[0], params, x, backend=backend)
+    seconds = time.perf_counter() - start
     assert plan.tuning is not None
     print(plan.tuning.headline(), file=sys.stderr)
     most = _QUICKER.get((model, backend), 1.0)
@@ -48,8 +49,7 @@ def estimate(model: str, backend: str) -> dict[str, Any]:
         "device": backend,
         "cycles": {name: figure.median for name, figure in plan.tuning.programs},
         "bounds": [bound("tuned / original", plan.tuning.ratio, most)],
-        "tuning_seconds": time.perf_counter() - start,
-        "tuning": plan.tuning.content(),
+        **as_record(plan, seconds),
     }
 
 

@@ -197,7 +197,12 @@ def _beside(
             else:
                 runs[title], known[title] = run, result
     found = compare(runs, original, most, _SECONDS, _APART, known)
-    return {**found, "original": original, "left out": left_out, **as_record(forms)}
+    return {
+        **found,
+        "original": original,
+        "left out": left_out,
+        **as_record(forms.plan, forms.seconds),
+    }
 
 
 def _in_torch(

@@ -65,7 +65,10 @@ def measure(name: str) -> dict[str, Any]:
     """Tunes a model, and measures the plan against the other forms."""
     forms = tuned(*MAKE[name]())
     most = {"tuned": _QUICKER.get(name, TUNED), "all to conv": ALL_TO_CONV}
-    return {**compare(forms.runs, "original", most, _SECONDS), **as_record(forms)}
+    return {
+        **compare(forms.runs, "original", most, _SECONDS),
+        **as_record(forms.plan, forms.seconds),
+    }
 
 
 CASES: dict[str, Case] = {name: functools.partial(measure, name) for name in MAKE}

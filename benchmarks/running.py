@@ -192,13 +192,15 @@ def compare(
     }
 
 
-def as_record(forms: Forms) -> dict[str, Any]:
-    """What tuning found."""
-    assert forms.plan.tuning is not None
+def as_record(plan: fc.Plan, seconds: float) -> dict[str, Any]:
+    """What tuning found, in so many seconds; not why layers have one form only."""
+    assert plan.tuning is not None
+    content = plan.tuning.content()
+    del content["left"]
     return {
-        "tuning_seconds": forms.seconds,
-        "options": dict(forms.plan.options),
-        "tuning": forms.plan.tuning.content(),
+        "tuning_seconds": seconds,
+        "options": dict(plan.options),
+        "tuning": content,
     }
 
 
