@@ -33,7 +33,7 @@ TPUS = ("tpu:v4", "tpu:v5e", "tpu:v5p", "tpu:v6e", "tpu:7x")
 # Rounds in which a short program shows how quick it is.
 _TRIAL = 15
 _SCRIPT = Path(__file__).with_name("__main__.py")
-_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch")
+_PACKAGES = ("jax", "jaxlib", "flax", "numpy", "torch", "libtpu")
 
 
 class MissingError(Exception):
