@@ -221,7 +221,7 @@ def _in_torch(
 def _torch_layer(
     torch: Any, layer: Layer, params: dict[str, jax.Array], x: jax.Array
 ) -> dict[str, _Torch]:
-    """A layer on rows of features, which a view or a copy makes, and on images."""
+    """A layer on rows of features, copied in the run unless a view does; on images."""
     k, features = layer.window, layer.features
     n, (height, width, channels) = x.shape[0], layer.image
     kernel = _tensor(torch, params["kernel"]).reshape(k, k, channels, features)
@@ -230,18 +230,25 @@ def _torch_layer(
     weight = kernel.reshape(-1, features).T.contiguous()
     filters = kernel.permute(3, 2, 0, 1).contiguous()
 
-    def dense(x: Any) -> Any:
+    def rows(x: Any) -> Any:
         x = x.reshape(n, height // k, k, width // k, k, channels)
         x = x.permute(0, 1, 3, 2, 4, 5)
-        rows = x.reshape(n, height // k, width // k, -1)
-        return torch.nn.functional.linear(rows, weight, bias)
+        return x.reshape(n, height // k, width // k, -1)
+
+    def dense(x: Any) -> Any:
+        return torch.nn.functional.linear(x, weight, bias)
+
+    def of_patches(x: Any) -> Any:
+        return dense(rows(x))
 
     def convolve(x: Any) -> Any:
         return torch.nn.functional.conv2d(x, filters, bias, stride=k)
 
     first = images.permute(0, 3, 1, 2).contiguous()
+    is_view = k in (1, height)
+    linear = (dense, rows(images)) if is_view else (of_patches, images)
     return {
-        "PyTorch Linear": (dense, images, _as_it_is),
+        "PyTorch Linear": (*linear, _as_it_is),
         "PyTorch Conv2d": (convolve, first, lambda y: y.permute(0, 2, 3, 1)),
     }
 
