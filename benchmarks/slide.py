@@ -217,10 +217,10 @@ def large(size: int = 20_000) -> bool:
         image = np.lib.format.open_memmap(f"{folder}/image.npy", "w+", np.uint8, shape)
         rng = np.random.default_rng(0)
         for row in range(0, size, 1000):
-            block = image[:, row : row + 1000]
-            block[...] = rng.integers(0, 256, block.shape, np.uint8)
+            some = (1, min(1000, size - row), size, 3)
+            image[:, row : row + 1000] = rng.integers(0, 256, some, np.uint8)
         image.flush()
-        del block, image  # and their pages
+        del image  # and its pages
         image = np.load(f"{folder}/image.npy", mmap_mode="r")
         out = np.lib.format.open_memmap(
             f"{folder}/out.npy", "w+", np.float32, (1, side, side, 10)
