@@ -1,10 +1,11 @@
-"""Costs of planning, tracing, converting and verifying, beside those of the model.
+"""Costs of planning, tracing, converting, calling and verifying.
 
     pip install '.[examples]'    # verifying elsewhere: also tpu-aot and cuda-aot
 
-Steps of tracing and compiling take turns in one process. Where CPU time counts, it is
-the least of all rounds: whatever else the machine does only adds to it. The others are
-medians of wall time. Memory is measured on Linux only.
+They stand beside those of the model. Steps of tracing and compiling take turns in one
+process. Where CPU time counts, it is the least of all rounds: whatever else the machine
+does only adds to it. The others are medians of wall time. Memory is measured on Linux
+only.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -38,6 +40,7 @@ GPUS = ("cuda:a100", "cuda:h100")
 _ROOT = Path(__file__).parents[1]
 _SAMPLE = 0.05  # seconds
 _ROUNDS = 7
+_SECONDS = 5.0  # of a race
 _IDS = jax.ShapeDtypeStruct((1, 128), jnp.int32)
 
 
@@ -292,6 +295,84 @@ def digits() -> tuple[Any, Any, Any]:
     return model, jax.jit(model.init)(jax.random.key(0), x), x
 
 
+class Stack(nn.Module):
+    """Dense layers of 4 features: calling it costs more than computing it."""
+
+    layers: int
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``(N, 4)`` to ``(N, 4)``."""
+        for _ in range(self.layers):
+            x = nn.Dense(4)(x)
+        return x
+
+
+class NnxStack(nnx.Module):
+    """The same in NNX."""
+
+    def __init__(self, layers: int):
+        rngs = nnx.Rngs(0)
+        self.layers = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(layers)])
+
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps ``(N, 4)`` to ``(N, 4)``."""
+        for layer in self.layers:
+            x = layer(x)
+        return x
+
+
+def stack(params: Any, x: jax.Array) -> jax.Array:
+    """The same as a function."""
+    for layer in params:
+        x = x @ layer["w"] + layer["b"]
+    return x
+
+
+def calling(kind: str, layers: int) -> dict[str, Any]:
+    """A call of a converted model, beside one of the original's through ``jax.jit``.
+
+    An NNX model is called in a function under ``nnx.jit``, in both forms.
+    """
+    x = jnp.ones((1, 4))
+    if kind == "linen":
+        model = Stack(layers)
+        params = model.init(jax.random.key(0), x)
+        plan = fc.make_plan(model, x)
+        original, converted = jax.jit(model.apply), fc.convert_model(model, plan).apply
+        moved = fc.convert_params(params, plan)
+    elif kind == "function":
+        params = [{"w": jnp.ones((4, 4)), "b": jnp.ones(4)} for _ in range(layers)]
+        plan = fc.make_plan(stack, params, x)
+        original, converted = jax.jit(stack), fc.convert_model(stack, plan)
+        moved = fc.convert_params(params, plan)
+    else:
+        params = NnxStack(layers)
+        plan = fc.make_plan(params, x)
+        moved = fc.convert_model(params, plan)
+        original, converted = (nnx.jit(lambda m, x: m(x)) for _ in range(2))
+    count = max(400 // layers, 4)
+
+    def calls(function: Callable[..., Any], params: Any) -> Callable[[], Any]:
+        def run() -> Any:
+            for _ in range(count - 1):
+                function(params, x)
+            return function(params, x)
+
+        return run
+
+    both = {"original": calls(original, params), "converted": calls(converted, moved)}
+    found = race(both, _SECONDS)
+    found["milliseconds"] = {k: v / count for k, v in found["milliseconds"].items()}
+    found["quartiles"] = {
+        name: [value / count for value in values]
+        for name, values in found["quartiles"].items()
+    }
+    ms = found["milliseconds"]
+    ratio = ms["converted"] / ms["original"]
+    return {**found, "bounds": [bound("call / jax.jit's", ratio, 1.1)]}
+
+
 def vit() -> tuple[Any, Any, Any]:
     """A 4-block NNX ViT on 8 images of 64x64."""
     x = jax.random.normal(jax.random.key(1), (8, 64, 64, 3))
@@ -413,6 +494,11 @@ CASES: dict[str, Case] = {
     "convert-jax": functools.partial(converting, jnp.asarray, 1.0),
     **{f"trace-{name}": functools.partial(front_end, name) for name in SUBJECTS},
     **{f"in-place-{name}": functools.partial(in_place, name) for name in IN_PLACE},
+    **{
+        f"call-{kind}-{layers}": functools.partial(calling, kind, layers)
+        for kind in ("linen", "function", "nnx")
+        for layers in (2, 50)
+    },
     **{f"verify-{name}": functools.partial(verifying, name) for name in VERIFIED},
     "verify-digits-everywhere": functools.partial(
         verifying_elsewhere,
