@@ -8,6 +8,7 @@ NumPy on small arrays, done once while a program is traced.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from typing import Any
 
 import numpy as np
@@ -65,7 +66,7 @@ class Layout:
     outputs: int
     stride: int
 
-    @property
+    @functools.cached_property
     def in_order(self) -> bool:
         """Whether the axis is read as it is."""
         places = np.concatenate([segment.reshape(-1) for segment in self.segments])

@@ -5,6 +5,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+import fcconv_jax as fc
+
 
 class Digits(nn.Module):
     """Convolutions, then Dense layers behind a flatten."""
@@ -156,3 +158,13 @@ MODELS = {
         (normal(2, 2, 3, 4),),
     ),
 }
+
+
+def export_two_roles(to, path):
+    """The report of ``x @ w @ w.T``, whose weight no one kernel holds."""
+
+    def model(params, x):
+        return x @ params["w"] @ params["w"].T
+
+    params, x = {"w": normal(6, 4)}, normal(3, 6)
+    return fc.export(model, params, x, to=to, path=path, progress=False)

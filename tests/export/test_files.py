@@ -10,7 +10,7 @@ from flax import nnx
 
 import fcconv_jax as fc
 
-from .models import MODELS, normal
+from .models import MODELS, export_two_roles, normal
 
 RUNTIMES = {"litert": "ai_edge_litert", "onnx": "onnxruntime", "openvino": "openvino"}
 SUFFIX = {"litert": "tflite", "onnx": "onnx", "openvino": "xml"}
@@ -140,12 +140,7 @@ def test_another_model_is_caught_by_the_whole_file(to, tmp_path):
 def test_a_weight_in_two_roles_is_said_first(to, tmp_path):
     """``x @ w @ w.T`` has no one kernel for both: no file calls itself all conv."""
 
-    def model(params, x):
-        return x @ params["w"] @ params["w"].T
-
-    path = tmp_path / f"m.{SUFFIX[to]}"
-    options = {"to": to, "path": path, "progress": False}
-    report = fc.export(model, {"w": normal(6, 4)}, normal(3, 6), **options)
+    report = export_two_roles(to, tmp_path / f"m.{SUFFIX[to]}")
     assert [name for name, _ in report.left] == ["w", "w#2"]
     assert "conv form (2 layers are not)" in str(report).splitlines()[0]
 

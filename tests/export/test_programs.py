@@ -11,7 +11,7 @@ from safetensors.numpy import load_file, save_file
 
 import fcconv_jax as fc
 
-from .models import MODELS, normal
+from .models import MODELS, export_two_roles, normal
 
 NEEDS = {"stablehlo": "flatbuffers", "iree": "iree.compiler"}
 SUFFIX = {"stablehlo": ".stablehlo", "iree": ".vmfb"}
@@ -104,12 +104,7 @@ def test_any_batch_and_any_program_in_stablehlo(tmp_path):
 def test_a_weight_in_two_roles_is_said_first(to, tmp_path):
     """``x @ w @ w.T`` has no one kernel for both: no file calls itself all conv."""
 
-    def model(params, x):
-        return x @ params["w"] @ params["w"].T
-
-    path = tmp_path / f"m{SUFFIX[to]}"
-    options = {"to": to, "path": path, "progress": False}
-    report = fc.export(model, {"w": normal(6, 4)}, normal(3, 6), **options)
+    report = export_two_roles(to, tmp_path / f"m{SUFFIX[to]}")
     assert [name for name, _ in report.left] == ["w", "w#2"]
     assert "conv form (2 layers are not)" in str(report).splitlines()[0]
 
