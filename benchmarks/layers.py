@@ -210,7 +210,7 @@ def _in_torch(
 ) -> dict[str, _Torch]:
     """PyTorch's forms on all cores; none where it is not installed."""
     try:
-        import torch
+        import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         left_out["PyTorch"] = "not installed"
         return {}
