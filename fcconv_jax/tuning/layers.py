@@ -21,19 +21,48 @@ from .record import Figure, TunedLayer
 
 # Steps of the loop in which a layer is timed that runs in one.
 _STEPS = 2
+# What is slower than the best by so much alone is no better in a model.
+_HOPELESS = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Chosen:
-    """The ways that are best for layers on their own.
+class Kind:
+    """Layers that are alike, measured alone.
 
     Attributes:
-      layers: those that are better in the other form, laid out as is best there.
-      rows: what was measured.
+      layers: by path, as the plan has them that takes each to its other form.
+      ways: the ways to run them, by name: a layout, None for the original. Empty where
+        there was no time to measure them.
+      row: what was measured; its choice is the way that is best alone.
     """
 
     layers: Mapping[str, LayerPlan]
-    rows: tuple[TunedLayer, ...]
+    ways: Mapping[str, Layout | None]
+    row: TunedLayer
+
+    def run_by(self, way: str) -> dict[str, LayerPlan]:
+        """The layers of a plan that runs these in a way; none for the original's."""
+        layout = self.ways.get(way)
+        if layout is None:
+            return {}
+        return {
+            path: dataclasses.replace(layer, layout=layout)
+            for path, layer in self.layers.items()
+        }
+
+    def way_in(self, plan: Mapping[str, LayerPlan]) -> str:
+        """The way in which a plan runs them."""
+        found = {path: plan[path] for path in self.layers if path in plan}
+        return next(way for way in self.ways if self.run_by(way) == found)
+
+    def others(self, way: str) -> list[str]:
+        """Other ways that may be as good in a model, the best ones alone first."""
+        medians = {name: figure.median for name, figure in self.row.figures}
+        most = _HOPELESS * min(medians.values(), default=0.0)
+        best = sorted(
+            (name for name in medians if name != way), key=medians.__getitem__
+        )
+        return [name for name in best if medians[name] <= most]
 
 
 def choose_alone(
@@ -43,7 +72,7 @@ def choose_alone(
     options: Options,
     seconds: float,
     tell: Callable[[str, int, int], None],
-) -> Chosen:
+) -> list[Kind]:
     """Measures each layer of a plan in both forms; layers that are alike once.
 
     Args:
@@ -53,6 +82,9 @@ def choose_alone(
       options: that everything is compiled with.
       seconds: for all layers; the costly ones come first, the rest stays as it is.
       tell: called with a step, how many are done, how many there are.
+
+    Returns:
+      The kinds of layers, the costly ones first.
     """
     kinds: dict[Any, list[str]] = {}
     for path, layer in plan.items():
@@ -60,8 +92,7 @@ def choose_alone(
         kinds.setdefault((alike, dtypes[path]), []).append(path)
     costly = sorted(kinds.items(), key=lambda kind: -_work(kind[0][0]) * len(kind[1]))
     end = time.monotonic() + seconds
-    chosen: dict[str, LayerPlan] = {}
-    rows = []
+    found = []
     for number, ((layer, dtype), paths) in enumerate(costly):
         left = end - time.monotonic()
         tell(f"layers: {left:.0f} s left, {paths[0] or '(root)'}", number, len(costly))
@@ -69,19 +100,19 @@ def choose_alone(
         known = f"{hashlib.sha256(repr((layer, dtype)).encode()).hexdigest()} {options}"
         if left <= 0 or meter.timings.is_passed(known):
             meter.timings.pass_over(known)
-            rows.append(TunedLayer(tuple(paths), what, (), "no time to measure it"))
+            row = TunedLayer(tuple(paths), what, (), "no time to measure it")
+            found.append(Kind({path: plan[path] for path in paths}, {}, row))
             continue
         ways = _ways(layer, dtype)
         candidates = {name: Candidate(way[1], options) for name, way in ways.items()}
         share = min(1.0, left / (len(costly) - number))
         figures = meter.measure(candidates, share)
-        best = _best(figures)
-        rows.append(TunedLayer(tuple(paths), what, tuple(figures.items()), best))
-        laid = ways[best][0]
-        if laid is not None:
-            for path in paths:
-                chosen[path] = dataclasses.replace(plan[path], layout=laid)
-    return Chosen(chosen, tuple(rows))
+        row = TunedLayer(tuple(paths), what, tuple(figures.items()), _best(figures))
+        layouts: dict[str, Layout | None] = {
+            n: layout for n, (layout, _) in ways.items()
+        }
+        found.append(Kind({path: plan[path] for path in paths}, layouts, row))
+    return found
 
 
 def _best(figures: Mapping[str, Figure]) -> str:

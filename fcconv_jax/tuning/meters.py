@@ -134,6 +134,7 @@ class Meter:
         self._objective = objective
         self.timings = timings
         self._timeout = timeout
+        self._compiled: dict[str, Any] = {}
 
     def measure(
         self,
@@ -146,8 +147,11 @@ class Meter:
         Args:
           candidates: by name.
           seconds: how long they may run.
-          again: a word that tells a repeated measurement from the first.
+          again: a word that tells a repeated measurement of run times from the first;
+            other figures stay what they are.
         """
+        if self._objective != "latency":
+            again = ""
         with jax.default_device(self._resolution.device):
             lowered = {name: _lower(c.program) for name, c in candidates.items()}
         keys = {
@@ -177,15 +181,21 @@ class Meter:
         lowered: Mapping[str, Any],
         seconds: float,
     ) -> dict[str, Figure]:
+        same = {
+            key: _key(lowered[key].as_text(), candidate.options)
+            for key, candidate in candidates.items()
+        }
         # XLA compiles outside of Python's lock, on two cores more than half as long.
         with ThreadPoolExecutor(2) as pool:
             compiling = {
-                key: pool.submit(
+                same[key]: pool.submit(
                     lowered[key].compile, compiler_options=dict(candidate.options)
                 )
                 for key, candidate in candidates.items()
+                if same[key] not in self._compiled
             }
-            compiled = {key: future.result() for key, future in compiling.items()}
+            self._compiled |= {key: each.result() for key, each in compiling.items()}
+        compiled = {key: self._compiled[same[key]] for key in candidates}
         if self._objective == "memory":
             return {
                 key: _exactly(program.memory_analysis().temp_size_in_bytes)
@@ -320,6 +330,6 @@ def _lower(program: Program) -> Any:
     return jax.jit(program.function).lower(*args)
 
 
-def _key(text: str, options: Options, again: str) -> str:
+def _key(text: str, options: Options, again: str = "") -> str:
     told = json.dumps([text, sorted(options), again])
     return hashlib.sha256(told.encode()).hexdigest()[:20]

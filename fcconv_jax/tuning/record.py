@@ -159,7 +159,7 @@ class Tuning:
 
     def table(self) -> list[tuple[str, ...]]:
         """The layers as rows of text, below a row of headings."""
-        rows = [("layers", "what", "as it is", "other forms", "alone best", "gain")]
+        rows = [("layers", "what", "as it is", "other forms", "taken", "gain")]
         for layer in self.layers:
             first = layer.paths[0] or "(root)"
             more = len(layer.paths) - 1

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -22,12 +23,12 @@ from ..frontends.make_plan import make_plan
 from ..frontends.programs import compilable
 from ..params.layer_dtypes import layer_dtypes
 from ..params.trees import convert_params
-from ..plan import Form, Plan, PlanError, direction
+from ..plan import Form, LayerPlan, Plan, PlanError, direction
 from ..progress import Progress, shown
 from ..rules import Rule, as_rules, match_rules
-from .layers import choose_alone
+from .layers import Kind, choose_alone
 from .meters import Candidate, Meter, Options, Timings
-from .record import Figure, Objective, Tuning
+from .record import Figure, Objective, TunedLayer, Tuning
 
 _FORMS: tuple[Form, ...] = ("conv", "dense")
 # Among programs this near to the best one, the plainest is taken.
@@ -67,9 +68,10 @@ def tune(
     that are alike once, layers whose parameters are scanned in a loop. Then the whole
     model is measured as it is, with all layers in one form, and with each layer in the
     form that was best alone, with and without compiler options that change how matmuls
-    and convolutions are compiled. What wins beyond the noise is measured against the
-    original once more. So the plan is never slower: where nothing wins it is empty, and
-    ``plan.tuning.why`` says so.
+    and convolutions are compiled. In the best of these, layers that are alike are run
+    in their other ways, in the company of all others, and stay so where that is better.
+    What wins beyond the noise is measured against the original once more. So the plan
+    is never slower: where nothing wins it is empty, and ``plan.tuning.why`` says so.
 
     Args:
       model: the ``flax.linen`` or ``flax.nnx`` Module, or a function of params and
@@ -83,7 +85,8 @@ def tune(
         scratch beyond parameters and results; ``"cycles"``, which XLA estimates for
         TPUs that are not present (a loop's body counts once there).
       budget: about how many seconds to measure, compilation of the whole model's forms
-        not counted. Half of it is for single layers, the costly ones first.
+        not counted. A third is for single layers, a third for layers in the model, with
+        their compilation; the costly ones come first.
       timings: a file (JSON) of measurements of this device. What it has is not measured
         again, so that the plan is the same every time; what it lacks is added.
       rules: as for :func:`fcconv_jax.make_plan`; ``"head=skip"`` leaves a layer alone.
@@ -139,13 +142,12 @@ def tune(
         if chosen.how == "executed" and kind_of(model, "tune") != "nnx":
             sets += _options(chosen)
         dtypes = layer_dtypes(variables, every)
-        forms, rows = {}, {}
-        end = time.monotonic() + budget / 2
+        forms, kinds = {}, {}
+        end = time.monotonic() + budget / 3
         for number, each in enumerate(sets):
             seconds = (end - time.monotonic()) / (len(sets) - number)
-            alone = choose_alone(every, dtypes, meter, each, seconds, tell)
-            rows[each] = alone.rows
-            forms |= _whole_forms(every, alone.layers, each)
+            kinds[each] = choose_alone(every, dtypes, meter, each, seconds, tell)
+            forms |= _whole_forms(every, kinds[each], each)
 
         def program(form: _Form) -> Candidate:
             # Without layers the model's own, as it is: not even its jit is another.
@@ -156,19 +158,23 @@ def tune(
             call = room.model_program(changed, inputs, kwargs)
             return Candidate(compilable(call, other), form.options)
 
-        figures, choice = _choose(forms, program, meter, budget / 2, tell)
+        race = _Race(forms, program, meter, tell)
+        race.choose(budget / 6)
+        alike = kinds[race.forms[race.choice].options]
+        race.refine(every, alike, budget / 3)
+        race.confirm(budget / 6)
+    taken = race.forms[race.choice]
     tuning = Tuning(
         backend=str(chosen.backend),
         device=device,
         objective=goal,
         versions=versions,
-        programs=tuple(figures.items()),
-        choice=choice,
-        layers=rows[forms[choice].options],
+        programs=tuple(race.figures.items()),
+        choice=race.choice,
+        layers=tuple(_taken(kind, taken.plan) for kind in kinds[taken.options]),
         left=tuple(every.left),
-        why="" if choice != next(iter(figures)) else _NOTHING_BETTER,
+        why="" if race.choice != race.original else _NOTHING_BETTER,
     )
-    taken = forms[choice]
     return dataclasses.replace(taken.plan, options=taken.options, tuning=tuning)
 
 
@@ -244,47 +250,133 @@ def _options(chosen: Resolution) -> list[Options]:
 
 
 def _whole_forms(
-    every: Plan, alone: Mapping[str, Any], options: Options
+    every: Plan, kinds: Sequence[Kind], options: Options
 ) -> dict[str, _Form]:
     """Forms of the whole model that are tried, by name."""
-    suffix = "".join(f", {name}={value!r}" for name, value in options)
     found: dict[str, Any] = {"as it is": {}}
     for form in _FORMS:
         layers = {path: layer for path, layer in every.items() if layer.to == form}
         found[f"all to {form}"] = layers
+    best = [kind.run_by(kind.row.choice) for kind in kinds]
+    alone = {path: layer for layers in best for path, layer in layers.items()}
     found["layer by layer"] = alone
     forms: dict[str, _Form] = {}
     for name, layers in found.items():
-        left = tuple(
-            (path, "as good or better as it is") for path in every if path not in layers
-        )
-        plan = Plan(direction(layers), tuple(layers.items()), (*every.left, *left))
-        form = _Form(plan, options)
+        form = _form(every, layers, options)
         if all(form.plan.layers != f.plan.layers for f in forms.values()):
-            forms[name + suffix] = form
+            forms[name + _suffix(options)] = form
     return forms
 
 
-def _choose(
-    forms: Mapping[str, _Form],
-    program: Callable[[_Form], Candidate],
-    meter: Meter,
-    seconds: float,
-    tell: Progress,
-) -> tuple[dict[str, Figure], str]:
-    """Figures of the forms, the original's first, and the name of the best."""
-    tell(f"whole model: compiling {len(forms)} forms", 0, 2)
-    candidates = {name: program(form) for name, form in forms.items()}
-    figures = meter.measure(candidates, seconds * 2 / 3)
-    original = next(iter(forms))
-    best = min(figures.values(), key=lambda figure: figure.median)
-    near = [name for name in forms if figures[name].median <= _AS_GOOD * best.median]
-    choice = min(near, key=lambda name: forms[name].plainness)
-    if not figures[choice].beats(figures[original]):
-        return figures, original
-    tell("whole model: once more", 1, 2)
-    last = {name: candidates[name] for name in (original, choice)}
-    again = meter.measure(last, seconds / 3, again="again")
-    if not again[choice].beats(again[original]):
-        return figures, original
-    return {**figures, **again}, choice
+def _suffix(options: Options) -> str:
+    return "".join(f", {name}={value!r}" for name, value in options)
+
+
+def _form(every: Plan, layers: Mapping[str, LayerPlan], options: Options) -> _Form:
+    """The form of the whole model that converts some layers."""
+    ordered = tuple((path, layers[path]) for path in every if path in layers)
+    left = tuple((p, "as good or better as it is") for p in every if p not in layers)
+    return _Form(Plan(direction(layers), ordered, (*every.left, *left)), options)
+
+
+def _taken(kind: Kind, plan: Plan) -> TunedLayer:
+    """The row of layers that are alike, with the way in which a plan runs them."""
+    if not kind.ways:
+        return kind.row
+    return dataclasses.replace(kind.row, choice=kind.way_in(plan))
+
+
+class _Race:
+    """Forms of the whole model against each other.
+
+    Args:
+      forms: by name, the original first.
+      program: makes the program of a form.
+      meter: measures.
+      tell: called with a phase, the steps done and the steps in all.
+
+    Attributes:
+      forms: those given, and the refined one.
+      figures: of those that were measured.
+      original: name of the first.
+      choice: name of the best one so far.
+    """
+
+    def __init__(
+        self,
+        forms: Mapping[str, _Form],
+        program: Callable[[_Form], Candidate],
+        meter: Meter,
+        tell: Progress,
+    ):
+        self.forms = dict(forms)
+        self.figures: dict[str, Figure] = {}
+        self.original = self.choice = next(iter(forms))
+        self._program, self._meter, self._tell = program, meter, tell
+
+    def _measure(
+        self, forms: Mapping[str, _Form], seconds: float, again: str = ""
+    ) -> dict[str, Figure]:
+        candidates = {name: self._program(form) for name, form in forms.items()}
+        return self._meter.measure(candidates, seconds, again)
+
+    def choose(self, seconds: float) -> None:
+        """Measures all forms, for some seconds."""
+        self._tell(f"whole model: compiling {len(self.forms)} forms", 0, 1)
+        self.figures |= self._measure(self.forms, seconds)
+        best = min(figure.median for figure in self.figures.values())
+        near = [n for n in self.forms if self.figures[n].median <= _AS_GOOD * best]
+        choice = min(near, key=lambda name: self.forms[name].plainness)
+        if self.figures[choice].beats(self.figures[self.original]):
+            self.choice = choice
+
+    def refine(self, every: Plan, kinds: Sequence[Kind], seconds: float) -> None:
+        """Runs layers that are alike in other ways, in the company of all others.
+
+        What is better beyond the noise stays. The costly ones come first, as many as
+        there is time for, with that for compiling.
+
+        Args:
+          every: plan of all layers that have another form.
+          kinds: of layers, measured with the options of the choice.
+          seconds: for all.
+        """
+        end = time.monotonic() + seconds
+        timings = self._meter.timings
+        for number, kind in enumerate(kinds):
+            now = self.forms[self.choice]
+            tried = {}
+            for way in kind.others(kind.way_in(now.plan)) if kind.ways else ():
+                others = {p: v for p, v in now.plan.items() if p not in kind.layers}
+                form = _form(every, others | kind.run_by(way), now.options)
+                if form not in self.forms.values():
+                    tried[way] = form
+            if not tried:
+                continue
+            path = kind.row.paths[0]
+            about = repr((now.plan.layers, self.figures[self.choice], path))
+            known = hashlib.sha256(about.encode()).hexdigest()
+            left = end - time.monotonic()
+            self._tell(f"in the model: {left:.0f} s left, {path}", number, len(kinds))
+            if left <= 0 or timings.is_passed(known):
+                timings.pass_over(known)
+                continue
+            share = left / (2 * (len(kinds) - number))
+            figures = self._measure({"": now} | tried, share, again=path)
+            best = min(tried, key=lambda way: figures[way].median)
+            if figures[best].beats(figures[""]):
+                self.choice = "refined" + _suffix(now.options)
+                self.forms[self.choice] = tried[best]
+                self.figures[self.choice] = figures[best]
+
+    def confirm(self, seconds: float) -> None:
+        """Measures the choice against the original once more."""
+        if self.choice == self.original:
+            return
+        self._tell("whole model: once more", 0, 1)
+        last = {name: self.forms[name] for name in (self.original, self.choice)}
+        again = self._measure(last, seconds, again="again")
+        if again[self.choice].beats(again[self.original]):
+            self.figures |= again
+        else:
+            self.choice = self.original

@@ -59,9 +59,11 @@ def choose(first, again=None, plainness=None):
         name: tune._Form(Plan("conv"), tuple((f"option{i}", 1) for i in range(options)))
         for name, options in zip(first, order)
     }
-    return tune._choose(
-        forms, lambda form: None, Meter(first, again), 3.0, lambda *told: None
-    )[1]
+    meter = Meter(first, again)
+    race = tune._Race(forms, lambda form: None, meter, lambda *told: None)
+    race.choose(1.0)
+    race.confirm(1.0)
+    return race.choice
 
 
 def test_what_wins_beyond_the_noise_is_taken():
@@ -166,6 +168,39 @@ def test_both_directions_at_once_and_only_what_wins(rigged, variables):
     assert lines[0].startswith(f"{plan.tuning.ratio:.2f}x: ")
     assert any(line.startswith("patches  Conv 2x8x4x3 by") for line in lines)
     assert any(line.startswith("body") and "Padding" in line for line in lines)
+
+
+def test_layers_are_tried_in_the_company_of_the_others(monkeypatch, variables):
+    """Alone `each` is best as it is; in the model it is better as a convolution."""
+
+    def present(self, candidates, lowered, seconds):
+        del self, candidates, seconds
+        return {key: cost(low.as_text()) for key, low in lowered.items()}
+
+    def cost(text):
+        convolutions = [line for line in text.splitlines() if "convolution(" in line]
+        ms = 1 + 0.1 * len(convolutions)
+        if "rsqrt" in text:  # the whole model
+            ms -= 0.5 * any("1x1x8x5x" in line for line in convolutions)
+        return figure(ms, 0.01)
+
+    monkeypatch.setattr(meters.Meter, "_present", present)
+    told = []
+    plan = fc.tune(Net(), variables, X, progress=lambda *step: told.append(step[0]))
+    assert {path: layer.to for path, layer in plan.items()} == {
+        "patches": "dense",
+        "each": "conv",
+    }
+    assert plan.tuning.choice == "refined"
+    assert plan.tuning.ratio == pytest.approx(0.7 / 1.2)
+    rows = {row.paths[0]: row for row in plan.tuning.layers}
+    assert rows["each"].choice.startswith("conv ")
+    assert rows["each"].gain == pytest.approx(1.1)  # alone
+    assert rows["head"].choice == "dense"
+    assert any(step.startswith("in the model: ") for step in told)
+    assert fc.verify(Net(), variables, X, plan=plan, progress=False).passed
+    short = fc.tune(Net(), variables, X, budget=0.0, progress=False)
+    assert "refined" not in dict(short.tuning.programs)
 
 
 @pytest.mark.parametrize("kind", ["linen", "function", "nnx"])
