@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,7 @@ def tables(folder: Path) -> dict[str, str]:
     made = {f"{name}-cpu": _NOTHING for name in _TABLES} | {"cycles": _NOTHING}
     cycles = []
     for file in sorted(folder.glob("*.json")):
-        results = read(file)
+        results = sorted(read(file), key=_in_order)
         for name, (belongs, table) in _TABLES.items():
             if own := [found for found in results if belongs(found)]:
                 made[f"{name}-{file.stem}"] = table(own)
@@ -36,6 +37,12 @@ def tables(folder: Path) -> dict[str, str]:
     if cycles:
         made["cycles"] = _cycles(cycles)
     return made
+
+
+def _in_order(found: Found) -> list[tuple[bool, int, str]]:
+    """Cases by name, numbers in them by size."""
+    parts = re.split(r"(\d+)", found["case"])
+    return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
 
 
 def readme(results: Sequence[Found]) -> str:
@@ -98,7 +105,7 @@ def _time(found: Found, name: str) -> str:
     """A median, and half of the interquartile range as a part of it, of many runs."""
     median = found["milliseconds"].get(name)
     if median is None:
-        return "-"
+        return "as it is" if name == "tuned" else "-"
     text = f"{median:,.4g} ms" if median < 1000 else f"{median:,.0f} ms"
     if found.get("runs", {}).get(name, 1) > 1:
         first, third = found["quartiles"][name]

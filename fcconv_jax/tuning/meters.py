@@ -264,7 +264,7 @@ def race_times(
       apart: where it is not 0, each run waits for so many seconds, and follows one of
         the same program that is not counted. Then threads of another library, which
         may spin for a while, have come to rest, and no program has a better neighbour.
-      trial: rounds before what is slower leaves; of a long program one will do.
+      trial: rounds before what is slower leaves; of a long program 3 will do.
       opponents: runs that may be quicker, without making the others leave.
 
     Example:
@@ -298,8 +298,11 @@ def race_times(
             times[name].append(seconds_of(run))
         middle = {name: statistics.median(times[name]) for name in running}
         least = quickest(middle)
-        if number + 1 >= (1 if least > _LONG else trial):
+        if number + 1 >= (_TRIAL_ROUNDS if least > _LONG else trial):
             running = {n: r for n, r in running.items() if middle[n] <= _SLOWER * least}
+        elif least > _LONG:  # One run may be slow by chance, but not by so much.
+            most = _HOPELESS * least
+            running = {n: r for n, r in running.items() if middle[n] <= most}
         if len(running) == 1 and number >= 4:
             break
     return times

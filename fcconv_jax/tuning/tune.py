@@ -85,8 +85,8 @@ def tune(
         scratch beyond parameters and results; ``"cycles"``, which XLA estimates for
         TPUs that are not present (a loop's body counts once there).
       budget: about how many seconds to measure, compilation of the whole model's forms
-        not counted. A third is for single layers, a third for layers in the model, with
-        their compilation; the costly ones come first.
+        not counted. A quarter is for single layers, a quarter for layers in the model,
+        with their compilation; the costly ones come first.
       timings: a file (JSON) of measurements of this device. What it has is not measured
         again, so that the plan is the same every time; what it lacks is added.
       rules: as for :func:`fcconv_jax.make_plan`; ``"head=skip"`` leaves a layer alone.
@@ -143,7 +143,7 @@ def tune(
             sets += _options(chosen)
         dtypes = layer_dtypes(variables, every)
         forms, kinds = {}, {}
-        end = time.monotonic() + budget / 3
+        end = time.monotonic() + budget / 4
         for number, each in enumerate(sets):
             seconds = (end - time.monotonic()) / (len(sets) - number)
             kinds[each] = choose_alone(every, dtypes, meter, each, seconds, tell)
@@ -159,9 +159,9 @@ def tune(
             return Candidate(compilable(call, other), form.options)
 
         race = _Race(forms, program, meter, tell)
-        race.choose(budget / 6)
+        race.choose(budget / 3)
         alike = kinds[race.forms[race.choice].options]
-        race.refine(every, alike, budget / 3)
+        race.refine(every, alike, budget / 4)
         race.confirm(budget / 6)
     taken = race.forms[race.choice]
     tuning = Tuning(

@@ -48,6 +48,13 @@ def test_a_table_has_times_and_what_missed(tmp_path):
     assert cells[-3:] == ["20 ms", "2.00x", missed]
 
 
+def test_what_tuning_leaves_is_not_run_again(tmp_path):
+    more = {"milliseconds": {"original": 10.0}, "quartiles": {}, "runs": {}}
+    running.write(tmp_path, found("net-8", "models", 1.0, **more))
+    *_, row = report.tables(tmp_path)["models-a-chip"].splitlines()
+    assert row.endswith("| as it is | 1.00x | hold |")
+
+
 def test_a_case_takes_the_place_of_its_own_alone(tmp_path):
     for value in (0.5, 0.7):
         running.write(tmp_path, found("a", "costs", value))

@@ -100,7 +100,7 @@ def test_slow_programs_leave_the_race(monkeypatch):
     monkeypatch.setattr(meters.time, "perf_counter", lambda: now["time"])
     found = meters.race({name: runner(name) for name in runs}, seconds=4.0)
     assert runs["hopeless"] == 1  # a minute of it would tell no more
-    assert runs["slow"] == 2
+    assert runs["slow"] == 4  # by chance at first, perhaps
     assert runs["quick"] == runs["as good"] > 15
     for name, ms in cost.items():
         assert found[name].median == pytest.approx(1e3 * ms)
@@ -122,7 +122,7 @@ def test_opponents_make_nothing_leave(monkeypatch):
     opponents = ("opponent", "slow opponent")
     times = meters.race_times(runs, 4.0, opponents=opponents)
     assert len(times["own"]) == len(times["other"]) == len(times["opponent"]) > 15
-    assert len(times["slow opponent"]) == 1
+    assert len(times["slow opponent"]) == 3
 
 
 def test_apart_each_run_follows_its_own():

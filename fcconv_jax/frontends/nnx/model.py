@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import functools
 import inspect
 import types
 from collections.abc import Mapping, Sequence
@@ -76,9 +77,21 @@ class Origin:
         settings = {k: v for k, v in vars(layer).items() if k in known}
         return cls(type(layer), tuple(settings.items()), layer._pytree__nodes)
 
+    @functools.cached_property
+    def _hash(self) -> int:
+        return hash((self.cls, self.settings, self.nodes))
+
+    def __hash__(self) -> int:
+        # Asked for at every call under nnx.jit.
+        return self._hash
+
     def stand_in(self) -> Any:
         """Something with the settings as attributes."""
         return types.SimpleNamespace(**dict(self.settings))
+
+
+# nnx.jit flattens and hashes the attributes of every module at every call: what is the
+# same for all instances, or in the plan, is none of theirs.
 
 
 class Conv(nnx.Conv):
@@ -86,6 +99,30 @@ class Conv(nnx.Conv):
 
     _layer: LayerPlan
     _origin: Origin
+    padding = "VALID"
+    input_dilation = kernel_dilation = 1
+    mask = None
+    conv_general_dilated = staticmethod(lax.conv_general_dilated)
+
+    @property
+    def kernel_shape(self) -> tuple[int, ...]:
+        """Shape of the kernel."""
+        return self._layer.kernel.target
+
+    @property
+    def kernel_size(self) -> tuple[int, ...]:
+        """Window of the convolution."""
+        return self._layer.window
+
+    @property
+    def strides(self) -> tuple[int, ...]:
+        """Strides of the convolution."""
+        return self._layer.strides
+
+    @property
+    def feature_group_count(self) -> int:
+        """Groups of the convolution."""
+        return self._layer.groups
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer to the dense layer's input.
@@ -106,6 +143,7 @@ class Linear(nnx.Linear):
 
     _layer: LayerPlan
     _origin: Origin
+    dot_general = staticmethod(lax.dot_general)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer to the convolution's input.
@@ -122,6 +160,8 @@ class LinearGeneral(nnx.LinearGeneral):
 
     _layer: LayerPlan
     _origin: Origin
+    axis = (-1,)
+    dot_general = dot_general_cls = None
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer to the convolution's input.
@@ -275,32 +315,17 @@ def _settings(old: Any, layer: LayerPlan) -> tuple[type[nnx.Module], dict[str, A
     settings = {name: getattr(old, name) for name in same}
     settings["preferred_element_type"] = old.preferred_element_type
     if layer.to == "conv":
-        settings |= {
-            "kernel_shape": shape,
+        return Conv, settings | {
             "in_features": inner * layer.groups,
             "out_features": features,
-            "kernel_size": layer.window,
-            "strides": layer.strides,
-            "padding": "VALID",
-            "input_dilation": 1,
-            "kernel_dilation": 1,
-            "feature_group_count": layer.groups,
-            "mask": None,
-            "conv_general_dilated": lax.conv_general_dilated,
         }
-        return Conv, settings
     if layer.groups == 1:
-        settings |= {"in_features": shape[0], "out_features": shape[1]}
-        return Linear, settings | {"dot_general": lax.dot_general}
-    settings |= {
+        return Linear, settings | {"in_features": shape[0], "out_features": shape[1]}
+    return LinearGeneral, settings | {
         "in_features": (shape[1],),
         "out_features": (shape[2],),
-        "axis": (-1,),
         "batch_axis": FrozenDict({0: layer.groups}),
-        "dot_general": None,
-        "dot_general_cls": None,
     }
-    return LinearGeneral, settings
 
 
 def _become(module: Any, cls: type[nnx.Module], settings: dict[str, Any]) -> None:
