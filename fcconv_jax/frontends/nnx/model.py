@@ -7,12 +7,13 @@ import difflib
 import functools
 import inspect
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from typing import Any, TypeVar
 
 import jax
 from flax import nnx
 from flax.core.frozen_dict import FrozenDict
+from flax.nnx import reprlib
 from jax import lax
 
 from ... import layer_forms as forms
@@ -123,6 +124,16 @@ class Conv(nnx.Conv):
     def feature_group_count(self) -> int:
         """Groups of the convolution."""
         return self._layer.groups
+
+    def __nnx_repr__(self) -> Generator[Any, Any, None]:
+        """The settings of the convolution before the attributes of the instance."""
+        shown = super().__nnx_repr__()
+        yield next(shown)
+        for number, attribute in enumerate(shown):  # none where it is shown already
+            if number == 0:
+                for name in ("kernel_size", "strides", "feature_group_count"):
+                    yield reprlib.Attr(name, getattr(self, name))
+            yield attribute
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
         """Applies the layer to the dense layer's input.
