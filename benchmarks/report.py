@@ -11,7 +11,7 @@ from typing import Any
 _FORMS = ("original", "all to conv", "all to dense", "tuned")
 _NOTHING = "Not measured yet."
 # What the README tells of, at batch 8.
-_TOLD = {"vit-b-8": "ViT-B/16", "resnet50-8": "ResNet-50", "mixer-b-8": "MLP-Mixer"}
+_TOLD = {"vgg16-8": "VGG16", "vit-b-8": "ViT-B/16", "resnet50-8": "ResNet-50"}
 
 Found = dict[str, Any]
 
