@@ -6,7 +6,7 @@ import dataclasses
 import hashlib
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -67,6 +67,7 @@ class Kind:
 
 def choose_alone(
     plan: Plan,
+    ties: Iterable[Collection[str]],
     dtypes: Mapping[str, Any],
     meter: Meter,
     options: Options,
@@ -77,6 +78,8 @@ def choose_alone(
 
     Args:
       plan: of all layers that have another form, each to that form.
+      ties: paths of layers that share parameters. Those that are not alike are not
+        measured: one form must do for all.
       dtypes: of the layers.
       meter: measures.
       options: that everything is compiled with.
@@ -86,28 +89,37 @@ def choose_alone(
     Returns:
       The kinds of layers, the costly ones first.
     """
+    alike = {
+        path: (dataclasses.replace(layer, tied=()), dtypes[path])
+        for path, layer in plan.items()
+    }
+    bound = {p for tied in ties if len({alike[p] for p in tied}) > 1 for p in tied}
     kinds: dict[Any, list[str]] = {}
-    for path, layer in plan.items():
-        alike = dataclasses.replace(layer, tied=())
-        kinds.setdefault((alike, dtypes[path]), []).append(path)
+    for path in plan:
+        if path not in bound:
+            kinds.setdefault(alike[path], []).append(path)
     costly = sorted(kinds.items(), key=lambda kind: -_work(kind[0][0]) * len(kind[1]))
     end = time.monotonic() + seconds
-    found = []
+
+    def passed(paths: Sequence[str], why: str) -> Kind:
+        row = TunedLayer(tuple(paths), _in_words(*alike[paths[0]]), (), why)
+        return Kind({path: plan[path] for path in paths}, {}, row)
+
+    found = [passed([path], "tied to a layer unlike it") for path in sorted(bound)]
     for number, ((layer, dtype), paths) in enumerate(costly):
         left = end - time.monotonic()
         tell(f"layers: {left:.0f} s left, {paths[0] or '(root)'}", number, len(costly))
-        what = _in_words(layer, dtype)
         known = f"{hashlib.sha256(repr((layer, dtype)).encode()).hexdigest()} {options}"
         if left <= 0 or meter.timings.is_passed(known):
             meter.timings.pass_over(known)
-            row = TunedLayer(tuple(paths), what, (), "no time to measure it")
-            found.append(Kind({path: plan[path] for path in paths}, {}, row))
+            found.append(passed(paths, "no time to measure it"))
             continue
         ways = _ways(layer, dtype)
         candidates = {name: Candidate(way[1], options) for name, way in ways.items()}
         share = min(1.0, left / (len(costly) - number))
         figures = meter.measure(candidates, share)
-        row = TunedLayer(tuple(paths), what, tuple(figures.items()), _best(figures))
+        what, best = _in_words(layer, dtype), _best(figures)
+        row = TunedLayer(tuple(paths), what, tuple(figures.items()), best)
         layouts: dict[str, Layout | None] = {
             n: layout for n, (layout, _) in ways.items()
         }

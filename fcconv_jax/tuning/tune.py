@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import glob
 import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
@@ -33,6 +34,8 @@ from .record import Figure, Objective, TunedLayer, Tuning
 _FORMS: tuple[Form, ...] = ("conv", "dense")
 # Among programs this near to the best one, the plainest is taken.
 _AS_GOOD = 1.02
+# Layers alike that gain less of the whole model stay as they are.
+_WORTH = 1.001
 _NOTHING_BETTER = "the model as it is: nothing is better beyond the noise"
 
 
@@ -135,7 +138,7 @@ def tune(
         _check_arrays(chosen, (variables, inputs, kwargs))
         args, options = room.planning_call(params, inputs, kwargs)
         named = None if backend is None else str(chosen.backend)
-        every = _both_ways(model, args, options, rules, named)
+        every, ties = _both_ways(model, args, options, rules, named)
         meter = Meter(chosen, goal, known, timeout)
         # Scratch memory and cycles ahead of time know of no options.
         sets: list[Options] = [()]
@@ -146,7 +149,7 @@ def tune(
         end = time.monotonic() + budget / 4
         for number, each in enumerate(sets):
             seconds = (end - time.monotonic()) / (len(sets) - number)
-            kinds[each] = choose_alone(every, dtypes, meter, each, seconds, tell)
+            kinds[each] = choose_alone(every, ties, dtypes, meter, each, seconds, tell)
             forms |= _whole_forms(every, kinds[each], each)
 
         def program(form: _Form) -> Candidate:
@@ -224,8 +227,8 @@ def _both_ways(
     options: Mapping[str, Any],
     rules: Iterable[Rule | str],
     backend: str | None,
-) -> Plan:
-    """Every layer that has another form, to that form.
+) -> tuple[Plan, list[set[str]]]:
+    """Every layer that has another form, to that form; and which of them share params.
 
     Raises:
       PlanError: a rule matches no layer in either direction.
@@ -235,13 +238,21 @@ def _both_ways(
         return make_plan(model, *args, to=form, rules=rules, backend=backend, **options)
 
     plans = {form: planned(form, ()) for form in _FORMS}
+    own: dict[Form, list[Rule]] = {form: [] for form in _FORMS}
     if chosen := as_rules(rules):
         paths = {form: {*plan, *plan.skipped} for form, plan in plans.items()}
         match_rules(chosen, dict.fromkeys(set().union(*paths.values()), 1))
         for form in _FORMS:  # a rule may match layers that have one direction
-            own = [r for r in chosen if any(r.matches(p, 0) for p in paths[form])]
-            plans[form] = planned(form, own)
-    return plans["conv"] | plans["dense"]
+            own[form] = [r for r in chosen if any(r.matches(p, 0) for p in paths[form])]
+            plans[form] = planned(form, own[form])
+    every = plans["conv"] | plans["dense"]
+    ties = []
+    for path, layer in every.items():
+        if layer.tied:  # What is left with it is tied to it.
+            skip = Rule(glob.escape(path), skip=True)
+            rest = planned(layer.to, [skip, *own[layer.to]])
+            ties.append({p for p in plans[layer.to] if p not in rest})
+    return every, ties
 
 
 def _options(chosen: Resolution) -> list[Options]:
@@ -364,7 +375,8 @@ class _Race:
             share = left / (2 * (len(kinds) - number))
             figures = self._measure({"": now} | tried, share, again=path)
             best = min(tried, key=lambda way: figures[way].median)
-            if figures[best].beats(figures[""]):
+            found, before = figures[best], figures[""]
+            if found.beats(before) and before.median >= _WORTH * found.median:
                 self.choice = "refined" + _suffix(now.options)
                 self.forms[self.choice] = tried[best]
                 self.figures[self.choice] = figures[best]
@@ -376,7 +388,8 @@ class _Race:
         self._tell("whole model: once more", 0, 1)
         last = {name: self.forms[name] for name in (self.original, self.choice)}
         again = self._measure(last, seconds, again="again")
-        if again[self.choice].beats(again[self.original]):
+        found, before = again[self.choice], again[self.original]
+        if found.beats(before) and before.median > _AS_GOOD * found.median:
             self.figures |= again
         else:
             self.choice = self.original

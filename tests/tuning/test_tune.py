@@ -85,6 +85,12 @@ def test_what_does_not_win_again_is_not_taken():
     assert choose(times, again={"own": figure(6), "a": figure(5)}) == "a"
 
 
+def test_what_gains_little_is_not_taken():
+    assert choose({"own": figure(10), "a": figure(9.9)}) == "own"
+    times = {"own": figure(10), "a": figure(5)}
+    assert choose(times, again={"own": figure(6), "a": figure(5.9)}) == "own"
+
+
 def test_slow_programs_leave_the_race(monkeypatch):
     now = {"time": 0.0}
     runs = dict.fromkeys(("quick", "as good", "slow", "hopeless"), 0)
@@ -228,6 +234,40 @@ def test_the_tuned_model_is_the_same(kind, variables, tmp_path):
     assert again == plan
     assert again.tuning == plan.tuning
     assert str(again) == str(plan)
+
+
+def test_tied_layers_go_together(monkeypatch):
+    """Alone the larger of two is better as it is, and they have one kernel."""
+
+    class Tied(nnx.Module):
+        def __init__(self):
+            rngs = nnx.Rngs(0)
+            self.first = nnx.Linear(3, 3, rngs=rngs)
+            self.second = nnx.Linear(3, 3, rngs=rngs)
+            self.second.kernel = self.first.kernel
+            self.third = nnx.Linear(3, 3, rngs=rngs)
+
+        def __call__(self, x):
+            x = self.third(self.first(x))
+            return self.second(jnp.concatenate([x, x]))
+
+    def present(self, candidates, lowered, seconds):
+        texts = {key: low.as_text() for key, low in lowered.items()}
+        return {
+            key: figure(10 - text.count("stablehlo.convolution"), 0.001)
+            for key, text in texts.items()
+        }
+
+    monkeypatch.setattr(meters.Meter, "_present", present)
+    model = Tied()
+    plan = fc.tune(model, None, X, progress=False)
+    assert set(plan) == {"first", "second", "third"}
+    assert fc.verify(model, None, X, plan=plan, progress=False).passed
+    rows = {row.paths: row.choice for row in plan.tuning.layers}
+    assert rows["first",] == rows["second",] == "tied to a layer unlike it"
+    assert rows["third",].startswith("conv")
+    left = fc.tune(model, None, X, rules=["first=skip"], progress=False)
+    assert set(left) == {"third"}
 
 
 def test_rules_leave_layers_alone(variables):
