@@ -68,7 +68,7 @@ def test_at_every_call_that_writes(interpose, format, how, place):
     # A few calls make the difference, many come before.
     assert outcome["calls"] >= {"safetensors": 10, "msgpack": 13, "orbax": 60}[format]
     assert outcome["old"] >= 7
-    assert outcome["new"] >= 2
+    assert outcome["new"] >= 1
 
 
 CONVERT = """
