@@ -47,8 +47,9 @@ _LONGEST_HEADER = 100_000_000
 
 
 def looks_like(head: bytes) -> bool:
-    """Whether a file begins with a length and a JSON header."""
-    return head[_WORD : _WORD + 1] == b"{"
+    """Whether a file begins with a length that a header may have, and JSON."""
+    length = int.from_bytes(head[:_WORD], "little")
+    return length <= _LONGEST_HEADER and head[_WORD : _WORD + 1] == b"{"
 
 
 def open_(path: Path) -> Checkpoint:
