@@ -61,7 +61,11 @@ def _prefix(final: Path) -> str:
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
     """Whether this process could take the lock of a folder, which dies with it."""
-    fd = os.open(folder, os.O_RDONLY)
+    try:
+        fd = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:  # another run took it for a leftover
+        yield False
+        return
     try:
         fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
         yield True

@@ -207,6 +207,21 @@ def test_two_runs_to_one_place(case, save, tmp_path, format, overwrite):
     assert not litter(tmp_path)
 
 
+def test_a_workspace_that_another_run_removes_is_made_anew(tmp_path, monkeypatch):
+    made, make = [], install.tempfile.mkdtemp
+
+    def make_and_lose(**where):
+        made.append(make(**where))
+        if len(made) == 1:
+            assert install.remove_leftovers(tmp_path / "conv")
+        return made[-1]
+
+    monkeypatch.setattr(install.tempfile, "mkdtemp", make_and_lose)
+    with install.workspace(tmp_path / "conv") as folder:
+        assert str(folder) == made[1]
+    assert not litter(tmp_path)
+
+
 def rewrite_in_place(path):
     with path.open("r+b") as file:
         file.seek(-40, 2)
