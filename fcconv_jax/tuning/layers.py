@@ -22,7 +22,7 @@ from .record import Figure, TunedLayer
 # Steps of the loop in which a layer is timed that runs in one.
 _STEPS = 2
 # What is slower than the best by so much alone is no better in a model.
-_HOPELESS = 1.5
+_TOO_SLOW = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +51,15 @@ class Kind:
         }
 
     def way_in(self, plan: Mapping[str, LayerPlan]) -> str:
-        """The way in which a plan runs them."""
+        """The way in which a plan runs them; why there was no choice, where so."""
         found = {path: plan[path] for path in self.layers if path in plan}
-        return next(way for way in self.ways if self.run_by(way) == found)
+        ways = (way for way in self.ways if self.run_by(way) == found)
+        return next(ways, self.row.choice)
 
     def others(self, way: str) -> list[str]:
         """Other ways that may be as good in a model, the best ones alone first."""
         medians = {name: figure.median for name, figure in self.row.figures}
-        most = _HOPELESS * min(medians.values(), default=0.0)
+        most = _TOO_SLOW * min(medians.values(), default=0.0)
         best = sorted(
             (name for name in medians if name != way), key=medians.__getitem__
         )
@@ -110,8 +111,7 @@ def choose_alone(
         left = end - time.monotonic()
         tell(f"layers: {left:.0f} s left, {paths[0] or '(root)'}", number, len(costly))
         known = f"{hashlib.sha256(repr((layer, dtype)).encode()).hexdigest()} {options}"
-        if left <= 0 or meter.timings.is_passed(known):
-            meter.timings.pass_over(known)
+        if meter.timings.passes_over(known, left):
             found.append(passed(paths, "no time to measure it"))
             continue
         ways = _ways(layer, dtype)

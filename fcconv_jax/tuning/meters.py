@@ -73,14 +73,18 @@ class Timings:
         self._known |= found
         self._write()
 
-    def pass_over(self, what: str) -> None:
-        """Notes what there was no time for, so that it will be passed over again."""
-        if what not in self._passed:
+    def passes_over(self, what: str, left: float) -> bool:
+        """Whether there is no time for something, or was none when these were made.
+
+        It is noted, so that it will be passed over again.
+
+        Args:
+          what: what is to be measured.
+          left: the seconds that are left.
+        """
+        if left <= 0 and what not in self._passed:
             self._passed.add(what)
             self._write()
-
-    def is_passed(self, what: str) -> bool:
-        """Whether there was no time for something when the timings were made."""
         return what in self._passed
 
     def _write(self) -> None:
@@ -155,8 +159,8 @@ class Meter:
         with jax.default_device(self._resolution.device):
             lowered = {name: _lower(c.program) for name, c in candidates.items()}
         keys = {
-            name: _key(lowered[name].as_text(), candidates[name].options, again)
-            for name in candidates
+            name: f"{_key(lowered[name].as_text(), each.options)} {again}".rstrip()
+            for name, each in candidates.items()
         }
         wanted = {
             key: name
@@ -181,10 +185,7 @@ class Meter:
         lowered: Mapping[str, Any],
         seconds: float,
     ) -> dict[str, Figure]:
-        same = {
-            key: _key(lowered[key].as_text(), candidate.options)
-            for key, candidate in candidates.items()
-        }
+        same = {key: key.partition(" ")[0] for key in candidates}  # measured again
         # XLA compiles outside of Python's lock, on two cores more than half as long.
         with ThreadPoolExecutor(2) as pool:
             compiling = {
@@ -298,10 +299,10 @@ def race_times(
             times[name].append(seconds_of(run))
         middle = {name: statistics.median(times[name]) for name in running}
         least = quickest(middle)
-        if number + 1 >= (_TRIAL_ROUNDS if least > _LONG else trial):
-            running = {n: r for n, r in running.items() if middle[n] <= _SLOWER * least}
-        elif least > _LONG:  # One run may be slow by chance, but not by so much.
-            most = _HOPELESS * least
+        is_long = least > _LONG
+        is_over = number + 1 >= (_TRIAL_ROUNDS if is_long else trial)
+        if is_over or is_long:  # One run may be slow by chance, but not hopelessly.
+            most = (_SLOWER if is_over else _HOPELESS) * least
             running = {n: r for n, r in running.items() if middle[n] <= most}
         if len(running) == 1 and number >= 4:
             break
@@ -333,6 +334,6 @@ def _lower(program: Program) -> Any:
     return jax.jit(program.function).lower(*args)
 
 
-def _key(text: str, options: Options, again: str = "") -> str:
-    told = json.dumps([text, sorted(options), again])
+def _key(text: str, options: Options) -> str:
+    told = json.dumps([text, sorted(options), ""])  # as in files that are kept
     return hashlib.sha256(told.encode()).hexdigest()[:20]

@@ -29,7 +29,7 @@ from ..progress import Progress, shown
 from ..rules import Rule, as_rules, match_rules
 from .layers import Kind, choose_alone
 from .meters import Candidate, Meter, Options, Timings
-from .record import Figure, Objective, TunedLayer, Tuning
+from .record import Figure, Objective, Tuning
 
 _FORMS: tuple[Form, ...] = ("conv", "dense")
 # Among programs this near to the best one, the plainest is taken.
@@ -175,7 +175,10 @@ def tune(
         versions=versions,
         programs=tuple(race.figures.items()),
         choice=race.choice,
-        layers=tuple(_taken(kind, taken.plan) for kind in kinds[taken.options]),
+        layers=tuple(
+            dataclasses.replace(kind.row, choice=kind.way_in(taken.plan))
+            for kind in kinds[taken.options]
+        ),
         left=tuple(every.left),
         why="" if race.choice != race.original else _NOTHING_BETTER,
     )
@@ -291,13 +294,6 @@ def _form(every: Plan, layers: Mapping[str, LayerPlan], options: Options) -> _Fo
     return _Form(Plan(direction(layers), ordered, (*every.left, *left)), options)
 
 
-def _taken(kind: Kind, plan: Plan) -> TunedLayer:
-    """The row of layers that are alike, with the way in which a plan runs them."""
-    if not kind.ways:
-        return kind.row
-    return dataclasses.replace(kind.row, choice=kind.way_in(plan))
-
-
 class _Race:
     """Forms of the whole model against each other.
 
@@ -354,11 +350,10 @@ class _Race:
           seconds: for all.
         """
         end = time.monotonic() + seconds
-        timings = self._meter.timings
         for number, kind in enumerate(kinds):
             now = self.forms[self.choice]
             tried = {}
-            for way in kind.others(kind.way_in(now.plan)) if kind.ways else ():
+            for way in kind.others(kind.way_in(now.plan)):
                 others = {p: v for p, v in now.plan.items() if p not in kind.layers}
                 form = _form(every, others | kind.run_by(way), now.options)
                 if form not in self.forms.values():
@@ -370,8 +365,7 @@ class _Race:
             known = hashlib.sha256(about.encode()).hexdigest()
             left = end - time.monotonic()
             self._tell(f"in the model: {left:.0f} s left, {path}", number, len(kinds))
-            if left <= 0 or timings.is_passed(known):
-                timings.pass_over(known)
+            if self._meter.timings.passes_over(known, left):
                 continue
             share = left / (2 * (len(kinds) - number))
             figures = self._measure({"": now} | tried, share, again=path)
@@ -380,7 +374,7 @@ class _Race:
             if found.beats(before) and before.median >= _WORTH * found.median:
                 self.choice = "refined" + _suffix(now.options)
                 self.forms[self.choice] = tried[best]
-                self.figures[self.choice] = figures[best]
+                self.figures[self.choice] = found
 
     def confirm(self, seconds: float) -> None:
         """Measures the choice against the original once more."""
