@@ -368,7 +368,7 @@ class _Race:
             if self._meter.timings.passes_over(known, left):
                 continue
             share = left / (2 * (len(kinds) - number))
-            figures = self._measure({"": now} | tried, share, again=path)
+            figures = self._measure({"": now} | tried, share, again=f"beside {path}")
             best = min(tried, key=lambda way: figures[way].median)
             found, before = figures[best], figures[""]
             if found.beats(before) and before.median >= _WORTH * found.median:
