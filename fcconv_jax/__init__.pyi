@@ -25,9 +25,9 @@ from .params.trees import restore_params as restore_params
 from .plan import LayerPlan as LayerPlan
 from .plan import Plan as Plan
 from .plan import PlanError as PlanError
+from .plan.rules import Rule as Rule
+from .plan.tuning import Tuning as Tuning
 from .planning.from_shapes import plan_from_params as plan_from_params
-from .rules import Rule as Rule
-from .tuning.record import Tuning as Tuning
 from .tuning.tune import tune as tune
 from .verification.compare import Comparison as Comparison
 from .verification.compare import assert_same as assert_same

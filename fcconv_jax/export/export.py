@@ -17,8 +17,8 @@ from ..frontends.convert_model import convert_model
 from ..frontends.kinds import ModelProgram, frontend_of, kind_of
 from ..params.trees import convert_params
 from ..plan import Plan
+from ..plan.rules import Rule, as_rules
 from ..progress import Progress, shown
-from ..rules import Rule, as_rules
 from ..verification.agreement import named_leaves
 from .chips import Chip, chip_of
 from .errors import ExportError

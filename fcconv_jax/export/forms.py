@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ..frontends.make_plan import make_plan
 from ..layer_forms import output_positions
 from ..plan import LayerPlan, Plan, PlanError, direction
-from ..rules import Rule
+from ..plan.rules import Rule
 from .chips import Chip, Place
 from .layers import Layer
 from .targets import Target

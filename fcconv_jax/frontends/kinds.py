@@ -10,7 +10,7 @@ import flax.linen as nn
 
 from ..params.variables import is_nnx_class, is_nnx_module
 from ..plan import Form, Plan
-from ..rules import Rule
+from ..plan.rules import Rule
 from .linen.model import ConvertedLinen
 
 Kind = Literal["linen", "nnx", "function"]

@@ -6,9 +6,9 @@ from collections.abc import Iterable
 from typing import Any
 
 from ..plan import Form, Plan, PlanError
+from ..plan.rules import Rule, as_rules
 from ..planning.layouts import lay_out
 from ..planning.mesh_layouts import for_mesh
-from ..rules import Rule, as_rules
 from ..tracing.user_code import explained
 from .kinds import frontend_of
 

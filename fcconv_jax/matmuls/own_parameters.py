@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 
 from ..plan import Form, LayerPlan
-from ..rules import Rule
+from ..plan.rules import Rule
 from .matmul import Matmul
 from .plan import find_layers, plan_matmuls
 from .trace import Traced

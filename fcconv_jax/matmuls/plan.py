@@ -7,8 +7,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 from ..plan import Form, LayerPlan
+from ..plan.rules import Rule
 from ..planning.decide import Call, LeftError, plan_layers
-from ..rules import Rule
 from ..tracing.marks import Frame, LayerInput
 from .as_layer import (
     conv_arguments,

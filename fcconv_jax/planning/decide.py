@@ -14,7 +14,7 @@ from ..geometry.windows import is_symbolic
 from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..layer_forms import holds
 from ..plan import Form, LayerPlan, PlanError, is_order
-from ..rules import Rule
+from ..plan.rules import Rule
 from ..tracing.flatten import Features, Flatten, find_flattens
 from ..tracing.marks import LayerInput
 from .layer_axes import DenseAxes

@@ -12,7 +12,7 @@ from flax.core import meta
 from ..kernels import bias_rearrangement, channel_last, kernel_rearrangement
 from ..params.leaves import leaf_path
 from ..plan import Form, LayerPlan, Plan, PlanError
-from ..rules import Rule, as_rules, match_rules
+from ..plan.rules import Rule, as_rules, match_rules
 from .layouts import lay_out
 
 Shape = tuple[int, ...]

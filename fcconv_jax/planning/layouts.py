@@ -18,7 +18,7 @@ from jax.core import Tracer
 
 from ..backends.name import Backend, BackendError, jax_platform
 from ..plan import KernelLayout, LayerPlan, Layout, Plan, PlanError
-from ..rules import Rule, first_match
+from ..plan.rules import Rule, first_match
 
 # Rows of a tile of TPU memory: an axis of a multiple of them folds without a copy.
 _TPU_ROWS = 8

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from ..meshes import over_mesh, parts
 from ..plan import LayerPlan, Layout, Plan
-from ..rules import Rule, first_match
+from ..plan.rules import Rule, first_match
 
 GROUPED = (
     "a grouped layer over a mesh: XLA partitions grouped convolutions wrongly (plain "

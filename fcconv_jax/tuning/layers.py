@@ -16,8 +16,8 @@ from jax import lax
 from ..backends.compilation import Program
 from ..backends.layer_programs import layer_forms
 from ..plan import LayerPlan, Layout, Plan, other_form
+from ..plan.tuning import Figure, TunedLayer
 from .meters import Candidate, Meter, Options
-from .record import Figure, TunedLayer
 
 # Steps of the loop in which a layer is timed that runs in one.
 _STEPS = 2

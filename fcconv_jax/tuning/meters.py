@@ -22,7 +22,7 @@ from ..backends.name import BackendError
 from ..backends.resolution import Resolution
 from ..backends.timing import seconds_of
 from ..plan import PlanError
-from .record import Figure, Objective
+from ..plan.tuning import Figure, Objective
 
 Options = tuple[tuple[str, Any], ...]
 

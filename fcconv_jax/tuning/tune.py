@@ -25,11 +25,11 @@ from ..frontends.programs import compilable
 from ..params.layer_dtypes import layer_dtypes
 from ..params.trees import convert_params
 from ..plan import Form, LayerPlan, Plan, PlanError, direction
+from ..plan.rules import Rule, as_rules, match_rules
+from ..plan.tuning import Figure, Objective, Tuning
 from ..progress import Progress, shown
-from ..rules import Rule, as_rules, match_rules
 from .layers import Kind, choose_alone
 from .meters import Candidate, Meter, Options, Timings
-from .record import Figure, Objective, Tuning
 
 _FORMS: tuple[Form, ...] = ("conv", "dense")
 # Among programs this near to the best one, the plainest is taken.

@@ -15,9 +15,9 @@ from fcconv_jax.backends.compilation import Program
 from fcconv_jax.backends.name import BackendError
 from fcconv_jax.backends.options import known_options
 from fcconv_jax.plan import Plan
+from fcconv_jax.plan.tuning import Figure, Tuning
 from fcconv_jax.tuning import meters, tune
 from fcconv_jax.tuning.layers import _in_context, _ways
-from fcconv_jax.tuning.record import Figure, Tuning
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 8, 4, 3)), jnp.float32)

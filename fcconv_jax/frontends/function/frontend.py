@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...plan import Form, Plan
-from ...rules import Rule
+from ...plan.rules import Rule
 from .model import ConvertedFunction
 from .plan import plan_function
 from .program import FunctionProgram, function_variables

@@ -8,7 +8,7 @@ from typing import Any
 from ...matmuls.plan import find_layers, matmul_sizes, plan_matmuls
 from ...matmuls.trace import Traced, trace
 from ...plan import Form, Plan
-from ...rules import Rule, match_rules
+from ...plan.rules import Rule, match_rules
 
 
 def plan_function(

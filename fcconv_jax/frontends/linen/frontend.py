@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from ...plan import Form, Plan
-from ...rules import Rule
+from ...plan.rules import Rule
 from .model import ConvertedLinen
 from .plan import plan_linen
 from .program import LinenProgram

@@ -16,8 +16,8 @@ from ...matmuls.own_parameters import OwnParameters
 from ...matmuls.plan import matmul_sizes
 from ...matmuls.trace import Traced, trace
 from ...plan import Form, Plan
+from ...plan.rules import Rule, match_rules
 from ...planning.decide import Call, LeftError, kernel_sizes, plan_layers
-from ...rules import Rule, match_rules
 from ...tracing import arguments
 from ...tracing.marks import mark, marked
 from .interception import intercepting

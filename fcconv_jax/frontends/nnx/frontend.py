@@ -8,7 +8,7 @@ from typing import Any
 from flax import nnx
 
 from ...plan import Form, Plan
-from ...rules import Rule
+from ...plan.rules import Rule
 from .model import convert_nnx
 from .plan import plan_nnx
 from .program import NnxProgram, nnx_variables

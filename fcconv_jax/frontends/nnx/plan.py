@@ -16,8 +16,8 @@ from ...matmuls.plan import matmul_sizes
 from ...matmuls.trace import Traced, trace
 from ...params.variables import is_variable
 from ...plan import Form, Plan
+from ...plan.rules import Rule, match_rules
 from ...planning.decide import Call, kernel_sizes, plan_layers
-from ...rules import Rule, match_rules
 from ...tracing import arguments
 from ...tracing.marks import mark, marked
 from ...tracing.parameter_reads import find_uses, mark_parameter

@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from .geometry.convolution import Case
-from .kernels import Rearrangement
-from .strict_json import loads, whole_numbers
-from .tables import aligned
-from .tuning.record import Tuning
+from ..geometry.convolution import Case
+from ..kernels import Rearrangement
+from ..strict_json import loads, whole_numbers
+from ..tables import aligned
+from .tuning import Tuning
 
 Form = Literal["conv", "dense"]
 # Of a plan as a whole: "mix" where some layers go to conv and some to dense.
