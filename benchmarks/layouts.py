@@ -36,8 +36,8 @@ from fcconv_jax.backends.compilation import (
 )
 from fcconv_jax.backends.layer_comparison import mebibytes
 from fcconv_jax.backends.layer_programs import layer_forms
-from fcconv_jax.backends.name import BackendError
 from fcconv_jax.backends.resolution import Resolution, resolve
+from fcconv_jax.errors import BackendError
 from fcconv_jax.plan import KernelLayout, Layout
 from fcconv_jax.progress import shown
 from fcconv_jax.tables import aligned

@@ -3,6 +3,11 @@ from .checkpoints import restore_checkpoint as restore_checkpoint
 from .dense_prediction.report import SlideReport as SlideReport
 from .dense_prediction.slide import Slide as Slide
 from .dense_prediction.slide import slide as slide
+from .errors import BackendError as BackendError
+from .errors import CheckpointError as CheckpointError
+from .errors import ExportError as ExportError
+from .errors import FcconvError as FcconvError
+from .errors import PlanError as PlanError
 from .export.export import export as export
 from .export.report import ExportReport as ExportReport
 from .export.verify_file import verify_file as verify_file
@@ -24,7 +29,6 @@ from .params.trees import convert_params as convert_params
 from .params.trees import restore_params as restore_params
 from .plan import LayerPlan as LayerPlan
 from .plan import Plan as Plan
-from .plan import PlanError as PlanError
 from .plan.rules import Rule as Rule
 from .plan.tuning import Tuning as Tuning
 from .planning.from_shapes import plan_from_params as plan_from_params

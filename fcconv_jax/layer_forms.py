@@ -18,10 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
+from .errors import PlanError
 from .geometry.classify import Equivalence
 from .kernels import channel_last, kernel_rearrangement, window_letters
 from .meshes import parts, reshape, respec, typed_sharding, with_mesh
-from .plan import Form, LayerPlan, PlanError
+from .plan import Form, LayerPlan
 
 Array = jax.Array
 FormFn = Callable[..., Array]

@@ -138,7 +138,8 @@ def _chosen(config: pytest.Config) -> list[str]:
         names = [n for word in config.getini(source) for n in word.split(",") if n]
         if not names:
             return []
-    from .backends.name import Backend, BackendError
+    from .backends.name import Backend
+    from .errors import BackendError
 
     try:
         return [str(b) for b in dict.fromkeys(map(Backend.parse, names))]

@@ -1,6 +1,7 @@
 import pytest
 
-from fcconv_jax.plan import Plan, PlanError
+from fcconv_jax.errors import PlanError
+from fcconv_jax.plan import Plan
 from fcconv_jax.strict_json import StrictJsonError, loads, whole_numbers
 
 

@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
+from ..errors import BackendError
 from . import processes
 from .census import HLO_CYCLES, OpCounts, count_hlo, count_stablehlo
-from .name import Backend, BackendError
+from .name import Backend
 from .resolution import Resolution, resolve
 from .worker import describe
 

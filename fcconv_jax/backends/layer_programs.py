@@ -11,9 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import BackendError, PlanError
 from ..layer_forms import canonical_layer, pair_of_forms
 from ..params.layer_dtypes import layer_dtypes
-from ..plan import Form, LayerPlan, Plan, PlanError, in_words, other_form
+from ..plan import Form, LayerPlan, Plan, in_words, other_form
 from .compilation import (
     TIMEOUT,
     Compilation,
@@ -22,7 +23,7 @@ from .compilation import (
     compile_present,
 )
 from .layer_comparison import FORMS, CompiledLayers, LayerPrograms
-from .name import Backend, BackendError
+from .name import Backend
 from .resolution import Resolution, resolve
 from .timing import milliseconds
 

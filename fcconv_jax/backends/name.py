@@ -8,6 +8,8 @@ import math
 import re
 from typing import Any, Literal
 
+from ..errors import BackendError
+
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
 
@@ -48,10 +50,6 @@ KINDS: dict[str, dict[str, Kind]] = {
 # What a platform alone stands for where it has to be compiled for ahead of time.
 _DEFAULT_KIND = {"cuda": "h100", "tpu": "v5e"}
 _ALIASES = {"gpu": "cuda", "nvidia": "cuda", "amd": "rocm"}
-
-
-class BackendError(ValueError):
-    """A backend that does not exist, or that could not do its work; names it."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -16,8 +16,9 @@ from typing import Any
 
 import jax
 
+from ..errors import BackendError
 from . import worker
-from .name import Backend, BackendError
+from .name import Backend
 
 _POLL = 0.05
 # Each takes up to a GiB.

@@ -1,7 +1,6 @@
 """Checkpoints on disk to the other form and back: Orbax, Flax msgpack, safetensors."""
 
 from .checkpoint import Checkpoint as Checkpoint
-from .checkpoint import CheckpointError as CheckpointError
 from .checkpoint import CheckpointInfo as CheckpointInfo
 from .checkpoint import CheckpointReport as CheckpointReport
 from .checkpoint import LeafInfo as LeafInfo

@@ -12,7 +12,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..plan import Plan, PlanError
+from ..errors import CheckpointError, PlanError
+from ..plan import Plan
 from ..strict_json import loads, whole_numbers
 from ..tables import aligned
 
@@ -21,13 +22,6 @@ Parts = tuple[str, ...]
 
 PLAN_KEY = "fcconv_plan"
 LEAVES_KEY = "fcconv_leaves"
-
-
-class CheckpointError(ValueError):
-    """A checkpoint cannot be read, converted or written: which file, which leaf, why.
-
-    Nothing has been written when it is raised.
-    """
 
 
 def iter_leaves(tree: Any, path: Parts = ()) -> Iterator[tuple[Parts, Any]]:

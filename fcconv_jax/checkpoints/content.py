@@ -11,9 +11,10 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import CheckpointError
 from ..plan import Plan, in_words
 from ..tables import aligned
-from .checkpoint import Checkpoint, CheckpointError, is_array, iter_leaves
+from .checkpoint import Checkpoint, is_array, iter_leaves
 from .entries import Moved
 from .extents import Tell
 

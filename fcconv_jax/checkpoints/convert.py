@@ -9,10 +9,10 @@ import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
+from ..errors import CheckpointError
 from ..plan import Plan, in_words
 from .checkpoint import (
     Checkpoint,
-    CheckpointError,
     CheckpointReport,
     FolderLayout,
     Format,

@@ -12,8 +12,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
+from ..errors import CheckpointError
 from ..kernels import Rearrangement
-from .checkpoint import CheckpointError
 from .extents import (
     LARGE,
     PIECE,

@@ -18,7 +18,7 @@ from typing import TypeVar
 
 import numpy as np
 
-from .checkpoint import CheckpointError
+from ..errors import CheckpointError
 
 # Bytes that a thread holds in memory at a time; a move needs them twice.
 PIECE = 4 << 20

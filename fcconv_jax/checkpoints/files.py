@@ -9,10 +9,10 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from ..errors import CheckpointError
 from . import folders, msgpack, orbax, safetensors
 from .checkpoint import (
     Checkpoint,
-    CheckpointError,
     CheckpointInfo,
     FolderLayout,
     Format,

@@ -14,16 +14,10 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
+from ..errors import CheckpointError
 from ..strict_json import loads
 from . import msgpack, safetensors
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    FolderLayout,
-    Format,
-    Record,
-    iter_leaves,
-)
+from .checkpoint import Checkpoint, FolderLayout, Format, Record, iter_leaves
 from .extents import Tell
 
 _OPEN: Mapping[str, Callable[[Path], Checkpoint]] = {

@@ -5,13 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from .checkpoint import (
-    CheckpointError,
-    Format,
-    Parts,
-    is_array,
-    iter_leaves,
-)
+from ..errors import CheckpointError
+from .checkpoint import Format, Parts, is_array, iter_leaves
 
 # What holds the array of a boxed parameter (nn.Partitioned, nnx.Variable).
 _BOX = ("value", "raw_value")

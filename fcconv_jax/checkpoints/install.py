@@ -12,7 +12,7 @@ import tempfile
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from .checkpoint import CheckpointError
+from ..errors import CheckpointError
 
 # From linux/fs.h and fcntl.h.
 _NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100

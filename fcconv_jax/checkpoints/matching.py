@@ -9,10 +9,11 @@ import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from ..errors import CheckpointError
 from ..kernels import Rearrangement
 from ..params.leaves import convert_leaf
 from ..plan import Plan
-from .checkpoint import CheckpointError, Parts
+from .checkpoint import Parts
 from .entries import Moved
 
 Shape = tuple[int, ...]

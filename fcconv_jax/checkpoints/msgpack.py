@@ -13,12 +13,8 @@ from typing import Any
 
 import numpy as np
 
-from .checkpoint import (
-    Checkpoint,
-    CheckpointError,
-    Record,
-    is_array,
-)
+from ..errors import CheckpointError
+from .checkpoint import Checkpoint, Record, is_array
 from .entries import Moved
 from .extents import Extent, File, Tell
 from .msgpack_frame import ARRAY, CHUNKED, COMPLEX, SCALAR, FrameError, FrameReader

@@ -14,10 +14,10 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import CheckpointError
 from ..strict_json import loads
 from .checkpoint import (
     Checkpoint,
-    CheckpointError,
     OrbaxLayout,
     Record,
     is_array,

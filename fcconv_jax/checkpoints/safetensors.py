@@ -12,8 +12,9 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
+from ..errors import CheckpointError
 from ..strict_json import loads, whole_numbers
-from .checkpoint import Checkpoint, CheckpointError, Record, is_array
+from .checkpoint import Checkpoint, Record, is_array
 from .entries import Filed, Moved
 from .extents import BLOCK, Extent, File, Tell, copy
 

@@ -7,7 +7,8 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from .checkpoint import Checkpoint, CheckpointError, FolderLayout
+from ..errors import CheckpointError
+from .checkpoint import Checkpoint, FolderLayout
 
 
 @dataclasses.dataclass(frozen=True)

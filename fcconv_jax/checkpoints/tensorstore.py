@@ -10,8 +10,9 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import CheckpointError
 from ..strict_json import loads
-from .checkpoint import CheckpointError, LeafInfo, iter_leaves
+from .checkpoint import LeafInfo, iter_leaves
 from .entries import Moved
 
 TREE = "_METADATA"

@@ -40,13 +40,10 @@ class _Commands(TyperGroup):
 
 def _in_one_line(error: Exception) -> str | None:
     """What this package explains, as it says it; else the user's own line and error."""
-    from ..backends.name import BackendError
-    from ..checkpoints import CheckpointError
-    from ..export.errors import ExportError
-    from ..plan import PlanError
+    from ..errors import FcconvError
     from ..tracing.user_code import users_line, way_out
 
-    if isinstance(error, PlanError | CheckpointError | BackendError | ExportError):
+    if isinstance(error, FcconvError):
         return str(error).partition("\n--------------------\n")[0]
     said = str(error).strip().splitlines() or [""]
     whole = "(FCCONV_TRACEBACK=1 shows all of it)"

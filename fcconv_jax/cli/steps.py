@@ -71,8 +71,8 @@ class ModelCall:
 
     def plan(self, wishes: Wishes) -> Plan:
         """Plans it by tracing."""
+        from ..errors import PlanError
         from ..frontends.make_plan import make_plan
-        from ..plan import PlanError
 
         first = () if self.params is None else (self.params,)
         try:
@@ -118,7 +118,8 @@ def plan_checkpoint(src: Path, wishes: Wishes, step: str | None = None) -> Plan:
 
 def parse_backends(names: Sequence[str] | None) -> list[Backend] | None:
     """The values of ``--backend``."""
-    from ..backends.name import Backend, BackendError
+    from ..backends.name import Backend
+    from ..errors import BackendError
 
     try:
         return [Backend.parse(name) for name in names] if names else None
@@ -233,7 +234,7 @@ def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:
 
 def require_layers(made: Plan) -> None:
     """A conversion that would change nothing is no success."""
-    from ..plan import PlanError
+    from ..errors import PlanError
 
     if not made:
         why = "; ".join(f"{path}: {reason}" for path, reason in made.skipped.items())
@@ -242,7 +243,8 @@ def require_layers(made: Plan) -> None:
 
 def read_plan(file: Path) -> Plan:
     """Reads a plan from a file."""
-    from ..plan import Plan, PlanError
+    from ..errors import PlanError
+    from ..plan import Plan
 
     try:
         return Plan.from_json(file.read_bytes())

@@ -80,7 +80,7 @@ def find_variables(checkpoint: Checkpoint, wanted: Any, file: str) -> dict[str, 
       CheckpointError: it is of another model: a leaf is missing, has another shape, or
         is one that the model lacks; the message names it.
     """
-    from ..checkpoints import CheckpointError
+    from ..errors import CheckpointError
 
     want = dict(_leaves(wanted))
     collections = {path[0] for path in want}

@@ -20,7 +20,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
-from ..plan import PlanError
+from ..errors import PlanError
 from ..tracing.jaxprs import bind
 from .maps import (
     Layout,

@@ -18,7 +18,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ExportError, require
+from ..errors import ExportError
+from .errors import require
 from .fingerprint import digest
 from .graph import Graph, Node, Value
 from .layers import Layer, Record

@@ -5,9 +5,7 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
-
-class ExportError(ValueError):
-    """A model cannot be exported, or a file not read: what was found, the way out."""
+from ..errors import ExportError
 
 
 class MissingExtraError(ExportError, ImportError):

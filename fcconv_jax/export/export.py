@@ -13,6 +13,7 @@ import numpy as np
 
 from ..backends.timing import milliseconds
 from ..default_settings import default_settings
+from ..errors import ExportError
 from ..frontends.convert_model import convert_model
 from ..frontends.kinds import ModelProgram, frontend_of, kind_of
 from ..params.trees import convert_params
@@ -21,7 +22,6 @@ from ..plan.rules import Rule, as_rules
 from ..progress import Progress, shown
 from ..verification.agreement import named_leaves
 from .chips import Chip, chip_of
-from .errors import ExportError
 from .fingerprint import BLANK, seal
 from .forms import FORMS, Form, plan_of_form
 from .graph import Graph, Source
@@ -98,7 +98,7 @@ def export(
       >>> export(model, params, x, to="tflite", path="model.tflite")
       Traceback (most recent call last):
         ...
-      fcconv_jax.export.errors.ExportError: expected to= one of litert, ...
+      fcconv_jax.errors.ExportError: expected to= one of litert, ...
     """
     target = target_of(to)
     if Path(path).suffix != target.suffix:

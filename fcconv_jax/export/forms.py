@@ -7,9 +7,10 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, get_args
 
+from ..errors import PlanError
 from ..frontends.make_plan import make_plan
 from ..layer_forms import output_positions
-from ..plan import LayerPlan, Plan, PlanError, direction
+from ..plan import LayerPlan, Plan, direction
 from ..plan.rules import Rule
 from .chips import Chip, Place
 from .layers import Layer

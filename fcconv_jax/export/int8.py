@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ExportError, require
+from ..errors import ExportError
+from .errors import require
 from .fingerprint import resealed
 from .layers import Record, expected
 from .litert_file import LiteRTFile, run

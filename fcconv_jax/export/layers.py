@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from ..errors import ExportError
 from ..plan import Plan
-from .errors import ExportError
 from .graph import Graph, Node, Source, Value
 
 FORMAT = "fcconv_jax.export"

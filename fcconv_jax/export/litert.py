@@ -12,7 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ExportError, require
+from ..errors import ExportError
+from .errors import require
 from .graph import Graph, Node, Value
 from .layers import Record
 

@@ -10,7 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ExportError, require
+from ..errors import ExportError
+from .errors import require
 from .fingerprint import digest, plain
 from .layers import Layer, Record
 from .litert import RECORD, pack, schema

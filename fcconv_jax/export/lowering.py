@@ -15,8 +15,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import ExportError
 from ..tracing.jaxprs import bind, call_body, evaluate, opened, scan_parts
-from .errors import ExportError
 from .graph import Graph, Node, Source, Value, constant
 
 Rule = Callable[..., Value | Sequence[Value]]

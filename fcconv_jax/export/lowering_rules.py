@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from .errors import ExportError
+from ..errors import ExportError
 from .graph import Value, constant
 from .lowering import Lowering, Rule
 

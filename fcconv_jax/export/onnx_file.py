@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from .errors import ExportError, require
+from ..errors import ExportError
+from .errors import require
 from .fingerprint import digest
 from .layers import Layer, Record
 from .onnx_writer import RECORD

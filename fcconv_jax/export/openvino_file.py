@@ -19,8 +19,9 @@ from xml.etree import ElementTree
 
 import numpy as np
 
+from ..errors import ExportError
 from . import onnx_writer
-from .errors import ExportError, require
+from .errors import require
 from .fingerprint import digest
 from .graph import Graph
 from .layers import Layer, Record, compute

@@ -17,6 +17,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..errors import ExportError
 from ..frontends.kinds import ModelProgram
 from ..params.leaves import flatten_with_path
 from ..progress import Progress
@@ -24,7 +25,6 @@ from ..verification.agreement import WorkingError, named_leaves, working_errors
 from ..verification.moved import MOVED, moved_by_an_ulp
 from ..verification.reading import Reading, obstacles
 from ..verification.reference import free_memory
-from .errors import ExportError
 from .layers import Layer, Record, compute, expected
 from .probes import probes, small_probes
 from .shipped import Shipped, ShippedLayer

@@ -9,7 +9,7 @@ import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
-from .errors import ExportError
+from ..errors import ExportError
 
 
 @contextlib.contextmanager
@@ -30,7 +30,7 @@ def beside(path: Path) -> Iterator[Path]:
       ...     pass
       Traceback (most recent call last):
         ...
-      fcconv_jax.export.errors.ExportError: no_such_folder: no such folder. Make it ...
+      fcconv_jax.errors.ExportError: no_such_folder: no such folder. Make it ...
     """
     parent = path.parent
     if not parent.is_dir():

@@ -18,7 +18,8 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from .errors import ExportError, MissingExtraError
+from ..errors import ExportError
+from .errors import MissingExtraError
 from .fingerprint import digest
 from .layers import Layer, Record
 from .shipped import ShippedLayer

@@ -7,7 +7,7 @@ import importlib
 from pathlib import Path
 from typing import Any, Literal
 
-from .errors import ExportError
+from ..errors import ExportError
 from .shipped import Shipped
 
 Name = Literal["litert", "onnx", "openvino", "iree", "coreml", "stablehlo"]

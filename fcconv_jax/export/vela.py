@@ -10,7 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from .errors import ExportError, require
+from ..errors import ExportError
+from .errors import require
 
 
 @dataclasses.dataclass(frozen=True)

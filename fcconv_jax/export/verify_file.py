@@ -10,10 +10,10 @@ from typing import Any, Literal
 import numpy as np
 
 from ..default_settings import default_settings
+from ..errors import ExportError
 from ..frontends.kinds import frontend_of
 from ..params.trees import convert_params
 from ..progress import Progress, shown
-from .errors import ExportError
 from .layers import Record
 from .proof import Proof, Reference, parameter_leaves, prove, reference_of
 from .report import ExportReport, FormFigures
@@ -63,7 +63,7 @@ def verify_file(
       >>> verify_file("model.h5", {})
       Traceback (most recent call last):
         ...
-      fcconv_jax.export.errors.ExportError: expected a file that ends in ...
+      fcconv_jax.errors.ExportError: expected a file that ends in ...
     """
     path = Path(path)
     target = target_of_file(path)

@@ -5,7 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..plan import Form, Plan, PlanError
+from ..errors import PlanError
+from ..plan import Form, Plan
 from ..plan.rules import Rule, as_rules
 from ..planning.layouts import lay_out
 from ..planning.mesh_layouts import for_mesh

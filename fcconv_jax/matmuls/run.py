@@ -9,10 +9,11 @@ from typing import Any
 import jax
 from jax.errors import InconclusiveDimensionOperation
 
+from ..errors import PlanError
 from ..geometry.classify import classify
 from ..layer_forms import holds
 from ..params.trees import restore_params
-from ..plan import LayerPlan, Plan, PlanError
+from ..plan import LayerPlan, Plan
 from .as_layer import (
     conv_arguments,
     form_of,

@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
+from ..errors import PlanError
 from ..params.leaves import flatten_with_path
-from ..plan import PlanError
 from ..tracing import arguments
 from .find import analyse
 from .matmul import ACTIVE, Program, Tag, Weight

@@ -9,9 +9,10 @@ from typing import Any
 
 import jax
 
+from ..errors import PlanError
 from ..kernels import Rearrangement
 from ..meshes import over_mesh
-from ..plan import Plan, PlanError
+from ..plan import Plan
 from .leaves import convert_leaf, flatten_with_path
 
 

@@ -10,7 +10,8 @@ import jax
 import numpy as np
 
 from ..default_settings import default_settings
-from ..plan import Plan, PlanError
+from ..errors import PlanError
+from ..plan import Plan
 from .leaves import flatten_with_path, is_leaf_node
 from .moves import find_moves, map_leaves
 from .opt_probe import different_update

@@ -7,7 +7,8 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 
-from ..plan import Plan, PlanError
+from ..errors import PlanError
+from ..plan import Plan
 from .moves import map_leaves
 from .opt_state import convert_opt_state
 

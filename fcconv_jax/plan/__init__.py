@@ -7,7 +7,6 @@ from .plan import KernelLayout as KernelLayout
 from .plan import LayerPlan as LayerPlan
 from .plan import Layout as Layout
 from .plan import Plan as Plan
-from .plan import PlanError as PlanError
 from .plan import direction as direction
 from .plan import in_words as in_words
 from .plan import is_order as is_order

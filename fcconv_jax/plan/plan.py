@@ -10,6 +10,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
+from ..errors import PlanError
 from ..geometry.convolution import Case
 from ..kernels import Rearrangement
 from ..strict_json import loads, whole_numbers
@@ -24,10 +25,6 @@ KernelLayout = Literal["HWIO", "OHWI"]
 
 FORMAT = "fcconv_jax.plan"
 VERSION = 2
-
-
-class PlanError(ValueError):
-    """A plan cannot be made, read or applied: what was found, and the way out."""
 
 
 @dataclasses.dataclass(frozen=True)

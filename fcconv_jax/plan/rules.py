@@ -10,7 +10,8 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from .plan import KernelLayout, LayerPlan, Layout, PlanError
+from ..errors import PlanError
+from .plan import KernelLayout, LayerPlan, Layout
 
 _SYNTAX = (
     "PATTERN=skip, PATTERN=auto or PATTERN=WINDOW[:ORDER][:LAYOUT], such as "

@@ -9,11 +9,12 @@ from typing import Any
 
 from jax.errors import InconclusiveDimensionOperation
 
+from ..errors import PlanError
 from ..geometry.classify import Equivalence, classify
 from ..geometry.windows import is_symbolic
 from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..layer_forms import holds
-from ..plan import Form, LayerPlan, PlanError, is_order
+from ..plan import Form, LayerPlan, is_order
 from ..plan.rules import Rule
 from ..tracing.flatten import Features, Flatten, find_flattens
 from ..tracing.marks import LayerInput

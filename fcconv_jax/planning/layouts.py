@@ -16,8 +16,9 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
-from ..backends.name import Backend, BackendError, jax_platform
-from ..plan import KernelLayout, LayerPlan, Layout, Plan, PlanError
+from ..backends.name import Backend, jax_platform
+from ..errors import BackendError, PlanError
+from ..plan import KernelLayout, LayerPlan, Layout, Plan
 from ..plan.rules import Rule, first_match
 
 # Rows of a tile of TPU memory: an axis of a multiple of them folds without a copy.

@@ -18,10 +18,9 @@ import jax
 import numpy as np
 
 from ..backends.compilation import Compiling, Program, abstract
-from ..backends.name import BackendError
 from ..backends.resolution import Resolution
 from ..backends.timing import seconds_of
-from ..plan import PlanError
+from ..errors import BackendError, PlanError
 from ..plan.tuning import Figure, Objective
 
 Options = tuple[tuple[str, Any], ...]

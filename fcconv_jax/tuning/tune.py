@@ -14,17 +14,18 @@ import jax
 import jaxlib.version
 
 from ..backends.compilation import TIMEOUT
-from ..backends.name import Backend, BackendError
+from ..backends.name import Backend
 from ..backends.options import convolution_options
 from ..backends.resolution import Resolution, resolve, resolve_default
 from ..default_settings import default_settings
+from ..errors import BackendError, PlanError
 from ..frontends.convert_model import convert_model
 from ..frontends.kinds import frontend_of, kind_of
 from ..frontends.make_plan import make_plan
 from ..frontends.programs import compilable
 from ..params.layer_dtypes import layer_dtypes
 from ..params.trees import convert_params
-from ..plan import Form, LayerPlan, Plan, PlanError, direction
+from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules
 from ..plan.tuning import Figure, Objective, Tuning
 from ..progress import Progress, shown

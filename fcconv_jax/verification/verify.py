@@ -10,11 +10,12 @@ from typing import Any, Literal
 import jax
 
 from ..backends.compilation import TIMEOUT, Compiling, compile_present
-from ..backends.name import Backend, BackendError
+from ..backends.name import Backend
 from ..backends.report import BackendReport
 from ..backends.resolution import Resolution, resolve, resolve_default
 from ..backends.timing import milliseconds
 from ..default_settings import default_settings
+from ..errors import BackendError
 from ..frontends.convert_model import convert_model
 from ..frontends.kinds import frontend_of
 from ..frontends.make_plan import make_plan

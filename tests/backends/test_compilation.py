@@ -14,7 +14,8 @@ import fcconv_jax as fc
 from fcconv_jax.backends import processes
 from fcconv_jax.backends.census import census
 from fcconv_jax.backends.compilation import compile_for
-from fcconv_jax.backends.name import Backend, BackendError
+from fcconv_jax.backends.name import Backend
+from fcconv_jax.errors import BackendError
 
 
 @pytest.fixture(scope="module")

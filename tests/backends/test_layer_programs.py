@@ -17,7 +17,7 @@ from fcconv_jax.backends.layer_programs import (
     find_layer,
     layer_forms,
 )
-from fcconv_jax.backends.name import BackendError
+from fcconv_jax.errors import BackendError
 
 
 class Net(nn.Module):

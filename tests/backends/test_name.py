@@ -5,9 +5,10 @@ import types
 import jax
 import pytest
 
-from fcconv_jax.backends.name import Backend, BackendError, names
+from fcconv_jax.backends.name import Backend, names
 from fcconv_jax.backends.processes import topology
 from fcconv_jax.backends.resolution import missing_extra, resolve
+from fcconv_jax.errors import BackendError
 
 
 def _device(platform, kind, version=""):

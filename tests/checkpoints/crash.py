@@ -22,13 +22,13 @@ import numpy as np
 
 from fcconv_jax.checkpoints import (
     Checkpoint,
-    CheckpointError,
     convert_checkpoint,
     read_checkpoint,
     restore_checkpoint,
     verify_checkpoint,
     write_checkpoint,
 )
+from fcconv_jax.errors import CheckpointError
 from fcconv_jax.kernels import kernel_rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
 

@@ -33,15 +33,15 @@ from flax import serialization
 
 from fcconv_jax.checkpoints import (
     Checkpoint,
-    CheckpointError,
     convert_checkpoint,
     inspect_checkpoint,
     read_checkpoint,
     restore_checkpoint,
     write_checkpoint,
 )
+from fcconv_jax.errors import CheckpointError, PlanError
 from fcconv_jax.kernels import kernel_rearrangement
-from fcconv_jax.plan import LayerPlan, Plan, PlanError
+from fcconv_jax.plan import LayerPlan, Plan
 
 HERE = Path(__file__).parent
 CORPUS, RECORD = HERE / "corpus", HERE / "fuzz_record.json"

@@ -12,7 +12,8 @@ import safetensors
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcconv_jax.checkpoints import CheckpointError, read_checkpoint
+from fcconv_jax.checkpoints import read_checkpoint
+from fcconv_jax.errors import CheckpointError
 
 sys.path.append(str(Path(__file__).parent))
 import fuzz

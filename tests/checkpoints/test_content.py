@@ -6,7 +6,6 @@ import pytest
 
 from fcconv_jax.checkpoints import (
     Checkpoint,
-    CheckpointError,
     convert_checkpoint,
     entries,
     read_checkpoint,
@@ -14,6 +13,7 @@ from fcconv_jax.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
+from fcconv_jax.errors import CheckpointError
 
 FORMATS = ("orbax", "msgpack", "safetensors")
 

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 from fcconv_jax.checkpoints import (
-    CheckpointError,
     convert_checkpoint,
     inspect_checkpoint,
     read_checkpoint,
     restore_checkpoint,
 )
+from fcconv_jax.errors import CheckpointError
 from fcconv_jax.kernels import Rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
 

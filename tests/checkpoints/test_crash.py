@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 
 from fcconv_jax.checkpoints import (
-    CheckpointError,
     convert_checkpoint,
     files,
     inspect_checkpoint,
@@ -23,6 +22,7 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     verify_checkpoint,
 )
+from fcconv_jax.errors import CheckpointError
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))

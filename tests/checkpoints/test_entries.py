@@ -10,9 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcconv_jax.checkpoints import entries as module
-from fcconv_jax.checkpoints.checkpoint import CheckpointError
 from fcconv_jax.checkpoints.entries import Filed, Held, Moved, row_major_slabs
 from fcconv_jax.checkpoints.extents import Extent, File, copy
+from fcconv_jax.errors import CheckpointError
 from fcconv_jax.kernels import Rearrangement
 
 DTYPES = ("u1", "<u2", "<f4", "<f8", "<c16")

@@ -7,7 +7,6 @@ import pytest
 
 from fcconv_jax.checkpoints import (
     Checkpoint,
-    CheckpointError,
     convert,
     convert_checkpoint,
     inspect_checkpoint,
@@ -16,6 +15,7 @@ from fcconv_jax.checkpoints import (
     safetensors,
     write_checkpoint,
 )
+from fcconv_jax.errors import CheckpointError
 from fcconv_jax.kernels import kernel_rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
 

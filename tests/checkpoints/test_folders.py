@@ -7,13 +7,13 @@ from flax import serialization
 from safetensors.numpy import save_file
 
 from fcconv_jax.checkpoints import (
-    CheckpointError,
     convert_checkpoint,
     inspect_checkpoint,
     read_checkpoint,
     restore_checkpoint,
     verify_checkpoint,
 )
+from fcconv_jax.errors import CheckpointError
 
 
 @pytest.fixture

@@ -7,7 +7,6 @@ from hypothesis import strategies as st
 
 from fcconv_jax.checkpoints import (
     Checkpoint,
-    CheckpointError,
     convert_checkpoint,
     inspect_checkpoint,
     msgpack,
@@ -16,6 +15,7 @@ from fcconv_jax.checkpoints import (
     restore_checkpoint,
     write_checkpoint,
 )
+from fcconv_jax.errors import CheckpointError
 
 leaves = st.one_of(
     st.none(),

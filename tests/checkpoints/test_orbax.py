@@ -10,7 +10,6 @@ import pytest
 from flax.training.train_state import TrainState
 
 from fcconv_jax.checkpoints import (
-    CheckpointError,
     convert_checkpoint,
     entries,
     inspect_checkpoint,
@@ -20,6 +19,7 @@ from fcconv_jax.checkpoints import (
     verify_checkpoint,
 )
 from fcconv_jax.checkpoints.checkpoint import OrbaxLayout
+from fcconv_jax.errors import CheckpointError
 
 
 @pytest.fixture

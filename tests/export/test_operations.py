@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fcconv_jax.export.errors import ExportError
+from fcconv_jax.errors import ExportError
 from fcconv_jax.export.export import export
 
 from .models import normal

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.export.errors import ExportError
+from fcconv_jax.errors import ExportError
 from fcconv_jax.export.litert import pack
 
 from .models import MODELS

@@ -11,8 +11,9 @@ import pytest
 
 import fcconv_jax as fc
 from fcconv_jax.backends import compilation
-from fcconv_jax.backends.name import Backend, BackendError
+from fcconv_jax.backends.name import Backend
 from fcconv_jax.backends.resolution import Resolution
+from fcconv_jax.errors import BackendError
 from fcconv_jax.verification import verify as verify_module
 
 

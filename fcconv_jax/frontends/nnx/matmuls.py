@@ -16,8 +16,9 @@ from typing import Any
 import jax
 from flax import nnx
 
+from ...errors import PlanError
 from ...params.leaves import convert_leaf, move_metadata
-from ...plan import LayerPlan, Plan, PlanError, direction
+from ...plan import LayerPlan, Plan, direction
 from ...tracing import arguments
 from ..function.model import run_rewritten
 from . import layers as nnx_layers

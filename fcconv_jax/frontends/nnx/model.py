@@ -17,10 +17,11 @@ from flax.nnx import reprlib
 from jax import lax
 
 from ... import layer_forms as forms
+from ...errors import PlanError
 from ...kernels import Rearrangement
 from ...params.inplace import convert_in_place
 from ...params.leaves import convert_leaf, move_metadata
-from ...plan import Form, LayerPlan, Plan, PlanError
+from ...plan import Form, LayerPlan, Plan
 from . import layers as nnx_layers
 from .matmuls import converted_matmuls, set_classes
 

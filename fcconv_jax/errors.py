@@ -1,0 +1,24 @@
+"""The errors of this package: one base, one class for each kind of work."""
+
+
+class FcconvError(Exception):
+    """Base of every error that this package explains: what it got, and the fix."""
+
+
+class PlanError(FcconvError, ValueError):
+    """A plan cannot be made, read or applied."""
+
+
+class CheckpointError(FcconvError, ValueError):
+    """A checkpoint cannot be read, converted or written; names the file and the leaf.
+
+    Nothing has been written when it is raised.
+    """
+
+
+class ExportError(FcconvError, ValueError):
+    """A model cannot be exported, or an exported file cannot be read."""
+
+
+class BackendError(FcconvError, ValueError):
+    """A backend does not exist, or could not do its work; names the backend."""
