@@ -5,28 +5,41 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 from collections.abc import Callable, Iterator
-from typing import Literal
 
 # Called with "row: step", how many steps are done, and how many there are.
 Progress = Callable[[str, int, int], None]
+# What every progress= takes: None and True show bars, False shows nothing.
+ProgressOption = Progress | bool | None
 
 
 @contextlib.contextmanager
-def shown(progress: Progress | Literal[False] | None) -> Iterator[Progress]:
-    """What to call while long work goes on.
+def shown(progress: ProgressOption) -> Iterator[Progress]:
+    """Give the function to call as long work goes on.
 
     Args:
-      progress: the caller's own function; None for bars on stderr where that is a
-        terminal or a notebook, one for each row; False for nothing.
+      progress: the caller's function ``(what, done, total)``, where ``what`` reads
+        ``"row: step"``; None or True for bars on stderr if that is a terminal or a
+        notebook, one for each row; False for nothing.
+
+    Raises:
+      TypeError: it is something else.
 
     Example:
       >>> with shown(lambda what, done, total: print(what, done, total)) as tell:
       ...     tell("cpu: tracing", 1, 3)
       cpu: tracing 1 3
     """
-    if progress is not None:
-        yield progress or (lambda what, done, total: None)
+    if progress is False:
+        yield lambda what, done, total: None
         return
+    if callable(progress):
+        yield progress
+        return
+    if progress is not None and progress is not True:
+        raise TypeError(
+            "Expected progress=True, False, None or a function (what, done, total), "
+            f"got {progress!r}."
+        )
     from rich.console import Console
     from rich.progress import (
         BarColumn,

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..plan import Plan, in_words
+from ..progress import Progress, ProgressOption, shown
 from .checkpoint import (
     Checkpoint,
     CheckpointReport,
@@ -42,8 +43,6 @@ from .formats import change_format, key_separator, split_paths
 from .matching import Found, find_moves
 from .stamp import Stamp
 
-Progress = Callable[[int, int, str], None]
-
 
 def convert_checkpoint(
     src: PathLike,
@@ -51,7 +50,7 @@ def convert_checkpoint(
     plan: Plan,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     format: Format | None = None,
     step: str | int | None = None,
     all_steps: bool = False,
@@ -84,7 +83,8 @@ def convert_checkpoint(
         levels that the checkpoint puts above them.
       overwrite: replace the checkpoint at ``dst``; it stays if anything fails. What is
         no checkpoint is never replaced.
-      progress: called with the number of bytes done, their total, and what is done.
+      progress: called with what is done, the bytes done and their total; None or True
+        for bars on stderr, False for none.
       format: format of ``dst``; by default what its suffix says, else that of ``src``.
         Only nested dicts of arrays travel from one format to another.
       step: which step of a directory that holds several, by name or number; the latest
@@ -143,7 +143,7 @@ def restore_checkpoint(
     dst: PathLike,
     *,
     overwrite: bool = False,
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
     format: Format | None = None,
     step: str | int | None = None,
     all_steps: bool = False,
@@ -157,7 +157,8 @@ def restore_checkpoint(
       src: what :func:`convert_checkpoint` wrote.
       dst: where to write; must not exist.
       overwrite: replace the checkpoint at ``dst``; it stays if anything fails.
-      progress: called with the number of bytes done, their total, and what is done.
+      progress: called with what is done, the bytes done and their total; None or True
+        for bars on stderr, False for none.
       format: format of ``dst``; by default what its suffix says, else that of ``src``.
       step: which step of a directory that holds several; the latest unless said.
       all_steps: restore every step of it.
@@ -215,7 +216,7 @@ def verify_checkpoint(
     *,
     step: str | int | None = None,
     prefix: str | Sequence[str] = (),
-    progress: Progress | None = None,
+    progress: ProgressOption = None,
 ) -> ContentReport:
     """Compares two checkpoints entry by entry, without the model's code.
 
@@ -225,7 +226,8 @@ def verify_checkpoint(
       plan: that leads from ``src`` to ``dst``; the one stored in either unless given.
       step: of directories that hold several; the latest unless said.
       prefix: as :func:`convert_checkpoint` was given it.
-      progress: called with the number of bytes done, their total, and what is done.
+      progress: called with what is done, the bytes done and their total; None or True
+        for bars on stderr, False for none.
 
     Returns:
       Which leaves differ, if any.
@@ -260,8 +262,12 @@ def verify_checkpoint(
     meant = merged(job.meant)
     if isinstance(source.layout, FolderLayout) or found.format == "safetensors":
         meant, found = (_split(checkpoint) for checkpoint in (meant, found))
-    teller = _Teller(progress, job.nbytes)
-    with named(Path(dst)), fresh_place(Path(os.path.abspath(dst))) as scratch:
+    with (
+        named(Path(dst)),
+        fresh_place(Path(os.path.abspath(dst))) as scratch,
+        shown(progress) as tell,
+    ):
+        teller = _Teller(tell, job.nbytes)
         different = tuple(
             differences(meant, found, scratch.parent, teller.telling("comparing"))
         )
@@ -284,7 +290,7 @@ class _Wishes:
     """How a checkpoint is to be rewritten."""
 
     overwrite: bool
-    progress: Progress | None
+    progress: ProgressOption
     format: Format | None
     check: bool
     dry_run: bool
@@ -311,11 +317,11 @@ class _Teller:
     """Tells how far the work has come, in bytes.
 
     Args:
-      progress: whom to tell.
+      progress: the function to call.
       total: bytes in all.
     """
 
-    def __init__(self, progress: Progress | None, total: int):
+    def __init__(self, progress: Progress, total: int):
         self.progress, self.total, self.done = progress, total, 0
 
     def telling(self, what: str) -> Tell:
@@ -323,8 +329,7 @@ class _Teller:
 
         def tell(count: int) -> None:
             self.done += count
-            if self.progress is not None:
-                self.progress(self.done, self.total, what)
+            self.progress(f"checkpoint: {what}", self.done, self.total)
 
         return tell
 
@@ -364,8 +369,8 @@ def _rewrite(
     if wishes.dry_run:
         return _dry(report)
     total = report.nbytes * (2 if wishes.check else 1)
-    teller = _Teller(wishes.progress, total)
-    with named(final), fresh_place(final) as fresh:
+    with named(final), fresh_place(final) as fresh, shown(wishes.progress) as bars:
+        teller = _Teller(bars, total)
         _require_room(fresh.parent, report.nbytes, final)
         for job in jobs:
             write_one(fresh, job.meant, teller.telling("writing"))

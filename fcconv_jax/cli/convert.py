@@ -26,7 +26,6 @@ from .options import (
     Target,
     ToForm,
 )
-from .output import progress_bar
 from .steps import ModelCall, Wishes, plan_checkpoint, read_plan, require_layers
 
 
@@ -99,18 +98,16 @@ def convert(
     else:
         made = plan_checkpoint(src, wishes, step)
     require_layers(made)
-    with progress_bar("converting") as tell:
-        report = convert_checkpoint(
-            src,
-            dst,
-            made,
-            overwrite=overwrite,
-            progress=lambda done, total, what: tell(what, done, total),
-            format=file_format.value if file_format else None,
-            step=step,
-            all_steps=all_steps,
-            prefix=prefixes or (),
-            check=not no_check,
-            dry_run=dry_run,
-        )
+    report = convert_checkpoint(
+        src,
+        dst,
+        made,
+        overwrite=overwrite,
+        format=file_format.value if file_format else None,
+        step=step,
+        all_steps=all_steps,
+        prefix=prefixes or (),
+        check=not no_check,
+        dry_run=dry_run,
+    )
     typer.echo(str(report))

@@ -10,7 +10,7 @@ import typer
 from .app import app, examples
 from .inputs import ArgumentError
 from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules, ToForm
-from .output import print_columns, progress_bar
+from .output import print_columns
 from .steps import ModelCall, Wishes, parse_backends
 
 if TYPE_CHECKING:
@@ -65,6 +65,7 @@ def hlo(
     """
     from ..backends.layer_programs import compile_layers, find_layer
     from ..backends.resolution import resolve_default
+    from ..progress import shown
     from .variables import abstract_variables
 
     call = ModelCall.read(model, inputs, kwargs, method)
@@ -73,7 +74,7 @@ def hlo(
     made = call.plan(Wishes(to, rules, str(chosen)))
     path = find_layer(made, layer)
     params = abstract_variables(call)
-    with progress_bar(str(chosen)) as tell:
+    with shown(None) as tell:
         found = compile_layers(
             made,
             chosen,

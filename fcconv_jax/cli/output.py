@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol
 
@@ -146,12 +145,3 @@ def start_jax() -> None:
             if failed or os.environ.get("FCCONV_TRACEBACK"):
                 said.seek(0)
                 os.write(2, said.read())
-
-
-@contextlib.contextmanager
-def progress_bar(title: str) -> Iterator[Callable[[str, int, int], None]]:
-    """A progress bar on stderr, where that is a terminal."""
-    from ..progress import shown
-
-    with shown(None) as tell:
-        yield lambda what, done, total: tell(f"{title}: {what}", done, total)

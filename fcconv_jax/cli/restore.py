@@ -15,7 +15,6 @@ from .options import (
     Step,
     Target,
 )
-from .output import progress_bar
 
 
 @app.command(
@@ -38,16 +37,14 @@ def restore(
     """Undo a conversion to the bit, with the plan that is stored in the checkpoint."""
     from ..checkpoints import restore_checkpoint
 
-    with progress_bar("restoring") as tell:
-        report = restore_checkpoint(
-            src,
-            dst,
-            overwrite=overwrite,
-            progress=lambda done, total, what: tell(what, done, total),
-            step=step,
-            all_steps=all_steps,
-            prefix=prefixes or (),
-            check=not no_check,
-            dry_run=dry_run,
-        )
+    report = restore_checkpoint(
+        src,
+        dst,
+        overwrite=overwrite,
+        step=step,
+        all_steps=all_steps,
+        prefix=prefixes or (),
+        check=not no_check,
+        dry_run=dry_run,
+    )
     typer.echo(str(report))

@@ -184,16 +184,8 @@ def compare_checkpoints(
 ) -> ContentReport:
     """The report on two checkpoints, by what they hold."""
     from ..checkpoints import verify_checkpoint
-    from .output import progress_bar
 
-    with progress_bar("verifying") as tell:
-        return verify_checkpoint(
-            src,
-            dst,
-            step=step,
-            prefix=prefixes or (),
-            progress=lambda done, total, what: tell(what, done, total),
-        )
+    return verify_checkpoint(src, dst, step=step, prefix=prefixes or ())
 
 
 def _verify(

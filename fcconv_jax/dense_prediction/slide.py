@@ -17,7 +17,7 @@ import numpy as np
 from ..backends.options import convolution_options
 from ..frontends.jitted import Jitted
 from ..frontends.kinds import kind_of
-from ..progress import Progress
+from ..progress import ProgressOption
 from ..tracing import arguments
 from ..tracing.cost import flops, largest
 from ..tracing.jaxprs import evaluate
@@ -177,7 +177,7 @@ class Slide:
         out: Any,
         memory: int = 2**30,
         resume: str | Path | None = None,
-        progress: Progress | Literal[False] | None = None,
+        progress: ProgressOption = None,
         **kwargs: Any,
     ) -> None:
         """Runs over images of any size, a tile of positions at a time.

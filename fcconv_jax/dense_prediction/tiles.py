@@ -8,12 +8,12 @@ import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
 
-from ..progress import Progress, shown
+from ..progress import ProgressOption, shown
 
 # A program holds a few arrays at once; the largest is what can be told beforehand.
 _ALIVE = 3
@@ -26,7 +26,7 @@ def write_tiles(
     out: Any,
     memory: int,
     resume: str | Path | None,
-    progress: Progress | Literal[False] | None,
+    progress: ProgressOption,
 ) -> None:
     """Writes the result of :meth:`fcconv_jax.Slide.write`, whose arguments these are.
 

@@ -6,7 +6,7 @@ import dataclasses
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import numpy as np
@@ -19,7 +19,7 @@ from ..frontends.kinds import ModelProgram, frontend_of, kind_of
 from ..params.trees import convert_params
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
-from ..progress import Progress, shown
+from ..progress import Progress, ProgressOption, shown
 from ..verification.agreement import named_leaves
 from .chips import Chip, chip_of
 from .fingerprint import BLANK, seal
@@ -49,7 +49,7 @@ def export(
     unroll: int = 0,
     calibrate: Sequence[Any] | None = None,
     compare: bool = False,
-    progress: Progress | Literal[False] | None = None,
+    progress: ProgressOption = None,
     **kwargs: Any,
 ) -> ExportReport:
     """Writes a model for an edge runtime and proves what was written.

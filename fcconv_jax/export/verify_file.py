@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -13,7 +13,7 @@ from ..default_settings import default_settings
 from ..errors import ExportError
 from ..frontends.kinds import frontend_of
 from ..params.trees import convert_params
-from ..progress import Progress, shown
+from ..progress import Progress, ProgressOption, shown
 from .layers import Record
 from .proof import Proof, Reference, parameter_leaves, prove, reference_of
 from .report import ExportReport, FormFigures
@@ -33,7 +33,7 @@ def verify_file(
     *,
     model: Any = None,
     inputs: Sequence[Any] = (),
-    progress: Progress | Literal[False] | None = None,
+    progress: ProgressOption = None,
     **kwargs: Any,
 ) -> ExportReport:
     """Checks a file that :func:`fcconv_jax.export` wrote against parameters.

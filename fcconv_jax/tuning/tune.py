@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import jax
 import jaxlib.version
@@ -28,7 +28,7 @@ from ..params.trees import convert_params
 from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules
 from ..plan.tuning import Figure, Objective, Tuning
-from ..progress import Progress, shown
+from ..progress import Progress, ProgressOption, shown
 from .layers import Kind, choose_alone
 from .meters import Candidate, Meter, Options, Timings
 
@@ -62,7 +62,7 @@ def tune(
     budget: float = 120.0,
     timings: str | Path | None = None,
     rules: Iterable[Rule | str] = (),
-    progress: Progress | Literal[False] | None = None,
+    progress: ProgressOption = None,
     timeout: float = TIMEOUT,
     **kwargs: Any,
 ) -> Plan:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ..default_settings import default_settings
 from ..frontends.kinds import frontend_of, kind_of
-from ..progress import Progress, shown
+from ..progress import Progress, ProgressOption, shown
 from ..tables import aligned
 from ..tracing import arguments
 from ..tracing.jaxprs import opened
@@ -145,7 +145,7 @@ def compare(
     *,
     f_kwargs: Mapping[str, Any] | None = None,
     g_kwargs: Mapping[str, Any] | None = None,
-    progress: Progress | Literal[False] | None = None,
+    progress: ProgressOption = None,
 ) -> Comparison:
     """Tells whether two programs that give other numbers are other functions.
 

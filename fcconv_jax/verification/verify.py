@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import jax
 
@@ -22,7 +22,7 @@ from ..frontends.make_plan import make_plan
 from ..frontends.programs import BothForms
 from ..params.trees import convert_params, restore_params
 from ..plan import Form, Plan
-from ..progress import Progress, shown
+from ..progress import Progress, ProgressOption, shown
 from .bits import different_bits
 from .equality import Equality, execute
 from .report import Execution, LayerReport, Report
@@ -73,7 +73,7 @@ def verify(
     converted_params: Any = None,
     tx: Any = None,
     gradients: bool = True,
-    progress: Progress | Literal[False] | None = None,
+    progress: ProgressOption = None,
     timeout: float = TIMEOUT,
     **kwargs: Any,
 ) -> Report:

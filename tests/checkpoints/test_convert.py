@@ -60,10 +60,10 @@ def test_planned_leaves_move_and_the_rest_keeps_its_bits(
     assert not got
     assert report.format == format
     assert report.leaves == 5
-    done, totals, what = zip(*seen)
+    what, done, totals = zip(*seen)
     assert list(done) == sorted(done)
     assert set(totals) == {done[-1]} == {2 * report.nbytes}
-    assert set(what) == {"writing", "checking"}
+    assert set(what) == {"checkpoint: writing", "checkpoint: checking"}
     assert {
         name.replace("/", ".").removeprefix("params.") for name, *_ in report.converted
     } == {"head.kernel", "block.mix.kernel"}

@@ -1,0 +1,50 @@
+"""One way to follow long work: ``progress=``, the same on every function."""
+
+import inspect
+
+import numpy as np
+import pytest
+
+import fcconv_jax as fc
+from fcconv_jax.checkpoints import Checkpoint, write_checkpoint
+from fcconv_jax.progress import ProgressOption, shown
+
+
+@pytest.mark.parametrize("progress", [None, True, False, lambda *step: None])
+def test_every_choice_gives_a_function_of_what_done_and_total(progress):
+    with shown(progress) as tell:
+        tell("row: step", 1, 2)
+
+
+@pytest.mark.parametrize("progress", [0, 1, "bars"])
+def test_anything_else_is_refused(progress):
+    with (
+        pytest.raises(TypeError, match=r"^Expected progress=True, .* got "),
+        shown(progress),
+    ):
+        pass
+
+
+def test_every_public_function_takes_the_same_choices():
+    takers = []
+    for name in fc.__all__:  # pyright: ignore
+        value = getattr(fc, name)
+        functions = [value] if inspect.isfunction(value) else vars(value).values()
+        for function in filter(inspect.isfunction, functions):
+            parameters = inspect.signature(function, eval_str=True).parameters
+            if "progress" in parameters:
+                takers.append(name)
+                assert parameters["progress"].annotation == ProgressOption, name
+                assert parameters["progress"].default is None, name
+    assert {"Slide", "compare", "convert_checkpoint", "tune", "verify"} < set(takers)
+
+
+@pytest.mark.parametrize("progress", [True, False, None])
+def test_a_checkpoint_is_converted_with_every_choice(tmp_path, capfd, progress):
+    tree = {"fc": {"kernel": np.ones((4, 3), np.float32)}}
+    plan = fc.plan_from_params(tree, ["fc=2x2:HWC"])
+    src, dst = tmp_path / "src.msgpack", tmp_path / "dst.msgpack"
+    write_checkpoint(src, Checkpoint("msgpack", tree))
+    fc.convert_checkpoint(src, dst, plan, progress=progress)
+    fc.restore_checkpoint(dst, tmp_path / "back.msgpack", progress=progress)
+    assert not capfd.readouterr().out
