@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
+from ..install import install, sync, workspace
 from . import folders, msgpack, orbax, safetensors
 from .checkpoint import (
     Checkpoint,
@@ -23,7 +24,6 @@ from .checkpoint import (
 )
 from .entries import Moved
 from .extents import Tell, silent
-from .install import exists, install, sync, workspace
 
 PathLike = str | os.PathLike[str]
 
@@ -218,13 +218,18 @@ def put(fresh: Path, path: Path, overwrite: bool) -> None:
     Raises:
       CheckpointError: the place is not free, or holds no checkpoint.
     """
-    _sync(fresh)
-    install(fresh, path, lambda there: overwrite and is_checkpoint(there))
+    sync(fresh)  # a crash after this finds what was written whole
+    try:
+        install(fresh, path, lambda there: overwrite and is_checkpoint(there))
+    except FileExistsError:
+        raise _exists(path) from None
 
 
-def _sync(fresh: Path) -> None:
-    """Makes sure that a crash after this finds what was written whole."""
-    sync(fresh)
+def _exists(path: Path) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: exists already; choose another name, or overwrite=True "
+        "(--overwrite) to replace the checkpoint there"
+    )
 
 
 def step_of(checkpoint: Checkpoint) -> str | None:
@@ -259,7 +264,7 @@ def check_free(path: Path, overwrite: bool) -> None:
     """
     if os.path.lexists(path):
         if not overwrite:
-            raise exists(path)
+            raise _exists(path)
         if not is_checkpoint(path):
             raise CheckpointError(
                 f"{path}: is no checkpoint that can be opened, and only checkpoints "
