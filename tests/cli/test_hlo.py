@@ -2,16 +2,12 @@
 
 import json
 import re
-import shlex
-import sys
-import textwrap
-from pathlib import Path
 
 import pytest
-from typer.testing import CliRunner
 
 from fcconv_jax.backends import resolution
-from fcconv_jax.cli import app
+
+from .commands import run
 
 MODEL = """
 import flax.linen as nn
@@ -27,19 +23,8 @@ class Net(nn.Module):
 
 
 @pytest.fixture(autouse=True)
-def folder(tmp_path, monkeypatch):
-    Path(tmp_path / "model.py").write_text(textwrap.dedent(MODEL))
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sys, "path", list(sys.path))
-    monkeypatch.setenv("COLUMNS", "80")
-
-
-def run(command, status=0):
-    result = CliRunner().invoke(app, shlex.split(command))
-    if result.exception and not isinstance(result.exception, SystemExit):
-        raise result.exception
-    assert result.exit_code == status, result.output
-    return result
+def model(folder):
+    (folder / "model.py").write_text(MODEL)
 
 
 def test_side_by_side():

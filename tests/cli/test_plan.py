@@ -1,0 +1,134 @@
+"""``fcconv plan``: tables, JSON, models of every kind, errors."""
+
+import re
+import sys
+from pathlib import Path
+
+import pytest
+
+import fcconv_jax as fc
+
+from .commands import BRANCHES, fails, run
+
+
+def test_table():
+    out = run("plan model.py:Net --input 1,8,8,1").stdout
+    lines = [re.split(r"\s{2,}", line.strip()) for line in out.splitlines()]
+    assert lines[0] == ["2 layers to conv"]
+    assert lines[1] == ["path", "layer", "case", "kernel", "order"]
+    kernel = "(48, 5) -> (4, 4, 3, 5)"
+    assert lines[2] == ["fc1", "Dense", "full_window", kernel, "HWC"]
+
+
+def test_is_not_folded_where_there_is_no_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "20")
+    out = run("plan model.py:Net --input 1,8,8,1").stdout
+    assert "(48, 5) -> (4, 4, 3, 5)" in out
+
+
+def test_is_folded_on_a_narrow_terminal(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "40")
+    monkeypatch.setenv("FORCE_COLOR", "1")
+    monkeypatch.setenv("NO_COLOR", "1")
+    out = run("plan model.py:Net --input 1,8,8,1").stdout
+    plain = re.sub(r"\x1b\[[0-9;]*m", "", out)
+    assert max(map(len, plain.splitlines())) <= 40
+    assert not re.search(r"\x1b\[[0-9;]*3[0-7]", out)
+
+
+def test_json_and_file_are_the_plan():
+    result = run("plan model.py:Net --input 1,8,8,1 --json --out plan.json")
+    import_model = fc.Plan.from_json(result.stdout)
+    assert list(import_model) == ["fc1", "fc2"]
+    assert fc.Plan.from_json(Path("plan.json").read_text()) == import_model
+    assert result.stderr == "wrote plan.json\n"
+
+
+def test_layouts_for_a_backend():
+    out = run("plan model.py:Net --input 1,8,8,1 --for cuda:h100").stdout
+    assert "(48, 5) -> (5, 4, 4, 3) OHWI flat" in out
+    out = run("plan model.py:Net --input 1,8,8,1 --rule '*<100=skip'").stdout
+    assert "fc2   excluded by rule '*<100'" in out
+    fails("plan model.py:Net --input 1,8,8,1 --for xpu", "backend='xpu'")
+
+
+def test_rules_direction_kwargs_and_method():
+    rules = "--rule fc1=2x2:CHW --rule 'fc2=skip' --kwarg train=false"
+    made = fc.Plan.from_json(
+        run(f"plan model.py:Net --input 1,8,8,1 {rules} --json").stdout
+    )
+    assert made["fc1"].window == (2, 2)
+    assert made["fc1"].order == "CHW"
+    assert made.skipped["fc2"] == "excluded by rule 'fc2'"
+    out = run("plan model.py:Net --input 1,8,8,1 --to dense").stdout
+    assert "0 layers to dense" in out
+    assert re.search(r"conv\s+Padding", out)
+    out = run("plan model.py:Tokens --input 2,3:int32 --method encode").stdout
+    assert "0 layers" in out
+
+
+@pytest.mark.parametrize(
+    "name", ["model:make_wide", "model:wide", "model:Holder.wide", "model.py:wide"]
+)
+def test_what_a_name_may_be(name, monkeypatch):
+    monkeypatch.delitem(sys.modules, "model", raising=False)
+    assert "1 layer to conv" in run(f"plan {name} --input 2,4").stdout
+
+
+def test_in_a_folder_with_neighbours(folder):
+    (folder / "nets").mkdir()
+    (folder / "nets" / "parts.py").write_text("features = 6\n")
+    (folder / "nets" / "whole.py").write_text(
+        "import flax.linen as nn\nimport parts\nnet = nn.Dense(parts.features)\n"
+    )
+    assert "(4, 6)" in run("plan nets/whole.py:net --input 2,4").stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ("model.py --input 1", "'model.py' is not of the form MODULE:NAME"),
+        ("model.py: --input 1", "not of the form MODULE:NAME"),
+        (
+            "model.py:Nte --input 1",
+            "model.py has no 'Nte'; it has: Net, Wide, Tokens, .*make_wide, ",
+        ),
+        ("nowhere.py:Net --input 1", "nowhere.py: no such file"),
+        ("nowhere.at:Net --input 1", "no module 'nowhere' in .* its ending"),
+        ("os.nowhere:Net --input 1", "no module 'os.nowhere'"),
+        ("model.py:Wide --input 1", "Wide cannot be called .*'features'"),
+        ("model.py:NUMBER --input 1", "NUMBER is a int; name a linen or NNX"),
+        ("model.py:make_number --input 1", "makes a int; name a linen or NNX"),
+        ("model.py:Net --input 1,8,eight", "'1,8,eight' is not of the form"),
+        ("model.py:Net --input 1,8:floaty", "'1,8:floaty' is not of the form"),
+        ("model.py:Net --input 1,8:float64", "JAX_ENABLE_X64=1"),
+        ("model.py:Net --kwarg train", "--kwarg 'train' is not of the form"),
+        ("model.py:wide --input 2,4 --out no/plan.json", "no/plan.json: No such"),
+    ],
+)
+def test_wrong_arguments(arguments, message):
+    fails(f"plan {arguments}", message, status=2)
+
+
+def test_wrong_rules():
+    fails("plan model.py:wide --input 2,4 --rule f=2", r"'f' matches no.*\['fc'\]")
+    fails("plan model.py:wide --input 2,4 --rule fc", "PATTERN=WINDOW")
+    fails("plan model.py:wide --input 2,4 --rule fc=3", "does not divide the 4")
+
+
+def test_errors_of_the_model_are_one_line_with_its_own(folder, monkeypatch):
+    (folder / "broken.py").write_text("import no_such_library\n")
+    line = "broken.py:1: import no_such_library: ModuleNotFoundError: "
+    fails("plan broken.py:Net", line)
+    fails("plan broken:Net", line)
+    (folder / "broken.py").write_text("raise ValueError('mine')\n")
+    fails("plan broken.py:Net", "broken.py:1: .* ValueError: mine")
+    fails("plan model.py:Net --kwarg trian=true --input 1,8,8,1", "trian")
+    fails("plan model.py:Net", "Pass what it is called on: --input", status=2)
+    fails("plan model.py:Net --input 1,8,8", r"It was called on float32\[1, 8, 8\]")
+    (folder / "broken.py").write_text(BRANCHES)
+    fails("plan broken.py:Net --input 1,4", r"broken.py:4: if .*: .*jax.lax.cond")
+    (folder / "broken.py").write_text("raise ValueError('mine')\n")
+    monkeypatch.setenv("FCCONV_TRACEBACK", "1")
+    with pytest.raises(ValueError, match="mine"):
+        run("plan broken.py:Net")
