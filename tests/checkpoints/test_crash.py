@@ -14,11 +14,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from fcconv_jax import install
 from fcconv_jax.checkpoints import (
     convert_checkpoint,
     files,
     inspect_checkpoint,
-    install,
     read_checkpoint,
     verify_checkpoint,
 )
