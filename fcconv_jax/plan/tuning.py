@@ -18,6 +18,11 @@ _UNITS: dict[str, tuple[tuple[float, str], ...]] = {
 }
 
 
+# A median that may be off by its own size decides nothing; a percentage would suggest
+# that it does (a busy machine gave ±11034 %).
+_NOISY = 1.0
+
+
 @dataclasses.dataclass(frozen=True)
 class Figure:
     """A measured quantity: milliseconds, bytes of scratch memory, or cycles.
@@ -47,10 +52,14 @@ class Figure:
         Example:
           >>> Figure(12.0, 11.4, 12.6).show("latency")
           '12 ms ±5%'
+          >>> Figure(2.0, 1.9, 222.0).show("latency")
+          '2 ms (too noisy to decide)'
         """
         size, unit = _unit(self.median, objective)
         text = f"{_short(self.median / size)} {unit}"
         spread = max(self.high - self.median, self.median - self.low)
+        if spread > _NOISY * self.median:
+            return f"{text} (too noisy to decide)"
         if spread > 0.005 * self.median:
             text += f" ±{spread / self.median:.0%}"
         return text

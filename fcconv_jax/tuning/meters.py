@@ -11,7 +11,6 @@ import statistics
 import time
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -20,12 +19,12 @@ import numpy as np
 from ..backends.compilation import Compiling, Program, abstract
 from ..backends.resolution import Resolution
 from ..backends.timing import seconds_of
-from ..errors import BackendError, PlanError
+from ..errors import BackendError
 from ..plan.tuning import Figure, Objective
+from .timings import Timings
 
 Options = tuple[tuple[str, Any], ...]
 
-_FORMAT = "fcconv_jax.timings"
 _MAX_ROUNDS = 101
 # Rounds before what is slower by half leaves the race.
 _TRIAL_ROUNDS = 3
@@ -41,79 +40,6 @@ class Candidate:
 
     program: Program
     options: Options = ()
-
-
-class Timings:
-    """Figures by program: what is known is not measured again.
-
-    Args:
-      file: where they are kept, JSON; made if it is missing. None keeps them for this
-        object alone.
-      device: the device, what is measured, and the version of its compiler. Figures of
-        another one say nothing here.
-
-    Raises:
-      PlanError: the file is of another device, or is no such file.
-    """
-
-    def __init__(self, file: Path | None, device: str):
-        self._file, self._device = file, device
-        self._known: dict[str, Figure] = {}
-        self._passed: set[str] = set()
-        if file is not None and file.exists():
-            self._known, self._passed = _read(file, device)
-
-    def get(self, key: str) -> Figure | None:
-        """The figure of a program, if it is known."""
-        return self._known.get(key)
-
-    def add(self, found: Mapping[str, Figure]) -> None:
-        """Keeps figures."""
-        self._known |= found
-        self._write()
-
-    def passes_over(self, what: str, left: float) -> bool:
-        """Whether there is no time for something, or was none when these were made.
-
-        It is noted, so that it will be passed over again.
-
-        Args:
-          what: what is to be measured.
-          left: the seconds that are left.
-        """
-        if left <= 0 and what not in self._passed:
-            self._passed.add(what)
-            self._write()
-        return what in self._passed
-
-    def _write(self) -> None:
-        if self._file is not None:
-            entries = {key: dataclasses.asdict(f) for key, f in self._known.items()}
-            content = {
-                "format": _FORMAT,
-                "version": 1,
-                "device": self._device,
-                "figures": entries,
-                "no time for": sorted(self._passed),
-            }
-            self._file.write_text(json.dumps(content, indent=1) + "\n")
-
-
-def _read(file: Path, device: str) -> tuple[dict[str, Figure], set[str]]:
-    try:
-        content = json.loads(file.read_bytes())
-        if content["format"] != _FORMAT or content["version"] != 1:
-            raise KeyError("format")
-        figures = {key: Figure(**entry) for key, entry in content["figures"].items()}
-        passed, whose = set(content["no time for"]), content["device"]
-    except (ValueError, KeyError, TypeError) as error:
-        raise PlanError(f"{file}: not a file of timings ({error!r})") from None
-    if whose != device:
-        raise PlanError(
-            f"{file} has timings of {whose}; expected those of {device}. Pass another "
-            "file for each device and version"
-        )
-    return figures, passed
 
 
 class Meter:

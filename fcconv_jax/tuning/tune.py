@@ -30,7 +30,8 @@ from ..plan.rules import Rule, as_rules, match_rules
 from ..plan.tuning import Figure, Objective, Tuning
 from ..progress import Progress, ProgressOption, shown
 from .layers import Kind, choose_alone
-from .meters import Candidate, Meter, Options, Timings
+from .meters import Candidate, Meter, Options
+from .timings import Timings
 
 _FORMS: tuple[Form, ...] = ("conv", "dense")
 # Among programs this near to the best one, the plainest is taken.
@@ -93,7 +94,8 @@ def tune(
         not counted. A quarter is for single layers, a quarter for layers in the model,
         with their compilation; the costly ones come first.
       timings: a file (JSON) of measurements of this device. What it has is not measured
-        again, so that the plan is the same every time; what it lacks is added.
+        again, so that the plan is the same every time; what it lacks is added. Several
+        runs may share it; a full disk or a kill loses none of its figures.
       rules: as for :func:`fcconv_jax.make_plan`; ``"head=skip"`` leaves a layer alone.
       progress: called with a phase, the steps done and the steps in all; None for bars
         on stderr, False for none.
@@ -110,7 +112,8 @@ def tune(
 
     Raises:
       BackendError: there is no such backend, or it cannot be measured here.
-      PlanError: a rule matches nothing; the timings are of another device.
+      PlanError: a rule matches nothing; the budget is negative; the timings are
+        damaged, of another device, or cannot be written.
       TypeError: abstract params or inputs, and a device that is present.
 
     Source:
@@ -124,15 +127,18 @@ def tune(
       >>> plan.tuning.ratio <= 1
       True
     """
+    if not budget >= 0:  # NaN, too
+        raise PlanError(
+            f"Expected a budget of seconds, 0 or more, got {budget}. Pass budget=60."
+        )
     chosen = resolve_default() if backend is None else resolve(backend)
     if chosen.how == "lowered":
         raise BackendError(f"{chosen.backend}: {chosen.reason}")
     goal = _objective(objective, chosen)
     device = _device(chosen)
     versions = f"jax {jax.__version__}, jaxlib {jaxlib.version.__version__}"
-    known = Timings(
-        None if timings is None else Path(timings), f"{goal} on {device}, {versions}"
-    )
+    file = None if timings is None else Path(timings)
+    known = Timings(file, goal, f"{device}, {versions}")
     room = frontend_of(model, "tune")
     with default_settings(), shown(progress) as tell:
         tell("planning", 0, 1)

@@ -362,19 +362,6 @@ def test_what_cannot_be_measured_is_refused(variables):
         fc.tune(Net(), variables, abstract, progress=False)
 
 
-def test_timings_of_another_device_are_refused(variables, tmp_path):
-    file = tmp_path / "timings.json"
-    content = {"format": "fcconv_jax.timings", "version": 1, "figures": {}}
-    content["no time for"] = []
-    file.write_text(json.dumps({**content, "device": "latency on another one"}))
-    with pytest.raises(fc.PlanError, match=r"of latency on another one; expected"):
-        fc.tune(Net(), variables, X, timings=file, progress=False)
-    for text in ("", "[]", "{}", json.dumps({**content, "version": 2})):
-        file.write_text(text)
-        with pytest.raises(fc.PlanError, match="not a file of timings"):
-            fc.tune(Net(), variables, X, timings=file, progress=False)
-
-
 def test_the_costly_layers_come_first_when_time_is_short(rigged, variables):
     told = []
     plan = fc.tune(
