@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..matmuls.factors import axes_of, regroup
+from ..planning.factors import axes_of, regroup
 from .graph import ELEMENTWISE, UNARY, VIEWS, Graph, Node, Value
 
 _BROADCASTING = ELEMENTWISE - {"cast", "gelu"}

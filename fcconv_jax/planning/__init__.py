@@ -1,1 +1,1 @@
-"""What a layer becomes."""
+"""Finds layers in a trace, and decides what each becomes."""

@@ -13,9 +13,9 @@ from flax import linen as nn
 from flax import nnx
 
 import fcconv_jax as fc
-from fcconv_jax.matmuls.as_layer import form_of
-from fcconv_jax.matmuls.matmul import Matmul
-from fcconv_jax.matmuls.trace import parameter_paths, trace
+from fcconv_jax.planning.as_layer import form_of
+from fcconv_jax.planning.matmul import Matmul
+from fcconv_jax.planning.trace import parameter_paths, trace
 
 from .entry import Subject
 

@@ -6,10 +6,10 @@ from collections.abc import Callable
 from typing import Any
 
 from ...backends.options import known_options
-from ...matmuls.run import run_rewritten
-from ...matmuls.trace import parameter_paths
 from ...params.moves import check_converted
 from ...plan import Plan, in_words
+from ...planning.run import run_rewritten
+from ...planning.trace import parameter_paths
 from ..jitted import Jitted
 
 

@@ -5,10 +5,10 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-from ...matmuls.plan import find_layers, matmul_sizes, plan_matmuls
-from ...matmuls.trace import Traced, trace
 from ...plan import Form, Plan
 from ...plan.rules import Rule, match_rules
+from ...planning.plan_matmuls import find_layers, matmul_sizes, plan_matmuls
+from ...planning.trace import Traced, trace
 
 
 def plan_function(

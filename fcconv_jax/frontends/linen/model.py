@@ -12,11 +12,11 @@ from flax.errors import ScopeParamShapeError
 
 from ...backends.options import known_options
 from ...errors import PlanError
-from ...matmuls.run import run_rewritten
 from ...params.leaves import flatten_with_path
 from ...params.moves import check_converted
 from ...params.trees import convert_params
 from ...plan import Plan
+from ...planning.run import run_rewritten
 from ..jitted import Jitted
 from .interception import active
 

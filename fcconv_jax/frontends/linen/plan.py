@@ -12,12 +12,12 @@ import jax
 from flax import struct
 from flax.core import DenyList
 
-from ...matmuls.own_parameters import OwnParameters
-from ...matmuls.plan import matmul_sizes
-from ...matmuls.trace import Traced, trace
 from ...plan import Form, Plan
 from ...plan.rules import Rule, match_rules
 from ...planning.decide import Call, LeftError, kernel_sizes, plan_layers
+from ...planning.own_parameters import OwnParameters
+from ...planning.plan_matmuls import matmul_sizes
+from ...planning.trace import Traced, trace
 from ...tracing import arguments
 from ...tracing.marks import mark, marked
 from .interception import intercepting

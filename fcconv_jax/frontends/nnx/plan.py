@@ -11,13 +11,13 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ...matmuls.own_parameters import OwnParameters
-from ...matmuls.plan import matmul_sizes
-from ...matmuls.trace import Traced, trace
 from ...params.variables import is_variable
 from ...plan import Form, Plan
 from ...plan.rules import Rule, match_rules
 from ...planning.decide import Call, kernel_sizes, plan_layers
+from ...planning.own_parameters import OwnParameters
+from ...planning.plan_matmuls import matmul_sizes
+from ...planning.trace import Traced, trace
 from ...tracing import arguments
 from ...tracing.marks import mark, marked
 from ...tracing.parameter_reads import find_uses, mark_parameter

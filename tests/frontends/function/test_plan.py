@@ -8,7 +8,7 @@ import pytest
 from jax import lax
 
 import fcconv_jax as fc
-from fcconv_jax.matmuls import find
+from fcconv_jax.planning import find
 
 
 def struct(tree, dtype=jnp.float32):

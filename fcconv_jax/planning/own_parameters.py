@@ -8,7 +8,7 @@ from collections.abc import Callable, Container, Iterable, Mapping, Sequence
 from ..plan import Form, LayerPlan
 from ..plan.rules import Rule
 from .matmul import Matmul
-from .plan import find_layers, plan_matmuls
+from .plan_matmuls import find_layers, plan_matmuls
 from .trace import Traced
 
 

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcconv_jax.matmuls.factors import (
+from fcconv_jax.planning.factors import (
     axes_of,
     rearrangement,
     regroup,

@@ -14,8 +14,8 @@ from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..layer_forms import pair_of_forms
 from ..meshes import permuted, reshape
 from ..plan import Form, LayerPlan
-from ..planning.layer_axes import DenseAxes
 from .factors import rearrangement, regroup, stacked_axes
+from .layer_axes import DenseAxes
 from .matmul import Matmul
 
 Array = jax.Array

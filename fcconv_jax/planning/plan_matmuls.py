@@ -8,7 +8,6 @@ from typing import Any
 
 from ..plan import Form, LayerPlan
 from ..plan.rules import Rule
-from ..planning.decide import Call, LeftError, plan_layers
 from ..tracing.marks import Frame, LayerInput
 from .as_layer import (
     conv_arguments,
@@ -19,6 +18,7 @@ from .as_layer import (
     leaf_rearrangement,
     stack_axes,
 )
+from .decide import Call, LeftError, plan_layers
 from .matmul import Matmul, Program
 from .trace import Traced
 

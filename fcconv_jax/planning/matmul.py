@@ -3,7 +3,7 @@
 Every value of the trace gets a tag: it holds the entries of one parameter
 (:class:`Weight`), or it is something else (:class:`Other`). A matmul counts as a
 layer where one operand is a weight and the other depends on the program's inputs.
-:mod:`fcconv_jax.matmuls.find` finds them.
+:mod:`fcconv_jax.planning.find` finds them.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class Weight:
       path: the parameter's path.
       shape: the parameter's shape.
       axes: where each axis of the value steps in the parameter's flat index, see
-        :mod:`fcconv_jax.matmuls.factors`.
+        :mod:`fcconv_jax.planning.factors`.
       stack: the factors of which a scan or an index took one step.
     """
 

@@ -1,1 +1,0 @@
-"""Matmuls of an activation with a weight, wherever they are in a traced program."""
