@@ -40,7 +40,7 @@ from fcconv_jax.backends.resolution import Resolution, resolve
 from fcconv_jax.errors import BackendError
 from fcconv_jax.plan import KernelLayout, Layout
 from fcconv_jax.progress import shown
-from fcconv_jax.tables import aligned
+from fcconv_jax.reports import aligned
 
 BACKENDS = (*TPUS, "cuda:a100", "cuda:h100")
 # A model of one layer, the shape of its input, and the rules that it is planned with.

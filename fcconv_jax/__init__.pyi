@@ -37,6 +37,6 @@ from .verification.compare import Comparison as Comparison
 from .verification.compare import assert_same as assert_same
 from .verification.compare import compare as compare
 from .verification.layer_certificates import certify_layer as certify_layer
-from .verification.report import Report as Report
+from .verification.report import VerifyReport as VerifyReport
 from .verification.verify import assert_equivalent as assert_equivalent
 from .verification.verify import verify as verify

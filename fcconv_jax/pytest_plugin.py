@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 if TYPE_CHECKING:
-    from .verification.report import Report
+    from .verification.report import VerifyReport
 
 _PROPERTY = "fcconv_backend"
 _DEFAULT = pytest.StashKey[list[str]]()
@@ -89,7 +89,7 @@ def fcconv_backend(request: pytest.FixtureRequest) -> str:
 @pytest.fixture
 def assert_equivalent(
     fcconv_backend: str, record_property: Callable[[str, object], None]
-) -> Callable[..., Report]:
+) -> Callable[..., VerifyReport]:
     """:func:`fcconv_jax.assert_equivalent` on ``fcconv_backend``.
 
     Call it with a model, its params and inputs, and ``plan=``. What it asserts depends
@@ -120,7 +120,7 @@ def assert_equivalent(
         ]
         if found.how != "executed":
             failures += structure_failures(report, plan)
-        record_property(_PROPERTY, found.headline())
+        record_property(_PROPERTY, found.headline)
         if failures:
             raise AssertionError("the two forms differ\n" + "\n".join(failures))
         return report

@@ -1,4 +1,4 @@
-"""What was found out about one backend: the figures of both forms, side by side."""
+"""Report on one backend: the figures of both forms, side by side."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..tables import aligned
+from ..reports import Report, Table
 from .census import OpCounts
 from .compilation import Compilation
 from .resolution import How
@@ -27,7 +27,7 @@ _COUNTS = ("dots", "convolutions", "copies")
 
 
 @dataclasses.dataclass(frozen=True)
-class BackendReport:
+class BackendReport(Report):
     """How far one backend was checked, and what that showed.
 
     Attributes:
@@ -38,7 +38,7 @@ class BackendReport:
       original: the model as it was, as this backend compiled or was handed it.
       converted: the model in the plan's form.
       milliseconds: run times of the two, where they were executed.
-      failures: what is wrong, such as a compiler that failed.
+      error: why nothing is known of it, such as a compiler that failed.
     """
 
     backend: str
@@ -48,7 +48,12 @@ class BackendReport:
     original: Compilation | None = None
     converted: Compilation | None = None
     milliseconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
-    failures: tuple[str, ...] = ()
+    error: str = ""
+
+    @property
+    def failures(self) -> tuple[str, ...]:
+        """The compiler's failure, if it failed."""
+        return (self.error,) if self.error else ()
 
     @property
     def figures(self) -> dict[str, dict[str, Any]]:
@@ -88,8 +93,9 @@ class BackendReport:
         }
 
     def content(self) -> dict[str, Any]:
-        """All but the programs' texts, as what JSON knows."""
+        """All but the texts of the programs."""
         return {
+            "passed": self.passed,
             "backend": self.backend,
             "how": self.how,
             "reason": self.reason,
@@ -98,6 +104,7 @@ class BackendReport:
             "figures": self.figures,
         }
 
+    @property
     def headline(self) -> str:
         """Which backend, and what was done about it."""
         done = {
@@ -109,10 +116,11 @@ class BackendReport:
             done = "FAILED"
         return f"{self.backend}: {done}" + (f" ({self.reason})" if self.reason else "")
 
-    def lines(self) -> list[str]:
-        """The headline, a small table, and the calls into libraries."""
-        if self.failures:
-            return [self.headline()]
+    @property
+    def tables(self) -> Sequence[Table]:
+        """The figures of both forms."""
+        if self.error:
+            return ()
         figures = self.figures
         shown = [
             (name, title)
@@ -120,20 +128,20 @@ class BackendReport:
             if any(value is not None for value in figures[name].values())
         ]
         # Beside what the program asks for, so that no one takes one for the other.
-        whose = "asked for" if self.how == "lowered" else "made by XLA"
+        whose = "  asked for" if self.how == "lowered" else "  made by XLA"
         rows = [(whose, *(title for _, title in shown))]
         for form in ("original", "converted"):
-            rows.append(
-                (form, *(_value(name, figures[name][form]) for name, _ in shown))
-            )
+            cells = (_value(name, figures[name][form]) for name, _ in shown)
+            rows.append((f"  {form}", *cells))
         ratios = [_ratio(figures[name]["ratio"]) for name, _ in shown]
         if any(ratios):
-            rows.append(("ratio", *ratios))
-        return [
-            self.headline(),
-            *("  " + line for line in aligned(rows)),
-            *("  " + line for line in self.calls()),
-        ]
+            rows.append(("  ratio", *ratios))
+        return [rows]
+
+    @property
+    def details(self) -> list[str]:
+        """The calls into libraries."""
+        return [f"  {line}" for line in self.calls()]
 
     def calls(self) -> list[str]:
         """The library calls and generated kernels of either form, in words."""
@@ -145,30 +153,27 @@ class BackendReport:
         ]
 
 
-def markdown(reports: Sequence[BackendReport]) -> list[str]:
-    """One table of all backends, a row for each form."""
-    titles = ("backend", "", "form", *(title for _, title in _FIGURES), "calls")
-    lines = ["| " + " | ".join(titles) + " |", "|" + " --- |" * len(titles)]
+def figures_table(reports: Sequence[BackendReport]) -> Table:
+    """Return one table of all backends, a row for each form."""
+    rows: list[tuple[str, ...]] = [
+        ("backend", "", "form", *(title for _, title in _FIGURES), "calls")
+    ]
     for report in reports:
         figures = report.figures
+        names = report.backend, "failed" if report.error else report.how
         for form in ("original", "converted", "ratio"):
             calls = figures["custom_calls"][form] or {}
-            cells = [
-                report.backend if form == "original" else "",
-                ("failed" if report.failures else report.how)
-                if form == "original"
-                else "",
-                form,
-                *(
-                    (_ratio if form == "ratio" else lambda v, n=name: _value(n, v))(
-                        figures[name][form]
-                    )
-                    for name, _ in _FIGURES
-                ),
-                ", ".join(f"{n}x `{name}`" for name, n in calls.items()),
-            ]
-            lines.append("| " + " | ".join(cells) + " |")
-    return lines
+            values = (
+                _ratio(figures[name][form])
+                if form == "ratio"
+                else _value(name, figures[name][form])
+                for name, _ in _FIGURES
+            )
+            listed = ", ".join(f"{n}x {name}" for name, n in calls.items())
+            rows.append(
+                (*(names if form == "original" else ("", "")), form, *values, listed)
+            )
+    return rows
 
 
 def _value(name: str, value: Any) -> str:

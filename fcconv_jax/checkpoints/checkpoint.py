@@ -14,8 +14,8 @@ import numpy as np
 
 from ..errors import CheckpointError, PlanError
 from ..plan import Plan
+from ..reports import aligned
 from ..strict_json import loads, whole_numbers
-from ..tables import aligned
 
 Format = Literal["orbax", "msgpack", "safetensors"]
 Parts = tuple[str, ...]

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 import math
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +12,7 @@ import numpy as np
 
 from ..errors import CheckpointError
 from ..plan import Plan, in_words
-from ..tables import aligned
+from ..reports import Report, Table
 from .checkpoint import Checkpoint, is_array, iter_leaves
 from .entries import Moved
 from .extents import Tell
@@ -33,7 +32,7 @@ class Difference:
 
 
 @dataclasses.dataclass(frozen=True)
-class ContentReport:
+class ContentReport(Report):
     """What comparing two checkpoints found.
 
     Args:
@@ -55,38 +54,13 @@ class ContentReport:
     differences: tuple[Difference, ...]
 
     @property
-    def passed(self) -> bool:
+    def failures(self) -> tuple[str, ...]:
+        """Each leaf that differs, and how."""
+        return tuple(f"{d.path!r}: {d.what}" for d in self.differences)
+
+    @property
+    def headline(self) -> str:
         """Whether they hold the same bits, each in its form."""
-        return not self.differences
-
-    def to_json(self) -> str:
-        """The report as JSON text."""
-        return json.dumps(
-            {
-                "src": str(self.src),
-                "dst": str(self.dst),
-                "passed": self.passed,
-                "to": self.plan and self.plan.to,
-                "leaves": self.leaves,
-                "moved": self.moved,
-                "bytes": self.nbytes,
-                "differences": [dataclasses.asdict(d) for d in self.differences],
-            }
-        )
-
-    def to_markdown(self) -> str:
-        """The report as Markdown."""
-        lines = [f"**{self._headline()}**", ""]
-        if self.differences:
-            lines += ["| leaf | difference |", "| --- | --- |"]
-            lines += [f"| `{d.path}` | {d.what} |" for d in self.differences]
-        return "\n".join(lines)
-
-    def __str__(self) -> str:
-        rows = [(d.path, d.what) for d in self.differences]
-        return "\n".join([self._headline(), *aligned(rows)])
-
-    def _headline(self) -> str:
         form = f" to {in_words(self.plan.to)}" if self.plan else ""
         if self.passed:
             return (
@@ -97,6 +71,18 @@ class ContentReport:
             f"DIFFERENT: {len(self.differences)} of {self.leaves} leaves; "
             f"{self.moved} of them moved{form}"
         )
+
+    @property
+    def tables(self) -> Sequence[Table]:
+        """The leaves that differ."""
+        rows = [(d.path, d.what) for d in self.differences]
+        return [[("leaf", "difference"), *rows]] if rows else []
+
+    def content(self) -> dict[str, object]:
+        """What :meth:`to_json` writes."""
+        content = {**super().content(), "to": self.plan and self.plan.to}
+        del content["plan"]
+        return content
 
 
 def differences(

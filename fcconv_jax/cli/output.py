@@ -1,4 +1,4 @@
-"""What the commands print and write: tables, progress bars, files."""
+"""Output of the commands: tables, progress bars, files."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import sys
 import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING
 
 import typer
 
@@ -15,10 +15,11 @@ from .inputs import ArgumentError
 
 if TYPE_CHECKING:
     from ..plan import Plan
+    from ..reports import Report
 
 
 def write_text(file: Path, text: str) -> None:
-    """Writes a file and says so on stderr."""
+    """Write a file and report it on stderr."""
     try:
         file.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
     except OSError as error:
@@ -26,25 +27,8 @@ def write_text(file: Path, text: str) -> None:
     typer.echo(f"wrote {file}", err=True)
 
 
-class Reports(Protocol):
-    """What any report can do."""
-
-    @property
-    def passed(self) -> bool:
-        """Whether nothing is wrong."""
-        ...
-
-    def to_json(self) -> str:
-        """The report as JSON text."""
-        ...
-
-    def to_markdown(self) -> str:
-        """The report as Markdown."""
-        ...
-
-
 def show_report(
-    found: Reports, out: Path | None, as_json: bool, as_markdown: bool
+    found: Report, out: Path | None, as_json: bool, as_markdown: bool
 ) -> None:
     """Prints and writes a report, and ends with status 1 if it did not pass."""
     if out is not None:
@@ -59,7 +43,7 @@ def show_report(
 
 
 def print_plan(made: Plan, err: bool = False) -> None:
-    """Prints what converts, and what is left alone and why; ``err``: to stderr."""
+    """Print what converts, and what does not and why; ``err``: to stderr."""
     typer.echo(str(made).partition("\n")[0], err=err)
     headings, *rows = made.table()
     print_table(headings, rows, err)

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
     from ..backends.name import Backend
     from ..checkpoints import ContentReport
     from ..plan import Plan
-    from ..verification.report import Report
+    from ..verification.report import VerifyReport
 
 
 @dataclasses.dataclass(frozen=True)
@@ -129,7 +129,7 @@ def parse_backends(names: Sequence[str] | None) -> list[Backend] | None:
 
 def verify_model(
     call: ModelCall, made: Plan, seed: int, options: Mapping[str, Any]
-) -> Report:
+) -> VerifyReport:
     """The report on a model with random parameters and inputs.
 
     Where nothing is executed, shapes will do in their place.
@@ -153,7 +153,7 @@ def verify_checkpoint(
     seed: int,
     options: Mapping[str, Any],
     step: str | None = None,
-) -> Report:
+) -> VerifyReport:
     """The report on a model with the parameters of a checkpoint in either form."""
     from ..checkpoints import read_checkpoint
     from ..params.trees import convert_params, restore_params
@@ -195,7 +195,7 @@ def _verify(
     converted: Any,
     arrays: Sequence[Any],
     options: Mapping[str, Any],
-) -> Report:
+) -> VerifyReport:
     from ..verification.verify import verify
     from .variables import as_params
 

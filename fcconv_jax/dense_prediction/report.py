@@ -4,10 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
+
+from ..reports import Report
 
 
 @dataclasses.dataclass(frozen=True)
-class SlideReport:
+class SlideReport(Report):
     """What :func:`fcconv_jax.slide` will do on images of one shape.
 
     Args:
@@ -43,29 +46,41 @@ class SlideReport:
         """How many times less arithmetic than on each crop."""
         return self.crop_flops * math.prod(self.positions) / max(self.flops, 1.0)
 
-    def __str__(self) -> str:
+    def content(self) -> dict[str, object]:
+        """What :meth:`to_json` writes."""
+        return {**super().content(), "ratio": self.ratio}
+
+    @property
+    def headline(self) -> str:
+        """How many crops there are, and of what size."""
         count = "x".join(map(str, self.positions))
         window, step = "x".join(map(str, self.window)), "x".join(map(str, self.stride))
-        lines = [f"{count} crops of {window}, {step} apart"]
+        return f"{count} crops of {window}, {step} apart"
+
+    @property
+    def details(self) -> Iterator[str]:
+        """The arithmetic and the memory, and what stops sharing."""
         every = self.crop_flops * math.prod(self.positions)
         if self.shares:
-            lines += [
+            yield (
                 f"shared: {_short(self.flops)} FLOPs instead of {_short(every)}: "
-                f"{self.ratio:.1f}x less",
+                f"{self.ratio:.1f}x less"
+            )
+            yield (
                 f"largest array: {_short(self.bytes)}B instead of "
-                f"{_short(self.crop_bytes)}B",
-            ]
+                f"{_short(self.crop_bytes)}B"
+            )
         else:
-            lines.append(
+            yield (
                 f"a batch of crops: sharing would take {_short(self.flops)} FLOPs "
                 f"instead of {_short(every)}"
             )
         if not self.exact:
-            lines.append("padded around the image: not what the crops give alone")
+            yield "padded around the image: not what the crops give alone"
         if self.left:
-            lines.append("computed crop by crop from here on:")
-            lines += [f"  {why}" + f" ({n} times)" * (n > 1) for why, n in self.left]
-        return "\n".join(lines)
+            yield "computed crop by crop from here on:"
+            for why, times in self.left:
+                yield f"  {why}" + f" ({times} times)" * (times > 1)
 
 
 def _short(number: float) -> str:

@@ -1,14 +1,14 @@
-"""What an export wrote and what was proved of it: a table, JSON, Markdown."""
+"""Report on an exported file: its figures and its proof."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from ..plan import Plan
-from ..tables import aligned
+from ..reports import Report, Table
 from .proof import LayerProof, Proof
 
 
@@ -42,7 +42,7 @@ class FormFigures:
 
 
 @dataclasses.dataclass(frozen=True)
-class ExportReport:
+class ExportReport(Report):
     """What :func:`fcconv_jax.export` wrote, and what it proved inside the file.
 
     Attributes:
@@ -84,11 +84,6 @@ class ExportReport:
     int8: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def passed(self) -> bool:
-        """Whether every check passed of those that were made."""
-        return not self.failures
-
-    @property
     def failures(self) -> tuple[str, ...]:
         """Each failed check, by layer or output."""
         found = [*self.proof.all_failures]
@@ -97,39 +92,16 @@ class ExportReport:
 
     @property
     def layers(self) -> tuple[LayerProof, ...]:
-        """What was found about each linear operation."""
+        """The proof of each linear operation."""
         return self.proof.layers
 
-    def to_json(self) -> str:
-        """The report as JSON text."""
-        content = {
-            "passed": self.passed,
-            "failures": self.failures,
-            **{f.name: getattr(self, f.name) for f in dataclasses.fields(self)},
-            "plan": json.loads(self.plan.to_json()),
-            "proof": dataclasses.asdict(self.proof),
-            "figures": [dataclasses.asdict(each) for each in self.figures],
-        }
-        return json.dumps(content, default=str)
+    def content(self) -> dict[str, object]:
+        """What :meth:`to_json` writes."""
+        return {**super().content(), "plan": json.loads(self.plan.to_json())}
 
-    def to_markdown(self) -> str:
-        """The report as Markdown."""
-        lines = [f"**{self._verdict()}**", ""]
-        for rows in (self._layer_rows(), self._form_rows()):
-            if len(rows) > 1:
-                table = [rows[0], tuple("---" for _ in rows[0]), *rows[1:]]
-                lines += ["| " + " | ".join(row) + " |" for row in table]
-                lines.append("")
-        return "\n".join([*lines, *(f"- {line}" for line in self._details())]) + "\n"
-
-    def __str__(self) -> str:
-        lines = [self._verdict()]
-        for rows in (self._layer_rows(), self._form_rows()):
-            if len(rows) > 1:
-                lines += aligned(rows)
-        return "\n".join([*lines, *self._details()])
-
-    def _verdict(self) -> str:
+    @property
+    def headline(self) -> str:
+        """The verdict, the file and the runtime."""
         verdict = "PROVED" if self.passed else "DIFFERENT"
         if self.passed and not self.executed:
             verdict = "CONVERTED, NOT RUN"
@@ -141,6 +113,13 @@ class ExportReport:
             )
             form += f" ({few} not)"
         return f"{verdict}: {self.path}, {form}{chip}, {self.runtime}"
+
+    @property
+    def tables(self) -> Sequence[Table]:
+        """The layers, and the figures of each form."""
+        return [
+            rows for rows in (self._layer_rows(), self._form_rows()) if len(rows) > 1
+        ]
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
         rows = [("layer", "op", "weights", "on integers", "draws")]
@@ -184,7 +163,9 @@ class ExportReport:
             )
         return rows
 
-    def _details(self) -> Iterator[str]:
+    @property
+    def details(self) -> Iterator[str]:
+        """Errors, other parameters, notes and failures."""
         for error in self.proof.outputs:
             yield (
                 f"{error.path}: error {error.original:.1e} in JAX, "

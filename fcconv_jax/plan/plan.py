@@ -13,8 +13,8 @@ from typing import Any, Literal, get_args
 from ..errors import PlanError
 from ..geometry.convolution import Case
 from ..kernels import Rearrangement
+from ..reports import aligned
 from ..strict_json import loads, whole_numbers
-from ..tables import aligned
 from .tuning import Tuning
 
 Form = Literal["conv", "dense"]

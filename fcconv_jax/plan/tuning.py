@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any, Literal
 
-from ..tables import aligned
+from ..reports import aligned
 
 Objective = Literal["latency", "memory", "cycles"]
 

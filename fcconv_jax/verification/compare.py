@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -14,7 +13,7 @@ import numpy as np
 from ..default_settings import default_settings
 from ..frontends.kinds import frontend_of, kind_of
 from ..progress import Progress, ProgressOption, shown
-from ..tables import aligned
+from ..reports import Report, Table
 from ..tracing import arguments
 from ..tracing.jaxprs import opened
 from ..tracing.marks import named_outputs
@@ -41,7 +40,7 @@ Verdict = Literal[
 
 
 @dataclasses.dataclass(frozen=True)
-class Comparison:
+class Comparison(Report):
     """What :func:`compare` found.
 
     Attributes:
@@ -94,33 +93,25 @@ class Comparison:
             found.append(f"they part at {self.parts_at}")
         return tuple(found)
 
-    def to_json(self) -> str:
-        """The comparison as JSON text."""
-        content = {
-            "passed": self.passed,
-            "digits": self.digits,
-            "failures": self.failures,
-            **dataclasses.asdict(self),
-        }
-        return json.dumps(content, default=str)
+    def content(self) -> dict[str, object]:
+        """What :meth:`to_json` writes."""
+        return {**super().content(), "digits": self.digits}
 
-    def to_markdown(self) -> str:
-        """The comparison as Markdown: the verdict and a table of the outputs."""
-        head, *rows = self._rows()
-        lines = [f"**{self._headline()}**", ""]
-        table = [head, tuple("---" for _ in head), *rows]
-        lines += ["| " + " | ".join(row) + " |" for row in table]
-        return (
-            "\n".join([*lines, "", *(f"- {line}" for line in self._details())]) + "\n"
-        )
-
-    def __str__(self) -> str:
-        table = aligned(self._rows()) if self.arrays else []
-        return "\n".join([self._headline(), *table, *self._details()])
-
-    def _headline(self) -> str:
+    @property
+    def headline(self) -> str:
+        """The verdict, and to how many digits."""
         digits = "" if self.digits is None else f", to {self.digits:.1f} digits"
         return f"{self.verdict.upper()}{digits}, on {self.backend}"
+
+    @property
+    def tables(self) -> Sequence[Table]:
+        """Each output: how far it agrees, and the errors."""
+        return [self._rows()] if self.arrays else []
+
+    @property
+    def details(self) -> list[str]:
+        """Notes and failures."""
+        return [*(f"note: {note}" for note in self.notes), *self.failures]
 
     def _rows(self) -> list[tuple[str, ...]]:
         rows = [("output", "float64", "difference here", "error first", "second")]
@@ -132,9 +123,6 @@ class Comparison:
             digits, here = f"{array.digits:.1f} digits", f"{difference:.1e}"
             rows.append((array.path, digits, here, mine, theirs))
         return rows
-
-    def _details(self) -> list[str]:
-        return [*(f"note: {note}" for note in self.notes), *self.failures]
 
 
 def compare(

@@ -1,16 +1,14 @@
-"""What a verification found, as a table, as JSON and as Markdown."""
+"""Report on a conversion: its layers, its arrays and what each backend computed."""
 
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Container, Iterator, Mapping, Sequence
 
-from ..backends import report as backend_report
 from ..backends.census import OpCounts
-from ..backends.report import BackendReport
+from ..backends.report import BackendReport, figures_table
 from ..plan import Case, Direction, in_words
-from ..tables import aligned
+from ..reports import Report, Table, markdown_table, plain
 from .agreement import Agreement, Kind, WorkingError
 from .certificate import Certificate
 from .teacher_forcing import ForcedLayer
@@ -20,7 +18,7 @@ _KINDS: tuple[Kind, ...] = ("outputs", "gradients", "one step")
 
 @dataclasses.dataclass(frozen=True)
 class LayerReport:
-    """What was found about one converted layer.
+    """Checks of one converted layer.
 
     Attributes:
       path: its module path.
@@ -83,7 +81,7 @@ class Execution:
 
 
 @dataclasses.dataclass(frozen=True)
-class Report:
+class VerifyReport(Report):
     """What :func:`fcconv_jax.verify` found.
 
     Attributes:
@@ -92,7 +90,7 @@ class Report:
       layers: one entry for each converted layer.
       arrays: outputs, gradients and the params after a step, in float64.
       executions: what each executed backend computed.
-      skipped: path and reason of every linear layer left alone.
+      skipped: path and reason of every linear layer that was not converted.
       notes: what could not be checked, and why.
       jax_version: the version of JAX that compiled it.
       planned: number of planned layers.
@@ -124,14 +122,6 @@ class Report:
     planned: int
     abstract: bool
     backends: tuple[BackendReport, ...]
-
-    @property
-    def passed(self) -> bool:
-        """Whether every check passed of those that were made.
-
-        What was not executed was not compared: ``backends`` says how far each was.
-        """
-        return not self.failures
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -201,48 +191,36 @@ class Report:
         programs = (getattr(found, which) for found in self.backends)
         return next((p.stablehlo for p in programs if p is not None), None)
 
-    def to_json(self) -> str:
-        """The report as JSON text; what is no number is null."""
-        return json.dumps(self._content(), default=str)
-
-    def _content(self) -> dict[str, object]:
-        fields = {
-            field.name: _plain(getattr(self, field.name))
-            for field in dataclasses.fields(self)
-            if field.name != "backends"
-        }
+    def content(self) -> dict[str, object]:
+        """What :meth:`to_json` writes."""
         return {
-            "passed": self.passed,
-            "failures": self.failures,
+            **super().content(),
             "digits": self.digits,
-            **fields,
-            "original": _plain(self.original),
-            "converted": _plain(self.converted),
+            "original": plain(self.original),
+            "converted": plain(self.converted),
             "backends": [found.content() for found in self.backends],
         }
 
     def to_markdown(self) -> str:
-        """The report as Markdown: a verdict, the table of layers, and the rest."""
-        lines = [f"**{self._verdict()}**", ""]
-        if self.layers:
-            head, *rows = self._layer_rows()
-            table = [head, tuple("---" for _ in head), *rows]
-            lines += ["| " + " | ".join(row) + " |" for row in table]
-            lines.append("")
-        lines += [f"- {line}" for line in self._details()]
-        if self.backends:
-            lines += ["", *backend_report.markdown(self.backends), ""]
-            lines += [f"- {found.headline()}" for found in self.backends]
-        return "\n".join(lines) + "\n"
+        """Return the report as Markdown, with all backends in one table."""
+        text = super().to_markdown()
+        if not self.backends:
+            return text
+        table = "\n".join(markdown_table(figures_table(self.backends)))
+        rest = "\n".join(f"- {found.headline}" for found in self.backends)
+        return f"{text}\n{table}\n\n{rest}\n"
 
     def __str__(self) -> str:
-        table = aligned(self._layer_rows()) if self.layers else []
-        lines = [self._verdict(), *table, *self._details()]
-        for found in self.backends:
-            lines += found.lines()
-        return "\n".join(lines)
+        return "\n".join([super().__str__(), *map(str, self.backends)])
 
-    def _verdict(self) -> str:
+    @property
+    def tables(self) -> Sequence[Table]:
+        """The converted layers."""
+        return [self._layer_rows()] if self.layers else []
+
+    @property
+    def headline(self) -> str:
+        """The verdict, what was converted, and where it ran."""
         count = (
             f"{self.planned} layer{'s' * (self.planned != 1)} to {in_words(self.to)}"
         )
@@ -278,7 +256,9 @@ class Report:
             )
         return rows
 
-    def _details(self) -> list[str]:
+    @property
+    def details(self) -> list[str]:
+        """Arrays, operations, layers that were not converted, notes and failures."""
         lines = []
         if not self.failed_params and not self.abstract:
             lines.append("parameters: the same bits, rearranged; the way back too")
@@ -298,10 +278,10 @@ class Report:
             exact = sum(proof.passed for proof in proofs)
             lines.append(f"{execution.backend}: {exact} of {len(proofs)} layers exact")
         lines.append(
-            f"asked of XLA: {_counts(self.original)} -> {_counts(self.converted)}"
+            f"before compilation: {_counts(self.original)} -> {_counts(self.converted)}"
         )
         lines += self._exchanges()
-        lines += [f"left alone: {path}: {why}" for path, why in self.skipped]
+        lines += [f"not converted: {path}: {why}" for path, why in self.skipped]
         lines += [f"note: {note}" for note in self.notes]
         lines += [f"FAILED: {failure}" for failure in self.failures]
         return lines
@@ -353,24 +333,3 @@ def _collectives(program: object) -> str:
     size = sum(found.collective_bytes.values())
     kinds = [f"{count} {kind}" for kind, count in found.collectives.items()]
     return f"{', '.join(kinds)} ({size:,} bytes)" if kinds else ""
-
-
-def _plain(value: object) -> object:
-    """Dataclasses to dictionaries, floats that JSON lacks to None."""
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        fields = {
-            field.name: _plain(getattr(value, field.name))
-            for field in dataclasses.fields(value)
-        }
-        for name in ("passed", "digits"):
-            found = getattr(value, name, None)
-            if found is not None:
-                fields[name] = found
-        return fields
-    if isinstance(value, tuple | list):
-        return [_plain(item) for item in value]
-    if isinstance(value, Mapping):
-        return {key: _plain(item) for key, item in value.items()}
-    if isinstance(value, float) and not (abs(value) < float("inf")):
-        return None
-    return value

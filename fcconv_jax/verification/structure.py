@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 from ..plan import Plan, in_words
-from .report import Report
+from .report import VerifyReport
 
 
-def structure_failures(report: Report, plan: Plan) -> list[str]:
+def structure_failures(report: VerifyReport, plan: Plan) -> list[str]:
     """Names each backend whose two programs do not differ as the plan says.
 
     Counts operations in the StableHLO of both programs, before a compiler merges or

@@ -25,7 +25,7 @@ from ..plan import Form, Plan
 from ..progress import Progress, ProgressOption, shown
 from .bits import different_bits
 from .equality import Equality, execute
-from .report import Execution, LayerReport, Report
+from .report import Execution, LayerReport, VerifyReport
 
 
 def assert_equivalent(
@@ -76,7 +76,7 @@ def verify(
     progress: ProgressOption = None,
     timeout: float = TIMEOUT,
     **kwargs: Any,
-) -> Report:
+) -> VerifyReport:
     """Checks every claim that a conversion makes.
 
     1. Parameters: ``converted_params`` hold the same bits, rearranged by the plan.
@@ -180,7 +180,7 @@ def verify(
             reports[resolution.backend] = _absent(resolution, outcome)
         if equality is not None:
             equality.conclude(executions)
-    return Report(
+    return VerifyReport(
         to=plan.to,
         failed_params=tuple(failures),
         layers=tuple(_layer_reports(plan, equality, executions)),
@@ -275,7 +275,7 @@ def _execute(
 
 def _absent(resolution: Resolution, outcome: Any) -> BackendReport:
     """The report on a backend that was not executed."""
-    found: dict[str, Any] = {"failures": (str(outcome),)}
+    found: dict[str, Any] = {"error": str(outcome)}
     if not isinstance(outcome, BackendError):
         found = {**outcome, "device": outcome["original"].device}
     return BackendReport(
