@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "fcconv_jax"
-ROOMS = ("geometry/reasons.py", "planning", "matmuls", "frontends")
+ROOMS = ("geometry/reasons.py", "planning", "frontends")
 _SHORT = 12  # characters: a piece of a sentence, no reason
 
 WAYS_OUT: dict[str, dict[str, str]] = tomllib.loads(
