@@ -1,4 +1,4 @@
-"""Tables in Markdown, from the results of all devices."""
+"""Tables in Markdown, made from the results of all devices."""
 
 from __future__ import annotations
 
@@ -10,21 +10,102 @@ from typing import Any
 
 _FORMS = ("original", "all to conv", "all to dense", "tuned")
 _NOTHING = "Not measured yet."
-# What the README tells of, at batch 8.
-_TOLD = {"vgg16-8": "VGG16", "vit-b-8": "ViT-B/16", "resnet50-8": "ResNet-50"}
+# Shown in the README, at batch 8.
+_SHOWN = {"vgg16-8": "VGG16", "vit-b-8": "ViT-B/16", "resnet50-8": "ResNet-50"}
+_WORDS = {
+    "vgg16-head": "VGG16's head",
+    "vgg16": "VGG16",
+    "vit-b": "ViT-B/16",
+    "resnet50": "ResNet-50",
+    "convnext-t": "ConvNeXt-T",
+    "mixer-b": "Mixer-B/16",
+    "mobilenet": "MobileNet",
+    "bert-base": "BERT-base",
+    "vgg-fc6": "VGG16's fc6, a 7x7 window",
+    "vgg-fc7": "VGG16's fc7",
+    "vgg-fc8": "VGG16's fc8",
+    "vit-mlp-up": "ViT-B's MLP, up",
+    "vit-mlp-down": "ViT-B's MLP, down",
+    "vit-patches": "ViT-B's patch embedding",
+    "bert-projection": "BERT's projection",
+    "loop-1000": "fori_loop of two 1x1 convolutions, 1000 channels",
+    "scan-512": "scan of four 1x1 convolutions, 512 channels",
+    "import": "import, after flax.linen",
+    "bert-tracing": "plan and trace BERT-base",
+    "convert-numpy": "convert BERT-base's params, NumPy",
+    "convert-jax": "convert BERT-base's params, JAX",
+    "trace-linen-bert": "linen: BERT-base",
+    "trace-linen-scan": "linen: a scanned stack",
+    "trace-linen-own-layers": "linen: custom layer classes",
+    "trace-nnx-llama": "NNX: Llama",
+    "trace-function-bert": "function: BERT-base",
+    "trace-function-scan": "function: a scanned stack",
+    "trace-function-plain": "function: plain matmuls",
+    "trace-function-jit": "function: a jitted block, called twelve times",
+    "trace-function-remat": "function: a remat block, called twelve times",
+    "in-place-llama": "convert an NNX model of 631 MiB in place",
+    "in-place-chw-head": "convert one CHW kernel of 98 MiB in place",
+    "call-linen": "call a linen model",
+    "call-nnx": "call an NNX model",
+    "call-function": "call a function",
+    "verify-digits-everywhere": "verify a small classifier on eight backends",
+    "verify-vit-b-tpu": "verify ViT-B/16 for a TPU",
+    "verify-digits": "verify a small classifier",
+    "verify-vit": "verify a ViT of 4 blocks",
+    "verify-bert": "verify BERT-base",
+}
 
 Found = dict[str, Any]
 
 
 def read(file: Path) -> list[Found]:
-    """The results of a device; the files of other scripts have none."""
+    """Return the results of a device; files of other scripts have none."""
     return json.loads(file.read_text()).get("results", [])
 
 
-def tables(folder: Path) -> dict[str, str]:
-    """All tables, by name: ``models-cpu``, ``cycles``.
+def words(case: str, *, batch: bool = True) -> str:
+    """Return a case's name in words.
 
-    Those of the CPU are always there, and say so where nothing is measured.
+    Args:
+      case: The name under which ``python benchmarks`` runs the case.
+      batch: Whether to name the batch size, if the case has one.
+
+    Returns:
+      The model or layer, followed by batch size, dtype and device; the case itself
+      if its name is unknown.
+
+    Example:
+      >>> words("resnet-56-reduce-8-f32")
+      "ResNet-50's 56x56 map, 1x1 down, batch 8, float32"
+      >>> words("vit-b-8 for tpu:v5e")
+      'ViT-B/16, batch 8, TPU v5e'
+    """
+    name, _, device = case.partition(" for ")
+    dtypes = {"f32": "float32", "bf16": "bfloat16"}
+    parts = name.split("-")
+    dtype = dtypes[parts.pop()] if parts[-1] in dtypes else ""
+    known = "-".join(parts)
+    size = ""
+    if known not in _WORDS and parts[-1].isdigit():
+        size = parts.pop()
+        known = "-".join(parts)
+    if len(parts) == 3 and parts[0] == "resnet":
+        way = {"reduce": "down", "expand": "up"}[parts[2]]
+        text = f"ResNet-50's {parts[1]}x{parts[1]} map, 1x1 {way}"
+    elif known in _WORDS:
+        text = _WORDS[known]
+    else:
+        return case
+    if size and batch:
+        text += f", {size} layers" if known.startswith("call-") else f", batch {size}"
+    tpu = device.replace("tpu:", "TPU ")
+    return ", ".join(part for part in (text, dtype if batch else "", tpu) if part)
+
+
+def tables(folder: Path) -> dict[str, str]:
+    """Return all tables by name, such as ``models-cpu`` and ``cycles``.
+
+    Tables of the CPU without results say so.
     """
     made = {f"{name}-cpu": _NOTHING for name in _TABLES} | {"cycles": _NOTHING}
     cycles = []
@@ -36,23 +117,25 @@ def tables(folder: Path) -> dict[str, str]:
         cycles += [found for found in results if found["group"] == "cycles"]
     if cycles:
         made["cycles"] = _cycles(cycles)
+    if (file := folder / "slide.json").exists():
+        made["slide-cpu"] = _slide(json.loads(file.read_text())["slide"])
     return made
 
 
 def _in_order(found: Found) -> list[tuple[bool, int, str]]:
-    """Cases by name, numbers in them by size."""
+    """Sort key: cases by name, numbers in them by size."""
     parts = re.split(r"(\d+)", found["case"])
     return [(p.isdigit(), int(p) if p.isdigit() else 0, p) for p in parts]
 
 
 def readme(results: Sequence[Found]) -> str:
-    """What the README says of tuning, from the results on the CPU."""
+    """Return the README's sentence on tuning, from the results on the CPU."""
     ratios = {found["case"]: found["bounds"][0]["value"] for found in results}
-    told = [f"{word} {ratios[c]:.2f}x" for c, word in _TOLD.items() if c in ratios]
+    shown = [f"{ratios[c]:.2f}x on {w}" for c, w in _SHOWN.items() if c in ratios]
     return (
-        f"`tune` picks the form: {', '.join(told)} of the time at batch 8, a "
-        f"convolution in a loop {ratios['loop-1000']:.1g}x; ViT-B "
-        f"{ratios['vit-b-1']:.2f}x at batch 1"
+        f"`tune` reduces the time of a batch of 8 to {', '.join(shown)}, and of a "
+        f"convolution in a loop to {ratios['loop-1000']:.1g}x; ViT-B/16 at batch 1 "
+        f"stays at {ratios['vit-b-1']:.2f}x"
     )
 
 
@@ -66,7 +149,7 @@ def _layers(results: Sequence[Found]) -> str:
 
 
 def _place(name: str) -> tuple[bool, bool, bool]:
-    """The original first, then the other forms, tuned, and PyTorch's."""
+    """Sort key: the original, the other forms, tuned, then PyTorch's."""
     return name.startswith("PyTorch"), name == "tuned", name != "original"
 
 
@@ -80,7 +163,7 @@ def _times(title: str, results: Sequence[Found], names: Sequence[str]) -> str:
             if each["value"] > each["bound"]
         ]
         verdict = f"**missed**: {'; '.join(missed)}" if missed else "hold"
-        rows.append([found["case"], *cells, _value(found["bounds"][0]), verdict])
+        rows.append([words(found["case"]), *cells, _value(found["bounds"][0]), verdict])
     return _markdown(rows)
 
 
@@ -88,7 +171,7 @@ def _costs(results: Sequence[Found]) -> str:
     rows = [["case", "what", "measured", "bound"]]
     for found in results:
         for each in found["bounds"]:
-            rows.append([found["case"], each["what"], *_bound(each)])
+            rows.append([words(found["case"]), each["what"], *_bound(each)])
     return _markdown(rows)
 
 
@@ -97,16 +180,24 @@ def _cycles(results: Sequence[Found]) -> str:
     for found in results:
         cycles, choice = found["cycles"], found["tuning"]["choice"]
         both = [f"{cycles[name]:,.0f}" for name in ("as it is", choice)]
-        rows.append([found["case"], *both, choice, *_bound(found["bounds"][0])])
+        rows.append([words(found["case"]), *both, choice, *_bound(found["bounds"][0])])
+    return _markdown(rows)
+
+
+def _slide(results: Sequence[Found]) -> str:
+    rows = [["network", "fewer FLOPs", "speedup"]]
+    for found in results:
+        flops = f"{found['flops']:g}x" if found["flops"] else "not counted"
+        rows.append([found["network"], flops, f"{found['times']:g}x"])
     return _markdown(rows)
 
 
 def _time(found: Found, name: str) -> str:
-    """A median, and half of the interquartile range as a part of it, of many runs."""
+    """Format a median, and half the interquartile range relative to it."""
     median = found["milliseconds"].get(name)
     if median is None:
         return "as it is" if name == "tuned" else "-"
-    text = f"{median:,.4g} ms" if median < 1000 else f"{median:,.0f} ms"
+    text = f"{median:,.3g} ms" if median < 1000 else f"{median:,.0f} ms"
     if found.get("runs", {}).get(name, 1) > 1:
         first, third = found["quartiles"][name]
         text += f" ±{(third - first) / 2 / median:.0%}"
@@ -114,7 +205,7 @@ def _time(found: Found, name: str) -> str:
 
 
 def _bound(each: Found) -> tuple[str, str]:
-    """A figure and its bound, which is marked where it does not hold."""
+    """Format a figure and its bound, marked if missed."""
     missed = "" if each["value"] <= each["bound"] else ", **missed**"
     unit = each["unit"] if each["unit"] == "x" else f" {each['unit']}"
     return _value(each), f"{each['bound']:g}{unit}{missed}"
@@ -136,7 +227,7 @@ def _is_loop(found: Found) -> bool:
     return found["group"] == "layers" and "original" in found["milliseconds"]
 
 
-# Which results belong into a table, and how they are shown.
+# The results of each table, and how to format them.
 _TABLES = {
     "models": (lambda found: found["group"] == "models", _models),
     "layers": (lambda f: f["group"] == "layers" and not _is_loop(f), _layers),

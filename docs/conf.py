@@ -1,4 +1,4 @@
-"""How Sphinx builds this site: `python -m sphinx -W docs docs/_build/html`."""
+"""Sphinx configuration; build with `python -m sphinx -W docs docs/_build/html`."""
 
 import os
 import sys
@@ -7,13 +7,13 @@ from pathlib import Path
 
 HERE = Path(__file__).parent
 sys.path.insert(0, str(HERE / "_ext"))
-# What cells and notebooks run is what stands here, on this machine's CPU.
+# Cells and notebooks run this checkout, on the CPU.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 os.environ["PYTHONPATH"] = os.pathsep.join(
     [str(HERE.parent), *filter(None, [os.environ.get("PYTHONPATH")])]
 )
 sys.path.insert(0, str(HERE.parent))
-# Cells call `fcconv` and `python`: those beside this Python, and without colours.
+# Cells that call `fcconv` or `python` get those of this environment, uncoloured.
 os.environ["PATH"] = os.pathsep.join(
     [str(Path(sys.executable).parent), os.environ["PATH"]]
 )
@@ -60,8 +60,7 @@ templates_path = ["_templates"]
 myst_enable_extensions = ["colon_fence", "deflist"]
 myst_heading_anchors = 3
 myst_links_external_new_tab = False
-# Each page says by its front matter whether it has cells; all of them run. A cell that
-# fails is a warning with its traceback, and warnings are errors (-W).
+# Every cell runs. A failing cell is a warning with its traceback; -W makes it an error.
 nb_execution_mode = "force"
 nb_execution_raise_on_error = False
 nb_execution_timeout = 600

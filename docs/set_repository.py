@@ -1,7 +1,7 @@
-"""Moves the project to another address, or checks that all files agree about it.
+"""Sets the repository's address in all files, or checks that they agree.
 
-The address stands in ``[project.urls]`` of ``pyproject.toml``. Notebooks, badges,
-forms and the like cannot read it there: this writes it into them.
+The address is defined in ``[project.urls]`` of ``pyproject.toml``. Files that can't
+read it from there (notebooks, badges, forms) contain a copy.
 
     python docs/set_repository.py --check
     python docs/set_repository.py https://github.com/me/fcconv https://me.github.io/fcconv/
@@ -23,9 +23,10 @@ _FILES = (
     "SECURITY.md",
     ".github/ISSUE_TEMPLATE/config.yml",
     "docs/gallery/*.md",
+    "docs/index.md",
     "examples/*.ipynb",
 )
-# What stands before the owner and the name, in a link to this project.
+# Links to this project: a prefix, then owner and name.
 _LINKS = re.compile(
     r"(?:colab\.research\.google\.com/github/|git\+https://github\.com/"
     r"|nbviewer\.org/github/|repository-code: https://github\.com/)"
@@ -34,19 +35,19 @@ _LINKS = re.compile(
 
 
 def addresses() -> tuple[str, str]:
-    """Owner and name of the repository, and the address of the documentation."""
+    """Return the repository as ``owner/name``, and the address of the documentation."""
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     urls = project["urls"]
     return urls["Repository"].removeprefix("https://github.com/"), urls["Documentation"]
 
 
 def files() -> list[Path]:
-    """The files that hold the address."""
+    """Return the files that contain the address."""
     return [path for name in _FILES for path in sorted(ROOT.glob(name))]
 
 
 def disagreements() -> list[str]:
-    """Links in those files, and notebooks, that lead elsewhere or nowhere."""
+    """Return a message for each link to another repository and each missing link."""
     slug, _ = addresses()
     found = []
     for path in files():
@@ -63,7 +64,7 @@ def disagreements() -> list[str]:
 
 
 def move(repository: str, documentation: str) -> None:
-    """Writes another address into all files."""
+    """Write another address into all files."""
     slug, docs = addresses()
     new = repository.removeprefix("https://github.com/").strip("/")
     for path in files():
@@ -74,7 +75,7 @@ def move(repository: str, documentation: str) -> None:
 
 
 def main() -> int:
-    """Moves, or checks; status 1 if files disagree."""
+    """Set or check the address; return status 1 if files disagree."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("repository", nargs="?")
     parser.add_argument("documentation", nargs="?")

@@ -1,9 +1,8 @@
-"""What the interactive page shows: `explain` and the windows of every small geometry.
+"""Computes the interactive page's data: `explain` and windows of small geometries.
 
-All of it is computed by the package. Sentences that differ only in their numbers are
-stored once; a number is stored as the name of a quantity that equals it in every
-geometry of the sentence, and each text is put together again and compared here before
-it is written.
+To keep the file small, sentences that differ only in their numbers are stored once,
+and each number as the name of a quantity that equals it in every geometry with that
+sentence. Every text is reassembled and compared before the file is written.
 """
 
 from __future__ import annotations
@@ -19,10 +18,10 @@ from typing import Any
 import fcconv_jax as fc
 from fcconv_jax.geometry.convolution import resolve_geometry
 
-# The largest size that the page offers; the smallest is 1, of the padding 0.
+# Upper limits of the sliders. The lower limit is 1, and 0 for the padding.
 LIMITS = {
     1: {"input": 8, "kernel": 8, "stride": 4, "padding": 3, "dilation": 3, "groups": 3},
-    2: {"input": 5, "kernel": 5, "stride": 3, "padding": 2, "dilation": 2, "groups": 3},
+    2: {"input": 7, "kernel": 7, "stride": 3, "padding": 3, "dilation": 2, "groups": 2},
 }
 PRESETS = (
     ("kernel = input", 2, "2,2", "2,2", 1, 0, 1, 1),
@@ -30,18 +29,19 @@ PRESETS = (
     ("exercise 12-1: a stride", 2, "2,2", "2,2", 2, 0, 1, 1),
     ("exercise 12-2: padding", 2, "2,2", "2,2", 1, 1, 1, 1),
     ("both at once", 2, "2,2", "2,2", 2, 1, 1, 1),
+    ("a 7x7 map, as in VGG16", 2, "7,7", "7,7", 1, 0, 1, 1),
     ("kernel = stride: patches", 2, "4,4", "2,2", 2, 0, 1, 1),
     ("two groups", 2, "2,2", "2,2", 1, 0, 1, 2),
     ("an ordinary 3x3", 2, "5,5", "3,3", 1, 1, 1, 1),
     ("1-D, padded", 1, "6", "3", 1, 2, 1, 1),
 )
 Key = tuple[int, ...]
-# The number of a dimension says which sizes the others are: it stays in the sentence.
+# A dimension's number selects the other quantities, so it stays in the sentence.
 _NUMBER = re.compile(r"(?<!dimension )(?<!\d)\d+")
 
 
 def keys(rank: int) -> Iterator[Key]:
-    """Every geometry of the page: input and kernel sizes, then the four others."""
+    """Yield the page's geometries: input and kernel sizes, then the four others."""
     limits = LIMITS[rank]
     sizes = [range(1, limits["input"] + 1)] * rank
     kernels = [range(1, limits["kernel"] + 1)] * rank
@@ -53,7 +53,7 @@ def keys(rank: int) -> Iterator[Key]:
 
 
 def text_of(rank: int, key: Key) -> str:
-    """What `explain` says of a geometry; the error's words where there is none."""
+    """Return the text of `explain` for a geometry, or of the error."""
     size, kernel = key[:rank], key[rank : 2 * rank]
     stride, padding, dilation, groups = key[2 * rank :]
     try:
@@ -65,7 +65,7 @@ def text_of(rank: int, key: Key) -> str:
 
 
 def quantities(rank: int, key: Key) -> dict[str, int]:
-    """Named numbers of a geometry, as the page computes them too."""
+    """Return the named quantities of a geometry, which chapter.js computes, too."""
     size, kernel = key[:rank], key[rank : 2 * rank]
     stride, padding, dilation, groups = key[2 * rank :]
     found = {
@@ -95,10 +95,10 @@ def quantities(rank: int, key: Key) -> dict[str, int]:
 
 
 def slots(texts: Mapping[Key, str], rank: int) -> tuple[list[list[Any]], list[int]]:
-    """The sentences with the names of their numbers, and which each geometry has.
+    """Return the sentences with named numbers, and the sentence of each geometry.
 
     Raises:
-      ValueError: a number of a sentence is no quantity of its geometries.
+      ValueError: No quantity equals a number in all geometries of its sentence.
     """
     alike: dict[str, list[Key]] = collections.defaultdict(list)
     for key, text in texts.items():
@@ -130,7 +130,7 @@ def slots(texts: Mapping[Key, str], rank: int) -> tuple[list[list[Any]], list[in
 
 
 def filled(sentence: list[Any], numbers: Mapping[str, int]) -> str:
-    """A sentence with its numbers, as the page puts it together."""
+    """Return a sentence with its numbers, as chapter.js assembles it."""
     pattern, *names = sentence
     parts = pattern.split("#")
     values = [n if isinstance(n, int) else numbers[n] for n in names]
@@ -138,9 +138,9 @@ def filled(sentence: list[Any], numbers: Mapping[str, int]) -> str:
 
 
 def windows() -> dict[str, str]:
-    """By size, kernel, stride, padding, dilation: the input that each tap reads.
+    """Map "size,kernel,stride,padding,dilation" to the input that each tap reads.
 
-    A window is a word, a tap a letter of it: the number of the input, ``.`` for
+    A window is a word with one letter per tap: the number of the input, or ``.`` for
     padding.
     """
     limits = {n: max(LIMITS[1][n], LIMITS[2][n]) for n in LIMITS[1]}
@@ -164,7 +164,7 @@ def windows() -> dict[str, str]:
 
 
 def as_script() -> str:
-    """The data as a script: a page opened from a file may load no JSON."""
+    """Return the data as a script: a page opened from a file can't load JSON."""
     content: dict[str, Any] = {"limits": LIMITS, "windows": windows(), "ranks": {}}
     content["presets"] = [
         {

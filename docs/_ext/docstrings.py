@@ -1,7 +1,7 @@
-"""Fails the build where a public name is on no page, or lacks a part of its docstring.
+"""Fails the build if a public name has no page or an incomplete docstring.
 
-Every public name must say what it takes, gives and raises, and show an example; what
-is listed in ``docs/api/index.md`` must be exactly what the package exports.
+Every public name must document its arguments, result and errors, and show an example.
+``docs/api/index.md`` must list exactly the names that the package exports.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def complaints() -> Iterator[str]:
-    """What is missing from the docstrings of the public names."""
+    """Yield a message for each missing part of a public docstring."""
     for name in fc.__all__:  # pyright: ignore[reportAttributeAccessIssue]
         value = getattr(fc, name)
         text = inspect.getdoc(value) or ""
@@ -37,7 +37,7 @@ def complaints() -> Iterator[str]:
 
 
 def _lacking(function: Any, text: str) -> Iterator[str]:
-    """The sections that a function's docstring lacks."""
+    """Yield a message for each missing section or argument."""
     for section in ("Args", "Returns", "Raises", "Source"):
         given = inspect.signature(function)
         if section == "Returns" and given.return_annotation in (None, "None"):
@@ -51,7 +51,7 @@ def _lacking(function: Any, text: str) -> Iterator[str]:
 
 
 def _members(name: str, value: Any) -> Iterator[str]:
-    """Public methods and properties without a docstring."""
+    """Yield a message for each undocumented method or property."""
     for member, each in vars(value).items():
         wanted = inspect.isfunction(each) or isinstance(each, property | classmethod)
         if not member.startswith("_") and wanted and not inspect.getdoc(each):
@@ -59,7 +59,7 @@ def _members(name: str, value: Any) -> Iterator[str]:
 
 
 def listed(index: Path) -> set[str]:
-    """The names that the index of the reference lists."""
+    """Return the names listed in the API index."""
     return set(re.findall(r"^ +~?fcconv_jax\.(\w+)$", index.read_text(), re.M))
 
 
@@ -85,7 +85,7 @@ def _signature(
     arguments: str | None,
     returns: str | None,
 ) -> tuple[str, str | None] | None:
-    """Writes the default of a dataclass's factory as Python, so that it is read."""
+    """Replace ``<factory>`` defaults, which autodoc can't parse, by ``...``."""
     if arguments is None:
         return None
     return arguments.replace("<factory>", "..."), returns

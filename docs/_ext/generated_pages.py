@@ -1,8 +1,8 @@
-"""Writes what the site shows but nobody should type: pages and data, before a build.
+"""Generates pages and data before a build.
 
-The tables of the benchmarks come from ``benchmarks/results``, the notebooks from
-``examples``, the help of each command from the command line, the list of what is left
-alone from the code, and the interactive page's data from ``classify``.
+The benchmarks' tables come from ``benchmarks/results``, the notebooks from
+``examples``, the help of each command from the command line, the reasons in
+``plan.skipped`` from the code, and the interactive page's data from ``classify``.
 """
 
 from __future__ import annotations
@@ -13,32 +13,35 @@ import shutil
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from sphinx.application import Sphinx
+if TYPE_CHECKING:
+    from sphinx.application import Sphinx
 
 ROOT = Path(__file__).parents[2]
 OUT = ROOT / "docs" / "_generated"
 
 
-def benchmark_tables() -> dict[str, str]:
-    """The results of the benchmarks as tables in Markdown, by name."""
+def benchmark_parts() -> dict[str, str]:
+    """Return the benchmarks' tables and charts in Markdown, by name."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
+    from charts import charts  # pyright: ignore[reportMissingImports]
     from report import tables  # pyright: ignore[reportMissingImports]
 
-    return tables(ROOT / "benchmarks" / "results")
+    results = ROOT / "benchmarks" / "results"
+    return {**tables(results), **charts(results)}
 
 
 def command_line() -> str:
-    """The help of every command."""
+    """Return the page with every command's help."""
     from fcconv_jax import cli
 
     env = {**os.environ, "COLUMNS": "78", "TERM": "dumb", "NO_COLOR": "1"}
     parts = [
         "# Command line",
-        "`fcconv COMMAND --help` prints what follows. Exit status 0 means success, 1 "
-        "that something failed or differs, 2 a usage error; messages go to stderr, and "
-        "`--json` is for machines.",
+        "Output of `fcconv COMMAND --help`. Exit status 0 means success, 1 a failure "
+        "or a difference, 2 a usage error. Messages go to stderr; `--json` prints "
+        "machine-readable output.",
     ]
     for module in cli.COMMANDS:
         command = module.__name__.rpartition(".")[2]
@@ -72,18 +75,18 @@ def _generate(app: Sphinx, config: Any) -> None:
     import chapter_data
     import reasons
 
-    for name, table in benchmark_tables().items():
-        _write(OUT / f"{name}.md", table + "\n")
+    for name, text in benchmark_parts().items():
+        _write(OUT / f"{name}.md", text + "\n")
     _write(OUT / "reasons.md", reasons.table())
     _write(ROOT / "docs" / "cli.md", command_line())
     _write(OUT / "static" / "chapter_data.js", chapter_data.as_script())
     changes = (ROOT / "CHANGELOG.md").read_text()
-    # Headings of releases become targets of their own.
+    # The page has its own title.
     _write(OUT / "changelog.md", re.sub(r"^# .*\n", "", changes, count=1))
     _copy_notebooks()
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Writes all before Sphinx looks for pages and static files."""
+    """Register the generator, which runs before Sphinx collects pages."""
     app.connect("config-inited", _generate, priority=50)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

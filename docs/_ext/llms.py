@@ -1,6 +1,6 @@
-"""Writes llms.txt (a line a page) and llms-full.txt (all text) beside the site.
+"""Writes llms.txt (a line per page) and llms-full.txt (all text) into the site.
 
-The format is that of https://llmstxt.org: a title, a summary, and lists of links.
+The format is https://llmstxt.org: a title, a summary, and lists of links.
 """
 
 from __future__ import annotations
@@ -21,17 +21,17 @@ _SECTIONS = {
 
 
 class _Text(TextTranslator):
-    """As text, whatever extensions add to the pages."""
+    """Translates to text, ignoring unknown nodes of extensions."""
 
     def unknown_visit(self, node: nodes.Node) -> None:
-        """Goes on with what is inside."""
+        """Visit the children."""
 
     def unknown_departure(self, node: nodes.Node) -> None:
-        """Adds nothing."""
+        """Do nothing."""
 
 
 def _first_paragraph(doctree: nodes.document) -> str:
-    """What a page says first, in one line of at most 200 characters."""
+    """Return a page's first paragraph as one line of at most 200 characters."""
     for paragraph in doctree.findall(nodes.paragraph):
         text = " ".join(paragraph.astext().split())
         if len(text) > 20:
@@ -67,7 +67,7 @@ def _write(app: Sphinx, exception: Exception | None) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Writes the files when all pages are written."""
+    """Register the writer, which runs after all pages are written."""
     app.add_config_value("summary", "", "env", str)
     app.connect("build-finished", _write)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

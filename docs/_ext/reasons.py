@@ -1,9 +1,9 @@
-"""The reasons for which the code leaves a layer alone, read from the code itself.
+"""Lists the reasons in ``plan.skipped`` by reading the package's source.
 
-A reason is a text that a ``LeftError`` is raised with, that a function named
-``obstacle`` or ``why_it_fails`` returns, or that is called ``reason`` or ``left``
-on its way into ``plan.skipped``. Each must have a way out in
-``docs/reasons.toml``, and each way out a reason: the build fails otherwise.
+A reason is a string that a ``LeftError`` is raised with, that a function such as
+``obstacle`` or ``why_it_fails`` returns, or that is assigned to a name such as
+``reason`` or ``left``. The build fails unless ``docs/reasons.toml`` has a workaround
+for each reason and a reason for each workaround.
 """
 
 from __future__ import annotations
@@ -15,15 +15,15 @@ from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "fcconv_jax"
 ROOMS = ("geometry/reasons.py", "planning", "frontends")
-_SHORT = 12  # characters: a piece of a sentence, no reason
+_SHORT = 12  # characters; shorter strings are fragments, not reasons
 
-WAYS_OUT: dict[str, dict[str, str]] = tomllib.loads(
+WORKAROUNDS: dict[str, dict[str, str]] = tomllib.loads(
     (PACKAGE.parent / "docs" / "reasons.toml").read_text()
 )
 
 
 def template(node: ast.expr) -> str:
-    """A string expression as a text, with ``...`` for what is filled in."""
+    """Return a string expression as text, with ``...`` for interpolated values."""
     if isinstance(node, ast.Constant) and isinstance(node.value, str):
         return node.value
     if isinstance(node, ast.JoinedStr):
@@ -36,7 +36,7 @@ def template(node: ast.expr) -> str:
 
 
 def _texts(node: ast.expr) -> Iterator[str]:
-    """The texts that an expression may be."""
+    """Yield the texts that an expression can evaluate to."""
     if isinstance(node, ast.IfExp):
         yield from _texts(node.body)
         yield from _texts(node.orelse)
@@ -83,7 +83,7 @@ def _gives_reasons(name: str) -> bool:
 
 
 def reasons() -> dict[str, str]:
-    """Each reason and the module that gives it."""
+    """Map each reason to the module that gives it."""
     found: dict[str, str] = {}
     for room in ROOMS:
         path = PACKAGE / room
@@ -96,32 +96,39 @@ def reasons() -> dict[str, str]:
 
 
 def table() -> str:
-    """All reasons with their ways out, as tables in Markdown.
+    """Return all reasons and workarounds as Markdown tables.
 
     Raises:
-      ValueError: a reason has no way out, or a way out no reason.
+      ValueError: A reason has no workaround, or a workaround no reason.
     """
     found = reasons()
     used: set[str] = set()
     parts = []
-    for heading, ways in WAYS_OUT.items():
+    for heading, workarounds in WORKAROUNDS.items():
         rows = [
-            "| the reason, as `plan.skipped` gives it | the way out |",
+            "| reason in `plan.skipped` | workaround |",
             "| --- | --- |",
         ]
-        for start, way in ways.items():
+        for start, workaround in workarounds.items():
             mine = [text for text in found if text.startswith(start)]
             used.update(mine)
             if not mine:
-                raise ValueError(f"reasons: no code says {start!r}")
-            rows += [f"| {_escaped(text)} | {way} |" for text in mine]
+                raise ValueError(
+                    f"reasons: no reason in the code begins with {start!r}"
+                )
+            rows += [f"| {_escaped(text)} | {_cell(workaround)} |" for text in mine]
         parts.append(f"## {heading}\n\n" + "\n".join(rows) + "\n")
     missing = sorted(found.keys() - used)
     if missing:
-        raise ValueError(f"reasons: docs/reasons.toml has no way out for {missing}")
+        raise ValueError(f"reasons: docs/reasons.toml has no entry for {missing}")
     return "\n".join(parts)
 
 
 def _escaped(text: str) -> str:
     text = text.removeprefix("..., ").removeprefix("...; ")
-    return text.replace("|", "\\|").replace("*", "\\*").replace("_", "\\_")
+    return _cell(text).replace("*", "\\*").replace("_", "\\_")
+
+
+def _cell(text: str) -> str:
+    """Escape what would end a table's cell, even within backticks."""
+    return text.replace("|", "\\|")

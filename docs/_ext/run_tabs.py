@@ -1,8 +1,7 @@
-"""Runs the code in the tabs of a page, too: what is shown side by side must work.
+"""Runs the code in the tabs of a page.
 
-A notebook's cells cannot stand inside of tabs. So each block of Python in a tab-set of
-a page with cells is run by a cell behind the set that is not shown; what it leaves
-behind is there for the cells that follow.
+MyST-NB can't execute cells inside a tab-set. So each Python block in a tab-set is
+repeated as a hidden cell after the set; later cells see its variables.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ _BLOCKS = re.compile(r"^```python\n(.*?)^```$", re.M | re.S)
 
 
 def with_cells(text: str) -> str:
-    r"""A page with the cells that run its tabs.
+    r"""Return a page with the hidden cells that run its tabs.
 
     Example:
       >>> tabs = "::::{tab-set}\n```python\nx = 1\n```\n::::\n"
@@ -48,6 +47,6 @@ def _read(app: Sphinx, page: str, source: list[str]) -> None:
 
 
 def setup(app: Sphinx) -> dict[str, bool]:
-    """Adds the cells when a page is read."""
+    """Register the hook that adds the cells when a page is read."""
     app.connect("source-read", _read)
     return {"parallel_read_safe": True, "parallel_write_safe": True}

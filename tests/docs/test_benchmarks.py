@@ -25,9 +25,15 @@ def found(case, group, value=0.5, **more):
     return {"case": case, "group": group, "device": "a chip", "bounds": [each], **more}
 
 
-def test_readme_tells_the_results():
+def test_the_readme_shows_the_results():
     results = report.read(ROOT / "benchmarks" / "results" / "cpu.json")
     assert report.readme(results) in (ROOT / "README.md").read_text()
+
+
+def test_every_case_has_a_name_in_words():
+    for file in (ROOT / "benchmarks" / "results").glob("*.json"):
+        for each in report.read(file):
+            assert report.words(each["case"]) != each["case"]
 
 
 def test_tables_are_there_before_anything_is_measured(tmp_path):

@@ -49,8 +49,20 @@ def test_cells_were_run():
 
 def test_tables_are_those_of_the_results():
     text = (SITE / "gallery" / "benchmarks.html").read_text()
-    for case in ("vgg16-head-8", "loop-1000", "vit-b-8 for tpu:v6e"):
+    for case in (
+        "MobileNet, batch 8",
+        "fori_loop of two",
+        "ViT-B/16, batch 8, TPU v6e",
+    ):
         assert case in text
+    assert text.count('<figure class="bars">') == 5
+    assert "vit-b-8<" not in text, "a case's key instead of its name"
+
+
+def test_no_cell_of_a_table_ends_in_the_middle_of_code():
+    for page in pages():
+        for cell in re.findall(r"<t[dh]\b.*?</t[dh]>", (SITE / page).read_text(), re.S):
+            assert "`" not in re.sub(r"<code.*?</code>", "", cell, flags=re.S), page
 
 
 def test_notebooks_are_all_there():

@@ -23,7 +23,7 @@ from .examine import Findings, as_function, examine
 PAGE = Path(__file__).parents[2] / "docs" / "gallery" / "zoo.md"
 BEGIN, END = "<!-- zoo -->", "<!-- /zoo -->"
 _HEADER = (
-    "| model | converts | weight matmuls left, and why | planning / trace |\n"
+    "| model | converted layers | remaining weight matmuls | planning / trace |\n"
     "| --- | --- | --- | --- |"
 )
 
