@@ -16,7 +16,7 @@ import numpy as np
 from digits import Digits, load_data, train
 
 import fcconv_jax as fc
-from fcconv_jax.export.litert_file import LiteRTFile, run
+from fcconv_jax.export.runtimes.litert import LiteRTFile, run
 
 
 def accuracy(content: bytes, images: np.ndarray, labels: np.ndarray) -> float:
@@ -78,9 +78,8 @@ def main(arguments: Any = None) -> None:
         path = options.out / f"{form}.tflite"
         report = fc.export(
             *(Digits(), params, x[:1]),
-            to="litert",
             path=path,
-            form=form,
+            to=form,
             chip=options.chip,
         )
         if not report.passed:
@@ -91,9 +90,8 @@ def main(arguments: Any = None) -> None:
     quantized = options.out / "int8.tflite"
     report = fc.export(
         *(Digits(), params, x[:1]),
-        to="litert",
         path=quantized,
-        form="mix",
+        to="mix",
         chip=options.chip,
         calibrate=[x[:256]],
         compare=True,

@@ -17,19 +17,6 @@ from .steps import ModelCall, read_plan
 if TYPE_CHECKING:
     from ..export.report import ExportReport
 
-_SUFFIXES = (".tflite", ".onnx", ".xml", ".vmfb", ".mlpackage", ".stablehlo")
-
-
-class Runtime(StrEnum):
-    """The kind of file."""
-
-    LITERT = "litert"
-    ONNX = "onnx"
-    OPENVINO = "openvino"
-    IREE = "iree"
-    COREML = "coreml"
-    STABLEHLO = "stablehlo"
-
 
 class FileForm(StrEnum):
     """The form of the layers in the file."""
@@ -41,18 +28,22 @@ class FileForm(StrEnum):
 
 @app.command(
     epilog=examples(
-        "export model.py:Net --input 1,8,8,1 --params ckpt --to litert"
-        " --out net.tflite",
-        "export model.py:Net --input 1,224,224,3 --params ckpt --to litert"
-        " --for ethos-u55 --compare --out net.tflite",
-        "export model.py:Net --input 1,8,8,1 --params ckpt --to litert --int8"
+        "export model.py:Net --input 1,8,8,1 --params ckpt --out net.tflite",
+        "export model.py:Net --input 1,224,224,3 --params ckpt --chip ethos-u55"
+        " --compare --out net.tflite",
+        "export model.py:Net --input 1,8,8,1 --params ckpt --int8"
         " --calibrate data.npz --out net.tflite",
     )
 )
 def export(
     model: ModelName,
-    to: Annotated[Runtime, typer.Option(help="The kind of file.")],
-    out: Annotated[Path, typer.Option(help="The file to write.")],
+    out: Annotated[
+        Path,
+        typer.Option(
+            help="The file to write. Its suffix selects the runtime: .tflite, .onnx, "
+            ".xml (OpenVINO), .vmfb (IREE), .mlpackage, .stablehlo."
+        ),
+    ],
     inputs: Inputs = None,
     params: Annotated[
         Path | None,
@@ -62,21 +53,24 @@ def export(
             metavar="CKPT",
         ),
     ] = None,
-    form: Annotated[
+    to: Annotated[
         FileForm | None,
-        typer.Option(help="The form of its layers; mix with --for, else conv."),
+        typer.Option(help="The form of its layers; mix with --chip, else conv."),
+    ] = None,
+    runtime: Annotated[
+        str | None,
+        typer.Option(help="The runtime, to check the suffix: litert, onnx, ..."),
     ] = None,
     chip: Annotated[
         str | None,
         typer.Option(
-            "--for",
             metavar="CHIP",
             help="The chip whose rules decide: ethos-u55, ethos-u65, ethos-u85, "
             "edgetpu, artpec-8, artpec-9, hexagon, ane, dpu, k210, mdla, tidl.",
         ),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan, in the place of --form and --rule.")
+        Path | None, typer.Option(help="A plan, instead of --to and --rule.")
     ] = None,
     rules: Rules = None,
     int8: Annotated[
@@ -133,15 +127,15 @@ def export(
     if calibrate is not None:
         with np.load(calibrate) as file:
             data = [file[name] for name in file.files]
-    chosen = form or (FileForm.MIX if chip else FileForm.CONV)
+    chosen = to or (FileForm.MIX if chip else FileForm.CONV)
     found = write(
         call.model,
         variables,
         *arrays,
-        to=to.value,
         path=out,
+        runtime=runtime,
+        to=chosen.value,
         plan=None if plan is None else read_plan(plan),
-        form=chosen.value,
         chip=chip,
         rules=rules or (),
         unroll=unroll,
@@ -159,7 +153,9 @@ def is_exported(text: str) -> bool:
       >>> is_exported("net.tflite"), is_exported("net.py:Net")
       (True, False)
     """
-    return text.endswith(_SUFFIXES)
+    from ..export.runtimes import runtimes
+
+    return text.endswith(tuple(each.suffix for each in runtimes().values()))
 
 
 def verify_exported(

@@ -95,7 +95,7 @@ def chip_of(name: str) -> Chip:
     if name not in CHIPS:
         raise ExportError(
             f"expected chip= one of {', '.join(CHIPS)}, got {name!r}. For another chip "
-            "pass form='conv' or 'dense', or plan= of your own"
+            "pass to='conv' or to='dense', or plan= of your own"
         )
     return CHIPS[name]
 

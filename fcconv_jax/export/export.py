@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import tempfile
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -26,24 +26,33 @@ from .fingerprint import BLANK, seal
 from .forms import FORMS, Form, plan_of_form
 from .graph import Graph, Source
 from .layers import Record, computed_values, constants_of, layers_of, leaves_read
-from .lowering import lower
+from .lowering.trace import lower
 from .memory import peak_bytes
-from .proof import Proof, Reference, parameter_leaves, prove, reference_of
+from .passes.simplify import simplify
+from .proof import (
+    Proof,
+    Reference,
+    parameter_leaves,
+    prove,
+    reference_of,
+    whole_error,
+)
 from .putting import beside
+from .quantized import fewest_cycles, quantized
 from .report import ExportReport, FormFigures
-from .simplify import simplify
+from .runtimes import Runtime, runtime_of
 from .size import size_of
-from .targets import Name, Target, target_of
+from .written import Written
 
 
 def export(
     model: Any,
     params: Any,
     *inputs: Any,
-    to: Name,
     path: str | Path,
+    runtime: str | None = None,
+    to: Form = "conv",
     plan: Plan | None = None,
-    form: Form = "conv",
     chip: str | None = None,
     rules: Iterable[Rule | str] = (),
     unroll: int = 0,
@@ -52,39 +61,40 @@ def export(
     progress: ProgressOption = None,
     **kwargs: Any,
 ) -> ExportReport:
-    """Writes a model for an edge runtime and proves what was written.
+    """Write a model as a file for an edge runtime, and prove the file.
 
-    The model is traced once in the form that is asked for, lowered to a few
-    operations, and written with its layout kept. Then the file itself is checked: the
-    bits of its weights, each linear operation cut out of it and run in its runtime on
-    integers, and the whole of it on ``inputs`` against float64
-    (:mod:`fcconv_jax.export.proof`).
+    The model is traced once in the requested form, lowered to a few operations, and
+    written with its layout kept. Then the file itself is checked: the bits of its
+    weights, each linear operation cut out of it and run in its runtime on integers, and
+    the whole file on ``inputs`` against float64 (:mod:`fcconv_jax.export.proof`).
 
     Args:
       model: a ``flax.linen`` or ``flax.nnx`` Module, or a function of params, inputs.
       params: its params or variables, in the model's own form; None for an NNX model's
         own.
       *inputs: what it is called with; their shapes are the file's.
-      to: ``"litert"``, ``"onnx"``, ``"openvino"``, ``"iree"``, ``"coreml"`` or
-        ``"stablehlo"``.
-      path: the file to write.
-      plan: which layers go where; made from ``form`` where it is None.
-      form: ``"conv"``: no matmul with a weight is left; ``"dense"``: no convolution
-        that has a dense form; ``"mix"``: each layer as the chip's rules say.
+      path: the file to write. Its suffix selects the runtime: ``.tflite``, ``.onnx``,
+        ``.xml`` (OpenVINO), ``.vmfb`` (IREE), ``.mlpackage``, ``.stablehlo``. If a file
+        is there and the new one fails its proof, the old one stays and the new one is
+        written beside it; see ``report.path``.
+      runtime: the runtime by its name, such as ``"litert"``, to check the suffix.
+      to: ``"conv"``: no matmul with a weight is left; ``"dense"``: no convolution that
+        has a dense form; ``"mix"``: each layer as the chip's rules select.
+      plan: which layers are converted, instead of ``to``.
       chip: the chip that the file is for, see :mod:`fcconv_jax.export.chips`.
       rules: as for :func:`fcconv_jax.make_plan`, where the plan is made here.
       unroll: loops (``nn.scan``) of up to this many steps are written out.
       calibrate: for an int8 file: arrays of inputs, one for each positional input, with
         examples along the first axis.
-      compare: whether to make the other forms as well, for the report's figures.
+      compare: whether to write the other forms as well, for the report's figures.
       progress: as for :func:`fcconv_jax.verify`.
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:
-      A report; ``report.passed`` tells, ``print(report)`` shows.
+      A report; ``report.passed`` is the verdict, ``print(report)`` shows the checks.
 
     Raises:
-      ExportError: the target cannot take the model: names what, and the way out. What
+      ExportError: the runtime cannot run the model: names the operation and a fix. What
         was at ``path`` before stays.
       PlanError: a rule matches no layer.
 
@@ -95,28 +105,28 @@ def export(
       >>> import flax.linen as nn, jax, jax.numpy as jnp
       >>> model, x = nn.Dense(3), jnp.ones((2, 4))
       >>> params = model.init(jax.random.key(0), x)
-      >>> export(model, params, x, to="tflite", path="model.tflite")
+      >>> export(model, params, x, path="model.h5")
       Traceback (most recent call last):
         ...
-      fcconv_jax.errors.ExportError: expected to= one of litert, ...
+      fcconv_jax.errors.ExportError: Expected a path that ends in one of ...
     """
-    target = target_of(to)
-    if Path(path).suffix != target.suffix:
-        raise ExportError(
-            f"expected a path that ends in {target.suffix} for to={to!r}, got {path}"
-        )
+    form = to
+    target = runtime_of(Path(path), runtime)
     if form not in FORMS:
-        raise ExportError(f"expected form= one of {', '.join(FORMS)}, got {form!r}")
+        raise ExportError(
+            f"Expected to= one of {', '.join(FORMS)}, the form of the layers, got "
+            f"{form!r}. The runtime is selected by the suffix of path= or by runtime="
+        )
     made_for = None if chip is None else chip_of(chip)
     if form == "mix" and made_for is None and plan is None:
         raise ExportError(
-            "expected a chip for form='mix', whose rules decide; got none. Pass "
-            "chip='ethos-u55', or plan= of your own"
+            "Expected a chip for to='mix', whose rules decide, got none. Pass "
+            "chip='ethos-u55', or plan= of your own."
         )
-    if calibrate is not None and to != "litert":
+    if calibrate is not None and target.int8 is None:
         raise ExportError(
-            f"expected to='litert' for an int8 file, got {to!r}: its quantizer is "
-            "LiteRT's. Drop calibrate= for a file in float32"
+            f"Expected a .tflite path for an int8 file, got {path}: the quantizer is "
+            "LiteRT's. Drop calibrate= for a file in float32."
         )
     call = _Call(model, params, inputs, kwargs, target, made_for, unroll)
     with (
@@ -128,7 +138,7 @@ def export(
         tell("planning", 0, 1)
         if plan is not None:
             form = plan.to
-        elif form == "mix" and to == "litert":
+        elif form == "mix" and target.int8 is not None:
             plan = fewest_cycles(call, as_rules(rules), Path(folder), tell)
         else:
             plan = call.plan(form, as_rules(rules))
@@ -149,25 +159,12 @@ def export(
                 again = call.write(call.plan(other, as_rules(rules)), other, there)
                 made[other] = again, call.figures(again, reference)
         found: Mapping[str, Any] = {}
-        if to == "litert":
+        if target.int8 is not None:
             found = quantized(call, made, calibrate, form, last, tell)
         report = call.report(
             *(written, proof, [each for _, each in made.values()], notes)
         )
         return dataclasses.replace(report, path=str(path), **found)
-
-
-@dataclasses.dataclass(frozen=True, eq=False)
-class Written:
-    """A file with what it was written from."""
-
-    path: Path
-    form: str
-    plan: Plan
-    graph: Graph
-    record: Record
-    leaves: Mapping[str, np.ndarray]
-    computed: Mapping[str, np.ndarray]
 
 
 class _Call:
@@ -179,7 +176,7 @@ class _Call:
         params: Any,
         inputs: Sequence[Any],
         kwargs: Mapping[str, Any],
-        target: Target,
+        runtime: Runtime,
         chip: Chip | None,
         unroll: int,
     ):
@@ -189,7 +186,7 @@ class _Call:
             inputs,
             kwargs,
         )
-        self.target, self.chip, self.unroll = target, chip, unroll
+        self.runtime, self.chip, self.unroll = runtime, chip, unroll
         self.room = frontend_of(model, "export")
         self.variables = self.room.variables(model, params)
         self.program = self.room.model_program(model, inputs, kwargs)
@@ -204,7 +201,7 @@ class _Call:
         """The plan of a form."""
         args, options = self.room.planning_call(self.params, self.inputs, self.kwargs)
         return plan_of_form(
-            self.model, args, options, form, rules, self.target, self.chip
+            self.model, args, options, form, rules, self.runtime, self.chip
         )
 
     def write(self, plan: Plan, form: str, path: Path) -> Written:
@@ -226,20 +223,20 @@ class _Call:
         computed = {
             name: value.data
             for name, value in computed_values(graph).items()
-            if value.data is not None and not self.target.from_program
+            if value.data is not None and self.runtime.write
         }
-        room = self.target.room()
-        if self.target.from_program:
-            if self.target.name == "stablehlo":
+        if self.runtime.write is not None:
+            self.runtime.write(graph, record, path)
+        else:
+            assert self.runtime.write_program is not None
+            if not self.runtime.layers:
                 # No layer is cut out of it: every parameter is looked for as it is.
                 used = tuple(Source(leaf) for leaf in leaves_read(graph))
                 record = dataclasses.replace(record, layers=(), constants=used)
-            graph.notes += room.write_program(
+            graph.notes += self.runtime.write_program(
                 *(program.call, variables, program.arrays, self.outputs, record, path)
             )
-        else:
-            room.write(graph, record, path)
-        seal(path, self.target.open(path))
+        seal(path, self.runtime.open(path))
         return Written(path, form, plan, graph, record, leaves, computed)
 
     def _lowered(
@@ -256,11 +253,11 @@ class _Call:
         try:
             graph = lower(jaxpr, pairs, self.input_names, self.outputs, self.unroll)
         except ExportError as error:
-            if not self.target.from_program:
+            if self.runtime.write is not None:
                 raise
             why = f"its layers are not compared one by one: {error}"
             return Graph([], [], [], [], list(self.outputs), [why])
-        if self.target.from_program:
+        if self.runtime.write is None:
             # Its file has the outputs that no input changes, too, and computes each
             # kernel that is no parameter's entries itself.
             graph.output_names, graph.notes = list(self.outputs), []
@@ -270,7 +267,7 @@ class _Call:
         self, written: Written, reference: Reference | None, tell: Progress
     ) -> tuple[Proof, FormFigures]:
         """Proves a file."""
-        shipped = self.target.open(written.path)
+        shipped = self.runtime.open(written.path)
         proof = prove(
             *(shipped, written.record, written.leaves, tell, written.computed),
             reference,
@@ -281,20 +278,19 @@ class _Call:
 
     def figures(self, written: Written, reference: Reference | None) -> FormFigures:
         """The figures of a file, without its proof."""
-        shipped = self.target.open(written.path)
+        shipped = self.runtime.open(written.path)
         error = None
-        if reference is not None and self.target.executed:
+        if reference is not None and self.runtime.executed:
             error = whole_error(shipped, reference, written.graph.output_names)
         return self._figures(written, error)
 
     def _figures(self, written: Written, error: float | None) -> FormFigures:
-        shipped = self.target.open(written.path)
+        shipped = self.runtime.open(written.path)
         transposes, reshapes = shipped.moves()
         arrays = [np.asarray(x) for x in self.program.arrays]
         time = None
-        run: Callable[..., Any] | None = getattr(shipped, "runner", None)
-        if run is not None and error is not None:
-            time = milliseconds({"file": run(arrays)})["file"]
+        if error is not None:
+            time = milliseconds({"file": shipped.runner(arrays)})["file"]
         return FormFigures(
             form=written.form,
             bytes=size_of(written.path),
@@ -314,7 +310,7 @@ class _Call:
         notes: Sequence[str],
     ) -> ExportReport:
         """All that was found."""
-        shipped = self.target.open(written.path)
+        shipped = self.runtime.open(written.path)
         wanted = written.form
         # Where the file's layers are not cut out, those that it was written from.
         found = proof.layers or layers_of(written.graph)
@@ -329,8 +325,8 @@ class _Call:
                 broken += [(layer.name, why) for why in self.chip.breaks(layer)]
         return ExportReport(
             path=str(written.path),
-            to=self.target.name,
-            runtime=shipped.runtime,
+            runtime=self.runtime.name,
+            title=shipped.runtime,
             form=wanted,
             chip=self.chip.name if self.chip else None,
             plan=written.plan,
@@ -339,129 +335,9 @@ class _Call:
             products=tuple(shipped.products()),
             left=left,
             broken=tuple(broken),
-            executed=self.target.executed,
+            executed=self.runtime.executed,
             notes=tuple(dict.fromkeys([*notes, *written.graph.notes])),
         )
-
-
-def fewest_cycles(
-    call: _Call, rules: Sequence[Rule], folder: Path, tell: Progress
-) -> Plan:
-    """The chip's mix; where Vela compiles for it, a pure form that Vela finds quicker.
-
-    The chip's rules come from single layers. A network's own order of layers, and what
-    its small sizes cost, Vela knows better.
-    """
-    from . import int8, vela
-
-    assert call.chip is not None
-    plan = call.plan("mix", rules)
-    accelerator = call.chip.accelerator
-    if accelerator is None or not vela.available():
-        return plan
-    arrays = [np.asarray(x) for x in call.program.arrays]
-    candidates: dict[Plan, int] = {}
-    forms: tuple[Form, ...] = ("mix", "dense", "conv")
-    for done, form in enumerate(forms):
-        tell("planning: Vela's cycles", done, len(forms))
-        each = plan if form == "mix" else call.plan(form, rules)
-        if each in candidates:
-            continue
-        file = folder / f"candidate{call.target.suffix}"
-        call.write(each, form, file)
-        try:
-            content = int8.quantize(file.read_bytes(), call.input_names, [arrays])
-            candidates[each] = vela.compile_file(content, accelerator).cycles
-        except ExportError:  # the report says why
-            continue
-    # Of equals the chip's own mix, which comes first.
-    return min(candidates, key=candidates.__getitem__, default=plan)
-
-
-def quantized(
-    call: _Call,
-    made: Mapping[Form, tuple[Written, FormFigures]],
-    calibrate: Sequence[Any] | None,
-    form: Form,
-    path: Path,
-    tell: Progress,
-) -> dict[str, Any]:
-    """The int8 files of all forms that were made: written, checked, compiled by Vela.
-
-    Without calibration data nothing is written: an Ethos-U's cycles are those of a
-    file whose ranges are taken from the inputs, which change no cycle.
-
-    Returns:
-      What the report says of it, by field.
-    """
-    from . import int8, vela
-
-    chip = call.chip.accelerator if call.chip else None
-    if calibrate is None and (chip is None or not vela.available()):
-        return {}
-    names = call.input_names
-    arrays = [np.asarray(x) for x in call.program.arrays]
-    examples = [arrays]
-    if calibrate is not None:
-        examples = int8.batches(calibrate, [x.shape for x in arrays])
-    contents: dict[Form, bytes] = {}
-    rows: list[FormFigures] = []
-    notes: list[str] = []
-    for each, (written, figures) in made.items():
-        tell(f"int8: {each} form", 0, 1)
-        content = written.path.read_bytes()
-        try:
-            contents[each] = int8.quantize(content, names, examples)
-        except ExportError as error:
-            if calibrate is not None:
-                raise
-            notes.append(f"no cycles of the {each} form: {error}")
-            continue
-        cycles = {}
-        if chip is not None and vela.available():
-            try:
-                compiled = vela.compile_file(contents[each], chip)
-            except ExportError as error:
-                notes.append(f"no cycles of the {each} form: {error}")
-            else:
-                cycles[chip] = compiled.cycles
-                if compiled.cpu:
-                    of = f"{compiled.cpu} of {compiled.cpu + compiled.npu} operations"
-                    notes.append(f"{chip}, {each} form: {of} stay on its CPU")
-        rows.append(dataclasses.replace(figures, cycles=cycles))
-    if calibrate is None:
-        return {"figures": tuple(rows), "notes": tuple(notes)} if rows else {}
-    written, _ = made[form]
-    path.write_bytes(contents[form])
-    found = int8.check(
-        *(contents[form], written.path.read_bytes(), written.record, written.leaves),
-        examples,
-    )
-    failures = [
-        f"int8: layer {layer.name!r}: {why}"
-        for layer in found.layers
-        for why in layer.failures
-    ]
-    about: dict[str, Any] = {
-        "weights": f"{len(found.layers)} layers, the parameters rounded",
-        "difference from float32": f"{found.difference:.1e} (root mean square)",
-        "same choice as float32": f"{100 * found.same_choice:.1f} %",
-        "calibrated on": f"{len(examples)} calls",
-    }
-    for other, content in contents.items():
-        if other == form:
-            continue
-        wrong, total = int8.same_outputs(contents[form], content, examples)
-        about[f"{form} and {other} forms"] = (
-            f"the same bits in {total:,} numbers"
-            if not wrong
-            else f"{wrong:,} of {total:,} numbers differ"
-        )
-    about["failures"] = failures
-    float_bytes = size_of(written.path)
-    rows[0] = dataclasses.replace(rows[0], bytes=len(contents[form]))
-    notes.append(f"the float file that it was quantized from: {float_bytes:,} bytes")
-    return {"figures": tuple(rows), "notes": tuple(notes), "int8": about}
 
 
 def _why(plan: Plan, name: str) -> str:
@@ -488,11 +364,3 @@ def input_names(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
         first = f"input{parts[0]}" if parts[0].isdigit() else parts[0]
         found.append("_".join([first, *parts[1:]]))
     return found
-
-
-def whole_error(shipped: Any, reference: Reference, names: Sequence[str]) -> float:
-    """The largest error of a file against the reference."""
-    from .proof import whole_errors
-
-    errors = whole_errors(shipped, reference, names)
-    return max((error.converted for error in errors), default=0.0)

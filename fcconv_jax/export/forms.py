@@ -14,7 +14,7 @@ from ..plan import LayerPlan, Plan, direction
 from ..plan.rules import Rule
 from .chips import Chip, Place
 from .layers import Layer
-from .targets import Target
+from .runtimes import Runtime
 
 Form = Literal["conv", "dense", "mix"]
 FORMS: tuple[str, ...] = get_args(Form)
@@ -26,7 +26,7 @@ def plan_of_form(
     options: Mapping[str, Any],
     form: Form,
     rules: Sequence[Rule],
-    target: Target,
+    runtime: Runtime,
     chip: Chip | None,
 ) -> Plan:
     """The plan that brings a model into a form.
@@ -41,7 +41,7 @@ def plan_of_form(
       options: its keyword arguments.
       form: which.
       rules: the user's.
-      target: the file's kind.
+      runtime: whose files have channels last or first.
       chip: whose rules decide a mix.
 
     Raises:
@@ -49,7 +49,7 @@ def plan_of_form(
     """
     if form == "dense":
         return _made(model, args, options, "dense", rules)
-    layout = "keep" if target.images == "last" else "fold"
+    layout = "keep" if runtime.images == "last" else "fold"
     usual = Rule("*", layout=layout)
     to_conv = _made(model, args, options, "conv", rules, usual)
     if chip is None or (form == "conv" and not chip.rules):

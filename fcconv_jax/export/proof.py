@@ -180,13 +180,12 @@ def prove(
     made_of = sorted({leaf for layer in record.layers for leaf in layer.made_of})
     if made_of:
         notes.append(f"computed from parameters, not their bits: {', '.join(made_of)}")
-    remarks = getattr(shipped, "remarks", None)
-    if remarks is not None and not any(proof.failures for proof in proofs):
-        notes += remarks(record)
+    if not any(proof.failures for proof in proofs):
+        notes += shipped.remarks(record)
     lost, count = _other_constants(shipped, record, leaves)
     failures += lost
     outputs: tuple[WorkingError, ...] = ()
-    if reference is not None and getattr(shipped, "executed", True):
+    if reference is not None and shipped.executed:
         tell(f"{shipped.runtime}: the whole file", 0, 1)
         try:
             outputs = whole_errors(shipped, reference, names)
@@ -220,8 +219,7 @@ def _prove_layer(
             failures.append(f"its {what} {why}")
     if layer.form != found.form:
         failures.append(f"expected {layer.op}, the file has {found.op}")
-    read = getattr(shipped, "geometry_failures", None)
-    failures += read(layer) if read is not None else []
+    failures += shipped.geometry_failures(layer)
     exact, count, why = on_integers(shipped, layer, found.kernel.dtype.itemsize < 4)
     failures += why
     return LayerProof(
@@ -244,10 +242,9 @@ def on_integers(
     """
     failures: list[str] = []
     exact, count = None, 0
-    executed = getattr(shipped, "executed", True)
     try:
         draws = small_probes(layer) if half else probes(layer)
-        for probe in draws if executed else ():
+        for probe in draws if shipped.executed else ():
             count += 1
             want = compute(layer, probe.x, probe.kernel, probe.bias)
             got = shipped.run_layer(layer, probe.x, probe.kernel, probe.bias)
@@ -352,6 +349,12 @@ def whole_errors(
             got,
         )
     )
+
+
+def whole_error(shipped: Any, reference: Reference, names: Sequence[str]) -> float:
+    """The largest error of a file against the reference."""
+    errors = whole_errors(shipped, reference, names)
+    return max((error.converted for error in errors), default=0.0)
 
 
 def _first_line(error: Exception) -> str:

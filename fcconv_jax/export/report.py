@@ -47,8 +47,8 @@ class ExportReport(Report):
 
     Attributes:
       path: the file.
-      to: the kind of file.
-      runtime: what ran it; or why nothing did.
+      runtime: the runtime by its name, as ``runtime=`` takes it.
+      title: the runtime's own name.
       form: the form that was asked for.
       chip: the chip that it is for.
       plan: which layers were converted, and how.
@@ -69,8 +69,8 @@ class ExportReport(Report):
     """
 
     path: str
-    to: str
     runtime: str
+    title: str
     form: str
     chip: str | None
     plan: Plan
@@ -112,7 +112,7 @@ class ExportReport(Report):
                 "1 layer is" if len(self.left) == 1 else f"{len(self.left)} layers are"
             )
             form += f" ({few} not)"
-        return f"{verdict}: {self.path}, {form}{chip}, {self.runtime}"
+        return f"{verdict}: {self.path}, {form}{chip}, {self.title}"
 
     @property
     def tables(self) -> Sequence[Table]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
-from collections.abc import Mapping, Sequence
-from typing import Protocol
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, ClassVar
 
 import numpy as np
 
+from ..errors import ExportError
 from .layers import Layer, Record
 
 
@@ -30,42 +32,52 @@ class ShippedLayer:
     bias: np.ndarray | None
 
 
-class Shipped(Protocol):
-    """A file, read back."""
+class Shipped(abc.ABC):
+    """A file, read back; a runtime's reader derives from it.
 
-    runtime: str
+    Attributes:
+      runtime: what runs the file.
+      executed: whether that runs here.
+      moving: the runtime's words for a transpose and for a reshape.
+    """
 
+    runtime: ClassVar[str]
+    executed: ClassVar[bool] = True
+    moving: ClassVar[tuple[str, str]] = ("Transpose", "Reshape")
+
+    @abc.abstractmethod
     def record(self) -> Record | None:
         """What the file says about itself; None where it was written by others."""
-        ...
 
+    @abc.abstractmethod
     def fingerprint(self) -> str:
         """Of all that the file says, its record aside."""
-        ...
 
+    @abc.abstractmethod
     def layers(self) -> Sequence[ShippedLayer]:
         """The linear operations with a weight."""
-        ...
 
+    @abc.abstractmethod
     def constants(self) -> Sequence[np.ndarray]:
         """Every constant array."""
-        ...
 
-    def products(self) -> Sequence[str]:
-        """The products of two activations, such as attention's."""
-        ...
-
+    @abc.abstractmethod
     def ops(self) -> Mapping[str, int]:
         """How many operations there are of each kind, in the runtime's words."""
-        ...
 
+    @abc.abstractmethod
     def output_names(self) -> Sequence[str]:
         """The outputs, by their paths in what the model returns."""
-        ...
+
+    def products(self) -> Sequence[str]:
+        """The products of two activations, such as attention's, if they are listed."""
+        return []
 
     def moves(self) -> tuple[int, int]:
         """How many transposes and how many reshapes there are."""
-        ...
+        found = self.ops()
+        transposes, reshapes = (found.get(name, 0) for name in self.moving)
+        return transposes, reshapes
 
     def run_layer(
         self,
@@ -82,11 +94,23 @@ class Shipped(Protocol):
           kernel: in the graph's arrangement.
           bias: likewise.
         """
-        ...
+        raise ExportError(f"layer {layer.name!r} of {self.runtime} is not run alone")
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs the whole file in its runtime."""
-        ...
+        raise ExportError(f"{self.runtime} does not run here")
+
+    def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
+        """One run of the whole file, to be timed."""
+        return lambda: self.run(inputs)
+
+    def geometry_failures(self, layer: Layer) -> Sequence[str]:
+        """What differs in a layer's geometry, where it is read and not run."""
+        return []
+
+    def remarks(self, record: Record) -> Sequence[str]:
+        """What else there is to know about the proof of the file."""
+        return []
 
 
 def arrange_conv(kernel: np.ndarray, order: str) -> np.ndarray:

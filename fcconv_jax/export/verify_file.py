@@ -17,9 +17,9 @@ from ..progress import Progress, ProgressOption, shown
 from .layers import Record
 from .proof import Proof, Reference, parameter_leaves, prove, reference_of
 from .report import ExportReport, FormFigures
+from .runtimes import Runtime, runtime_of
 from .shipped import Shipped
 from .size import size_of
-from .targets import TARGETS, Target, target_of_file
 
 _CHANGED = (
     "the file has been changed since it was proved: its weights and layers are the "
@@ -63,16 +63,13 @@ def verify_file(
       >>> verify_file("model.h5", {})
       Traceback (most recent call last):
         ...
-      fcconv_jax.errors.ExportError: expected a file that ends in ...
+      fcconv_jax.errors.ExportError: Expected a path that ends in one of ...
     """
     path = Path(path)
-    target = target_of_file(path)
-    if target is None:
-        suffixes = ", ".join(each.suffix for each in TARGETS.values())
-        raise ExportError(f"expected a file that ends in {suffixes}, got {path}")
+    runtime = runtime_of(path)
     if not path.exists():
         raise ExportError(f"{path}: no such file")
-    shipped = target.open(path)
+    shipped = runtime.open(path)
     record = shipped.record()
     if record is None:
         raise ExportError(
@@ -91,12 +88,12 @@ def verify_file(
             notes.append("the whole file was not compared: that needs its model")
         leaves = parameter_leaves(convert_params(variables, record.plan))
         names = shipped.output_names()
-        proof = _prove(shipped, record, leaves, tell, reference, names)
+        proof = _prove(shipped, runtime.int8, record, leaves, tell, reference, names)
         # What is found in a layer says more than that something was changed.
         known = record.fingerprint in (None, shipped.fingerprint())
         if not known and not proof.all_failures:
             proof = dataclasses.replace(proof, failures=(_CHANGED,))
-    return _report(path, target, shipped, record, proof, notes)
+    return _report(path, runtime, shipped, record, proof, notes)
 
 
 def _reference(
@@ -108,35 +105,33 @@ def _reference(
 
 def _prove(
     shipped: Shipped,
+    quantizer: Any,
     record: Record,
     leaves: Mapping[str, np.ndarray],
     tell: Progress,
     reference: Reference | None,
     names: Sequence[str],
 ) -> Proof:
-    if any(layer.kernel.dtype == np.int8 for layer in shipped.layers()):
-        from .int8 import difference, prove_weights
-        from .litert_file import LiteRTFile
-
-        assert isinstance(shipped, LiteRTFile)
+    rounded = any(layer.kernel.dtype == np.int8 for layer in shipped.layers())
+    if quantizer is not None and rounded:
         notes = ["an int8 file: its weights and biases are the parameters, rounded"]
         if record.constants:
             count = len(record.constants)
             notes.append(f"other parameters, rounded too, were not compared: {count}")
         if reference is not None:
-            off = difference(shipped, reference, names)
+            off = quantizer.difference(shipped, reference, names)
             notes.append(f"the whole file is {off:.1e} from float64 (root mean square)")
         known = {layer.name for layer in record.layers}
         more = [layer.name for layer in shipped.layers() if layer.name not in known]
         failures = [f"the file has a layer {x!r} that the model has not" for x in more]
-        layers = prove_weights(shipped, record, leaves)
+        layers = quantizer.prove_weights(shipped, record, leaves)
         return Proof(layers, (), 0, tuple(failures), tuple(notes))
     return prove(shipped, record, leaves, tell, None, reference, names)
 
 
 def _report(
     path: Path,
-    target: Target,
+    runtime: Runtime,
     shipped: Shipped,
     record: Record,
     proof: Proof,
@@ -161,8 +156,8 @@ def _report(
     )
     return ExportReport(
         path=str(path),
-        to=target.name,
-        runtime=shipped.runtime,
+        runtime=runtime.name,
+        title=shipped.runtime,
         form=wanted,
         chip=record.chip,
         plan=record.plan,
@@ -170,7 +165,7 @@ def _report(
         figures=(figures,),
         products=tuple(shipped.products()),
         left=left,
-        executed=target.executed,
+        executed=runtime.executed,
         notes=tuple(notes),
     )
 

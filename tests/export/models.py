@@ -167,4 +167,4 @@ def export_two_roles(to, path):
         return x @ params["w"] @ params["w"].T
 
     params, x = {"w": normal(6, 4)}, normal(3, 6)
-    return fc.export(model, params, x, to=to, path=path, progress=False)
+    return fc.export(model, params, x, path=path, progress=False)

@@ -8,7 +8,7 @@ import fcconv_jax as fc
 from fcconv_jax.errors import ExportError
 from fcconv_jax.export.chips import CHIPS, chip_of
 from fcconv_jax.export.forms import as_layer, place_of, plan_of_form
-from fcconv_jax.export.targets import target_of
+from fcconv_jax.export.runtimes import runtimes
 
 from .models import MODELS, normal
 
@@ -28,7 +28,7 @@ class Vision(nn.Module):
 
 def mix(chip, model=None, x=None):
     model, x = model or Vision(), normal(1, 64, 64, 3) if x is None else x
-    return plan_of_form(model, (x,), {}, "mix", (), target_of("litert"), chip_of(chip))
+    return plan_of_form(model, (x,), {}, "mix", (), runtimes()["litert"], chip_of(chip))
 
 
 def forms(chip):
@@ -93,9 +93,8 @@ def test_what_no_form_makes_legal_is_named(tmp_path):
     params = model.init(jax.random.key(0), x)
     report = fc.export(
         *(model, params, x),
-        to="litert",
         path=tmp_path / "m.tflite",
-        form="mix",
+        to="mix",
         chip="mdla",
         progress=False,
     )
@@ -108,7 +107,7 @@ def test_what_no_form_makes_legal_is_named(tmp_path):
 
 def test_a_mix_needs_a_chip(tmp_path):
     model, params, inputs = MODELS["mlp"]()
-    options = {"to": "litert", "path": tmp_path / "m.tflite", "form": "mix"}
+    options = {"path": tmp_path / "m.tflite", "to": "mix"}
     with pytest.raises(ExportError, match="Pass chip='ethos-u55'"):
         fc.export(model, params, *inputs, **options)
     with pytest.raises(ExportError, match="expected chip= one of ethos-u55, "):
@@ -128,9 +127,8 @@ def test_velas_mix_is_no_slower_than_either_form(name, accelerator, tmp_path):
         inputs = tuple(x[:1] for x in inputs)
     report = fc.export(
         *(model, params, *inputs),
-        to="litert",
         path=tmp_path / "m.tflite",
-        form="mix",
+        to="mix",
         chip=accelerator,
         compare=True,
         progress=False,
@@ -154,7 +152,7 @@ def test_a_form_that_vela_refuses(form, tmp_path, monkeypatch):
     monkeypatch.setattr(vela, "compile_file", refuse)
     pytest.importorskip("litert_quantizer", reason="needs the extra litert")
     model, params, inputs = MODELS["mlp"]()
-    options = {"to": "litert", "path": tmp_path / "m.tflite", "progress": False}
-    report = fc.export(model, params, *inputs, form=form, chip="ethos-u55", **options)
+    options = {"path": tmp_path / "m.tflite", "progress": False}
+    report = fc.export(model, params, *inputs, to=form, chip="ethos-u55", **options)
     assert report.passed
     assert f"no cycles of the {form} form: Vela refuses the file" in str(report)

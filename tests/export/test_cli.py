@@ -55,7 +55,7 @@ def run(*arguments):
 
 def test_export_then_verify(folder):
     done = run(
-        *("export", *MODEL, "--params", "a.msgpack", "--to", "litert"),
+        *("export", *MODEL, "--params", "a.msgpack", "--runtime", "litert"),
         *("--out", "net.tflite", "--report", "report.md"),
     )
     assert done.exit_code == 0, done.output
@@ -83,7 +83,7 @@ def test_a_converted_checkpoint(folder):
     assert done.exit_code == 0, done.output
     for params in ("a.msgpack", "conv.msgpack"):
         out = ("--out", "net.tflite")
-        done = run("export", *MODEL, "--params", params, "--to", "litert", *out)
+        done = run("export", *MODEL, "--params", params, *out)
         assert done.exit_code == 0, done.output
         for against in ("a.msgpack", "conv.msgpack"):
             done = run("verify", "net.tflite", "--against", against)
@@ -92,8 +92,8 @@ def test_a_converted_checkpoint(folder):
 
 def test_int8_for_a_chip(folder):
     done = run(
-        *("export", *MODEL, "--params", "a.msgpack", "--to", "litert", "--int8"),
-        *("--calibrate", "data.npz", "--for", "edgetpu", "--out", "net.tflite"),
+        *("export", *MODEL, "--params", "a.msgpack", "--int8"),
+        *("--calibrate", "data.npz", "--chip", "edgetpu", "--out", "net.tflite"),
     )
     assert done.exit_code == 0, done.output
     assert "PROVED: net.tflite, mix form for edgetpu" in done.output
@@ -106,22 +106,17 @@ def test_int8_for_a_chip(folder):
 @pytest.mark.parametrize(
     ("arguments", "what"),
     [
-        (["export", *MODEL, "--to", "litert", "--out", "net.onnx"], "ends in .tflite"),
         (
-            ["export", *MODEL, "--to", "litert", "--out", "a.tflite", "--int8"],
+            ["export", *MODEL, "--runtime", "litert", "--out", "net.onnx"],
+            "ends in .tflite",
+        ),
+        (["export", *MODEL, "--out", "net.h5"], ".onnx (onnx)"),
+        (
+            ["export", *MODEL, "--out", "a.tflite", "--int8"],
             "--int8 and --calibrate go together",
         ),
         (
-            [
-                "export",
-                *MODEL,
-                "--to",
-                "litert",
-                "--out",
-                "a.tflite",
-                "--for",
-                "abacus",
-            ],
+            ["export", *MODEL, "--out", "a.tflite", "--chip", "abacus"],
             "expected chip= one of ethos-u55",
         ),
         (["verify", "net.tflite"], "pass --against CKPT"),

@@ -18,7 +18,7 @@ if importlib.util.find_spec("coremltools") is None:
 def write(name, folder, form="conv"):
     model, params, inputs = MODELS[name]()
     path = folder / f"{form}.mlpackage"
-    options = {"to": "coreml", "path": path, "form": form, "progress": False}
+    options = {"path": path, "to": form, "progress": False}
     return fc.export(model, params, *inputs, **options)
 
 

@@ -1,4 +1,4 @@
-"""The example of the edge room runs, and says what the documentation says."""
+"""The example of edge runtimes runs, and says what the documentation says."""
 
 import os
 import re
@@ -34,12 +34,12 @@ def test_edge_digits(tmp_path):
     assert (tmp_path / "graph.png").read_bytes().startswith(b"\x89PNG")
 
 
-def test_the_documentation_names_every_chip_and_target():
+def test_the_documentation_names_every_chip_and_runtime():
     from fcconv_jax.export.chips import CHIPS
-    from fcconv_jax.export.targets import TARGETS
+    from fcconv_jax.export.runtimes import runtimes
 
     text = (ROOT / "docs/howto/export.md").read_text()
     for chip in CHIPS:
         assert chip in text or chip.replace("ethos-u", "-u") in text
-    for target in TARGETS.values():
-        assert f"| `{target.name}` | `{target.suffix}`" in text
+    for each in runtimes().values():
+        assert f"| `{each.name}` | `{each.suffix}`" in text

@@ -32,7 +32,7 @@ def to(request):
 def write(name, to, folder, form, **options):
     model, params, inputs = MODELS[name]()
     path = folder / f"model.{SUFFIX[to]}"
-    options = {"to": to, "path": path, "form": form, "progress": False, **options}
+    options = {"path": path, "to": form, "progress": False, **options}
     return fc.export(model, params, *inputs, **options)
 
 
@@ -111,7 +111,7 @@ def test_a_loop_is_refused_until_it_is_written_out(to, tmp_path):
         return jax.lax.scan(step, x[:, 0, :2], x.swapaxes(0, 1))[0]
 
     params, x = {"w": normal(3, 2)}, normal(2, 4, 3)
-    options = {"to": to, "path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
+    options = {"path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
     with pytest.raises(ValueError, match=r"a loop over 4 steps. Pass unroll=4"):
         fc.export(model, params, x, **options)
     report = fc.export(model, params, x, unroll=4, **options)
@@ -152,7 +152,7 @@ def test_halves(to, tmp_path):
         return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]
 
     path = tmp_path / f"m.{SUFFIX[to]}"
-    options = {"to": to, "path": path, "progress": False}
+    options = {"path": path, "progress": False}
     arrays = (
         {"w": normal(300, 5), "b": normal(5, seed=2), "v": normal(5, 3)},
         normal(2, 300, seed=4),
@@ -161,14 +161,14 @@ def test_halves(to, tmp_path):
         jax.tree.map(lambda a, kind=kind: a.astype(kind), arrays)
         for kind in (jnp.float16, jnp.bfloat16)
     )
-    with pytest.raises(ValueError, match=r"no bfloat16 .* or pass to='iree'"):
+    with pytest.raises(ValueError, match=r"no bfloat16 .* or pass runtime='iree'"):
         fc.export(model, *brain, **options)
     if to == "litert":
-        with pytest.raises(ValueError, match=r"no float16 .* or pass to='onnx'"):
+        with pytest.raises(ValueError, match=r"no float16 .* or pass runtime='onnx'"):
             fc.export(model, *half, **options)
         return
     for form in ("conv", "dense"):
-        report = fc.export(model, *half, form=form, **options)
+        report = fc.export(model, *half, to=form, **options)
         assert report.passed, report.failures
         assert all(layer.exact for layer in report.layers)
         assert fc.verify_file(path, half[0], progress=False).passed
@@ -186,7 +186,7 @@ def test_the_state_of_an_nnx_model(to, tmp_path):
             return self.fc(self.drop(x))
 
     model, path = Net(nnx.Rngs(0)), tmp_path / f"m.{SUFFIX[to]}"
-    options = {"to": to, "path": path, "progress": False}
+    options = {"path": path, "progress": False}
     assert fc.export(model, None, normal(2, 6), **options).passed
     for state in (nnx.state(model), nnx.state(model, nnx.Param)):
         assert fc.verify_file(path, state, progress=False).passed
@@ -211,7 +211,7 @@ def test_random_keys(to, tmp_path):
             return self.fc(self.drop(x))
 
     model, x = Sequence(), normal(2, 3, 4)
-    options = {"to": to, "path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
+    options = {"path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
     params = model.init(jax.random.key(0), x)
     with pytest.raises(ValueError, match=r"a loop over 3 steps. Pass unroll=3"):
         fc.export(model, params, x, **options)
@@ -226,7 +226,7 @@ def test_names_that_files_use_themselves(to, tmp_path):
         return jnp.tanh(x @ params["w;1"]) @ params["a@b"] @ params["w#2"] + output
 
     params = {"w;1": normal(3, 2), "a@b": normal(2, 4), "w#2": normal(4, 4)}
-    options = {"to": to, "path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
+    options = {"path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
     x, output = normal(2, 3), normal(2, 4)
     report = fc.export(model, params, x, output=output, **options)
     assert report.passed, report.failures

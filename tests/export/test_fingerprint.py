@@ -28,13 +28,13 @@ def check(report, changed=True, name="vgg head"):
 
 
 def litert(path):
-    from fcconv_jax.export.litert_file import LiteRTFile
+    from fcconv_jax.export.runtimes.litert.reader import LiteRTFile
 
     return LiteRTFile(Path(path))
 
 
 def save(file):
-    from fcconv_jax.export.litert import pack
+    from fcconv_jax.export.runtimes.litert.schema import pack
 
     file.path.write_bytes(pack(file.model))
 
@@ -61,7 +61,7 @@ def test_two_layers_of_litert_in_each_others_place(tmp_path):
         return (x @ params["a"]) ** 2 @ params["b"]
 
     path = tmp_path / "m.tflite"
-    report = fc.export(model, params, x, to="litert", path=path, progress=False)
+    report = fc.export(model, params, x, path=path, progress=False)
     file = litert(path)
     a, b = file.linear_operators()
     labels = [file.graph.tensors[op.outputs[0]].name for op in (a, b)]
@@ -99,7 +99,7 @@ def test_a_pool_of_coreml(tmp_path):
     ct = pytest.importorskip("coremltools")
     model, params, inputs = MODELS["digits"]()
     path = tmp_path / "m.mlpackage"
-    report = fc.export(model, params, *inputs, to="coreml", path=path, progress=False)
+    report = fc.export(model, params, *inputs, path=path, progress=False)
     check(report, False, "digits")
     (file,) = path.rglob("*.mlmodel")
     spec = ct.proto.Model_pb2.Model()
@@ -117,7 +117,7 @@ def test_another_program(to, tmp_path):
         pytest.skip(f"needs the extra {to}")
     suffix = {"iree": "vmfb", "stablehlo": "stablehlo"}[to]
     params, x = {"w": normal(6, 6)}, normal(2, 6)
-    options = {"to": to, "progress": False}
+    options = {"progress": False}
     paths = [tmp_path / f"{name}.{suffix}" for name in ("one", "other")]
 
     def one(params, x):
@@ -144,7 +144,7 @@ def test_the_steps_of_an_int8_activation(what, tmp_path):
     pytest.importorskip("litert_quantizer", reason="needs the extra litert")
     model, params, inputs = MODELS["digits"]()
     path = tmp_path / "m.tflite"
-    options = {"to": "litert", "path": path, "progress": False}
+    options = {"path": path, "progress": False}
     data = [np.asarray(normal(24, 8, 6, 1, seed=5))]
     report = fc.export(model, params, inputs[0][:1], calibrate=data, **options)
     file = litert(path)
@@ -174,7 +174,7 @@ def test_half_a_file(to, part, tmp_path):
         pytest.skip(f"needs the extra {to}")
     path = tmp_path / f"m.{suffix}"
     params = {"w": normal(6, 6)}
-    options = {"to": to, "path": path, "progress": False}
+    options = {"path": path, "progress": False}
     fc.export(lambda p, x: x @ p["w"], params, normal(2, 6), **options)
     file = path.with_suffix(f".{damaged}")
     content = file.read_bytes()

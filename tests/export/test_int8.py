@@ -8,7 +8,7 @@ import pytest
 
 import fcconv_jax as fc
 from fcconv_jax.errors import ExportError
-from fcconv_jax.export import int8
+from fcconv_jax.export.runtimes.litert import int8
 
 from .models import MODELS, normal
 
@@ -20,9 +20,9 @@ def export(name, folder, form="conv", **options):
     inputs = tuple(x[:1] for x in inputs)
     shape = inputs[0].shape[1:]
     data = [np.asarray(normal(24, *shape, seed=5))]
-    options = {"calibrate": data, "form": form, "progress": False, **options}
+    options = {"calibrate": data, "to": form, "progress": False, **options}
     path = folder / f"{form}.tflite"
-    return fc.export(model, params, *inputs, to="litert", path=path, **options)
+    return fc.export(model, params, *inputs, path=path, **options)
 
 
 @pytest.mark.parametrize("name", ["digits", "vgg head", "mlp", "mobile"])
@@ -36,7 +36,7 @@ def test_both_forms_are_the_same_bits(name, tmp_path):
 
 @pytest.mark.parametrize("form", ["conv", "dense"])
 def test_a_scale_for_each_feature_and_a_quarter_of_the_size(form, tmp_path):
-    from fcconv_jax.export.litert_file import LiteRTFile
+    from fcconv_jax.export.runtimes.litert.reader import LiteRTFile
 
     report = export("digits", tmp_path, form)
     file = LiteRTFile(Path(report.path))
@@ -64,7 +64,7 @@ def test_layers_with_and_without_a_bias(tmp_path):
     """The quantizer gives layers without one zeros of its own."""
     model, params, inputs = MODELS["lstm step"]()
     flat = [np.asarray(x) for x in jax.tree.leaves(inputs)]
-    options = {"to": "litert", "path": tmp_path / "m.tflite", "progress": False}
+    options = {"path": tmp_path / "m.tflite", "progress": False}
     report = fc.export(model, params, *inputs, calibrate=flat, **options)
     assert report.passed, report.failures
     assert fc.verify_file(report.path, params, progress=False).passed
@@ -83,10 +83,9 @@ def test_calibration_data_that_does_not_fit(tmp_path):
 
 def test_int8_is_litert_s(tmp_path):
     model, params, inputs = MODELS["mlp"]()
-    with pytest.raises(ExportError, match="expected to='litert' for an int8 file"):
+    with pytest.raises(ExportError, match=r"Expected a \.tflite path for an int8 file"):
         fc.export(
             *(model, params, *inputs),
-            to="onnx",
             path=tmp_path / "m.onnx",
             calibrate=[np.zeros((4, 10))],
         )
@@ -149,8 +148,8 @@ def _put(file, index, array):
     ],
 )
 def test_planted_defects(defect, what, tmp_path):
-    from fcconv_jax.export.litert import pack
-    from fcconv_jax.export.litert_file import LiteRTFile
+    from fcconv_jax.export.runtimes.litert.reader import LiteRTFile
+    from fcconv_jax.export.runtimes.litert.schema import pack
 
     report = export("digits", tmp_path)
     file = LiteRTFile(Path(report.path))

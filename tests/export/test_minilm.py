@@ -53,7 +53,6 @@ def test_minilm_is_proved(to, minilm, tmp_path):
     places = np.arange(16, dtype=np.int32)[None]
     report = fc.export(
         *(module, params, ids, mask, np.zeros_like(ids), places, None),
-        to=to,
         path=tmp_path / f"minilm.{SUFFIX[to]}",
         deterministic=True,
         return_dict=False,

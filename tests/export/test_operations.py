@@ -106,7 +106,7 @@ def run(to, tmp_path):
     def check(function, *inputs, params=None):
         path = tmp_path / f"m.{SUFFIX[to]}"
         params = {"scale": np.float32(1)} if params is None else params
-        options = {"to": to, "path": path, "progress": False}
+        options = {"path": path, "progress": False}
         report = export(function, params, *inputs, **options)
         assert report.passed, report.failures
         return report
@@ -212,7 +212,6 @@ def test_refusals_name_what_and_the_way_out(function, what, to, tmp_path):
     with pytest.raises(ExportError, match=what):
         export(
             *(function, {"w": X}, X),
-            to=to,
             path=tmp_path / f"m.{SUFFIX[to]}",
             progress=False,
         )
@@ -226,7 +225,7 @@ def test_random_numbers_are_refused(to, tmp_path):
 
     model = Noisy()
     params = model.init(jax.random.key(0), X, train=False)
-    options = {"to": to, "path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
+    options = {"path": tmp_path / f"m.{SUFFIX[to]}", "progress": False}
     rngs = {"dropout": jax.random.key(1)}
     with pytest.raises(ExportError, match=r"random key.*train=False"):
         export(model, params, X, train=True, rngs=rngs, **options)
@@ -240,7 +239,6 @@ def test_what_litert_lacks(name, tmp_path):
     with pytest.raises(ExportError, match=f"LiteRT has no {name!r}"):
         export(
             *(lambda params, x: function(x), {"w": X}, X),
-            to="litert",
             path=tmp_path / "m.tflite",
             progress=False,
         )

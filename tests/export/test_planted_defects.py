@@ -9,7 +9,7 @@ import pytest
 
 import fcconv_jax as fc
 from fcconv_jax.errors import ExportError
-from fcconv_jax.export.litert import pack
+from fcconv_jax.export.runtimes.litert.schema import pack
 
 from .models import MODELS
 from .test_files import RUNTIMES, SUFFIX, needs, write
@@ -53,7 +53,7 @@ DEFECTS = {
 
 class LiteRT:
     def __init__(self, path):
-        from fcconv_jax.export.litert_file import LiteRTFile
+        from fcconv_jax.export.runtimes.litert.reader import LiteRTFile
 
         self.path = path
         self.file = LiteRTFile(path)
@@ -138,7 +138,7 @@ class OpenVino:
     """Its weights lie in the .bin, its geometry in the .xml."""
 
     def __init__(self, path):
-        from fcconv_jax.export.openvino_file import OpenVinoFile
+        from fcconv_jax.export.runtimes.openvino import OpenVinoFile
 
         self.path, self.bin = path, path.with_suffix(".bin")
         self.data, self.text = bytearray(self.bin.read_bytes()), path.read_text()

@@ -34,7 +34,7 @@ def to(request):
 def write(name, to, folder, form="conv", **options):
     model, params, inputs = MODELS[name]()
     path = folder / f"model{SUFFIX[to]}"
-    options = {"to": to, "path": path, "form": form, "progress": False, **options}
+    options = {"path": path, "to": form, "progress": False, **options}
     return fc.export(model, params, *inputs, **options)
 
 
@@ -93,7 +93,7 @@ def test_any_batch_and_any_program_in_stablehlo(tmp_path):
 
     params, x = {"w": normal(3, 2)}, normal(2, 4, 3)
     path = tmp_path / "m.stablehlo"
-    report = fc.export(model, params, x, to="stablehlo", path=path, progress=False)
+    report = fc.export(model, params, x, path=path, progress=False)
     assert report.passed, report.failures
     assert "its layers are not compared one by one" in str(report)
     exported = jax.export.deserialize(bytearray(path.read_bytes()))
@@ -116,7 +116,7 @@ def test_bfloat16(to, tmp_path):
     params = {"w": normal(6, 5), "b": normal(5, seed=2), "v": normal(5, 3)}
     params, x = jax.tree.map(lambda a: a.astype("bfloat16"), (params, normal(2, 6)))
     path = tmp_path / f"m{SUFFIX[to]}"
-    report = fc.export(model, params, x, to=to, path=path, progress=False)
+    report = fc.export(model, params, x, path=path, progress=False)
     assert report.passed, report.failures
     assert fc.verify_file(path, params, progress=False).passed
 
@@ -126,7 +126,7 @@ def test_outputs_that_no_input_changes(to, tmp_path):
         return {"a": jnp.float32(3), "b": x @ params["w"], "c": params["w"] + 1}
 
     params, x, path = {"w": normal(6, 5)}, normal(2, 6), tmp_path / f"m{SUFFIX[to]}"
-    report = fc.export(model, params, x, to=to, path=path, progress=False)
+    report = fc.export(model, params, x, path=path, progress=False)
     assert report.passed, report.failures
     assert len(report.proof.outputs) == 3
     whole = {"model": model, "inputs": [x], "progress": False}
@@ -139,5 +139,5 @@ def test_a_kernel_that_the_model_computes(to, tmp_path):
 
     params = {"w": normal(6, 5), "scale": normal(5, seed=2)}
     path = tmp_path / f"m{SUFFIX[to]}"
-    report = fc.export(model, params, normal(2, 6), to=to, path=path, progress=False)
+    report = fc.export(model, params, normal(2, 6), path=path, progress=False)
     assert report.passed, report.failures

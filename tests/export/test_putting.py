@@ -56,9 +56,9 @@ def test_a_folder_in_the_place_of_the_file(to, tmp_path):
     model, params, inputs = MODELS["mlp"]()
     path = tmp_path / f"model.{SUFFIX[to]}"
     with pytest.raises(ExportError, match=r"cannot be replaced: .* Pass another path"):
-        fc.export(model, params, *inputs, to=to, path=path, progress=False)
+        fc.export(model, params, *inputs, path=path, progress=False)
 
 
 def test_a_form_that_there_is_not(to, tmp_path):
-    with pytest.raises(ExportError, match="expected form= one of conv, dense, mix"):
+    with pytest.raises(ExportError, match="Expected to= one of conv, dense, mix"):
         write("mlp", to, tmp_path, "both")

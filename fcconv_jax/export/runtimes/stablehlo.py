@@ -18,11 +18,12 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from ..errors import ExportError
-from .errors import MissingExtraError
-from .fingerprint import digest
-from .layers import Layer, Record
-from .shipped import ShippedLayer
+from ...errors import ExportError
+from ..errors import MissingExtraError
+from ..fingerprint import digest
+from ..layers import Record
+from ..shipped import Shipped, ShippedLayer
+from . import Runtime
 
 _MARK = b"fcconv_jax.record"
 PLATFORMS = ("cpu", "cuda", "tpu")
@@ -100,7 +101,7 @@ def _symbolic(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStru
     return [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in shapes]
 
 
-class StableHloFile:
+class StableHloFile(Shipped):
     """A .stablehlo file, read back.
 
     Args:
@@ -111,6 +112,7 @@ class StableHloFile:
     """
 
     runtime = "JAX, from StableHLO"
+    moving = ("transpose", "reshape")
 
     def __init__(self, path: Path):
         self.path = path
@@ -143,11 +145,6 @@ class StableHloFile:
         del found["constant"]
         return found
 
-    def moves(self) -> tuple[int, int]:
-        """Transposes and reshapes, as asked for: XLA makes fewer of them."""
-        found = self.ops()
-        return found.get("transpose", 0), found.get("reshape", 0)
-
     def constants(self) -> Sequence[np.ndarray]:
         """Every constant of a dtype that params have."""
         found = []
@@ -162,19 +159,9 @@ class StableHloFile:
         """The outputs."""
         return self.about.get("outputs", [])
 
-    def products(self) -> Sequence[str]:
-        """None are told apart here."""
-        return []
-
     def layers(self) -> Sequence[ShippedLayer]:
         """None are cut out: JAX is the writer."""
         return []
-
-    def run_layer(
-        self, layer: Layer, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None
-    ) -> np.ndarray:
-        """Never called: there are no layers."""
-        raise ExportError(f"layer {layer.name!r} is not cut out of StableHLO")
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Runs the whole file on JAX's default device."""
@@ -212,3 +199,10 @@ def _number(word: str, dtype: Any) -> Any:
         return np.frombuffer(bytes.fromhex(word[2:])[::-1][:size], dtype)[0]
     kind = np.dtype(dtype).kind
     return dtype(int(word) if kind == "i" else float(word) if kind == "V" else word)
+
+
+RUNTIME = Runtime(
+    *("stablehlo", "StableHLO", ".stablehlo", "stablehlo", StableHloFile),
+    write_program=write_program,
+    layers=False,
+)

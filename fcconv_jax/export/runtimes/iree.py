@@ -21,12 +21,13 @@ from jax import lax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ..errors import ExportError
-from .errors import require
-from .fingerprint import digest
-from .layers import Layer, Record, expected
-from .proof import parameter_leaves
-from .shipped import ShippedLayer
+from ...errors import ExportError
+from ..errors import require
+from ..fingerprint import digest
+from ..layers import Layer, Record, expected
+from ..proof import parameter_leaves
+from ..shipped import Shipped, ShippedLayer
+from . import Runtime
 
 BACKEND = "llvm-cpu"
 
@@ -101,7 +102,7 @@ def compiled(text: str) -> bytes:
         raise ExportError(f"IREE refuses the model: {' '.join(said[:3])}") from None
 
 
-class IreeFile:
+class IreeFile(Shipped):
     """A .vmfb file with its params, read back.
 
     Args:
@@ -112,6 +113,7 @@ class IreeFile:
     """
 
     runtime = "IREE, llvm-cpu"
+    moving = ("transpose", "reshape")
 
     def __init__(self, path: Path):
         self.path, self.content = path, path.read_bytes()
@@ -146,11 +148,6 @@ class IreeFile:
         del found["constant"]
         return found
 
-    def moves(self) -> tuple[int, int]:
-        """Transposes and reshapes, as asked for: IREE makes fewer of them."""
-        found = self.ops()
-        return found.get("transpose", 0), found.get("reshape", 0)
-
     def constants(self) -> Sequence[np.ndarray]:
         """Every parameter."""
         return list(self.params.values())
@@ -158,10 +155,6 @@ class IreeFile:
     def output_names(self) -> Sequence[str]:
         """The outputs."""
         return self.about.get("outputs", [])
-
-    def products(self) -> Sequence[str]:
-        """None are told apart here."""
-        return []
 
     def layers(self) -> Sequence[ShippedLayer]:
         """The layers of the record, with the params beside the module."""
@@ -233,3 +226,8 @@ def _as_jax(layer: Layer, x: Any, kernel: Any, bias: Any = None) -> Any:
         a = a.swapaxes(-1, -2) if options["adj_a"] else a
         y = a @ (b.swapaxes(-1, -2) if options["adj_b"] else b)
     return y if bias is None else y + bias
+
+
+RUNTIME = Runtime(
+    *("iree", "IREE", ".vmfb", "iree", IreeFile), write_program=write_program
+)

@@ -8,12 +8,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ExportError
-from .errors import require
-from .graph import Graph, Node, Value
-from .layers import Record
-from .nchw import to_nchw
-from .shipped import arrange_conv
+from ....errors import ExportError
+from ...errors import require
+from ...graph import Graph, Node, Value
+from ...layers import Record
+from ...passes.nchw import to_nchw
+from ...shipped import arrange_conv
 
 RECORD = "fcconv_jax"
 OPSET = 20
@@ -123,7 +123,7 @@ class _Writer:
         if str(dtype) not in _DTYPES:
             raise ExportError(
                 f"ONNX Runtime has no {dtype} in its CPU kernels. Cast params and "
-                "inputs to float32, or pass to='iree'"
+                "inputs to float32, or pass runtime='iree'"
             )
         return dtype
 

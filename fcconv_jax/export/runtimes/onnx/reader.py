@@ -9,17 +9,17 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ExportError
-from .errors import require
-from .fingerprint import digest
-from .layers import Layer, Record
-from .onnx_writer import RECORD
-from .shipped import ShippedLayer, arrange_conv, canonical_conv
+from ....errors import ExportError
+from ...errors import require
+from ...fingerprint import digest
+from ...layers import Layer, Record
+from ...shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
+from .writer import RECORD
 
 _LINEAR = ("Conv", "Gemm", "MatMul")
 
 
-class OnnxFile:
+class OnnxFile(Shipped):
     """An .onnx file, read back.
 
     Args:
@@ -62,11 +62,6 @@ class OnnxFile:
     def ops(self) -> Mapping[str, int]:
         """How many nodes there are of each kind."""
         return Counter(node.op_type for node in self.model.graph.node)
-
-    def moves(self) -> tuple[int, int]:
-        """Transposes and reshapes."""
-        found = self.ops()
-        return found.get("Transpose", 0), found.get("Reshape", 0)
 
     def output_names(self) -> Sequence[str]:
         """The outputs."""

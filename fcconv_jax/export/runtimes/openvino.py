@@ -19,14 +19,15 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ..errors import ExportError
-from . import onnx_writer
-from .errors import require
-from .fingerprint import digest
-from .graph import Graph
-from .layers import Layer, Record, compute
-from .probes import probes
-from .shipped import ShippedLayer, arrange_conv, canonical_conv
+from ...errors import ExportError
+from ..errors import require
+from ..fingerprint import digest
+from ..graph import Graph
+from ..layers import Layer, Record, compute
+from ..probes import probes
+from ..shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
+from . import Runtime
+from .onnx import writer as onnx_writer
 
 RECORD = "fcconv_jax"
 HINT = "INFERENCE_PRECISION_HINT"
@@ -72,7 +73,7 @@ def write(graph: Graph, record: Record, path: Path) -> None:
     ov.save_model(model, str(path), compress_to_fp16=False)
 
 
-class OpenVinoFile:
+class OpenVinoFile(Shipped):
     """An .xml file with its .bin, read back.
 
     Args:
@@ -119,11 +120,6 @@ class OpenVinoFile:
         """How many operations there are of each kind; constants are none."""
         kinds = (op.get_type_name() for op in self.model.get_ordered_ops())
         return Counter(k for k in kinds if k not in ("Constant", "Parameter", "Result"))
-
-    def moves(self) -> tuple[int, int]:
-        """Transposes and reshapes."""
-        found = self.ops()
-        return found.get("Transpose", 0), found.get("Reshape", 0)
 
     def constants(self) -> Sequence[np.ndarray]:
         """Every constant."""
@@ -329,3 +325,8 @@ def _canonical(kernel: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarra
 def _label(op: Any) -> str:
     """An operation's name, without what keeps names apart."""
     return op.get_friendly_name().partition("@")[0]
+
+
+RUNTIME = Runtime(
+    *("openvino", "OpenVINO", ".xml", "openvino", OpenVinoFile, write), images="first"
+)

@@ -1,31 +1,14 @@
-"""Writes LiteRT files (.tflite) from a graph, on the schema that ai-edge-litert ships.
-
-Neither TensorFlow nor PyTorch nor a converter is needed: the layout stays channel-last
-as the model has it, and no transpose is added.
-"""
+"""What each operation of a graph is in LiteRT."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from pathlib import Path
-from typing import Any
-
 import numpy as np
 
-from ..errors import ExportError
-from .errors import require
-from .graph import Graph, Node, Value
-from .layers import Record
+from ....errors import ExportError
+from ...graph import Node, Value
+from .builder import Builder
+from .schema import DTYPES
 
-RECORD = "fcconv_jax"
-_DTYPES = {
-    "float32": "FLOAT32",
-    "int32": "INT32",
-    "int64": "INT64",
-    "int8": "INT8",
-    "uint8": "UINT8",
-    "bool": "BOOL",
-}
 _PLAIN = {
     "abs": "ABS",
     "add": "ADD",
@@ -61,37 +44,6 @@ _PLAIN = {
     "sub": "SUB",
     "tanh": "TANH",
 }
-# The options of an operation, where the schema has some of its name.
-_OPTIONS = {
-    "ADD": "AddOptions",
-    "SUB": "SubOptions",
-    "MUL": "MulOptions",
-    "DIV": "DivOptions",
-    "MAXIMUM": "MaximumMinimumOptions",
-    "MINIMUM": "MaximumMinimumOptions",
-    "TRANSPOSE": "TransposeOptions",
-    "SELECT_V2": "SelectV2Options",
-    "EXP": "ExpOptions",
-    "NEG": "NegOptions",
-    "COS": "CosOptions",
-    "POW": "PowOptions",
-    "ABS": "AbsOptions",
-    "SIGN": "SignOptions",
-    "LESS": "LessOptions",
-    "LESS_EQUAL": "LessEqualOptions",
-    "GREATER": "GreaterOptions",
-    "GREATER_EQUAL": "GreaterEqualOptions",
-    "EQUAL": "EqualOptions",
-    "NOT_EQUAL": "NotEqualOptions",
-    "LOGICAL_AND": "LogicalAndOptions",
-    "LOGICAL_OR": "LogicalOrOptions",
-    "LOGICAL_NOT": "LogicalNotOptions",
-    "PAD": "PadOptions",
-    "PADV2": "PadV2Options",
-    "REVERSE_V2": "ReverseV2Options",
-    "BROADCAST_TO": "BroadcastToOptions",
-    "SLICE": "SliceOptions",
-}
 _REDUCTIONS = {
     "reduce_sum": "SUM",
     "reduce_mean": "MEAN",
@@ -99,203 +51,10 @@ _REDUCTIONS = {
     "reduce_min": "REDUCE_MIN",
     "reduce_prod": "REDUCE_PROD",
 }
-# Of operators that the runtime does not have in version 1.
-_VERSIONS = {"BROADCAST_TO": 2}
-_FUSED = {"relu": "RELU", "relu6": "RELU6"}
 
 
-def schema() -> Any:
-    """The generated schema.
-
-    Raises:
-      MissingExtraError: it is not installed.
-    """
-    return require(
-        "ai_edge_litert.schema_py_generated", "litert", "a LiteRT file (.tflite)"
-    )
-
-
-def write(graph: Graph, record: Record, path: Path) -> None:
-    """Writes a graph as a .tflite file.
-
-    Args:
-      graph: what to write.
-      record: what the file says about itself.
-      path: where to.
-
-    Raises:
-      ExportError: LiteRT has no such operation or dtype; names it and the way out.
-    """
-    writer = _Writer(schema())
-    path.write_bytes(pack(writer.model(graph, record)))
-
-
-def pack(model: Any) -> bytes:
-    """A model of the schema's objects as the bytes of a file."""
-    flatbuffers = require("flatbuffers", "litert", "a LiteRT file (.tflite)")
-    builder = flatbuffers.Builder(1 << 16)
-    builder.Finish(model.Pack(builder), b"TFL3")
-    return bytes(builder.Output())
-
-
-class _Writer:
-    """Collects tensors, buffers and operators of one model."""
-
-    def __init__(self, s: Any):
-        self.s = s
-        self.buffers = [s.BufferT()]
-        self.tensors: list[Any] = []
-        self.operators: list[Any] = []
-        self.codes: list[Any] = []
-        self.known: dict[Any, int] = {}
-        self.names: dict[str, int] = {}
-        self.uses: dict[Value, int] = {}
-
-    def model(self, graph: Graph, record: Record) -> Any:
-        s, self.uses = self.s, graph.uses()
-        names = dict(zip(graph.inputs, graph.input_names))
-        names |= {n.out: n.name for n in graph.linear()}
-        for value in graph.inputs:
-            self.tensor(value, names[value])
-        skip: set[Node] = set()
-        readers: dict[Value, Node] = {v: n for n in graph.nodes for v in n.inputs}
-        for node in graph.nodes:
-            if node in skip:
-                continue
-            follower = readers.get(node.out) if len(node.outputs) == 1 else None
-            fused = ""
-            if node.op in ("conv", "dense", "add", "sub", "mul") and follower:
-                lone = self.uses[node.out] == 1 and follower.op in _FUSED
-                if lone and node.out.dtype == np.float32:
-                    fused = _FUSED[follower.op]
-                    skip.add(follower)
-                    # The layer's output is what comes out of the activation.
-                    names.setdefault(follower.out, names.get(node.out, ""))
-                    node = Node(
-                        node.op, node.inputs, follower.outputs, node.attrs, node.name
-                    )
-            for value in node.outputs:
-                self.tensor(value, names.get(value, "") or node.op)
-            self.emit(node, fused)
-        outputs = []
-        for value, name in zip(graph.outputs, graph.output_names):
-            outputs.append(self.tensor(value, name))
-        subgraph = s.SubGraphT()
-        subgraph.tensors, subgraph.operators = self.tensors, self.operators
-        subgraph.inputs = [self.tensor(v) for v in graph.inputs]
-        subgraph.outputs, subgraph.name = outputs, "main"
-        model = s.ModelT()
-        model.version, model.description = 3, "written by fcconv_jax"
-        model.operatorCodes, model.subgraphs = self.codes, [subgraph]
-        entry = s.MetadataT()
-        entry.name, entry.buffer = RECORD, self.buffer(record.to_json().encode())
-        model.metadata, model.buffers = [entry], self.buffers
-        model.signatureDefs = [self.signature(graph, subgraph)]
-        return model
-
-    def signature(self, graph: Graph, subgraph: Any) -> Any:
-        s = self.s
-        signature = s.SignatureDefT()
-        signature.signatureKey, signature.subgraphIndex = "serving_default", 0
-        for field, names, tensors in (
-            ("inputs", graph.input_names, subgraph.inputs),
-            ("outputs", graph.output_names, subgraph.outputs),
-        ):
-            maps = []
-            for name, index in zip(names, tensors):
-                entry = s.TensorMapT()
-                entry.name, entry.tensorIndex = name, index
-                maps.append(entry)
-            setattr(signature, field, maps)
-        return signature
-
-    def buffer(self, data: bytes) -> int:
-        buffer = self.s.BufferT()
-        buffer.data = np.frombuffer(data, np.uint8)
-        self.buffers.append(buffer)
-        return len(self.buffers) - 1
-
-    def tensor(self, value: Value, name: str = "") -> int:
-        """The index of a value's tensor, made where there is none yet."""
-        if value in self.known:
-            return self.known[value]
-        return self._tensor(value, value, name)
-
-    def _tensor(self, key: Any, value: Value, name: str) -> int:
-        tensor = self.s.TensorT()
-        tensor.shape, tensor.hasRank = list(value.shape), True
-        kind = _DTYPES.get(str(value.dtype))
-        if kind is None:
-            other = "iree" if str(value.dtype) == "bfloat16" else "onnx"
-            raise ExportError(
-                f"LiteRT has no {value.dtype} in its kernels, found at {name!r}. Cast "
-                f"params and inputs to float32, or pass to={other!r}"
-            )
-        tensor.type = getattr(self.s.TensorType, kind)
-        if value.data is not None:
-            tensor.buffer = self.buffer(np.ascontiguousarray(value.data).tobytes())
-            name = name or (value.source.leaf if value.source else "constant")
-        count = self.names.get(name, 0)
-        self.names[name] = count + 1
-        tensor.name = name if not count else f"{name};{count}"
-        self.tensors.append(tensor)
-        self.known[key] = len(self.tensors) - 1
-        return self.known[key]
-
-    def constant(self, data: Any, dtype: Any = np.int32, name: str = "") -> int:
-        """The index of a constant's tensor; equal small ones share one."""
-        array = np.asarray(data, dtype)
-        key = (array.shape, str(array.dtype), array.tobytes())
-        if key in self.known:
-            return self.known[key]
-        value = Value(tuple(array.shape), array.dtype, array)
-        return self._tensor(key, value, name or "constant")
-
-    def arranged(self, value: Value, move: Any, tag: str) -> int:
-        """The index of a weight's tensor, laid out as an operation wants it."""
-        key = (value, tag)
-        if key in self.known:
-            return self.known[key]
-        assert value.data is not None
-        data = np.ascontiguousarray(move(value.data))
-        laid = Value(tuple(data.shape), value.dtype, data)
-        name = value.source.leaf if value.source else "+".join(sorted(value.leaves))
-        return self._tensor(key, laid, name or "weight")
-
-    def code(self, name: str) -> int:
-        number = getattr(self.s.BuiltinOperator, name)
-        for index, code in enumerate(self.codes):
-            if code.builtinCode == number:
-                return index
-        code = self.s.OperatorCodeT()
-        code.builtinCode, code.deprecatedBuiltinCode = number, min(number, 127)
-        code.version = _VERSIONS.get(name, 1)
-        self.codes.append(code)
-        return len(self.codes) - 1
-
-    def op(
-        self,
-        name: str,
-        inputs: Sequence[int],
-        outputs: Sequence[Value],
-        kind: str | None = None,
-        **options: Any,
-    ) -> None:
-        """Appends an operator."""
-        operator = self.s.OperatorT()
-        operator.opcodeIndex = self.code(name)
-        operator.inputs = list(inputs)
-        operator.outputs = [self.tensor(value) for value in outputs]
-        kind = kind or _OPTIONS.get(name)
-        if kind is not None:
-            operator.builtinOptionsType = getattr(self.s.BuiltinOptions, kind)
-            operator.builtinOptions = getattr(self.s, f"{kind}T")()
-            for field, value in options.items():
-                setattr(operator.builtinOptions, field, value)
-        self.operators.append(operator)
-
-    def activation(self, name: str) -> int:
-        return getattr(self.s.ActivationFunctionType, name or "NONE")
+class Emitter(Builder):
+    """Appends the operators of a graph's nodes."""
 
     def emit(self, node: Node, fused: str = "") -> None:
         """Appends what a node is in LiteRT."""
@@ -318,7 +77,7 @@ class _Writer:
         else:
             raise ExportError(
                 f"LiteRT has no {node.op!r}{_HINTS.get(node.op, '')}; "
-                "to='onnx' takes it"
+                "runtime='onnx' takes it"
             )
 
     def _conv(self, node: Node, fused: str) -> None:
@@ -491,8 +250,8 @@ class _Writer:
         types = self.s.TensorType
         self.op(
             *("CAST", [self.tensor(x)], node.outputs, "CastOptions"),
-            inDataType=getattr(types, _DTYPES[str(x.dtype)]),
-            outDataType=getattr(types, _DTYPES[str(node.out.dtype)]),
+            inDataType=getattr(types, DTYPES[str(x.dtype)]),
+            outDataType=getattr(types, DTYPES[str(node.out.dtype)]),
         )
 
     def _argmax(self, node: Node, fused: str) -> None:
@@ -501,7 +260,7 @@ class _Writer:
             name, kind = ("ARG_MIN", "ArgMinOptions")
         inputs = [self.tensor(node.inputs[0]), self.constant(node.attrs["axis"])]
         types = self.s.TensorType
-        out = getattr(types, _DTYPES[str(node.out.dtype)])
+        out = getattr(types, DTYPES[str(node.out.dtype)])
         self.op(name, inputs, node.outputs, kind, outputType=out)
 
     _argmin = _argmax

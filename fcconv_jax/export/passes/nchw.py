@@ -10,8 +10,8 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from .graph import BINARY, UNARY, Graph, Node, Value
-from .simplify import drop_broadcasts, join_views, keep_dims, share_views
+from ..graph import BINARY, UNARY, Graph, Node, Value
+from .views import drop_broadcasts, join_views, keep_dims, share_views
 
 _TO = (0, 3, 1, 2)
 _BACK = (0, 2, 3, 1)

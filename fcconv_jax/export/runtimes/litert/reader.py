@@ -10,12 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ExportError
-from .errors import require
-from .fingerprint import digest, plain
-from .layers import Layer, Record
-from .litert import RECORD, pack, schema
-from .shipped import ShippedLayer, arrange_conv, canonical_conv
+from ....errors import ExportError
+from ...errors import require
+from ...fingerprint import digest, plain
+from ...layers import Layer, Record
+from ...shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
+from .schema import RECORD, pack, schema
 
 _CONVS = ("CONV_2D", "DEPTHWISE_CONV_2D")
 _LINEAR = (*_CONVS, "FULLY_CONNECTED", "BATCH_MATMUL")
@@ -29,7 +29,7 @@ _NUMPY = {
 }
 
 
-class LiteRTFile:
+class LiteRTFile(Shipped):
     """A .tflite file, read back.
 
     Args:
@@ -41,6 +41,7 @@ class LiteRTFile:
     """
 
     runtime = "LiteRT"
+    moving = ("TRANSPOSE", "RESHAPE")
 
     def __init__(self, path: Path, content: bytes | None = None):
         s = schema()
@@ -107,11 +108,6 @@ class LiteRTFile:
     def ops(self) -> Mapping[str, int]:
         """How many operators there are of each kind."""
         return Counter(self.name(op) for op in self.graph.operators)
-
-    def moves(self) -> tuple[int, int]:
-        """Transposes and reshapes."""
-        found = self.ops()
-        return found.get("TRANSPOSE", 0), found.get("RESHAPE", 0)
 
     def output_names(self) -> Sequence[str]:
         """The outputs, as the signature names them."""

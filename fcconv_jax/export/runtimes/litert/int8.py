@@ -12,12 +12,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ExportError
-from .errors import require
-from .fingerprint import resealed
-from .layers import Record, expected
-from .litert_file import LiteRTFile, run
-from .proof import LayerProof, Reference, on_integers
+from ....errors import ExportError
+from ...errors import require
+from ...fingerprint import resealed
+from ...layers import Record, expected
+from ...proof import LayerProof, Reference, on_integers
+from .reader import LiteRTFile, run
 
 
 def quantize(

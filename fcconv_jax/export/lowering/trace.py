@@ -8,18 +8,20 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import ExportError
-from ..tracing.jaxprs import bind, call_body, evaluate, opened, scan_parts
-from .graph import Graph, Node, Source, Value, constant
+from ...errors import ExportError
+from ...tracing.jaxprs import bind, call_body, evaluate, opened, scan_parts
+from ..graph import Graph, Source, Value, constant
 
-Rule = Callable[..., Value | Sequence[Value]]
+# Each module registers its rules when it is imported.
+from . import elementwise, linear, movement, reductions  # noqa: F401
+from .builder import RULES, Builder
 
 # What a program asks for that no graph of these runtimes has, and the way out.
 _REFUSED = {
@@ -44,7 +46,7 @@ _REFUSED = {
 _KEY = np.dtype(object)
 
 
-class Lowering:
+class Lowering(Builder):
     """Collects the operations of a program as it is walked.
 
     Args:
@@ -52,41 +54,8 @@ class Lowering:
     """
 
     def __init__(self, unroll: int = 0):
+        super().__init__()
         self.unroll = unroll
-        self.nodes: list[Node] = []
-        self.notes: list[str] = []
-
-    def add(
-        self,
-        op: str,
-        inputs: Sequence[Value],
-        shape: Sequence[int],
-        dtype: Any = None,
-        **attrs: Any,
-    ) -> Value:
-        """Appends an operation and returns what it makes."""
-        dtype = np.dtype(inputs[0].dtype if dtype is None else dtype)
-        out = Value(tuple(map(int, shape)), dtype)
-        self.nodes.append(Node(op, list(inputs), [out], attrs))
-        return out
-
-    def reshape(self, x: Value, shape: Sequence[int]) -> Value:
-        """A reshape; none where the shape stays, and at once of a constant."""
-        shape = tuple(map(int, shape))
-        if shape == x.shape:
-            return x
-        if x.data is not None:
-            return x.moved("reshape", shape)
-        return self.add("reshape", [x], shape)
-
-    def transpose(self, x: Value, perm: Sequence[int]) -> Value:
-        """A transpose; none where the order stays, and at once of a constant."""
-        perm = tuple(map(int, perm))
-        if perm == tuple(range(len(perm))):
-            return x
-        if x.data is not None:
-            return x.moved("transpose", perm)
-        return self.add("transpose", [x], [x.shape[i] for i in perm], perm=perm)
 
     def visit(self, eqn: Any, operands: Sequence[Any]) -> list[Value]:
         """What one equation makes."""
@@ -111,7 +80,7 @@ class Lowering:
             branches = eqn.params["branches"]
             which = min(max(int(values[0].data), 0), len(branches) - 1)
             return self.run(branches[which], values[1:])
-        rule = self._rule(name)
+        rule = RULES.get(name)
         if rule is None:
             raise _refusal(eqn)
         made = rule(self, eqn, *values)
@@ -120,11 +89,6 @@ class Lowering:
     def run(self, jaxpr: Any, values: Sequence[Value]) -> list[Value]:
         """Walks a jaxpr."""
         return [as_value(v) for v in evaluate(jaxpr, values, self.visit)]
-
-    def _rule(self, name: str) -> Rule | None:
-        from .lowering_rules import RULES
-
-        return RULES.get(name)
 
     def _unrolled(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
         """A loop, written out."""
@@ -151,23 +115,6 @@ class Lowering:
     def _row(self, x: Value, i: int) -> Value:
         start, stop = (i, *[0] * (len(x.shape) - 1)), (i + 1, *x.shape[1:])
         return self.reshape(self.slice(x, start, stop), x.shape[1:])
-
-    def slice(
-        self,
-        x: Value,
-        start: Sequence[int],
-        stop: Sequence[int],
-        steps: Sequence[int] | None = None,
-    ) -> Value:
-        """A slice with a step along each axis."""
-        details = tuple(start), tuple(stop), tuple(steps or [1] * len(x.shape))
-        if x.data is not None:
-            return x.moved("slice", *details)
-        shape = [len(range(a, b, s)) for a, b, s in zip(*details)]
-        if tuple(shape) == x.shape:
-            return x
-        names = dict(zip(("start", "stop", "steps"), details))
-        return self.add("slice", [x], shape, **names)
 
 
 def lower(
@@ -291,5 +238,5 @@ def _refusal(eqn: Any) -> ExportError:
     return ExportError(
         f"the model has {name!r} on {shapes}: "
         + (what or "no edge runtime's file has it. Replace it in the model")
-        + "; to='stablehlo' takes whatever JAX does"
+        + "; a .stablehlo file takes whatever JAX does"
     )

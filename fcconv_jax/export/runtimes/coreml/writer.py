@@ -1,4 +1,4 @@
-"""Writes Core ML packages (.mlpackage) with coremltools' own builder, and reads them.
+"""Writes Core ML packages (.mlpackage) with coremltools' own builder.
 
 In float32, and without coremltools' fusions, which change weights. Core ML runs on
 Apple's systems only: the file is written and read back here, its weights are compared
@@ -9,24 +9,21 @@ from __future__ import annotations
 
 import contextlib
 import io
-import logging
 import warnings
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from ..errors import ExportError
-from .errors import require
-from .fingerprint import digest
-from .graph import Graph, Node, Value
-from .layers import Layer, Record
-from .nchw import to_nchw
-from .shipped import ShippedLayer, arrange_conv, canonical_conv
+from ....errors import ExportError
+from ...errors import require
+from ...graph import Graph, Node, Value
+from ...layers import Record
+from ...passes.nchw import to_nchw
+from ...shipped import arrange_conv
+from .reader import RECORD, coremltools
 
-RECORD = "fcconv_jax"
 _UNARY = {
     "abs": "abs",
     "ceil": "ceil",
@@ -70,14 +67,6 @@ _REDUCTIONS = {
 }
 
 
-def _coremltools() -> Any:
-    """coremltools, without its remarks on versions that it does not know."""
-    logging.getLogger("coremltools").setLevel(logging.ERROR)
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return require("coremltools", "coreml", "a Core ML package (.mlpackage)")
-
-
 def write(graph: Graph, record: Record, path: Path) -> None:
     """Writes a graph as an .mlpackage, its images channel-first.
 
@@ -89,7 +78,7 @@ def write(graph: Graph, record: Record, path: Path) -> None:
     Raises:
       ExportError: Core ML has no such operation or dtype.
     """
-    ct = _coremltools()
+    ct = coremltools()
     graph = to_nchw(graph)
     mil = require("coremltools.converters.mil.mil", "coreml", "a Core ML package")
     types = mil.types
@@ -179,7 +168,7 @@ class _Writer:
                 keep_dims=node.attrs["keepdims"],
                 name=name,
             )
-        raise ExportError(f"the Core ML writer has no {node.op!r}; to='onnx' takes it")
+        raise ExportError(f"Core ML has no {node.op!r} here; a .onnx file takes it")
 
     def _conv(self, node: Node, name: str) -> Any:
         kernel, p = node.inputs[1], node.attrs
@@ -285,163 +274,3 @@ class _Writer:
             raise ExportError(f"Core ML has no {node.out.dtype}. Cast to float32")
         to = kinds[str(node.out.dtype)]
         return self.mb.cast(x=self.value(node.inputs[0]), dtype=to, name=name)
-
-
-class CoreMlFile:
-    """An .mlpackage, read back; it is not run.
-
-    Args:
-      path: the package.
-
-    Raises:
-      ExportError: it is none.
-    """
-
-    runtime = "Core ML"
-    executed = False
-
-    def __init__(self, path: Path):
-        ct = _coremltools()
-        self.path = path
-        room = "coremltools.converters.mil.frontend.milproto.load"
-        load = require(room, "coreml", "reading a Core ML package")
-        try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")
-                self.model = ct.models.MLModel(str(path), skip_model_load=True)
-                self.spec = self.model.get_spec()
-                self.program = load.load(
-                    *(self.spec, self.spec.specificationVersion),
-                    self.model.weights_dir,
-                )
-        except Exception as error:  # coremltools' own kinds
-            raise ExportError(f"{path} is no Core ML package: {error}") from None
-        self.operations = list(self.program.functions["main"].operations)
-
-    def record(self) -> Record | None:
-        """What the file says about itself."""
-        text = self.model.user_defined_metadata.get(RECORD)
-        return None if text is None else Record.from_json(text)
-
-    def fingerprint(self) -> str:
-        """Of the program without what it says about itself, and of the weights."""
-        spec = type(self.spec)()
-        spec.CopyFrom(self.spec)
-        spec.description.ClearField("metadata")
-        parts = [spec.SerializeToString(deterministic=True)]
-        for file in sorted(Path(self.model.weights_dir).rglob("*")):
-            parts += [file.read_bytes()] if file.is_file() else []
-        return digest(*parts)
-
-    def ops(self) -> Mapping[str, int]:
-        """How many operations there are of each kind; constants are none."""
-        found = Counter(op.op_type for op in self.operations)
-        del found["const"], found["identity"]
-        return found
-
-    def moves(self) -> tuple[int, int]:
-        """Transposes and reshapes."""
-        found = self.ops()
-        return found.get("transpose", 0), found.get("reshape", 0)
-
-    def constants(self) -> Sequence[np.ndarray]:
-        """Every constant."""
-        found = [op.outputs[0].val for op in self.operations if op.op_type == "const"]
-        return [array for array in found if isinstance(array, np.ndarray)]
-
-    def output_names(self) -> Sequence[str]:
-        """The outputs."""
-        return [var.name for var in self.program.functions["main"].outputs]
-
-    def products(self) -> Sequence[str]:
-        """Products of two activations."""
-        return [f"matmul {op.name}" for op in self.operations if _is_product(op)]
-
-    def layers(self) -> Sequence[ShippedLayer]:
-        """The operations of a weight, by the order in which the record has them."""
-        record = self.record()
-        wanted = list(record.layers) if record else []
-        found = []
-        for number, op in enumerate(self._linear()):
-            layer = wanted[number] if number < len(wanted) else None
-            name = op.name if layer is None else layer.name
-            found.append(_shipped(op, name, layer))
-        return found
-
-    def _linear(self) -> list[Any]:
-        """The operations of a weight, in the order in which they run."""
-        return [
-            op
-            for op in self.operations
-            if op.op_type in ("conv", "linear") or _is_weighted_product(op)
-        ]
-
-    def geometry_failures(self, layer: Layer) -> list[str]:
-        """Where a convolution's geometry is another than the model's, as read."""
-        record = self.record()
-        names = [each.name for each in record.layers] if record else []
-        op = self._linear()[names.index(layer.name)]
-        if layer.op != "conv" or op.op_type != "conv":
-            return []
-        options = layer.options
-        strides = list(options["strides"])
-        if _is_rows(np.asarray(op.weight.val), layer):
-            strides[1] *= layer.kernel_shape[2]
-        wanted = {
-            "strides": strides,
-            "dilations": list(options["dilation"]),
-            "groups": options["groups"],
-            "pad": [n for pair in options["padding"] for n in pair],
-        }
-        found = []
-        for name, want in wanted.items():
-            got = np.asarray(getattr(op, name).val).tolist()
-            if got != want:
-                found.append(f"expected {name} {want}, the file has {got}")
-        if op.pad_type.val != "custom":
-            found.append(f"expected pad_type 'custom', got {op.pad_type.val!r}")
-        return found
-
-    def run_layer(
-        self, layer: Layer, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None
-    ) -> np.ndarray:
-        """Never called: Core ML does not run here."""
-        raise ExportError(f"layer {layer.name!r}: Core ML runs on Apple's systems only")
-
-    def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Never called: Core ML does not run here."""
-        raise ExportError("Core ML runs on Apple's systems only")
-
-
-def _is_product(op: Any) -> bool:
-    return op.op_type == "matmul" and op.x.val is None and op.y.val is None
-
-
-def _is_weighted_product(op: Any) -> bool:
-    return op.op_type == "matmul" and not _is_product(op)
-
-
-def _shipped(op: Any, name: str, layer: Layer | None) -> ShippedLayer:
-    if op.op_type == "matmul":
-        kernel = np.asarray(op.y.val if op.x.val is None else op.x.val)
-        if layer is not None:
-            options = layer.options
-            swapped = options["adj_a" if options["side"] == 0 else "adj_b"]
-            kernel = kernel.swapaxes(-1, -2) if swapped else kernel
-        return ShippedLayer(name, op.op_type, "dense", kernel, None)
-    kernel, bias = np.asarray(op.weight.val), op.bias
-    array = None if bias is None or bias.val is None else np.asarray(bias.val)
-    if op.op_type == "linear":
-        return ShippedLayer(name, "linear", "dense", kernel.T, array)
-    if layer is not None and layer.op == "conv" and _is_rows(kernel, layer):
-        inner = layer.kernel_shape[:-1]
-        kernel = canonical_conv(kernel.reshape(kernel.shape[0], *inner), "OHWI")
-    else:
-        kernel = canonical_conv(kernel, "OIHW")
-    return ShippedLayer(name, "conv", "conv", kernel, array)
-
-
-def _is_rows(kernel: np.ndarray, layer: Layer) -> bool:
-    """Whether a kernel takes the channels of a row as columns."""
-    h, w, c, _ = layer.kernel_shape
-    return c > 1 and kernel.shape[1:] == (1, h, w * c)

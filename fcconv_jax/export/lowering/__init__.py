@@ -1,0 +1,1 @@
+"""Lowers a traced program to the graph that every writer takes."""

@@ -1,0 +1,81 @@
+"""Builds a graph, operation by operation, and holds the rules of the primitives."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import numpy as np
+
+from ..graph import Node, Value
+
+Rule = Callable[..., Value | Sequence[Value]]
+
+RULES: dict[str, Rule] = {}
+
+
+def rule(*names: str) -> Callable[[Rule], Rule]:
+    """Registers a function as the rule of these primitives."""
+
+    def register(function: Rule) -> Rule:
+        RULES.update(dict.fromkeys(names, function))
+        return function
+
+    return register
+
+
+class Builder:
+    """Collects the operations of a graph."""
+
+    def __init__(self) -> None:
+        self.nodes: list[Node] = []
+        self.notes: list[str] = []
+
+    def add(
+        self,
+        op: str,
+        inputs: Sequence[Value],
+        shape: Sequence[int],
+        dtype: Any = None,
+        **attrs: Any,
+    ) -> Value:
+        """Appends an operation and returns what it makes."""
+        dtype = np.dtype(inputs[0].dtype if dtype is None else dtype)
+        out = Value(tuple(map(int, shape)), dtype)
+        self.nodes.append(Node(op, list(inputs), [out], attrs))
+        return out
+
+    def reshape(self, x: Value, shape: Sequence[int]) -> Value:
+        """A reshape; none where the shape stays, and at once of a constant."""
+        shape = tuple(map(int, shape))
+        if shape == x.shape:
+            return x
+        if x.data is not None:
+            return x.moved("reshape", shape)
+        return self.add("reshape", [x], shape)
+
+    def transpose(self, x: Value, perm: Sequence[int]) -> Value:
+        """A transpose; none where the order stays, and at once of a constant."""
+        perm = tuple(map(int, perm))
+        if perm == tuple(range(len(perm))):
+            return x
+        if x.data is not None:
+            return x.moved("transpose", perm)
+        return self.add("transpose", [x], [x.shape[i] for i in perm], perm=perm)
+
+    def slice(
+        self,
+        x: Value,
+        start: Sequence[int],
+        stop: Sequence[int],
+        steps: Sequence[int] | None = None,
+    ) -> Value:
+        """A slice with a step along each axis."""
+        details = tuple(start), tuple(stop), tuple(steps or [1] * len(x.shape))
+        if x.data is not None:
+            return x.moved("slice", *details)
+        shape = [len(range(a, b, s)) for a, b, s in zip(*details)]
+        if tuple(shape) == x.shape:
+            return x
+        names = dict(zip(("start", "stop", "steps"), details))
+        return self.add("slice", [x], shape, **names)

@@ -1,0 +1,160 @@
+"""How elementwise primitives become operations of the graph."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ...errors import ExportError
+from ..graph import Value, constant
+from .builder import Builder, rule
+
+_SAME = {
+    "abs": "abs",
+    "and": "and",
+    "ceil": "ceil",
+    "cos": "cos",
+    "div": "div",
+    "eq": "eq",
+    "erf": "erf",
+    "exp": "exp",
+    "floor": "floor",
+    "ge": "ge",
+    "gt": "gt",
+    "le": "le",
+    "log": "log",
+    "logistic": "logistic",
+    "lt": "lt",
+    "max": "max",
+    "min": "min",
+    "mul": "mul",
+    "ne": "ne",
+    "neg": "neg",
+    "or": "or",
+    "pow": "pow",
+    "rem": "rem",
+    "rsqrt": "rsqrt",
+    "sign": "sign",
+    "sin": "sin",
+    "sqrt": "sqrt",
+    "sub": "sub",
+    "tanh": "tanh",
+}
+
+
+@rule(*_SAME, "add", "add_any", "not", "round")
+def _elementwise(low: Builder, eqn: Any, *values: Value) -> Value:
+    name = eqn.primitive.name
+    out = eqn.outvars[0].aval
+    integers = np.issubdtype(values[0].dtype, np.integer)
+    if name in ("and", "or", "not") and values[0].dtype != np.bool_:
+        raise ExportError(
+            f"the model has {name!r} on the bits of {values[0].dtype}: edge runtimes "
+            "have it for booleans. Compute it before the model"
+        )
+    if name == "div" and integers:
+        raise ExportError(
+            "the model divides integers, which runtimes round in different ways. "
+            "Divide floats"
+        )
+    if name == "round" and int(eqn.params["rounding_method"]) != 1:
+        raise ExportError(
+            "the model rounds halves away from zero; the runtimes round to even. "
+            "Use jnp.round"
+        )
+    op = "add" if name == "add_any" else _SAME.get(name, name)
+    return low.add(op, values, out.shape, out.dtype)
+
+
+@rule("copy", "copy_p", "stop_gradient", "optimization_barrier", "name", "pvary")
+@rule("sharding_constraint", "reduce_precision", "layout_constraint", "checkpoint_name")
+def _same(low: Builder, eqn: Any, *values: Value) -> Sequence[Value]:
+    if eqn.primitive.name == "reduce_precision":
+        info = np.finfo(values[0].dtype)
+        if (eqn.params["exponent_bits"], eqn.params["mantissa_bits"]) != (
+            info.nexp,
+            info.nmant,
+        ):
+            raise ExportError("the model has 'reduce_precision', which no runtime has")
+    return values
+
+
+@rule("convert_element_type")
+def _cast(low: Builder, eqn: Any, x: Value) -> Value:
+    out = eqn.outvars[0].aval
+    if x.dtype == out.dtype:
+        return x
+    if np.issubdtype(x.dtype, np.floating) and np.issubdtype(out.dtype, np.integer):
+        low.notes.append("floats are cast to integers: out of range, runtimes differ")
+    return low.add("cast", [x], out.shape, out.dtype)
+
+
+@rule("square")
+def _square(low: Builder, eqn: Any, x: Value) -> Value:
+    return low.add("mul", [x, x], x.shape)
+
+
+@rule("integer_pow")
+def _integer_pow(low: Builder, eqn: Any, x: Value) -> Value:
+    power = eqn.params["y"]
+    out: Value | None = None
+    base, left = x, abs(power)
+    while left:
+        if left & 1:
+            out = base if out is None else low.add("mul", [out, base], x.shape)
+        left >>= 1
+        if left:
+            base = low.add("mul", [base, base], x.shape)
+    one = constant(np.ones((), x.dtype))
+    if out is None:
+        return low.add("broadcast", [one], x.shape)
+    return out if power > 0 else low.add("div", [one, out], x.shape)
+
+
+@rule("erfc")
+def _erfc(low: Builder, eqn: Any, x: Value) -> Value:
+    one = constant(np.ones((), x.dtype))
+    return low.add("sub", [one, low.add("erf", [x], x.shape)], x.shape)
+
+
+@rule("log1p")
+def _log1p(low: Builder, eqn: Any, x: Value) -> Value:
+    one = constant(np.ones((), x.dtype))
+    return low.add("log", [low.add("add", [x, one], x.shape)], x.shape)
+
+
+@rule("expm1")
+def _expm1(low: Builder, eqn: Any, x: Value) -> Value:
+    one = constant(np.ones((), x.dtype))
+    return low.add("sub", [low.add("exp", [x], x.shape), one], x.shape)
+
+
+@rule("exp2")
+def _exp2(low: Builder, eqn: Any, x: Value) -> Value:
+    scaled = low.add("mul", [x, constant(math.log(2), x.dtype)], x.shape)
+    return low.add("exp", [scaled], x.shape)
+
+
+@rule("is_finite")
+def _is_finite(low: Builder, eqn: Any, x: Value) -> Value:
+    largest = constant(np.finfo(x.dtype).max)
+    return low.add("le", [low.add("abs", [x], x.shape), largest], x.shape, np.bool_)
+
+
+@rule("clamp")
+def _clamp(low: Builder, eqn: Any, least: Value, x: Value, most: Value) -> Value:
+    return low.add("min", [low.add("max", [x, least], x.shape), most], x.shape)
+
+
+@rule("select_n")
+def _select(low: Builder, eqn: Any, which: Value, *cases: Value) -> Value:
+    out = eqn.outvars[0].aval
+    if which.dtype != np.bool_ or len(cases) != 2:
+        raise ExportError(
+            "the model chooses among more than two values with lax.select_n. Use "
+            "jnp.where"
+        )
+    return low.add("select", [which, cases[1], cases[0]], out.shape, out.dtype)

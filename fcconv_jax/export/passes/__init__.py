@@ -1,0 +1,1 @@
+"""Passes over a graph, before a writer takes it."""

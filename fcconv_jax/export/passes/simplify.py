@@ -1,0 +1,91 @@
+"""Runs the passes over a graph: fewer operations that compute the same numbers."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+from ..graph import Graph
+from .patterns import find_activations, find_gelu, find_means, find_softmax
+from .views import delay_views, drop_broadcasts, join_views, keep_dims, share_views
+
+
+def simplify(graph: Graph) -> Graph:
+    """Runs all passes, in place, until nothing changes."""
+    passes: tuple[Callable[[Graph], bool], ...] = (
+        join_views,
+        drop_broadcasts,
+        share_views,
+        keep_dims,
+        add_biases,
+        delay_views,
+        find_activations,
+        find_means,
+        find_softmax,
+        find_gelu,
+    )
+    changed = True
+    while changed:
+        changed = False
+        for each in passes:
+            changed |= each(graph)
+            graph.prune()
+    _name_layers(graph)
+    return graph
+
+
+def add_biases(graph: Graph) -> bool:
+    """Gives a layer the constant that is added to each of its outputs' features."""
+    makers, uses, changed = graph.producers(), graph.uses(), False
+    for node in graph.nodes:
+        if node.op != "add":
+            continue
+        for y, bias in (node.inputs, node.inputs[::-1]):
+            # Between them at most a reshape that keeps the features, as in heads.
+            layer = makers.get(y)
+            if layer is not None and layer.op == "reshape" and uses[y] == 1:
+                layer = makers.get(layer.inputs[0])
+            if layer is None or layer.op not in ("conv", "dense"):
+                continue
+            features = layer.out.shape[-1]
+            ends = bias.data is not None and _covers(bias.shape, y.shape, features)
+            if len(layer.inputs) > 2 or not ends or uses[layer.out] > 1 or uses[y] > 1:
+                continue
+            if node.out.shape != y.shape:
+                continue
+            flat = bias if bias.shape == (features,) else None
+            layer.inputs.append(flat or bias.moved("reshape", (features,)))
+            graph.replace(node.out, y)
+            node.inputs = []
+            node.outputs = []
+            changed = True
+            break
+    graph.nodes = [node for node in graph.nodes if node.outputs]
+    return changed
+
+
+def _covers(bias: tuple[int, ...], y: tuple[int, ...], features: int) -> bool:
+    """Whether a bias has one entry for each feature, the features' axes last in y."""
+    if math.prod(bias) != features or len(bias) > len(y):
+        return False
+    trimmed = list(bias)
+    while trimmed and trimmed[0] == 1 and math.prod(trimmed) == math.prod(trimmed[1:]):
+        trimmed = trimmed[1:]
+    return features == 1 or tuple(trimmed) == tuple(y[len(y) - len(trimmed) :])
+
+
+def _name_layers(graph: Graph) -> None:
+    """Names each layer by the path of its kernel's module; a second use by number."""
+    seen: dict[str, int] = {}
+    for node in graph.linear():
+        weight = node.weight
+        assert weight is not None
+        if weight.source is not None:
+            path = weight.source.leaf
+        else:
+            path = "+".join(sorted(weight.leaves)) or "constant"
+        path = path.removeprefix("params/").removesuffix("/kernel")
+        # These set a name apart from its number, here and in the files.
+        path = path.translate(dict.fromkeys(map(ord, "#;@"), "_"))
+        seen[path] = seen.get(path, 0) + 1
+        node.name = path if seen[path] == 1 else f"{path}#{seen[path]}"

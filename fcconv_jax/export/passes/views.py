@@ -1,0 +1,197 @@
+"""Fewer moves: reshapes, transposes and broadcasts that compute the same numbers.
+
+A chain of reshapes and transposes becomes one reshape, transpose and reshape at most,
+and vanishes if they undo each other.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import numpy as np
+
+from ...planning.factors import axes_of, regroup
+from ..graph import ELEMENTWISE, UNARY, VIEWS, Graph, Node, Value
+
+_BROADCASTING = ELEMENTWISE - {"cast", "gelu"}
+
+
+def join_views(graph: Graph) -> bool:
+    """Each chain of reshapes and transposes, as short as it can be."""
+    makers, changed = graph.producers(), False
+    uses = graph.uses()
+    for node in list(graph.nodes):
+        if node.op not in VIEWS:
+            continue
+        chain = [node]
+        while (before := makers.get(chain[-1].inputs[0])) and before.op in VIEWS:
+            chain.append(before)
+        root = chain[-1].inputs[0]
+        short = shortest(root, chain[::-1])
+        # A shared beginning stays where others read it: only what is own counts.
+        own = next((i for i, n in enumerate(chain[1:], 1) if uses[n.out] > 1), None)
+        if short is None or len(short) > len(chain):
+            continue
+        if len(short) == len(chain) and (own is not None or _alike(short, chain)):
+            continue
+        at = graph.nodes.index(node)
+        value = root
+        made: list[Node] = []
+        for op, details in short:
+            shape = details if op == "reshape" else [value.shape[i] for i in details]
+            attrs = {"perm": details} if op == "transpose" else {}
+            out = Value(tuple(shape), value.dtype)
+            made.append(Node(op, [value], [out], attrs))
+            value = out
+        graph.nodes[at : at + 1] = made
+        graph.replace(node.out, value)
+        makers = graph.producers()
+        uses = graph.uses()
+        changed = True
+    return changed
+
+
+def shortest(
+    root: Value, chain: Sequence[Node]
+) -> list[tuple[str, tuple[int, ...]]] | None:
+    """Reshapes and transposes that do what a chain of them does to its first input.
+
+    Returns:
+      Pairs of the operation and the new shape or the permutation; None where a reshape
+      in the chain cuts through what a transpose has taken apart.
+    """
+    axes = list(axes_of(root.shape))
+    for node in chain:
+        if node.op == "transpose":
+            axes = [axes[i] for i in node.attrs["perm"]]
+            continue
+        again = regroup([f for axis in axes for f in axis], node.out.shape)
+        if again is None:
+            return None
+        axes = again
+    target = chain[-1].out.shape
+    joined = regroup([f for axis in axes for f in axis], (math.prod(target),))
+    factors = list(joined[0]) if joined else []
+    stored = sorted(factors, key=lambda factor: -factor[0])
+    if stored == factors:
+        return [] if target == root.shape else [("reshape", target)]
+    split = tuple(n for _, n in stored)
+    perm = tuple(stored.index(factor) for factor in factors)
+    # Whole axes of the input, where the transpose moves those.
+    steps: list[tuple[str, tuple[int, ...]]] = []
+    whole = [a[0] for a in axes_of(root.shape) if a]
+    if whole == stored and len(whole) == len(root.shape):
+        steps.append(("transpose", perm))
+    else:
+        # Ones of the target are put in before the transpose, if that ends in it.
+        moved = _with_ones(stored, factors, axes)
+        if moved is not None:
+            first, order = moved
+            if first != root.shape:
+                steps.append(("reshape", first))
+            return [*steps, ("transpose", order)]
+        steps += [("reshape", split), ("transpose", perm)]
+    moved_shape = tuple(split[i] for i in perm)
+    if moved_shape != target:
+        steps.append(("reshape", target))
+    return steps
+
+
+def _with_ones(stored, factors, axes):
+    """A shape to reshape to and a permutation that ends in the target at once."""
+    if any(len(axis) > 1 for axis in axes):
+        return None
+    flat = [axis[0] if axis else None for axis in axes]
+    if [f for f in flat if f is not None] != factors:
+        return None
+    # The target's axes of one come last in the reshaped input, in their order.
+    shape = [n for _, n in stored] + [1] * flat.count(None)
+    ones = iter(range(len(stored), len(shape)))
+    order = [next(ones) if f is None else stored.index(f) for f in flat]
+    return tuple(shape), tuple(order)
+
+
+def _alike(short: Sequence[tuple[str, tuple[int, ...]]], chain: list[Node]) -> bool:
+    """Whether a chain is as short as it can be, to the shapes in between."""
+    have = [
+        (n.op, n.out.shape if n.op == "reshape" else n.attrs["perm"])
+        for n in chain[::-1]
+    ]
+    return list(short) == have
+
+
+def share_views(graph: Graph) -> bool:
+    """One view where there are several alike of the same value."""
+    seen: dict[tuple[object, ...], Value] = {}
+    changed = False
+    for node in list(graph.nodes):
+        if node.op not in VIEWS:
+            continue
+        key = (node.inputs[0], node.op, node.out.shape, node.attrs.get("perm"))
+        first = seen.setdefault(key, node.out)
+        if first is not node.out:
+            graph.replace(node.out, first)
+            changed = True
+    return changed
+
+
+def delay_views(graph: Graph) -> bool:
+    """Puts relu and its like before a view: next to the layer that they follow."""
+    makers, uses, changed = graph.producers(), graph.uses(), False
+    for node in graph.nodes:
+        if node.op not in UNARY | {"gelu"}:
+            continue
+        view = makers.get(node.inputs[0])
+        if view is None or view.op not in VIEWS or uses[view.out] > 1:
+            continue
+        x = view.inputs[0]
+        # The two nodes swap what they do, so that each stays where it is.
+        inner = Value(x.shape, node.out.dtype)
+        first = Node(node.op, [x], [inner], node.attrs)
+        view_out = Value(view.out.shape, node.out.dtype)
+        second = Node(view.op, [inner], [view_out], view.attrs)
+        at = graph.nodes.index(view)
+        graph.nodes[at : at + 1] = [first, second]
+        graph.replace(node.out, view_out)
+        makers, uses, changed = graph.producers(), graph.uses(), True
+        graph.prune()
+    return changed
+
+
+def drop_broadcasts(graph: Graph) -> bool:
+    """Leaves to elementwise operations what they do themselves: to repeat entries."""
+    makers, changed = graph.producers(), False
+    for node in graph.nodes:
+        if node.op not in _BROADCASTING:
+            continue
+        for i, value in enumerate(node.inputs):
+            maker = makers.get(value)
+            if maker is None or maker.op != "broadcast":
+                continue
+            small = maker.inputs[0]
+            others = [v.shape for j, v in enumerate(node.inputs) if j != i]
+            if np.broadcast_shapes(small.shape, *others) == node.out.shape:
+                node.inputs[i] = small
+                changed = True
+    return changed
+
+
+def keep_dims(graph: Graph) -> bool:
+    """A reduction that keeps its axes, where a reshape puts them back."""
+    uses, makers, changed = graph.uses(), graph.producers(), False
+    for node in graph.nodes:
+        maker = makers.get(node.inputs[0]) if node.op == "reshape" else None
+        if maker is None or not maker.op.startswith("reduce_"):
+            continue
+        axes, before = maker.attrs["axes"], maker.inputs[0].shape
+        kept = tuple(1 if i in axes else n for i, n in enumerate(before))
+        lone = uses[maker.out] == 1
+        if maker.attrs["keepdims"] or node.out.shape != kept or not lone:
+            continue
+        maker.attrs["keepdims"] = True
+        maker.outputs = [Value(kept, maker.out.dtype)]
+        graph.replace(node.out, maker.out)
+        node.inputs = [maker.out]
+        changed = True
+    return changed

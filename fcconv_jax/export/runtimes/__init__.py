@@ -1,0 +1,102 @@
+"""The runtimes that files are written for: a file or a folder here for each.
+
+A module of this package registers itself by having a ``RUNTIME``. Adding a runtime
+takes that module, its extra in pyproject.toml, its test and its row in the how-to.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import importlib
+import pkgutil
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from ...errors import ExportError
+from ..graph import Graph
+from ..layers import Record
+from ..shipped import Shipped
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """A runtime, with what writes its files and what reads them back.
+
+    Its module is imported to list the runtimes, so it imports the packages of its extra
+    only inside its functions.
+
+    Args:
+      name: as ``runtime=`` takes it.
+      title: the runtime's own name.
+      suffix: of its files.
+      extra: of this package, which installs what writes and runs the files.
+      open: reads a file back.
+      write: writes a graph; None if the file is written from JAX's own program.
+      write_program: writes JAX's own program, given ``(call, variables, arrays, output
+        names, record, path)``; returns notes on the file.
+      images: which axis of an image its channels are.
+      executed: whether the runtime runs here.
+      layers: whether single layers of a file can be run.
+      int8: the module with what quantizes its files and checks them, if there is one.
+    """
+
+    name: str
+    title: str
+    suffix: str
+    extra: str
+    open: Callable[[Path], Shipped]
+    write: Callable[[Graph, Record, Path], None] | None = None
+    write_program: Callable[..., list[str]] | None = None
+    images: Literal["last", "first"] = "last"
+    executed: bool = True
+    layers: bool = True
+    int8: Any = None
+
+
+@functools.cache
+def runtimes() -> Mapping[str, Runtime]:
+    """Every runtime by its name.
+
+    Example:
+      >>> sorted(runtimes())
+      ['coreml', 'iree', 'litert', 'onnx', 'openvino', 'stablehlo']
+    """
+    names = sorted(module.name for module in pkgutil.iter_modules(__path__))
+    modules = [importlib.import_module(f".{name}", __name__) for name in names]
+    return {module.RUNTIME.name: module.RUNTIME for module in modules}
+
+
+def runtime_of(path: Path, name: str | None = None) -> Runtime:
+    """The runtime of a file.
+
+    Args:
+      path: whose suffix decides.
+      name: of the runtime that the file is to be for, where it is given.
+
+    Raises:
+      ExportError: no runtime has such files, or the named one has not.
+
+    Example:
+      >>> runtime_of(Path("m.tflite")).name, runtime_of(Path("m.xml"), "openvino").title
+      ('litert', 'OpenVINO')
+    """
+    known = runtimes()
+    if name is not None and name not in known:
+        raise ExportError(
+            f"Expected runtime= one of {', '.join(known)}, got {name!r}. Drop it to "
+            "choose the runtime by the suffix of path="
+        )
+    if name is not None:
+        if path.suffix != known[name].suffix:
+            raise ExportError(
+                f"Expected a path that ends in {known[name].suffix} for "
+                f"runtime={name!r}, got {path}. Rename it, or drop runtime="
+            )
+        return known[name]
+    found = next((each for each in known.values() if each.suffix == path.suffix), None)
+    if found is None:
+        wanted = ", ".join(f"{each.suffix} ({key})" for key, each in known.items())
+        raise ExportError(f"Expected a path that ends in one of {wanted}, got {path}.")
+    return found

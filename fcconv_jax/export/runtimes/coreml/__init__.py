@@ -1,0 +1,11 @@
+"""Core ML: writes .mlpackage folders and reads them back; Apple's systems run them."""
+
+from .. import Runtime
+from .reader import CoreMlFile
+from .writer import write
+
+RUNTIME = Runtime(
+    *("coreml", "Core ML", ".mlpackage", "coreml", CoreMlFile, write),
+    images="first",
+    executed=False,
+)

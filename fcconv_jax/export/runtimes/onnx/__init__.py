@@ -1,0 +1,7 @@
+"""ONNX: writes .onnx files, and reads them back with ONNX Runtime."""
+
+from .. import Runtime
+from .reader import OnnxFile
+from .writer import write
+
+RUNTIME = Runtime("onnx", "ONNX", ".onnx", "onnx", OnnxFile, write, images="first")

@@ -1,0 +1,48 @@
+"""A file with what it was written from."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+
+from ..plan import Plan
+from ..plan.rules import Rule
+from .chips import Chip
+from .forms import Form
+from .graph import Graph
+from .layers import Record
+from .runtimes import Runtime
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Written:
+    """A file with what it was written from."""
+
+    path: Path
+    form: str
+    plan: Plan
+    graph: Graph
+    record: Record
+    leaves: Mapping[str, np.ndarray]
+    computed: Mapping[str, np.ndarray]
+
+
+class Call(Protocol):
+    """A model on its inputs, on its way to a runtime."""
+
+    chip: Chip | None
+    runtime: Runtime
+    program: Any
+    input_names: list[str]
+
+    def plan(self, form: Form, rules: Sequence[Rule]) -> Plan:
+        """The plan of a form."""
+        ...
+
+    def write(self, plan: Plan, form: str, path: Path) -> Written:
+        """Writes a file."""
+        ...
