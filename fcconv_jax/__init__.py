@@ -5,4 +5,14 @@
 
 import lazy_loader
 
-__getattr__, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+_attach, __dir__, __all__ = lazy_loader.attach_stub(__name__, __file__)
+
+
+def __getattr__(name: str) -> object:
+    if name in __all__:
+        return _attach(name)
+    import difflib
+
+    near = difflib.get_close_matches(name, __all__, 1)
+    hint = f" Did you mean {near[0]!r}?" if near else ""
+    raise AttributeError(f"module 'fcconv_jax' has no attribute {name!r}.{hint}")

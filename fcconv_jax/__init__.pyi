@@ -1,5 +1,6 @@
 from .checkpoints import convert_checkpoint as convert_checkpoint
 from .checkpoints import restore_checkpoint as restore_checkpoint
+from .checkpoints import verify_checkpoint as verify_checkpoint
 from .dense_prediction.report import SlideReport as SlideReport
 from .dense_prediction.slide import Slide as Slide
 from .dense_prediction.slide import slide as slide
@@ -18,10 +19,7 @@ from .frontends.train_state import restore_train_state as restore_train_state
 from .geometry.classify import Equivalence as Equivalence
 from .geometry.classify import classify as classify
 from .geometry.classify import explain as explain
-from .geometry.convolution import ConvGeometry as ConvGeometry
-from .geometry.unroll import roll_dense as roll_dense
 from .geometry.unroll import unroll_conv as unroll_conv
-from .kernels import Rearrangement as Rearrangement
 from .kernels import conv_kernel_to_dense as conv_kernel_to_dense
 from .kernels import dense_kernel_to_conv as dense_kernel_to_conv
 from .params.opt_state import convert_opt_state as convert_opt_state
@@ -36,7 +34,6 @@ from .tuning.tune import tune as tune
 from .verification.compare import Comparison as Comparison
 from .verification.compare import assert_same as assert_same
 from .verification.compare import compare as compare
-from .verification.layer_certificates import certify_layer as certify_layer
 from .verification.report import VerifyReport as VerifyReport
 from .verification.verify import assert_equivalent as assert_equivalent
 from .verification.verify import verify as verify

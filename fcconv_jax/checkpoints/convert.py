@@ -236,6 +236,9 @@ def verify_checkpoint(
       CheckpointError: one is damaged or no checkpoint, the plan does not fit, or one
         changed while it was read.
 
+    Source:
+      As :func:`convert_checkpoint`.
+
     Example:
       >>> import tempfile
       >>> import numpy as np

@@ -9,6 +9,7 @@ import pytest
 
 import fcconv_jax as fc
 from fcconv_jax.verification.arithmetic import measure_precision
+from fcconv_jax.verification.layer_certificates import certify_layer
 
 BACKEND = "cuda"
 pytestmark = pytest.mark.usefixtures("device")
@@ -91,7 +92,7 @@ def test_layers_certify_at_the_precision_in_force(device, mode, name):
     model, _, x = _case("windows")
     plan = fc.make_plan(model, x)
     with jax.default_matmul_precision(precision):
-        found = fc.certify_layer(plan[name], plan.to, dtype, preferred_element_type=out)
+        found = certify_layer(plan[name], plan.to, dtype, preferred_element_type=out)
     assert found.passed, str(found)
     assert found.miss_probability <= 1e-9
 

@@ -5,6 +5,7 @@ import jax
 import pytest
 
 import fcconv_jax as fc
+from fcconv_jax.verification.layer_certificates import certify_layer
 
 BACKEND = "tpu"
 pytestmark = pytest.mark.usefixtures("device")
@@ -38,7 +39,7 @@ def test_layers_certify_in_every_number_of_passes(case, name, precision):
     model, _, x = case
     plan = fc.make_plan(model, x)
     with jax.default_matmul_precision(precision):
-        found = fc.certify_layer(plan[name], plan.to)
+        found = certify_layer(plan[name], plan.to)
     assert found.passed, str(found)
 
 
@@ -49,5 +50,5 @@ def test_layers_certify_in_every_number_of_passes(case, name, precision):
 def test_layers_certify_in_narrow_types(case, name, dtype, out):
     model, _, x = case
     plan = fc.make_plan(model, x)
-    found = fc.certify_layer(plan[name], plan.to, dtype, preferred_element_type=out)
+    found = certify_layer(plan[name], plan.to, dtype, preferred_element_type=out)
     assert found.passed, str(found)

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fcconv_jax as fc
+from fcconv_jax.kernels import Rearrangement
 
 
 def net(body):
@@ -211,7 +212,7 @@ def test_rearranged_kernel_acts_on_the_map_itself(perm, batch, ones):
     plan = layer(lambda x: head(x.transpose(0, *perm).reshape(batch, -1)), *shape)
     rng = np.random.default_rng(0)
     x, w = rng.integers(-4, 4, shape), rng.integers(-4, 4, (shape[1] * shape[2] * 4, 5))
-    plan = fc.Rearrangement(
+    plan = Rearrangement(
         w.shape,
         (*plan.kernel.split[:-1], 5),
         plan.kernel.perm,

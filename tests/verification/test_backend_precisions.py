@@ -14,6 +14,7 @@ from fcconv_jax.kernels import Rearrangement
 from fcconv_jax.verification import arithmetic
 from fcconv_jax.verification.arithmetic import measure_precision
 from fcconv_jax.verification.certificate import certify
+from fcconv_jax.verification.layer_certificates import certify_layer
 
 _dot, _conv = lax.dot_general, lax.conv_general_dilated
 
@@ -114,10 +115,10 @@ def test_probes_are_exact_and_defects_are_caught(mode, plan):
     )
     assert found.passed, str(found)
     layer = plan["fc"]
-    found = fc.certify_layer(layer, plan.to)
+    found = certify_layer(layer, plan.to)
     assert found.passed, str(found)
     assert found.miss_probability <= 1e-9
-    assert not fc.certify_layer(_swapped(layer), plan.to).passed
+    assert not certify_layer(_swapped(layer), plan.to).passed
 
 
 @pytest.mark.parametrize(
@@ -140,12 +141,12 @@ def test_quantised_layers_certify(plan, dtype, out, to):
     layer = plan["fc"] if to == "conv" else plan.inverse()["fc"]
     if to == "dense":
         layer = dataclasses.replace(layer, input_shape=(1, 3, 2, 5))
-    found = fc.certify_layer(layer, to, dtype, preferred_element_type=out)
+    found = certify_layer(layer, to, dtype, preferred_element_type=out)
     assert found.passed, str(found)
     assert found.miss_probability <= 1e-9
     if to == "conv":
         wrong = _swapped(layer)
-        assert not fc.certify_layer(wrong, to, dtype, preferred_element_type=out).passed
+        assert not certify_layer(wrong, to, dtype, preferred_element_type=out).passed
 
 
 def test_a_narrow_matmul_in_a_wide_layer_is_read():
