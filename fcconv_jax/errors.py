@@ -20,5 +20,9 @@ class ExportError(FcconvError, ValueError):
     """A model cannot be exported, or an exported file cannot be read."""
 
 
+class MissingExtraError(FcconvError, ImportError):
+    """A package of an optional extra is not installed; says how to install it."""
+
+
 class BackendError(FcconvError, ValueError):
     """A backend does not exist, or could not do its work; names the backend."""

@@ -9,6 +9,7 @@ from typing import Any, Literal
 
 import jax
 
+from ..extras import install_command
 from .name import Backend, Platform, jax_platform
 
 How = Literal["executed", "compiled", "lowered"]
@@ -104,7 +105,7 @@ def missing_extra(platform: Platform) -> str:
         return ""
     return (
         f"compiling for it ahead of time needs {' and '.join(absent)}: "
-        f"pip install 'fcconv-jax[{platform}-aot]'"
+        f"{install_command(f'{platform}-aot')}"
     )
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import numpy as np
 
+from ..extras import require
 from .inputs import ArgumentError
 
 
@@ -56,10 +57,4 @@ def write_heatmap(
 
 
 def _pillow() -> Any:
-    try:
-        from PIL import Image
-    except ImportError:
-        raise ArgumentError(
-            "images other than .npy need Pillow: pip install pillow"
-        ) from None
-    return Image
+    return require("PIL.Image", "images", "Reading or writing other than .npy")

@@ -11,7 +11,7 @@ import tempfile
 from pathlib import Path
 
 from ..errors import ExportError
-from .errors import require
+from ..extras import require
 
 
 @dataclasses.dataclass(frozen=True)

@@ -9,6 +9,7 @@ from fcconv_jax.backends.name import Backend, names
 from fcconv_jax.backends.processes import topology
 from fcconv_jax.backends.resolution import missing_extra, resolve
 from fcconv_jax.errors import BackendError
+from fcconv_jax.extras import install_command
 
 
 def _device(platform, kind, version=""):
@@ -108,7 +109,7 @@ def test_resolution_of_what_is_here_and_of_what_is_not(monkeypatch):
         found = resolve(name)
         assert found.how == "lowered"
         platform = name.partition(":")[0]
-        assert f"pip install 'fcconv-jax[{platform}-aot]'" in found.reason
+        assert install_command(f"{platform}-aot") in found.reason
 
     monkeypatch.setattr("importlib.util.find_spec", lambda name: object())
     assert resolve("tpu:v4").how == resolve("cuda:h100").how == "compiled"

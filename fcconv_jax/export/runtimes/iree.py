@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from ...errors import ExportError
-from ..errors import require
+from ...extras import require
 from ..fingerprint import digest
 from ..layers import Layer, Record, expected
 from ..proof import parameter_leaves

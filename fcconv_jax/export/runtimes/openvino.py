@@ -20,7 +20,7 @@ from xml.etree import ElementTree
 import numpy as np
 
 from ...errors import ExportError
-from ..errors import require
+from ...extras import require
 from ..fingerprint import digest
 from ..graph import Graph
 from ..layers import Layer, Record, compute

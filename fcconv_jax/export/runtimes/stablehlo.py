@@ -19,7 +19,7 @@ import numpy as np
 from jax import export as jax_export
 
 from ...errors import ExportError
-from ..errors import MissingExtraError
+from ...extras import require
 from ..fingerprint import digest
 from ..layers import Record
 from ..shipped import Shipped, ShippedLayer
@@ -65,6 +65,7 @@ def write_program(
     Raises:
       MissingExtraError: flatbuffers is not installed.
     """
+    require("flatbuffers", "stablehlo", "Writing a StableHLO file")
     constants = jax.tree.map(np.asarray, variables)
 
     def run(*inputs: Any) -> Any:
@@ -80,13 +81,7 @@ def write_program(
         why = str(error).strip().splitlines()[0][:100]
         notes.append(f"its batch is fixed at {shapes[0].shape[:1]}: {why}")
         made = exporting(*shapes)
-    try:
-        content = bytes(made.serialize())
-    except ImportError as error:
-        raise MissingExtraError(
-            f"a StableHLO file needs 'flatbuffers' ({error}). Install it with: "
-            "pip install 'fcconv-jax[stablehlo]'"
-        ) from None
+    content = bytes(made.serialize())
     about = json.dumps({"record": record.to_json(), "outputs": list(names)}).encode()
     size = len(about).to_bytes(8, "little")
     path.write_bytes(content + about + size + _MARK)

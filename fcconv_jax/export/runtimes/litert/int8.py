@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import ExportError
-from ...errors import require
+from ....extras import require
 from ...fingerprint import resealed
 from ...layers import Record, expected
 from ...proof import LayerProof, Reference, on_integers

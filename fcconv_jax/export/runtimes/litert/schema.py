@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ...errors import require
+from ....extras import require
 
 RECORD = "fcconv_jax"
 DTYPES = {

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import ExportError
-from ...errors import require
+from ....extras import require
 from ...fingerprint import digest
 from ...layers import Layer, Record
 from ...shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv

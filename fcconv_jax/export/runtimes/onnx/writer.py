@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import ExportError
-from ...errors import require
+from ....extras import require
 from ...graph import Graph, Node, Value
 from ...layers import Record
 from ...passes.nchw import to_nchw
