@@ -23,6 +23,7 @@ _FILES = (
     "SECURITY.md",
     ".github/ISSUE_TEMPLATE/config.yml",
     "docs/gallery/*.md",
+    "docs/howto/*.md",
     "docs/index.md",
     "examples/*.ipynb",
 )
