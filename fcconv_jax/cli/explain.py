@@ -16,6 +16,7 @@ from .options import AsJson
         "explain --input 7x7 --kernel 7x7 --stride 2",
         "explain --input 7x7 --kernel 7x7 --padding 1",
         "explain --input 224x224 --kernel 16 --stride 16 --groups 3 --json",
+        "explain --input 14x14 --kernel 16 --stride 16 --transposed",
     )
 )
 def explain(
@@ -40,6 +41,13 @@ def explain(
         str, typer.Option(metavar="SIZE", help="Spacing of the kernel's taps.")
     ] = "1",
     groups: Annotated[int, typer.Option(help="Groups of channels.")] = 1,
+    transposed: Annotated[
+        bool,
+        typer.Option(
+            "--transposed",
+            help="A transposed convolution; strides are outputs per input.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Say whether a convolution is a Dense layer, and why, or why not.
@@ -57,6 +65,7 @@ def explain(
             input_dilation=parse_sizes("--input-dilation", input_dilation),
             kernel_dilation=parse_sizes("--kernel-dilation", kernel_dilation),
             groups=groups,
+            transposed=transposed,
         )
     except ValueError as error:
         raise ArgumentError(str(error)) from None

@@ -13,9 +13,14 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from .convolution import Case, ConvGeometry, resolve_geometry
+from .convolution import (
+    Case,
+    ConvGeometry,
+    resolve_geometry,
+    resolve_transposed,
+)
 from .reasons import why_it_fails, why_it_holds
-from .windows import PaddingLike, times
+from .windows import PaddingLike, per_dimension, times
 
 
 def classify(
@@ -26,6 +31,8 @@ def classify(
     input_dilation: int | Sequence[int] | None = 1,
     kernel_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
+    *,
+    transposed: bool = False,
 ) -> Equivalence:
     """Says which dense layer a convolution is, or the first reason why it is none.
 
@@ -40,6 +47,9 @@ def classify(
       input_dilation: spacing of the inputs (``lhs_dilation``).
       kernel_dilation: spacing of the kernel's taps (``rhs_dilation``).
       groups: ``feature_group_count``.
+      transposed: whether it is a transposed convolution, such as
+        ``flax.linen.ConvTranspose``: ``strides`` are then outputs per input, and
+        ``padding`` is ``"SAME"``, ``"VALID"``, or zeros around the spaced inputs.
 
     Returns:
       The case, in words too.
@@ -56,7 +66,20 @@ def classify(
       'full_window'
       >>> classify((8, 8), 1, strides=2).fix[:65]
       'It equals the Dense on the strided subsample x[:, ::2, ::2]: take'
+      >>> classify((14, 14), 16, strides=16, transposed=True).case
+      'unpatchify'
     """
+    if transposed:
+        if any(d != 1 for d in per_dimension("input_dilation", input_dilation, None)):
+            raise ValueError(
+                "input_dilation: Expected 1 for a transposed convolution (its strides "
+                f"space the inputs), got {input_dilation}. Pass strides alone."
+            )
+        return _classify(
+            resolve_transposed(
+                input_shape, kernel_size, strides, padding, kernel_dilation, groups
+            )
+        )
     geometry = resolve_geometry(
         input_shape,
         kernel_size,
@@ -117,7 +140,7 @@ class Equivalence:
     """What :func:`classify` found.
 
     Args:
-      case: the design's five cases; ``"unrolled"`` means no Dense has the same
+      case: one of :data:`Case`; ``"unrolled"`` means no Dense has the same
         parameters.
       base: for ``"grouped"``, the case of each group; otherwise ``case``.
       reason: why the case holds, or the first condition that fails.
@@ -177,6 +200,9 @@ def _dense_side(equivalence: Equivalence) -> str:
         return f"{dense} on the last axis, at every position"
     if equivalence.base == "full_window":
         return f"flatten the window (row-major, channel last), then {dense}".rstrip(",")
+    if equivalence.base == "unpatchify":
+        window = times(geometry.kernel_size)
+        return f"{dense} on each input, then depth-to-space of {window} windows"
     if equivalence.base == "patchify":
         return f"space-to-depth into {output} windows, then {dense} on each"
     return "flatten the whole input, then a Dense with repeated entries and zeros"
@@ -188,6 +214,8 @@ def _kernel_shapes(equivalence: Equivalence) -> tuple[str, str]:
     channels, out = (f"C/{g}", f"O/{g}") if g > 1 else ("C", "O")
     taps = geometry.window_elements
     rows = channels if taps == 1 else f"{taps}*{channels}"
+    if equivalence.base == "unpatchify":
+        rows, out = channels, f"{taps}*{out}"
     dense = f"({g}, {rows}, {out})" if g > 1 else f"({rows}, {out})"
     if not equivalence.same_parameters:
         dense = f"({geometry.input_elements}*C, {geometry.output_elements}*O)"

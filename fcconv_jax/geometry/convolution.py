@@ -18,11 +18,61 @@ from .windows import (
     padding_pairs,
     per_dimension,
     times,
+    transposed_padding,
 )
 
-Case = Literal["pointwise", "full_window", "patchify", "grouped", "unrolled"]
+Case = Literal[
+    "pointwise", "full_window", "patchify", "unpatchify", "grouped", "unrolled"
+]
 
 _PADDING_NAMES = ("VALID", "SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", "CAUSAL")
+
+
+def resolve_transposed(
+    input_shape: int | Sequence[int],
+    kernel_size: int | Sequence[int],
+    strides: int | Sequence[int] | None = 1,
+    padding: PaddingLike = "SAME",
+    kernel_dilation: int | Sequence[int] | None = 1,
+    groups: int = 1,
+) -> ConvGeometry:
+    """Resolves a transposed convolution to the convolution that computes it.
+
+    That convolution steps by 1 over inputs spaced by ``strides``, as
+    ``jax.lax.conv_transpose`` runs it.
+
+    Args:
+      input_shape: as for :func:`classify`.
+      kernel_size: taps per dimension.
+      strides: outputs from one input to the next.
+      padding: ``"SAME"``, ``"VALID"``, or amounts as ``flax.linen.ConvTranspose``
+        takes them: zeros around the spaced inputs.
+      kernel_dilation: spacing of the taps.
+      groups: ``feature_group_count``.
+
+    Raises:
+      ValueError: as :func:`classify`; also for other padding names.
+
+    Example:
+      >>> resolve_transposed((4, 5), 2, strides=2).output_shape
+      (8, 10)
+    """
+    sizes = per_dimension("input_shape", input_shape, None)
+    rank = len(sizes)
+    kernel = per_dimension("kernel_size", kernel_size, rank)
+    steps = per_dimension("strides", strides, rank)
+    spread = per_dimension("kernel_dilation", kernel_dilation, rank)
+    if isinstance(padding, str):
+        name = padding.upper()
+        if name not in ("SAME", "VALID"):
+            raise ValueError(
+                "padding: Expected SAME, VALID or (low, high) pairs for a transposed "
+                f"convolution, got {padding!r}. Pass the pairs."
+            )
+        padding = [
+            transposed_padding(name, *numbers) for numbers in zip(kernel, steps, spread)
+        ]
+    return resolve_geometry(sizes, kernel, 1, padding, steps, spread, groups)
 
 
 def resolve_geometry(
@@ -184,6 +234,8 @@ class ConvGeometry:
 
         What lies beyond is the remainder that the windows drop.
         """
+        if self.base == "unpatchify":
+            return self.input_shape
         return tuple(d.output * d.kernel for d in self.dimensions)
 
     @property
@@ -202,10 +254,20 @@ class ConvGeometry:
         return math.prod(self.output_shape)
 
     @property
+    def transposed(self) -> bool:
+        """Whether it is a transposed convolution: steps of 1 over spaced inputs."""
+        steps = [d.stride for d in self.dimensions if d.output > 1]
+        spaced = [d for d in self.dimensions if d.holes > 1]
+        # Taps spread like the inputs undo the spacing: a plain convolution again.
+        undone = any(d.spread == d.holes and d.kernel > 1 for d in spaced)
+        return bool(spaced) and set(steps) <= {1} and not undone
+
+    @property
     def base(self) -> Case:
-        """The case of one group: pointwise, full_window, patchify or unrolled."""
+        """The case of one group; ``"unrolled"`` if no Dense has the same parameters."""
         if not all(d.reads_in_order for d in self.dimensions):
-            return "unrolled"
+            windows = all(d.writes_in_order for d in self.dimensions)
+            return "unpatchify" if windows else "unrolled"
         if self.window_elements == 1 and self.output_shape == self.input_shape:
             return "pointwise"
         if self.kernel_size == self.input_shape:
@@ -227,10 +289,14 @@ class ConvGeometry:
         words = [
             f"input {times(self.input_shape)}",
             f"kernel {times(self.kernel_size)}",
-            f"strides {times(self.strides)}",
-            _padding_words(self),
         ]
-        if any(d != 1 for d in self.input_dilation):
+        if self.transposed:
+            # Its strides are the spacing of the inputs, its padding surrounds them.
+            words.append(f"transposed strides {times(self.input_dilation)}")
+        else:
+            words.append(f"strides {times(self.strides)}")
+        words.append(_padding_words(self))
+        if any(d != 1 for d in self.input_dilation) and not self.transposed:
             words.append(f"input dilation {times(self.input_dilation)}")
         if any(d != 1 for d in self.kernel_dilation):
             words.append(f"kernel dilation {times(self.kernel_dilation)}")

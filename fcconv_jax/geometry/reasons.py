@@ -29,6 +29,13 @@ def why_it_holds(geometry: ConvGeometry) -> str:
             f"The kernel {kernel} is as large as the input, so there is one output "
             "position and it reads every input once."
         )
+    elif base == "unpatchify":
+        words.append(
+            "The only input fills the whole output, "
+            if geometry.input_elements == 1
+            else "Each input fills its own window of outputs, "
+        )
+        words[-1] += f"{kernel}, and no other input reaches it."
     else:
         words.append(
             f"The windows of {kernel} lie side by side, so each input is read by one "
@@ -40,7 +47,7 @@ def why_it_holds(geometry: ConvGeometry) -> str:
         words.append(
             f"Inputs beyond the first {times(geometry.covered_shape)} are dropped."
         )
-    if any(any(pads) for pads in geometry.padding):
+    if base != "unpatchify" and any(any(pads) for pads in geometry.padding):
         words.append("No window reaches the padding, so it changes nothing.")
     if geometry.groups > 1:
         words.append(
@@ -51,6 +58,8 @@ def why_it_holds(geometry: ConvGeometry) -> str:
 
 def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
     """The first condition that fails, and its fix: padding, dilations, strides."""
+    if geometry.transposed:
+        return _transposed_failure(geometry)
     dimensions = list(enumerate(geometry.dimensions))
     for i, d in dimensions:
         if d.reaches_padding and not d.reads_in_order:
@@ -76,6 +85,46 @@ def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
         if not d.reads_in_order:
             return _stride_failure(geometry, i, d)
     raise AssertionError(f"no condition fails for {geometry}")
+
+
+def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
+    """The first condition that fails for a transposed convolution, and its fix."""
+    # One input has the output to itself, so nothing is left for the stride to do.
+    steps = tuple(d.holes if d.size > 1 else d.kernel for d in geometry.dimensions)
+    equal = f"Use strides equal to the kernel size {times(geometry.kernel_size)}"
+    for i, d in enumerate(geometry.dimensions):
+        if d.kernel > 1 and d.spread > 1:
+            return (
+                f"Kernel dilation {d.spread} spreads the taps of dimension {i}, so the "
+                "outputs of one input are not adjacent.",
+                f"Use kernel_dilation 1. {_NO_FIX}",
+            )
+        if steps[i] > d.kernel:
+            return (
+                f"Stride {steps[i]} in dimension {i} is larger than the kernel "
+                f"{d.kernel}: no input reaches the outputs in between.",
+                f"{equal}. {_NO_FIX}",
+            )
+        if steps[i] < d.kernel:
+            return (
+                f"Stride {steps[i]} in dimension {i} is smaller than the kernel "
+                f"{d.kernel}: windows of outputs overlap, so an output adds up several "
+                "inputs.",
+                f"{equal}. Or run it as one plain convolution for each residue of the "
+                f"stride (phases): same parameters, no zeros between inputs. {_NO_FIX}",
+            )
+    i, d = next(
+        (i, d) for i, d in enumerate(geometry.dimensions) if not d.writes_in_order
+    )
+    need = d.kernel - 1
+    what = "crops" if d.low + d.high < 2 * need else "enlarges or shifts"
+    return (
+        f"Padding {(d.low, d.high)} around the spaced inputs {what} the output of "
+        f"dimension {i}: it has {d.output} entries, the windows fill "
+        f"{d.size * d.kernel}.",
+        f"Use padding VALID, which is {(need, need)} here, and slice or pad the "
+        f"output. {_NO_FIX}",
+    )
 
 
 def _padding_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str, str]:

@@ -37,6 +37,25 @@ def named_padding(
     return (less, more) if name == "SAME" else (more, less)
 
 
+def transposed_padding(
+    name: str, kernel: int, stride: int, spread: int
+) -> tuple[int, int]:
+    """The zeros around the spaced inputs of a transposed convolution, in one dimension.
+
+    ``SAME`` and ``VALID`` as in ``jax.lax.conv_transpose``.
+
+    Example:
+      >>> transposed_padding("SAME", 4, 2, 1), transposed_padding("VALID", 2, 2, 1)
+      ((2, 2), (1, 1))
+    """
+    extent = (kernel - 1) * spread + 1
+    if name == "VALID":
+        return extent - 1, stride - 1 + max(extent - stride, 0)
+    total = extent + stride - 2
+    low = extent - 1 if stride > extent - 1 else -(-total // 2)
+    return low, total - low
+
+
 def padding_pairs(
     padding: int | Sequence[int | Sequence[int]], rank: int
 ) -> tuple[tuple[int, int], ...]:
@@ -208,6 +227,23 @@ class Dimension:
                 self.output == 1 or agree(self.stride, turn * self.holes * self.kernel)
             )
             for turn in turns
+        )
+
+    @property
+    def writes_in_order(self) -> bool:
+        """Whether output ``i * kernel + j`` is tap ``kernel - 1 - j`` of input ``i``.
+
+        Then each input has a window of outputs to itself. A single input has one
+        whatever the stride.
+        """
+        apart = self.size == 1 or self.holes == self.kernel
+        return (
+            self.mode == "zeros"
+            and apart
+            and (self.spread == 1 or self.kernel == 1)
+            and self.low == self.kernel - 1
+            and self.output == self.size * self.kernel
+            and (self.stride == 1 or self.output == 1)
         )
 
     def source(self, place: int) -> int | None:

@@ -153,6 +153,11 @@ def _plan_conv(
     cases = sorted({each.base for each in found})
     if len(cases) > 1:
         raise LeftError(f"called in several cases: {', '.join(cases)}")
+    if cases == ["unpatchify"]:
+        raise LeftError(
+            "it is a transposed convolution, which plans do not convert. Use "
+            "conv_kernel_to_dense(kernel, transposed=True) and depth-to-space"
+        )
     window, groups = found[0].geometry.kernel_size, found[0].geometry.groups
     if rule is not None and rule.window not in (None, window):
         raise PlanError(

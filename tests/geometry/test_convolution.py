@@ -1,5 +1,6 @@
 """The predicate against brute force, Flax's own paddings, and the words."""
 
+import functools
 import itertools
 import json
 import math
@@ -85,6 +86,20 @@ def block_matrix(geometry, kernel, outputs):
     return result.reshape(-1, *outputs)
 
 
+def window_matrix(geometry, kernel, outputs):
+    """Input p holds the reversed kernel at the outputs of its own window."""
+    size = tuple(n * k for n, k in zip(geometry.input_shape, geometry.kernel_size))
+    if outputs != size:
+        return None
+    result = np.zeros((*geometry.input_shape, *outputs), np.int64)
+    for position in np.ndindex(geometry.input_shape):
+        window = tuple(
+            slice(p * k, p * k + k) for p, k in zip(position, geometry.kernel_size)
+        )
+        result[(*position, *window)] = np.flip(kernel)
+    return result.reshape(-1, *outputs)
+
+
 def distinct_entries(kernel_size):
     # Powers of two: no sum of entries is another entry or another sum.
     taps = math.prod(kernel_size)
@@ -114,6 +129,15 @@ def geometries(draw):
         draw(st.sampled_from((1, 1, 1, 2, 3))) if mode == "zeros" and not plain else 1
         for _ in range(rank)
     )
+    if mode == "zeros" and draw(st.sampled_from((False, False, True))):
+        # A transposed convolution, or nearly one.
+        holes, strides = (
+            tuple(map(draw, map(st.sampled_from, zip(kernel, kernel, sizes(1, 3))))),
+            (1,) * rank,
+        )
+        padding = tuple(
+            (k - 1, draw(st.sampled_from((k - 1, k - 1, k)))) for k in kernel
+        )
     spread = tuple(draw(st.sampled_from((1, 1, h, 2, 5))) for h in holes)
     try:
         return ConvGeometry(
@@ -139,10 +163,16 @@ def check_against_brute_force(geometry):
     kernel = distinct_entries(geometry.kernel_size)
     matrix = brute_force_matrix(geometry, kernel)
     assert matrix.shape[1:] == geometry.output_shape
-    expected = block_matrix(geometry, kernel, matrix.shape[1:])
-    same = expected is not None and np.array_equal(matrix, expected)
-    assert (geometry.base != "unrolled") == same, geometry
-    return same
+    reads, writes = (
+        expected is not None and np.array_equal(matrix, expected)
+        for expected in (
+            block_matrix(geometry, kernel, matrix.shape[1:]),
+            window_matrix(geometry, kernel, matrix.shape[1:]),
+        )
+    )
+    assert (geometry.base not in ("unrolled", "unpatchify")) == reads, geometry
+    assert (geometry.base == "unpatchify") == (writes and not reads), geometry
+    return reads or writes
 
 
 @settings(quick, max_examples=800)
@@ -196,6 +226,70 @@ def test_predicate_is_brute_force_on_every_small_ring(mode):
     # The padding's inputs can stand in for the inputs themselves.
     assert counts[True] > 100
     assert counts[False] > 100
+
+
+@quick
+@given(
+    st.lists(st.tuples(*[st.integers(1, 4)] * 3), min_size=1, max_size=3),
+    st.sampled_from(("SAME", "VALID", 0, 1)),
+    st.integers(1, 2),
+)
+def test_transposed_geometry_is_the_one_of_lax(sizes, padding, spread):
+    shape, kernel, strides = zip(*sizes)
+    rank = len(sizes)
+    pads = padding if isinstance(padding, str) else [(padding, padding)] * rank
+    extents = [(k - 1) * spread + 1 for k in kernel]
+    spans = [(n - 1) * s + 1 for n, s in zip(shape, strides)]
+    if isinstance(padding, int):
+        assume(all(e <= n + 2 * padding for e, n in zip(extents, spans)))
+    found = classify(shape, kernel, strides, pads, 1, spread, transposed=True).geometry
+    spatial = "DHW"[-rank:]
+    run = functools.partial(
+        jax.lax.conv_transpose,
+        strides=strides,
+        padding=pads,
+        rhs_dilation=(spread,) * rank,
+        dimension_numbers=(f"N{spatial}C", f"{spatial}IO", f"N{spatial}C"),
+    )
+    out = jax.eval_shape(run, jnp.zeros((1, *shape, 2)), jnp.zeros((*kernel, 2, 3)))
+    assert out.shape == (1, *found.output_shape, 3)
+    (eqn,) = jax.make_jaxpr(run)(
+        jnp.zeros((1, *shape, 2)), jnp.zeros((*kernel, 2, 3))
+    ).eqns
+    assert found.padding == tuple(map(tuple, eqn.params["padding"]))
+
+
+@pytest.mark.parametrize(
+    ("arguments", "case", "reason", "fix"),
+    [
+        ((4, 2, 2), "unpatchify", "its own window of outputs, 2", ""),
+        (((1, 1), (3, 2), 1, "VALID"), "unpatchify", "The only input", ""),
+        (((3, 4), 1), "pointwise", "reads each input alone", ""),
+        ((4, 4, 2), "unrolled", "windows of outputs overlap", "(phases)"),
+        ((4, 2, 3), "unrolled", "no input reaches", "strides equal to the kernel"),
+        (
+            (4, 2, 2, 0),
+            "unrolled",
+            "crops the output",
+            "padding VALID, which is (1, 1)",
+        ),
+        ((4, 2, 2, 2), "unrolled", "enlarges or shifts", "slice or pad"),
+        ((4, 3, 3, "VALID", 1, 2), "unrolled", "are not adjacent", "kernel_dilation 1"),
+    ],
+)
+def test_transposed_reason_and_fix(arguments, case, reason, fix):
+    found = classify(*arguments, transposed=True)
+    assert found.case == case
+    assert reason in found.reason
+    assert fix in found.fix
+    assert bool(found.fix) == (case == "unrolled")
+
+
+def test_a_transposed_convolution_names_what_it_does_not_take():
+    with pytest.raises(ValueError, match="input_dilation: Expected 1"):
+        classify(4, 2, 2, input_dilation=2, transposed=True)
+    with pytest.raises(ValueError, match="Expected SAME, VALID or"):
+        classify(4, 2, 2, "CIRCULAR", transposed=True)
 
 
 @settings(quick, max_examples=25)
