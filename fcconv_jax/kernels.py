@@ -21,6 +21,7 @@ def dense_kernel_to_conv(
     *,
     order: str | None = None,
     groups: int = 1,
+    transposed: bool = False,
 ) -> Any:
     """Moves a dense kernel into the convolution that computes the same numbers.
 
@@ -32,6 +33,10 @@ def dense_kernel_to_conv(
         first: ``"HWC"`` (the default, channel last), ``"CHW"``, ``"WHC"``; letters
         as :func:`window_letters` gives them, and ``C``.
       groups: ``feature_group_count`` of the convolution.
+      transposed: move to a transposed convolution whose strides are its kernel size:
+        ``kernel`` is then ``(C, F)``, with ``F`` the flattened window times the ``O``
+        output channels (``(G, C/G, F)`` with the window times ``O/G``). The window is
+        reversed, as ``flax.linen.ConvTranspose`` stores it by default.
 
     Returns:
       The conv kernel ``(*k, C/G, O)``; output channel ``o`` belongs to group
@@ -47,15 +52,21 @@ def dense_kernel_to_conv(
     Example:
       >>> dense_kernel_to_conv(np.zeros((12, 5)), (2, 2), order="CHW").shape
       (2, 2, 3, 5)
+      >>> dense_kernel_to_conv(np.zeros((3, 20)), (2, 2), transposed=True).shape
+      (2, 2, 3, 5)
     """
     rearrange = kernel_rearrangement(
-        np.shape(kernel), kernel_size, order=order, groups=groups
+        np.shape(kernel), kernel_size, order=order, groups=groups, transposed=transposed
     )
     return rearrange(kernel)
 
 
 def conv_kernel_to_dense(
-    kernel: Any, *, order: str | None = None, groups: int = 1
+    kernel: Any,
+    *,
+    order: str | None = None,
+    groups: int = 1,
+    transposed: bool = False,
 ) -> Any:
     """Moves a conv kernel into the dense layer that computes the same numbers.
 
@@ -63,9 +74,11 @@ def conv_kernel_to_dense(
       kernel: ``(*k, C/G, O)``.
       order: as in :func:`dense_kernel_to_conv`, whose inverse this is.
       groups: ``feature_group_count`` of the convolution.
+      transposed: whether the convolution is transposed, as there.
 
     Returns:
-      The dense kernel ``(F, O)``, or ``(G, F, O/G)`` for ``groups > 1``.
+      The dense kernel ``(F, O)``, or ``(G, F, O/G)`` for ``groups > 1``; for a
+      transposed convolution ``(C, F)`` or ``(G, C/G, F)``.
 
     Raises:
       ValueError: the shape does not fit the order or the groups.
@@ -78,9 +91,13 @@ def conv_kernel_to_dense(
       (2, 12, 2)
     """
     window, channels, features = conv_kernel_axes(np.shape(kernel), groups)
-    rows = math.prod(window) * channels // groups
-    dense = (rows, features) if groups == 1 else (groups, rows, features // groups)
-    rearrange = kernel_rearrangement(dense, window, order=order, groups=groups)
+    rows, out, taps = channels // groups, features // groups, math.prod(window)
+    dense = (rows, taps * out) if transposed else (taps * rows, out)
+    if groups > 1:
+        dense = (groups, *dense)
+    rearrange = kernel_rearrangement(
+        dense, window, order=order, groups=groups, transposed=transposed
+    )
     return rearrange.inverse()(kernel)
 
 
@@ -114,15 +131,18 @@ def kernel_rearrangement(
     *,
     order: str | None = None,
     groups: int = 1,
+    transposed: bool = False,
 ) -> Rearrangement:
     """The rearrangement from a dense kernel to a conv kernel.
 
     Args:
-      dense_shape: ``(F, O)``, or ``(G, F, O/G)`` for ``groups > 1``.
+      dense_shape: ``(F, O)``, or ``(G, F, O/G)`` for ``groups > 1``; for a transposed
+        convolution ``(C, F)`` or ``(G, C/G, F)``.
       kernel_size: of the convolution; an int is one dimension.
       order: axes in the order in which they were flattened into ``F``, slowest first;
         channel last by default.
       groups: ``feature_group_count`` of the convolution.
+      transposed: as in :func:`dense_kernel_to_conv`.
 
     Raises:
       ValueError: the shape does not fit the window, the order or the groups.
@@ -137,32 +157,39 @@ def kernel_rearrangement(
         raise ValueError(f"kernel_size: needs positive sizes, got {kernel_size}")
     if groups < 1:
         raise ValueError(f"groups: must be at least 1, got {groups}")
-    named = "(F, O)" if groups == 1 else f"({groups}, F, O/{groups})"
-    if len(dense_shape) != 2 + (groups > 1) or dense_shape[:-2] not in ((), (groups,)):
+    inner = ("C", "F") if transposed else ("F", "O")
+    lead = ()
+    if groups > 1:
+        inner = (f"C/{groups}", "F") if transposed else ("F", f"O/{groups}")
+        lead = (groups,)
+    if len(dense_shape) != 2 + len(lead) or dense_shape[:-2] != lead:
+        named = ", ".join(map(str, (*lead, *inner)))
         raise ValueError(
-            f"kernel: a dense kernel for groups={groups} has shape {named}, got "
+            f"kernel: a dense kernel for groups={groups} has shape ({named}), got "
             f"{dense_shape}"
         )
-    rows, features = dense_shape[-2:]
+    flat, kept = dense_shape[-2:][::-1] if transposed else dense_shape[-2:]
     taps = math.prod(window)
-    if rows % taps:
+    if flat % taps:
+        what = "columns" if transposed else "rows"
         raise ValueError(
-            f"kernel: {rows} rows of the dense kernel {dense_shape} are no multiple of "
-            f"the {taps} taps of kernel_size {window}; check kernel_size"
+            f"kernel: {flat} {what} of the dense kernel {dense_shape} are no multiple "
+            f"of the {taps} taps of kernel_size {window}; check kernel_size"
         )
-    channels = rows // taps
     # Axes of the flatten: the window's are 0, 1, ..., the channels' is the last.
     axes = _flatten_order(order, len(window))
-    sizes = (*window, channels)
-    wanted = tuple(axes.index(a) for a in range(len(sizes)))
-    split = tuple(sizes[a] for a in axes)
-    if groups == 1:
-        perm = (*wanted, len(sizes))
-        split = (*split, features)
-    else:
-        perm = (*(w + 1 for w in wanted), 0, len(sizes) + 1)
-        split = (groups, *split, features)
-    return Rearrangement(dense_shape, split, perm, (*sizes, groups * features))
+    sizes = (*window, flat // taps)
+    flattened = tuple(sizes[a] for a in axes)
+    # Of the split array: groups, then the flattened axes and the other channels.
+    start = len(lead) + transposed
+    split = (*lead, kept, *flattened) if transposed else (*lead, *flattened, kept)
+    at = [start + axes.index(a) for a in range(len(sizes))]
+    other = len(lead) if transposed else len(split) - 1
+    channels, features = (other, at[-1]) if transposed else (at[-1], other)
+    perm = (*at[:-1], channels, *range(len(lead)), features)
+    target = (*window, split[channels], groups * split[features])
+    flip = tuple(sorted(at[:-1])) if transposed else ()
+    return Rearrangement(dense_shape, split, perm, target, flip)
 
 
 def bias_rearrangement(dense_shape: Sequence[int]) -> Rearrangement:
@@ -212,9 +239,11 @@ class Rearrangement:
       split: shape the source is reshaped to; ``prod(split) == prod(source)``.
       perm: permutation of the axes of ``split``.
       target: shape of the array that comes out.
+      flip: axes of ``split`` that are reversed, in ascending order.
 
     Raises:
-      ValueError: the sizes differ, or ``perm`` is no permutation.
+      ValueError: the sizes differ, ``perm`` is not a permutation, or ``flip`` does not
+        name axes once each.
 
     Example:
       >>> chw = Rearrangement((12, 5), (3, 2, 2, 5), (1, 2, 0, 3), (2, 2, 3, 5))
@@ -228,13 +257,19 @@ class Rearrangement:
     split: tuple[int, ...]
     perm: tuple[int, ...]
     target: tuple[int, ...]
+    flip: tuple[int, ...] = ()
 
     def __post_init__(self):
         sizes = {math.prod(s) for s in (self.source, self.split, self.target)}
-        if len(sizes) != 1 or sorted(self.perm) != list(range(len(self.split))):
+        axes = range(len(self.split))
+        if (
+            len(sizes) != 1
+            or sorted(self.perm) != list(axes)
+            or [axis for axis in axes if axis in self.flip] != list(self.flip)
+        ):
             raise ValueError(
-                f"not a rearrangement: {self.source} -> {self.split} "
-                f"transposed by {self.perm} -> {self.target}"
+                f"not a rearrangement: {self.source} -> {self.split} reversed along "
+                f"{self.flip}, transposed by {self.perm} -> {self.target}"
             )
 
     @classmethod
@@ -247,7 +282,7 @@ class Rearrangement:
     def is_reshape(self) -> bool:
         """Whether the entries keep their row-major order (no transpose is needed)."""
         moved = [p for p in self.perm if self.split[p] != 1]
-        return moved == sorted(moved)
+        return moved == sorted(moved) and not any(p in self.flip for p in moved)
 
     def normal(self) -> Rearrangement:
         """The same map in its one shortest spelling, by which maps compare.
@@ -259,8 +294,11 @@ class Rearrangement:
         kept = [axis for axis, size in enumerate(self.split) if size != 1]
         order = [kept.index(axis) for axis in self.perm if self.split[axis] != 1]
         runs: list[list[int]] = []
+        # Neighbours that are both reversed are one axis that is reversed.
+        turned = [axis in self.flip for axis in kept]
         for number in order:
-            if runs and runs[-1][-1] + 1 == number:
+            before = runs[-1][-1] if runs else None
+            if before == number - 1 and turned[number - 1] == turned[number]:
                 runs[-1].append(number)
             else:
                 runs.append([number])
@@ -270,6 +308,7 @@ class Rearrangement:
             tuple(math.prod(self.split[kept[n]] for n in run) for run in stored),
             tuple(stored.index(run) for run in runs),
             self.target,
+            tuple(i for i, run in enumerate(stored) if turned[run[0]]),
         )
 
     def inverse(self) -> Rearrangement:
@@ -280,6 +319,7 @@ class Rearrangement:
             tuple(self.split[p] for p in self.perm),
             tuple(order),
             self.source,
+            tuple(sorted(order[axis] for axis in self.flip)),
         )
 
     def stacked(self, lead: Sequence[int]) -> Rearrangement:
@@ -295,6 +335,7 @@ class Rearrangement:
             (*lead, *self.split),
             (*range(n), *(n + p for p in self.perm)),
             (*lead, *self.target),
+            tuple(n + axis for axis in self.flip),
         )
 
     def last_axis_first(self) -> Rearrangement:
@@ -315,7 +356,7 @@ class Rearrangement:
             raise ValueError(f"{self}: the last axis is a part of a transposed one")
         perm = (*self.perm[at:], *self.perm[:at])
         target = (last, *self.target[:-1])
-        return Rearrangement(self.source, self.split, perm, target)
+        return Rearrangement(self.source, self.split, perm, target, self.flip)
 
     def __call__(self, array: Any) -> Any:
         """Rearranges ``array`` of shape ``source`` into shape ``target``.
@@ -334,8 +375,10 @@ class Rearrangement:
         if self.is_reshape:
             return _reshape(array, self.target)
         xp = np if isinstance(array, np.ndarray) else jnp
-        moved = xp.transpose(_reshape(array, self.split), self.perm)
-        return _reshape(moved, self.target)
+        split = _reshape(array, self.split)
+        if self.flip:
+            split = xp.flip(split, self.flip)
+        return _reshape(xp.transpose(split, self.perm), self.target)
 
 
 def _flatten_order(order: str | None, rank: int) -> tuple[int, ...]:

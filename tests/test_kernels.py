@@ -456,3 +456,59 @@ def test_what_cannot_alias_reshapes_as_jax_does():
 def test_errors(call, message):
     with pytest.raises(ValueError, match=message):
         call()
+
+
+@quick
+@given(
+    st.lists(st.integers(1, 3), min_size=1, max_size=3),
+    st.sampled_from((1, 1, 2, 3)),
+    st.integers(1, 3),
+    st.integers(1, 3),
+    st.randoms(use_true_random=False),
+)
+def test_a_transposed_kernel_is_the_one_of_lax(window, groups, inner, outer, random):
+    rank = len(window)
+    letters = window_letters(rank)
+    order = "".join(random.sample(letters + "C", rank + 1))
+    rng = np.random.default_rng(0)
+    conv = rng.integers(-3, 4, (*window, inner, groups * outer)).astype(np.float32)
+    shape = [random.randint(1, 3) for _ in window]
+    x = rng.integers(-3, 4, (2, *shape, groups * inner)).astype(np.float32)
+    want = jax.lax.conv_general_dilated(
+        *(x, conv, (1,) * rank, [(k - 1, k - 1) for k in window]),
+        lhs_dilation=window,
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        feature_group_count=groups,
+    )
+    dense = conv_kernel_to_dense(conv, order=order, groups=groups, transposed=True)
+    rows = x.reshape(*x.shape[:-1], groups, inner)
+    kernel = dense.reshape(groups, inner, -1)
+    y = np.einsum("...gi,gio->...go", rows, kernel)
+    # Depth to space, with the axes of the window found by their letters.
+    sizes = dict(zip(letters, window), C=outer)
+    y = y.reshape(*y.shape[:-1], *(sizes[a] for a in order))
+    at = {a: 2 + rank + i for i, a in enumerate(order)}
+    inner_first = [n for i, a in enumerate(letters) for n in (1 + i, at[a])]
+    y = y.transpose(0, *inner_first, 1 + rank, at["C"]).reshape(want.shape)
+    np.testing.assert_array_equal(y, want)
+    again = dense_kernel_to_conv(
+        dense, window, order=order, groups=groups, transposed=True
+    )
+    same_bits(again, conv)
+
+
+@quick
+@given(st.permutations(range(4)), st.sets(st.integers(0, 3)))
+def test_a_reversed_rearrangement_has_an_inverse_and_a_normal_form(perm, flip):
+    split = (2, 3, 1, 2)
+    target = (*(split[p] for p in perm), 1)
+    move = Rearrangement((12,), split, tuple(perm), target, tuple(sorted(flip)))
+    array = np.arange(12, dtype=np.int32)
+    moved = move(array)
+    same_bits(moved, move(jnp.asarray(array)))
+    same_bits(move.inverse()(moved), array)
+    same_bits(move.normal()(array), moved)
+    assert move.normal().normal() == move.normal()
+    assert move.is_reshape == np.array_equal(moved.reshape(-1), array)
+    stack = np.stack([array, array + 12])
+    same_bits(move.stacked((2,))(stack), np.stack([moved, moved + 12]))

@@ -65,6 +65,7 @@ def _within(
     keeps_features = (
         move.perm[-1] == len(move.perm) - 1
         and move.source[-1] == move.split[-1] == move.target[-1]
+        and len(move.split) - 1 not in move.flip
     )
     if not keeps_features or not leads:
         return None
@@ -86,8 +87,8 @@ def _rearrange(move: Rearrangement, array: jax.Array) -> jax.Array:
 
     def piece(array: jax.Array, start: Any, width: int) -> jax.Array:
         columns = lax.dynamic_slice_in_dim(array, start, width, -1)
-        moved = columns.reshape(*move.split[:-1], width).transpose(move.perm)
-        moved = moved.reshape(*lead, width)
+        split = lax.rev(columns.reshape(*move.split[:-1], width), move.flip)
+        moved = split.transpose(move.perm).reshape(*lead, width)
         return lax.dynamic_update_slice_in_dim(array, moved, start, array.ndim - 1)
 
     pieces, rest = divmod(features, width)
