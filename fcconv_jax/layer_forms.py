@@ -38,13 +38,13 @@ def conv_input(layer: LayerPlan, x: Array) -> Array:
     Returns:
       ``(N, *spatial, C)``. A full window gives ``spatial == window``, or with layout
       ``"flat"`` spatial axes of size 1. A pointwise layer gives spatial axes of size 1,
-      or its leading axes with layout ``"keep"``.
+      or its leading axes with layout ``"keep"``; so does a transposed one.
     """
     grouped = layer.groups > 1
     lead = x.shape[: -2 if grouped else -1]
     letters = channel_last(len(layer.window))
     flat = layer.layout == "flat" and layer.order == letters  # as it comes
-    if math.prod(layer.window) == 1 or flat:
+    if math.prod(layer.window) == 1 or flat or layer.transposed:
         channels = x.shape[len(lead) :]
         return reshape(x, (*_spatial(layer, lead), math.prod(channels)))
     letters = window_letters(len(layer.window))
@@ -62,8 +62,21 @@ def conv_output(
 ) -> Array:
     """The dense form's output ``(*lead, [groups,] out)``, from the conv form's."""
     groups = (layer.groups,) if layer.groups > 1 else ()
+    if layer.transposed:
+        at = _window_axes(layer)
+        per_group = y.shape[-1] // layer.groups
+        y = reshape(y, (*y.shape[:-1], layer.groups, per_group))
+        y = y.transpose(0, y.ndim - 2, *(1 + at[axis] for axis in layer.order))
+        features = math.prod(layer.window) * per_group
+        return reshape(y, (*lead, *groups, features), out_sharding)
     shape = (*lead, *groups, y.shape[-1] // layer.groups)
     return reshape(y, shape, out_sharding)
+
+
+def _window_axes(layer: LayerPlan) -> dict[str, int]:
+    """The axis that each letter of an order has in ``(*window, groups, C)``."""
+    letters = window_letters(len(layer.window))
+    return {**{a: i for i, a in enumerate(letters)}, "C": len(letters) + 1}
 
 
 def dense_input(layer: LayerPlan, x: Array) -> Array:
@@ -76,7 +89,7 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
     Returns:
       One row of features per position of the window, ``(N, *positions, [groups,] in)``,
       flattened in ``layer.order``. A trailing remainder that no position covers is
-      dropped.
+      dropped. A transposed layer has one row per input.
     """
     rank = len(layer.window)
     batch, spatial, channels = (
@@ -84,6 +97,9 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
         x.shape[-1 - rank : -1],
         x.shape[-1],
     )
+    if layer.transposed:
+        groups = (layer.groups,) if layer.groups > 1 else ()
+        return reshape(x, (*batch, *spatial, *groups, channels // layer.groups))
     positions = output_positions(layer, spatial)
     if math.prod(layer.window) > 1 or positions != spatial:
         covered = [slice(p * k) for p, k in zip(positions, layer.window)]
@@ -105,9 +121,28 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
 
 def dense_output(layer: LayerPlan, y: Array, out_sharding: Any = None) -> Array:
     """The conv form's output ``(N, *positions, O)``, from the dense form's."""
+    if layer.transposed:
+        return _depth_to_space(layer, y)
     if layer.groups == 1:
         return y
     return reshape(y, (*y.shape[:-2], y.shape[-2] * y.shape[-1]), out_sharding)
+
+
+def _depth_to_space(layer: LayerPlan, y: Array) -> Array:
+    """Puts the window of outputs of each input in its place."""
+    rank, taps = len(layer.window), math.prod(layer.window)
+    if layer.groups == 1:
+        y = reshape(y, (*y.shape[:-1], 1, y.shape[-1]))
+    *lead, groups, features = y.shape
+    n = len(lead) - rank
+    sizes = dict(zip(window_letters(rank), layer.window), C=features // taps)
+    y = reshape(y, (*lead, groups, *(sizes[axis] for axis in layer.order)))
+    at = {axis: len(lead) + 1 + i for i, axis in enumerate(layer.order)}
+    pairs = [(n + i, at[axis]) for i, axis in enumerate(window_letters(rank))]
+    inner = [axis for pair in pairs for axis in pair]
+    y = y.transpose(*range(n), *inner, len(lead), at["C"])
+    spatial = [size * k for size, k in zip(lead[n:], layer.window)]
+    return reshape(y, (*lead[:n], *spatial, groups * sizes["C"]))
 
 
 def holds(layer: LayerPlan, found: Equivalence) -> bool:
@@ -136,6 +171,8 @@ def output_positions(layer: LayerPlan, spatial: Sequence[int]) -> tuple[int, ...
             f"spatial size {tuple(spatial)}: the two forms differ there; call it on "
             f"{layer.window} or leave the layer out with a rule"
         )
+    if layer.transposed:
+        return tuple(n * k for n, k in zip(spatial, layer.window))
     return tuple(
         1 if n == k else (n - k) // s + 1
         for n, k, s in zip(spatial, layer.window, layer.strides)
@@ -187,6 +224,11 @@ def pair_of_forms(
         ) -> Array:
             lead = x.shape[: -2 if layer.groups > 1 else -1]
             sharding = with_mesh(out_sharding, x, kernel)
+            if layer.transposed:
+                _check_no_mesh(sharding, x, kernel)
+                return conv_output(
+                    layer, conv(conv_input(layer, x), kernel, bias), lead
+                )
             if sharding is None:
                 sharding = _dense_sharding(layer, settings, x, kernel)
             image = conv_input(layer, x)
@@ -207,6 +249,8 @@ def pair_of_forms(
     ) -> Array:
         rows = dense_input(layer, x)
         sharding = with_mesh(out_sharding, x, kernel)
+        if layer.transposed:
+            _check_no_mesh(sharding, x, kernel)
         inner = sharding
         if layer.groups > 1:
             *lead, groups, fan_in = rows.shape
@@ -216,6 +260,20 @@ def pair_of_forms(
         return dense_output(layer, dense(rows, kernel, bias, inner), sharding)
 
     return conv, as_dense
+
+
+def _check_no_mesh(sharding: Any, *arrays: Array) -> None:
+    """Refuses a transposed layer on a mesh with explicit axes.
+
+    Depth-to-space would split a sharded axis, which JAX does not infer.
+    """
+    found = [typed_sharding(array) for array in arrays]
+    if sharding is not None or any(s is not None and any(s.spec) for s in found):
+        raise PlanError(
+            "Expected a transposed convolution without explicitly sharded axes, got "
+            f"{', '.join(str(jax.typeof(array)) for array in arrays)}. Leave the layer "
+            "out with a rule, or use a mesh with automatic axes."
+        )
 
 
 def _dense(
@@ -246,6 +304,14 @@ def _dense(
         y = jnp.moveaxis(y, 0, -2)
     if bias is None:
         return y
+    if layer.transposed:  # one entry per channel, alike at every place of the window
+        at = {axis: 1 + i for i, axis in enumerate(layer.order)}
+        sizes = dict(zip(window_letters(len(layer.window)), layer.window))
+        shape = [layer.groups, *(sizes.get(axis, -1) for axis in layer.order)]
+        ones = [layer.groups, *[1] * len(layer.order)]
+        ones[at["C"]] = bias.size // layer.groups
+        shape[at["C"]] = ones[at["C"]]
+        bias = jnp.broadcast_to(reshape(bias, ones), shape).reshape(-1)
     return y + _beside(bias, y, y.shape[-2 if layer.groups > 1 else -1 :])
 
 
@@ -309,8 +375,9 @@ def convolve(
     y = lax.conv_general_dilated(
         x,
         kernel,
-        strides,
-        "VALID",
+        (1,) * len(strides) if layer.transposed else strides,
+        [(k - 1, k - 1) for k in strides] if layer.transposed else "VALID",
+        lhs_dilation=strides if layer.transposed else None,
         dimension_numbers=lax.ConvDimensionNumbers(
             lhs, rhs if layer.kernel_layout == "HWIO" else lhs, lhs
         ),
@@ -410,11 +477,19 @@ def canonical_layer(layer: LayerPlan) -> LayerPlan:
     sees it in the canonical order, whatever lies between.
     """
     *window, rows, out = layer.channels_last(layer.kernel.target)
-    if layer.to == "conv":
-        rows, out = math.prod(window) * rows, out // layer.groups
+    taps = math.prod(window)
+    if layer.transposed:
+        if layer.to == "conv":
+            out = taps * out // layer.groups
+    elif layer.to == "conv":
+        rows, out = taps * rows, out // layer.groups
     shape = (layer.groups, rows, out)[layer.groups == 1 :]
     kernel = kernel_rearrangement(
-        shape, layer.window, order=layer.order, groups=layer.groups
+        shape,
+        layer.window,
+        order=layer.order,
+        groups=layer.groups,
+        transposed=layer.transposed,
     )
     kernel = layer.lay_out(kernel) if layer.to == "conv" else kernel.inverse()
     return dataclasses.replace(layer, leaves=(("kernel", kernel),))

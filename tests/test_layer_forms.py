@@ -1,3 +1,5 @@
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,14 +21,19 @@ def layer_plan(
 ):
     """A layer plan towards conv, with the dense kernel in its canonical shape."""
     order = order or letters(len(window))
-    shape = (int(np.prod(window)) * channels, features)
+    taps, transposed = int(np.prod(window)), base == "unpatchify"
+    shape = (taps * channels, features)
+    if transposed:
+        shape = (channels, taps * features)
     dense = shape if groups == 1 else (groups, *shape)
     bias = (features,) if groups == 1 else (groups, features)
-    kernel = kernel_rearrangement(dense, window, order=order, groups=groups)
+    kernel = kernel_rearrangement(
+        dense, window, order=order, groups=groups, transposed=transposed
+    )
     if stored == "OHWI":
         kernel = kernel.last_axis_first()
     leaves = (("kernel", kernel), ("bias", bias_rearrangement(bias)))
-    strides = window if base == "patchify" else (1,) * len(window)
+    strides = window if base in ("patchify", "unpatchify") else (1,) * len(window)
     return fc.LayerPlan(
         base,
         "Dense",
@@ -109,6 +116,49 @@ def test_conv_as_dense_agrees_to_the_bit(data):
     want = conv(x, kernel, bias)
     got = dense(x, layer.kernel(kernel), layer.bias(bias))
     np.testing.assert_array_equal(got, want)
+
+
+@settings(max_examples=25, deadline=None)
+@given(st.data())
+def test_transposed_forms_agree_to_the_bit(data):
+    rank = data.draw(st.integers(1, 3))
+    sizes = st.lists(st.integers(1, 3), min_size=rank, max_size=rank)
+    window, spatial = tuple(data.draw(sizes)), tuple(data.draw(sizes))
+    order = "".join(data.draw(st.permutations(letters(rank))))
+    groups, channels = data.draw(st.integers(1, 3)), data.draw(st.integers(1, 3))
+    layer = layer_plan("unpatchify", window, channels, 2, groups, order)
+    batch = data.draw(st.lists(st.integers(1, 2), max_size=2))
+    x = integers(*batch, *spatial, groups * channels)
+    kernel = integers(*layer.kernel.target, seed=1)
+    bias = integers(*layer.bias.target, seed=2)
+    conv, dense = forms.pair_of_forms(layer.inverse(), "dense")
+    got = conv(x, kernel, bias)
+    # Against lax, so that both forms cannot be wrong together.
+    pads = [(k - 1, k - 1) for k in window]
+    names = "DHW"[3 - rank :]
+    want = jax.lax.conv_general_dilated(
+        *(x.reshape(-1, *x.shape[len(batch) :]), kernel, (1,) * rank, pads, window),
+        dimension_numbers=(f"N{names}C", f"{names}IO", f"N{names}C"),
+        feature_group_count=groups,
+    )
+    np.testing.assert_array_equal(got.reshape(want.shape), want + bias)
+    stored = layer.kernel.inverse()(kernel), layer.bias.inverse()(bias)
+    np.testing.assert_array_equal(dense(x, *stored), got)
+    # And rows that go the other way.
+    lead = (*batch, 2)
+    rows = integers(*lead, *((groups,) if groups > 1 else ()), channels, seed=3)
+    dense, conv = forms.pair_of_forms(layer, "conv")
+    np.testing.assert_array_equal(conv(rows, kernel, bias), dense(rows, *stored))
+
+
+def test_a_transposed_layer_is_planned_without_other_layouts():
+    layer = layer_plan("unpatchify", (2, 3), 2, 2)
+    assert forms.output_positions(layer, (5, 7)) == (10, 21)
+    assert dataclasses.replace(layer, input_shape=(4, 2)).dense_input_shape() == (4, 2)
+    with pytest.raises(fc.PlanError, match="unpatchify with layout flat"):
+        dataclasses.replace(layer, layout="flat")
+    with pytest.raises(fc.PlanError, match="unpatchify with layout fold, strides"):
+        dataclasses.replace(layer, strides=(1, 1))
 
 
 def test_a_window_in_any_order_sees_the_map_itself():

@@ -68,7 +68,7 @@ def test_json_round_trip():
     assert again.to_json() == text
     assert fc.Plan.from_json(text.encode()) == PLAN
     content = json.loads(text)
-    assert (content["format"], content["version"]) == ("fcconv_jax.plan", 2)
+    assert (content["format"], content["version"]) == ("fcconv_jax.plan", 3)
     assert content["layers"]["head"]["order"] == "CHW"
 
 
@@ -107,7 +107,7 @@ def test_str_is_a_table():
         ("[]", "not a plan"),
         ("{}", "not a plan"),
         ('{"format": "other"}', "not a plan"),
-        (damaged(lambda c: c.update(version=3)), "version 3.*upgrade fcconv_jax"),
+        (damaged(lambda c: c.update(version=4)), "version 4.*upgrade fcconv_jax"),
         (damaged(lambda c: c.update(version="1")), "version"),
         (damaged(lambda c: c.update(version=True)), "version"),
         (damaged(lambda c: c.update(version=0)), "version"),

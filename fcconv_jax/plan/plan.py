@@ -24,7 +24,7 @@ Layout = Literal["fold", "keep", "flat"]
 KernelLayout = Literal["HWIO", "OHWI"]
 
 FORMAT = "fcconv_jax.plan"
-VERSION = 2
+VERSION = 3
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,12 +37,13 @@ class LayerPlan:
       layer: class of the layer as it was found, such as ``"Dense"``.
       window: kernel size of the conv form.
       order: the axes of the window and the channels in the order in which the dense
-        form flattens them, slowest first: ``"HWC"``, ``"CHW"``, ``"WC"``.
+        form flattens them, slowest first: ``"HWC"``, ``"CHW"``, ``"WC"``. A transposed
+        convolution's dense form has them so in its output.
       leaves: for each parameter its name under the module path and how its entries
         move; the name is ``""`` where the plan's key is the leaf's own path.
       input_shape: shape of the layer's input when the plan was made; an example of
         it where sizes were symbolic.
-      strides: strides of the conv form.
+      strides: strides of the conv form; for ``"unpatchify"`` outputs per input.
       groups: feature groups of the conv form.
       stack_axes: axes that ``nn.scan`` and ``nn.vmap`` add to the stored parameters,
         innermost first, as Flax numbers them.
@@ -92,6 +93,8 @@ class LayerPlan:
             problem = f"kernel_layout {self.kernel_layout!r}"
         elif self.layout == "flat" and self.groups > 1 and math.prod(self.window) > 1:
             problem = "layout 'flat' for a window of several groups"
+        elif self.transposed and (self.layout != "fold" or self.strides != self.window):
+            problem = f"unpatchify with layout {self.layout}, strides {self.strides}"
         elif self.to not in get_args(Form):
             problem = f"to {self.to!r}"
         elif any(type(n) is not int or n < 1 for n in sizes):
@@ -120,6 +123,11 @@ class LayerPlan:
     def case(self) -> Case:
         """Why the two forms are equal: ``"grouped"``, or the base case."""
         return "grouped" if self.groups > 1 else self.base
+
+    @property
+    def transposed(self) -> bool:
+        """Whether the conv form is a transposed convolution."""
+        return self.base == "unpatchify"
 
     @property
     def kernel(self) -> Rearrangement:
@@ -158,7 +166,7 @@ class LayerPlan:
         As the layer had it when the plan was made, with all its features in one axis.
         """
         *window, channels, _ = self.channels_last(self.kernel.target)
-        features = math.prod(window) * channels
+        features = channels if self.transposed else math.prod(window) * channels
         total = features * self.groups
         lead = self.input_shape
         while lead and math.prod(self.input_shape[len(lead) :]) < total:
