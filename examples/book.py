@@ -1,9 +1,9 @@
-"""The chapter's example and its two exercises, digit for digit.
+"""Reproduces the book's example and its two exercises, digit for digit.
 
 Sebastian Raschka, *Machine Learning Q and AI* (2024), chapter 12: when is a fully
-connected layer the same as a convolution? Weights are those of the book's supplement
-(``torch.nn.Linear(4, 2)`` after ``torch.manual_seed(123)``). PyTorch's own Linear and
-Conv2d are run beside it where PyTorch is installed.
+connected layer the same as a convolution? The weights are those of the book's
+supplement (``torch.nn.Linear(4, 2)`` after ``torch.manual_seed(123)``). If PyTorch is
+installed, the results are compared with its Linear and Conv2d.
 
     python examples/book.py
 """
@@ -19,7 +19,7 @@ from jax import lax
 import fcconv_jax as fc
 
 X = np.array([1.0, 2.0, 3.0, 4.0], np.float32)
-# (in, out): Flax keeps a Dense kernel transposed to PyTorch's weight.
+# (in, out): Flax's Dense kernel is the transpose of PyTorch's weight.
 KERNEL = np.array(
     [
         [-0.20388805866, 0.01656228304, -0.24832928181, 0.18855679035],
@@ -35,7 +35,7 @@ BOUND = 2 * 5 * 2.0**-24 * (np.abs(X) @ np.abs(KERNEL) + np.abs(BIAS))
 
 
 def conv(image: np.ndarray, kernel: np.ndarray, stride: int = 1, padding: int = 0):
-    """A convolution of an image ``(H, W, C)``; gives ``(H', W', O)``."""
+    """Convolve an image ``(H, W, C)``; returns ``(H', W', O)``."""
     pads = [(padding, padding)] * 2
     y = lax.conv_general_dilated(
         jnp.asarray(image[None]),
@@ -48,12 +48,12 @@ def conv(image: np.ndarray, kernel: np.ndarray, stride: int = 1, padding: int = 
 
 
 def equal(y: np.ndarray, dense: np.ndarray) -> bool:
-    """Whether two results are the same but for rounding."""
+    """Return whether two results are equal up to rounding."""
     return bool((np.abs(y.reshape(2) - dense) <= BOUND).all())
 
 
 def show(title: str, y: np.ndarray) -> None:
-    """Prints a result, one line for each channel and row."""
+    """Print a result, one line per channel and row."""
     print(f"{title}:", "x".join(map(str, y.shape[:-1])), "positions")
     for channel in range(y.shape[-1]):
         rows = [" ".join(f"{v:10.6f}" for v in row) for row in y[..., channel]]
@@ -61,7 +61,7 @@ def show(title: str, y: np.ndarray) -> None:
 
 
 def main() -> None:
-    """Prints every number; raises if two that must agree do not."""
+    """Print every number; raise if two that must agree don't."""
     dense = np.asarray(jnp.dot(X, KERNEL) + BIAS)
     print("fully connected:", dense, "\n")
 
@@ -86,9 +86,9 @@ def main() -> None:
     both = conv(square, window, stride=2, padding=1)
     show("padding 1 and stride 2", both)
     assert not any(equal(y, dense) for y in both.reshape(-1, 2))
-    print("   the fully connected layer's value is lost: the stride skips the centre")
+    print("   the fully connected layer's value is lost: the stride skips the center")
 
-    print("\nWhat must not match:")
+    print("\nThese must not match:")
     wrong = fc.dense_kernel_to_conv(KERNEL, kernel_size=(2, 2), order="WHC")
     flipped = window[::-1, ::-1]
     for title, kernel in (("flattened by columns", wrong), ("flipped kernel", flipped)):
@@ -97,13 +97,13 @@ def main() -> None:
         assert not equal(y, dense)
 
     if importlib.util.find_spec("torch") is None:
-        print("\nPyTorch is not installed: not compared with it")
+        print("\nPyTorch is not installed; skipped the comparison")
     else:
         compare_with_torch(dense)
 
 
 def compare_with_torch(dense: np.ndarray) -> None:
-    """Gives the same weights to PyTorch's Linear and Conv2d."""
+    """Run PyTorch's Linear and Conv2d with the same weights."""
     import torch  # pyright: ignore[reportMissingImports]
 
     with torch.no_grad():

@@ -1,8 +1,8 @@
-"""Finds every digit on a large canvas with a classifier of single digits, in one pass.
+"""Finds every digit on a large canvas in one pass, with a classifier of single digits.
 
-The classifier of examples/digits.py learns 8x8 digits, and 8x8 pieces of canvas that
-hold none. ``fc.slide`` runs it at every place of a canvas: the same scores as on each
-crop by itself, without computing what crops share again and again.
+The classifier learns 8x8 digits and 8x8 crops without a complete digit. ``fc.slide``
+runs it at every position of a canvas: it returns the same scores as on each crop, and
+computes shared work once.
 
     python examples/detect_digits.py --help
 """
@@ -28,7 +28,7 @@ NOTHING = 10
 
 
 class Detector(nn.Module):
-    """Ten digits, or none: two convolutions, and Dense layers behind a flatten."""
+    """Ten digits or none: two convolutions, and Dense layers after a flatten."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -43,7 +43,7 @@ class Detector(nn.Module):
 def canvas(
     rng: np.random.Generator, digits: np.ndarray, labels: np.ndarray, size: int
 ) -> tuple[np.ndarray, list[tuple[int, int, int]]]:
-    """A canvas ``(size, size, 1)`` with digits at random places, none overlapping."""
+    """Draw a canvas ``(size, size, 1)`` of digits at random, without overlaps."""
     page = np.zeros((size, size, 1), np.float32)
     placed: list[tuple[int, int, int]] = []
     for _ in range(size * size // 150):
@@ -58,7 +58,7 @@ def canvas(
 def crops_to_learn_from(
     rng: np.random.Generator, digits: np.ndarray, labels: np.ndarray, pages: int
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Digits where they are, and as many crops that are at least 3 pixels off."""
+    """Return crops of digits, and crops at least 2 pixels off, with their labels."""
     xs, ys = [], []
     for _ in range(pages):
         page, placed = canvas(rng, digits, labels, 64)
@@ -74,7 +74,7 @@ def crops_to_learn_from(
 
 
 def train(x: np.ndarray, y: np.ndarray, epochs: int) -> Any:
-    """Trains with Adam and returns the variables."""
+    """Train with Adam and return the variables."""
     model, tx = Detector(), optax.adam(2e-3)
     variables = model.init(jax.random.key(0), x[:1])
     state = tx.init(variables)
@@ -100,7 +100,7 @@ def train(x: np.ndarray, y: np.ndarray, epochs: int) -> Any:
 
 
 def boxes(scores: np.ndarray, least: float = 0.9) -> list[tuple[int, int, int]]:
-    """The places that hold a digit, each the best of its neighbours."""
+    """Return the positions of digits: local maxima of the confidence."""
     found: list[tuple[int, int, int]] = []
     best = scores[..., :NOTHING].max(-1)
     for flat in np.argsort(best, axis=None)[::-1]:
@@ -113,7 +113,7 @@ def boxes(scores: np.ndarray, least: float = 0.9) -> list[tuple[int, int, int]]:
 
 
 def save_picture(path: Path, page: np.ndarray, scores: np.ndarray, found: Any) -> None:
-    """Saves the canvas with its boxes, beside how sure the classifier is of a digit."""
+    """Save the canvas with its boxes, next to the classifier's confidence."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -127,7 +127,7 @@ def save_picture(path: Path, page: np.ndarray, scores: np.ndarray, found: Any) -
         left.text(x, y - 1, str(label), color="C3", fontsize=8)
     left.set_title(f"{len(found)} digits found in one pass")
     right.imshow(scores[..., :NOTHING].max(-1), cmap="magma", vmin=0, vmax=1)
-    right.set_title("how sure it is of a digit, at every place")
+    right.set_title("probability of a digit at every position")
     for axes in (left, right):
         axes.set_axis_off()
     figure.savefig(path, dpi=100)
@@ -135,7 +135,7 @@ def save_picture(path: Path, page: np.ndarray, scores: np.ndarray, found: Any) -
 
 
 def milliseconds(function: Any, rounds: int = 5) -> float:
-    """The median time of a call."""
+    """Return the median time of a call."""
     jax.block_until_ready(function())
     times = []
     for _ in range(rounds):
@@ -146,7 +146,7 @@ def milliseconds(function: Any, rounds: int = 5) -> float:
 
 
 def main() -> None:
-    """Runs the example."""
+    """Run the example."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--epochs", type=int, default=12)
     parser.add_argument("--size", type=int, default=192, help="of the canvas, pixels")
@@ -175,7 +175,9 @@ def main() -> None:
         any(max(abs(y - v), abs(x - u)) <= 1 and label == k for v, u, k in found)
         for y, x, label in placed
     )
-    print(f"{right} of {len(placed)} digits found, to a pixel; {len(found)} boxes")
+    print(
+        f"{right} of {len(placed)} digits found to within a pixel; {len(found)} boxes"
+    )
 
     rows, columns = scores.shape[:2]
     single = jax.jit(chances)

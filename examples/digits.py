@@ -1,8 +1,8 @@
-"""Real handwritten digits, end to end: train, convert the checkpoint, prove, compare.
+"""Trains a digit classifier, converts its checkpoint, verifies and compares both forms.
 
 A Conv + flatten + Dense classifier is trained on scikit-learn's 8x8 digits and saved
-as an Orbax checkpoint. fcconv_jax rewrites the checkpoint into conv form; a plain Flax
-model written with ``nn.Conv`` loads it and gives the same predictions.
+as an Orbax checkpoint. fcconv_jax converts the checkpoint to conv form; a plain Flax
+model written with ``nn.Conv`` loads it and returns the same predictions.
 
     python examples/digits.py --help
 """
@@ -32,7 +32,7 @@ Array = jax.Array
 
 
 class Digits(nn.Module):
-    """A small classifier of 8x8 digits, with two Dense layers behind a flatten."""
+    """A small classifier of 8x8 digits with two Dense layers after a flatten."""
 
     @nn.compact
     def __call__(self, x: Array, train: bool = False) -> Array:
@@ -47,7 +47,7 @@ class Digits(nn.Module):
 
 
 class ConvDigits(nn.Module):
-    """The same network written by hand without a Dense layer; no fcconv_jax in it."""
+    """The same network, written by hand without Dense layers or fcconv_jax."""
 
     @nn.compact
     def __call__(self, x: Array) -> Array:
@@ -60,7 +60,7 @@ class ConvDigits(nn.Module):
 
 
 def load_data() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """1797 handwritten digits that scikit-learn ships, a quarter held out."""
+    """Load scikit-learn's 1797 handwritten digits; a quarter is held out."""
     digits: Any = load_digits()
     images = (digits.images / 16.0).astype(np.float32)[..., None]
     labels = digits.target.astype(np.int32)
@@ -72,7 +72,7 @@ def load_data() -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
 
 
 def train(x: np.ndarray, y: np.ndarray, epochs: int, batch: int = 64) -> TrainState:
-    """Trains with Adam and returns the state, optimizer moments included."""
+    """Train with Adam and return the state, optimizer moments included."""
     model = Digits()
     params = model.init(jax.random.key(0), x[:1])["params"]
     state = TrainState.create(apply_fn=model.apply, params=params, tx=optax.adam(2e-3))
@@ -100,7 +100,7 @@ def train(x: np.ndarray, y: np.ndarray, epochs: int, batch: int = 64) -> TrainSt
 
 
 def milliseconds(functions: dict[str, Any], rounds: int = 50) -> dict[str, float]:
-    """Median run time of each function, measured in turns."""
+    """Return the median run time of each function, measured in turns."""
     times: dict[str, list[float]] = {name: [] for name in functions}
     for function in functions.values():
         function().block_until_ready()
@@ -115,7 +115,7 @@ def milliseconds(functions: dict[str, Any], rounds: int = 50) -> dict[str, float
 def save_picture(
     path: Path, x: np.ndarray, y: np.ndarray, dense: np.ndarray, conv: np.ndarray
 ) -> None:
-    """Saves 24 digits with the predictions of both models; mistakes are red."""
+    """Save a figure of 24 digits with both models' predictions; mistakes are red."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -133,14 +133,14 @@ def save_picture(
             color="black" if dense[i] == y[i] else "crimson",
         )
         axis.set_axis_off()
-    figure.suptitle("The same predictions from both forms (red: both are wrong)")
+    figure.suptitle("Both forms make the same predictions (red: both are wrong)")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
     plt.close(figure)
 
 
 def main() -> None:
-    """Runs the whole story; raises if any part of it does not hold."""
+    """Run all steps; raise if a check fails."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--epochs", type=int, default=8, help="default: %(default)s")
     parser.add_argument(
@@ -165,7 +165,7 @@ def main() -> None:
         )
     print(f"   saved {dense_dir.name}")
 
-    print("\n2. Plan: trace the model once, find what converts")
+    print("\n2. Trace the model once and plan its conversion")
     model = Digits()
     plan = fc.make_plan(model, test_x[:1])
     print(plan)
@@ -174,7 +174,7 @@ def main() -> None:
     fc.convert_checkpoint(dense_dir, conv_dir, plan)
     print(f"   wrote {conv_dir.name}")
 
-    print("\n4. Prove it on this machine")
+    print("\n4. Verify it on this machine")
     report = fc.verify(model, state.params, test_x[:8], plan=plan)
     print(report)
     (out / "report.md").write_text(report.to_markdown())

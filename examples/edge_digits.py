@@ -1,7 +1,7 @@
-"""Real handwritten digits on an edge device: train, export to int8 LiteRT, prove.
+"""Trains a digit classifier, exports it to int8 LiteRT and verifies the files.
 
-The classifier of ``digits.py`` is trained, written as a LiteRT file in the form that
-an Ethos-U wants, and proved inside the file; then as int8, whose accuracy is compared.
+Trains the classifier of ``digits.py``, exports it to a LiteRT file in the form that an
+Ethos-U prefers, verifies the file, then quantizes it to int8 and compares accuracies.
 
     python examples/edge_digits.py --help
 """
@@ -20,13 +20,13 @@ from fcconv_jax.export.runtimes.litert import LiteRTFile, run
 
 
 def accuracy(content: bytes, images: np.ndarray, labels: np.ndarray) -> float:
-    """Percent of images that a LiteRT file, which takes one at a time, gets right."""
+    """Return the percentage of images that a LiteRT file classifies correctly."""
     found = [int(run(content, [image[None]])[0].argmax()) for image in images]
     return 100.0 * float(np.mean(np.array(found) == labels))
 
 
 def draw(path: Path, files: dict[str, LiteRTFile]) -> None:
-    """Draws the operators of each file as a column of boxes."""
+    """Draw the operators of each file as a column of boxes."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -98,10 +98,10 @@ def main(arguments: Any = None) -> None:
     )
     print(report)
     if not report.passed:
-        raise SystemExit("the int8 file is not what was trained")
+        raise SystemExit("the int8 file differs from the trained model")
     for name, content in (*contents.items(), ("int8", quantized.read_bytes())):
         right = accuracy(content, test_x, test_y)
-        print(f"{name:5}  {len(content) / 1024:6.1f} KiB  {right:.1f} % right")
+        print(f"{name:5}  {len(content) / 1024:6.1f} KiB  {right:.1f} % correct")
     draw(options.out / "graph.png", {form: files[form] for form in ("dense", "conv")})
     print(f"wrote {options.out}/graph.png")
 

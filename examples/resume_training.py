@@ -1,9 +1,9 @@
-"""Training goes on in the other form, from a checkpoint in the middle of it.
+"""Resumes training in the other form, from a checkpoint in the middle of a run.
 
 A classifier of scikit-learn's digits is trained for a while and saved with Orbax,
-optimizer state included. The checkpoint is converted; training goes on from both
-checkpoints, in both forms, and both losses are plotted: they coincide. Once with a Flax
-linen TrainState in a CheckpointManager, once with an nnx.Optimizer.
+optimizer state included. The checkpoint is converted, and training resumes in both
+forms from both checkpoints; the losses coincide. Runs with a linen TrainState in a
+CheckpointManager, and with an nnx.Optimizer.
 
     python examples/resume_training.py --help
 """
@@ -44,7 +44,7 @@ class Digits(nn.Module):
 
 
 class NnxDigits(nnx.Module):
-    """The same in NNX."""
+    """The same classifier in NNX."""
 
     def __init__(self, rngs: nnx.Rngs):
         self.conv = nnx.Conv(1, 16, (3, 3), strides=2, rngs=rngs)
@@ -59,7 +59,7 @@ class NnxDigits(nnx.Module):
 
 
 def batches(first: int, last: int, size: int = 64) -> list[tuple[Any, Any]]:
-    """The batches of some steps: each step has its own, whoever asks for it."""
+    """Return the batches of some steps; a step always has the same batch."""
     digits: Any = load_digits()
     x = (digits.images / 16.0).astype(np.float32)[..., None]
     y = digits.target.astype(np.int32)
@@ -71,13 +71,13 @@ def batches(first: int, last: int, size: int = 64) -> list[tuple[Any, Any]]:
 
 
 def cross_entropy(logits: Array, y: Array) -> Array:
-    """The mean loss of a batch."""
+    """Return the mean loss of a batch."""
     return optax.softmax_cross_entropy_with_integer_labels(logits, y).mean()
 
 
 @jax.jit
 def linen_step(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Array]:
-    """One step of a TrainState."""
+    """Update a TrainState by one step."""
 
     def loss(params: Any) -> Array:
         return cross_entropy(state.apply_fn({"params": params}, x), y)
@@ -88,7 +88,7 @@ def linen_step(state: TrainState, x: Array, y: Array) -> tuple[TrainState, Array
 
 @nnx.jit
 def nnx_step(model: nnx.Module, optimizer: nnx.Optimizer, x: Array, y: Array) -> Array:
-    """One step of an NNX model, in place."""
+    """Update an NNX model by one step, in place."""
 
     def loss(model: Any) -> Array:
         return cross_entropy(model(x), y)
@@ -99,7 +99,7 @@ def nnx_step(model: nnx.Module, optimizer: nnx.Optimizer, x: Array, y: Array) ->
 
 
 def run_linen(out: Path, until: int, more: int) -> dict[str, list[float]]:
-    """Trains a TrainState; the losses of the steps that both forms went on."""
+    """Train and resume a TrainState; return the losses after resuming in each form."""
     dense, conv = out / "linen", out / "linen_conv"
     model = Digits()
     params = model.init(jax.random.key(0), batches(0, 1)[0][0])["params"]
@@ -121,7 +121,7 @@ def run_linen(out: Path, until: int, more: int) -> dict[str, list[float]]:
             losses.append(float(loss))
         return losses
 
-    # What to restore into: the same TrainState, and the same for the model's conv form.
+    # The structures to restore into: a new TrainState, and its conv form.
     start = TrainState.create(apply_fn=model.apply, params=params, tx=TX)
     return {
         "dense": go_on(dense, start),
@@ -130,7 +130,7 @@ def run_linen(out: Path, until: int, more: int) -> dict[str, list[float]]:
 
 
 def run_nnx(out: Path, until: int, more: int) -> dict[str, list[float]]:
-    """Trains an NNX model; the losses of the steps that both forms went on."""
+    """Train and resume an NNX model; return the losses after resuming in each form."""
     dense, conv = out / "nnx", out / "nnx_conv"
     model = NnxDigits(nnx.Rngs(0))
     optimizer = nnx.Optimizer(model, TX, wrt=nnx.Param)
@@ -167,7 +167,7 @@ def run_nnx(out: Path, until: int, more: int) -> dict[str, list[float]]:
 
 
 def save_picture(path: Path, found: dict[str, dict[str, list[float]]], at: int) -> None:
-    """Plots the losses of both forms, over each other."""
+    """Plot the losses of both forms over each other."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -180,7 +180,7 @@ def save_picture(path: Path, found: dict[str, dict[str, list[float]]], at: int) 
         axis.plot(steps, losses["conv"], color="black", linewidth=1, linestyle="--")
         axis.set_title(name)
         axis.set_xlabel("step")
-        axis.legend(["went on as Dense", "went on as Conv"])
+        axis.legend(["resumed as Dense", "resumed as Conv"])
     axes[0].set_ylabel("loss")
     figure.tight_layout()
     figure.savefig(path, dpi=110)
@@ -188,9 +188,11 @@ def save_picture(path: Path, found: dict[str, dict[str, list[float]]], at: int) 
 
 
 def main() -> None:
-    """Runs both stories; raises if the losses part."""
+    """Run both; raise if the losses differ."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--steps", type=int, default=100, help="before, and after")
+    parser.add_argument(
+        "--steps", type=int, default=100, help="steps before and after converting"
+    )
     parser.add_argument(
         "--out",
         type=Path,
@@ -215,7 +217,7 @@ def main() -> None:
         apart = np.abs(dense - conv).max()
         print(f"{name:18}  {dense[0]:10.4f}  {dense[-1]:9.4f}  {apart:18.1e}")
         if apart > 1e-3:
-            raise SystemExit("the losses of the two forms part")
+            raise SystemExit("the losses of the two forms differ")
     save_picture(out / "losses.png", found, options.steps)
     print(f"\nThe losses coincide. See losses.png in {options.out}")
 

@@ -36,7 +36,7 @@ def test_book():
     ):
         assert row in done.stdout
     assert "position (1, 1) of it is the Dense's value" in done.stdout
-    assert "lost: the stride skips the centre" in done.stdout
+    assert "lost: the stride skips the center" in done.stdout
     if importlib.util.find_spec("torch") is not None:
         assert "PyTorch Conv2d: [-0.47746772 -2.146881  ]" in done.stdout
 

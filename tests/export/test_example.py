@@ -26,7 +26,9 @@ def test_edge_digits(tmp_path):
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    right = dict(re.findall(r"^(\w+) .* KiB +(\S+) % right", done.stdout, re.MULTILINE))
+    right = dict(
+        re.findall(r"^(\w+) .* KiB +(\S+) % correct", done.stdout, re.MULTILINE)
+    )
     assert right["dense"] == right["conv"] == right["mix"]
     assert float(right["conv"]) > 90
     assert abs(float(right["int8"]) - float(right["conv"])) < 2
