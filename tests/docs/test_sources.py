@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import chapter_data
+import check_prose
 import docstrings
 import generated_pages
 import pytest
@@ -60,6 +61,28 @@ def test_a_workaround_without_a_reason_is_an_error(monkeypatch):
     monkeypatch.setattr(reasons, "reasons", dict)
     with pytest.raises(ValueError, match="no reason in the code"):
         reasons.table()
+
+
+def test_the_prose_avoids_the_listed_phrases(monkeypatch):
+    monkeypatch.setattr(sys, "argv", ["check_prose.py"])
+    assert check_prose.main() == 0
+
+
+@pytest.mark.parametrize(
+    ("text", "phrase"),
+    [
+        ("A TPU that is not here.", "that is not here"),
+        ("It tells whether they differ.", "tells whether"),
+        ("There Is No Kernel; it is no matrix.", "Is No Kernel"),
+    ],
+)
+def test_a_phrase_to_avoid_is_found(text, phrase):
+    assert [found for _, found, _ in check_prose.findings(text)][:1] == [phrase]
+
+
+def test_plain_prose_is_not_complained_about():
+    text = "The batch is no longer static. Rules are not merged; see the way it works."
+    assert list(check_prose.findings(text)) == []
 
 
 def cut_rows(text):
