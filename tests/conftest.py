@@ -1,5 +1,6 @@
 import dataclasses
 import os
+from pathlib import Path
 from typing import Any
 
 import jax
@@ -13,6 +14,29 @@ from fcconv_jax.verification.agreement import named_leaves, working_errors
 from fcconv_jax.verification.moved import MOVED, moved_by_an_ulp
 from fcconv_jax.verification.reading import Reading
 
+# Marked `versions`: what releases of JAX, Flax, Optax and Orbax change (tracing,
+# modules, transformations, states, checkpoint handlers, shardings, compilers).
+# `.ci/run` runs these on the oldest and the newest versions, about three minutes each.
+VERSIONS = (
+    "backends/test_ce*.py",
+    "checkpoints/test_msgpack.py",
+    "checkpoints/test_orbax.py",
+    "dense_prediction/test_random_networks.py",
+    "frontends/function/test_model.py",
+    "frontends/linen/test_model.py",
+    "frontends/nnx/test_model.py",
+    "frontends/test_jitted.py",
+    "mesh/*.py",
+    "params/test_trees.py",
+    "params/test_opt_state.py",
+    "planning/test_symbolic_shapes.py",
+    "test_public.py",
+    "test_strict_switches.py",
+    "tracing/*.py",
+    "verification/test_verify.py",
+    "verification/test_verify_nnx.py",
+)
+
 
 def pytest_configure(config):
     """Keeps what XLA compiles: both workers share it, and a second run is quicker."""
@@ -20,6 +44,15 @@ def pytest_configure(config):
     if cache is not None and "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         jax.config.update("jax_compilation_cache_dir", str(cache.mkdir("jax")))
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
+
+
+def pytest_collection_modifyitems(items):
+    here = Path(__file__).parent
+    for item in items:
+        if item.path.is_relative_to(here) and any(
+            item.path.relative_to(here).match(pattern) for pattern in VERSIONS
+        ):
+            item.add_marker(pytest.mark.versions)
 
 
 def integers(tree, seed=0, high=3):

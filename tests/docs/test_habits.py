@@ -5,6 +5,7 @@ import subprocess
 import tomllib
 from pathlib import Path
 
+import conftest
 import pytest
 import yaml
 
@@ -24,8 +25,8 @@ def test_ci_runs_every_group():
     workflow = yaml.safe_load((ROOT / ".github" / "workflows" / "ci.yml").read_text())
     matrix = workflow["jobs"]["group"]["strategy"]["matrix"]
     run = {*matrix["group"], *(each["group"] for each in matrix["include"])}
-    # `newest` looks for another Python; the matrix has them all.
-    assert run == set(groups()) - {"newest"}
+    # The matrix runs `tests` on the oldest and the newest versions.
+    assert run == set(groups()) - {"oldest", "newest"}
 
 
 def test_ci_has_every_python_that_the_project_names():
@@ -38,6 +39,11 @@ def test_ci_has_every_python_that_the_project_names():
 def test_all_groups_run_without_arguments():
     (listed,) = re.findall(r"^all=\((.*)\)$", (ROOT / ".ci" / "run").read_text(), re.M)
     assert listed.split() == groups()
+
+
+def test_the_marker_of_versions_names_test_files_that_there_are():
+    for pattern in conftest.VERSIONS:
+        assert list((ROOT / "tests").glob(pattern)), pattern
 
 
 def test_an_unknown_group_is_named():
