@@ -55,6 +55,21 @@ def pytest_collection_modifyitems(items):
             item.add_marker(pytest.mark.versions)
 
 
+_missing_extras = set()
+
+
+def pytest_report_teststatus(report):
+    """Counts the tests of a module that need the same missing extra as one skip."""
+    if report.skipped and isinstance(report.longrepr, tuple):
+        reason = report.longrepr[2].removeprefix("Skipped: ")
+        module = report.nodeid.partition("::")[0]
+        if reason.startswith("needs: pip install"):
+            if (module, reason) in _missing_extras:
+                return "", "", ""
+            _missing_extras.add((module, reason))
+    return None
+
+
 def integers(tree, seed=0, high=3):
     """Arrays of small integers in the shapes of a tree: sums of products are exact."""
     rng = np.random.default_rng(seed)

@@ -185,7 +185,7 @@ def test_flax_dense_and_conv_agree_exactly(letters, window, groups):
 
 
 def test_torch_linear_and_conv2d_agree_exactly():
-    torch = pytest.importorskip("torch")
+    torch = pytest.importorskip("torch", reason="needs: pip install -e '.[torch]'")
     rng = np.random.default_rng(2)
     x = rng.integers(-8, 8, (2, 3, 4, 5)).astype(np.float32)  # NCHW
     linear = torch.nn.Linear(3 * 4 * 5, 6)

@@ -39,7 +39,7 @@ def test_outputs_are_stripped(path):
 def test_runs_on_a_cpu(path, tmp_path):
     if path.stem == "colab_edge":
         for package in ("ai_edge_litert", "ethosu.vela"):
-            why = "wants: pip install -e '.[vela]'"
+            why = "needs: pip install -e '.[vela]'"
             pytest.importorskip(package, reason=why)
     command = [
         *(sys.executable, "-m", "nbconvert", "--execute", "--to", "markdown"),

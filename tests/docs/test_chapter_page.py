@@ -15,7 +15,7 @@ import pytest
 import fcconv_jax as fc
 from fcconv_jax.geometry.convolution import resolve_geometry
 
-selenium = pytest.importorskip("selenium", reason="wants: pip install -e '.[docs]'")
+selenium = pytest.importorskip("selenium", reason="needs: pip install -e '.[docs]'")
 from selenium import webdriver  # noqa: E402
 from selenium.webdriver.common.by import By  # noqa: E402
 from selenium.webdriver.common.keys import Keys  # noqa: E402

@@ -87,7 +87,7 @@ def test_a_window_that_a_chip_lacks_is_said_as_1x1():
 
 
 def test_what_no_form_makes_legal_is_named(tmp_path):
-    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
+    pytest.importorskip("ai_edge_litert", reason="needs: pip install -e '.[litert]'")
     model = Vision()
     x = normal(1, 64, 64, 3)
     params = model.init(jax.random.key(0), x)
@@ -117,8 +117,8 @@ def test_a_mix_needs_a_chip(tmp_path):
 @pytest.mark.parametrize("accelerator", ["ethos-u55", "ethos-u65", "ethos-u85"])
 @pytest.mark.parametrize("name", ["vision", "digits", "mobile"])
 def test_velas_mix_is_no_slower_than_either_form(name, accelerator, tmp_path):
-    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
-    pytest.importorskip("ethosu.vela", reason="needs the extra vela")
+    pytest.importorskip("ai_edge_litert", reason="needs: pip install -e '.[litert]'")
+    pytest.importorskip("ethosu.vela", reason="needs: pip install -e '.[vela]'")
     if name == "vision":
         model, inputs = Vision(), (normal(1, 64, 64, 3),)
         params = model.init(jax.random.key(0), *inputs)
@@ -150,7 +150,7 @@ def test_a_form_that_vela_refuses(form, tmp_path, monkeypatch):
 
     monkeypatch.setattr(vela, "available", lambda: True)
     monkeypatch.setattr(vela, "compile_file", refuse)
-    pytest.importorskip("litert_quantizer", reason="needs the extra litert")
+    pytest.importorskip("litert_quantizer", reason="needs: pip install -e '.[litert]'")
     model, params, inputs = MODELS["mlp"]()
     options = {"path": tmp_path / "m.tflite", "progress": False}
     report = fc.export(model, params, *inputs, to=form, chip="ethos-u55", **options)

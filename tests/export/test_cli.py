@@ -11,7 +11,7 @@ from fcconv_jax.cli import app
 
 from .models import MODELS
 
-pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
+pytest.importorskip("ai_edge_litert", reason="needs: pip install -e '.[litert]'")
 
 CODE = """
 import flax.linen as nn

@@ -12,7 +12,7 @@ from .models import MODELS
 from .test_planted_defects import DEFECTS
 
 if importlib.util.find_spec("coremltools") is None:
-    pytest.skip("needs the extra coreml", allow_module_level=True)
+    pytest.skip("needs: pip install -e '.[coreml]'", allow_module_level=True)
 
 
 def write(name, folder, form="conv"):
@@ -70,7 +70,7 @@ def test_other_params(tmp_path):
 )
 def test_planted_geometry(changes, tmp_path):
     """What is not run is read; what changes a shape, coremltools itself refuses."""
-    ct = pytest.importorskip("coremltools")
+    ct = pytest.importorskip("coremltools", reason="needs: pip install -e '.[coreml]'")
     report = write("digits", tmp_path)
     (file,) = (tmp_path / "conv.mlpackage").rglob("*.mlmodel")
     spec = ct.proto.Model_pb2.Model()

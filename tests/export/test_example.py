@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[2]
-pytest.importorskip("litert_quantizer", reason="needs the extra litert")
+pytest.importorskip("litert_quantizer", reason="needs: pip install -e '.[litert]'")
 
 
 @pytest.mark.slow

@@ -20,7 +20,7 @@ MATMULS = {"FULLY_CONNECTED", "BATCH_MATMUL", "Gemm", "MatMul"}
 def needs(to):
     """Skips where the extra is missing; finds the package without importing it."""
     if importlib.util.find_spec(RUNTIMES[to]) is None:
-        pytest.skip(f"needs the extra {to}")
+        pytest.skip(f"needs: pip install -e '.[{to}]'")
 
 
 @pytest.fixture(params=RUNTIMES)

@@ -96,7 +96,7 @@ def test_an_activation_of_openvino(tmp_path):
 
 
 def test_a_pool_of_coreml(tmp_path):
-    ct = pytest.importorskip("coremltools")
+    ct = pytest.importorskip("coremltools", reason="needs: pip install -e '.[coreml]'")
     model, params, inputs = MODELS["digits"]()
     path = tmp_path / "m.mlpackage"
     report = fc.export(model, params, *inputs, path=path, progress=False)
@@ -114,7 +114,7 @@ def test_a_pool_of_coreml(tmp_path):
 def test_another_program(to, tmp_path):
     needed = {"iree": "iree", "stablehlo": "flatbuffers"}[to]
     if importlib.util.find_spec(needed) is None:
-        pytest.skip(f"needs the extra {to}")
+        pytest.skip(f"needs: pip install -e '.[{to}]'")
     suffix = {"iree": "vmfb", "stablehlo": "stablehlo"}[to]
     params, x = {"w": normal(6, 6)}, normal(2, 6)
     options = {"progress": False}
@@ -141,7 +141,7 @@ def test_another_program(to, tmp_path):
 
 @pytest.mark.parametrize("what", ["zero point", "scale"])
 def test_the_steps_of_an_int8_activation(what, tmp_path):
-    pytest.importorskip("litert_quantizer", reason="needs the extra litert")
+    pytest.importorskip("litert_quantizer", reason="needs: pip install -e '.[litert]'")
     model, params, inputs = MODELS["digits"]()
     path = tmp_path / "m.tflite"
     options = {"path": path, "progress": False}
@@ -171,7 +171,7 @@ def test_half_a_file(to, part, tmp_path):
         "stablehlo": ("flatbuffers", "stablehlo", "stablehlo"),
     }[to]
     if importlib.util.find_spec(module) is None:
-        pytest.skip(f"needs the extra {to}")
+        pytest.skip(f"needs: pip install -e '.[{to}]'")
     path = tmp_path / f"m.{suffix}"
     params = {"w": normal(6, 6)}
     options = {"path": path, "progress": False}

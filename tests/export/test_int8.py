@@ -12,7 +12,7 @@ from fcconv_jax.export.runtimes.litert import int8
 
 from .models import MODELS, normal
 
-pytest.importorskip("litert_quantizer", reason="needs the extra litert")
+pytest.importorskip("litert_quantizer", reason="needs: pip install -e '.[litert]'")
 
 
 def export(name, folder, form="conv", **options):

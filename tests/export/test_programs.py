@@ -27,7 +27,7 @@ def find(name):
 @pytest.fixture(params=NEEDS)
 def to(request):
     if find(NEEDS[request.param]) is None:
-        pytest.skip(f"needs the extra {request.param}")
+        pytest.skip(f"needs: pip install -e '.[{request.param}]'")
     return request.param
 
 
@@ -67,7 +67,7 @@ def test_other_params_are_caught(to, tmp_path):
 
 def test_params_that_are_damaged_beside_a_module(tmp_path):
     if find("iree.compiler") is None:
-        pytest.skip("needs the extra iree")
+        pytest.skip("needs: pip install -e '.[iree]'")
     report = write("digits", "iree", tmp_path)
     beside = Path(report.path).with_suffix(".safetensors")
     arrays = load_file(beside)
@@ -85,7 +85,7 @@ def test_params_that_are_damaged_beside_a_module(tmp_path):
 
 def test_any_batch_and_any_program_in_stablehlo(tmp_path):
     if find("flatbuffers") is None:
-        pytest.skip("needs the extra stablehlo")
+        pytest.skip("needs: pip install -e '.[stablehlo]'")
 
     def model(params, x):
         step = jax.checkpoint(lambda carry, row: (carry + row @ params["w"], carry))

@@ -1,6 +1,6 @@
 import pytest
 
-pytest.importorskip("transformers", reason="the zoo wants: pip install -e '.[zoo]'")
+pytest.importorskip("transformers", reason="needs: pip install -e '.[zoo]'")
 
 from .everyone import everyone
 from .examine import examine
