@@ -20,9 +20,19 @@ from ..tracing.jaxprs import (
     evaluate,
     opened,
     scan_parts,
+    unplaced,
 )
+from ..tracing.primitives import (
+    CUSTOM_VJPS,
+    ELEMENTWISE,
+    ENTRYWISE,
+    REMATS,
+    ROUNDING,
+    SAME,
+)
+from .alignment import aligned, broadcast_data
 from .maps import Map
-from .rules import ELEMENTWISE, RULES, aligned, broadcast_data
+from .rules import RULES
 from .values import Grid, NotSharedError, Value, all_own, array_of
 
 # A scan of more steps is not written out: it runs on each crop's own arrays.
@@ -34,10 +44,12 @@ class Interpreter:
 
     Args:
       left: is told why crops stopped sharing, a reason at a time.
+      placed: whether equations may place their results on devices.
     """
 
-    def __init__(self, left: Counter[str]):
+    def __init__(self, left: Counter[str], placed: bool = True):
         self.left = left
+        self.placed = placed
         self.maps: dict[Grid, Map] = {}  # the last one made, along each image axis
 
     def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Value]:
@@ -47,10 +59,14 @@ class Interpreter:
     def _visit(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
         values = list(map(_value, operands))
         name = eqn.primitive.name
+        if not self.placed:
+            if name in SAME:
+                return values
+            eqn = unplaced(eqn)
         if not any(value.differs for value in values):
             return self._plain(eqn, values)
         try:
-            if bodies(eqn) and name != "custom_vjp_call":
+            if bodies(eqn) and name not in CUSTOM_VJPS:
                 return self._body(eqn, values)
             if name in RULES:
                 outs = RULES[name](eqn, values)
@@ -71,7 +87,9 @@ class Interpreter:
                 return RULES[eqn.primitive.name](eqn, values)
             except NotSharedError:
                 pass
-        if eqn.primitive.name in ELEMENTWISE and any(v.parts for v in values):
+        if eqn.primitive.name in ELEMENTWISE | ROUNDING and any(
+            v.parts for v in values
+        ):
             try:
                 return self._known(
                     lambda: RULES[eqn.primitive.name](eqn, values), values
@@ -110,7 +128,7 @@ class Interpreter:
         body = call_body(eqn)
         if name == "custom_jvp_call" and _is_elementwise(body):
             return self._with_rule(eqn, body, values)
-        if name in ("checkpoint", "remat", "remat2"):
+        if name in REMATS:
             p = eqn.params
             return _through(
                 lambda f: jax.checkpoint(
@@ -241,7 +259,7 @@ def _is_elementwise_within(jaxpr: Any) -> bool:
 def _entry_by_entry(eqn: Any) -> bool:
     if eqn.primitive.name == "broadcast_in_dim":
         return eqn.invars[0].aval.shape == ()
-    return eqn.primitive.name in ELEMENTWISE
+    return eqn.primitive.name in ENTRYWISE
 
 
 def _through(

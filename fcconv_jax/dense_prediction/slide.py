@@ -13,6 +13,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ..backends.options import convolution_options
 from ..frontends.jitted import Jitted
@@ -20,16 +21,15 @@ from ..frontends.kinds import kind_of
 from ..progress import ProgressOption
 from ..tracing import arguments
 from ..tracing.cost import flops, largest
-from ..tracing.jaxprs import evaluate
+from ..tracing.jaxprs import jaxpr_as_fun, opened
 from ..tracing.user_code import explained
+from . import costs
 from .interpreter import Interpreter
 from .maps import crops
 from .report import SlideReport
 from .tiles import write_tiles
 from .values import Grid, Part, Value, all_own, array_of
 
-# Sharing must save this much of the arithmetic to be worth what it costs.
-_WORTH = 1.5
 # Positions that a search for the default stride looks at, along each axis.
 _LOOKED_AT = 65
 
@@ -49,7 +49,7 @@ def slide(
     pools, dense layers behind a flatten, global pools and everything that works entry
     by entry are shared. From where crops differ everywhere on (a norm over space, a
     position embedding, attention) each crop is computed by itself, in a batch; so is
-    the whole function where sharing would not pay. ``grid.report(...)`` says which.
+    the whole function where sharing would not pay. ``grid.report(...)`` shows which.
 
     Args:
       model: a function ``f(params, crops)`` (what is before the crops may be anything,
@@ -76,7 +76,7 @@ def slide(
 
     Raises:
       TypeError: the model is of another kind.
-      ValueError: the window or stride is no positive size.
+      ValueError: the window or stride isn't positive.
 
     Source:
       Sermanet et al., *OverFeat* (2014); Long et al., *Fully Convolutional
@@ -230,10 +230,11 @@ class Slide:
         for axis, size in zip(self.axes, self.window):
             crop[axis] = size
         with explained():
-            jaxpr, out = jax.make_jaxpr(call, return_shape=True)(
-                leaves, jax.ShapeDtypeStruct(tuple(crop), images.dtype)
+            like = jax.ShapeDtypeStruct(
+                tuple(crop), images.dtype, sharding=_crop_sharding(images, self.axes)
             )
-        stride = self.stride or own_stride(jaxpr, leaves, crop, images.dtype, self.axes)
+            jaxpr, out = jax.make_jaxpr(call, return_shape=True)(leaves, like)
+        stride = self.stride or own_stride(jaxpr, leaves, like, self.axes)
         around = self.padding == "image"
         return _Program(
             jaxpr, out, leaves, images, self.window, stride, self.axes, around
@@ -252,7 +253,7 @@ class NnxSlide(Slide):
         self.function.__name__ = type(model).__name__
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model on every crop; it is read anew, so training goes on."""
+        """The model on every crop; its params are read at each call."""
         return super().__call__(*self._with_state(args), **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
@@ -293,7 +294,7 @@ class _Program:
         """The outputs, with the batch first and then the positions."""
         operands = (*jax.tree.leaves(self.leaves), self.images)
         if self.report.shares:
-            outs = evaluate(self._shared[0], operands)
+            outs = jaxpr_as_fun(self._shared[0])(*operands)
         else:
             outs = self._outputs(True, *operands)
         shapes, tree = jax.tree.flatten(self.out)
@@ -310,7 +311,7 @@ class _Program:
 
     @functools.cached_property
     def report(self) -> SlideReport:
-        """What is shared, and what it saves."""
+        """Report of what is shared and saved."""
         jaxpr, left = self._shared
         positions = tuple(
             (self.images.shape[axis] - size) // step + 1
@@ -327,7 +328,7 @@ class _Program:
             crop_bytes=largest(self.jaxpr) * count,
             bytes=largest(jaxpr),
             left=tuple(left.items()),
-            shares=self.padded_outside or one * count >= _WORTH * whole,
+            shares=self.padded_outside or one * count >= costs.WORTH_WHOLE * whole,
             exact=not self.padded_outside,
         )
 
@@ -342,17 +343,74 @@ class _Program:
     def _outputs(
         self, own: bool, *operands: Any, left: Counter[str] | None = None
     ) -> list[Any]:
-        *leaves, images = operands
-        value = image_value(
-            images, self.window, self.stride, self.axes, self.padded_outside
-        )
-        interpreter = Interpreter(Counter() if left is None else left)
-        outs = interpreter.run(self.jaxpr, [*leaves, all_own(value) if own else value])
+        mesh = _explicit_mesh(self.jaxpr)
         counts = [
-            (images.shape[axis] - size) // step + 1
+            (self.images.shape[axis] - size) // step + 1
             for axis, size, step in zip(self.axes, self.window, self.stride)
         ]
-        return [_on_all(out, counts) for out in outs]
+
+        def run(*operands: Any) -> list[Any]:
+            *leaves, images = operands
+            value = image_value(
+                images, self.window, self.stride, self.axes, self.padded_outside
+            )
+            interpreter = Interpreter(
+                Counter() if left is None else left, placed=mesh is None
+            )
+            outs = interpreter.run(
+                self.jaxpr, [*leaves, all_own(value) if own else value]
+            )
+            return [_on_all(out, counts) for out in outs]
+
+        shardings = [
+            _with_free_axes(var.aval.sharding, len(counts))
+            for var in opened(self.jaxpr)[0].outvars
+        ]
+        return _automatic(run, mesh, shardings)(*operands)
+
+
+def _crop_sharding(images: Any, axes: Sequence[int]) -> NamedSharding | None:
+    """Placement of a crop on an Explicit mesh: whole along the axes that slide."""
+    aval = images if isinstance(images, jax.ShapeDtypeStruct) else jax.typeof(images)
+    sharding = getattr(aval, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not _is_explicit(sharding):
+        return None
+    spec = [*sharding.spec, *(None,) * (len(images.shape) - len(sharding.spec))]
+    for axis in axes:
+        spec[axis] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _is_explicit(sharding: Any) -> bool:
+    return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def _explicit_mesh(jaxpr: Any) -> Any:
+    """The mesh whose axes a trace has in its types; None if it has none."""
+    body, _ = opened(jaxpr)
+    known = (getattr(var.aval, "sharding", None) for var in body.invars)
+    return next((each.mesh for each in known if each and _is_explicit(each)), None)
+
+
+def _with_free_axes(sharding: Any, count: int) -> NamedSharding:
+    spec = PartitionSpec(*(None,) * count, *sharding.spec)
+    return NamedSharding(sharding.mesh, spec)
+
+
+def _automatic(run: Callable[..., Any], mesh: Any, out: Any) -> Callable[..., Any]:
+    """Lets the compiler place what is inside a function on an Explicit mesh.
+
+    A crop's array fixes which of its axes are placed where; what crops share has other
+    axes, whose placement would have to be stated at each reshape.
+    """
+    if mesh is None:
+        return run
+    axes = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types)
+        if kind == AxisType.Explicit
+    ]
+    return jax.sharding.auto_axes(run, axes=tuple(axes), out_sharding=out)
 
 
 def image_value(
@@ -371,22 +429,26 @@ def image_value(
 
 
 def own_stride(
-    jaxpr: Any, leaves: Any, crop: Sequence[int], dtype: Any, axes: Sequence[int]
+    jaxpr: Any, leaves: Any, crop: jax.ShapeDtypeStruct, axes: Sequence[int]
 ) -> tuple[int, ...]:
     """The smallest step at which crops share the last layer of a function."""
-    shape = list(crop)
+    shape = list(crop.shape)
     for axis in axes:
         shape[axis] += _LOOKED_AT - 1
-    window = [crop[axis] for axis in axes]
+    window = [crop.shape[axis] for axis in axes]
     found: dict[Grid, Any] = {}
 
-    def look(leaves: Any, images: Any) -> None:
+    mesh = _explicit_mesh(jaxpr)
+
+    def look(leaves: Any, images: Any) -> tuple[()]:
         value = image_value(images, window, (1,) * len(axes), axes)
-        interpreter = Interpreter(Counter())
+        interpreter = Interpreter(Counter(), placed=mesh is None)
         interpreter.run(jaxpr, [*jax.tree.leaves(leaves), value])
         found.update(interpreter.maps)
+        return ()
 
-    jax.eval_shape(look, leaves, jax.ShapeDtypeStruct(tuple(shape), dtype))
+    images = jax.ShapeDtypeStruct(tuple(shape), crop.dtype, sharding=crop.sharding)
+    jax.eval_shape(_automatic(look, mesh, ()), leaves, images)
     steps = []
     for index, size in enumerate(window):
         map_ = found.get(Grid(index))

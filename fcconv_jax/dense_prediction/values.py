@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -17,7 +17,7 @@ from .maps import PADDING, Map, distinct
 
 
 class NotSharedError(Exception):
-    """Crops cannot share an equation's result; the message says why."""
+    """Crops cannot share an equation's result; the message is the reason."""
 
 
 @dataclasses.dataclass(frozen=True, order=True)
@@ -108,6 +108,9 @@ class Value:
         """Other data with other parts."""
         parts = tuple(part for group in groups for part in group)
         return Value(data, self.fronts, parts, tuple(map(len, groups)))
+
+
+Rule = Callable[[Any, Sequence[Value]], list[Value]]
 
 
 def take(data: Any, places: Any, axis: int) -> Any:

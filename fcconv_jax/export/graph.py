@@ -108,6 +108,11 @@ class Value:
         source = self.source and self.source.then(kind, *details)
         return Value(tuple(data.shape), self.dtype, data, source, self.leaves)
 
+    def repeated(self, data: Any) -> Value:
+        """A constant with repeated entries: no rearranged parameter any more."""
+        data = np.ascontiguousarray(data)
+        return Value(tuple(data.shape), self.dtype, data, None, self.leaves)
+
 
 def constant(data: Any, dtype: Any = None) -> Value:
     """A constant that comes from no parameter."""

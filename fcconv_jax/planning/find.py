@@ -10,10 +10,18 @@ from typing import Any
 from jax import lax
 
 from ..tracing.jaxprs import Literal, bodies, opened, scan_parts, subjaxprs
+from ..tracing.primitives import (
+    CUSTOM_VJPS,
+    ENTRYWISE,
+    MATMULS,
+    MOVES,
+    REDUCTIONS,
+    ROUNDING,
+    SAME,
+)
 from .factors import Axis, regroup, size
 from .matmul import (
     ACTIVE,
-    MATMULS,
     NUMBER,
     Matmul,
     Other,
@@ -24,20 +32,9 @@ from .matmul import (
 )
 
 # Equations that leave the entries of a weight in place, apart from dtype and sign.
-_SAME = frozenset(
-    """
-    convert_element_type copy copy_p name neg optimization_barrier pvary
-    reduce_precision sharding_constraint stop_gradient
-    """.split()
-)
+_KEPT = ROUNDING | {"neg"}
 # Equations whose result is one number everywhere if their operands are.
-_UNIFORM = _SAME | frozenset(
-    """
-    add broadcast_in_dim div exp exp2 expand_dims integer_pow log max min mul pow
-    reshape rsqrt sqrt square squeeze sub transpose
-    """.split()
-)
-_CUSTOM_VJP = ("custom_vjp_call", "custom_vjp_call_jaxpr")
+_UNIFORM = ENTRYWISE | MOVES | REDUCTIONS
 
 
 Memo = dict[Hashable, Program]
@@ -92,7 +89,7 @@ def _visit(
     if name in MATMULS:
         return [_matmul(program, eqn, ins, obstacle)]
     if bodies(eqn):
-        if name in _CUSTOM_VJP:
+        if name in CUSTOM_VJPS:
             obstacle = "inside a custom_vjp, whose rule expects it as it is"
         return _enter(program, eqn, ins, obstacle, memo)
     if any(True for _ in subjaxprs(eqn)):
@@ -134,7 +131,7 @@ def _mixed(ins: Sequence[Tag], how: str) -> Other:
 def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
     """The outputs of an equation that only moves or scales a weight, else None."""
     name, p = eqn.primitive.name, eqn.params
-    if name in ("optimization_barrier", "device_put"):
+    if name in SAME:
         return list(ins)
     weight = ins[0] if ins else None
     if name == "mul" and isinstance(ins[1], Weight):
@@ -145,7 +142,7 @@ def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
         return None
     shape = tuple(eqn.outvars[0].aval.shape)
     axes: Sequence[Axis] | None = None
-    if name in _SAME:
+    if name in _KEPT:
         axes = weight.axes
     elif name in ("mul", "div") and isinstance(scale, Other) and scale.uniform:
         axes = weight.axes if shape == tuple(map(size, weight.axes)) else None

@@ -18,7 +18,6 @@ from jax.ad_checkpoint import checkpoint_name
 from ..tracing.jaxprs import bind, evaluate, opened, policy_of, rerun
 from .factors import Axis, Factor, axes_of
 
-MATMULS = ("dot_general", "conv_general_dilated")
 _SAVED = "fcconv_jax.saved:"
 
 

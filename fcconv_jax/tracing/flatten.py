@@ -10,24 +10,7 @@ from typing import Any
 from ..kernels import channel_last, window_letters
 from .jaxprs import Literal, call_body, scan_parts
 from .marks import Frame, LayerInput, is_mark, marked_array
-
-# Shape-preserving: entry i of the output depends on entry i of the operands alone.
-_ELEMENTWISE = frozenset(
-    """
-    abs acos acosh add add_any and asin asinh atan atan2 atanh cbrt ceil clamp
-    convert_element_type copy copy_p cos cosh digamma div erf erf_inv erfc exp exp2
-    expm1 floor integer_pow is_finite lgamma log log1p logistic max min mul name neg
-    nextafter not one_minus_square optimization_barrier or pow pvary
-    reduce_precision rem round rsqrt
-    select_n sharding_constraint sign sin sinh sqrt square stop_gradient sub tan tanh
-    xor
-    """.split()
-)
-_POOLS = frozenset(
-    """
-    reduce_window reduce_window_max reduce_window_min reduce_window_sum cumsum
-    """.split()
-)
+from .primitives import ENTRYWISE, MATMULS, POOLS, SAME, SCANS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -179,7 +162,7 @@ def _ends(start: _Place, memo: dict[_Place, tuple[_Place, ...]]) -> tuple[_Place
 def _is_stretched(place: _Place) -> bool:
     """Whether an array repeats its entries, as the statistics of a norm's groups do.
 
-    Then its axes are no map that was flattened.
+    Then its axes don't form a map that was flattened.
     """
     eqn, _ = place.producer
     if eqn is None or eqn.primitive.name != "broadcast_in_dim":
@@ -206,10 +189,8 @@ def _sources(place: _Place) -> list[_Place]:
         axes = tuple(axis - stacked for axis in axes)
         inner = frame.enter(eqn, params["jaxpr"])
         return _variables([(inner, inner.jaxpr.outvars[index])], axes, sizes)
-    if name in _ELEMENTWISE:
-        operands = eqn.invars
-        if name == "optimization_barrier":
-            operands = [eqn.invars[index]]
+    if name in ENTRYWISE:
+        operands = [eqn.invars[index]] if name in SAME else eqn.invars
         if name == "select_n":
             operands = eqn.invars[1:]
         same = [v for v in operands if _carries(frame, v, place.shape)]
@@ -243,12 +224,16 @@ def _axes_before(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
         rank = len(eqn.invars[0].aval.shape)
         kept = [i for i in range(rank) if i not in params["dimensions"]]
         return tuple(kept[axis] for axis in axes)
+    if name == "expand_dims":
+        new = {dim % len(eqn.outvars[0].aval.shape) for dim in params["dimensions"]}
+        kept = [i for i in range(len(eqn.outvars[0].aval.shape)) if i not in new]
+        return None if new & set(axes) else tuple(map(kept.index, axes))
     if name == "broadcast_in_dim":
         return _unbroadcast(eqn, axes)
     if name == "reshape" and params["dimensions"] is None:
         operand, result = eqn.invars[0].aval.shape, eqn.outvars[0].aval.shape
         return _unflatten(operand, result, axes)
-    if name in _POOLS and len(axes) > 1:
+    if name in POOLS | SCANS and len(axes) > 1:
         return axes
     return None
 
@@ -354,7 +339,7 @@ def _main_operand(frame: Frame, eqn: Any) -> Any:
     operands = eqn.invars[1:] if eqn.primitive.name == "select_n" else eqn.invars
     if not operands:
         return Literal(0, None)
-    if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+    if eqn.primitive.name in MATMULS:
         return operands[0]
 
     def rank(var: Any) -> tuple[int, bool]:

@@ -11,7 +11,8 @@ parameters (``remat2``) and others a closed one; ``scan`` loses ``num_consts`` a
 - ``JaxprEqn``: ``primitive`` (its ``name``, ``bind``, ``get_bind_params`` and
   ``multiple_results``), ``params``, ``invars``, ``outvars``;
 - ``Var``: a key of dictionaries, and its ``aval``;
-- ``Literal``: a constant among the ``invars``, and its ``val``.
+- ``Literal``: a constant among the ``invars``, and its ``val``;
+- ``jaxpr_as_fun``: runs each equation under the mesh that it was traced under.
 """
 
 from __future__ import annotations
@@ -21,7 +22,16 @@ from typing import Any
 
 import jax
 from jax import lax
-from jax.extend.core import ClosedJaxpr, Jaxpr, JaxprEqn, Literal, Var
+from jax.extend.core import (
+    ClosedJaxpr,
+    Jaxpr,
+    JaxprEqn,
+    Literal,
+    Var,
+    jaxpr_as_fun,
+)
+
+from .primitives import CALLS, PLACES, REMATS
 
 __all__ = [
     "ClosedJaxpr",
@@ -33,29 +43,15 @@ __all__ = [
     "bodies",
     "call_body",
     "evaluate",
+    "jaxpr_as_fun",
     "opened",
     "policy_of",
     "rerun",
     "scan_parts",
     "subjaxprs",
+    "unplaced",
 ]
 
-# Primitives that only run their one sub-jaxpr on their operands, one to one. The
-# custom derivative rules among them do not change the value that is computed.
-_CALLS = {
-    "call",
-    "checkpoint",
-    "closed_call",
-    "core_call",
-    "core_closed_call",
-    "custom_jvp_call",
-    "custom_vjp_call",
-    "custom_vjp_call_jaxpr",
-    "jit",
-    "pjit",
-    "remat",
-    "remat2",
-}
 _BODY_NAMES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -107,7 +103,7 @@ def call_body(eqn: Any) -> Any | None:
       >>> len(opened(call_body(eqn))[0].eqns)
       1
     """
-    if eqn.primitive.name not in _CALLS:
+    if eqn.primitive.name not in CALLS:
         return None
     for name in _BODY_NAMES:
         if _is_jaxpr(eqn.params.get(name)):
@@ -208,7 +204,7 @@ def rerun(
     if name == "cond":
         which, *rest = operands
         return lax.switch(which, runs, rest)
-    if name in ("checkpoint", "remat", "remat2"):
+    if name in REMATS:
         policy = policy or p["policy"]
         body = jax.checkpoint(runs[0], prevent_cse=p["prevent_cse"], policy=policy)
         return body(list(operands))
@@ -222,7 +218,7 @@ def rerun(
 
 
 def policy_of(eqn: Any) -> Callable[..., Any] | None:
-    """What a remat is told to save; None for every other equation.
+    """Return the policy of a remat; None for every other equation.
 
     Example:
       >>> import jax
@@ -231,8 +227,7 @@ def policy_of(eqn: Any) -> Callable[..., Any] | None:
       >>> policy_of(jax.make_jaxpr(f)(1.0).eqns[0]) is keep
       True
     """
-    remat = eqn.primitive.name in ("checkpoint", "remat", "remat2")
-    return eqn.params["policy"] if remat else None
+    return eqn.params["policy"] if eqn.primitive.name in REMATS else None
 
 
 def _named_jit(run: Any, name: str) -> Any:
@@ -302,6 +297,20 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
         operands = [*functions, *operands]
     outs = eqn.primitive.bind(*operands, **params)
     return list(outs) if eqn.primitive.multiple_results else [outs]
+
+
+def unplaced(eqn: Any) -> Any:
+    """An equation that leaves it to the compiler where its result is placed.
+
+    Example:
+      >>> import jax
+      >>> cpu = jax.sharding.SingleDeviceSharding(jax.devices("cpu")[0])
+      >>> zeros = lambda: jax.lax.full((2,), 0.0, sharding=cpu)
+      >>> unplaced(jax.make_jaxpr(zeros)().eqns[0]).params["sharding"]
+    """
+    if not any(eqn.params.get(key) is not None for key in PLACES):
+        return eqn
+    return eqn.replace(params=eqn.params | dict.fromkeys(PLACES & eqn.params.keys()))
 
 
 def evaluate(

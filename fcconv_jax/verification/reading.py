@@ -33,6 +33,7 @@ from ..tracing.jaxprs import (
     scan_parts,
     subjaxprs,
 )
+from ..tracing.primitives import PLACES, SAME
 from .compiling import BackgroundProgram
 from .float64_convolution import convolve
 
@@ -43,23 +44,6 @@ _MASKS = frozenset(
     add and not or shift_left shift_right_arithmetic shift_right_logical sub xor
     """.split()
 )
-# Parameters that place a result on devices: the reference runs on one.
-_PLACES = ("out_sharding", "sharding", "dst_sharding", "src_sharding")
-_UNPLACED = frozenset(
-    {
-        "copy",
-        "copy_p",
-        "device_put",
-        "layout_constraint",
-        "mesh_cast",
-        "optimization_barrier",
-        "pvary",
-        "reduce_precision",
-        "reshard",
-        "sharding_constraint",
-    }
-)
-
 # Their own code, which combines two numbers, is made anew in float64.
 _SCATTERS = {
     "scatter": jax.lax.scatter,
@@ -327,7 +311,7 @@ def _widen_literal(atom: Any) -> Any:
 def _bind_wide(eqn: Any, ins: list[Any]) -> Sequence[Any]:
     """One equation with its floats widened."""
     name = eqn.primitive.name
-    if name in _UNPLACED:
+    if name in SAME or name == "reduce_precision":
         return ins
     if name == "convert_element_type":
         return [_convert(ins[0], widened(eqn.params["new_dtype"]))]
@@ -383,7 +367,7 @@ def _wide_equation(eqn: Any) -> Any:
 
 
 def _wide_param(key: str, value: Any) -> Any:
-    if key in _PLACES or key == "precision":
+    if key in PLACES or key == "precision":
         return None
     if isinstance(value, np.dtype | type) or type(value).__name__ == "dtype":
         return widened(value)

@@ -7,8 +7,7 @@ import pytest
 from random_networks import HEADS, LAYERS, crops_one_by_one, network
 
 import fcconv_jax as fc
-from fcconv_jax.dense_prediction import rules
-from fcconv_jax.dense_prediction import slide as slide_module
+from fcconv_jax.dense_prediction import costs
 
 EACH = 10
 
@@ -37,9 +36,9 @@ def _in_float64():
 def sharing(request, monkeypatch):
     """What is shared: also what would not pay on images as small as these."""
     if request.param == "all that can be":
-        monkeypatch.setattr(rules, "WORTH", 0.5)
-        monkeypatch.setattr(rules, "_PASS", 0.0)
-        monkeypatch.setattr(slide_module, "_WORTH", 0.0)
+        monkeypatch.setattr(costs, "WORTH", 0.5)
+        monkeypatch.setattr(costs, "PASS", 0.0)
+        monkeypatch.setattr(costs, "WORTH_WHOLE", 0.0)
 
 
 @pytest.mark.usefixtures("sharing")

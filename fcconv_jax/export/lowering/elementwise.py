@@ -9,43 +9,18 @@ from typing import Any
 import numpy as np
 
 from ...errors import ExportError
+from ...tracing.primitives import SAME
 from ..graph import Value, constant
 from .builder import Builder, rule
 
-_SAME = {
-    "abs": "abs",
-    "and": "and",
-    "ceil": "ceil",
-    "cos": "cos",
-    "div": "div",
-    "eq": "eq",
-    "erf": "erf",
-    "exp": "exp",
-    "floor": "floor",
-    "ge": "ge",
-    "gt": "gt",
-    "le": "le",
-    "log": "log",
-    "logistic": "logistic",
-    "lt": "lt",
-    "max": "max",
-    "min": "min",
-    "mul": "mul",
-    "ne": "ne",
-    "neg": "neg",
-    "or": "or",
-    "pow": "pow",
-    "rem": "rem",
-    "rsqrt": "rsqrt",
-    "sign": "sign",
-    "sin": "sin",
-    "sqrt": "sqrt",
-    "sub": "sub",
-    "tanh": "tanh",
-}
+# The graph has these under the names that JAX gives them.
+_OPERATIONS = """
+    abs add and ceil cos div eq erf exp floor ge gt le log logistic lt max min mul ne
+    neg not or pow rem round rsqrt sign sin sqrt sub tanh
+""".split()
 
 
-@rule(*_SAME, "add", "add_any", "not", "round")
+@rule(*_OPERATIONS, "add_any")
 def _elementwise(low: Builder, eqn: Any, *values: Value) -> Value:
     name = eqn.primitive.name
     out = eqn.outvars[0].aval
@@ -65,12 +40,11 @@ def _elementwise(low: Builder, eqn: Any, *values: Value) -> Value:
             "the model rounds halves away from zero; the runtimes round to even. "
             "Use jnp.round"
         )
-    op = "add" if name == "add_any" else _SAME.get(name, name)
+    op = "add" if name == "add_any" else name
     return low.add(op, values, out.shape, out.dtype)
 
 
-@rule("copy", "copy_p", "stop_gradient", "optimization_barrier", "name", "pvary")
-@rule("sharding_constraint", "reduce_precision", "layout_constraint", "checkpoint_name")
+@rule(*SAME, "reduce_precision")
 def _same(low: Builder, eqn: Any, *values: Value) -> Sequence[Value]:
     if eqn.primitive.name == "reduce_precision":
         info = np.finfo(values[0].dtype)

@@ -39,9 +39,7 @@ def _broadcast(low: Builder, eqn: Any, x: Value, *_: Value) -> Value:
     if x.shape == shape:
         return x
     if x.data is not None:
-        data = np.broadcast_to(x.data, shape)
-        # Entries repeated: not a parameter rearranged, but made of it alone.
-        return Value(shape, x.dtype, np.ascontiguousarray(data), None, x.leaves)
+        return x.repeated(np.broadcast_to(x.data, shape))
     return low.add("broadcast", [x], shape)
 
 
@@ -92,6 +90,8 @@ def _stack(low: Builder, eqn: Any, *values: Value) -> Value:
 
 @rule("tile")
 def _tile(low: Builder, eqn: Any, x: Value) -> Value:
+    if x.data is not None:
+        return x.repeated(np.tile(x.data, eqn.params["reps"]))
     for axis, count in enumerate(eqn.params["reps"]):
         if count > 1:
             shape = [n * count if i == axis else n for i, n in enumerate(x.shape)]
@@ -107,6 +107,17 @@ def _split(low: Builder, eqn: Any, x: Value) -> list[Value]:
         first[axis], last[axis] = start, start + size
         parts.append(low.slice(x, first, last))
         start += size
+    return parts
+
+
+@rule("unstack")
+def _unstack(low: Builder, eqn: Any, x: Value) -> list[Value]:
+    axis, shape = eqn.params["axis"], eqn.outvars[0].aval.shape
+    parts = []
+    for i in range(x.shape[axis]):
+        first, last = [0] * len(x.shape), list(x.shape)
+        first[axis], last[axis] = i, i + 1
+        parts.append(low.reshape(low.slice(x, first, last), shape))
     return parts
 
 

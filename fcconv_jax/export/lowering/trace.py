@@ -17,6 +17,7 @@ import numpy as np
 
 from ...errors import ExportError
 from ...tracing.jaxprs import bind, call_body, evaluate, opened, scan_parts
+from ...tracing.primitives import MOVES, SAME
 from ..graph import Graph, Source, Value, constant
 
 # Each module registers its rules when it is imported.
@@ -67,7 +68,8 @@ class Lowering(Builder):
         known = all(value.data is not None for value in values)
         # Keys that nothing is drawn from, as a carry of zeros has, do no harm.
         keys = any(value.dtype == _KEY for value in values)
-        moved = name in _MOVES and not keys
+        # The rules of these move a constant's entries, and remember how.
+        moved = name in SAME | MOVES and not keys
         if name == "random_bits":
             raise _refusal(eqn)
         if known and not moved and name not in ("scan", "while", "cond"):
@@ -197,13 +199,6 @@ def as_value(operand: Any) -> Value:
 def _is_key(array: Any) -> bool:
     dtype = getattr(array, "dtype", None)
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
-
-
-# Primitives whose rules move a constant's entries and remember how.
-_MOVES = frozenset(
-    """broadcast_in_dim copy copy_p expand_dims reshape rev slice squeeze transpose
-    stop_gradient""".split()
-)
 
 
 def _computed(eqn: Any, values: Sequence[Value]) -> list[Value]:
