@@ -120,14 +120,15 @@ def save_picture(path: Path, page: np.ndarray, scores: np.ndarray, found: Any) -
     import matplotlib.pyplot as plt
     from matplotlib.patches import Rectangle
 
-    figure, (left, right) = plt.subplots(1, 2, figsize=(12, 6), layout="constrained")
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 4.6), layout="constrained")
     left.imshow(page[..., 0], cmap="gray_r")
     for y, x, label in found:
         left.add_patch(Rectangle((x - 0.5, y - 0.5), 8, 8, fill=False, color="C3"))
         left.text(x, y - 1, str(label), color="C3", fontsize=8)
     left.set_title(f"{len(found)} digits found in one pass")
-    right.imshow(scores[..., :NOTHING].max(-1), cmap="magma", vmin=0, vmax=1)
-    right.set_title("probability of a digit at every position")
+    shown = right.imshow(scores[..., :NOTHING].max(-1), cmap="magma", vmin=0, vmax=1)
+    right.set_title("probability of a digit, by position")
+    figure.colorbar(shown, ax=right, shrink=0.8)
     for axes in (left, right):
         axes.set_axis_off()
     figure.savefig(path, dpi=100)
