@@ -8,8 +8,11 @@ import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from ..errors import CheckpointError
+from ..errors import CheckpointError, PlanError
+from ..params.leaves import convert_leaf
+from ..params.matching import Leaf, Move, find_moves
 from ..plan import Plan, in_words
 from ..progress import Progress, ProgressOption, shown
 from .checkpoint import (
@@ -23,6 +26,7 @@ from .checkpoint import (
     with_leaves,
 )
 from .content import ContentReport, Difference, differences
+from .entries import Moved
 from .extents import PIECE, File, Tell
 from .files import (
     PathLike,
@@ -40,7 +44,6 @@ from .files import (
     write_one,
 )
 from .formats import change_format, key_separator, split_paths
-from .matching import Found, find_moves
 from .stamp import Stamp
 
 
@@ -66,13 +69,13 @@ def convert_checkpoint(
     file, others are moved a piece at a time. However it ends, ``dst`` is what it was or
     the whole new checkpoint.
 
-    A checkpoint holds no optimizer, so its state is told from paths and shapes: a leaf
-    of an optimizer's state whose path ends in a planned parameter's path (``mu``,
-    ``nu``, ``trace``), or of a copy of the params (a running average), moves along when
-    it has the parameter's shape, stays when it is a scalar, and is refused otherwise
-    (factored statistics, moments of ``optax.flatten``). Optimizers that treat a
-    parameter by its number of axes (muon) cannot be told: convert their state with
-    :func:`fcconv_jax.convert_opt_state`.
+    Every copy of the params moves, as in :func:`fcconv_jax.convert_params`. A
+    checkpoint does not hold the optimizer, so paths and shapes show which leaves of its
+    state follow a parameter: one whose path ends in a planned parameter's path (``mu``,
+    ``nu``, ``trace``) moves if it has the parameter's shape, stays if it is a scalar,
+    and is refused otherwise (factored statistics, moments of ``optax.flatten``).
+    Optimizers that treat a parameter by its number of axes (muon) are not recognized:
+    convert their state with :func:`fcconv_jax.convert_opt_state`.
 
     Args:
       src: Orbax directory (one tree, a step, or a manager's), Flax msgpack file,
@@ -409,20 +412,23 @@ def _job(
         separator = key_separator([parts[0] for parts in paths])
     split = split_paths(paths, separator, file)
     found = {
-        split[parts]: Found(
+        split[parts]: Leaf(
             "/".join(parts), tuple(leaf.shape) if is_array(leaf) else None
         )
         for parts, (_, leaf) in zip(paths, leaves)
     }
     bases = [tuple(filter(None, prefix.split("/"))) for prefix in prefixes]
-    moves = find_moves(found, plan, file, bases, separator)
+    try:
+        moves = find_moves(found, plan, prefixes=bases, separator=separator)
+    except PlanError as error:
+        raise CheckpointError(f"{file}: {error}") from None
     out, converted = [], []
     for parts, (_, leaf) in zip(paths, leaves):
         move = moves.get(split[parts])
         if move is not None:
             name = "/".join(parts)
             try:
-                moved = move(leaf)
+                moved = _moved(leaf, move)
             except ValueError as error:
                 raise CheckpointError(f"{file}: leaf {name!r}: {error}") from None
             if not move.is_identity:
@@ -439,6 +445,26 @@ def _job(
     if keep:
         meant = dataclasses.replace(meant, record=Record(plan, _shapes(meant)))
     return _Job(source, meant, tuple(converted), nbytes)
+
+
+def _moved(leaf: Any, move: Move) -> Moved:
+    """A leaf with its entries still to be moved.
+
+    Raises:
+      ValueError: entries smaller than a byte would have to change places.
+    """
+    leaf = Moved.of(leaf)
+    n = len(move.stack_axes)
+    if n and not all(0 <= axis <= i for i, axis in enumerate(move.stack_axes)):
+        # A stack along an inner axis is moved in memory, by itself.
+        return Moved.of(convert_leaf(move.rearrange, leaf.array(), move.stack_axes))
+    whole = move.rearrange.stacked(leaf.shape[:n]) if n else move.rearrange
+    if not leaf.itemsize and not whole.is_reshape:
+        raise ValueError(
+            f"entries of dtype {leaf.dtype} are smaller than a byte and would have to "
+            "be transposed. Widen them first"
+        )
+    return dataclasses.replace(leaf, move=whole)
 
 
 def _shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:

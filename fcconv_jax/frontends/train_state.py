@@ -7,7 +7,7 @@ from typing import TypeVar
 import flax.linen as nn
 from flax.training.train_state import TrainState
 
-from ..params.trees import convert_params, restore_params
+from ..params.trees import map_train_state
 from ..plan import Plan
 from .convert_model import convert_model
 
@@ -15,7 +15,7 @@ State = TypeVar("State", bound=TrainState)
 
 
 def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
-    """Moves a TrainState into the plan's form, so that training goes on.
+    """Move a TrainState into the plan's form, so that training goes on.
 
     Args:
       state: with params (or variables) and optimizer state in the form that the plan
@@ -24,7 +24,8 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
       model: the linen Module that was planned.
 
     Returns:
-      The state with its ``params`` and ``opt_state`` converted, as
+      The state with its ``params``, every copy of them in its other fields (a target
+      network, a running average) and its ``opt_state`` converted, as
       :func:`convert_params` and :func:`convert_opt_state` do, and the ``apply`` of the
       converted model as its ``apply_fn``.
 
@@ -46,12 +47,12 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
       >>> conv.apply_fn({"params": conv.params}, x).shape, conv.params["kernel"].shape
       ((2, 3), (1, 4, 3))
     """
-    moved = convert_params(state, plan)
+    moved = map_train_state(state, plan)
     return moved.replace(apply_fn=convert_model(model, plan).apply)
 
 
 def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
-    """Undoes :func:`convert_train_state`, to the bit.
+    """Undo :func:`convert_train_state`, to the bit.
 
     Args:
       state: in the form that the plan goes to, from :func:`convert_train_state` or
@@ -82,4 +83,4 @@ def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
       >>> fc.restore_train_state(conv, plan, model).params["kernel"].shape
       (4, 3)
     """
-    return restore_params(state, plan).replace(apply_fn=model.apply)
+    return map_train_state(state, plan.inverse()).replace(apply_fn=model.apply)

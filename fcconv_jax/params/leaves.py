@@ -17,7 +17,9 @@ from .axis_names import move_names, move_sharding
 from .variables import is_variable
 
 
-def convert_leaf(rearrange: Rearrangement, leaf: Any, stack_axes: Sequence[int] = ()):
+def convert_leaf(
+    rearrange: Rearrangement, leaf: Any, stack_axes: Sequence[int] = ()
+) -> Any:
     """Rearranges one leaf: an array, an abstract array, a box, or a sharding.
 
     Args:

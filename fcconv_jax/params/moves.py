@@ -1,126 +1,92 @@
-"""Which leaves of a tree a plan moves, and how."""
+"""Moves the planned leaves of a tree in memory, every copy included."""
 
 from __future__ import annotations
 
-import dataclasses
-import difflib
+import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+import numpy as np
+from flax.core import meta
+from jax.sharding import PartitionSpec, Sharding
 
 from ..errors import PlanError
-from ..kernels import Rearrangement
 from ..meshes import over_mesh
 from ..plan import Plan
-from .leaves import convert_leaf, flatten_with_path
+from .leaves import AxisNames, convert_leaf, flatten_with_path
+from .matching import Leaf, Move, Parts, find_moves, inner_shape, planned_moves
+from .variables import is_variable
+
+_LOG = logging.getLogger(__name__)
 
 
-@dataclasses.dataclass(frozen=True)
-class Move:
-    """How one leaf of a tree moves."""
-
-    path: str
-    rearrange: Rearrangement
-    stack_axes: tuple[int, ...]
-    to_grouped_conv: bool = False
-
-    def __call__(self, leaf: Any) -> Any:
-        """The leaf in the other form; a PlanError names it where it cannot go."""
-        if self.to_grouped_conv and over_mesh(leaf):
-            raise PlanError(
-                f"leaf {self.path!r} is sharded as {getattr(leaf, 'sharding', leaf)}, "
-                "and its layer becomes a grouped convolution, which XLA partitions "
-                "wrongly: leave the layer out with a rule, or convert it on one device"
-            )
-        try:
-            return convert_leaf(self.rearrange, leaf, self.stack_axes)
-        except ValueError as error:
-            raise PlanError(
-                f"leaf {self.path!r}: {error}. {self._hint(leaf)}"
-            ) from None
-
-    def _hint(self, leaf: Any) -> str:
-        """What a leaf of another shape probably is."""
-        shape = list(getattr(leaf, "shape", ()))
-        if len(shape) == len(self.rearrange.target) + len(self.stack_axes):
-            for axis in reversed(self.stack_axes):
-                del shape[axis]
-        if tuple(shape) == self.rearrange.target:
-            return (
-                "It has the shape that it would get: it is in this form already, "
-                "converted before or never. Pass the tree in the other form"
-            )
-        return (
-            "The plan is of another model, or of inputs of another size: make it with "
-            "the model and the inputs of these params"
-        )
-
-
-def find_moves(tree: Any, plan: Plan, strict: bool) -> Mapping[str, Move]:
-    """How each planned leaf of the tree moves, by its path in the tree."""
-    found = [path for path, _ in flatten_with_path(tree)[0]]
-    wanted = {
-        "/".join(part for part in (path, name) if part): (
-            leaf,
-            layer.stack_axes,
-            layer.groups > 1 and layer.to == "conv",
-        )
-        for path, layer in plan.items()
-        for name, leaf in layer.leaves
-    }
-    prefix = _prefix(wanted, found)
-    tied = {
-        "/".join(part for part in (path, name) if part)
-        for path, layer in plan.items()
-        for name in layer.tied
-    }
-    # A parameter that is the whole tree has no name of its own.
-    paths = {key: (prefix + key).rstrip("/") for key in wanted}
-    present = set(found)
-    missing = [
-        path for key, path in paths.items() if path not in present and key not in tied
-    ]
-    if missing and strict:
-        close = difflib.get_close_matches(missing[0], found, n=3, cutoff=0.4)
-        more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
-        raise PlanError(
-            f"the tree lacks {missing[0]!r}, which the plan converts{more}; close to "
-            f"it: {close or found[:5]}. Pass the tree that the model was planned with, "
-            "or strict=False to convert what is there"
-        )
-    moves = {paths[key]: Move(paths[key], *how) for key, how in wanted.items()}
-    # Axis names beside the params, by flax.linen.partitioning.param_with_axes.
-    for key, how in wanted.items():
-        names = f"params_axes/{key}_axes"
-        moves[names] = Move(names, *how)
-    return moves
-
-
-def _prefix(wanted: Mapping[str, Any], found: Sequence[str]) -> str:
-    """The outer level to look under: none, or the collection ``params``."""
-    if any(key in wanted for key in found):
-        return ""
-    inner = any(
-        f"{path}/".removeprefix("params/").rstrip("/") in wanted for path in found
-    )
-    return "params/" if inner else ""
-
-
-def map_leaves(tree: Any, plan: Plan, strict: bool) -> Any:
+def map_leaves(
+    tree: Any, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
+) -> Any:
     """The tree with each planned leaf moved; an array held twice is moved once."""
-    moves = find_moves(tree, plan, strict)
-    leaves, treedef = flatten_with_path(tree)
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"expected a Plan, got {type(plan).__name__}. Pass what make_plan returns"
+        )
+    flat, treedef = flatten_with_path(tree)
+    moves = tree_moves(flat, plan, strict, prefixes)
     tied: dict[Any, Any] = {}
     out = []
-    for path, leaf in leaves:
-        if path in moves:
-            key = (id(leaf), moves[path].rearrange, moves[path].stack_axes)
+    for path, leaf in flat:
+        move = moves.get(path)
+        if move is not None:
+            key = id(leaf), move
             if key not in tied:
-                tied[key] = moves[path](leaf)
+                tied[key] = moved(path, leaf, move)
             leaf = tied[key]
         out.append(leaf)
     return jax.tree.unflatten(treedef, out)
+
+
+def tree_moves(
+    flat: Sequence[tuple[str, Any]],
+    plan: Plan,
+    strict: bool = True,
+    prefixes: Sequence[Parts] = (),
+) -> dict[str, Move]:
+    """How each planned leaf of a tree moves, by its path in the tree."""
+    leaves = {_parts(path): Leaf(path, _shape(leaf)) for path, leaf in flat}
+    moves = find_moves(leaves, plan, prefixes=prefixes, strict=strict)
+    if len(moves) > len(planned_moves(plan)):
+        _LOG.info("converted every copy: %s", sorted(map("/".join, moves)))
+    return {leaves[parts].name: move for parts, move in moves.items()}
+
+
+def _parts(path: str) -> Parts:
+    return tuple(path.split("/")) if path else ()
+
+
+def _shape(leaf: Any) -> Any:
+    """The shape of a leaf; ``...`` if it has none to show, as a sharding."""
+    if is_variable(leaf):
+        leaf = leaf.get_raw_value()
+    leaf = meta.unbox(leaf)
+    if isinstance(leaf, AxisNames | PartitionSpec | Sharding):
+        return ...
+    try:
+        return tuple(np.shape(leaf))
+    except ValueError:  # a ragged list, kept as a leaf by someone's tree
+        return None
+
+
+def moved(path: str, leaf: Any, move: Move) -> Any:
+    """The leaf in the other form; a PlanError names it if it cannot go."""
+    if move.to_grouped_conv and over_mesh(leaf):
+        raise PlanError(
+            f"leaf {path!r} is sharded as {getattr(leaf, 'sharding', leaf)}, and its "
+            "layer becomes a grouped convolution, which XLA partitions wrongly. Leave "
+            "the layer out with a rule, or convert it on one device"
+        )
+    try:
+        return convert_leaf(move.rearrange, leaf, move.stack_axes)
+    except ValueError as error:
+        raise PlanError(f"leaf {path!r}: {error}") from None
 
 
 def check_converted(shapes: Mapping[str, Sequence[int]], plan: Plan) -> None:
@@ -135,12 +101,10 @@ def check_converted(shapes: Mapping[str, Sequence[int]], plan: Plan) -> None:
     """
     for path, layer in plan.items():
         key = "/".join(part for part in (path, layer.leaves[0][0]) if part)
-        shape = list(shapes.get(key, ()))
-        if len(shape) != len(layer.kernel.source) + len(layer.stack_axes):
+        source = layer.kernel.source
+        if source == layer.kernel.target or key not in shapes:
             continue
-        for axis in reversed(layer.stack_axes):
-            del shape[axis]
-        if tuple(shape) == layer.kernel.source != layer.kernel.target:
+        if inner_shape(shapes[key], layer.stack_axes, source) == source:
             raise PlanError(
                 f"params {key!r} have shape {tuple(shapes[key])}: they are not "
                 "converted yet; pass convert_params(params, plan)"

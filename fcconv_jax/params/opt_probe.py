@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -22,11 +22,24 @@ _THRESHOLD = 1e-9
 _NARROW_THRESHOLD = 3e-4
 _LIMIT = 2**30  # bytes of random numbers in the place of an abstract state
 
+# What update functions take beside the gradient; those that fit the signature are
+# found by trying, because optax.chain hides the signatures of its parts.
+_EXTRAS = (("value", "grad"), ("value",), ("grad",), ())
+
 Move = Callable[[Any], Any]
 
 
+class ProbeError(Exception):
+    """The optimizer's update raised."""
+
+
 def different_update(
-    tx: Any, opt_state: Any, params: Any, move_state: Move, move_params: Move
+    tx: Any,
+    opt_state: Any,
+    params: Any,
+    move_state: Move,
+    move_params: Move,
+    kwargs: Mapping[str, Any],
 ) -> str:
     """What differs between the updates of both forms, in words; empty if nothing does.
 
@@ -36,6 +49,10 @@ def different_update(
       params: the original params, likewise.
       move_state: converts such a state.
       move_params: converts such params, and gradients.
+      kwargs: what else the update is called with; a tree like the params is converted.
+
+    Raises:
+      ProbeError: the update raised.
     """
     opt_state, params = meta.unbox((opt_state, params))
     leaves = jax.tree.leaves((opt_state, params))
@@ -49,8 +66,10 @@ def different_update(
             opt_state, params = tx.init(random), random
         else:
             opt_state, params = jax.tree.map(_host, (opt_state, params))
-        gradients = [_random_like(params, seed) for seed in (1, 2)]
-        trees = opt_state, params, gradients
+        # Lookahead's params are a pair, of which one gets the gradients.
+        trained = getattr(params, "fast", params)
+        gradients = [_random_like(trained, seed) for seed in (1, 2)]
+        trees = opt_state, params, gradients, dict(kwargs)
         moves = move_state, move_params
         try:
             with jax.enable_x64(True):
@@ -61,24 +80,44 @@ def different_update(
         try:
             return _compare(tx, trees, moves, _NARROW_THRESHOLD)
         except Exception as error:
-            return (
-                f"its update cannot be run on random gradients "
-                f"({type(error).__name__}: {error})"
-            )
+            raise ProbeError(f"{type(error).__name__}: {error}") from error
 
 
 def _compare(tx: Any, trees: Any, moves: tuple[Move, Move], threshold: float) -> str:
+    error = None
+    for extras in _EXTRAS:
+        try:
+            return _compare_with(extras, tx, trees, moves, threshold)
+        except TypeError as found:  # a keyword too many, or another fault
+            error = found
+    assert error is not None
+    raise error
+
+
+def _compare_with(
+    extras: Sequence[str],
+    tx: Any,
+    trees: Any,
+    moves: tuple[Move, Move],
+    threshold: float,
+) -> str:
     import optax
 
-    (state, params, gradients), (move_state, move_params) = trees, moves
+    (state, params, gradients, kwargs), (move_state, move_params) = trees, moves
     update = optax.with_extra_args_support(tx).update
     other, there = move_state(state), move_params(params)
+    like_params = jax.tree.structure(params)
+    kwargs_there = {
+        name: move_params(value) if jax.tree.structure(value) == like_params else value
+        for name, value in kwargs.items()
+    }
     for given in gradients:
-        # What some optimizers want to know beside the gradient.
-        extra = {"value": jnp.ones(()), "grad": given}
-        updates, state = update(given, state, params, **extra)
         moved = move_params(given)
-        extra["grad"] = moved
+        known = {"value": jnp.ones(()), "grad": given}
+        extra = {name: known[name] for name in extras} | kwargs
+        updates, state = update(given, state, params, **extra)
+        known["grad"] = moved
+        extra = {name: known[name] for name in extras} | kwargs_there
         found, other = update(moved, other, there, **extra)
         wrong = _first_difference(move_params(updates), found, threshold)
         if wrong:

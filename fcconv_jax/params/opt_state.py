@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -13,12 +13,19 @@ from ..default_settings import default_settings
 from ..errors import PlanError
 from ..plan import Plan
 from .leaves import flatten_with_path, is_leaf_node
-from .moves import find_moves, map_leaves
-from .opt_probe import different_update
+from .matching import Move
+from .moves import map_leaves, moved, tree_moves
+from .opt_probe import ProbeError, different_update
 
 
 def convert_opt_state(
-    opt_state: Any, plan: Plan, *, tx: Any, params: Any, check: bool = True
+    opt_state: Any,
+    plan: Plan,
+    *,
+    tx: Any,
+    params: Any,
+    check: bool = True,
+    probe_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
     """Moves an optax optimizer state into the plan's form, moments and all.
 
@@ -37,6 +44,9 @@ def convert_opt_state(
       check: whether to run those updates. Under ``jit``, and for states that are
         abstract or spread over processes, they run on random numbers in the place of
         the state, unless that takes more than 1 GiB: then only shapes are compared.
+      probe_kwargs: what those updates are called with beside the gradients, the state
+        and the params, if ``tx.update`` requires more than ``value`` and ``grad``. A
+        tree like ``params`` is converted for the other form.
 
     Returns:
       The state that continues training in the other form as if nothing had happened.
@@ -44,7 +54,7 @@ def convert_opt_state(
     Raises:
       PlanError: the state does not follow the shape of the parameters, as with the
         factored statistics of adafactor, or the next update would be another one; the
-        message names the leaf.
+        message names the leaf. Or the updates could not be run.
 
     Source:
       ``optax.tree_map_params`` tells which leaves of a state belong to the params.
@@ -61,32 +71,37 @@ def convert_opt_state(
     import optax
 
     old = jax.eval_shape(lambda tree: tree, params)
-    moves = find_moves(old, plan, strict=True)
     leaves, treedef = flatten_with_path(old)
-    tree = jax.tree.unflatten(treedef, [_Opaque(moves.get(path)) for path, _ in leaves])
-    wanted = jax.eval_shape(tx.init, map_leaves(old, plan, strict=True))
+    moves = tree_moves(leaves, plan)
+    tree = jax.tree.unflatten(
+        treedef, [_Opaque(path, moves.get(path)) for path, _ in leaves]
+    )
+    wanted = jax.eval_shape(tx.init, map_leaves(old, plan))
 
-    def move(leaf: Any, how: Any) -> Any:
+    def move(leaf: Any, how: _Opaque) -> Any:
         if isinstance(leaf, optax.MaskedNode):  # stands for any subtree of params
             return leaf
         # One number for a whole leaf stays, as in novograd.
         single = not is_leaf_node(leaf) and np.shape(leaf) == ()
-        return leaf if how.value is None or single else how.value(leaf)
+        return leaf if how.move is None or single else moved(how.path, leaf, how.move)
 
     def is_leaf(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode) or is_leaf_node(node)
 
     def move_state(state: Any) -> Any:
+        if isinstance(params, optax.LookaheadParams):
+            # Its init takes pairs alone, which tree_map_params does not give it.
+            return map_leaves({"params": old, "opt_state": state}, plan)["opt_state"]
         with default_settings():  # it calls tx.init, which makes arrays
             return optax.tree_map_params(tx, move, state, tree, is_leaf=is_leaf)
 
     try:
-        moved = move_state(opt_state)
+        out = move_state(opt_state)
     except Exception as error:
         # Each optimizer fails in its own way where its state is no tree of params.
         found = str(error) if isinstance(error, PlanError) else repr(error)
         raise PlanError(_NOT_ENTRYWISE.format(found)) from error
-    got_leaves, got_tree = flatten_with_path(moved)
+    got_leaves, got_tree = flatten_with_path(out)
     wanted_leaves, wanted_tree = flatten_with_path(wanted)
     if got_tree != wanted_tree:
         raise PlanError(_NOT_ENTRYWISE.format(f"{got_tree} instead of {wanted_tree}"))
@@ -95,16 +110,20 @@ def convert_opt_state(
             found = f"expected {path!r} of shape {np.shape(want)}, got {np.shape(got)}"
             raise PlanError(_NOT_ENTRYWISE.format(found))
     if check:
-        found = different_update(
-            tx,
-            opt_state,
-            params,
-            move_state,
-            lambda tree: map_leaves(tree, plan, strict=True),
-        )
+        try:
+            found = different_update(
+                tx,
+                opt_state,
+                params,
+                move_state,
+                lambda tree: map_leaves(tree, plan),
+                probe_kwargs or {},
+            )
+        except ProbeError as error:
+            raise PlanError(_NOT_RUN.format(error)) from None
         if found:
             raise PlanError(_ANOTHER_UPDATE.format(found))
-    return moved
+    return out
 
 
 _NOT_ENTRYWISE = (
@@ -121,8 +140,16 @@ _ANOTHER_UPDATE = (
 )
 
 
+_NOT_RUN = (
+    "the optimizer's update could not be run on random gradients, which shows whether "
+    "it goes on alike in the other form: {}. Pass the keywords that it requires as "
+    "probe_kwargs={{...}}; check=False converts the state without a check"
+)
+
+
 @dataclasses.dataclass(frozen=True)
 class _Opaque:
-    """Keeps a value from being taken for a subtree."""
+    """Keeps a move from being taken for a subtree."""
 
-    value: Callable[[Any], Any] | None
+    path: str
+    move: Move | None

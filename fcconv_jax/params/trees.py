@@ -2,34 +2,45 @@
 
 from __future__ import annotations
 
-import dataclasses
+from collections.abc import Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
 
 from ..errors import PlanError
 from ..plan import Plan
+from .matching import Parts
 from .moves import map_leaves
 from .opt_state import convert_opt_state
 
 Tree = TypeVar("Tree")
 
 
-def convert_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
-    """Moves every planned parameter of a tree into the plan's form.
+def convert_params(
+    params: Tree, plan: Plan, *, strict: bool = True, prefix: str | Sequence[str] = ()
+) -> Tree:
+    """Move every planned parameter of a tree into the plan's form.
 
     Entries are moved, never changed: :func:`restore_params` gives back the same bits.
     Works on params with or without the outer ``"params"`` level, full variables,
-    ``FrozenDict``, an ``nnx.State`` or a pure dict of it, a ``TrainState`` (its
-    optimizer state included; :func:`convert_train_state` sets its ``apply_fn`` too),
-    abstract trees of ``ShapeDtypeStruct``, trees of ``PartitionSpec`` or
-    ``NamedSharding``, and boxed leaves, whose axis names move along. Everything else in
-    the tree is passed through.
+    ``FrozenDict``, an ``nnx.State`` or a pure dict of it, abstract trees of
+    ``ShapeDtypeStruct``, trees of ``PartitionSpec`` or ``NamedSharding``, and boxed
+    leaves, whose axis names move along.
+
+    Every copy of the params in the tree moves, too: a target network, a running
+    average, both parts of ``optax.LookaheadParams``, moments of an optimizer. A tree is
+    a copy if it has the same leaves of the same shapes; one that is a copy in part only
+    is an error. Everything else is passed through. The optimizer state of a
+    ``TrainState`` goes through :func:`convert_opt_state`. If the state's ``apply_fn``
+    is a Module's, use :func:`convert_train_state`.
 
     Args:
       params: the tree, in the form that the plan comes from.
       plan: from :func:`fcconv_jax.make_plan`.
-      strict: whether a planned leaf that the tree lacks is an error.
+      strict: whether a planned leaf that is missing is an error. If none is there, it
+        always is.
+      prefix: levels above the params to convert, such as ``"actor/params"``, one for
+        each copy; no other copy is converted. By default, all are found.
 
     Returns:
       A tree of the same structure. NumPy leaves stay NumPy, without a copy where the
@@ -38,7 +49,8 @@ def convert_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
 
     Raises:
       PlanError: a planned leaf is missing, has another shape, or its sharding cannot
-        follow; the message names the leaf.
+        follow; or a tree may be a copy of the params, and differs from them. The
+        message names the leaf.
 
     Source:
       Raschka, *Machine Learning Q and AI* (2024), ch. 12: the same entries in another
@@ -53,22 +65,24 @@ def convert_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
       >>> fc.convert_params(variables, plan)["params"]["kernel"].shape
       (1, 4, 3)
     """
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"expected a Plan, got {type(plan).__name__}. Pass what make_plan returns"
-        )
+    prefixes = (prefix,) if isinstance(prefix, str) else prefix
+    parts = [tuple(filter(None, each.split("/"))) for each in prefixes]
     if _is_train_state(params):
-        return _convert_train_state(params, plan, strict)
-    return map_leaves(params, plan, strict)
+        _refuse_apply(getattr(params, "apply_fn", None))
+        return map_train_state(params, plan, strict, parts)
+    return map_leaves(params, plan, strict, parts)
 
 
-def restore_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
-    """Undoes :func:`convert_params`, to the bit.
+def restore_params(
+    params: Tree, plan: Plan, *, strict: bool = True, prefix: str | Sequence[str] = ()
+) -> Tree:
+    """Undo :func:`convert_params`, to the bit.
 
     Args:
       params: what :func:`convert_params` takes, in the form that the plan goes to.
       plan: the plan that converted it.
       strict: as there.
+      prefix: as there.
 
     Returns:
       The same tree in the form that the plan comes from: leaves of the plan in the
@@ -90,42 +104,43 @@ def restore_params(params: Tree, plan: Plan, *, strict: bool = True) -> Tree:
       >>> conv["params"]["kernel"].shape, back["params"]["kernel"].shape
       ((1, 4, 3), (4, 3))
     """
-    return convert_params(params, plan.inverse(), strict=strict)
+    return convert_params(params, plan.inverse(), strict=strict, prefix=prefix)
 
 
 def _is_train_state(tree: Any) -> bool:
     return all(hasattr(tree, name) for name in ("params", "opt_state", "tx", "replace"))
 
 
-def _convert_train_state(state: Any, plan: Plan, strict: bool) -> Any:
-    known = {}
-    if hasattr(state, "apply_fn"):
-        known["apply_fn"] = _in_other_form(state.apply_fn)
-    return state.replace(
-        params=map_leaves(state.params, plan, strict),
-        opt_state=convert_opt_state(
-            state.opt_state, plan, tx=state.tx, params=state.params
-        ),
-        **known,
+def map_train_state(
+    state: Any, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
+) -> Any:
+    """A TrainState in the plan's form; its ``apply_fn`` stays."""
+    opt_state = convert_opt_state(
+        state.opt_state, plan, tx=state.tx, params=state.params
+    )
+    # Only the optimizer knows which of its leaves follow a parameter.
+    rest = map_leaves(state.replace(opt_state=None), plan, strict, prefixes)
+    return rest.replace(opt_state=opt_state)
+
+
+def _refuse_apply(apply_fn: Any) -> None:
+    """Refuses the ``apply`` of a model: it fails on params in the other form."""
+    while not _is_of_a_model(apply_fn):
+        # jax.jit and functools.wraps, functools.partial, a converted model's apply.
+        inner = "__wrapped__", "func"
+        found = [getattr(apply_fn, name) for name in inner if hasattr(apply_fn, name)]
+        if not found:
+            return
+        apply_fn = found[0]
+    raise PlanError(
+        "the state's apply_fn is its model's own apply, which fails on params in the "
+        "other form. Pass convert_train_state(state, plan, model), or "
+        "restore_train_state to go back: they set apply_fn, too"
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _ApplyOfTheOtherForm:
-    """Stands for the ``apply_fn`` of a state whose params were converted."""
-
-    apply_fn: Any
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        raise PlanError(
-            "state.apply_fn is the model's own apply, and the state's params are in "
-            "the other form. Pass convert_train_state(state, plan, model) the original "
-            "state, or state.replace(apply_fn=convert_model(model, plan).apply)"
-        )
-
-
-def _in_other_form(apply_fn: Any) -> Any:
-    if isinstance(apply_fn, _ApplyOfTheOtherForm):
-        return apply_fn.apply_fn
-    of_a_module = isinstance(getattr(apply_fn, "__self__", None), nn.Module)
-    return _ApplyOfTheOtherForm(apply_fn) if of_a_module else apply_fn
+def _is_of_a_model(function: Any) -> bool:
+    owner = getattr(function, "__self__", None)
+    return isinstance(owner, nn.Module) or isinstance(
+        getattr(owner, "plan", None), Plan
+    )

@@ -1,9 +1,12 @@
 """A TrainState in the middle of training: converted, it goes on as it would have."""
 
+from typing import Any
+
 import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 import pytest
 from flax.training.train_state import TrainState
@@ -56,16 +59,55 @@ def test_training_goes_on(training):
     chex.assert_trees_all_equal(same, state)
 
 
-def test_apply_fn_of_the_other_form_explains_itself(training):
-    _, x, state, plan = training
-    moved = fc.convert_params(state, plan)
+@pytest.mark.parametrize("wrap", [lambda apply: apply, jax.jit])
+def test_the_apply_of_a_module_is_refused_where_it_would_fail(training, wrap):
+    model, _, state, plan = training
+    state = state.replace(apply_fn=wrap(model.apply))
     with pytest.raises(fc.PlanError, match="Pass convert_train_state"):
-        moved.apply_fn({"params": moved.params}, x)
-    again = fc.convert_params(state, plan)
-    assert jax.tree.structure(moved) == jax.tree.structure(again)
-    back = fc.restore_params(moved, plan)
-    assert jax.tree.structure(back) == jax.tree.structure(state)
-    assert back.apply_fn({"params": back.params}, x).shape == (6, 3)
+        fc.convert_params(state, plan)
+    moved = fc.convert_train_state(state, plan, model)
+    with pytest.raises(fc.PlanError, match="restore_train_state"):
+        fc.restore_params(moved, plan)
+
+
+class WithCopies(TrainState):
+    ema_params: Any = None
+    more: Any = None
+
+
+def test_every_copy_of_the_params_moves_along(training):
+    model, x, state, plan = training
+    copies = [jax.tree.map(lambda a, k=k: a + k, state.params) for k in (0.5, 2.0)]
+    state = WithCopies.create(
+        apply_fn=model.apply,
+        params=state.params,
+        tx=state.tx,
+        ema_params=copies[0],
+        more={"target": ({"params": copies[1]}, 3)},
+    )
+    moved = fc.convert_train_state(state, plan, model)
+    for params, copy in (
+        (moved.ema_params, copies[0]),
+        (moved.more["target"][0]["params"], copies[1]),
+    ):
+        np.testing.assert_allclose(
+            moved.apply_fn({"params": params}, x),
+            model.apply({"params": copy}, x),
+            rtol=1e-4,
+            atol=1e-4,
+        )
+    optax.incremental_update(moved.params, moved.ema_params, 0.1)
+    chex.assert_trees_all_equal(fc.restore_train_state(moved, plan, model), state)
+
+
+def test_a_copy_in_part_is_refused_by_name(training):
+    model, _, state, plan = training
+    part = {**state.params, "Dense_2": {"kernel": jnp.ones((3, 4))}}
+    state = WithCopies.create(
+        apply_fn=model.apply, params=state.params, tx=state.tx, ema_params=part
+    )
+    with pytest.raises(fc.PlanError, match="'ema_params' may be a copy of 'params'"):
+        fc.convert_train_state(state, plan, model)
 
 
 def test_an_apply_fn_of_ones_own_stays(training):

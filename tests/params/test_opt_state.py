@@ -180,3 +180,80 @@ def test_full_variables_as_the_trained_tree():
     variables = {"params": PARAMS}
     moved = fc.convert_opt_state(tx.init(variables), PLAN, tx=tx, params=variables)
     assert moved[0].mu["params"]["head"]["kernel"].shape == (3, 2, 4, 5)
+
+
+# ------------------------------------------------------------ keywords of updates
+
+
+def scaled(update):
+    return optax.chain(
+        optax.scale_by_adam(),
+        optax.GradientTransformationExtraArgs(lambda _: optax.EmptyState(), update),
+    )
+
+
+def temperature_with_default(updates, state, params=None, *, temperature=1.0):
+    return jax.tree.map(lambda u: -temperature * u, updates), state
+
+
+def temperature_required(updates, state, params=None, *, temperature, **_):
+    return temperature_with_default(updates, state, temperature=temperature)
+
+
+def weights_required(updates, state, params=None, *, weights):
+    return jax.tree.map(jnp.multiply, updates, weights), state
+
+
+@pytest.mark.parametrize(
+    ("tx", "kwargs"),
+    [
+        (contrib.sam(optax.sgd(0.1), optax.sgd(0.05)), None),
+        (optax.polyak_sgd(), None),
+        (contrib.reduce_on_plateau(), None),
+        (scaled(temperature_with_default), None),
+        (scaled(temperature_required), {"temperature": 2.0}),
+        (scaled(weights_required), {"weights": jax.tree.map(jnp.cos, PARAMS)}),
+        (
+            optax.conditionally_transform(
+                optax.adam(0.1), lambda _, metric: metric > 0, forward_extra_args=True
+            ),
+            {"metric": 1.0},
+        ),
+    ],
+)
+def test_an_update_gets_the_keywords_that_it_takes(tx, kwargs):
+    state = tx.init(PARAMS)
+    moved = fc.convert_opt_state(state, PLAN, tx=tx, params=PARAMS, probe_kwargs=kwargs)
+    chex.assert_trees_all_equal_shapes(moved, tx.init(fc.convert_params(PARAMS, PLAN)))
+    if kwargs:
+        with pytest.raises(
+            fc.PlanError, match=r"could not be run.*probe_kwargs={\.\.\.}"
+        ):
+            fc.convert_opt_state(state, PLAN, tx=tx, params=PARAMS)
+
+
+def test_keywords_do_not_hide_a_difference():
+    def update(updates, state, params=None, *, factor):
+        by_rank = jax.tree.map(lambda u: factor * u.ndim * u, updates)
+        return by_rank, state
+
+    tx = scaled(update)
+    with pytest.raises(fc.PlanError, match="would go on otherwise"):
+        fc.convert_opt_state(
+            tx.init(PARAMS), PLAN, tx=tx, params=PARAMS, probe_kwargs={"factor": 2.0}
+        )
+
+
+def test_the_pair_of_lookahead():
+    tx = optax.lookahead(optax.adam(0.01), 3, 0.5)
+    pair = optax.LookaheadParams.init_synced(PARAMS)
+    state = tx.init(pair)
+    updates, state = tx.update(DENSE_GRAD(PARAMS), state, pair)
+    pair = optax.apply_updates(pair, updates)
+    moved = fc.convert_opt_state(state, PLAN, tx=tx, params=pair)
+    there = fc.convert_params(pair, PLAN)
+    assert moved.fast_state[0].mu["head"]["kernel"].shape == (3, 2, 4, 5)
+    grad = jax.tree.map(jnp.cos, PARAMS)
+    want, _ = tx.update(grad, state, pair)
+    got, _ = tx.update(fc.convert_params(grad, PLAN), moved, there)
+    chex.assert_trees_all_close(got, fc.convert_params(want, PLAN), rtol=1e-6)

@@ -1,3 +1,5 @@
+from typing import Any
+
 import flax
 import flax.linen as nn
 import jax
@@ -5,6 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import struct
+from flax.core import FrozenDict
 from flax.linen import partitioning
 from flax.training.train_state import TrainState
 from jax.sharding import (
@@ -203,9 +207,9 @@ def test_doubly_stacked_leaves():
 def test_refusals_name_the_leaf():
     params = numbered()["params"]
     del params["head"]["kernel"]
-    with pytest.raises(fc.PlanError, match=r"lacks 'head/kernel'.*strict=False"):
+    with pytest.raises(fc.PlanError, match=r"no leaf 'head/kernel'.*strict=False"):
         fc.convert_params(params, PLAN)
-    with pytest.raises(fc.PlanError, match="lacks 'params/head/kernel'"):
+    with pytest.raises(fc.PlanError, match="no leaf 'params/head/kernel'"):
         fc.convert_params({"params": params}, PLAN)
     partly = fc.convert_params(params, PLAN, strict=False)
     assert partly["out"]["kernel"].shape == (1, 1, 5, 6)
@@ -218,8 +222,10 @@ def test_refusals_name_the_leaf():
         fc.convert_params(moved, PLAN)
     with pytest.raises(fc.PlanError, match="'params/head/kernel'"):
         fc.restore_params(numbered(), PLAN)
-    with pytest.raises(fc.PlanError, match="lacks"):
-        fc.convert_params({"something": {"else": np.zeros(3)}}, PLAN)
+    for strict in (True, False):
+        with pytest.raises(fc.PlanError, match="no leaf 'head/bias'") as caught:
+            fc.convert_params({"something": {"e": np.zeros(3)}}, PLAN, strict=strict)
+        assert "strict=False" not in str(caught.value)
 
 
 # ------------------------------------------------------------ names and shardings
@@ -381,7 +387,9 @@ def test_axis_names_beside_the_params_are_rewritten():
 
 def test_train_state_moves_as_a_whole():
     params = jax.tree.map(jnp.asarray, numbered()["params"])
-    state = TrainState.create(apply_fn=CHW.apply, params=params, tx=optax.adam(0.1))
+    state = TrainState.create(
+        apply_fn=lambda *_: None, params=params, tx=optax.adam(0.1)
+    )
     state = state.apply_gradients(grads=jax.tree.map(jnp.cos, params))
     moved = fc.convert_params(state, CHW_PLAN)
     assert moved.step == state.step
@@ -390,3 +398,78 @@ def test_train_state_moves_as_a_whole():
     assert bits(fc.restore_params(moved, CHW_PLAN)) == bits(state)
     abstract = jax.eval_shape(lambda: state)
     assert jax.eval_shape(lambda: moved) == fc.convert_params(abstract, CHW_PLAN)
+
+
+# ------------------------------------------------------------ copies
+
+
+@struct.dataclass
+class Learner:
+    online: Any
+    nested: dict
+    steps: int = 0
+
+
+def shapes(tree):
+    return jax.tree.map(np.shape, tree)
+
+
+@pytest.mark.parametrize(
+    "wrap",
+    [
+        lambda p, q: {"params": p, "ema_params": q},
+        lambda p, q: {"actor": p, "critic": q},
+        lambda p, q: {"actor": {"params": p}, "critic": {"params": q}},
+        lambda p, q: optax.LookaheadParams(p, q),
+        lambda p, q: Learner(p, {"target": {"params": q}, "count": np.arange(3)}),
+        lambda p, q: [FrozenDict(p), {"deep": {"er": q}}],
+        lambda p, q: {"params": p, "state": optax.EmaState(np.zeros(()), q)},
+        lambda p, q: {"params": p, "opt_state": optax.adam(1.0).init(p)},
+    ],
+)
+@pytest.mark.parametrize("strict", [True, False])
+def test_every_copy_moves(wrap, strict):
+    params = numbered()["params"]
+    tree = wrap(params, jax.tree.map(lambda a: a + 100, params))
+    moved = fc.convert_params(tree, CHW_PLAN, strict=strict)
+    there = {(24, 5): (4, 3, 2, 5), (5, 6): (1, 1, 5, 6)}
+    want = jax.tree.map(lambda leaf: there.get(np.shape(leaf), np.shape(leaf)), tree)
+    assert shapes(moved) == want
+    assert bits(fc.restore_params(moved, CHW_PLAN, strict=strict)) == bits(tree)
+
+
+def test_a_chosen_copy_moves_alone():
+    params = numbered()["params"]
+    moved = fc.convert_params(
+        {"actor": params, "critic": params}, CHW_PLAN, prefix="critic"
+    )
+    assert moved["actor"]["head"]["kernel"].shape == (24, 5)
+    assert moved["critic"]["head"]["kernel"].shape == (4, 3, 2, 5)
+
+
+@pytest.mark.parametrize("strict", [True, False])
+@pytest.mark.parametrize("name", ["ema_params", "target", "lora"])
+def test_a_copy_in_part_is_refused_by_name(name, strict):
+    params, part = numbered()["params"], numbered()["params"]
+    part["head"]["kernel"] = part["head"]["kernel"][:, :4]
+    for other, how in (
+        (part, r"'head/kernel' has shape \(24, 4\), not \(24, 5\)"),
+        ({"head": params["head"]}, "it lacks 'BatchNorm_0/bias'"),
+        ({**params, "more": np.zeros(3)}, "only it has 'more'"),
+    ):
+        with pytest.raises(fc.PlanError, match=f"'{name}' may be a copy.*{how}"):
+            fc.convert_params({"params": params, name: other}, PLAN, strict=strict)
+        if "more" in other:
+            tree = {"params": params, name: {"params": other}}
+            with pytest.raises(fc.PlanError, match=f"'{name}/params' may be a copy"):
+                fc.convert_params(tree, PLAN)
+
+
+def test_a_head_of_another_shape_stays_with_its_own_params():
+    """Another model, which the plan does not fit: a discriminator, say."""
+    gen, disc = numbered()["params"], numbered()["params"]
+    disc["head"]["kernel"] = np.zeros((7, 2))
+    tree = {"disc": {"params": disc}, "gen": {"params": gen}}
+    moved = fc.convert_params(tree, CHW_PLAN)
+    assert moved["gen"]["params"]["head"]["kernel"].shape == (4, 3, 2, 5)
+    assert shapes(moved["disc"]["params"]) == shapes(disc)

@@ -118,7 +118,7 @@ def test_a_train_state_trains():
     state = TrainState.create(
         apply_fn=jax.jit(Net().apply), params=VARIABLES["params"], tx=tx
     )
-    there = fc.convert_params(state, PLAN).replace(apply_fn=CONV.apply)
+    there = fc.convert_train_state(state, PLAN, Net())
     want = fc.convert_params(steps(Net(), state).params, PLAN)
     got = steps(CONV, there).params
     jax.tree.map(

@@ -239,7 +239,7 @@ def test_a_parameter_that_is_missing_is_still_an_error():
     plan = fc.make_plan(Shared(), jnp.ones((2, 4)))
     state = nnx.state(Shared())
     del state["a"]["kernel"]
-    with pytest.raises(fc.PlanError, match="lacks 'a/kernel'"):
+    with pytest.raises(fc.PlanError, match="no leaf 'a/kernel'"):
         fc.convert_params(state, plan)
 
 
