@@ -21,7 +21,7 @@ class ExportError(FcconvError, ValueError):
 
 
 class MissingExtraError(FcconvError, ImportError):
-    """A package of an optional extra is not installed; says how to install it."""
+    """A package of an optional extra is not installed."""
 
 
 class BackendError(FcconvError, ValueError):

@@ -5,24 +5,28 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Shaped
 
 from .meshes import reshape
 
+# The kind that goes in comes out: NumPy arrays go through NumPy, others through JAX.
+Array = TypeVar("Array", np.ndarray, jax.Array)
+
 
 def dense_kernel_to_conv(
-    kernel: Any,
+    kernel: Shaped[Array, "*groups features out"],
     kernel_size: int | Sequence[int],
     *,
     order: str | None = None,
     groups: int = 1,
     transposed: bool = False,
-) -> Any:
+) -> Shaped[Array, "*window in out"]:
     """Moves a dense kernel into the convolution that computes the same numbers.
 
     Args:
@@ -62,12 +66,12 @@ def dense_kernel_to_conv(
 
 
 def conv_kernel_to_dense(
-    kernel: Any,
+    kernel: Shaped[Array, "*window in out"],
     *,
     order: str | None = None,
     groups: int = 1,
     transposed: bool = False,
-) -> Any:
+) -> Shaped[Array, "*groups features out"]:
     """Moves a conv kernel into the dense layer that computes the same numbers.
 
     Args:

@@ -17,14 +17,15 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jaxtyping import Shaped
 
-from ..kernels import conv_kernel_axes
+from ..kernels import Array, conv_kernel_axes
 from .convolution import ConvGeometry, resolve_geometry
 from .windows import PaddingLike
 
 
 def unroll_conv(
-    kernel: Any,
+    kernel: Shaped[Array, "*window in out"],
     input_shape: int | Sequence[int],
     *,
     strides: int | Sequence[int] | None = 1,
@@ -33,7 +34,7 @@ def unroll_conv(
     kernel_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
     max_bytes: int = 2**30,
-) -> Any:
+) -> Shaped[Array, "inputs outputs"]:
     """Builds the dense matrix of a convolution on inputs of one size.
 
     Entries are copied, never computed with, so every bit of the kernel survives.
@@ -97,7 +98,7 @@ def unrolled_bytes(
 
 
 def roll_dense(
-    matrix: Any,
+    matrix: Shaped[Array, "inputs outputs"],
     input_shape: int | Sequence[int],
     kernel_size: int | Sequence[int],
     in_channels: int,
@@ -108,7 +109,7 @@ def roll_dense(
     input_dilation: int | Sequence[int] | None = 1,
     kernel_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
-) -> Any:
+) -> Shaped[Array, "*window in out"]:
     """Takes the kernel out of an unrolled matrix, or refuses; undoes `unroll_conv`.
 
     The matrix is compared with the unrolled kernel bit by bit: -0 is not 0, and two
@@ -171,7 +172,9 @@ def roll_dense(
     _check_zero(host.dtype)
     kernel = _first_entries(host, geometry, in_channels, out_channels)
     _check_structure(host, _unroll(kernel, geometry))
-    return kernel if isinstance(matrix, np.ndarray) else jnp.asarray(kernel)
+    # The kind of array that came in, which pyright cannot follow.
+    same_kind: Any = kernel if isinstance(matrix, np.ndarray) else jnp.asarray(kernel)
+    return same_kind
 
 
 def _unroll(kernel: Any, geometry: ConvGeometry) -> Any:

@@ -17,6 +17,7 @@ from .reading import Named, Reading, obstacles
 
 # Floating point operations that a core does in a second, in float64: a low guess.
 _RATE = 5e9
+_ASSUMED = 4 << 30  # bytes of memory, where no one tells
 _LONG = 60.0  # seconds; what takes longer says so beforehand
 
 
@@ -103,4 +104,6 @@ def free_memory() -> int:
                 return int(line.split()[1]) * 1024
     except OSError:
         pass
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if hasattr(os, "sysconf"):
+        return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return _ASSUMED
