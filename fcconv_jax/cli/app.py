@@ -1,8 +1,8 @@
-"""The command line itself: its errors, its help and its exit status.
+"""The command line: its errors, help and exit status.
 
-A command's result goes to stdout; progress and messages go to stderr. Exit status 0
-means that it succeeded, 1 that it failed or found a difference, 2 wrong usage. Whatever
-is slow to import is imported by the command that needs it.
+Results go to stdout, progress and messages to stderr. Exit status 0 means success, 1 a
+failure or a difference, 2 a usage error. Each command imports slow modules itself, so
+that ``--help`` is fast.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from .inputs import ArgumentError
 
 
 class _Commands(TyperGroup):
-    """Turns the errors that this package explains into one line and a status."""
+    """Prints this package's errors as one line and sets the exit status."""
 
     def invoke(self, ctx: Any) -> Any:
         try:
@@ -28,10 +28,10 @@ class _Commands(TyperGroup):
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
         except Exception as error:
-            # Typer's own, for an exit and for wrong usage, it shows itself.
+            # Typer shows its own exceptions (exit, wrong usage) itself.
             typers = type(error).__module__.startswith(("typer", "click"))
             line = _in_one_line(error)
-            # An error of this package's own, which no one explains, is shown whole.
+            # An unexpected error in this package keeps its traceback: it is a bug.
             if typers or line is None or os.environ.get("FCCONV_TRACEBACK"):
                 raise
             typer.echo(f"error: {line}", err=True)
@@ -39,7 +39,7 @@ class _Commands(TyperGroup):
 
 
 def _in_one_line(error: Exception) -> str | None:
-    """What this package explains, as it says it; else the user's own line and error."""
+    """Return this package's message, or the user's line with its error."""
     from ..errors import FcconvError
     from ..tracing.user_code import users_line, way_out
 
@@ -56,7 +56,7 @@ def _in_one_line(error: Exception) -> str | None:
         return f"{line.rstrip(':')}: {message} {whole}"
     frames = traceback.extract_tb(error.__traceback__)
     here = Path(__file__).parents[1]
-    # What comes out of a trace has lost the frames of JAX and Flax that raised it.
+    # JAX removes the frames of JAX and Flax from errors in a trace.
     traced = "JAX has removed" in "".join(
         [str(error), *getattr(error, "__notes__", ())]
     )
@@ -66,15 +66,15 @@ def _in_one_line(error: Exception) -> str | None:
 
 
 def examples(*commands: str) -> str:
-    """An epilog; in those of Typer a blank line stands for the end of a line."""
+    """Return an epilog; Typer joins lines unless a blank line separates them."""
     return "\n\n".join(["Examples:", *(f"  fcconv {command}" for command in commands)])
 
 
 app = typer.Typer(
     name="fcconv",
     cls=_Commands,
-    help="Turn trained Flax models from Dense to Conv and back: same code, same "
-    "numbers, proved.",
+    help="Convert trained JAX models from Dense to Conv and back, and verify that "
+    "nothing else changed.",
     epilog="Each command has examples in its own --help.",
     no_args_is_help=True,
     add_completion=False,
@@ -104,5 +104,5 @@ def _root(
 
 
 def main() -> None:
-    """Runs the command line; the entry point ``fcconv``."""
+    """Run the command line; the entry point of ``fcconv``."""
     app()

@@ -1,4 +1,4 @@
-"""fcconv explain: whether a convolution is a Dense layer, and why."""
+"""fcconv explain: whether a convolution is equivalent to a Dense layer, and why."""
 
 from __future__ import annotations
 
@@ -21,7 +21,10 @@ from .options import AsJson
 )
 def explain(
     input_size: Annotated[
-        str, typer.Option("--input", metavar="SIZE", help="Spatial size: 7x7.")
+        str,
+        typer.Option(
+            "--input", metavar="SIZE", help="Spatial size of the input, such as 7x7."
+        ),
     ],
     kernel: Annotated[
         str, typer.Option(metavar="SIZE", help="Kernel: 7x7, or 7 for every dimension.")
@@ -50,9 +53,9 @@ def explain(
     ] = False,
     as_json: AsJson = False,
 ) -> None:
-    """Say whether a convolution is a Dense layer, and why, or why not.
+    """Show whether a convolution is equivalent to a Dense layer, and why.
 
-    Both answers are a success: the exit status is 0.
+    The exit status is 0 for both answers.
     """
     from ..geometry import classify as equivalence
 

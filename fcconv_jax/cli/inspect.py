@@ -1,4 +1,4 @@
-"""fcconv inspect: what a checkpoint holds."""
+"""fcconv inspect: lists the contents of a checkpoint."""
 
 from __future__ import annotations
 
@@ -31,16 +31,17 @@ def inspect_(
     match: Annotated[
         str | None,
         typer.Option(
-            metavar="PATTERN", help="Only leaves whose path matches, such as '*kernel'."
+            metavar="PATTERN",
+            help="List only leaves whose path matches, such as '*kernel'.",
         ),
     ] = None,
     step: Step = None,
     as_json: AsJson = False,
 ) -> None:
-    """List what a checkpoint holds: leaves, dtypes, shapes, sizes, the stored plan.
+    """List a checkpoint's leaves with dtypes, shapes and sizes, and the stored plan.
 
-    What begins with the same name stands together, its size before its leaves; the
-    summary comes last.
+    Leaves are grouped by the first part of their path, with the size of each group. A
+    summary follows.
     """
     from ..checkpoints import inspect_checkpoint
 

@@ -1,4 +1,4 @@
-"""Options and arguments that several commands share."""
+"""Options and arguments shared by several commands."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import typer
 
 
 class To(enum.StrEnum):
-    """The form to go to."""
+    """The form to convert to."""
 
     CONV = "conv"
     DENSE = "dense"
@@ -28,9 +28,9 @@ ModelName = Annotated[
     str,
     typer.Argument(
         metavar="MODULE:NAME",
-        help="The model: pkg.module:NAME or path/to/file.py:NAME, where NAME is a "
-        "linen or NNX Module, a class of one that needs no arguments (but rngs), or a "
-        "function without arguments that makes one, or makes (function, params).",
+        help="The model: pkg.module:NAME or path/to/file.py:NAME. NAME is a linen or "
+        "NNX Module, a Module class without required arguments (except rngs), or a "
+        "function without arguments that returns a Module or (function, params).",
     ),
 ]
 Inputs = Annotated[
@@ -38,14 +38,16 @@ Inputs = Annotated[
     typer.Option(
         "--input",
         metavar="SHAPE[:DTYPE]",
-        help="An input of the model, such as 1,28,28,1 or 2,16:int32; float32 unless "
-        "said. Once for each positional argument.",
+        help="Shape and dtype of an input, such as 1,28,28,1 or 2,16:int32; float32 by "
+        "default. Repeat for each positional argument.",
     ),
 ]
 Kwargs = Annotated[
     list[str] | None,
     typer.Option(
-        "--kwarg", metavar="NAME=VALUE", help="A keyword argument: train=false."
+        "--kwarg",
+        metavar="NAME=VALUE",
+        help="A keyword argument of the model, such as train=false.",
     ),
 ]
 Method = Annotated[
@@ -56,10 +58,10 @@ Rules = Annotated[
     typer.Option(
         "--rule",
         metavar="PATTERN=WINDOW[:ORDER]",
-        help="The window of the layers at the paths that PATTERN matches: head=7x7, "
-        "'block_*=1x1', head=7x7:CHW; or their layout: '*=keep'; or PATTERN=skip; or "
-        "PATTERN=auto, as the trace says. 'PATTERN<SIZE=...' is for kernels of fewer "
-        "entries. The first that matches counts.",
+        help="A rule for the layers whose path matches PATTERN: a window (head=7x7, "
+        "'block_*=1x1', head=7x7:CHW), a layout ('*=keep'), skip, or auto, which "
+        "keeps the planner's choice. 'PATTERN<SIZE=...' matches kernels with fewer "
+        "entries. The first match wins.",
     ),
 ]
 BackendFor = Annotated[
@@ -67,13 +69,15 @@ BackendFor = Annotated[
     typer.Option(
         "--for",
         metavar="BACKEND",
-        help="Lay the convolutions out as this backend runs them best: cpu, "
-        "cuda:h100, tpu:v5e; any runs everywhere. The backend at hand if not given.",
+        help="Use the best layouts for this backend: cpu, cuda:h100, tpu:v5e, or any. "
+        "The default is the current backend.",
     ),
 ]
 ToForm = Annotated[
     To | None,
-    typer.Option(help="The form to go to; conv, or what a given plan says."),
+    typer.Option(
+        help="The form to convert to; by default conv, or the form of the given plan."
+    ),
 ]
 Backends = Annotated[
     list[str] | None,
@@ -81,17 +85,17 @@ Backends = Annotated[
         "--backend",
         metavar="NAME",
         help="A backend: cpu, gpu, cuda:h100, tpu, tpu:v6e, tpu:v5e:16x16, rocm, ... "
-        "It is executed if it is present, else compiled ahead of time if its compiler "
-        "is installed (the extras tpu-aot and cuda-aot), else lowered. Once for each; "
-        "JAX's default unless said.",
+        "Programs are executed if it is present, compiled ahead of time if its "
+        "compiler is installed (extras tpu-aot and cuda-aot), and lowered otherwise. "
+        "Repeat for several backends; the default is JAX's default backend.",
     ),
 ]
 Source = Annotated[
     Path,
     typer.Argument(
         metavar="SRC",
-        help="Orbax directory, Flax msgpack or safetensors file, or a folder of such "
-        "files, as from the Hugging Face hub.",
+        help="An Orbax directory, a Flax msgpack or safetensors file, or a folder of "
+        "such files, such as one from the Hugging Face hub.",
     ),
 ]
 Target = Annotated[
@@ -103,35 +107,31 @@ PlanOut = Annotated[
 Step = Annotated[
     str | None,
     typer.Option(
-        help="Which step of a directory that holds several, as a CheckpointManager's; "
-        "the latest unless said."
+        help="The step to use from a directory with several, such as a "
+        "CheckpointManager's. The default is the latest."
     ),
 ]
 AllSteps = Annotated[
-    bool, typer.Option("--all-steps", help="Every step of such a directory.")
+    bool, typer.Option("--all-steps", help="Use every step of such a directory.")
 ]
 Prefixes = Annotated[
     list[str] | None,
     typer.Option(
         "--prefix",
         metavar="LEVELS",
-        help="The levels above the params to convert, such as gen/params, where a "
-        "checkpoint holds several models. Once for each copy of one model.",
+        help="The path of the params to convert, such as gen/params, if the checkpoint "
+        "holds several models. Repeat for each copy of a model.",
     ),
 ]
 NoCheck = Annotated[
     bool,
-    typer.Option(
-        "--no-check", help="Do not compare what was written with SRC, entry by entry."
-    ),
+    typer.Option("--no-check", help="Skip the comparison of the result with SRC."),
 ]
 DryRun = Annotated[
     bool,
-    typer.Option("--dry-run", help="Write nothing; say what would be done."),
+    typer.Option("--dry-run", help="Write nothing; print what would change."),
 ]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the checkpoint at DST.")
 ]
-AsJson = Annotated[
-    bool, typer.Option("--json", help="Print JSON, and nothing else, on stdout.")
-]
+AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
