@@ -7,9 +7,8 @@ from typing import Annotated
 import typer
 
 from .app import app, examples
-from .inputs import random_inputs
 from .options import AsJson, Inputs, Kwargs, Method, ModelName
-from .steps import ModelCall
+from .steps import read_model, with_random_inputs
 
 
 @app.command(
@@ -37,29 +36,10 @@ def compare(
     Exit status 0 when they are one function, 1 when they are not.
     """
     from ..verification.compare import compare as compare_programs
-    from .variables import random_variables
 
-    calls = [ModelCall.read(name, inputs, kwargs, method) for name in (first, second)]
-    arrays = random_inputs(calls[0].specs, seed)
-    args = []
-    for call in calls:
-        variables = random_variables(call, arrays, seed)
-        args.append(_arguments(call, variables, arrays))
-    found = compare_programs(
-        *(call.model for call in calls),
-        *args,
-        f_kwargs=calls[0].options,
-        g_kwargs=calls[1].options,
-    )
+    models = [read_model(name, inputs, kwargs, method) for name in (first, second)]
+    f, g = (with_random_inputs(model, seed).drawn(seed) for model in models)
+    found = compare_programs(f, g)
     typer.echo(found.to_json() if as_json else str(found))
     if not found.passed:
         raise typer.Exit(1)
-
-
-def _arguments(call: ModelCall, variables: object, arrays: list) -> list:
-    """What a model is called with: an NNX model holds its params itself."""
-    from ..frontends.kinds import kind_of
-
-    kind = kind_of(call.model, "compare")
-    first = {"linen": [variables], "nnx": [], "function": [call.params]}[kind]
-    return [*first, *arrays]

@@ -26,7 +26,14 @@ from .options import (
     Target,
     ToForm,
 )
-from .steps import ModelCall, Wishes, plan_checkpoint, read_plan, require_layers
+from .steps import (
+    Wishes,
+    plan_checkpoint,
+    plan_model,
+    read_model,
+    read_plan,
+    require_layers,
+)
 
 
 @app.command(
@@ -94,7 +101,7 @@ def convert(
     if given is not None:
         made = given
     elif model is not None:
-        made = ModelCall.read(model, inputs, kwargs, method).plan(wishes)
+        made = plan_model(read_model(model, inputs, kwargs, method), wishes)
     else:
         made = plan_checkpoint(src, wishes, step)
     require_layers(made)

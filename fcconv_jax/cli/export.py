@@ -9,10 +9,10 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 
 from .app import app, examples
-from .inputs import ArgumentError, random_inputs
+from .inputs import ArgumentError
 from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules
 from .output import show_report
-from .steps import ModelCall, read_plan
+from .steps import read_model, read_plan, with_random_inputs
 
 if TYPE_CHECKING:
     from ..export.report import ExportReport
@@ -111,27 +111,25 @@ def export(
     import numpy as np
 
     from ..export.export import export as write
-    from .variables import as_params, checkpoint_params, random_variables
+    from .variables import load_variables
 
     if int8 != (calibrate is not None):
         raise ArgumentError("--int8 and --calibrate go together: pass both, or neither")
     if as_json and as_markdown:
         raise ArgumentError("give one of --json and --markdown")
-    call = ModelCall.read(model, inputs, kwargs, method)
-    arrays = random_inputs(call.specs, seed)
+    bound = read_model(model, inputs, kwargs, method)
+    if params is not None:
+        bound = load_variables(bound, params)
+    bound = with_random_inputs(bound, seed)
     if params is None:
-        variables = as_params(call.model, random_variables(call, arrays, seed))
-    else:
-        variables = checkpoint_params(call, params)
+        bound = bound.drawn(seed)
     data: list[Any] | None = None
     if calibrate is not None:
         with np.load(calibrate) as file:
             data = [file[name] for name in file.files]
     chosen = to or (FileForm.MIX if chip else FileForm.CONV)
     found = write(
-        call.model,
-        variables,
-        *arrays,
+        bound,
         path=out,
         runtime=runtime,
         to=chosen.value,
@@ -141,7 +139,6 @@ def export(
         unroll=unroll,
         calibrate=data,
         compare=compare,
-        **call.options,
     )
     show_report(found, report, as_json, as_markdown)
 
@@ -175,7 +172,7 @@ def verify_exported(
     from ..checkpoints import read_checkpoint
     from ..export.verify_file import tree_of, verify_file
     from ..params.trees import restore_params
-    from .variables import checkpoint_leaves, checkpoint_params
+    from .variables import checkpoint_leaves, load_variables
 
     if against is None:
         raise ArgumentError(
@@ -183,14 +180,8 @@ def verify_exported(
             "and --input the whole file is compared too"
         )
     if model is not None:
-        call = ModelCall.read(model, inputs, kwargs, method)
-        return verify_file(
-            file,
-            checkpoint_params(call, against),
-            model=call.model,
-            inputs=random_inputs(call.specs, seed),
-            **call.options,
-        )
+        bound = load_variables(read_model(model, inputs, kwargs, method), against)
+        return verify_file(file, model=with_random_inputs(bound, seed))
     saved = read_checkpoint(against)
     tree = tree_of(_below_params(checkpoint_leaves(saved)))
     if saved.plan is not None:

@@ -11,7 +11,7 @@ from .app import app, examples
 from .inputs import ArgumentError
 from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules, ToForm
 from .output import print_columns
-from .steps import ModelCall, Wishes, parse_backends
+from .steps import Wishes, parse_backends, plan_model, read_model
 
 if TYPE_CHECKING:
     from ..backends.layer_comparison import LayerPrograms
@@ -66,20 +66,18 @@ def hlo(
     from ..backends.layer_programs import compile_layers, find_layer
     from ..backends.resolution import resolve_default
     from ..progress import shown
-    from .variables import abstract_variables
 
-    call = ModelCall.read(model, inputs, kwargs, method)
+    bound = read_model(model, inputs, kwargs, method)
     given = parse_backends([backend] if backend else None)
     chosen = given[0] if given else resolve_default().backend
-    made = call.plan(Wishes(to, rules, str(chosen)))
+    made = plan_model(bound, Wishes(to, rules, str(chosen)))
     path = find_layer(made, layer)
-    params = abstract_variables(call)
     with shown(None) as tell:
         found = compile_layers(
             made,
             chosen,
             only=[path],
-            params=params,
+            params=bound.shapes,
             dtype=dtype and _dtype(dtype),
             progress=tell,
         )

@@ -50,6 +50,8 @@ def load_model(text: str) -> LoadedModel:
       ArgumentError: there is no such module or name, or it is something else. What
         the module's own code raises comes through as it is.
     """
+    from ..frontends.bind import frontend_of_class, is_model
+
     where, _, name = text.rpartition(":")
     if not where or not name:
         raise ArgumentError(
@@ -65,11 +67,13 @@ def load_model(text: str) -> LoadedModel:
             raise ArgumentError(
                 f"{where} has no {name!r}; it has: {', '.join(_offers(module)) or '-'}"
             ) from None
-    if _is_module(value):
+    if is_model(value):
         return LoadedModel(value)
     if not callable(value):
         raise ArgumentError(f"{text} is a {type(value).__name__}; {_WANTED}")
-    options = _only_rngs(value)
+    frontend = frontend_of_class(value)
+    kind: Any = value
+    options = {} if frontend is None else frontend.class_options(kind)
     try:
         inspect.signature(value).bind(**options)
     except TypeError as error:
@@ -79,31 +83,9 @@ def load_model(text: str) -> LoadedModel:
     model = value(**options)
     if isinstance(model, tuple) and len(model) == 2 and callable(model[0]):
         return LoadedModel(*model)
-    if not _is_module(model):
+    if not is_model(model):
         raise ArgumentError(f"{text} makes a {type(model).__name__}; {_WANTED}")
     return LoadedModel(model)
-
-
-def _is_module(value: Any) -> bool:
-    import flax.linen as nn
-
-    from ..params.variables import is_nnx_module
-
-    return isinstance(value, nn.Module) or is_nnx_module(value)
-
-
-def _only_rngs(value: Any) -> dict[str, Any]:
-    """The ``rngs`` that an NNX class wants, and nothing else."""
-    from ..params.variables import is_nnx_class
-
-    # The class itself shows the signature of its metaclass.
-    if not is_nnx_class(value):
-        return {}
-    if "rngs" not in inspect.signature(value.__init__).parameters:
-        return {}
-    from flax import nnx
-
-    return {"rngs": nnx.Rngs(0)}
 
 
 _WANTED = (
@@ -143,20 +125,17 @@ def _import(where: str) -> ModuleType:
 
 def _offers(module: ModuleType) -> list[str]:
     """Names in a module that may be or make a model."""
-    import flax.linen as nn
-
-    from ..params.variables import is_nnx_class
+    from ..frontends.bind import frontend_of_class, is_model
 
     def makes_one(value: Any) -> bool:
         if getattr(value, "__module__", None) != module.__name__:
             return False
-        linen = inspect.isclass(value) and issubclass(value, nn.Module)
-        return linen or inspect.isfunction(value) or is_nnx_class(value)
+        return inspect.isfunction(value) or frontend_of_class(value) is not None
 
     return [
         name
         for name, value in vars(module).items()
-        if not name.startswith("_") and (_is_module(value) or makes_one(value))
+        if not name.startswith("_") and (is_model(value) or makes_one(value))
     ]
 
 

@@ -17,7 +17,7 @@ from .options import (
     ToForm,
 )
 from .output import print_plan, write_text
-from .steps import ModelCall, Wishes
+from .steps import Wishes, plan_model, read_model
 
 
 @app.command(
@@ -45,7 +45,7 @@ def plan(
     The model is traced on abstract inputs; nothing is computed.
     """
     wishes = Wishes(to, rules, backend_for)
-    made = ModelCall.read(model, inputs, kwargs, method).plan(wishes)
+    made = plan_model(read_model(model, inputs, kwargs, method), wishes)
     if out is not None:
         write_text(out, made.to_json())
     if as_json:

@@ -11,7 +11,7 @@ from .app import app, examples
 from .inputs import ArgumentError
 from .options import Kwargs, Method, ModelName
 from .output import start_jax
-from .steps import ModelCall
+from .steps import read_model
 
 
 @app.command(
@@ -62,9 +62,8 @@ def slide(
     import numpy as np
 
     from ..dense_prediction.slide import slide as make_grid
-    from ..frontends.kinds import kind_of
     from .images import read_image, write_heatmap
-    from .variables import checkpoint_params
+    from .variables import load_variables
 
     sizes = _sizes("--window", window)
     steps = None if stride is None else _sizes("--stride", stride)
@@ -73,16 +72,13 @@ def slide(
         raise ArgumentError("images of several sizes: run the command for each size")
     pixels = np.stack(batch).astype(np.float32) / np.float32(scale)
     crop = ",".join(map(str, (1, *sizes, pixels.shape[-1])))
-    call = ModelCall.read(model, [crop], kwargs, method)
-    if kind_of(call.model, "slide") == "nnx":
-        raise ArgumentError("NNX models hold their params: use fcconv_jax.slide(model)")
-    variables = checkpoint_params(call, params)
+    bound = load_variables(read_model(model, [crop], kwargs, method), params)
     step = steps[0] if steps and len(steps) == 1 else steps
-    grid = make_grid(call.model, sizes, step)
-    report = grid.report(variables, pixels, **call.options)
+    grid = make_grid(bound, sizes, step)
+    report = grid.report(pixels)
     typer.echo(str(report), err=True)
     one = jax.ShapeDtypeStruct((len(pixels), *sizes, pixels.shape[-1]), pixels.dtype)
-    each = grid.eval_shape(variables, one, **call.options)
+    each = grid.eval_shape(one)
     if not isinstance(each, jax.ShapeDtypeStruct):
         raise ArgumentError("the model returns several arrays: use fcconv_jax.slide")
     shape = (len(pixels), *report.positions, *each.shape[1 + len(sizes) :])
@@ -90,7 +86,7 @@ def slide(
         result = np.empty(shape, each.dtype)
     else:
         result = np.lib.format.open_memmap(out, "w+", np.dtype(each.dtype), shape)
-    grid.write(variables, pixels, out=result, memory=memory << 20, **call.options)
+    grid.write(pixels, out=result, memory=memory << 20)
     if out is not None:
         typer.echo(f"wrote {out}: {shape}", err=True)
     if heatmap is not None:

@@ -14,10 +14,9 @@ from .options import To
 from .output import print_plan, start_jax
 
 if TYPE_CHECKING:
-    import jax
-
     from ..backends.name import Backend
     from ..checkpoints import ContentReport
+    from ..frontends.bound import BoundModel
     from ..plan import Plan
     from ..verification.report import VerifyReport
 
@@ -36,65 +35,53 @@ class Wishes:
         return bool(self.to or self.rules or self.backend)
 
 
-@dataclasses.dataclass(frozen=True)
-class ModelCall:
-    """A model and how it is called.
+def read_model(
+    name: str,
+    inputs: Sequence[str] | None,
+    kwargs: Sequence[str] | None,
+    method: str | None,
+) -> BoundModel:
+    """Binds the model MODULE:NAME to the inputs of a command line, which are abstract.
 
     Args:
-      model: a linen or NNX Module, or a function of params and inputs.
-      params: of a function.
-      specs: shape and dtype of its inputs.
-      options: its keyword arguments, ``method`` among them where it is not the usual.
+      name: of the model.
+      inputs: the values of ``--input``.
+      kwargs: those of ``--kwarg``.
+      method: what to call instead of ``__call__``.
     """
+    start_jax()
+    from ..frontends.bind import bind
 
-    model: Any
-    params: Any
-    specs: tuple[jax.ShapeDtypeStruct, ...]
-    options: Mapping[str, Any]
+    specs = tuple(parse_input(text) for text in inputs or ())
+    options = parse_kwargs(kwargs or ())
+    if method is not None:
+        options["method"] = method
+    loaded = load_model(name)
+    return bind(loaded.model, loaded.params, *specs, **options)
 
-    @classmethod
-    def read(
-        cls,
-        name: str,
-        inputs: Sequence[str] | None,
-        kwargs: Sequence[str] | None,
-        method: str | None,
-    ) -> ModelCall:
-        """Reads MODULE:NAME and the options of a command line."""
-        start_jax()
-        specs = tuple(parse_input(text) for text in inputs or ())
-        options = parse_kwargs(kwargs or ())
-        if method is not None:
-            options["method"] = method
-        loaded = load_model(name)
-        return cls(loaded.model, loaded.params, specs, options)
 
-    def plan(self, wishes: Wishes) -> Plan:
-        """Plans it by tracing."""
-        from ..errors import PlanError
-        from ..frontends.make_plan import make_plan
+def plan_model(bound: BoundModel, wishes: Wishes) -> Plan:
+    """Plans a model by tracing it."""
+    from ..errors import PlanError
 
-        first = () if self.params is None else (self.params,)
-        try:
-            return make_plan(
-                self.model,
-                *first,
-                *self.specs,
-                to=(wishes.to or To.CONV).value,
-                rules=wishes.rules or (),
-                backend=wishes.backend,
-                **self.options,
-            )
-        except PlanError:
-            raise
-        except Exception as error:
-            if not self.specs:
-                raise ArgumentError(
-                    f"{error}. Pass what it is called on: --input 1,8,8,3"
-                ) from error
-            shapes = " ".join(f"{x.dtype}{list(x.shape)}" for x in self.specs)
-            error.add_note(f"It was called on {shapes}.")
-            raise
+    try:
+        to = (wishes.to or To.CONV).value
+        return bound.plan(to, wishes.rules or (), wishes.backend)
+    except PlanError:
+        raise
+    except Exception as error:
+        if not bound.args:
+            raise ArgumentError(
+                f"{error}. Pass what it is called on: --input 1,8,8,3"
+            ) from error
+        shapes = " ".join(f"{x.dtype}{list(x.shape)}" for x in bound.args)
+        error.add_note(f"It was called on {shapes}.")
+        raise
+
+
+def with_random_inputs(bound: BoundModel, seed: int) -> BoundModel:
+    """The call on random arrays, of the shapes that it is bound to."""
+    return dataclasses.replace(bound, args=tuple(random_inputs(bound.args, seed)))
 
 
 def plan_checkpoint(src: Path, wishes: Wishes, step: str | None = None) -> Plan:
@@ -128,26 +115,26 @@ def parse_backends(names: Sequence[str] | None) -> list[Backend] | None:
 
 
 def verify_model(
-    call: ModelCall, made: Plan, seed: int, options: Mapping[str, Any]
+    bound: BoundModel, made: Plan, seed: int, options: Mapping[str, Any]
 ) -> VerifyReport:
     """The report on a model with random parameters and inputs.
 
     Where nothing is executed, shapes will do in their place.
     """
     from ..backends.resolution import resolve
-    from .variables import abstract_variables, random_variables
+    from ..verification.verify import verify
 
+    require_layers(made)
     backends = options["backends"]
     if backends and all(resolve(backend).how != "executed" for backend in backends):
-        variables = abstract_variables(call)
-        return _verify(call, made, variables, None, call.specs, options)
-    arrays = random_inputs(call.specs, seed)
-    variables = random_variables(call, arrays, seed)
-    return _verify(call, made, variables, None, arrays, options)
+        bound = bound.with_variables(bound.shapes)
+    else:
+        bound = with_random_inputs(bound, seed).drawn(seed)
+    return verify(bound, plan=made, **options)
 
 
 def verify_checkpoint(
-    call: ModelCall,
+    bound: BoundModel,
     checkpoint: Path,
     wishes: Wishes,
     seed: int,
@@ -156,27 +143,24 @@ def verify_checkpoint(
 ) -> VerifyReport:
     """The report on a model with the parameters of a checkpoint in either form."""
     from ..checkpoints import read_checkpoint
-    from ..params.trees import convert_params, restore_params
-    from .variables import abstract_variables, find_variables
+    from ..verification.verify import verify
+    from .variables import find_variables
 
     saved = read_checkpoint(checkpoint, step)
-    arrays = random_inputs(call.specs, seed)
-    wanted = abstract_variables(call)
-    if saved.plan is None:
-        made = call.plan(wishes)
-        variables = find_variables(saved, wanted, str(checkpoint))
-        return _verify(call, made, variables, None, arrays, options)
-    if wishes.any:
-        raise ArgumentError(
-            f"--to, --rule and --for do not go with {checkpoint}: it is converted, "
-            "and holds the plan that decided"
-        )
-    for form in dict.fromkeys(layer.to for layer in saved.plan.values()):
-        _tell_differences(saved.plan, call.plan(Wishes(To(form))), checkpoint)
-    wanted = convert_params(wanted, saved.plan)
-    converted = find_variables(saved, wanted, str(checkpoint))
-    variables = restore_params(converted, saved.plan)
-    return _verify(call, saved.plan, variables, converted, arrays, options)
+    made = saved.plan or plan_model(bound, wishes)
+    if saved.plan is not None:
+        if wishes.any:
+            raise ArgumentError(
+                f"--to, --rule and --for do not go with {checkpoint}: it is converted, "
+                "and holds the plan that decided"
+            )
+        for form in dict.fromkeys(layer.to for layer in made.values()):
+            now = plan_model(bound, Wishes(To(form)))
+            _tell_differences(made, now, checkpoint)
+    require_layers(made)
+    found = find_variables(saved, bound, str(checkpoint))
+    bound = with_random_inputs(bound, seed).with_variables(found.original)
+    return verify(bound, plan=made, converted_params=found.converted, **options)
 
 
 def compare_checkpoints(
@@ -186,29 +170,6 @@ def compare_checkpoints(
     from ..checkpoints import verify_checkpoint
 
     return verify_checkpoint(src, dst, step=step, prefix=prefixes or ())
-
-
-def _verify(
-    call: ModelCall,
-    made: Plan,
-    variables: Any,
-    converted: Any,
-    arrays: Sequence[Any],
-    options: Mapping[str, Any],
-) -> VerifyReport:
-    from ..verification.verify import verify
-    from .variables import as_params
-
-    require_layers(made)
-    return verify(
-        call.model,
-        as_params(call.model, variables),
-        *arrays,
-        plan=made,
-        converted_params=as_params(call.model, converted),
-        **options,
-        **call.options,
-    )
 
 
 def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:

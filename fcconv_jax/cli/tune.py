@@ -5,15 +5,14 @@ from __future__ import annotations
 import json
 from enum import StrEnum
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 
 from .app import app, examples
-from .inputs import random_inputs
 from .options import AsJson, Inputs, Kwargs, Method, ModelName, PlanOut, Rules
 from .output import write_text
-from .steps import ModelCall, parse_backends
+from .steps import parse_backends, read_model, with_random_inputs
 
 
 class Goal(StrEnum):
@@ -76,27 +75,19 @@ def tune(
     """
     from ..backends.resolution import resolve, resolve_default
     from ..tuning.tune import tune as tune_model
-    from .variables import abstract_variables, as_params, random_variables
 
-    call = ModelCall.read(model, inputs, kwargs, method)
+    bound = read_model(model, inputs, kwargs, method)
     (backend,) = parse_backends([backend_for] if backend_for else None) or [None]
     chosen = resolve_default() if backend is None else resolve(backend)
-    arrays: Any = call.specs
     if chosen.how == "executed":
-        arrays = random_inputs(call.specs, seed)
-        variables = random_variables(call, arrays, seed)
-    else:
-        variables = abstract_variables(call)
+        bound = with_random_inputs(bound, seed).drawn(seed)
     plan = tune_model(
-        call.model,
-        as_params(call.model, variables),
-        *arrays,
+        bound,
         backend=backend,
         objective=None if objective is None else objective.value,
         budget=budget,
         timings=timings,
         rules=rules or (),
-        **call.options,
     )
     assert plan.tuning is not None
     if out is not None:

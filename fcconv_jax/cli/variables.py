@@ -2,120 +2,98 @@
 
 from __future__ import annotations
 
-import functools
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-from ..params.variables import is_nnx_module
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
-    from .steps import ModelCall
+    from ..frontends.bound import BoundModel
 
 
-def abstract_variables(call: ModelCall) -> Any:
-    """A model's variables as shapes and dtypes, without computing any."""
-    import flax.linen as nn
-    import jax
+class Found(NamedTuple):
+    """Variables from a checkpoint, in the model's form and, if converted, as read."""
 
-    if not isinstance(call.model, nn.Module):
-        return jax.eval_shape(lambda: random_variables(call, (), 0))
-    init = functools.partial(call.model.init, **call.options)
-    return nn.meta.unbox(jax.eval_shape(init, jax.random.key(0), *call.specs))
+    original: Mapping[str, Any]
+    converted: Mapping[str, Any] | None
 
 
-def random_variables(call: ModelCall, arrays: Sequence[Any], seed: int) -> Any:
-    """A model's variables: a linen Module's at random, else those that it came with."""
-    import flax.linen as nn
-    import jax
-
-    from ..frontends.kinds import frontend_of
-
-    if isinstance(call.model, nn.Module):
-        return call.model.init(jax.random.key(seed), *arrays, **call.options)
-    return frontend_of(call.model, "fcconv").variables(call.model, call.params)
-
-
-def as_params(model: Any, variables: Any) -> Any:
-    """Variables as ``verify`` takes them for a model of that kind."""
-    import flax.linen as nn
-
-    if variables is None or isinstance(model, nn.Module):
-        return variables
-    params = variables["params"]
-    if not is_nnx_module(model):
-        return params
-    from flax import nnx
-
-    return nnx.restore_int_paths(params)
-
-
-def checkpoint_params(call: ModelCall, checkpoint: Path) -> Any:
-    """The params in a checkpoint of either form, as the original model takes them."""
+def load_variables(bound: BoundModel, checkpoint: Path) -> BoundModel:
+    """The call with the variables in a checkpoint of either form."""
     from ..checkpoints import read_checkpoint
-    from ..params.trees import convert_params, restore_params
 
-    saved = read_checkpoint(checkpoint)
-    wanted = abstract_variables(call)
-    if saved.plan is None:
-        found = find_variables(saved, wanted, str(checkpoint))
-    else:
-        wanted = convert_params(wanted, saved.plan)
-        found = find_variables(saved, wanted, str(checkpoint))
-        found = restore_params(found, saved.plan)
-    return as_params(call.model, found)
+    found = find_variables(read_checkpoint(checkpoint), bound, str(checkpoint))
+    return bound.with_variables(found.original)
 
 
-def find_variables(checkpoint: Checkpoint, wanted: Any, file: str) -> dict[str, Any]:
-    """The model's variables, found in a checkpoint's tree.
+def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Found:
+    """The variables of a model, found in a checkpoint's tree.
+
+    All params are required, and all other variables that the call reads, such as the
+    statistics of a BatchNorm. What the call does not read may be missing.
 
     Args:
-      checkpoint: as read; its params may lie below other levels (``params``,
+      checkpoint: as read; the variables may lie below other levels (``params``,
         ``model/params``), beside an optimizer state.
-      wanted: variables with the shapes that the model has.
+      bound: the model, on inputs that may be abstract.
       file: the checkpoint's name, for errors.
 
     Raises:
       CheckpointError: it is of another model: a leaf is missing, has another shape, or
         is one that the model lacks; the message names it.
     """
-    from ..errors import CheckpointError
+    import jax
+    import numpy as np
 
-    want = dict(_leaves(wanted))
-    collections = {path[0] for path in want}
+    from ..errors import CheckpointError
+    from ..params.trees import convert_params, restore_params
+
+    wanted = bound.shapes
+    if checkpoint.plan is not None:
+        wanted = convert_params(wanted, checkpoint.plan)
+    names = [tuple(name.split("/")) for name in bound.stored_paths(wanted)]
+    leaves, treedef = jax.tree.flatten(wanted)
     # Params alone need not stand below a level called "params".
-    bare = collections == {"params"}
-    inner = {path[1:] if bare else path: leaf for path, leaf in want.items()}
+    bare = not bound.stores_collections
+    if not bare and wanted.keys() == {"params"}:
+        bare, names = True, [name[1:] for name in names]
+    params = len(jax.tree.leaves(wanted["params"]))
     found = checkpoint_leaves(checkpoint)
-    prefix = _prefix(list(inner), list(found))
+    prefix = _prefix(names, list(found))
     other = f"{file} is not a checkpoint of this model: "
-    variables: dict[str, Any] = {}
-    for path, leaf in inner.items():
-        name = "/".join(prefix + path)
-        if prefix + path not in found:
-            raise CheckpointError(
-                f"{other}it has no leaf {name!r}, the model has one of shape "
-                f"{leaf.shape}; it has {['/'.join(p) for p in found][:5]}"
-            )
-        value = found[prefix + path]
-        if getattr(value, "shape", None) != leaf.shape:
-            raise CheckpointError(
-                f"{other}leaf {name!r} has shape {getattr(value, 'shape', None)}, the "
-                f"model's has {leaf.shape}"
-            )
-        node = variables
-        *levels, last = ("params", *path) if bare else path
-        for level in levels:
-            node = node.setdefault(level, {})
-        node[last] = value
-    params = prefix if bare else (*prefix, "params")
+    values = []
+    for number, (name, leaf) in enumerate(zip(names, leaves)):
+        text = "/".join(prefix + name)
+        value = found.get(prefix + name)
+        shape = getattr(value, "shape", None)
+        if shape != leaf.shape:
+            is_param = name[0] == "params" if not bare else number < params
+            if not is_param and not bound.reads[number]:
+                own = jax.tree.leaves(bound.variables)[number]
+                abstract = isinstance(own, jax.ShapeDtypeStruct)
+                value = np.zeros(leaf.shape, leaf.dtype) if abstract else own
+            elif value is None:
+                raise CheckpointError(
+                    f"{other}it has no leaf {text!r}, the model has one of shape "
+                    f"{leaf.shape}; it has {['/'.join(p) for p in found][:5]}"
+                )
+            else:
+                raise CheckpointError(
+                    f"{other}leaf {text!r} has shape {shape}, the model's has "
+                    f"{leaf.shape}"
+                )
+        values.append(value)
+    known = set(names)
+    top = prefix if bare else (*prefix, "params")
     for path in found:
-        if path[: len(params)] == params and path[len(prefix) :] not in inner:
+        if path[: len(top)] == top and path[len(prefix) :] not in known:
             raise CheckpointError(
                 f"{other}it has the leaf {'/'.join(path)!r}, which the model lacks"
             )
-    return variables
+    variables = jax.tree.unflatten(treedef, values)
+    if checkpoint.plan is None:
+        return Found(variables, None)
+    return Found(restore_params(variables, checkpoint.plan), variables)
 
 
 def checkpoint_leaves(checkpoint: Checkpoint) -> dict[tuple[str, ...], Any]:
@@ -136,13 +114,6 @@ def split_key(key: str, keys: Any) -> tuple[str, ...]:
     from ..checkpoints.formats import key_separator
 
     return tuple(key.split(key_separator(list(keys))))
-
-
-def _leaves(tree: Any) -> list[tuple[tuple[str, ...], Any]]:
-    import jax
-
-    leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [(tuple(str(key.key) for key in path), leaf) for path, leaf in leaves]
 
 
 def _prefix(

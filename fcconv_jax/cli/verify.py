@@ -25,10 +25,11 @@ from .options import (
 )
 from .output import show_report
 from .steps import (
-    ModelCall,
     Wishes,
     compare_checkpoints,
     parse_backends,
+    plan_model,
+    read_model,
     verify_checkpoint,
     verify_model,
 )
@@ -132,14 +133,14 @@ def verify(
         show_report(file, out, as_json, as_markdown)
         return
     wishes = Wishes(to, rules, backend_for)
-    call = ModelCall.read(model, inputs, kwargs, method)
+    bound = read_model(model, inputs, kwargs, method)
     options = {
         "gradients": gradients,
         "backends": parse_backends(backends),
         "timeout": timeout,
     }
     if checkpoint is None:
-        report = verify_model(call, call.plan(wishes), seed, options)
+        report = verify_model(bound, plan_model(bound, wishes), seed, options)
     else:
-        report = verify_checkpoint(call, checkpoint, wishes, seed, options, step)
+        report = verify_checkpoint(bound, checkpoint, wishes, seed, options, step)
     show_report(report, out, as_json, as_markdown)

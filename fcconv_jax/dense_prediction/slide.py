@@ -16,8 +16,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ..backends.options import convolution_options
+from ..frontends.bind import bind_crops
 from ..frontends.jitted import Jitted
-from ..frontends.kinds import kind_of
 from ..progress import ProgressOption
 from ..tracing import arguments
 from ..tracing.cost import flops, largest
@@ -106,11 +106,8 @@ def slide(
     steps = None if stride is None else _sizes("stride", stride, len(sizes))
     if padding not in ("crops", "image"):
         raise ValueError(f"padding: expected 'crops' or 'image', got {padding!r}")
-    kind = kind_of(model, "slide")
-    if kind == "nnx":
-        return NnxSlide(model, sizes, steps, places, padding)
-    function = model.apply if kind == "linen" else model
-    return Slide(function, sizes, steps, places, padding)
+    function, held = bind_crops(model)
+    return Slide(function, sizes, steps, places, padding, held)
 
 
 class Slide:
@@ -122,6 +119,8 @@ class Slide:
       stride: step along each; None for the function's own.
       axes: those axes of the images.
       padding: where padding lies.
+      held: returns what the function takes first and the caller does not pass: the
+        variables of a model that holds them, read anew at each call.
 
     Example:
       >>> import fcconv_jax as fc
@@ -138,7 +137,9 @@ class Slide:
         stride: tuple[int, ...] | None,
         axes: tuple[int, ...],
         padding: Literal["crops", "image"] = "crops",
+        held: Callable[[], tuple[Any, ...]] = tuple,
     ):
+        self._held = held
         self.padding: Literal["crops", "image"] = padding
         self.function = function
         self.window = window
@@ -161,15 +162,15 @@ class Slide:
           ValueError: an image is smaller than the window, or an output of the function
             has not the batch first.
         """
-        return self._call(*args, **kwargs)
+        return self._call(*self._held(), *args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the call, as ``jax.jit`` does."""
-        return self._call.lower(*args, **kwargs)
+        return self._call.lower(*self._held(), *args, **kwargs)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """The shapes that a call returns, as ``jax.jit`` has it."""
-        return self._call.eval_shape(*args, **kwargs)
+        return self._call.eval_shape(*self._held(), *args, **kwargs)
 
     def write(
         self,
@@ -198,7 +199,9 @@ class Slide:
           ValueError: ``out`` has another shape than the result, or a window alone takes
             more than ``memory``.
         """
-        write_tiles(self, args, kwargs, out, memory, resume, progress)
+        plain = Slide(self.function, self.window, self.stride, self.axes, self.padding)
+        given = (*self._held(), *args)
+        write_tiles(plain, given, kwargs, out, memory, resume, progress)
 
     def report(self, *args: Any, **kwargs: Any) -> SlideReport:
         """Says what crops would share, before anything runs.
@@ -207,7 +210,7 @@ class Slide:
           *args: as in a call; arrays may be abstract.
           **kwargs: as in a call.
         """
-        return self._program(args, kwargs).report
+        return self._program((*self._held(), *args), kwargs).report
 
     def __repr__(self) -> str:
         window = "x".join(map(str, self.window))
@@ -239,42 +242,6 @@ class Slide:
         return _Program(
             jaxpr, out, leaves, images, self.window, stride, self.axes, around
         )
-
-
-class NnxSlide(Slide):
-    """An NNX model on every crop of images: called with the images alone."""
-
-    def __init__(self, model: Any, *sizes: Any):
-        from flax import nnx
-
-        self.model = model
-        graph, _ = nnx.split(model)
-        super().__init__(lambda state, x: nnx.merge(graph, state)(x), *sizes)
-        self.function.__name__ = type(model).__name__
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The model on every crop; its params are read at each call."""
-        return super().__call__(*self._with_state(args), **kwargs)
-
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """Lowers the call, as ``jax.jit`` does."""
-        return super().lower(*self._with_state(args), **kwargs)
-
-    def write(self, *args: Any, **kwargs: Any) -> None:
-        """Runs over images of any size, as :meth:`Slide.write` says."""
-        function = Slide(
-            self.function, self.window, self.stride, self.axes, self.padding
-        )
-        function.write(*self._with_state(args), **kwargs)
-
-    def report(self, *args: Any, **kwargs: Any) -> SlideReport:
-        """Says what crops would share, before anything runs."""
-        return super().report(*self._with_state(args), **kwargs)
-
-    def _with_state(self, args: Sequence[Any]) -> tuple[Any, ...]:
-        from flax import nnx
-
-        return nnx.split(self.model)[1], *args
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

@@ -14,9 +14,8 @@ import numpy as np
 from ..backends.timing import milliseconds
 from ..default_settings import default_settings
 from ..errors import ExportError
-from ..frontends.convert_model import convert_model
-from ..frontends.kinds import ModelProgram, frontend_of, kind_of
-from ..params.trees import convert_params
+from ..frontends.bind import bind
+from ..frontends.bound import BoundModel
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
 from ..progress import Progress, ProgressOption, shown
@@ -47,7 +46,7 @@ from .written import Written
 
 def export(
     model: Any,
-    params: Any,
+    params: Any = None,
     *inputs: Any,
     path: str | Path,
     runtime: str | None = None,
@@ -128,7 +127,8 @@ def export(
             f"Expected a .tflite path for an int8 file, got {path}: the quantizer is "
             "LiteRT's. Drop calibrate= for a file in float32."
         )
-    call = _Call(model, params, inputs, kwargs, target, made_for, unroll)
+    bound = bind(model, params, *inputs, **kwargs)
+    call = _Call(bound, target, made_for, unroll)
     with (
         default_settings(),
         shown(progress) as tell,
@@ -146,7 +146,7 @@ def export(
         last = place / Path(path).name
         first = last if calibrate is None else Path(folder) / f"float{target.suffix}"
         written = call.write(plan, form, first)  # refuses what it cannot, at once
-        reference, notes = reference_of(call.program, call.variables)
+        reference, notes = reference_of(call.bound)
         proof, figures = call.check(written, reference, tell)
         made: dict[Form, tuple[Written, FormFigures]] = {form: (written, figures)}
         chosen: list[Form] = ["dense", "conv"]
@@ -172,52 +172,35 @@ class _Call:
 
     def __init__(
         self,
-        model: Any,
-        params: Any,
-        inputs: Sequence[Any],
-        kwargs: Mapping[str, Any],
+        bound: BoundModel,
         runtime: Runtime,
         chip: Chip | None,
         unroll: int,
     ):
-        self.model, self.params, self.inputs, self.kwargs = (
-            model,
-            params,
-            inputs,
-            kwargs,
-        )
-        self.runtime, self.chip, self.unroll = runtime, chip, unroll
-        self.room = frontend_of(model, "export")
-        self.variables = self.room.variables(model, params)
-        self.program = self.room.model_program(model, inputs, kwargs)
-        tree = jax.eval_shape(self.program.call, self.variables, self.program.arrays)
+        self.bound, self.runtime, self.chip, self.unroll = bound, runtime, chip, unroll
+        tree = jax.eval_shape(bound.call, bound.variables, bound.arrays)
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
         self.input_names = [
             f"{name}_in" if name in self.outputs else name
-            for name in input_names(inputs, kwargs)
+            for name in input_names(bound.args, bound.kwargs)
         ]
 
     def plan(self, form: Form, rules: Sequence[Rule]) -> Plan:
         """The plan of a form."""
-        args, options = self.room.planning_call(self.params, self.inputs, self.kwargs)
-        return plan_of_form(
-            self.model, args, options, form, rules, self.runtime, self.chip
-        )
+        return plan_of_form(self.bound, form, rules, self.runtime, self.chip)
 
     def write(self, plan: Plan, form: str, path: Path) -> Written:
         """Writes a file."""
-        changed = convert_model(self.model, plan)
-        variables = convert_params(self.variables, plan)
-        program = self.room.model_program(changed, self.inputs, self.kwargs)
-        leaves = parameter_leaves(variables)
-        graph = self._lowered(program, variables, leaves)
+        changed = self.bound.convert(plan)
+        leaves = parameter_leaves(changed.variables)
+        graph = self._lowered(changed, leaves)
         record = Record(
             tuple(layers_of(graph)),
             plan,
             form,
             self.chip.name if self.chip else None,
             constants_of(graph),
-            kind_of(self.model, "export"),
+            self.bound.library,
             BLANK,
         )
         computed = {
@@ -234,21 +217,20 @@ class _Call:
                 used = tuple(Source(leaf) for leaf in leaves_read(graph))
                 record = dataclasses.replace(record, layers=(), constants=used)
             graph.notes += self.runtime.write_program(
-                *(program.call, variables, program.arrays, self.outputs, record, path)
+                *(changed.call, changed.variables, changed.arrays),
+                *(self.outputs, record, path),
             )
         seal(path, self.runtime.open(path))
         return Written(path, form, plan, graph, record, leaves, computed)
 
-    def _lowered(
-        self, program: ModelProgram, variables: Any, leaves: Mapping[str, np.ndarray]
-    ) -> Graph:
+    def _lowered(self, bound: BoundModel, leaves: Mapping[str, np.ndarray]) -> Graph:
         """The graph of a model; an empty one where only JAX can say it, and may."""
-        flat, tree = jax.tree.flatten(variables)
+        flat, tree = jax.tree.flatten(bound.variables)
 
         def call(flat: Any, arrays: Any) -> Any:
-            return program.call(jax.tree.unflatten(tree, flat), arrays)
+            return bound.call(jax.tree.unflatten(tree, flat), arrays)
 
-        jaxpr = jax.make_jaxpr(call)(flat, program.arrays)
+        jaxpr = jax.make_jaxpr(call)(flat, bound.arrays)
         pairs = list(leaves.items())
         try:
             graph = lower(jaxpr, pairs, self.input_names, self.outputs, self.unroll)
@@ -287,7 +269,7 @@ class _Call:
     def _figures(self, written: Written, error: float | None) -> FormFigures:
         shipped = self.runtime.open(written.path)
         transposes, reshapes = shipped.moves()
-        arrays = [np.asarray(x) for x in self.program.arrays]
+        arrays = [np.asarray(x) for x in self.bound.arrays]
         time = None
         if error is not None:
             time = milliseconds({"file": shipped.runner(arrays)})["file"]

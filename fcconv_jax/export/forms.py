@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from ..errors import PlanError
-from ..frontends.make_plan import make_plan
+from ..frontends.bound import BoundModel
 from ..layer_forms import output_positions
 from ..plan import LayerPlan, Plan, direction
 from ..plan.rules import Rule
@@ -21,9 +21,7 @@ FORMS: tuple[str, ...] = get_args(Form)
 
 
 def plan_of_form(
-    model: Any,
-    args: Sequence[Any],
-    options: Mapping[str, Any],
+    bound: BoundModel,
     form: Form,
     rules: Sequence[Rule],
     runtime: Runtime,
@@ -36,9 +34,7 @@ def plan_of_form(
     ``(B T, C, 1, 1)``, which needs no transpose either.
 
     Args:
-      model: linen, NNX or a function.
-      args: what ``make_plan`` takes.
-      options: its keyword arguments.
+      bound: the model.
       form: which.
       rules: the user's.
       runtime: whose files have channels last or first.
@@ -48,34 +44,26 @@ def plan_of_form(
       PlanError: a rule matches no layer.
     """
     if form == "dense":
-        return _made(model, args, options, "dense", rules)
+        return _made(bound, "dense", rules)
     layout = "keep" if runtime.images == "last" else "fold"
     usual = Rule("*", layout=layout)
-    to_conv = _made(model, args, options, "conv", rules, usual)
+    to_conv = _made(bound, "conv", rules, usual)
     if chip is None or (form == "conv" and not chip.rules):
         return to_conv
-    ones = _made(model, args, options, "conv", rules, Rule("*", (1, 1), None, layout))
+    ones = _made(bound, "conv", rules, Rule("*", (1, 1), None, layout))
     if form == "conv":
         return _legal(to_conv, ones, chip)
-    to_dense = _made(model, args, options, "dense", rules)
+    to_dense = _made(bound, "dense", rules)
     return _mixed(to_conv, ones, to_dense, chip)
 
 
-def _made(
-    model: Any,
-    args: Sequence[Any],
-    options: Mapping[str, Any],
-    to: Any,
-    rules: Sequence[Rule],
-    *usual: Rule,
-) -> Plan:
+def _made(bound: BoundModel, to: Any, rules: Sequence[Rule], *usual: Rule) -> Plan:
     """A plan of one direction; of a model without such layers, an empty one."""
-    options = {**options, "to": to, "backend": "any"}
     try:
-        return make_plan(model, *args, rules=(*rules, *usual), **options)
+        return bound.plan(to, (*rules, *usual), "any")
     except PlanError as error:
         if usual and "matches no linear layer" in str(error) and "'*'" in str(error):
-            return make_plan(model, *args, rules=rules, **options)
+            return bound.plan(to, rules, "any")
         raise
 
 

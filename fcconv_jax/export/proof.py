@@ -18,7 +18,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..errors import ExportError
-from ..frontends.kinds import ModelProgram
+from ..frontends.bound import BoundModel
 from ..params.leaves import flatten_with_path
 from ..progress import Progress
 from ..verification.agreement import WorkingError, named_leaves, working_errors
@@ -104,30 +104,29 @@ class Reference:
     inputs: Sequence[np.ndarray]
 
 
-def reference_of(
-    program: ModelProgram, variables: Any
-) -> tuple[Reference | None, list[str]]:
+def reference_of(bound: BoundModel) -> tuple[Reference | None, list[str]]:
     """A model on its inputs, in float64 and in its own precision.
 
     Returns:
       The reference, or None and the reasons why there is none.
     """
-    jaxpr = jax.make_jaxpr(program.call)(variables, program.arrays)
+    variables, arrays = bound.variables, bound.arrays
+    jaxpr = jax.make_jaxpr(bound.call)(variables, arrays)
     why = obstacles(jaxpr)
     if why:
         return None, [f"no float64 reference: {reason}" for reason in why]
     reading = Reading(jaxpr)
     if reading.bytes > free_memory():
         return None, ["no float64 reference: it needs more memory than is free"]
-    outs, _ = reading(jax.tree.leaves((variables, program.arrays)))
-    run = jax.jit(program.call)
-    tree = jax.eval_shape(program.call, variables, program.arrays)
+    outs, _ = reading(jax.tree.leaves((variables, arrays)))
+    run = jax.jit(bound.call)
+    tree = jax.eval_shape(bound.call, variables, arrays)
     names = [path for path, _ in named_leaves(tree, "output")]
-    own = [run(variables, program.arrays)]
+    own = [run(variables, arrays)]
     for seed in range(MOVED):
         params = moved_by_an_ulp(variables["params"], seed)
-        own.append(run({**variables, "params": params}, program.arrays))
-    inputs = [np.asarray(x) for x in program.arrays]
+        own.append(run({**variables, "params": params}, arrays))
+    inputs = [np.asarray(x) for x in arrays]
     leaves = [jax.tree.leaves(each) for each in own]
     return Reference(list(zip(names, outs)), leaves, inputs), []
 

@@ -34,7 +34,7 @@ def fewest_cycles(
     accelerator = call.chip.accelerator
     if accelerator is None or not vela.available():
         return plan
-    arrays = [np.asarray(x) for x in call.program.arrays]
+    arrays = [np.asarray(x) for x in call.bound.arrays]
     candidates: dict[Plan, int] = {}
     forms: tuple[Form, ...] = ("mix", "dense", "conv")
     for done, form in enumerate(forms):
@@ -74,7 +74,7 @@ def quantized(
     if calibrate is None and (chip is None or not vela.available()):
         return {}
     names = call.input_names
-    arrays = [np.asarray(x) for x in call.program.arrays]
+    arrays = [np.asarray(x) for x in call.bound.arrays]
     examples = [arrays]
     if calibrate is not None:
         examples = quantizer.batches(calibrate, [x.shape for x in arrays])

@@ -11,7 +11,7 @@ import numpy as np
 
 from ..default_settings import default_settings
 from ..errors import ExportError
-from ..frontends.kinds import frontend_of
+from ..frontends.bind import bind
 from ..params.trees import convert_params
 from ..progress import Progress, ProgressOption, shown
 from .layers import Record
@@ -29,7 +29,7 @@ _CHANGED = (
 
 def verify_file(
     path: str | Path,
-    params: Any,
+    params: Any = None,
     *,
     model: Any = None,
     inputs: Sequence[Any] = (),
@@ -82,8 +82,9 @@ def verify_file(
             variables = {"params": params}
         reference, notes = None, []
         if model is not None:
-            variables = frontend_of(model, "verify").variables(model, params)
-            reference, notes = _reference(model, variables, inputs, kwargs)
+            bound = bind(model, params, *inputs, **kwargs)
+            variables = bound.variables
+            reference, notes = reference_of(bound)
         else:
             notes.append("the whole file was not compared: that needs its model")
         leaves = parameter_leaves(convert_params(variables, record.plan))
@@ -94,13 +95,6 @@ def verify_file(
         if not known and not proof.all_failures:
             proof = dataclasses.replace(proof, failures=(_CHANGED,))
     return _report(path, runtime, shipped, record, proof, notes)
-
-
-def _reference(
-    model: Any, variables: Any, inputs: Sequence[Any], kwargs: Mapping[str, Any]
-) -> tuple[Reference | None, list[str]]:
-    room = frontend_of(model, "verify")
-    return reference_of(room.model_program(model, inputs, kwargs), variables)
 
 
 def _prove(

@@ -5,10 +5,11 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 
+from ..frontends.bound import BoundModel
 from ..plan import Plan
 from ..plan.rules import Rule
 from .chips import Chip
@@ -36,7 +37,7 @@ class Call(Protocol):
 
     chip: Chip | None
     runtime: Runtime
-    program: Any
+    bound: BoundModel
     input_names: list[str]
 
     def plan(self, form: Form, rules: Sequence[Rule]) -> Plan:

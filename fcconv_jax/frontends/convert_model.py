@@ -8,8 +8,8 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import flax.linen as nn
 
 from ..plan import Plan
+from .bind import frontend_of
 from .function.model import ConvertedFunction
-from .kinds import frontend_of
 from .linen.model import ConvertedLinen
 
 if TYPE_CHECKING:
@@ -67,4 +67,4 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
       >>> bool((y == model.apply(variables, x)).all())
       True
     """
-    return frontend_of(model, "convert_model").convert_model(model, plan, inplace)
+    return frontend_of(model).convert_model(model, plan, inplace)

@@ -5,13 +5,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
-from ..errors import PlanError
 from ..plan import Form, Plan
-from ..plan.rules import Rule, as_rules
-from ..planning.layouts import lay_out
-from ..planning.mesh_layouts import for_mesh
-from ..tracing.user_code import explained
-from .kinds import frontend_of
+from ..plan.rules import Rule
+from .bind import bind_planned
 
 
 def make_plan(
@@ -77,13 +73,7 @@ def make_plan(
       path  layer  case         kernel                        order
       head  Dense  full_window  (240, 10) -> (6, 5, 8, 10)    HWC
     """
-    if to not in ("conv", "dense"):
-        raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")
-    chosen = as_rules(rules)
-    room = frontend_of(model, "make_plan")
-    with explained():
-        plan = room.make_plan(model, inputs, to, chosen, rngs, method, kwargs)
-    arrays = (room.state(model), inputs)
-    plan = lay_out(plan, chosen, backend, arrays)
-    activations = room.activations(inputs)
-    return for_mesh(plan, arrays, activations, chosen)
+    given = {"rngs": rngs, "method": method}
+    options = {name: value for name, value in given.items() if value is not None}
+    bound = bind_planned(model, inputs, {**kwargs, **options})
+    return bound.plan(to, rules, backend)

@@ -19,12 +19,9 @@ from ..backends.options import convolution_options
 from ..backends.resolution import Resolution, resolve, resolve_default
 from ..default_settings import default_settings
 from ..errors import BackendError, PlanError
-from ..frontends.convert_model import convert_model
-from ..frontends.kinds import frontend_of, kind_of
-from ..frontends.make_plan import make_plan
-from ..frontends.programs import compilable
+from ..frontends.bind import bind
+from ..frontends.bound import BoundModel
 from ..params.layer_dtypes import layer_dtypes
-from ..params.trees import convert_params
 from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules
 from ..plan.tuning import Figure, Objective, Tuning
@@ -56,7 +53,7 @@ class _Form:
 
 def tune(
     model: Any,
-    params: Any,
+    params: Any = None,
     *inputs: Any,
     backend: str | Backend | None = None,
     objective: Objective | None = None,
@@ -139,20 +136,18 @@ def tune(
     versions = f"jax {jax.__version__}, jaxlib {jaxlib.version.__version__}"
     file = None if timings is None else Path(timings)
     known = Timings(file, goal, f"{device}, {versions}")
-    room = frontend_of(model, "tune")
     with default_settings(), shown(progress) as tell:
         tell("planning", 0, 1)
-        variables = room.variables(model, params)
-        _check_arrays(chosen, (variables, inputs, kwargs))
-        args, options = room.planning_call(params, inputs, kwargs)
+        bound = bind(model, params, *inputs, **kwargs)
+        _check_arrays(chosen, (bound.variables, bound.arrays))
         named = None if backend is None else str(chosen.backend)
-        every, ties = _both_ways(model, args, options, rules, named)
+        every, ties = _both_ways(bound, rules, named)
         meter = Meter(chosen, goal, known, timeout)
         # Scratch memory and cycles ahead of time know of no options.
         sets: list[Options] = [()]
-        if chosen.how == "executed" and kind_of(model, "tune") != "nnx":
+        if chosen.how == "executed" and bound.takes_options:
             sets += _options(chosen)
-        dtypes = layer_dtypes(variables, every)
+        dtypes = layer_dtypes(bound.variables, every)
         forms, kinds = {}, {}
         end = time.monotonic() + budget / 4
         for number, each in enumerate(sets):
@@ -162,12 +157,8 @@ def tune(
 
         def program(form: _Form) -> Candidate:
             # Without layers the model's own, as it is: not even its jit is another.
-            changed, other = model, variables
-            if form.plan:
-                changed = convert_model(model, form.plan)
-                other = convert_params(variables, form.plan)
-            call = room.model_program(changed, inputs, kwargs)
-            return Candidate(compilable(call, other), form.options)
+            changed = bound.convert(form.plan) if form.plan else bound
+            return Candidate(changed.program(), form.options)
 
         race = _Race(forms, program, meter, tell)
         race.choose(budget / 3)
@@ -233,11 +224,7 @@ def _check_arrays(chosen: Resolution, trees: Any) -> None:
 
 
 def _both_ways(
-    model: Any,
-    args: Any,
-    options: Mapping[str, Any],
-    rules: Iterable[Rule | str],
-    backend: str | None,
+    bound: BoundModel, rules: Iterable[Rule | str], backend: str | None
 ) -> tuple[Plan, list[set[str]]]:
     """Every layer that has another form, to that form; and which of them share params.
 
@@ -246,7 +233,7 @@ def _both_ways(
     """
 
     def planned(form: Form, rules: Sequence[Rule]) -> Plan:
-        return make_plan(model, *args, to=form, rules=rules, backend=backend, **options)
+        return bound.plan(form, rules, backend)
 
     plans = {form: planned(form, ()) for form in _FORMS}
     own: dict[Form, list[Rule]] = {form: [] for form in _FORMS}

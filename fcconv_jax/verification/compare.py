@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import jax
@@ -11,10 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..default_settings import default_settings
-from ..frontends.kinds import frontend_of, kind_of
+from ..frontends.bind import bind_called
+from ..frontends.bound import BoundModel
 from ..progress import Progress, ProgressOption, shown
 from ..reports import Report, Table
-from ..tracing import arguments
 from ..tracing.jaxprs import opened
 from ..tracing.marks import named_outputs
 from .agreement import (
@@ -175,8 +175,8 @@ def compare(
     second_args = f_args if g_args is None else g_args
     second_kwargs = f_kwargs if g_kwargs is None else g_kwargs
     with default_settings(), shown(progress) as tell:
-        first = _Program.of(f, f_args, f_kwargs or {})
-        second = _Program.of(g, second_args, second_kwargs or {})
+        first = bind_called(f, f_args, f_kwargs or {})
+        second = bind_called(g, second_args, second_kwargs or {})
         return _compare(first, second, tell)
 
 
@@ -205,49 +205,19 @@ def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
         raise AssertionError(f"{found.verdict}\n" + "\n".join(found.failures))
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Program:
-    """A program as a function of arrays, and the same with its modules named."""
+def _trace(bound: BoundModel) -> Traced:
+    """The trace of a call, with its modules named."""
 
-    call: Callable[..., Any]
-    named: Callable[..., Any]
-    args: tuple[Any, ...]
+    def named(variables: Any, arrays: Any) -> Any:
+        return bound.named(variables, arrays, lambda path: True)
 
-    @classmethod
-    def of(cls, f: Any, args: Sequence[Any], kwargs: Mapping[str, Any]) -> _Program:
-        kind = kind_of(f, "compare")
-        if kind == "function":
-            arrays, static = arguments.split((tuple(args), dict(kwargs)))
-
-            def call(arrays: Any) -> Any:
-                args, kwargs = static.merge(arrays)
-                return f(*args, **kwargs)
-
-            return cls(call, call, (arrays,))
-        room = frontend_of(f, "compare")
-        params, inputs = None, args
-        if kind == "linen":
-            if not args:
-                raise TypeError(
-                    "compare needs the variables of a linen Module, then its inputs, "
-                    "got no arguments"
-                )
-            params, inputs = args[0], args[1:]
-        program = room.model_program(f, inputs, kwargs)
-
-        def named(variables: Any, arrays: Any) -> Any:
-            return program.named(variables, arrays, lambda path: True)
-
-        return cls(program.call, named, (room.variables(f, params), program.arrays))
-
-    def trace(self) -> Traced:
-        return Traced.of(self.named, *self.args)
+    return Traced.of(named, *bound.program().args)
 
 
-def _compare(first: _Program, second: _Program, tell: Progress) -> Comparison:
+def _compare(first: BoundModel, second: BoundModel, tell: Progress) -> Comparison:
     backend = jax.default_backend()
     tell("float64: tracing", 0, 1)
-    traces = first.trace(), second.trace()
+    traces = _trace(first), _trace(second)
     shapes = [
         [var.aval.shape for var in opened(trace.jaxpr)[0].outvars] for trace in traces
     ]
@@ -255,13 +225,17 @@ def _compare(first: _Program, second: _Program, tell: Progress) -> Comparison:
         why = f"expected outputs of shapes {shapes[0]}, got {shapes[1]}"
         return Comparison("different functions", (), (), (), None, (why,), backend)
     reference = Reference(*traces, "outputs")
-    programs = [BackgroundProgram(p.call, *p.args) for p in (first, second)]
+    args, other_args = first.program().args, second.program().args
+    programs = [
+        BackgroundProgram(first.call, *args),
+        BackgroundProgram(second.call, *other_args),
+    ]
     read = reference.run(tell)
     tell(f"{backend}: running", 0, 1)
-    mine = [jax.tree.leaves(programs[0](*first.args))]
-    theirs = jax.tree.leaves(programs[1](*second.args))
+    mine = [jax.tree.leaves(programs[0](*args))]
+    theirs = jax.tree.leaves(programs[1](*other_args))
     for seed in range(MOVED):
-        mine.append(jax.tree.leaves(programs[0](*moved_by_an_ulp(first.args, seed))))
+        mine.append(jax.tree.leaves(programs[0](*moved_by_an_ulp(args, seed))))
     differences = tuple(map(_difference, mine[0], theirs))
     tell(f"{backend}: running", 1, 1)
     if read is None:

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..backends.resolution import Resolution
-from ..frontends.programs import BothForms
+from ..frontends.bound import BothForms
 from ..plan import Plan
 from ..progress import Progress
 from ..tracing.marks import named_outputs

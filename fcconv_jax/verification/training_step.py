@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..frontends.programs import BothForms
+from ..frontends.bound import BothForms
 from ..params.opt_state import convert_opt_state
 from ..params.trees import convert_params, restore_params
 

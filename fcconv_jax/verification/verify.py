@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import jax
@@ -16,11 +17,9 @@ from ..backends.resolution import Resolution, resolve, resolve_default
 from ..backends.timing import milliseconds
 from ..default_settings import default_settings
 from ..errors import BackendError
-from ..frontends.convert_model import convert_model
-from ..frontends.kinds import frontend_of
-from ..frontends.make_plan import make_plan
-from ..frontends.programs import BothForms
-from ..params.trees import convert_params, restore_params
+from ..frontends.bind import bind
+from ..frontends.bound import BothForms, BoundModel
+from ..params.trees import restore_params
 from ..plan import Form, Plan
 from ..progress import Progress, ProgressOption, shown
 from .bits import different_bits
@@ -64,7 +63,7 @@ def assert_equivalent(
 
 def verify(
     model: Any,
-    params: Any,
+    params: Any = None,
     *inputs: Any,
     plan: Plan | None = None,
     to: Form = "conv",
@@ -143,15 +142,14 @@ def verify(
     """
     chosen = _resolve_all(backends)
     with default_settings(), shown(progress) as tell:
+        bound = bind(model, params, *inputs, **kwargs)
         if plan is None:
             tell("planning", 0, 1)
-            plan = _plan(model, params, inputs, to, kwargs)
-        pair, failures = _both_forms(
-            model, params, inputs, kwargs, plan, converted_model, converted_params
-        )
+            plan = bound.plan(to)
+        pair, failures = _both_forms(bound, plan, converted_model, converted_params)
         executed = [r for r in chosen if r.how == "executed"]
         absent = [r for r in chosen if r.how != "executed"]
-        trees = (pair.variables, pair.other, inputs, kwargs)
+        trees = (pair.variables, pair.other, bound.arrays)
         abstract = any(
             isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trees)
         )
@@ -195,39 +193,22 @@ def verify(
     )
 
 
-def _plan(
-    model: Any, params: Any, inputs: Any, to: Form, kwargs: Mapping[str, Any]
-) -> Plan:
-    """The plan of a call, from the arguments of that call."""
-    room = frontend_of(model, "verify")
-    args, options = room.planning_call(params, inputs, kwargs)
-    return make_plan(model, *args, to=to, **options)
-
-
 def _both_forms(
-    model: Any,
-    params: Any,
-    inputs: Any,
-    kwargs: Mapping[str, Any],
-    plan: Plan,
-    converted_model: Any,
-    converted_params: Any,
+    bound: BoundModel, plan: Plan, converted_model: Any, converted_params: Any
 ) -> tuple[BothForms, list[str]]:
-    """Both programs, and the parameters that are not the same bits."""
-    room = frontend_of(model, "verify")
-    if converted_model is None:
-        converted_model = convert_model(model, plan)
-    variables = room.variables(model, params)
-    expected = convert_params(variables, plan)
-    other = expected
+    """Both forms, and the parameters that are not the same bits."""
+    changed = bound.convert(plan)
+    expected = changed.variables
+    if converted_model is not None:
+        changed = bind(converted_model, None, *bound.args, **bound.kwargs)
+        changed = changed.with_variables(expected)
     if converted_params is not None:
-        other = room.variables(converted_model, converted_params)
-    failures = different_bits(expected, other)
+        changed = dataclasses.replace(changed, params=converted_params, given=None)
+    failures = different_bits(expected, changed.variables)
     if not failures:
-        failures = different_bits(variables, restore_params(other, plan))
-    original = room.model_program(model, inputs, kwargs)
-    changed = room.model_program(converted_model, inputs, kwargs)
-    return BothForms(plan, original, changed, variables, other), failures
+        restored = restore_params(changed.variables, plan)
+        failures = different_bits(bound.variables, restored)
+    return BothForms(plan, bound, changed), failures
 
 
 def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:

@@ -50,8 +50,9 @@ def verified(monkeypatch, a_report):
     """What is handed to the library's verify, which does not run."""
     calls = []
 
-    def record(model, variables, *inputs, **options):
-        calls.append((model, variables, inputs, options))
+    def record(bound, **options):
+        given = {**bound.kwargs, **options}
+        calls.append((bound.model, bound.variables, bound.args, given))
         return a_report
 
     monkeypatch.setattr(verify_module, "verify", record)

@@ -5,7 +5,7 @@ import pytest
 from flax import nnx
 
 import fcconv_jax as fc
-from fcconv_jax.frontends.nnx.program import NnxProgram, nnx_variables
+from fcconv_jax.frontends.bind import bind
 
 
 class Net(nnx.Module):
@@ -74,9 +74,9 @@ def test_assert_equivalent_names_the_leaf(model):
 def test_statistics_are_outputs_and_the_model_keeps_its_own():
     norm = nnx.BatchNorm(2, rngs=nnx.Rngs(0))
     x = np.ones((3, 2), np.float32)
-    program = NnxProgram(norm, (x,), {})
-    _, updated = jax.eval_shape(program.call, nnx_variables(norm, None))
+    bound = bind(norm, None, x)
+    _, updated = jax.eval_shape(bound.call, bound.variables)
     assert updated["mean"].shape == (2,)
-    _, updated = program.call(nnx_variables(norm, nnx.state(norm)))
+    _, updated = bound.call(bind(norm, nnx.state(norm), x).variables)
     np.testing.assert_array_equal(updated["mean"], np.float32(1 - 0.99))
     np.testing.assert_array_equal(norm.mean[...], 0)

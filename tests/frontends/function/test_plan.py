@@ -477,5 +477,5 @@ def test_two_parameters_of_one_path_are_refused():
 
 
 def test_params_are_needed():
-    with pytest.raises(TypeError, match="needs the params"):
+    with pytest.raises(TypeError, match="params that the function takes first"):
         fc.make_plan(lambda: 0)

@@ -1,0 +1,125 @@
+"""Binds a model to its call, by the front end of its library."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from importlib import import_module
+from typing import Any
+
+from .bound import BoundModel
+from .function.bound import BoundFunction
+
+# The package that defines a library's models, and the module here that binds them. A
+# model cannot exist before its package is imported, so nothing is imported for it.
+_FRONTENDS = {
+    "flax.nnx": "nnx.bound",
+    "flax.linen": "linen.bound",
+}
+
+
+def bind(model: Any, params: Any = None, *inputs: Any, **kwargs: Any) -> BoundModel:
+    """Binds a model to its params, inputs and keyword arguments.
+
+    Args:
+      model: a model of a known library, converted or not, a function
+        ``f(params, *inputs)``, or a bound model, which is returned as it is.
+      params: params or variables; None for those that the model holds.
+      *inputs: what the model is called with.
+      **kwargs: keyword arguments of the call.
+
+    Raises:
+      TypeError: it is no model; names the fix.
+
+    Example:
+      >>> import flax.linen as nn, jax, jax.numpy as jnp
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> bound = bind(model, model.init(jax.random.key(0), x), x)
+      >>> bound.library, len(bound.plan()), bound.call(bound.variables).shape
+      ('linen', 1, (2, 3))
+    """
+    if isinstance(model, BoundModel):
+        return model
+    return frontend_of(model)(model, params, inputs, kwargs)
+
+
+def bind_planned(
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> BoundModel:
+    """Binds a model with the arguments that ``make_plan`` takes."""
+    if isinstance(model, BoundModel):
+        return model
+    return frontend_of(model).planned(model, args, kwargs)
+
+
+def bind_called(
+    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+) -> BoundModel:
+    """Binds a model with all that a call of it takes, params included."""
+    if isinstance(model, BoundModel):
+        return model
+    return frontend_of(model).called(model, args, kwargs)
+
+
+def bind_crops(model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    """A function whose last argument is a batch of crops, and what reads those before.
+
+    Of a bound model the inputs stand for crops; its variables and keyword arguments
+    stay.
+    """
+    if isinstance(model, BoundModel):
+        return model.call_on_crops()
+    return frontend_of(model).of_crops(model)
+
+
+def frontend_of(model: Any) -> type[BoundModel]:
+    """The front end of a model's library.
+
+    Raises:
+      TypeError: it is no model; names the fix.
+
+    Example:
+      >>> import flax.linen as nn
+      >>> frontend_of(nn.Dense(3)).library, frontend_of(lambda p, x: x @ p).library
+      ('linen', 'function')
+      >>> frontend_of("bert")
+      Traceback (most recent call last):
+        ...
+      TypeError: Expected a model of a known library or a function of params and ...
+    """
+    for frontend in _imported():
+        if frontend.owns(model):
+            return frontend
+    if isinstance(model, type):
+        raise TypeError(
+            f"Expected a model, got the class {model.__name__}. Pass an instance: "
+            f"{model.__name__}(...)."
+        )
+    if not callable(model):
+        raise TypeError(
+            "Expected a model of a known library or a function of params and inputs, "
+            f"got {type(model).__name__}. Pass a flax.linen or flax.nnx Module, or a "
+            "function."
+        )
+    return BoundFunction
+
+
+def is_model(value: Any) -> bool:
+    """Whether a value is a model of a library: functions are none."""
+    return any(isinstance(value, each.classes()) for each in _imported())
+
+
+def frontend_of_class(value: Any) -> type[BoundModel] | None:
+    """The front end of the models that a class makes; None for another value."""
+    if isinstance(value, type):
+        for frontend in _imported():
+            if issubclass(value, frontend.classes()):
+                return frontend
+    return None
+
+
+def _imported() -> Iterator[type[BoundModel]]:
+    """The front ends of libraries that somebody imported."""
+    for package, module in _FRONTENDS.items():
+        if package in sys.modules:
+            yield import_module(f".{module}", __package__).FRONTEND

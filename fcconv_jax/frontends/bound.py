@@ -1,0 +1,277 @@
+"""One call of a model, bound: its params, inputs and keyword arguments in one value."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import flax.linen as nn
+import jax
+
+from ..backends.compilation import Program
+from ..errors import PlanError
+from ..params.leaves import flatten_with_path
+from ..params.trees import convert_params
+from ..plan import Form, Plan
+from ..plan.rules import Rule, as_rules
+from ..planning.layouts import lay_out
+from ..planning.mesh_layouts import for_mesh
+from ..tracing import arguments
+from ..tracing.inputs_read import inputs_read
+from ..tracing.user_code import explained
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundModel(abc.ABC):
+    """A model with its params, inputs and keyword arguments; immutable.
+
+    Made by :func:`fcconv_jax.frontends.bind.bind`, which picks the front end of the
+    model's library: a subclass of this one. Everything else takes the bound model, and
+    never asks which library the model is of.
+
+    Args:
+      model: as the user passes it.
+      params: likewise; None for those that the model holds, or, where it holds none,
+        for their shapes.
+      args: the inputs, without the params; arrays, which may be abstract.
+      kwargs: keyword arguments of the call.
+      given: the variables, where they are known already.
+    """
+
+    model: Any
+    params: Any = None
+    args: tuple[Any, ...] = ()
+    kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    given: Mapping[str, Any] | None = None
+
+    library: ClassVar[str]
+    # Whether the jit of a converted model sets the compiler options of its plan.
+    takes_options: ClassVar[bool] = True
+    # Whether checkpoints hold the names of collections above those of the leaves.
+    stores_collections: ClassVar[bool] = False
+
+    # How the library's models are recognised, and called.
+
+    @classmethod
+    def classes(cls) -> tuple[type, ...]:
+        """The classes that the library's models are instances of."""
+        return ()
+
+    @classmethod
+    def owns(cls, model: Any) -> bool:
+        """Whether a value is a model of this library, converted ones included.
+
+        Raises:
+          TypeError: it holds such a model in a way that hides its params.
+        """
+        return isinstance(model, cls.classes())
+
+    @classmethod
+    def class_options(cls, model_class: type) -> dict[str, Any]:
+        """What a class of models takes that needs no settings."""
+        del model_class
+        return {}
+
+    @classmethod
+    def planned(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
+        """The model with the arguments that ``make_plan`` takes: its inputs."""
+        return cls(model, None, tuple(args), kwargs)
+
+    @classmethod
+    def called(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
+        """The model with all that a call takes: its inputs, if it holds params."""
+        return cls(model, None, tuple(args), kwargs)
+
+    @classmethod
+    def of_crops(cls, model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
+        """What ``slide`` runs on crops, and what reads the arguments in front of them.
+
+        Returns:
+          A function, which takes the crops last; and a function of nothing, which
+          returns the leading arguments that the model holds itself.
+        """
+
+        def held() -> tuple[Any, ...]:
+            return (cls(model).variables,)
+
+        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            return cls(model)._call(variables, args, kwargs)
+
+        call.__name__ = type(model).__name__
+        return call, held
+
+    def call_on_crops(self) -> tuple[Callable[..., Any], Callable[[], Any]]:
+        """The same of a bound model: its variables and keyword arguments stay."""
+
+        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            return self._call(variables, args, {**self.kwargs, **kwargs})
+
+        call.__name__ = type(self.model).__name__
+        return call, lambda: (self.variables,)
+
+    @classmethod
+    @abc.abstractmethod
+    def convert_model(cls, model: Any, plan: Plan, inplace: bool = False) -> Any:
+        """The model in the plan's form."""
+
+    # The parts of the call.
+
+    @functools.cached_property
+    def variables(self) -> Mapping[str, Any]:
+        """The params in ``params``, and other state in collections beside them."""
+        return self._variables() if self.given is None else self.given
+
+    @abc.abstractmethod
+    def _variables(self) -> Mapping[str, Any]: ...
+
+    @functools.cached_property
+    def _split(self) -> tuple[list[Any], arguments.Static]:
+        return arguments.split((self.args, dict(self.kwargs)))
+
+    @property
+    def arrays(self) -> list[Any]:
+        """The arrays among the inputs and the keyword arguments."""
+        return self._split[0]
+
+    @property
+    def held(self) -> Any:
+        """Arrays of the model that decide on which devices it is planned for."""
+        return ()
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, Any]:
+        """The variables as ``jax.ShapeDtypeStruct``, out of their boxes."""
+        variables = nn.meta.unbox(self.variables)
+        return jax.tree.map(
+            lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), variables
+        )
+
+    def stored_paths(self, variables: Mapping[str, Any]) -> list[str]:
+        """Where a checkpoint has each array of some variables, in their order."""
+        paths = [
+            path
+            for path, leaf in flatten_with_path(variables)[0]
+            for _ in jax.tree.leaves(leaf)
+        ]
+        if self.stores_collections:
+            return paths
+        return [path.partition("/")[2] for path in paths]
+
+    @functools.cached_property
+    def reads(self) -> list[bool]:
+        """Whether the output depends on each array of the variables, in their order."""
+
+        def call(variables: Any, arrays: Any) -> Any:
+            return self._call(variables, *self._arguments(arrays))
+
+        return inputs_read(jax.make_jaxpr(call)(self.shapes, self.arrays))
+
+    def with_variables(self, variables: Mapping[str, Any]) -> BoundModel:
+        """The same call with other variables."""
+        return dataclasses.replace(self, given=variables)
+
+    def with_arrays(self, arrays: Sequence[Any]) -> BoundModel:
+        """The same call on other inputs."""
+        args, kwargs = self._split[1].merge(arrays)
+        return dataclasses.replace(self, args=args, kwargs=kwargs)
+
+    def drawn(self, seed: int) -> BoundModel:
+        """The same call with params drawn at random, unless the model holds its own."""
+        del seed
+        return self
+
+    def on(self, device: Any) -> BoundModel:
+        """The same call with all arrays on one device."""
+        variables, arrays = jax.device_put((self.variables, self.arrays), device)
+        return self.with_variables(variables).with_arrays(arrays)
+
+    # What can be done with it.
+
+    def plan(
+        self,
+        to: Form = "conv",
+        rules: Iterable[Rule | str] = (),
+        backend: str | None = None,
+    ) -> Plan:
+        """The plan of the model; see :func:`fcconv_jax.make_plan`."""
+        if to not in ("conv", "dense"):
+            raise PlanError(f"Expected to='conv' or to='dense', got {to!r}.")
+        chosen = as_rules(rules)
+        with explained():
+            plan = self._plan(to, chosen)
+        arrays = (self.held, self.args)
+        plan = lay_out(plan, chosen, backend, arrays)
+        return for_mesh(plan, arrays, self.args, chosen)
+
+    @abc.abstractmethod
+    def _plan(self, to: Form, rules: Sequence[Rule]) -> Plan: ...
+
+    def convert(self, plan: Plan) -> BoundModel:
+        """The same call of the converted model, with converted variables."""
+        model = self.convert_model(self.model, plan)
+        return dataclasses.replace(
+            self, model=model, given=convert_params(self.variables, plan)
+        )
+
+    def call(self, variables: Any, arrays: Any = None) -> Any:
+        """What a call returns, with the state that it changes.
+
+        Args:
+          variables: in the place of the model's.
+          arrays: in the place of those among the inputs; None for the same.
+        """
+        return self._call(variables, *self._arguments(arrays))
+
+    def named(self, variables: Any, arrays: Any, wanted: Callable[[str], bool]) -> Any:
+        """The same, with the outputs of modules named in the trace.
+
+        Args:
+          variables: as for :meth:`call`.
+          arrays: likewise.
+          wanted: whether the module at a path is to be named.
+        """
+        del wanted
+        return self.call(variables, arrays)
+
+    @abc.abstractmethod
+    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any: ...
+
+    def _arguments(self, arrays: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+        return self._split[1].merge(self.arrays if arrays is None else arrays)
+
+    def program(self) -> Program:
+        """The call as it is compiled: inputs are arguments, not constants."""
+        return Program(self.call, (self.variables, self.arrays))
+
+
+@dataclasses.dataclass(frozen=True)
+class BothForms:
+    """A bound model and its converted form, on the same inputs."""
+
+    plan: Plan
+    original: BoundModel
+    changed: BoundModel
+
+    @property
+    def variables(self) -> Mapping[str, Any]:
+        """Those of the original."""
+        return self.original.variables
+
+    @property
+    def other(self) -> Mapping[str, Any]:
+        """Those of the converted model."""
+        return self.changed.variables
+
+    def by_form(self) -> dict[str, Program]:
+        """What is compiled, under 'original' and 'converted'."""
+        return {
+            "original": self.original.program(),
+            "converted": self.changed.program(),
+        }
+
+    def on(self, device: Any) -> BothForms:
+        """The same with all arrays on one device."""
+        return BothForms(self.plan, self.original.on(device), self.changed.on(device))

@@ -1,0 +1,86 @@
+"""A function of params and inputs, bound to them."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import jax
+
+from ...plan import Form, Plan
+from ...plan.rules import Rule
+from ...tracing import arguments
+from ..bound import BoundModel
+from .model import ConvertedFunction
+from .plan import plan_function
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundFunction(BoundModel):
+    """``f(params, *inputs)``; without params, a function of its inputs alone."""
+
+    library = "function"
+
+    @classmethod
+    def owns(cls, model: Any) -> bool:
+        """Whatever can be called and is no class."""
+        return callable(model) and not isinstance(model, type)
+
+    @classmethod
+    def planned(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
+        """The params come first."""
+        if not args:
+            raise TypeError(
+                "Expected the params that the function takes first, got no arguments. "
+                "Pass make_plan(f, params, *inputs), arrays or jax.ShapeDtypeStruct."
+            )
+        return cls(model, args[0], tuple(args[1:]), kwargs)
+
+    @classmethod
+    def of_crops(cls, model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
+        """The function itself; its params are the caller's."""
+        return model, tuple
+
+    @classmethod
+    def convert_model(
+        cls, model: Any, plan: Plan, inplace: bool = False
+    ) -> ConvertedFunction:
+        """The function in the plan's form.
+
+        Raises:
+          TypeError: ``inplace``: a function holds no parameters.
+        """
+        if inplace:
+            raise TypeError(
+                f"{type(model).__name__} holds no parameters. Pass inplace=True for "
+                "NNX models only."
+            )
+        return ConvertedFunction(model, plan)
+
+    @property
+    def held(self) -> Any:
+        """The params: where they lie is where the function runs."""
+        return self.params
+
+    def _variables(self) -> Mapping[str, Any]:
+        if self.params is None:
+            return {}
+        for path, leaf in jax.tree_util.tree_leaves_with_path(self.params):
+            if not arguments.is_array(leaf):
+                raise TypeError(
+                    f"Expected params of arrays, got {type(leaf).__name__} at "
+                    f"{jax.tree_util.keystr(path)}. Pass the arrays alone (as "
+                    "eqx.partition returns them) and a function that puts in the rest."
+                )
+        return {"params": self.params}
+
+    def _plan(self, to: Form, rules: Sequence[Rule]) -> Plan:
+        inputs = (self.params, *self.args)
+        return plan_function(self.model, inputs, to, rules, self.kwargs)
+
+    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any:
+        return self.model(*variables.values(), *args, **kwargs)
+
+
+FRONTEND = BoundFunction

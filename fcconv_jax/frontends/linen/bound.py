@@ -1,0 +1,163 @@
+"""A linen Module bound to its variables and inputs."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+
+from ...plan import Form, Plan
+from ...plan.rules import Rule
+from ...tracing.marks import name_input, name_output
+from ..bound import BoundModel
+from .interception import intercepting
+from .layers import dense_axes, layer_kind, module_path
+from .model import ConvertedLinen
+from .plan import plan_linen
+
+# Keyword arguments of a Module's apply that its init does not take.
+_APPLY_ONLY = ("mutable", "capture_intermediates")
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundLinen(BoundModel):
+    """A ``flax.linen`` Module, or one that :func:`convert_model` returned."""
+
+    library = "linen"
+    stores_collections = True
+
+    @classmethod
+    def classes(cls) -> tuple[type, ...]:
+        """Modules, and what :func:`convert_model` makes of them."""
+        return nn.Module, ConvertedLinen
+
+    @classmethod
+    def owns(cls, model: Any) -> bool:
+        """Also refuses objects around a Module, such as those of transformers."""
+        if super().owns(model):
+            return True
+        if isinstance(getattr(model, "module", None), nn.Module):
+            raise TypeError(
+                f"Expected a model, got a {type(model).__name__}, which holds a "
+                "flax.linen Module and its params. Pass model.module with the inputs "
+                "of its own __call__, or a function such as lambda params, ids: "
+                "model(ids, params=params) with model.params."
+            )
+        return False
+
+    @classmethod
+    def called(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
+        """The variables come first, as ``apply`` takes them."""
+        if not args:
+            raise TypeError(
+                "Expected the variables of a linen Module and its inputs, got no "
+                "arguments. Pass what its apply takes."
+            )
+        return cls(model, args[0], tuple(args[1:]), kwargs)
+
+    @classmethod
+    def of_crops(cls, model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
+        """``apply``; its variables are the caller's."""
+        return model.apply, tuple
+
+    @classmethod
+    def convert_model(
+        cls, model: Any, plan: Plan, inplace: bool = False
+    ) -> ConvertedLinen:
+        """The Module in the plan's form.
+
+        Raises:
+          TypeError: ``inplace``: a linen Module holds no parameters.
+        """
+        if inplace:
+            raise TypeError(
+                f"{type(model).__name__} holds no parameters. Pass inplace=True for "
+                "NNX models only."
+            )
+        return ConvertedLinen(model, plan)
+
+    def _variables(self) -> Mapping[str, Any]:
+        if self.params is None:
+            return self.shapes
+        is_variables = isinstance(self.params, Mapping) and "params" in self.params
+        return self.params if is_variables else {"params": self.params}
+
+    @functools.cached_property
+    def shapes(self) -> Mapping[str, Any]:
+        """As ``init`` makes them; nothing is computed."""
+        options = self._init_options()
+        rngs = options.pop("rngs", None)
+        rngs = jax.random.key(0) if rngs is None else rngs
+        init = functools.partial(self.model.init, **options)
+        return nn.meta.unbox(jax.eval_shape(init, rngs, *self.args))
+
+    def drawn(self, seed: int) -> BoundModel:
+        """The same call with variables from ``init``."""
+        options = self._init_options()
+        rngs = options.pop("rngs", None)
+        rngs = jax.random.key(seed) if rngs is None else rngs
+        return self.with_variables(self.model.init(rngs, *self.args, **options))
+
+    def _init_options(self) -> dict[str, Any]:
+        """What ``init`` takes of the keyword arguments of ``apply``."""
+        options = {k: v for k, v in self.kwargs.items() if k not in _APPLY_ONLY}
+        rngs = options.get("rngs")
+        if isinstance(rngs, Mapping) and "params" not in rngs:
+            options["rngs"] = {"params": next(iter(rngs.values())), **rngs}
+        return options
+
+    def _plan(self, to: Form, rules: Sequence[Rule]) -> Plan:
+        if isinstance(self.model, ConvertedLinen):
+            raise TypeError(
+                f"Expected a Module, got a {type(self.model.model).__name__} that is "
+                "converted already. Pass its .model; plan.inverse() goes back."
+            )
+        options = self._init_options()
+        rngs, method = options.pop("rngs", None), options.pop("method", None)
+        try:
+            return plan_linen(self.model, self.args, to, rules, rngs, method, options)
+        except TypeError as error:
+            args = self.args
+            if args and isinstance(args[0], Mapping) and "params" in args[0]:
+                error.add_note(
+                    "make_plan takes what the Module is called on, without its "
+                    "variables: make_plan(model, *inputs)"
+                )
+            raise
+
+    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any:
+        return self.model.apply(variables, *args, **kwargs)
+
+    def named(self, variables: Any, arrays: Any, wanted: Callable[[str], bool]) -> Any:
+        """Also names the inputs of linear layers."""
+        namer = _Namer(wanted)
+        with intercepting(namer, key=("fcconv_jax.named", id(namer))):
+            return self.call(variables, arrays)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class _Namer:
+    """An interceptor that changes nothing but the names in the trace."""
+
+    wanted: Callable[[str], bool]
+
+    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+        module = context.module
+        if context.method_name != "__call__" or module.scope is None:
+            return next_fun(*args, **kwargs)
+        path = module_path(module)
+        if not self.wanted(path):
+            return next_fun(*args, **kwargs)
+        kind = layer_kind(context)
+        if kind is not None and (args or "inputs" in kwargs):
+            x = args[0] if args else kwargs["inputs"]
+            rows = x if kind == "Conv" else dense_axes(module, x.ndim).canonical(x)
+            name_input(path, rows)
+        return name_output(path, next_fun(*args, **kwargs))
+
+
+FRONTEND = BoundLinen
