@@ -27,6 +27,8 @@ class _Commands(TyperGroup):
         except ArgumentError as error:
             typer.echo(f"error: {error}", err=True)
             raise typer.Exit(2) from None
+        except BrokenPipeError:
+            raise  # of `| head`, which has read enough: Typer ends quietly
         except Exception as error:
             # Typer shows its own exceptions (exit, wrong usage) itself.
             typers = type(error).__module__.startswith(("typer", "click"))

@@ -8,6 +8,10 @@ import sys
 import textwrap
 from pathlib import Path
 
+import numpy as np
+
+from .commands import save
+
 
 def start(*command, **env):
     env = {**os.environ, "JAX_PLATFORMS": "cpu", **env}
@@ -47,6 +51,18 @@ def test_entry_point():
     assert done.returncode == 0
     assert done.stderr == ""
     assert json.loads(done.stdout)["case"] == "full_window"
+
+
+def test_a_reader_that_has_read_enough_is_no_error(folder):
+    """As in ``fcconv inspect ckpt | head -1``."""
+    tree = {f"layer{n:05}": {"kernel": np.zeros(1)} for n in range(5000)}
+    save("ckpt", tree)
+    command = [sys.executable, "-m", "fcconv_jax", "inspect", "ckpt"]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(command, stdout=pipe, stderr=pipe, text=True) as process:
+        assert process.stdout.readline().startswith("leaf ")
+        process.stdout.close()
+        assert process.stderr.read() == ""
 
 
 def test_status_and_streams_of_a_failure():
