@@ -1,4 +1,4 @@
-"""fcconv compare: whether two models are one function."""
+"""fcconv compare: checks whether two models compute the same function."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ def compare(
     first: ModelName,
     second: ModelName,
     inputs: Inputs = None,
-    seed: Annotated[int, typer.Option(help="Of random inputs and parameters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
     kwargs: Kwargs = None,
     method: Method = None,
     as_json: AsJson = False,
 ) -> None:
-    """Tell whether two models that give other numbers are other functions.
+    """Check whether two models compute the same function.
 
-    Both are run in float64, where two forms of one function agree to about 15
-    digits, and as they are. Two linen Modules are given the same random
-    params; NNX models and functions bring their own, so a port is compared by
-    a function that makes the ported model with its params.
+    Runs both in float64, where two forms of one function agree to about 15
+    digits, and in their own precision. Two linen Modules get the same random
+    params; NNX models and functions hold their own. To compare a port, pass a
+    function that returns the ported model with its params.
 
-    Exit status 0 when they are one function, 1 when they are not.
+    The exit status is 0 if they compute the same function, and 1 otherwise.
     """
     from ..verification.compare import compare as compare_programs
 

@@ -1,4 +1,4 @@
-"""fcconv convert: a checkpoint to the other form."""
+"""fcconv convert: converts a checkpoint to the other form."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def convert(
     ] = None,
     model: Annotated[
         str | None,
-        typer.Option(metavar="MODULE:NAME", help="Plan from this model, as 'plan'."),
+        typer.Option(metavar="MODULE:NAME", help="Plan this model, as 'plan' does."),
     ] = None,
     inputs: Inputs = None,
     to: ToForm = None,
@@ -65,7 +65,7 @@ def convert(
     file_format: Annotated[
         FileFormat | None,
         typer.Option(
-            "--format", help="Format of DST; by its suffix or that of SRC unless said."
+            "--format", help="Format of DST; by default from its suffix, or SRC's."
         ),
     ] = None,
     step: Step = None,
@@ -74,14 +74,13 @@ def convert(
     no_check: NoCheck = False,
     dry_run: DryRun = False,
 ) -> None:
-    """Convert a checkpoint to the other form, with the plan stored in it.
+    """Convert a checkpoint to the other form, and store the plan in it.
 
     The plan comes from a file (--plan), from the model's code (--model and
-    --input), or, without code, from rules alone (--rule): these take each
-    window and order at your word, and refuse by name what may be no Dense
-    layer. The source is left as it is. DST is written beside its place and put
-    there in one step: however the command ends, it is what it was or the whole
-    new checkpoint.
+    --input), or from rules alone (--rule), which must give each window and
+    order; ambiguous kernels are refused by name. SRC isn't modified. DST is
+    written to a temporary name and renamed in one step: whenever the command
+    ends, DST is either unchanged or complete.
     """
     from ..checkpoints import check_target, convert_checkpoint
 

@@ -1,4 +1,4 @@
-"""fcconv plan: what converts, and why the rest does not."""
+"""fcconv plan: shows which layers convert, and why others don't."""
 
 from __future__ import annotations
 
@@ -40,9 +40,9 @@ def plan(
     out: PlanOut = None,
     as_json: AsJson = False,
 ) -> None:
-    """Show which layers of a model convert, how, and why the others do not.
+    """Show which layers of a model convert, how, and why others don't.
 
-    The model is traced on abstract inputs; nothing is computed.
+    Traces the model on abstract inputs; no computation runs.
     """
     wishes = Wishes(to, rules, backend_for)
     made = plan_model(read_model(model, inputs, kwargs, method), wishes)

@@ -1,4 +1,4 @@
-"""fcconv slide: a classifier at every place of an image."""
+"""fcconv slide: runs a classifier at every position of an image."""
 
 from __future__ import annotations
 
@@ -34,7 +34,9 @@ def slide(
     window: Annotated[str, typer.Option(help="Size of a crop, such as 224x224.")],
     stride: Annotated[
         str | None,
-        typer.Option(help="Step between crops, such as 8 or 8x4; the model's own."),
+        typer.Option(
+            help="Step between crops, such as 8 or 8x4; by default the model's own."
+        ),
     ] = None,
     out: Annotated[
         Path | None,
@@ -45,17 +47,17 @@ def slide(
         typer.Option(help="Write a picture of the largest output at each place."),
     ] = None,
     scale: Annotated[
-        float, typer.Option(help="Pixels are divided by this: 255 gives 0 to 1.")
+        float, typer.Option(help="Divide pixels by this; 255 maps them to 0 to 1.")
     ] = 255.0,
     memory: Annotated[
-        int, typer.Option(help="MiB that a tile of a large image may take.")
+        int, typer.Option(help="Memory limit for a tile of a large image, in MiB.")
     ] = 1024,
     kwargs: Kwargs = None,
     method: Method = None,
 ) -> None:
-    """Run a classifier of crops over whole images, sharing what crops share.
+    """Run a classifier of crops over whole images; compute shared work once.
 
-    The result at each place is that of the model on that crop by itself.
+    The result at each position equals the model's on that crop alone.
     """
     start_jax()
     import jax

@@ -1,4 +1,4 @@
-"""fcconv tune: which form, layout and compiler options a model runs best with."""
+"""fcconv tune: finds a model's fastest forms, layouts and compiler options."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from .steps import parse_backends, read_model, with_random_inputs
 
 
 class Goal(StrEnum):
-    """What is to be small."""
+    """The quantity to minimize."""
 
     LATENCY = "latency"
     MEMORY = "memory"
@@ -38,40 +38,40 @@ def tune(
         typer.Option(
             "--for",
             metavar="BACKEND",
-            help="Measure on this backend, such as cpu or tpu:v5e; one that is not "
-            "present by what its compiler estimates. JAX's default if not given.",
+            help="The backend to tune for, such as cpu or tpu:v5e; if it is not "
+            "present, its compiler's estimates are used. JAX's default otherwise.",
         ),
     ] = None,
     objective: Annotated[
         Goal | None,
         typer.Option(
-            help="latency where the device is present, else cycles, if not given."
+            help="By default latency if the device is present, and cycles otherwise."
         ),
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="About how many seconds to measure.")
+        float, typer.Option(help="Approximate time for measurements, in seconds.")
     ] = 120.0,
     timings: Annotated[
         Path | None,
         typer.Option(
-            help="Measurements of this device, read and added to, so that the same "
-            "plan comes out every time."
+            help="File of this device's measurements, read and extended, so that later "
+            "runs return the same plan."
         ),
     ] = None,
     rules: Rules = None,
-    seed: Annotated[int, typer.Option(help="Of random inputs and parameters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
     kwargs: Kwargs = None,
     method: Method = None,
     out: PlanOut = None,
     as_json: AsJson = False,
 ) -> None:
-    """Measure a model in its forms, and plan the one that runs best.
+    """Measure a model in its forms, and plan the fastest.
 
-    Every layer is measured in each form and layout, and the whole model as it is,
-    converted in one direction, and layer by layer; with and without compiler
-    options; then layers that are alike, in the model. What the plan takes is better
-    beyond the noise, by 2 % at least, else it is empty.
-    Made for one device and these input sizes.
+    Measures every layer in each form and layout; the whole model unchanged,
+    converted in one direction, and layer by layer, with and without compiler
+    options; then groups of equal layers within the model. The plan contains
+    only changes that gain at least 2 % and more than the noise, and is empty if
+    there are none. It holds for one device and these input sizes.
     """
     from ..backends.resolution import resolve, resolve_default
     from ..tuning.tune import tune as tune_model

@@ -1,4 +1,4 @@
-"""fcconv verify: both forms of a model, proved equal."""
+"""fcconv verify: verifies that both forms of a model, or two checkpoints, agree."""
 
 from __future__ import annotations
 
@@ -50,21 +50,21 @@ def verify(
         Path | None,
         typer.Argument(
             metavar="[DST]",
-            help="With MODULE:NAME a checkpoint too: compare the two, entry by entry, "
-            "through the plan that is stored in one of them.",
+            help="A second checkpoint, if MODULE:NAME is one: compare them entry by "
+            "entry, through the plan stored in one of them.",
         ),
     ] = None,
     inputs: Inputs = None,
     checkpoint: Annotated[
         Path | None,
         typer.Option(
-            help="Take the parameters from here; from either form, as a converted "
-            "checkpoint holds its plan. Drawn at random unless said."
+            help="Checkpoint with the model's params, of either form. Random params "
+            "by default."
         ),
     ] = None,
     step: Step = None,
     prefixes: Prefixes = None,
-    seed: Annotated[int, typer.Option(help="Of random inputs and parameters.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
     to: ToForm = None,
     rules: Rules = None,
     backend_for: BackendFor = None,
@@ -73,21 +73,21 @@ def verify(
     backends: Backends = None,
     timeout: Annotated[
         float,
-        typer.Option(help="Seconds for each backend that is compiled ahead of time."),
+        typer.Option(help="Time limit per backend compiled ahead of time, in seconds."),
     ] = 600.0,
     gradients: Annotated[
         bool,
         typer.Option(
             "--gradients/--no-gradients",
-            help="Compare gradients and one optimizer step too.",
+            help="Also compare gradients and one optimizer step.",
         ),
     ] = True,
     against: Annotated[
         Path | None,
         typer.Option(
             metavar="CKPT",
-            help="Of a file that fcconv export wrote, in the place of the model: the "
-            "checkpoint that it is held against.",
+            help="With a file written by fcconv export as the model: the checkpoint "
+            "to compare it with.",
         ),
     ] = None,
     code: Annotated[
@@ -95,30 +95,32 @@ def verify(
         typer.Option(
             "--model",
             metavar="MODULE:NAME",
-            help="Of such a file: its model, to compare the whole of it on --input.",
+            help="With such a file: its model, to compare the outputs on --input.",
         ),
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the report here: JSON to *.json, else Markdown."),
+        typer.Option(
+            help="Write the report to this file, as JSON (*.json) or Markdown."
+        ),
     ] = None,
     as_json: AsJson = False,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown.")
     ] = False,
 ) -> None:
-    """Prove that the two forms of a model are equal on this machine.
+    """Verify that both forms of a model are equivalent on this machine.
 
-    With --backend, on others too: one that is not present is compiled for
-    ahead of time, which shows what becomes of both forms, and proves no more.
+    With --backend, on other backends, too. For one that is not present, both
+    forms are compiled ahead of time, but not executed.
 
-    Two checkpoints in place of a model are compared by what they hold, without
-    the model's code, whatever their formats and sizes.
+    Given two checkpoints instead of a model, compare their entries, without
+    the model's code, in any format and of any size.
 
-    In the place of the model, a file that fcconv export wrote, such as net.tflite
-    with --against CKPT: its weights, each layer in its runtime, and the whole file.
+    Given a file written by fcconv export, such as net.tflite with --against
+    CKPT, check its weights, each layer in its runtime, and the whole file.
 
-    Exit status 0 when every check passes, 1 when one does not.
+    The exit status is 0 if every check passes, and 1 otherwise.
     """
     if as_json and as_markdown:
         raise ArgumentError("give one of --json and --markdown")
