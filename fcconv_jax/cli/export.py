@@ -48,8 +48,8 @@ def export(
     params: Annotated[
         Path | None,
         typer.Option(
-            help="Checkpoint with the model's params, of either form. Drawn at random "
-            "unless said.",
+            help="Checkpoint with the model's params, of either form. Random "
+            "by default.",
             metavar="CKPT",
         ),
     ] = None,
@@ -167,7 +167,7 @@ def verify_exported(
     """The report on a file, held against a checkpoint.
 
     Raises:
-      ArgumentError: there is no checkpoint to hold it against.
+      ArgumentError: no checkpoint is given to check it against.
     """
     from ..checkpoints import read_checkpoint
     from ..export.verify_file import tree_of, verify_file

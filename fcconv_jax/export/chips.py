@@ -1,7 +1,7 @@
-"""What each chip accepts and prefers, with the source, and whether it was run or read.
+"""The forms that each chip accepts and prefers, with the sources.
 
 *Run* means with the chip's own compiler, as Arm's Vela compiles for the Ethos-U on any
-machine. *Read* means that the maker's document says so. *Inferred* means that it
+machine. *Read* means that it is in the vendor's documentation. *Inferred* means that it
 follows from such a document, and was not tried. No file was run on any of these chips.
 """
 
@@ -29,7 +29,7 @@ class ChipRule:
       says: the rule, as it is told to the user.
       breaks: whether a layer breaks it.
       how: whether it was run, read or inferred.
-      source: where it stands.
+      source: the document.
     """
 
     says: str
@@ -40,7 +40,7 @@ class ChipRule:
 
 @dataclasses.dataclass(frozen=True)
 class Chip:
-    """What is known of a chip.
+    """A chip: its rules and preferences.
 
     Args:
       name: as ``chip=`` takes it.
@@ -48,7 +48,7 @@ class Chip:
       prefers: for each place the forms, the better first.
       why: what the preference rests on.
       how: whether it was run, read or inferred.
-      source: where it stands.
+      source: the document.
       rules: what it does not take.
       accelerator: what Vela calls it, where that compiles for it.
     """
@@ -90,7 +90,7 @@ def chip_of(name: str) -> Chip:
     """The chip of this name.
 
     Raises:
-      ExportError: there is no table for it.
+      ExportError: the table has no such chip.
     """
     if name not in CHIPS:
         raise ExportError(

@@ -36,7 +36,7 @@ from .proof import (
     reference_of,
     whole_error,
 )
-from .putting import beside
+from .putting import folder_for, put
 from .quantized import fewest_cycles, quantized
 from .report import ExportReport, FormFigures
 from .runtimes import Runtime, runtime_of
@@ -111,6 +111,11 @@ def export(
     """
     form = to
     target = runtime_of(Path(path), runtime)
+    if "int8" in kwargs:
+        raise ExportError(
+            "Expected calibrate= for an int8 file, got int8=. Pass arrays of examples, "
+            "one for each input: calibrate=[images]."
+        )
     if form not in FORMS:
         raise ExportError(
             f"Expected to= one of {', '.join(FORMS)}, the form of the layers, got "
@@ -132,7 +137,7 @@ def export(
     with (
         default_settings(),
         shown(progress) as tell,
-        beside(Path(path)) as place,
+        folder_for(Path(path)) as place,
         tempfile.TemporaryDirectory() as folder,
     ):
         tell("planning", 0, 1)
@@ -164,7 +169,36 @@ def export(
         report = call.report(
             *(written, proof, [each for _, each in made.values()], notes)
         )
-        return dataclasses.replace(report, path=str(path), **found)
+        report = dataclasses.replace(report, path=str(path), **found)
+        final = put(place, Path(path), report.passed)
+        if final != Path(path):
+            kept = f"{path} was there and stays; the new file is {final}"
+            report = dataclasses.replace(
+                report, path=str(final), notes=(*report.notes, kept)
+            )
+        return report
+
+
+def _outputs(bound: BoundModel) -> Any:
+    """The shapes of a model's outputs.
+
+    Raises:
+      ExportError: the params or the inputs are missing.
+    """
+    if not bound.arrays:
+        raise ExportError(
+            "Expected params and then inputs after the model, got no input. Call "
+            "fc.export(model, params, *inputs, path=...)."
+        )
+    try:
+        return jax.eval_shape(bound.call, bound.variables, bound.arrays)
+    except Exception as error:
+        if jax.tree.leaves(bound.variables):
+            raise
+        raise ExportError(
+            "Expected the params after the model, got none, and the model holds none. "
+            "Call fc.export(model, params, *inputs, path=...)."
+        ) from error
 
 
 class _Call:
@@ -178,7 +212,7 @@ class _Call:
         unroll: int,
     ):
         self.bound, self.runtime, self.chip, self.unroll = bound, runtime, chip, unroll
-        tree = jax.eval_shape(bound.call, bound.variables, bound.arrays)
+        tree = _outputs(bound)
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
         self.input_names = [
             f"{name}_in" if name in self.outputs else name
@@ -241,7 +275,7 @@ class _Call:
             return Graph([], [], [], [], list(self.outputs), [why])
         if self.runtime.write is None:
             # Its file has the outputs that no input changes, too, and computes each
-            # kernel that is no parameter's entries itself.
+            # computed kernel itself.
             graph.output_names, graph.notes = list(self.outputs), []
         return simplify(graph)
 
@@ -299,11 +333,13 @@ class _Call:
         left = tuple(
             (layer.name, f"{layer.op}: {_why(written.plan, layer.name)}")
             for layer in found
-            if wanted in ("conv", "dense") and layer.form != wanted
+            if wanted in ("conv", "dense")
+            and layer.form != wanted
+            and not layer.constant
         )
         broken: list[tuple[str, str]] = []
         if self.chip is not None:
-            for layer in written.record.layers:
+            for layer in written.record.layers:  # a resize's matrices, too
                 broken += [(layer.name, why) for why in self.chip.breaks(layer)]
         return ExportReport(
             path=str(written.path),

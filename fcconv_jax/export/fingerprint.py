@@ -1,8 +1,8 @@
 """A file's fingerprint: all that it says, the record of this package aside.
 
-The record says which parameter each weight is; it does not say what lies between the
-layers. The fingerprint does: an activation, an order of layers, a scale of int8 that
-was changed after the file was proved gives another one. It is taken of what a file
+The record names the parameter of each weight; it leaves out what is between the
+layers. The fingerprint covers that, too: an activation, the order of layers or a scale
+of int8 that was changed after the proof gives another one. It is taken of what a file
 says, not of its bytes, so that a file which was read and saved again keeps it.
 """
 

@@ -20,6 +20,7 @@ movement       reshape, transpose, broadcast, concat, slice, pad, reverse, gathe
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any
@@ -38,6 +39,8 @@ BINARY = frozenset(
     """add and div eq ge gt le lt max min mul ne or pow rem sub""".split()
 )
 ELEMENTWISE = UNARY | BINARY | {"cast", "gelu", "select"}
+# Bytes from which equal constants are worth looking for.
+_LARGE = 1024
 VIEWS = frozenset({"reshape", "transpose"})
 
 
@@ -112,6 +115,17 @@ class Value:
         """A constant with repeated entries: no rearranged parameter any more."""
         data = np.ascontiguousarray(data)
         return Value(tuple(data.shape), self.dtype, data, None, self.leaves)
+
+
+def same_content(array: np.ndarray) -> object:
+    """A key that large arrays of the same entries share, so that they are stored once.
+
+    Small ones are told apart: quantizers give each bias a scale of its own.
+    """
+    if array.nbytes < _LARGE:
+        return None
+    content = np.ascontiguousarray(array)
+    return array.shape, str(array.dtype), hashlib.sha256(content.data).digest()
 
 
 def constant(data: Any, dtype: Any = None) -> Value:

@@ -33,7 +33,7 @@ class Layer:
       kernel: where the kernel's entries come from; None where they are computed from
         several parameters or by more than moving them.
       kernel_shape: ``(*window, in, out)``, ``(in, out)``, or ``(*batch, m, k)``.
-      bias: likewise; None also where there is none.
+      bias: likewise; None also for a layer without a bias.
       has_bias: whether there is one.
       input_shape: of the activation, channel-last.
       output_shape: of the result.
@@ -57,6 +57,11 @@ class Layer:
     def form(self) -> str:
         """``"conv"`` or ``"dense"``."""
         return "conv" if self.op == "conv" else "dense"
+
+    @property
+    def constant(self) -> bool:
+        """Whether its weight comes from no parameter, as the matrices of a resize."""
+        return self.kernel is None and not self.made_of
 
     @property
     def options(self) -> dict[str, Any]:
@@ -106,7 +111,7 @@ def _layer(node: Node) -> Layer:
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a file says about itself.
+    """The record that a file carries about itself.
 
     Args:
       layers: its linear layers, in the order in which they run.
@@ -147,7 +152,7 @@ class Record:
         """Reads what :meth:`to_json` wrote.
 
         Raises:
-          ExportError: the text is no record, or of a newer version.
+          ExportError: the text is not a record, or is of a newer version.
         """
         try:
             content = json.loads(text)
@@ -217,7 +222,7 @@ def expected(
 def compute(
     layer: Layer, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None
 ) -> np.ndarray:
-    """What a layer computes on integers, exactly.
+    """Compute a layer on integers, exactly.
 
     In float64, whose sums of integers are exact to 2**53: as int64 has it, and as
     fast as a matrix product.
@@ -286,7 +291,7 @@ def leaves_read(graph: Graph) -> list[str]:
 
 
 def computed_values(graph: Graph) -> dict[str, Value]:
-    """The kernels that are no parameter's entries, by the name of their layer."""
+    """The kernels that are computed from parameters, by the name of their layer."""
     return {
         node.name: node.weight
         for node in graph.linear()

@@ -58,7 +58,7 @@ def probes(layer: Layer, seed: int = 0, bits: int = BITS) -> Iterator[Probe]:
 
 
 def small_probes(layer: Layer, seed: int = 0) -> Iterator[Probe]:
-    """Draws of which bfloat16 keeps the sums too: what fails them is no rounding."""
+    """Draws whose sums bfloat16 keeps, too: failing them is not due to rounding."""
     rng = np.random.default_rng(seed)
     for probe in _draws(layer, rng, 1, "kernel", 2**8 - 1):
         yield dataclasses.replace(probe, large="none")

@@ -32,7 +32,7 @@ from .shipped import Shipped, ShippedLayer
 
 @dataclasses.dataclass(frozen=True)
 class LayerProof:
-    """What was found about one linear operation of a file.
+    """The checks of one linear operation of a file.
 
     Args:
       name: the layer.
@@ -44,6 +44,7 @@ class LayerProof:
       probes: how many draws it was given.
       failures: what is wrong.
       rounded: whether the weights are to be the parameters rounded to int8.
+      constant: whether the weights come from no parameter, as those of a resize.
     """
 
     name: str
@@ -54,6 +55,7 @@ class LayerProof:
     probes: int
     failures: tuple[str, ...] = ()
     rounded: bool = False
+    constant: bool = False
 
     @property
     def passed(self) -> bool:
@@ -63,7 +65,7 @@ class LayerProof:
 
 @dataclasses.dataclass(frozen=True)
 class Proof:
-    """What was found about a file.
+    """The checks of a file.
 
     Args:
       layers: one entry for each linear operation.
@@ -181,6 +183,9 @@ def prove(
         notes.append(f"computed from parameters, not their bits: {', '.join(made_of)}")
     if not any(proof.failures for proof in proofs):
         notes += shipped.remarks(record)
+    wrong, doubtful = _not_finite(record, leaves)
+    failures += wrong
+    notes += doubtful
     lost, count = _other_constants(shipped, record, leaves)
     failures += lost
     outputs: tuple[WorkingError, ...] = ()
@@ -188,10 +193,35 @@ def prove(
         tell(f"{shipped.runtime}: the whole file", 0, 1)
         try:
             outputs = whole_errors(shipped, reference, names)
+            failures += [
+                f"no entry of {path!r} is finite: nothing was compared"
+                for path, exact in reference.exact
+                if exact.size and not np.isfinite(exact).any()
+            ]
         except (RuntimeError, ValueError) as error:
             failures.append(f"the file does not run: {_first_line(error)}")
         tell(f"{shipped.runtime}: the whole file", 1, 1)
     return Proof(tuple(proofs), outputs, count, tuple(failures), tuple(notes))
+
+
+def _not_finite(
+    record: Record, leaves: Mapping[str, np.ndarray]
+) -> tuple[list[str], list[str]]:
+    """A failure where no number of the parameters is finite, a note where some are not.
+
+    Files with the same NaN agree bit by bit, and show nothing.
+    """
+    named = [s for layer in record.layers for s in (layer.kernel, layer.bias) if s]
+    names = {source.leaf for source in (*named, *record.constants)}
+    names |= {leaf for layer in record.layers for leaf in layer.made_of}
+    arrays = [leaves[name] for name in sorted(names & leaves.keys())]
+    floats = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
+    total = sum(a.size for a in floats)
+    bad = total - sum(int(np.isfinite(a).sum()) for a in floats)
+    if total and bad == total:
+        return ["no number of the parameters is finite: nothing was compared"], []
+    share = f"{bad:,} of {total:,} numbers of the parameters are NaN or infinite"
+    return [], [share] if bad else []
 
 
 def _prove_layer(
@@ -222,7 +252,8 @@ def _prove_layer(
     exact, count, why = on_integers(shipped, layer, found.kernel.dtype.itemsize < 4)
     failures += why
     return LayerProof(
-        layer.name, found.op, found.form, bits, exact, count, tuple(failures)
+        *(layer.name, found.op, found.form, bits, exact, count, tuple(failures)),
+        constant=layer.constant,
     )
 
 

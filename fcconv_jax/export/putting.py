@@ -1,65 +1,75 @@
-"""Puts a finished file in its place: what was there stays until then."""
+"""Installs a file: the old one stays until the new one is whole and proved."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import shutil
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..errors import ExportError
+from ..install import install, is_file, sync, workspace
 
 
 @contextlib.contextmanager
-def beside(path: Path) -> Iterator[Path]:
-    """A folder beside a file, in which it is made under its own name.
+def folder_for(path: Path) -> Iterator[Path]:
+    """Yield a hidden folder beside a file, in which it is written under its own name.
 
-    What was made is moved into its place at the end; an error before that leaves what
-    was there before, and nothing half written.
+    The folder disappears at the end; that of a killed run disappears with the next one.
 
     Args:
-      path: the file, or the package, that is to be there.
+      path: the file, or the package, to be written; its folder is made.
 
     Raises:
-      ExportError: there is no such place, or nothing may be written there.
-
-    Example:
-      >>> with beside(Path("no_such_folder/m.onnx")) as folder:
-      ...     pass
-      Traceback (most recent call last):
-        ...
-      fcconv_jax.errors.ExportError: no_such_folder: no such folder. Make it ...
+      ExportError: the folder cannot be made or written to.
     """
-    parent = path.parent
-    if not parent.is_dir():
-        raise ExportError(f"{parent}: no such folder. Make it first, for {path.name}")
     try:
-        folder = tempfile.TemporaryDirectory(dir=parent, prefix=f".{path.stem}-")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        made = workspace(path)
+        folder = made.__enter__()
     except OSError as error:
         raise ExportError(
-            f"{path} cannot be written: {error.strerror}. Pass another path"
+            f"{path} cannot be written: {error.strerror}. Pass another path."
         ) from None
-    with folder as name:
-        yield Path(name)
-        # What lies beside a file comes first: the file is never there without it.
-        made = sorted(Path(name).iterdir(), key=lambda each: each.name == path.name)
-        try:
-            for each in made:
-                _move(each, parent / each.name)
-        except OSError as error:
-            raise ExportError(
-                f"{error.filename2 or error.filename or path} cannot be replaced: "
-                f"{error.strerror}. Pass another path"
-            ) from None
+    with contextlib.ExitStack() as stack:
+        stack.push(made)
+        yield folder
 
 
-def _move(made: Path, there: Path) -> None:
-    if made.is_dir() and there.is_dir():  # a package in the place of a package
-        aside = made.with_name(f"{made.name}.old")
-        os.replace(there, aside)
-        os.replace(made, there)
-        shutil.rmtree(aside)
-    else:
-        os.replace(made, there)
+def put(folder: Path, path: Path, passed: bool) -> Path:
+    """Move what is in a folder to its place; return where the file is.
+
+    Args:
+      folder: holds the file and what belongs to it.
+      path: where the file is to be.
+      passed: whether it passed its proof. A file that did not pass does not replace an
+        older one: it gets the name ``net.different.tflite`` instead.
+
+    Raises:
+      ExportError: something is in the place that is not a file of this kind.
+    """
+    final, stem = path, path.stem
+    if not passed and path.exists():
+        stem = f"{path.stem}.different"
+        final = path.with_name(f"{stem}{path.suffix}")
+    # What lies beside a file comes first: the file never appears without it.
+    made = sorted(folder.iterdir(), key=lambda each: each.name == path.name)
+    try:
+        for each in made:
+            sync(each)
+        for each in made:
+            there = path.with_name(stem + each.name.removeprefix(path.stem))
+            install(each, there, _may_replace)
+    except OSError as error:
+        name = error.filename2 or error.filename or final
+        raise ExportError(
+            f"{name} cannot be replaced: {error.strerror}. Pass another path."
+        ) from None
+    return final
+
+
+def _may_replace(there: Path) -> bool:
+    """Whether a file is there, or a Core ML package, which is a folder, and no more."""
+    if not there.is_dir() or there.is_symlink():
+        return is_file(there)
+    inside = {each.name for each in there.iterdir()}
+    return "Manifest.json" in inside and inside <= {"Manifest.json", "Data"}

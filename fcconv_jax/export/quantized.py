@@ -47,7 +47,7 @@ def fewest_cycles(
         try:
             content = quantizer.quantize(file.read_bytes(), call.input_names, [arrays])
             candidates[each] = vela.compile_file(content, accelerator).cycles
-        except ExportError:  # the report says why
+        except ExportError:  # the report gives the reason
             continue
     # Of equals the chip's own mix, which comes first.
     return min(candidates, key=candidates.__getitem__, default=plan)
@@ -67,7 +67,7 @@ def quantized(
     file whose ranges are taken from the inputs, which change no cycle.
 
     Returns:
-      What the report says of it, by field.
+      Fields of the report.
     """
     quantizer = call.runtime.int8
     chip = call.chip.accelerator if call.chip else None

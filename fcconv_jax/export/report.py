@@ -92,8 +92,8 @@ class ExportReport(Report):
 
     @property
     def layers(self) -> tuple[LayerProof, ...]:
-        """The proof of each linear operation."""
-        return self.proof.layers
+        """The proof of each linear operation with a parameter."""
+        return tuple(layer for layer in self.proof.layers if not layer.constant)
 
     def content(self) -> dict[str, object]:
         """What :meth:`to_json` writes."""
@@ -173,6 +173,10 @@ class ExportReport(Report):
             )
         if self.proof.constants:
             yield f"other parameters: {self.proof.constants}, the same bits"
+        own = [layer for layer in self.proof.layers if layer.constant]
+        if own:
+            exact = sum(bool(layer.exact) for layer in own)
+            yield f"matrices of no parameter, as of a resize: {len(own)}, {exact} exact"
         if self.products:
             yield (
                 f"products of two activations: {len(self.products)} "

@@ -1,15 +1,17 @@
-"""What the proof asks of a file: its layers, each cut out, and the whole of it."""
+"""A file as the proof reads it: its layers, each cut out, and the whole file."""
 
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import ExportError
+from ..errors import ExportError, FcconvError
 from .layers import Layer, Record
 
 
@@ -22,7 +24,7 @@ class ShippedLayer:
       op: the runtime's own word: ``"CONV_2D"``, ``"Gemm"``.
       form: ``"conv"`` or ``"dense"``.
       kernel: in the graph's arrangement, whatever the file's is.
-      bias: None where there is none.
+      bias: None for a layer without a bias.
     """
 
     name: str
@@ -47,7 +49,7 @@ class Shipped(abc.ABC):
 
     @abc.abstractmethod
     def record(self) -> Record | None:
-        """What the file says about itself; None where it was written by others."""
+        """The file's own record; None if another tool wrote the file."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -68,6 +70,10 @@ class Shipped(abc.ABC):
     @abc.abstractmethod
     def output_names(self) -> Sequence[str]:
         """The outputs, by their paths in what the model returns."""
+
+    @abc.abstractmethod
+    def load(self) -> None:
+        """Load the file in its runtime, which may refuse what the reader accepts."""
 
     def products(self) -> Sequence[str]:
         """The products of two activations, such as attention's, if they are listed."""
@@ -111,6 +117,28 @@ class Shipped(abc.ABC):
     def remarks(self, record: Record) -> Sequence[str]:
         """What else there is to know about the proof of the file."""
         return []
+
+
+@contextlib.contextmanager
+def reading(path: Path) -> Iterator[None]:
+    """Raise whatever goes wrong while a file is read as an ExportError that names it.
+
+    Damaged files make the formats' own readers raise errors of every kind.
+    """
+    try:
+        yield
+    except ExportError as error:
+        if path.stem in str(error):
+            raise
+        raise ExportError(f"{path}: {error}") from error
+    except FcconvError:
+        raise
+    except Exception as error:
+        why = (str(error).strip().splitlines() or [""])[0][:200]
+        raise ExportError(
+            f"{path} is damaged, or not a file of its suffix's format: "
+            f"{type(error).__name__}: {why}. Export it again."
+        ) from error
 
 
 def arrange_conv(kernel: np.ndarray, order: str) -> np.ndarray:

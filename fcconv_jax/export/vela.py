@@ -10,7 +10,7 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..errors import ExportError
+from ..errors import ExportError, MissingExtraError
 from ..extras import require
 
 
@@ -35,7 +35,7 @@ def available() -> bool:
     """Whether Vela is installed."""
     try:
         require("ethosu.vela", "vela", "compiling for an Ethos-U")
-    except ExportError:
+    except MissingExtraError:
         return False
     return True
 
@@ -49,7 +49,7 @@ def compile_file(content: bytes, accelerator: str) -> Compiled:
 
     Raises:
       MissingExtraError: Vela is not installed.
-      ExportError: Vela refuses the file; says why.
+      ExportError: Vela refuses the file; gives its reason.
     """
     require("ethosu.vela", "vela", "compiling for an Ethos-U")
     with tempfile.TemporaryDirectory() as folder:

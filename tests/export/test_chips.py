@@ -1,4 +1,4 @@
-"""What the chips' tables decide: per layer, legal first, then preferred; and Vela."""
+"""The chips' tables decide: per layer, legal first, then preferred; and Vela."""
 
 import flax.linen as nn
 import jax
@@ -100,7 +100,7 @@ def test_what_no_form_makes_legal_is_named(tmp_path):
     )
     assert report.passed
     assert [path for path, _ in report.broken] == ["embed"]
-    # A stride of 16 is no convolution there, and 16 rows are no FULLY_CONNECTED.
+    # A stride of 16 rules out a convolution there, and 16 rows a FULLY_CONNECTED.
     assert "FULLY_CONNECTED has 1, 2, 4 or 8 rows (read: MediaTek" in str(report)
     assert "mdla does not take embed: " in str(report)
 
@@ -142,7 +142,7 @@ def test_velas_mix_is_no_slower_than_either_form(name, accelerator, tmp_path):
 
 @pytest.mark.parametrize("form", ["mix", "conv"])
 def test_a_form_that_vela_refuses(form, tmp_path, monkeypatch):
-    """The file is written all the same, and the report says what Vela says."""
+    """The file is written all the same, and the report quotes Vela."""
     from fcconv_jax.export import vela
 
     def refuse(content, accelerator):

@@ -69,7 +69,7 @@ def test_other_params(tmp_path):
     [{"pad": [0, 2, 1, 1]}, {"dilations": [2, 1], "pad": [2, 2, 1, 1]}],
 )
 def test_planted_geometry(changes, tmp_path):
-    """What is not run is read; what changes a shape, coremltools itself refuses."""
+    """Geometry is read, not run; coremltools itself refuses what changes a shape."""
     ct = pytest.importorskip("coremltools", reason="needs: pip install -e '.[coreml]'")
     report = write("digits", tmp_path)
     (file,) = (tmp_path / "conv.mlpackage").rglob("*.mlmodel")

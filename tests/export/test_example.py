@@ -1,4 +1,4 @@
-"""The example of edge runtimes runs, and says what the documentation says."""
+"""The example of edge runtimes runs, and prints what the documentation shows."""
 
 import os
 import re

@@ -49,7 +49,7 @@ def test_both_forms_are_proved(name, to, tmp_path):
     dense = write(name, to, tmp_path, "dense")
     assert dense.passed, dense.failures
     for layer in dense.layers:
-        # A convolution that is left has no dense form, and its name stands there.
+        # A convolution that is left has no dense form, and is listed.
         assert (layer.op in MATMULS) != (layer.name in dict(dense.left))
     assert conv.figures[0].transposes <= dense.figures[0].transposes
 
@@ -146,7 +146,7 @@ def test_a_weight_in_two_roles_is_said_first(to, tmp_path):
 
 
 def test_halves(to, tmp_path):
-    """float16 holds small integers only; bfloat16 is refused with the way out."""
+    """float16 holds small integers only; bfloat16 is refused with a fix."""
 
     def model(params, x):
         return jnp.tanh(x @ params["w"] + params["b"]) @ params["v"]

@@ -14,6 +14,12 @@ from .models import normal
 from .test_files import RUNTIMES, SUFFIX, needs
 
 X = normal(2, 3, 4, 5)
+
+
+def _pool(x, window, strides):
+    return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "VALID")
+
+
 ONE_BY_ONE = {
     "abs": jnp.abs,
     "ceil": lambda x: jnp.ceil(3 * x),
@@ -52,6 +58,9 @@ SEVERAL = {
     "argmax": lambda x: x.argmax(1),
     "argmin": lambda x: x.argmin(-1),
     "avg_pool": lambda x: nn.avg_pool(x, (2, 3), (1, 2)),
+    "avg_pool, channels first": lambda x: (
+        lax.reduce_window(x, 0.0, lax.add, (1, 1, 2, 3), (1, 1, 2, 1), "VALID") / 6
+    ),
     "avg_pool, padded": lambda x: nn.avg_pool(x, (2, 3), (2, 2), padding="SAME"),
     "broadcast": lambda x: jnp.broadcast_to(x[:, :1], x.shape),
     "cast": lambda x: (x > 0).astype(jnp.float32) + (3 * x).astype(jnp.int32),
@@ -67,6 +76,14 @@ SEVERAL = {
     "max": lambda x: x.max((0, 2)),
     "max_pool": lambda x: nn.max_pool(x, (2, 3), (1, 2)),
     "max_pool, padded": lambda x: nn.max_pool(x - 5, (3, 2), (2, 1), padding="SAME"),
+    "max_pool, channels first": lambda x: _pool(x, (1, 1, 2, 3), (1, 1, 1, 2)),
+    "max_pool, of one axis": lambda x: nn.max_pool(x[:, 0], (3,), (2,)),
+    "max_pool, of three axes": lambda x: nn.max_pool(
+        x[..., None] * jnp.arange(1.0, 3), (2, 2, 3), (1, 2, 1)
+    ),
+    "max_pool, vmapped": lambda x: jax.vmap(
+        lambda one: _pool(one[None], (1, 2, 2, 1), (1, 1, 2, 1))
+    )(x),
     "maximum": lambda x: jnp.maximum(x, x[:, :, :1]),
     "mean": lambda x: x.mean((1, 2)),
     "mean, kept": lambda x: x - x.mean(-1, keepdims=True),
@@ -91,7 +108,7 @@ SEVERAL = {
     "tile": lambda x: jnp.tile(x, (1, 2, 1, 1)),
     "transpose": lambda x: x.transpose(2, 0, 3, 1),
 }
-# What a runtime lacks, and says so.
+# Refused by a runtime that lacks it.
 LACKING = {"litert": {"erf": lax.erf, "rem": lambda x: lax.rem(x, 0.7 + 0 * x)}}
 
 

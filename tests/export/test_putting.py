@@ -46,9 +46,14 @@ def test_an_error_leaves_what_was_there(step, to, tmp_path, monkeypatch):
     assert [p for p in tmp_path.iterdir() if p.is_dir()] == []
 
 
-def test_a_folder_that_is_not_there(to, tmp_path):
-    with pytest.raises(ExportError, match=r"nowhere: no such folder. Make it first"):
-        write("mlp", to, tmp_path / "nowhere", "conv")
+def test_a_folder_that_is_not_there_is_made(to, tmp_path):
+    assert write("mlp", to, tmp_path / "new" / "folder", "conv").passed
+
+
+def test_a_file_in_the_place_of_the_folder(to, tmp_path):
+    (tmp_path / "folder").write_text("")
+    with pytest.raises(ExportError, match=r"cannot be written: .* Pass another path"):
+        write("mlp", to, tmp_path / "folder", "conv")
 
 
 def test_a_folder_in_the_place_of_the_file(to, tmp_path):

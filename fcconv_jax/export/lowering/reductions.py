@@ -36,32 +36,57 @@ def _cumsum(low: Builder, eqn: Any, x: Value) -> Value:
 
 @rule("reduce_window_max", "reduce_window_sum")
 def _pool(low: Builder, eqn: Any, x: Value) -> Value:
-    p, out = eqn.params, eqn.outvars[0].aval
-    window, strides = p["window_dimensions"], p["window_strides"]
-    padding = tuple(map(tuple, p["padding"]))
-    dilated = {*p["base_dilation"], *p["window_dilation"]} - {1}
-    outer = (window[0], window[-1], strides[0], strides[-1])
-    fits = outer == (1, 1, 1, 1) and padding[0] == padding[-1] == (0, 0)
-    if len(window) != 4 or not fits or dilated:
+    p = eqn.params
+    if {*p["base_dilation"], *p["window_dilation"]} - {1}:
         raise ExportError(
-            f"the model pools {list(x.shape)} with a window {window}, strides "
-            f"{strides}, dilation {p['window_dilation']}; edge runtimes pool the two "
-            "spatial axes of channel-last images, undilated"
+            f"the model pools {list(x.shape)} with dilation {p['window_dilation']}, "
+            f"spread by {p['base_dilation']}; edge runtimes pool undilated. Take every "
+            "n-th row and column with a slice, before or after the pool"
         )
+    windows = list(zip(p["window_dimensions"], p["window_strides"], p["padding"]))
+    pooled = [i for i, (k, s, pad) in enumerate(windows) if k > 1 or s > 1 or any(pad)]
     maximum = eqn.primitive.name.endswith("max")
-    attrs = {
-        "window": tuple(window[1:-1]),
-        "strides": tuple(strides[1:-1]),
-        "padding": padding[1:-1],
-    }
+    # A window is the same as one along some axes after one along the others.
+    for first in range(0, len(pooled), 2):
+        axes = pooled[first : first + 2]
+        x = _pool_axes(low, x, axes, [windows[i] for i in axes], maximum)
+    return x
+
+
+def _pool_axes(
+    low: Builder, x: Value, axes: list[int], windows: list[Any], maximum: bool
+) -> Value:
+    """A pool along one or two axes, on an image of them."""
+    others = [i for i in range(len(x.shape)) if i not in axes]
+    # vmap leaves axes of one for every example: they would make poor channels.
+    channels = [i for i in reversed(others) if x.shape[i] > 1] or others[::-1]
+    last = channels[:1]
+    lead = [i for i in others if i not in last]
+    order = [*lead, *axes, *last]
+    turned = low.transpose(x, order)
+    windows = [(1, 1, (0, 0))] * (2 - len(axes)) + windows
+    sizes = [1] * (2 - len(axes)) + [x.shape[i] for i in axes]
+    batch = math.prod(x.shape[i] for i in lead)
+    depth = math.prod(x.shape[i] for i in last)
+    image = low.reshape(turned, (batch, *sizes, depth))
+    window, strides, padding = map(tuple, zip(*windows))
+    made = [
+        (n + sum(pad) - k) // s + 1
+        for n, k, s, pad in zip(sizes, window, strides, padding)
+    ]
+    shape = (batch, *made, depth)
+    attrs = {"window": window, "strides": strides, "padding": padding}
     if maximum:
-        return low.add("pool_max", [x], out.shape, **attrs)
-    if any(map(any, attrs["padding"])):
-        widths = attrs["padding"]
-        shape = [n + sum(w) for n, w in zip(x.shape, ((0, 0), *widths, (0, 0)))]
-        wide = ((0, 0), *widths, (0, 0))
-        x = low.add("pad", [x], shape, widths=wide, value=0.0)
-        attrs["padding"] = ((0, 0), (0, 0))
-    y = low.add("pool_mean", [x], out.shape, **attrs)
-    number = constant(math.prod(attrs["window"]), x.dtype)
-    return low.add("mul", [y, number], out.shape)
+        y = low.add("pool_max", [image], shape, **attrs)
+    else:
+        if any(map(any, padding)):
+            wide = ((0, 0), *padding, (0, 0))
+            padded = [n + sum(w) for n, w in zip(image.shape, wide)]
+            image = low.add("pad", [image], padded, widths=wide, value=0.0)
+            attrs["padding"] = ((0, 0), (0, 0))
+        y = low.add("pool_mean", [image], shape, **attrs)
+        number = constant(math.prod(window), x.dtype)
+        y = low.add("mul", [y, number], shape)
+    along = dict(zip(axes, made[2 - len(axes) :]))
+    y = low.reshape(y, [along.get(i, x.shape[i]) for i in order])
+    return low.transpose(y, [order.index(i) for i in range(len(order))])

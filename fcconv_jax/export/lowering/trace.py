@@ -24,7 +24,7 @@ from ..graph import Graph, Source, Value, constant
 from . import elementwise, linear, movement, reductions  # noqa: F401
 from .builder import RULES, Builder
 
-# What a program asks for that no graph of these runtimes has, and the way out.
+# Primitives that these graphs lack, and what to do instead.
 _REFUSED = {
     "while": "a loop whose number of steps is not known. Export the body alone, or "
     "write the loop out in Python",
@@ -136,7 +136,7 @@ def lower(
       unroll: loops of up to this many steps are written out.
 
     Raises:
-      ExportError: the program does what no runtime takes; names it and the way out.
+      ExportError: no runtime supports the program; names the primitive and a fix.
 
     Example:
       >>> import jax
@@ -202,7 +202,7 @@ def _is_key(array: Any) -> bool:
 
 
 def _computed(eqn: Any, values: Sequence[Value]) -> list[Value]:
-    """What an equation makes of constants."""
+    """Compute an equation of constants."""
     with jax.default_device(jax.devices("cpu")[0]):
         outs = bind(eqn, [value.data for value in values])
     leaves = frozenset[str]().union(*(value.leaves for value in values))

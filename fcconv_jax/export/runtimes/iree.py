@@ -1,6 +1,6 @@
 """Writes IREE modules (.vmfb) from StableHLO, and reads them back.
 
-The params are arguments of the module and lie beside it in a .safetensors file, so one
+The params are arguments of the module in a .safetensors file beside it, so one
 module runs any params. No operation can be cut out of compiled code: each layer is
 compiled again, alone and with the same flags, for the integers.
 """
@@ -54,7 +54,7 @@ def write_program(
       What there is to know about the file.
 
     Raises:
-      ExportError: IREE refuses the program; says why.
+      ExportError: IREE refuses the program; gives its reason.
     """
     leaves = parameter_leaves(variables)
     flat, tree = jax.tree.flatten(variables)
@@ -109,7 +109,7 @@ class IreeFile(Shipped):
       path: the .vmfb file.
 
     Raises:
-      ExportError: there are no params beside it.
+      ExportError: the file of params is missing.
     """
 
     runtime = "IREE, llvm-cpu"
@@ -131,8 +131,12 @@ class IreeFile(Shipped):
             raise ExportError(f"{beside} is damaged: {error}") from None
         self._compiled: dict[str, Callable[..., list[np.ndarray]]] = {}
 
+    def load(self) -> None:
+        """Load the module in IREE."""
+        loaded(self.content)
+
     def record(self) -> Record | None:
-        """What the file says about itself."""
+        """The file's own record."""
         text = self.about.get("record")
         return None if text is None else Record.from_json(text)
 
@@ -189,7 +193,7 @@ class IreeFile(Shipped):
         return lambda: run(*params, *inputs)
 
     def remarks(self, record: Record) -> list[str]:
-        """What is not checked here."""
+        """Return how the layers are run."""
         return ["IREE's layers are compiled again, alone, to be run on integers"]
 
 

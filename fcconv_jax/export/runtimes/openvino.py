@@ -101,8 +101,12 @@ class OpenVinoFile(Shipped):
         except RuntimeError as error:
             raise ExportError(f"{self.path} is no OpenVINO file: {error}") from None
 
+    def load(self) -> None:
+        """Compile the file in OpenVINO."""
+        self.core.compile_model(self.model, "CPU", self.config)
+
     def record(self) -> Record | None:
-        """What the file says about itself."""
+        """The file's own record."""
         if not self.model.has_rt_info([RECORD]):
             return None
         return Record.from_json(self.model.get_rt_info([RECORD]).value)

@@ -122,11 +122,16 @@ class StableHloFile(Shipped):
         try:
             self.exported = jax_export.deserialize(bytearray(content))
         except Exception as error:  # flatbuffers' and JAX's own kinds
-            raise ExportError(f"{path} is no file of jax.export: {error}") from None
+            raise ExportError(
+                f"{path} was not written by jax.export: {error}"
+            ) from None
         self.text = self.exported.mlir_module()
 
+    def load(self) -> None:
+        """Nothing more: JAX has read the whole file already."""
+
     def record(self) -> Record | None:
-        """What the file says about itself."""
+        """The file's own record."""
         text = self.about.get("record")
         return None if text is None else Record.from_json(text)
 
@@ -169,7 +174,7 @@ class StableHloFile(Shipped):
         return lambda: run(*inputs)
 
     def remarks(self, record: Record) -> list[str]:
-        """What is not checked here."""
+        """Return how the layers are compared instead."""
         return [
             "layers are not cut out of StableHLO, which JAX itself writes: fcconv "
             "verify compares both forms of each"

@@ -60,8 +60,11 @@ class CoreMlFile(Shipped):
             raise ExportError(f"{path} is no Core ML package: {error}") from None
         self.operations = list(self.program.functions["main"].operations)
 
+    def load(self) -> None:
+        """Nothing more: Core ML does not run here, coremltools has read the package."""
+
     def record(self) -> Record | None:
-        """What the file says about itself."""
+        """The file's own record."""
         text = self.model.user_defined_metadata.get(RECORD)
         return None if text is None else Record.from_json(text)
 

@@ -150,7 +150,7 @@ class _Writer:
         return self.mb.const(val=array, name=self.unique(label))
 
     def emit(self, node: Node) -> Any:
-        """What a node is in Core ML."""
+        """Append a node; return its output."""
         method: Callable[[Node, str], Any] | None = getattr(self, f"_{node.op}", None)
         # A layer's name is found again by its number, as Core ML takes no slashes.
         name = self.unique(node.name or node.op)

@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from ....errors import ExportError
-from ...graph import Value
+from ...graph import Value, same_content
 from .schema import DTYPES
 
 # The options of an operation, where the schema has some of its name.
@@ -70,7 +70,7 @@ class Builder:
         return len(self.buffers) - 1
 
     def tensor(self, value: Value, name: str = "") -> int:
-        """The index of a value's tensor, made where there is none yet."""
+        """The index of a value's tensor, made on first use."""
         if value in self.known:
             return self.known[value]
         return self._tensor(value, value, name)
@@ -87,6 +87,12 @@ class Builder:
             )
         tensor.type = getattr(self.s.TensorType, kind)
         if value.data is not None:
+            same = same_content(value.data)
+            if same in self.known:
+                self.known[key] = self.known[same]
+                return self.known[key]
+            if same is not None:
+                self.known[same] = len(self.tensors)
             tensor.buffer = self.buffer(np.ascontiguousarray(value.data).tobytes())
             name = name or (value.source.leaf if value.source else "constant")
         count = self.names.get(name, 0)

@@ -104,7 +104,7 @@ def batches(
 
 @dataclasses.dataclass(frozen=True)
 class Int8Check:
-    """What was found about an int8 file.
+    """The checks of an int8 file.
 
     Args:
       layers: whether the weights of each linear operation are the parameters, rounded.
@@ -202,6 +202,7 @@ def prove_weights(
             LayerProof(
                 *(layer.name, mine.op, mine.form, bits, exact, count, tuple(failures)),
                 rounded=True,
+                constant=layer.constant,
             )
         )
     return tuple(found)
@@ -210,7 +211,7 @@ def prove_weights(
 def _rounded(
     what: str, file: LiteRTFile, operator: Any, values: np.ndarray, wanted: np.ndarray
 ) -> str | None:
-    """What is wrong with a layer's integers, if anything is."""
+    """Return what is wrong with a layer's integers, or None."""
     place, dtype, verb = 2, np.dtype(np.int32), "is"
     if what == "weights":
         verb = "are"
@@ -224,6 +225,8 @@ def _rounded(
         return f"the zero point of its {what} is not 0, which kernels do not read"
     # Scales stand along the features, which come last in the graph's arrangement.
     scales = np.asarray(quantization.scale, np.float64)
+    if not (np.isfinite(scales) & (scales > 0)).all():
+        return f"the scales of its {what} are not positive numbers"
     off = abs(values.astype(np.float64) * scales - wanted) / scales
     wrong = np.argwhere(off > 0.501)
     if not len(wrong):

@@ -1,4 +1,4 @@
-"""What each operation of a graph is in LiteRT."""
+"""Emits the operators of LiteRT for a graph's operations."""
 
 from __future__ import annotations
 
@@ -220,7 +220,7 @@ class Emitter(Builder):
             self.op("PADV2", [*inputs, value], node.outputs)
 
     def _reverse(self, node: Node, fused: str) -> None:
-        # One axis at a time: it takes several only where they stand side by side.
+        # One axis at a time: several must be adjacent.
         x, (*first, last) = node.inputs[0], node.attrs["axes"]
         for axis in first:
             turned = Value(x.shape, x.dtype)

@@ -14,7 +14,13 @@ from ....errors import ExportError
 from ....extras import require
 from ...fingerprint import digest, plain
 from ...layers import Layer, Record
-from ...shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
+from ...shipped import (
+    Shipped,
+    ShippedLayer,
+    arrange_conv,
+    canonical_conv,
+    reading,
+)
 from .schema import RECORD, pack, schema
 
 _CONVS = ("CONV_2D", "DEPTHWISE_CONV_2D")
@@ -34,7 +40,7 @@ class LiteRTFile(Shipped):
 
     Args:
       path: the file.
-      content: its bytes, where they are at hand.
+      content: its bytes, if they have been read.
 
     Raises:
       ExportError: it is none.
@@ -53,6 +59,11 @@ class LiteRTFile(Shipped):
             self.model = s.ModelT.InitFromPackedBuf(self.content, 0)
         except Exception as error:  # struct's and flatbuffers' own kinds
             raise ExportError(f"{path} is a damaged LiteRT file: {error}") from None
+        with reading(path):
+            self._bring_in_buffers()
+            self._index(s)
+
+    def _index(self, s: Any) -> None:
         self.graph = self.model.subgraphs[0]
         builtin = {v: k for k, v in vars(s.BuiltinOperator).items() if k.isupper()}
         self.codes = [
@@ -62,6 +73,22 @@ class LiteRTFile(Shipped):
         types = {v: k for k, v in vars(s.TensorType).items() if k.isupper()}
         self._types = types
         self._makers = {i: op for op in self.graph.operators for i in op.outputs}
+
+    def _bring_in_buffers(self) -> None:
+        """Reads the buffers behind the flatbuffer, as LiteRT's tools write them.
+
+        An offset of 0 or 1 stands for a buffer that is inside.
+        """
+        for buffer in self.model.buffers:
+            start, size = buffer.offset, buffer.size
+            if start > 1:
+                if start + size > len(self.content):
+                    raise ExportError(
+                        f"{self.path} is cut short: a buffer of {size} bytes begins at "
+                        f"{start}, the file has {len(self.content)}. Export it again."
+                    )
+                buffer.data = np.frombuffer(self.content, np.uint8, size, start)
+                buffer.offset = buffer.size = 0
 
     @classmethod
     def of(cls, content: bytes, path: Path) -> LiteRTFile:
@@ -86,8 +113,12 @@ class LiteRTFile(Shipped):
         shape = () if tensor.shape is None else tuple(tensor.shape)
         return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(shape)
 
+    def load(self) -> None:
+        """Load the file in LiteRT."""
+        interpreter(self.content)
+
     def record(self) -> Record | None:
-        """What the file says about itself."""
+        """The file's own record."""
         for entry in self.model.metadata or ():
             name = entry.name.decode() if isinstance(entry.name, bytes) else entry.name
             if name == RECORD:

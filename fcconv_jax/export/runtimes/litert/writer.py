@@ -28,7 +28,7 @@ def write(graph: Graph, record: Record, path: Path) -> None:
       path: where to.
 
     Raises:
-      ExportError: LiteRT has no such operation or dtype; names it and the way out.
+      ExportError: LiteRT has no such operation or dtype; names it and a fix.
     """
     path.write_bytes(pack(model(graph, record)))
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import io
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -45,8 +47,12 @@ class OnnxFile(Shipped):
         record = self.record()
         self._records = {e.name: e for e in record.layers} if record else {}
 
+    def load(self) -> None:
+        """Load the file in ONNX Runtime."""
+        session(self.content)
+
     def record(self) -> Record | None:
-        """What the file says about itself."""
+        """The file's own record."""
         for entry in self.model.metadata_props:
             if entry.key == RECORD:
                 return Record.from_json(entry.value)
@@ -219,7 +225,9 @@ def session(content: bytes) -> Any:
     ort = require("onnxruntime", "onnx", "running an ONNX file")
     options = ort.SessionOptions()
     options.log_severity_level = 3
-    return ort.InferenceSession(content, options, providers=["CPUExecutionProvider"])
+    with contextlib.redirect_stdout(io.StringIO()):  # prints its retries
+        providers = ["CPUExecutionProvider"]
+        return ort.InferenceSession(content, options, providers=providers)
 
 
 def run(content: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from ....errors import ExportError
 from ....extras import require
-from ...graph import Graph, Node, Value
+from ...graph import Graph, Node, Value, same_content
 from ...layers import Record
 from ...passes.nchw import to_nchw
 from ...shipped import arrange_conv
@@ -144,14 +144,17 @@ class _Writer:
 
     def array(self, key: Any, data: Any, label: str) -> str:
         """The name of an initializer."""
+        array = np.ascontiguousarray(data)
+        same = same_content(array)
+        if key not in self.known and same in self.known:
+            self.known[key] = self.known[same]
         if key not in self.known:
-            self.checked(np.asarray(data).dtype)
+            self.checked(array.dtype)
             self.known[key] = self.unique(label)
-            self.initializers.append(
-                self.onnx.numpy_helper.from_array(
-                    np.ascontiguousarray(data), self.known[key]
-                )
-            )
+            if same is not None:
+                self.known[same] = self.known[key]
+            made = self.onnx.numpy_helper.from_array(array, self.known[key])
+            self.initializers.append(made)
         return self.known[key]
 
     def ints(self, numbers: Any) -> str:
