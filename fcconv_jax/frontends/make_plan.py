@@ -24,9 +24,8 @@ def make_plan(
 
     The model is traced on abstract inputs: no array is made, nothing is computed.
     The window of a Dense behind a flatten, and the order of that flatten, are read
-    off the trace. Where a model has parameters that no layer of Flax reads, it
-    is traced a second time, and their matmuls are planned by the parameter's path,
-    as those of a function are.
+    off the trace. Parameters that no layer of Flax reads are planned by their matmuls
+    and named by their own path, as those of a function are.
 
     Args:
       model: a ``flax.linen`` or ``flax.nnx`` Module; it is left as it is. Or any

@@ -46,9 +46,9 @@ def kernel_shape(matmul: Matmul) -> tuple[int, ...]:
     """
     shape = matmul.eqn.invars[matmul.side].aval.shape
     if form_of(matmul) == "conv":
-        return tuple(shape[axis] for axis in _kernel_last(matmul))
+        return tuple(shape[axis] for axis in kernel_axes_of_conv(matmul))
     batch, contracted, features = (
-        [shape[axis] for axis in axes] for axes in _kernel_axes(matmul)
+        [shape[axis] for axis in axes] for axes in kernel_axes_of_dot(matmul)
     )
     return (*batch, math.prod(contracted), math.prod(features))
 
@@ -72,7 +72,7 @@ def dense_axes(matmul: Matmul) -> DenseAxes:
         batch=tuple(batch[other]),
         lead=tuple(axis for axis in range(len(x.shape)) if axis not in taken),
         contracted=tuple(sorted(contract[other])),
-        features=tuple(kernel.shape[axis] for axis in _kernel_axes(matmul)[2]),
+        features=tuple(kernel.shape[axis] for axis in kernel_axes_of_dot(matmul)[2]),
     )
 
 
@@ -124,7 +124,7 @@ def leaf_rearrangement(
     if math.prod(window) == 1:
         order = letters  # flattened alike in every order
     if form_of(matmul) == "conv":
-        *inner, out = (weight.axes[axis] for axis in _kernel_last(matmul))
+        *inner, out = (weight.axes[axis] for axis in kernel_axes_of_conv(matmul))
         *_, features = kernel_shape(matmul)
         outs = regroup(out, (groups, features // groups))
         if outs is None:
@@ -135,7 +135,7 @@ def leaf_rearrangement(
         lead = (groups,) if groups > 1 else ()
         return rearrangement(source, factors, (*lead, rows, features // groups))
     batch, contracted, outs = (
-        _flat(weight.axes[axis] for axis in axes) for axes in _kernel_axes(matmul)
+        _flat(weight.axes[axis] for axis in axes) for axes in kernel_axes_of_dot(matmul)
     )
     *_, rows, features = kernel_shape(matmul)
     if rows % math.prod(window):
@@ -187,7 +187,7 @@ def _dot_as_conv(
     batch = tuple(x.shape[axis] for axis in axes.batch)
     *_, rows, features = kernel_shape(matmul)
     canonical = (layer.groups, rows, features)[layer.groups == 1 :]
-    kernel = reshape(kernel.transpose(_flat(_kernel_axes(matmul))), canonical)
+    kernel = reshape(kernel.transpose(_flat(kernel_axes_of_dot(matmul))), canonical)
     move = kernel_rearrangement(
         canonical, layer.window, order=layer.order, groups=layer.groups
     )
@@ -219,14 +219,14 @@ def _conv_as_dot(
     move = kernel_rearrangement(
         canonical, layer.window, order=layer.order, groups=layer.groups
     )
-    kernel = move.inverse()(kernel.transpose(_kernel_last(matmul)))
+    kernel = move.inverse()(kernel.transpose(kernel_axes_of_conv(matmul)))
     order = _channel_last(out)
     sharding = permuted(matmul.eqn.params["out_sharding"], order)
     y = dense(x.transpose(_channel_last(lhs)), kernel, None, sharding)
     return y.transpose([order.index(axis) for axis in range(y.ndim)])
 
 
-def _kernel_axes(
+def kernel_axes_of_dot(
     matmul: Matmul,
 ) -> tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]:
     """The axes of a dot's weight: shared with the activation, summed over, new."""
@@ -249,7 +249,7 @@ def _channel_last(spec: Sequence[int]) -> list[int]:
     return [spec[0], *spec[2:], spec[1]]
 
 
-def _kernel_last(matmul: Matmul) -> list[int]:
+def kernel_axes_of_conv(matmul: Matmul) -> list[int]:
     """The axes ``(*window, in, out)`` of a convolution's kernel."""
     _, spec, _ = _specs(matmul)
     return [*spec[2:], spec[1], spec[0]]

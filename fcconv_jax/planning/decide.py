@@ -16,8 +16,7 @@ from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..layer_forms import holds
 from ..plan import Form, LayerPlan, is_order
 from ..plan.rules import Rule
-from ..tracing.flatten import Features, Flatten, find_flattens
-from ..tracing.marks import LayerInput
+from ..tracing.flatten import Flatten, LayerInput, find_flattens
 from .layer_axes import DenseAxes
 
 # Stands for a symbolic size in the input_shape of a plan.
@@ -25,12 +24,24 @@ _EXAMPLE = 8
 
 
 class LeftError(Exception):
-    """A layer is left alone; the message is the reason that ``plan.skipped`` gives."""
+    """A layer is skipped; the message is the reason in ``plan.skipped``."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """One call of a linear layer, as the trace saw it."""
+    """One call of a linear layer, as the trace shows it.
+
+    Args:
+      kind: of the layer; the primitive's name for a matmul of no layer's.
+      number: tells calls apart.
+      shape: of the input, as the layer sees it.
+      kernel: shape of the kernel, likewise.
+      bias: shape of the bias, likewise; None without.
+      axes: how a dense layer reads the input.
+      geometry: of a convolution, as :func:`fcconv_jax.classify` takes it.
+      obstacle: why it does not convert, if so.
+      mapped: how many axes of the input in the trace the layer does not see.
+    """
 
     kind: str
     number: int
@@ -40,11 +51,7 @@ class Call:
     axes: DenseAxes | None
     geometry: Mapping[str, Any] | None
     obstacle: str | None
-
-
-def kernel_sizes(layers: Mapping[str, Sequence[Call]]) -> dict[str, int]:
-    """The number of entries of each layer's kernel, as one call sees it."""
-    return {path: math.prod(calls[0].kernel) for path, calls in layers.items()}
+    mapped: int = 0
 
 
 def plan_layers(
@@ -54,7 +61,7 @@ def plan_layers(
     chosen: Mapping[str, Rule | None],
     stack_axes: Callable[[str, Call], tuple[int, ...]],
 ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
-    """Plans each layer of a trace, or says why it is left alone.
+    """Plan each layer of a trace, or give the reason to skip it.
 
     Args:
       inputs: where the inputs of the calls are in the trace; read to go to conv.
@@ -70,7 +77,7 @@ def plan_layers(
     Raises:
       PlanError: a rule asks for what cannot be.
     """
-    flattens = _flattens(inputs, layers) if to == "conv" else {}
+    flattens = find_flattens(inputs) if to == "conv" else {}
     planned: dict[str, LayerPlan] = {}
     left: dict[str, str] = {}
     for path, calls in layers.items():
@@ -83,19 +90,6 @@ def plan_layers(
         except LeftError as reason:
             left[path] = str(reason)
     return planned, left
-
-
-def _flattens(
-    inputs: Iterable[LayerInput], layers: Mapping[str, Sequence[Call]]
-) -> dict[int, tuple[Flatten, ...]]:
-    features = {}
-    for calls in layers.values():
-        for call in calls:
-            rank = len(call.shape)
-            assert call.axes is not None
-            from_end = tuple(axis - rank for axis in call.axes.contracted)
-            features[call.number] = Features(rank, from_end, len(call.axes.lead))
-    return find_flattens(inputs, features)
 
 
 def _plan_dense(
@@ -226,11 +220,6 @@ def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:
     for call in calls:
         if call.obstacle is not None:
             raise LeftError(call.obstacle)
-        if call.kernel != calls[0].kernel or call.kind != calls[0].kind:
-            raise LeftError(
-                f"called with kernels of several shapes, {calls[0].kernel} and "
-                f"{call.kernel}: it runs under an apply of its own"
-            )
 
 
 def _check_order(rule: Rule | None, rank: int) -> None:

@@ -10,7 +10,7 @@ other order, and a reshape only splits and joins them.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 
 from ..kernels import Rearrangement
 
@@ -48,7 +48,7 @@ def regroup(factors: Iterable[Factor], sizes: Sequence[int]) -> list[Axis] | Non
       >>> regroup([(1, 6), (6, 4)], (4, 6)) is None
       True
     """
-    rest = list(_joined(factors))[::-1]
+    rest = list(joined(factors))[::-1]
     axes: list[Axis] = []
     for wanted in sizes:
         axis: list[Factor] = []
@@ -63,7 +63,7 @@ def regroup(factors: Iterable[Factor], sizes: Sequence[int]) -> list[Axis] | Non
             if taken < n:
                 rest.append((stride, n // taken))
             wanted //= taken
-        axes.append(_joined(axis))
+        axes.append(joined(axis))
     return None if rest else axes
 
 
@@ -81,6 +81,28 @@ def stacked_axes(shape: Sequence[int], stack: Sequence[Factor]) -> list[int] | N
             axes.append(i)
     whole = math.prod(shape[i] for i in axes)
     return axes if whole == size(stack) else None
+
+
+def without(axis: Axis, shape: Sequence[int], dropped: Collection[int]) -> Axis:
+    """The part of an axis that does not step along some axes of a parameter.
+
+    Args:
+      axis: its factors.
+      shape: of the parameter.
+      dropped: axes of the parameter.
+
+    Example:
+      >>> without(((1, 24),), (2, 3, 4), (1,))
+      ((12, 2), (1, 4))
+    """
+    kept: list[Factor] = []
+    for stride, n in axis:
+        for number, entries in enumerate(axes_of(shape)):
+            for step, count in entries:
+                first, end = max(stride, step), min(stride * n, step * count)
+                if first < end and number not in dropped:
+                    kept.append((first, end // first))
+    return tuple(kept)
 
 
 def rearrangement(
@@ -101,8 +123,13 @@ def rearrangement(
     )
 
 
-def _joined(factors: Iterable[Factor]) -> Axis:
-    """Joins neighbours that step on evenly into one factor."""
+def joined(factors: Iterable[Factor]) -> Axis:
+    """Joins neighbours that step on evenly into one factor.
+
+    Example:
+      >>> joined([(4, 6), (1, 4)])
+      ((1, 24),)
+    """
     joined: list[Factor] = []
     for stride, n in factors:
         if joined and joined[-1][0] == stride * n:

@@ -10,6 +10,7 @@ from typing import Any
 from jax import lax
 
 from ..tracing.jaxprs import Literal, bodies, opened, scan_parts, subjaxprs
+from ..tracing.marks import LAYER
 from ..tracing.primitives import (
     CUSTOM_VJPS,
     ENTRYWISE,
@@ -110,12 +111,14 @@ def _elsewhere(
     """An equation that makes something else of the weights that it takes."""
     for tag in ins:
         if isinstance(tag, Weight):
-            program.uses.append(Use(tag.path, reason, telling))
+            program.uses.append(
+                Use(tag.path, reason, telling, eqn.primitive.name, tag.named)
+            )
     return [_mixed(ins, eqn.primitive.name)] * len(eqn.outvars)
 
 
 def _mixed(ins: Sequence[Tag], how: str) -> Other:
-    """What comes of operands that are computed with."""
+    """Tag the result of an equation that computes with its operands."""
     made_of: set[tuple[str, str]] = set()
     for tag in ins:
         if isinstance(tag, Weight):
@@ -131,6 +134,8 @@ def _mixed(ins: Sequence[Tag], how: str) -> Other:
 def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
     """The outputs of an equation that only moves or scales a weight, else None."""
     name, p = eqn.primitive.name, eqn.params
+    if name == "name" and p["name"] == LAYER and isinstance(ins[0], Weight):
+        return [dataclasses.replace(ins[0], named=not ins[0].sliced)]
     if name in SAME:
         return list(ins)
     weight = ins[0] if ins else None
@@ -163,7 +168,8 @@ def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
         step = _one_step(weight, shape)
         return None if step is None else [step]
     elif name == "unstack":
-        return [weight.drop(p["axis"]) for _ in eqn.outvars]
+        step = dataclasses.replace(weight.drop(p["axis"]), sliced=True)
+        return [step for _ in eqn.outvars]
     if axes is None:
         return None
     return [dataclasses.replace(weight, axes=tuple(axes))]
@@ -180,7 +186,9 @@ def _one_step(weight: Weight, shape: Sequence[int]) -> Weight | None:
             stack += axis
             axis = ()
         axes.append(axis)
-    return dataclasses.replace(weight, axes=tuple(axes), stack=tuple(stack))
+    return dataclasses.replace(
+        weight, axes=tuple(axes), stack=tuple(stack), sliced=True
+    )
 
 
 def _matmul(
@@ -200,12 +208,12 @@ def _matmul(
     for tag in ins:
         if isinstance(tag, Weight):
             reason = "multiplied with no activation, but with parameters or constants"
-            program.uses.append(Use(tag.path, reason, True))
+            program.uses.append(Use(tag.path, reason, True, name, tag.named))
         elif tag.made_of and active:
             for path, how in sorted(tag.made_of):
                 kind = "matmul" if name == "dot_general" else "convolution"
                 reason = f"changed by {how!r} on the way to its {kind}"
-                program.uses.append(Use(path, reason, True))
+                program.uses.append(Use(path, reason, True, how))
         elif active and not tag.active:
             program.unweighted[id(eqn)] = (
                 f"a matmul with a constant of the program, {_shapes(eqn)}: no "
@@ -341,7 +349,8 @@ def _elsewhere_each(program: Program, tags: Sequence[Tag], name: str) -> list[Ta
     outs: list[Tag] = []
     for tag in tags:
         if isinstance(tag, Weight):
-            program.uses.append(Use(tag.path, f"used by {name!r}", False))
+            reason = f"used by {name!r}"
+            program.uses.append(Use(tag.path, reason, False, name, tag.named))
             tag = _mixed([tag], name)
         outs.append(tag)
     return outs

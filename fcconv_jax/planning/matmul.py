@@ -31,12 +31,16 @@ class Weight:
       axes: where each axis of the value steps in the parameter's flat index, see
         :mod:`fcconv_jax.planning.factors`.
       stack: the factors of which a scan or an index took one step.
+      sliced: whether the model's own code indexed it, which its other shape may break.
+      named: whether its layer reads it, see :data:`fcconv_jax.tracing.marks.LAYER`.
     """
 
     path: str
     shape: tuple[int, ...]
     axes: tuple[Axis, ...]
     stack: tuple[Factor, ...] = ()
+    sliced: bool = False
+    named: bool = False
 
     @classmethod
     def leaf(cls, path: str, shape: Sequence[int]) -> Weight:
@@ -57,7 +61,7 @@ class Weight:
 
 @dataclasses.dataclass(frozen=True)
 class Other:
-    """A value that is no weight.
+    """A value that is not a weight.
 
     Args:
       active: whether it depends on the program's inputs.
@@ -85,7 +89,14 @@ NUMBER = Other(uniform=True)
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Matmul:
-    """A ``dot_general`` or convolution whose operand ``side`` is a weight."""
+    """A ``dot_general`` or convolution whose operand ``side`` is a weight.
+
+    Args:
+      eqn: the equation.
+      weight: the operand.
+      side: its number.
+      obstacle: why the matmul cannot take the other form, if so.
+    """
 
     eqn: Any
     weight: Weight
@@ -101,11 +112,15 @@ class Use:
       path: the parameter.
       reason: what happens, to be read after "it is".
       telling: whether a user would miss the parameter in the plan.
+      how: name of the primitive.
+      named: whether its layer does it.
     """
 
     path: str
     reason: str
     telling: bool
+    how: str
+    named: bool = False
 
 
 @dataclasses.dataclass(eq=False)

@@ -53,7 +53,7 @@ def run_rewritten(
       kwargs: further inputs.
 
     Returns:
-      What the function returns.
+      The function's results.
 
     Raises:
       PlanError: a parameter of the plan is missing or has another shape, or a planned

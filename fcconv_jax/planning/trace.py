@@ -1,4 +1,4 @@
-"""Traces ``f(params, *inputs)`` and tells which of its values are parameters."""
+"""Traces ``f(params, *inputs)`` and finds the parameters among its values."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from ..errors import PlanError
 from ..params.leaves import flatten_with_path
 from ..tracing import arguments
 from .find import analyse
-from .matmul import ACTIVE, Program, Tag, Weight
+from .matmul import ACTIVE, Matmul, Program, Tag, Weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -23,11 +23,21 @@ class Traced:
       program: what was found in it.
       operands: one array for each input of the trace, params first.
       out_tree: the structure of what the function returns.
+      shapes: of the params, by path.
     """
 
     program: Program
     operands: list[Any]
     out_tree: Any
+    shapes: Mapping[str, tuple[int, ...]]
+
+    def matmuls(self) -> dict[str, list[Matmul]]:
+        """By the path of the parameter, its matmuls in program order."""
+        found: dict[str, list[Matmul]] = {}
+        for _, matmul in self.program.walk():
+            if isinstance(matmul, Matmul):
+                found.setdefault(matmul.weight.path, []).append(matmul)
+        return found
 
 
 def trace(
@@ -37,7 +47,7 @@ def trace(
 
     Args:
       function: takes params and inputs.
-      inputs: the params, then the inputs. What is no array is static.
+      inputs: the params, then the inputs. Everything but arrays is static.
       kwargs: further inputs.
 
     Raises:
@@ -51,12 +61,10 @@ def trace(
         return function(params, *rest, **kwargs)
 
     jaxpr, out = jax.make_jaxpr(run, return_shape=True)(arrays)
-    paths = list(parameter_paths(params))
-    tags: list[Tag] = [
-        Weight.leaf(path, array.shape) for path, array in zip(paths, arrays)
-    ]
-    tags += [ACTIVE] * (len(arrays) - len(paths))
-    return Traced(analyse(jaxpr, tags), arrays, jax.tree.structure(out))
+    shapes = parameter_paths(params)
+    tags: list[Tag] = [Weight.leaf(path, shape) for path, shape in shapes.items()]
+    tags += [ACTIVE] * (len(arrays) - len(shapes))
+    return Traced(analyse(jaxpr, tags), arrays, jax.tree.structure(out), shapes)
 
 
 def parameter_paths(params: Any) -> dict[str, tuple[int, ...]]:

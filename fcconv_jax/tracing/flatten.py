@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..kernels import channel_last, window_letters
+from .frames import Frame
 from .jaxprs import Literal, call_body, scan_parts
-from .marks import Frame, LayerInput, is_mark, marked_array
 from .primitives import ENTRYWISE, MATMULS, POOLS, SAME, SCANS
 
 
@@ -26,19 +26,25 @@ class Flatten:
     order: str
 
 
-@dataclasses.dataclass(frozen=True)
-class Features:
-    """Where the features of a dense layer lie in its input.
+@dataclasses.dataclass(frozen=True, eq=False)
+class LayerInput:
+    """The input of one call of a dense layer, as it is in a trace.
 
     Args:
-      rank: number of axes, as the layer saw them.
-      axes: the features' axes in their order, counted from the end (-1, ...).
+      number: the call's.
+      frame: where the array is.
+      var: the array.
+      axes: its axes that hold the features, in their order.
       lead: number of axes that the layer leaves alone.
+      mapped: number of axes that the layer does not see, under ``vmap``.
     """
 
-    rank: int
+    number: int
+    frame: Frame
+    var: Any
     axes: tuple[int, ...]
     lead: int
+    mapped: int = 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -64,14 +70,11 @@ class _Place:
         return self.frame.producers.get(self.var, (None, 0))
 
 
-def find_flattens(
-    inputs: Iterable[LayerInput], features: Mapping[int, Features]
-) -> dict[int, tuple[Flatten, ...]]:
+def find_flattens(inputs: Iterable[LayerInput]) -> dict[int, tuple[Flatten, ...]]:
     """The flattens behind the inputs of layers.
 
     Args:
       inputs: where they are in one trace.
-      features: for the number of each call, where the features lie in its input.
 
     Returns:
       For each call the distinct answers of all paths back. Where the features were
@@ -82,20 +85,15 @@ def find_flattens(
     ranks: dict[int, int] = {}
     memo: dict[_Place, tuple[_Place, ...]] = {}
     for seen in inputs:
-        if seen.number not in features:
-            continue
-        known, shape = features[seen.number], tuple(seen.var.aval.shape)
-        # Under vmap the array in the trace has leading axes that the layer never saw.
-        axes = tuple(len(shape) + axis for axis in known.axes)
-        sizes = tuple(shape[axis] for axis in axes)
-        start = _Place(seen.frame, seen.var, axes, sizes)
+        shape = tuple(seen.var.aval.shape)
+        sizes = tuple(shape[axis] for axis in seen.axes)
+        start = _Place(seen.frame, seen.var, seen.axes, sizes)
         answers = [_describe(end) for end in _ends(start, memo)]
         each = found.setdefault(seen.number, {})
         each.update({a: None for a in answers if a is not None})
-        spatial = min(known.lead - 1, 3)
+        spatial = min(seen.lead - 1, 3)
         if spatial < 1:
-            mapped = len(seen.source.aval.shape) - known.rank
-            spatial = _upstream_rank(seen.frame, seen.source, mapped)
+            spatial = _upstream_rank(seen.frame, seen.var, seen.mapped)
         ranks[seen.number] = max(spatial, ranks.get(seen.number, 1))
     flattens = {}
     for number, answers in found.items():
@@ -313,7 +311,7 @@ def _upstream_rank(frame: Frame, var: Any, mapped: int) -> int:
     while not isinstance(var, Literal):
         eqn, index = frame.producers.get(var, (None, 0))
         rank = len(var.aval.shape) - mapped
-        if rank > 2 and not (eqn is not None and is_mark(eqn)):
+        if rank > 2:
             return min(rank - 2, 3)
         if eqn is None:
             outer = _outer(frame, var, ())
@@ -323,8 +321,6 @@ def _upstream_rank(frame: Frame, var: Any, mapped: int) -> int:
         elif (body := call_body(eqn)) is not None:
             frame = frame.enter(eqn, body)
             var = frame.jaxpr.outvars[index]
-        elif is_mark(eqn):
-            var = marked_array(frame, eqn.invars[0])
         else:
             var = _main_operand(frame, eqn)
     return 1

@@ -6,8 +6,8 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 from ...plan import Form, Plan
-from ...plan.rules import Rule, match_rules
-from ...planning.plan_matmuls import find_layers, matmul_sizes, plan_matmuls
+from ...plan.rules import Rule
+from ...planning.from_trace import Own, plan_trace
 from ...planning.trace import Traced, trace
 
 
@@ -25,9 +25,8 @@ def plan_function(
             "or jax.ShapeDtypeStruct"
         )
     traced = trace(function, inputs, kwargs)
-    layers = find_layers(traced, to)
-    chosen = match_rules(rules, matmul_sizes(layers))
-    planned, left = plan_matmuls(traced, layers, to, chosen)
+    own = dict.fromkeys(traced.shapes, Own())
+    planned, left = plan_trace(traced, to, rules, {}, own)
     left |= _unweighted(traced, to)
     return Plan(to, tuple(planned.items()), tuple(left.items()))
 

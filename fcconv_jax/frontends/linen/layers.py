@@ -128,18 +128,11 @@ def dense_axes(module: Any, ndim: int) -> DenseAxes:
     return DenseAxes(batch, lead, contracted, _as_tuple(module.features))
 
 
-def conv_geometry(module: Any, shape: tuple[int, ...]) -> dict[str, Any]:
-    """The arguments of :func:`fcconv_jax.classify` for an ``nn.Conv`` and its input."""
-    window = _as_tuple(module.kernel_size)
-    return {
-        "input_shape": shape[-1 - len(window) : -1],
-        "kernel_size": window,
-        "strides": module.strides or 1,
-        "padding": module.padding,
-        "input_dilation": module.input_dilation or 1,
-        "kernel_dilation": module.kernel_dilation or 1,
-        "groups": module.feature_group_count,
-    }
+def kernel_split(module: Any) -> tuple[int, int]:
+    """How many kernel axes are the activation's batch, and how many are features."""
+    if not isinstance(module, nn.DenseGeneral):
+        return 0, 1
+    return len(_as_tuple(module.batch_dims)), len(_as_tuple(module.features))
 
 
 def _as_tuple(value: Any) -> tuple[int, ...]:

@@ -1,10 +1,10 @@
-"""Plans a linen model: traces it once, and reads off what each linear layer does."""
+"""Plans a linen model: its modules name the layers, a trace of ``apply`` decides."""
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-import functools
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -13,21 +13,18 @@ from flax import struct
 from flax.core import DenyList
 
 from ...plan import Form, Plan
-from ...plan.rules import Rule, match_rules
-from ...planning.decide import Call, LeftError, kernel_sizes, plan_layers
-from ...planning.own_parameters import OwnParameters
-from ...planning.plan_matmuls import matmul_sizes
+from ...plan.rules import Rule
+from ...planning.from_trace import Own, plan_trace
+from ...planning.layers import Layer
 from ...planning.trace import Traced, trace
 from ...tracing import arguments
-from ...tracing.marks import mark, marked
 from .interception import intercepting
 from .layers import (
     OwnCalls,
     below_map_variables,
-    conv_geometry,
-    dense_axes,
     in_a_branch,
     is_lifted,
+    kernel_split,
     layer_kind,
     module_path,
     obstacle,
@@ -35,15 +32,20 @@ from .layers import (
 
 
 @dataclasses.dataclass
-class _Recorder:
-    """Watches a trace: which layers are called, on what, and where they live."""
+class _Names:
+    """Notes the modules that ``init`` calls: where they are, and what they are.
 
-    calls: dict[str, list[Call]] = dataclasses.field(default_factory=dict)
-    owners: dict[str, str] = dataclasses.field(default_factory=dict)
-    tables: set[str] = dataclasses.field(default_factory=set)
+    Args:
+      layers: by path, the linear layers; their kernels are those that they see.
+      owners: by path, the classes of all modules.
+      stack: the modules that are being called.
+      own: knows the model's own calls.
+    """
+
+    layers: dict[str, Layer] = dataclasses.field(default_factory=dict)
+    owners: dict[str, type] = dataclasses.field(default_factory=dict)
     stack: list[nn.Module] = dataclasses.field(default_factory=list)
     own: OwnCalls = dataclasses.field(default_factory=OwnCalls)
-    count: int = 0
 
     def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
         module = context.module
@@ -51,21 +53,13 @@ class _Recorder:
             if not own:
                 return next_fun(*args, **kwargs)
             path = module_path(module)
-            self.owners[path] = type(module).__name__
-            if isinstance(module, nn.Embed) and context.method_name == "__call__":
-                self.tables.add(f"{path}/embedding".lstrip("/"))
+            self.owners[path] = type(module)
             kind = layer_kind(context)
             self.stack.append(module)
             try:
-                if kind is None:
-                    y = next_fun(*args, **kwargs)
-                else:
-                    x = args[0] if args else kwargs["inputs"]
-                    number, self.count = self.count, self.count + 1
-                    y = next_fun(mark(x, number))
-                    self.calls.setdefault(path, []).append(
-                        self._call(kind, number, tuple(x.shape), module)
-                    )
+                y = next_fun(*args, **kwargs)
+                if kind is not None:
+                    self._note(kind, path, module)
             finally:
                 self.stack.pop()
         # What maps variables may look at their structure, which a box would change;
@@ -79,22 +73,23 @@ class _Recorder:
             _box_params(module)
         return y
 
-    def _call(
-        self, kind: str, number: int, shape: tuple[int, ...], module: Any
-    ) -> Call:
-        kernel = nn.meta.unbox(module.get_variable("params", "kernel"))
-        bias = nn.meta.unbox(module.get_variable("params", "bias"))
-        dense = kind != "Conv"
-        return Call(
+    def _note(self, kind: str, path: str, module: Any) -> None:
+        kernel, bias = (
+            nn.meta.unbox(module.get_variable("params", name))
+            for name in ("kernel", "bias")
+        )
+        batch, features = kernel_split(module)
+        layer = Layer(
             kind=kind,
-            number=number,
-            shape=shape,
-            kernel=tuple(kernel.shape),
+            kernel=f"{path}/kernel".lstrip("/"),
+            shape=tuple(kernel.shape),
             bias=None if bias is None else tuple(bias.shape),
-            axes=dense_axes(module, len(shape)) if dense else None,
-            geometry=None if dense else conv_geometry(module, shape),
+            batch=batch,
+            features=features,
             obstacle=self._obstacle(module),
         )
+        if path not in self.layers or layer.obstacle:
+            self.layers[path] = layer
 
     def _obstacle(self, module: nn.Module) -> str | None:
         for outer in self.stack[:-1]:
@@ -144,91 +139,88 @@ def plan_linen(
     kwargs: Mapping[str, Any],
 ) -> Plan:
     """The plan of a linen model; see :func:`fcconv_jax.make_plan`."""
-    recorder = _Recorder()
     if rngs is None:
         rngs = jax.eval_shape(jax.random.key, 0)  # any key: nothing is computed
+    names, variables = _init(model, inputs, rngs, method, kwargs)
+    params = _stored(variables.get("params", {}))
+    layers = {
+        path: _as_stored(layer, params[layer.kernel])
+        for path, layer in names.layers.items()
+        if layer.kernel in params
+    }
+    own = _own(params, layers, names.owners)
+    if not layers and not own:
+        return Plan(to)
+    variables = _without_stack_axes(variables)
+    try:
+        traced = _trace(model, variables, (inputs, {**kwargs, "method": method}), rngs)
+    except Exception as error:  # whatever the model's code raises
+        failure = f"{type(error).__name__}: {error}"
+        left = {path: each.words for path, each in own.items() if each.words}
+        left |= {
+            path: f"it is a {layer.kind}"
+            for path, layer in layers.items()
+            if layer.form != to
+        }
+        left = {
+            path: f"{words}; how cannot be seen, as the model on these inputs raises "
+            f"{failure}"
+            for path, words in left.items()
+        }
+        return Plan(to, (), tuple(left.items()))
+    planned, left = plan_trace(traced, to, rules, layers, own)
+    return Plan(to, tuple(planned.items()), tuple(left.items()))
+
+
+def _init(
+    model: nn.Module,
+    inputs: Sequence[Any],
+    rngs: Any,
+    method: Any,
+    kwargs: Mapping[str, Any],
+) -> tuple[_Names, Any]:
+    """The model's modules, and the shapes of its variables in boxes."""
+    names = _Names()
     arrays, static = arguments.split((rngs, tuple(inputs), dict(kwargs)))
 
     def run(arrays: Sequence[Any]) -> Any:
         rngs, args, options = static.merge(arrays)
-        out, variables = model.init_with_output(rngs, *args, method=method, **options)
-        return arguments.split(out)[0], variables
+        return model.init(rngs, *args, method=method, **options)
 
-    # An object of its own as the key: no other trace may see the marks.
-    with intercepting(recorder, key=recorder_key(recorder)):
-        jaxpr, (_, variables) = jax.make_jaxpr(run, return_shape=True)(arrays)
-    params = _stored(variables.get("params", {}))
-    calls = {
-        path: calls
-        for path, calls in recorder.calls.items()
-        if f"{path}/kernel".lstrip("/") in params
-    }
-    source_kinds = ("Conv",) if to == "dense" else ("Dense", "DenseGeneral")
-    layers = {p: c for p, c in calls.items() if c[0].kind in source_kinds}
-    known = {f"{path}/{n}".lstrip("/") for path in calls for n in ("kernel", "bias")}
-    own = OwnParameters.find(
-        _described(params, known | recorder.tables, recorder.owners),
-        known,
-        to,
-        _traces(model, variables, (inputs, {**kwargs, "method": method}), rngs),
-    )
-    chosen = match_rules(rules, {**kernel_sizes(layers), **matmul_sizes(own.layers)})
-    planned, left = plan_layers(
-        marked(jaxpr),
-        layers,
-        to,
-        chosen,
-        lambda path, call: _stack_axes(path, call, params),
-    )
-    more, reasons = own.plan(to, chosen)
-    tables = {
-        path: f"the table of an Embed, {_shape(params[path])}: looked up by index; a "
-        "head tied to it (attend) multiplies by the same array"
-        for path in sorted(recorder.tables & params.keys())
-    }
-    layer_plans = {**planned, **more}
-    left = {**left, **reasons, **tables}
-    return Plan(to, tuple(layer_plans.items()), tuple(left.items()))
-
-
-def _traces(
-    model: nn.Module,
-    variables: Any,
-    inputs: tuple[Sequence[Any], Mapping[str, Any]],
-    rngs: Any,
-) -> list[Any]:
-    """What traces ``apply`` on the variables that ``init`` made."""
-    variables = _without_stack_axes(variables)
-    params = variables.get("params", {})
-    rest = {name: tree for name, tree in variables.items() if name != "params"}
-    # A cache that init has made may expect other inputs than init: try without.
-    return [
-        functools.partial(_trace, model, params, state, inputs, rngs)
-        for state in ((rest, {}) if rest else (rest,))
-    ]
+    # An object of its own as the key: no other trace may see the boxes.
+    with intercepting(names, key=("fcconv_jax planning", id(names), object())):
+        return names, jax.eval_shape(run, arrays)
 
 
 def _trace(
     model: nn.Module,
-    params: Any,
-    state: Mapping[str, Any],
+    variables: Mapping[str, Any],
     inputs: tuple[Sequence[Any], Mapping[str, Any]],
     rngs: Any,
 ) -> Traced:
-    """The trace of ``apply`` with fixed params; all other collections may change."""
+    """The trace of ``apply`` with fixed params; all other collections may change.
+
+    Raises:
+      Exception: whatever the model's code raises.
+    """
     args, kwargs = inputs
     kwargs = {**kwargs, "mutable": DenyList("params")}
+    params = variables.get("params", {})
+    rest = {name: tree for name, tree in variables.items() if name != "params"}
 
     def run(params: Any, state: Any, rngs: Any, args: Any, kwargs: Any) -> list[Any]:
         out = model.apply({"params": params, **state}, *args, rngs=rngs, **kwargs)
         return arguments.split(out)[0]
 
-    return trace(run, (params, state, rngs, args, kwargs), {})
-
-
-def recorder_key(recorder: _Recorder) -> Any:
-    """A jit cache key that no other trace shares."""
-    return ("fcconv_jax planning", id(recorder), object())
+    try:
+        return trace(run, (params, rest, rngs, args, kwargs), {})
+    except Exception:
+        if not rest:
+            raise
+        # A cache that init has made may expect other inputs than init: try without.
+        with contextlib.suppress(Exception):
+            return trace(run, (params, {}, rngs, args, kwargs), {})
+        raise
 
 
 def _stored(params: Any) -> dict[str, Any]:
@@ -239,19 +231,37 @@ def _stored(params: Any) -> dict[str, Any]:
     return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
 
 
-def _stack_axes(path: str, call: Call, params: Mapping[str, Any]) -> tuple[int, ...]:
-    """Axes that lifted transforms added to the stored kernel, as Flax counted them."""
-    box = params[f"{path}/kernel".lstrip("/")]
-    shape = list(nn.meta.unbox(box).shape)
+def _as_stored(layer: Layer, box: Any) -> Layer:
+    """A layer with its kernel as it is stored, and the axes that Flax counted there."""
     axes = box.axes if isinstance(box, _StackAxes) else ()
-    for axis in reversed(axes):
-        del shape[axis]
-    if tuple(shape) != call.kernel:
-        raise LeftError(
-            f"its kernel is stored as {tuple(shape)} and used as {call.kernel}: it is "
-            "transformed on the way to the layer"
+    stored = dataclasses.replace(layer, shape=_shape(box), stack=axes)
+    if stored.obstacle is None and stored.own_shape != layer.shape:
+        reason = (
+            f"its kernel is stored as {stored.own_shape} and used as {layer.shape}: it "
+            "is transformed on the way to the layer"
         )
-    return axes
+        return dataclasses.replace(stored, obstacle=reason)
+    return stored
+
+
+def _own(
+    params: Mapping[str, Any],
+    layers: Mapping[str, Layer],
+    owners: Mapping[str, type],
+) -> dict[str, Own]:
+    """The parameters of two or more axes that no layer of Flax reads."""
+    known = {f"{path}/{n}".lstrip("/") for path in layers for n in ("kernel", "bias")}
+    own = {}
+    for leaf, box in params.items():
+        path, _, name = leaf.rpartition("/")
+        stacked = len(box.axes) if isinstance(box, _StackAxes) else 0
+        if leaf not in known and len(_shape(box)) - stacked >= 2:
+            owner = owners.get(path)
+            words = "the model" if owner is None else owner.__name__
+            words = f"{words} uses its own parameter {name!r} {_shape(box)}"
+            embed = owner is not None and issubclass(owner, nn.Embed)
+            own[leaf] = Own(words, embed)
+    return own
 
 
 def _without_stack_axes(variables: Any) -> Any:
@@ -261,21 +271,6 @@ def _without_stack_axes(variables: Any) -> Any:
         variables,
         is_leaf=lambda node: isinstance(node, _StackAxes),
     )
-
-
-def _described(
-    params: Mapping[str, Any], known: Container[str], owners: Mapping[str, str]
-) -> dict[str, str]:
-    """Whose parameters those of two or more axes are that no layer of Flax reads."""
-    described = {}
-    for leaf, box in params.items():
-        path, _, name = leaf.rpartition("/")
-        shape = _shape(box)
-        stacked = len(box.axes) if isinstance(box, _StackAxes) else 0
-        if leaf not in known and len(shape) - stacked >= 2:
-            owner = owners.get(path, "the model")
-            described[leaf] = f"{owner} uses its own parameter {name!r} {shape}"
-    return described
 
 
 def _shape(box: Any) -> tuple[int, ...]:

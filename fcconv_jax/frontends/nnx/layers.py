@@ -68,6 +68,21 @@ def dense_axes(layer: Any, ndim: int) -> DenseAxes:
     return DenseAxes(batched, lead, contracted, features)
 
 
+def kernel_split(layer: Any) -> tuple[int, int, int]:
+    """How the axes of a layer's kernel divide.
+
+    Returns:
+      How many the activation's batch has, too, how many are features, and how many
+      there are in all.
+    """
+    if isinstance(layer, nnx.Conv):
+        return 0, 1, len(layer.kernel_size) + 2
+    if isinstance(layer, nnx.LinearGeneral):
+        batch, features = len(layer.batch_axis), len(layer.out_features)
+        return batch, features, batch + len(layer.axis) + features
+    return 0, 1, 2
+
+
 def obstacle(layer: Any) -> str | None:
     """Why a layer computes something else than it says, if so."""
     name = type(layer).__name__
@@ -82,6 +97,9 @@ def obstacle(layer: Any) -> str | None:
         return f"{name} has a promote_dtype of its own, which may read the shapes"
     if getattr(layer, "mask", None) is not None:
         return f"{name} has a mask on its kernel"
+    padding = getattr(layer, "padding", "VALID")
+    if padding in ("CAUSAL", "CIRCULAR", "REFLECT") and max(layer.kernel_size) > 1:
+        return f"{name} pads its input by {padding} before its convolution"
     for variable in (layer.kernel, layer.bias):
         if variable is None:
             continue

@@ -505,6 +505,13 @@ def test_refusals_of_make_plan():
         fc.make_plan(nn.Dense(3), zeros(2, 3), to="linear")
 
 
+def test_further_arguments_of_a_root_layer_are_not_dropped():
+    with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were"):
+        fc.make_plan(nn.Dense(3), zeros(2, 3), "dense")
+    with pytest.raises(TypeError, match="unexpected keyword argument 'train'"):
+        fc.make_plan(nn.Dense(3), zeros(2, 3), train=True)
+
+
 def test_planning_makes_no_array_and_leaves_no_trace():
     """A model too large for this machine is planned, and then runs as ever."""
     huge = nn.Dense(1 << 30)
