@@ -10,8 +10,8 @@ import typer
 
 from .app import app, examples
 from .inputs import ArgumentError
-from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules
-from .output import show_report
+from .options import AsJson, Inputs, Kwargs, Method, ModelName, Params, Rules
+from .output import check_destination, show_report
 from .steps import read_model, read_plan, with_random_inputs
 
 if TYPE_CHECKING:
@@ -45,14 +45,7 @@ def export(
         ),
     ],
     inputs: Inputs = None,
-    params: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoint with the model's params, of either form. Random "
-            "by default.",
-            metavar="CKPT",
-        ),
-    ] = None,
+    params: Params = None,
     to: Annotated[
         FileForm | None,
         typer.Option(help="The form of its layers; mix with --chip, else conv."),
@@ -84,7 +77,7 @@ def export(
         ),
     ] = None,
     unroll: Annotated[
-        int, typer.Option(help="Write out loops of up to this many steps.")
+        int, typer.Option(help="Write out loops of up to this many steps.", min=0)
     ] = 0,
     compare: Annotated[
         bool, typer.Option("--compare", help="Make the other forms too, for figures.")
@@ -108,32 +101,35 @@ def export(
 
     Exit status 0 when every check passes, 1 when one does not.
     """
-    import numpy as np
-
+    from ..export.chips import chip_of
     from ..export.export import export as write
+    from ..export.runtimes import runtime_of
     from .variables import load_variables
 
     if int8 != (calibrate is not None):
         raise ArgumentError("--int8 and --calibrate go together: pass both, or neither")
     if as_json and as_markdown:
         raise ArgumentError("give one of --json and --markdown")
+    runtime_of(out, runtime)
+    if chip is not None:
+        chip_of(chip)
+    check_destination("--out", out)
+    check_destination("--report", report)
+    given = None if plan is None else read_plan(plan)
+    data = None if calibrate is None else _read_arrays(calibrate)
     bound = read_model(model, inputs, kwargs, method)
     if params is not None:
         bound = load_variables(bound, params)
     bound = with_random_inputs(bound, seed)
     if params is None:
         bound = bound.drawn(seed)
-    data: list[Any] | None = None
-    if calibrate is not None:
-        with np.load(calibrate) as file:
-            data = [file[name] for name in file.files]
     chosen = to or (FileForm.MIX if chip else FileForm.CONV)
     found = write(
         bound,
         path=out,
         runtime=runtime,
         to=chosen.value,
-        plan=None if plan is None else read_plan(plan),
+        plan=given,
         chip=chip,
         rules=rules or (),
         unroll=unroll,
@@ -141,6 +137,20 @@ def export(
         compare=compare,
     )
     show_report(found, report, as_json, as_markdown)
+
+
+def _read_arrays(file: Path) -> list[Any]:
+    import zipfile
+
+    import numpy as np
+
+    try:
+        with np.load(file, allow_pickle=False) as arrays:
+            return [arrays[name] for name in arrays.files]
+    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+        raise ArgumentError(
+            f"--calibrate: expected a file of np.savez, got {file} ({error})"
+        ) from None
 
 
 def is_exported(text: str) -> bool:

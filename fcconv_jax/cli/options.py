@@ -101,6 +101,14 @@ Source = Annotated[
 Target = Annotated[
     Path, typer.Argument(metavar="DST", help="Where to write the new checkpoint.")
 ]
+Params = Annotated[
+    Path | None,
+    typer.Option(
+        metavar="CKPT",
+        help="A checkpoint with the model's params, in either form. The default is "
+        "random params, or those that the model holds.",
+    ),
+]
 PlanOut = Annotated[
     Path | None, typer.Option("--out", help="Write the plan to this file, as JSON.")
 ]

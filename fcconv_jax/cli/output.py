@@ -18,6 +18,37 @@ if TYPE_CHECKING:
     from ..reports import Report
 
 
+def check_destination(
+    option: str, file: Path | None, suffixes: Sequence[str] = ()
+) -> None:
+    """Check a destination before any work, and make its folder if that is missing.
+
+    Raises:
+      ArgumentError: it is a folder, or has another suffix than a file there may have,
+        or its folder cannot be made or written to.
+    """
+    if file is None:
+        return
+    if suffixes and file.suffix.lower() not in suffixes:
+        raise ArgumentError(
+            f"{option}: expected a file that ends in {', '.join(suffixes)}, got {file}"
+        )
+    if file.is_dir() and file.suffix != ".mlpackage":  # Core ML's files are folders
+        raise ArgumentError(f"{option}: {file} is a folder. Pass the name of a file")
+    folder = file.parent
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise ArgumentError(
+            f"{option}: the folder {folder} cannot be made ({error.strerror}). Pass "
+            "another destination"
+        ) from None
+    if not os.access(folder, os.W_OK):
+        raise ArgumentError(
+            f"{option}: nothing can be written to {folder}. Pass another destination"
+        )
+
+
 def write_text(file: Path, text: str) -> None:
     """Write a file and report it on stderr."""
     try:

@@ -16,7 +16,7 @@ from .options import (
     Rules,
     ToForm,
 )
-from .output import print_plan, write_text
+from .output import check_destination, print_plan, write_text
 from .steps import Wishes, plan_model, read_model
 
 
@@ -44,6 +44,7 @@ def plan(
 
     Traces the model on abstract inputs; no computation runs.
     """
+    check_destination("--out", out)
     wishes = Wishes(to, rules, backend_for)
     made = plan_model(read_model(model, inputs, kwargs, method), wishes)
     if out is not None:

@@ -10,7 +10,7 @@ import typer
 from .app import app, examples
 from .inputs import ArgumentError
 from .options import Kwargs, Method, ModelName
-from .output import start_jax
+from .output import check_destination, start_jax
 from .steps import read_model
 
 
@@ -47,10 +47,12 @@ def slide(
         typer.Option(help="Write a picture of the largest output at each place."),
     ] = None,
     scale: Annotated[
-        float, typer.Option(help="Divide pixels by this; 255 maps them to 0 to 1.")
+        float,
+        typer.Option(help="Divide pixels by this; 255 maps them to 0 to 1.", min=1e-30),
     ] = 255.0,
     memory: Annotated[
-        int, typer.Option(help="Memory limit for a tile of a large image, in MiB.")
+        int,
+        typer.Option(help="Memory limit for a tile of a large image, in MiB.", min=1),
     ] = 1024,
     kwargs: Kwargs = None,
     method: Method = None,
@@ -59,6 +61,8 @@ def slide(
 
     The result at each position equals the model's on that crop alone.
     """
+    check_destination("--out", out, (".npy",))
+    check_destination("--heatmap", heatmap)
     start_jax()
     import jax
     import numpy as np

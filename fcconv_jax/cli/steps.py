@@ -64,6 +64,8 @@ def plan_model(bound: BoundModel, wishes: Wishes) -> Plan:
     """Plans a model by tracing it."""
     from ..errors import PlanError
 
+    if wishes.backend not in (None, "any"):
+        parse_backends([wishes.backend], "--for")
     try:
         to = (wishes.to or To.CONV).value
         return bound.plan(to, wishes.rules or (), wishes.backend)
@@ -103,15 +105,17 @@ def plan_checkpoint(src: Path, wishes: Wishes, step: str | None = None) -> Plan:
     return made
 
 
-def parse_backends(names: Sequence[str] | None) -> list[Backend] | None:
-    """The values of ``--backend``."""
+def parse_backends(
+    names: Sequence[str] | None, option: str = "--backend"
+) -> list[Backend] | None:
+    """The values of an option that names backends."""
     from ..backends.name import Backend
     from ..errors import BackendError
 
     try:
         return [Backend.parse(name) for name in names] if names else None
     except BackendError as error:
-        raise ArgumentError(f"--backend: {error}") from None
+        raise ArgumentError(f"{option}: {error}") from None
 
 
 def verify_model(

@@ -10,8 +10,8 @@ from typing import Annotated
 import typer
 
 from .app import app, examples
-from .options import AsJson, Inputs, Kwargs, Method, ModelName, PlanOut, Rules
-from .output import write_text
+from .options import AsJson, Inputs, Kwargs, Method, ModelName, Params, PlanOut, Rules
+from .output import check_destination, write_text
 from .steps import parse_backends, read_model, with_random_inputs
 
 
@@ -33,6 +33,7 @@ class Goal(StrEnum):
 def tune(
     model: ModelName,
     inputs: Inputs = None,
+    params: Params = None,
     backend_for: Annotated[
         str | None,
         typer.Option(
@@ -49,7 +50,8 @@ def tune(
         ),
     ] = None,
     budget: Annotated[
-        float, typer.Option(help="Approximate time for measurements, in seconds.")
+        float,
+        typer.Option(help="Approximate time for measurements, in seconds.", min=0),
     ] = 120.0,
     timings: Annotated[
         Path | None,
@@ -75,12 +77,17 @@ def tune(
     """
     from ..backends.resolution import resolve, resolve_default
     from ..tuning.tune import tune as tune_model
+    from .variables import load_variables
 
+    check_destination("--out", out)
+    check_destination("--timings", timings)
+    named = [backend_for] if backend_for else None
+    (backend,) = parse_backends(named, "--for") or [None]
     bound = read_model(model, inputs, kwargs, method)
-    (backend,) = parse_backends([backend_for] if backend_for else None) or [None]
     chosen = resolve_default() if backend is None else resolve(backend)
     if chosen.how == "executed":
-        bound = with_random_inputs(bound, seed).drawn(seed)
+        bound = with_random_inputs(bound, seed)
+        bound = bound.drawn(seed) if params is None else load_variables(bound, params)
     plan = tune_model(
         bound,
         backend=backend,

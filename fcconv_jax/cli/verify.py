@@ -18,12 +18,13 @@ from .options import (
     Kwargs,
     Method,
     ModelName,
+    Params,
     Prefixes,
     Rules,
     Step,
     ToForm,
 )
-from .output import show_report
+from .output import check_destination, show_report
 from .steps import (
     Wishes,
     compare_checkpoints,
@@ -38,7 +39,7 @@ from .steps import (
 @app.command(
     epilog=examples(
         "verify model.py:Net --input 2,8,8,1",
-        "verify model.py:Net --input 2,8,8,1 --checkpoint ckpt --out report.md",
+        "verify model.py:Net --input 2,8,8,1 --params ckpt --out report.md",
         "verify model.py:Net --input 2,8,8,1 --no-gradients --json",
         "verify model.py:Net --input 2,8,8,1 --backend cpu --backend tpu:v6e",
         "verify ckpt conv",
@@ -55,13 +56,7 @@ def verify(
         ),
     ] = None,
     inputs: Inputs = None,
-    checkpoint: Annotated[
-        Path | None,
-        typer.Option(
-            help="Checkpoint with the model's params, of either form. Random params "
-            "by default."
-        ),
-    ] = None,
+    params: Params = None,
     step: Step = None,
     prefixes: Prefixes = None,
     seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
@@ -73,7 +68,9 @@ def verify(
     backends: Backends = None,
     timeout: Annotated[
         float,
-        typer.Option(help="Time limit per backend compiled ahead of time, in seconds."),
+        typer.Option(
+            help="Time limit per backend compiled ahead of time, in seconds.", min=1
+        ),
     ] = 600.0,
     gradients: Annotated[
         bool,
@@ -124,8 +121,10 @@ def verify(
     """
     if as_json and as_markdown:
         raise ArgumentError("give one of --json and --markdown")
+    check_destination("--out", out)
+    on = parse_backends(backends)
     if other is not None:
-        if inputs or checkpoint or to or rules or backend_for or kwargs or backends:
+        if inputs or params or to or rules or backend_for or kwargs or backends:
             raise ArgumentError("two checkpoints are compared with no other option")
         compared = compare_checkpoints(Path(model), other, step, prefixes)
         show_report(compared, out, as_json, as_markdown)
@@ -138,11 +137,11 @@ def verify(
     bound = read_model(model, inputs, kwargs, method)
     options = {
         "gradients": gradients,
-        "backends": parse_backends(backends),
+        "backends": on,
         "timeout": timeout,
     }
-    if checkpoint is None:
+    if params is None:
         report = verify_model(bound, plan_model(bound, wishes), seed, options)
     else:
-        report = verify_checkpoint(bound, checkpoint, wishes, seed, options, step)
+        report = verify_checkpoint(bound, params, wishes, seed, options, step)
     show_report(report, out, as_json, as_markdown)

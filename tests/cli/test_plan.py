@@ -49,7 +49,11 @@ def test_layouts_for_a_backend():
     assert "(48, 5) -> (5, 4, 4, 3) OHWI flat" in out
     out = run("plan model.py:Net --input 1,8,8,1 --rule '*<100=skip'").stdout
     assert "fc2   excluded by rule '*<100'" in out
-    fails("plan model.py:Net --input 1,8,8,1 --for xpu", "backend='xpu'")
+    fails(
+        "plan model.py:Net --input 1,8,8,1 --for xpu",
+        "--for: no backend 'xpu'",
+        status=2,
+    )
 
 
 def test_rules_direction_kwargs_and_method():

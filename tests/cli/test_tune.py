@@ -4,9 +4,11 @@ import json
 import re
 from pathlib import Path
 
+import numpy as np
+
 import fcconv_jax as fc
 
-from .commands import run
+from .commands import fails, run, save
 
 
 def test_the_gain_comes_first_and_the_plan_is_written():
@@ -29,3 +31,11 @@ def test_what_it_cannot_do_is_one_line():
     assert "error: rocm" in run(f"{line} --for rocm", 1).stderr
     assert "cycles are estimated" in run(f"{line} --objective cycles", 1).stderr
     assert "no backend 'abacus'" in run(f"{line} --for abacus", 2).stderr
+
+
+def test_params_of_a_checkpoint(params):
+    save("ckpt", params)
+    line = "tune model.py:Net --input 2,8,8,1 --budget 0 --objective memory"
+    assert " on cpu" in run(f"{line} --params ckpt").stdout
+    save("other", {**params, "fc3": {"bias": np.ones(4)}})
+    fails(f"{line} --params other", "the leaf 'fc3/bias', which the model lacks")

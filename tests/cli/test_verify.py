@@ -103,7 +103,7 @@ def test_parameters_of_a_checkpoint(params, wrap, verified):
         save("ckpt", {"params": params} if wrap == "params" else params)
     run("convert ckpt conv --model model.py:Net --input 1,8,8,1")
     for name in ("ckpt", "conv"):
-        run(f"verify model.py:Net --input 2,8,8,1 --checkpoint {name}")
+        run(f"verify model.py:Net --input 2,8,8,1 --params {name}")
     (_, a, _, before), (_, b, _, after) = verified
     jax.tree.map(np.testing.assert_array_equal, a, {"params": params})
     jax.tree.map(np.testing.assert_array_equal, b, {"params": params})
@@ -116,7 +116,7 @@ def test_parameters_of_a_checkpoint(params, wrap, verified):
 def test_a_converted_checkpoint(params):
     save("ckpt", params)
     run("convert ckpt conv --rule fc2=1")
-    command = "verify model.py:Net --input 2,8,8,1 --checkpoint conv"
+    command = "verify model.py:Net --input 2,8,8,1 --params conv"
     out = run(f"{command} --no-gradients").stdout
     assert out.startswith("EQUIVALENT: 1 layer to conv")
 
@@ -127,14 +127,14 @@ def test_a_conversion_that_was_changed(params):
     conv = read_checkpoint("conv.msgpack")
     conv.tree["fc2"]["bias"] = np.ones(5, np.float32)
     write_checkpoint("conv.msgpack", conv, overwrite=True)
-    command = "verify model.py:Net --input 2,8,8,1 --checkpoint conv.msgpack"
+    command = "verify model.py:Net --input 2,8,8,1 --params conv.msgpack"
     fails(command, r"'fc2/bias' has shape \(5,\), the model's has \(4,\)")
 
 
 def test_another_order_than_the_code_is_said(params, verified):
     save("ckpt", params)
     run("convert ckpt conv --rule fc1=4x4:CHW")
-    command = "verify model.py:Net --input 2,8,8,1 --checkpoint conv"
+    command = "verify model.py:Net --input 2,8,8,1 --params conv"
     result = run(command)
     assert "'fc1' in the window (4, 4) CHW, the model's code" in result.stderr
     fails(f"{command} --rule fc1=4x4", "do not go with conv", status=2)
@@ -155,7 +155,7 @@ def test_exit_status_when_it_fails(monkeypatch):
 
 
 def test_a_checkpoint_of_another_model(params):
-    command = "verify model.py:Net --input 2,8,8,1 --checkpoint ckpt"
+    command = "verify model.py:Net --input 2,8,8,1 --params ckpt"
     other = {**params, "fc2": {"kernel": np.ones((5, 9)), "bias": np.ones(9)}}
     save("ckpt", other)
     shapes = r"has shape \((9,|5, 9)\), the model's has \((4,|5, 4)\)"
