@@ -107,7 +107,6 @@ def test_in_a_folder_with_neighbours(folder):
         ("model.py:Net --input 1,8:floaty", "'1,8:floaty' is not of the form"),
         ("model.py:Net --input 1,8:float64", "JAX_ENABLE_X64=1"),
         ("model.py:Net --kwarg train", "--kwarg 'train' is not of the form"),
-        ("model.py:wide --input 2,4 --out no/plan.json", "no/plan.json: No such"),
     ],
 )
 def test_wrong_arguments(arguments, message):
