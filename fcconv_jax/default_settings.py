@@ -10,7 +10,7 @@ import jax
 
 @contextlib.contextmanager
 def default_settings() -> Iterator[None]:
-    """Suspends JAX's strict switches, which are about the code of a model.
+    """Suspend JAX's strict switches, which are about the code of a model.
 
     A check compiles ahead of time, moves probes to devices, adds numbers of several
     dtypes and lets values overflow where the model would.

@@ -68,7 +68,7 @@ def install_command(extra: str) -> str:
 
 
 def _command(origin: dict[str, Any], extra: str, repository: str) -> str:
-    """The line for a ``direct_url.json`` (PEP 610), empty if from an index."""
+    """Return the line for a ``direct_url.json`` (PEP 610), empty if from an index."""
     wanted, url = f"{_NAME}[{extra}]", origin.get("url", "")
     if "dir_info" in origin:
         folder = Path(url2pathname(urlsplit(url).path))

@@ -144,7 +144,7 @@ def _prefix(final: Path) -> str:
 
 @contextlib.contextmanager
 def _lock(folder: Path) -> Iterator[bool]:
-    """Whether this process could take the lock of a folder, which dies with it."""
+    """Yield whether this process holds a folder's lock, which ends with the process."""
     if fcntl is None:
         yield True
         return
@@ -201,7 +201,7 @@ def install(fresh: Path, final: Path, may_replace: Callable[[Path], bool]) -> No
 
 
 def _move_new(fresh: Path, final: Path) -> None:
-    """Moves to a place where nothing may be. Raises FileExistsError."""
+    """Move to a place where nothing may be. Raises FileExistsError."""
     if _rename(fresh, final, _NOREPLACE):
         return
     if fresh.is_dir():
@@ -230,7 +230,7 @@ def _exchange(fresh: Path, final: Path) -> None:
 
 
 def _rename(one: Path, other: Path, flags: int) -> bool:
-    """Calls Linux's renameat2; False if it does not exist for these files."""
+    """Call Linux's renameat2; False if it does not exist for these files."""
     if sys.platform != "linux":
         return False
     call = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)

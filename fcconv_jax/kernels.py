@@ -27,7 +27,7 @@ def dense_kernel_to_conv(
     groups: int = 1,
     transposed: bool = False,
 ) -> Shaped[Array, "*window in out"]:
-    """Moves a dense kernel into the convolution that computes the same numbers.
+    """Move a dense kernel into the convolution that computes the same numbers.
 
     Args:
       kernel: ``(F, O)``, with ``F`` the flattened window times channels; for
@@ -72,7 +72,7 @@ def conv_kernel_to_dense(
     groups: int = 1,
     transposed: bool = False,
 ) -> Shaped[Array, "*groups features out"]:
-    """Moves a conv kernel into the dense layer that computes the same numbers.
+    """Move a conv kernel into the dense layer that computes the same numbers.
 
     Args:
       kernel: ``(*k, C/G, O)``.
@@ -111,7 +111,7 @@ def conv_kernel_axes(
     """Window, input channels of all groups, and output channels of a conv kernel.
 
     Raises:
-      ValueError: the shape is no conv kernel's, or the groups do not fit.
+      ValueError: the shape isn't that of a conv kernel, or the groups do not fit.
 
     Example:
       >>> conv_kernel_axes((2, 2, 3, 4), groups=2)
@@ -119,7 +119,7 @@ def conv_kernel_axes(
     """
     if len(shape) < 3:
         raise ValueError(
-            f"kernel: shape {shape} is no conv kernel; it needs (*window, in, out)"
+            f"kernel: Expected a conv kernel (*window, in, out), got shape {shape}."
         )
     *window, inside, features = shape
     if groups < 1 or features % groups:
@@ -137,7 +137,7 @@ def kernel_rearrangement(
     groups: int = 1,
     transposed: bool = False,
 ) -> Rearrangement:
-    """The rearrangement from a dense kernel to a conv kernel.
+    """Return the rearrangement from a dense kernel to a conv kernel.
 
     Args:
       dense_shape: ``(F, O)``, or ``(G, F, O/G)`` for ``groups > 1``; for a transposed
@@ -177,8 +177,8 @@ def kernel_rearrangement(
     if flat % taps:
         what = "columns" if transposed else "rows"
         raise ValueError(
-            f"kernel: {flat} {what} of the dense kernel {dense_shape} are no multiple "
-            f"of the {taps} taps of kernel_size {window}; check kernel_size"
+            f"kernel: Expected a multiple of the {taps} taps of kernel_size {window}, "
+            f"got {flat} {what} in the dense kernel {dense_shape}. Check kernel_size."
         )
     # Axes of the flatten: the window's are 0, 1, ..., the channels' is the last.
     axes = _flatten_order(order, len(window))
@@ -197,7 +197,7 @@ def kernel_rearrangement(
 
 
 def bias_rearrangement(dense_shape: Sequence[int]) -> Rearrangement:
-    """The reshape from a dense bias ``(O,)`` or ``(G, O/G)`` to a conv bias ``(O,)``.
+    """Return the reshape of a dense bias ``(O,)`` or ``(G, O/G)`` to ``(O,)``.
 
     Example:
       >>> bias_rearrangement((2, 3)).target
@@ -207,7 +207,7 @@ def bias_rearrangement(dense_shape: Sequence[int]) -> Rearrangement:
 
 
 def window_letters(rank: int) -> str:
-    """The letters of a window's dimensions: ``W``, ``HW`` or ``DHW``.
+    """Return the letters of a window's dimensions: ``W``, ``HW`` or ``DHW``.
 
     Raises:
       ValueError: the rank has no letters; leave out the order there.
@@ -222,7 +222,7 @@ def window_letters(rank: int) -> str:
 
 
 def channel_last(rank: int) -> str:
-    """The flatten order of a channel-last window: ``WC``, ``HWC`` or ``DHWC``.
+    """Return the flatten order of a channel-last window: ``WC``, ``HWC`` or ``DHWC``.
 
     Raises:
       ValueError: as :func:`window_letters`.
@@ -278,7 +278,7 @@ class Rearrangement:
 
     @classmethod
     def reshape(cls, source: Sequence[int], target: Sequence[int]) -> Rearrangement:
-        """The pure reshape from ``source`` to ``target``."""
+        """Return the pure reshape from ``source`` to ``target``."""
         source, target = tuple(source), tuple(target)
         return cls(source, source, tuple(range(len(source))), target)
 
@@ -289,7 +289,7 @@ class Rearrangement:
         return moved == sorted(moved) and not any(p in self.flip for p in moved)
 
     def normal(self) -> Rearrangement:
-        """The same map in its one shortest spelling, by which maps compare.
+        """Return the same map in its one shortest spelling, by which maps compare.
 
         Example:
           >>> Rearrangement((6, 1, 4), (6, 1, 4), (0, 1, 2), (24,)).normal().split
@@ -316,7 +316,7 @@ class Rearrangement:
         )
 
     def inverse(self) -> Rearrangement:
-        """The rearrangement that takes ``target`` back to ``source``."""
+        """Return the rearrangement that takes ``target`` back to ``source``."""
         order = sorted(range(len(self.perm)), key=self.perm.__getitem__)
         return Rearrangement(
             self.target,
@@ -327,7 +327,7 @@ class Rearrangement:
         )
 
     def stacked(self, lead: Sequence[int]) -> Rearrangement:
-        """The same of each entry of a stack, whose axes ``lead`` come first.
+        """Return the same of each entry of a stack, whose axes ``lead`` come first.
 
         Example:
           >>> Rearrangement.reshape((6,), (2, 3)).stacked((4,)).target
@@ -363,7 +363,7 @@ class Rearrangement:
         return Rearrangement(self.source, self.split, perm, target, self.flip)
 
     def __call__(self, array: Any) -> Any:
-        """Rearranges ``array`` of shape ``source`` into shape ``target``.
+        """Rearrange ``array`` of shape ``source`` into shape ``target``.
 
         NumPy arrays stay NumPy (views where the order is kept); everything else
         goes through ``jax.numpy``, so tracers work. Where the order is kept, a
@@ -405,7 +405,7 @@ def _reshape(array: Any, shape: tuple[int, ...]) -> Any:
 
 
 def _reshaped_without_copy(array: Any, shape: tuple[int, ...]) -> Any:
-    """A ``jax.Array`` on one CPU in another shape, sharing memory; else ``None``.
+    """Reshape a ``jax.Array`` on one CPU without a copy; ``None`` for others.
 
     ``array.reshape`` compiles a program per shape and copies. Neither is needed on
     the host: NumPy sees the buffer, and ``jax.device_put`` may alias it. The runtime

@@ -29,7 +29,7 @@ FormFn = Callable[..., Array]
 
 
 def conv_input(layer: LayerPlan, x: Array) -> Array:
-    """The conv form's input, from the dense form's.
+    """Return the conv form's input, from the dense form's.
 
     Args:
       layer: the layer's plan.
@@ -60,7 +60,7 @@ def conv_input(layer: LayerPlan, x: Array) -> Array:
 def conv_output(
     layer: LayerPlan, y: Array, lead: Sequence[int], out_sharding: Any = None
 ) -> Array:
-    """The dense form's output ``(*lead, [groups,] out)``, from the conv form's."""
+    """Return the dense form's output ``(*lead, [groups,] out)``."""
     groups = (layer.groups,) if layer.groups > 1 else ()
     if layer.transposed:
         at = _window_axes(layer)
@@ -74,13 +74,13 @@ def conv_output(
 
 
 def _window_axes(layer: LayerPlan) -> dict[str, int]:
-    """The axis that each letter of an order has in ``(*window, groups, C)``."""
+    """Return the axis that each letter of an order has in ``(*window, groups, C)``."""
     letters = window_letters(len(layer.window))
     return {**{a: i for i, a in enumerate(letters)}, "C": len(letters) + 1}
 
 
 def dense_input(layer: LayerPlan, x: Array) -> Array:
-    """The dense form's input, from the conv form's.
+    """Return the dense form's input, from the conv form's.
 
     Args:
       layer: the layer's plan.
@@ -120,7 +120,7 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
 
 
 def dense_output(layer: LayerPlan, y: Array, out_sharding: Any = None) -> Array:
-    """The conv form's output ``(N, *positions, O)``, from the dense form's."""
+    """Return the conv form's output ``(N, *positions, O)``, from the dense form's."""
     if layer.transposed:
         return _depth_to_space(layer, y)
     if layer.groups == 1:
@@ -129,7 +129,7 @@ def dense_output(layer: LayerPlan, y: Array, out_sharding: Any = None) -> Array:
 
 
 def _depth_to_space(layer: LayerPlan, y: Array) -> Array:
-    """Puts the window of outputs of each input in its place."""
+    """Place each input's window of outputs."""
     rank, taps = len(layer.window), math.prod(layer.window)
     if layer.groups == 1:
         y = reshape(y, (*y.shape[:-1], 1, y.shape[-1]))
@@ -146,7 +146,7 @@ def _depth_to_space(layer: LayerPlan, y: Array) -> Array:
 
 
 def holds(layer: LayerPlan, found: Equivalence) -> bool:
-    """Whether a conv on some input is the plain conv that the plan describes.
+    """Return whether a conv on some input is the plain conv that the plan describes.
 
     The plan's conv has no padding and no dilation; the model's own may have some that
     is never read on one input and is read on another.
@@ -160,7 +160,7 @@ def holds(layer: LayerPlan, found: Equivalence) -> bool:
 
 
 def output_positions(layer: LayerPlan, spatial: Sequence[int]) -> tuple[int, ...]:
-    """How many positions the window has on an input of these spatial sizes.
+    """Return how many positions the window has on an input of these spatial sizes.
 
     Raises:
       PlanError: the layer is a full window and the input is not its window.
@@ -186,7 +186,7 @@ def pair_of_forms(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> tuple[FormFn, FormFn]:
-    """The layer as two functions of ``(x, kernel, bias)``: as it is, and converted.
+    """Return both forms of the layer as functions of ``(x, kernel, bias)``.
 
     Both take the same ``x`` and give the same output; kernel and bias are those of
     the form (``bias`` may be None). This is the linear map that a converted model
@@ -263,7 +263,7 @@ def pair_of_forms(
 
 
 def _check_no_mesh(sharding: Any, *arrays: Array) -> None:
-    """Refuses a transposed layer on a mesh with explicit axes.
+    """Refuse a transposed layer on a mesh with explicit axes.
 
     Depth-to-space would split a sharded axis, which JAX does not infer.
     """
@@ -323,7 +323,7 @@ def _conv(
     bias: Array | None,
     out_sharding: Any = None,
 ) -> Array:
-    """The conv form on channel-last input, unpadded, as ``nn.Conv`` computes it."""
+    """Compute the conv form on channel-last input, unpadded, as ``nn.Conv`` does."""
     batch = x.shape[: -1 - len(layer.window)]
     x = reshape(x, (math.prod(batch), *x.shape[len(batch) :]))
     y = convolve(layer, x, kernel, out_sharding, **settings)
@@ -332,7 +332,7 @@ def _conv(
 
 
 def _beside(bias: Array, y: Array, shape: tuple[int, ...]) -> Array:
-    """A bias of this shape with as many axes as what it is added to.
+    """Return a bias of this shape with as many axes as what it is added to.
 
     JAX may be told to refuse ranks that differ (``jax_numpy_rank_promotion``).
     """
@@ -346,7 +346,7 @@ def convolve(
     out_sharding: NamedSharding | None = None,
     **settings: Any,
 ) -> Array:
-    """The convolution of a layer's conv form, in the plan's layout.
+    """Return the convolution of a layer's conv form, in the plan's layout.
 
     Args:
       layer: the layer's plan.
@@ -393,7 +393,7 @@ def convolve(
 def _gathered(
     layer: LayerPlan, kernel: Array, x: Array, y: NamedSharding | None, ndim: int
 ) -> Array:
-    """The kernel whole along what it is sharded over and neither input nor output is.
+    """Gather a kernel along mesh axes that shard neither input nor output.
 
     A dot leaves that to XLA, which gathers a fully sharded kernel once. For a
     convolution and its gradient it would do so twice.
@@ -424,7 +424,7 @@ def _gathered(
 
 
 def _names(part: Any) -> tuple[Any, ...]:
-    """The mesh axes that one axis is sharded over."""
+    """Return the mesh axes that one axis is sharded over."""
     if part is None:
         return ()
     return part if isinstance(part, tuple) else (part,)
@@ -433,7 +433,7 @@ def _names(part: Any) -> tuple[Any, ...]:
 def _dense_sharding(
     layer: LayerPlan, settings: Mapping[str, Any], x: Array, kernel: Array
 ) -> NamedSharding | None:
-    """The sharding that JAX infers for the dense form's output, from the types.
+    """Return the sharding that JAX infers for the dense form's output, from the types.
 
     A convolution whose channels are sharded has none until it is told. Where the
     dense form would be refused, so is this.
@@ -471,7 +471,7 @@ def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:
 
 
 def canonical_layer(layer: LayerPlan) -> LayerPlan:
-    """The layer of a matmul with its kernel as the forms take it.
+    """Return the layer of a matmul with its kernel as the forms take it.
 
     The plan moves the parameter as it is stored, such as ``(out, in)``; the matmul
     sees it in the canonical order, whatever lies between.

@@ -18,7 +18,7 @@ Array = jax.Array
 
 
 def typed_sharding(array: Any) -> NamedSharding | None:
-    """The sharding that an array carries in its type.
+    """Return the sharding that an array carries in its type.
 
     Returns:
       None where it carries none: on one device, on mesh axes that the compiler shards
@@ -38,7 +38,7 @@ def typed_sharding(array: Any) -> NamedSharding | None:
 
 
 def over_mesh(leaf: Any) -> bool:
-    """Whether an array, an abstract array or a sharding is over several devices."""
+    """Return whether an array or a sharding spans several devices."""
     if isinstance(leaf, PartitionSpec):
         return any(part is not None for part in leaf)
     sharding = leaf if isinstance(leaf, Sharding) else getattr(leaf, "sharding", None)
@@ -46,7 +46,7 @@ def over_mesh(leaf: Any) -> bool:
 
 
 def with_mesh(out_sharding: Any, *operands: Array) -> NamedSharding | None:
-    """An ``out_sharding`` as the caller gave it, with its mesh; None stays None."""
+    """Return an ``out_sharding`` with its mesh; None stays None."""
     if out_sharding is None or isinstance(out_sharding, NamedSharding):
         return out_sharding
     known = [found for x in operands if (found := typed_sharding(x)) is not None]
@@ -55,7 +55,7 @@ def with_mesh(out_sharding: Any, *operands: Array) -> NamedSharding | None:
 
 
 def parts(sharding: NamedSharding, ndim: int) -> list[Any]:
-    """What each of ``ndim`` axes is sharded over; None where it is not."""
+    """Return the mesh axes that shard each of ``ndim`` axes, or None."""
     return [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
 
 
@@ -85,7 +85,7 @@ def reshape(array: Any, shape: Sequence[int], to: Any = None) -> Any:
 def respec(
     sharding: NamedSharding | None, source: Sequence[int], target: Sequence[int]
 ) -> NamedSharding | None:
-    """The sharding of an array after a reshape that moves no entry; None stays None.
+    """Return the sharding after a reshape that moves no entry; None stays None.
 
     Raises:
       ValueError: as :func:`reshape`.
@@ -129,7 +129,7 @@ def respec(
 
 
 def permuted(out_sharding: Any, order: Sequence[int]) -> NamedSharding | None:
-    """The sharding of an array after ``transpose(order)``; None stays None."""
+    """Return the sharding of an array after ``transpose(order)``; None stays None."""
     sharding = with_mesh(out_sharding)
     if sharding is None:
         return None
@@ -188,7 +188,7 @@ def regroup(
 def _blocks(
     source: Sequence[int], target: Sequence[int]
 ) -> list[tuple[list[int], list[int]]]:
-    """The finest aligned groups of axes that a row-major reshape maps to each other.
+    """Return the finest groups of axes that a row-major reshape maps to each other.
 
     Axes of size 1 carry no partition; they pair with each other where the groups
     are otherwise equal, else belong to no group.

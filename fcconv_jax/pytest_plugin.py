@@ -24,19 +24,19 @@ _HELP = (
 
 
 def pytest_addoption(parser: pytest.Parser) -> None:
-    """Adds the option and its twin in the configuration file."""
+    """Add the option and its twin in the configuration file."""
     group = parser.getgroup("fcconv_jax", "equivalence of converted models")
     group.addoption("--fcconv-backends", metavar="NAMES", help=_HELP)
     parser.addini("fcconv_backends", _HELP, type="args")
 
 
 def pytest_configure(config: pytest.Config) -> None:
-    """Refuses names of backends that do not exist before any test is collected."""
+    """Refuse names of backends that do not exist before any test is collected."""
     _chosen(config)
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """Runs each test that asks for ``fcconv_backend`` once for each backend."""
+    """Run each test that asks for ``fcconv_backend`` once for each backend."""
     if "fcconv_backend" not in metafunc.fixturenames:
         return
     own = metafunc.definition.iter_markers("parametrize")
@@ -50,13 +50,13 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_report_header(config: pytest.Config) -> list[str]:
-    """Says which backends were asked for."""
+    """Report which backends were asked for."""
     chosen = _chosen(config)
     return [f"fcconv backends: {', '.join(chosen)}"] if chosen else []
 
 
 def pytest_terminal_summary(terminalreporter: Any) -> None:
-    """Says how far each backend was checked: executed, compiled, or only lowered."""
+    """Report how far each backend was checked: executed, compiled, or only lowered."""
     counts = collections.Counter(
         value
         for reports in terminalreporter.stats.values()
@@ -73,10 +73,10 @@ def pytest_terminal_summary(terminalreporter: Any) -> None:
 
 @pytest.fixture(scope="session")
 def fcconv_backend(request: pytest.FixtureRequest) -> str:
-    """The name of a backend: one of ``--fcconv-backends`` after the other.
+    """Return the name of a backend: one of ``--fcconv-backends`` after the other.
 
-    Skips the test where the device is absent and its compiler is not installed; the
-    reason says how to install it.
+    Skips the test if the device is absent and its compiler isn't installed; the reason
+    shows how to install it.
     """
     from .backends.resolution import resolve
 
@@ -101,7 +101,7 @@ def assert_equivalent(
       planned layer, the converted program asks for a matrix product less and a
       convolution more, or the other way round. No number is compared.
 
-    It returns the report, whose ``backends[0].how`` says which it was.
+    Returns the report; ``backends[0].how`` is how far the check got.
     """
 
     def check(model: Any, params: Any, *inputs: Any, plan: Any, **options: Any) -> Any:
@@ -129,7 +129,7 @@ def assert_equivalent(
 
 
 def _chosen(config: pytest.Config) -> list[str]:
-    """The names on the command line, else in the configuration file; may be none."""
+    """Return the names from the command line, or from the configuration file."""
     option = config.getoption("--fcconv-backends")
     source = "--fcconv-backends"
     names = None if option is None else option.split(",")
@@ -148,7 +148,7 @@ def _chosen(config: pytest.Config) -> list[str]:
 
 
 def _default() -> list[str]:
-    """What is present, and a target for each compiler that is installed."""
+    """Return the present backends, and a target for each installed compiler."""
     from .backends.name import Backend
     from .backends.resolution import missing_extra, present
 

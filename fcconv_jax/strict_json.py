@@ -15,7 +15,7 @@ class StrictJsonError(ValueError):
 
 
 def loads(text: bytes | bytearray | str) -> Any:
-    """Reads JSON as its standard has it: each key once, no NaN, not too deep.
+    """Read JSON as its standard has it: each key once, no NaN, not too deep.
 
     Raises:
       StrictJsonError: it is not that.
@@ -36,10 +36,10 @@ def loads(text: bytes | bytearray | str) -> Any:
 
 
 def whole_numbers(value: Any) -> tuple[int, ...]:
-    """A list of sizes or places.
+    """Return a list of sizes or places.
 
     Raises:
-      StrictJsonError: it is no list, too long, or holds anything but whole numbers
+      StrictJsonError: it isn't a list, is too long, or holds anything but whole numbers
         from 0 to 2**48.
 
     Example:

@@ -90,7 +90,7 @@ def test_str_is_a_table():
     assert lines[2].startswith("head")
     assert lines[2].endswith("CHW")
     assert "stacked on 1" in lines[3]
-    assert lines[5] == "1 left alone"
+    assert lines[5] == "1 skipped"
     assert lines[6].startswith("table/embedding")
     columns = {line.index("full_window") for line in lines if "full_window" in line}
     columns |= {line.index("pointwise") for line in lines if "pointwise" in line}

@@ -79,7 +79,7 @@ def print_plan(made: Plan, err: bool = False) -> None:
     headings, *rows = made.table()
     print_table(headings, rows, err)
     if made.skipped:
-        typer.echo(f"{len(made.skipped)} left alone", err=err)
+        typer.echo(f"{len(made.skipped)} skipped", err=err)
         print_table(("path", "reason"), list(made.skipped.items()), err)
 
 

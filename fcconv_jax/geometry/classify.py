@@ -34,14 +34,14 @@ def classify(
     *,
     transposed: bool = False,
 ) -> Equivalence:
-    """Says which dense layer a convolution is, or the first reason why it is none.
+    """Find the dense layer equivalent to a convolution, or why there is none.
 
     Args:
       input_shape: spatial sizes of the input, such as ``(height, width)``; an int
         is one dimension.
       kernel_size: taps per dimension; an int holds for every dimension.
       strides: step between output positions, per dimension or one int.
-      padding: what ``flax.linen.Conv`` takes: a name (``"VALID"``, ``"SAME"``,
+      padding: as in ``flax.linen.Conv``: a name (``"VALID"``, ``"SAME"``,
         ``"SAME_LOWER"``, ``"CIRCULAR"``, ``"REFLECT"``, ``"CAUSAL"``), one int, an
         int per dimension, or a ``(low, high)`` pair per dimension.
       input_dilation: spacing of the inputs (``lhs_dilation``).
@@ -52,7 +52,7 @@ def classify(
         ``padding`` is ``"SAME"``, ``"VALID"``, or zeros around the spaced inputs.
 
     Returns:
-      The case, in words too.
+      The case, with the reason in words.
 
     Raises:
       ValueError: a size is not positive, ranks differ, the padding is unknown, or
@@ -93,10 +93,10 @@ def classify(
 
 
 def explain(equivalence: Equivalence) -> str:
-    """Tells an equivalence in plain text, with the shapes of both kernels.
+    """Explain an equivalence in plain text, with the shapes of both kernels.
 
     Args:
-      equivalence: from :func:`classify`; nothing else has a text.
+      equivalence: from :func:`classify`.
 
     Returns:
       Lines: the geometry in input positions, the case, why it holds or fails, the fix
@@ -104,7 +104,7 @@ def explain(equivalence: Equivalence) -> str:
       channels ``C`` and output channels ``O``.
 
     Raises:
-      AttributeError: ``equivalence`` is none.
+      AttributeError: ``equivalence`` is of another type.
 
     Source:
       Raschka, *Machine Learning Q and AI* (2024), ch. 12, and its exercises.
@@ -137,7 +137,7 @@ def explain(equivalence: Equivalence) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Equivalence:
-    """What :func:`classify` found.
+    """Result of :func:`classify`.
 
     Args:
       case: one of :data:`Case`; ``"unrolled"`` means no Dense has the same
@@ -164,7 +164,7 @@ class Equivalence:
         return self.case != "unrolled"
 
     def to_json(self) -> str:
-        """The equivalence as JSON text."""
+        """Return the equivalence as JSON text."""
         geometry = dataclasses.asdict(self.geometry)
         geometry["output_shape"] = self.geometry.output_shape
         content = {

@@ -36,7 +36,7 @@ def resolve_transposed(
     kernel_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
 ) -> ConvGeometry:
-    """Resolves a transposed convolution to the convolution that computes it.
+    """Resolve a transposed convolution to the convolution that computes it.
 
     That convolution steps by 1 over inputs spaced by ``strides``, as
     ``jax.lax.conv_transpose`` runs it.
@@ -84,7 +84,7 @@ def resolve_geometry(
     kernel_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
 ) -> ConvGeometry:
-    """Resolves :func:`classify`'s arguments to numbers per dimension.
+    """Resolve :func:`classify`'s arguments to numbers per dimension.
 
     The amounts of the named paddings are those of ``flax.linen.Conv`` and
     ``jax.lax.conv_general_dilated``.

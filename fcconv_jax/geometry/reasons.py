@@ -14,7 +14,7 @@ _NO_FIX = (
 
 
 def why_it_holds(geometry: ConvGeometry) -> str:
-    """Why a geometry has a dense layer's parameters, and what changes nothing."""
+    """Explain why a geometry has a dense layer's parameters."""
     base = geometry.base
     kernel, strides = times(geometry.kernel_size), times(geometry.strides)
     one = geometry.output_elements == 1
@@ -57,7 +57,7 @@ def why_it_holds(geometry: ConvGeometry) -> str:
 
 
 def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
-    """The first condition that fails, and its fix: padding, dilations, strides."""
+    """Return the first condition that fails and its fix."""
     if geometry.transposed:
         return _transposed_failure(geometry)
     dimensions = list(enumerate(geometry.dimensions))
@@ -88,7 +88,7 @@ def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
 
 
 def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
-    """The first condition that fails for a transposed convolution, and its fix."""
+    """Return the first failing condition of a transposed convolution and its fix."""
     # One input has the output to itself, so nothing is left for the stride to do.
     steps = tuple(d.holes if d.size > 1 else d.kernel for d in geometry.dimensions)
     equal = f"Use strides equal to the kernel size {times(geometry.kernel_size)}"
@@ -198,7 +198,7 @@ def _stride_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str, 
 
 
 def _after(geometry: ConvGeometry, **changes: Any) -> str:
-    """What a fix leads to, checked: the end of a sentence that proposes it."""
+    """Return the result of a fix, checked, as the end of a sentence."""
     rank = len(geometry.input_shape)
     if "padding" in changes:
         changes = {"padding": ((0, 0),) * rank, "padding_mode": "zeros"}
@@ -217,7 +217,7 @@ def _steps(geometry: ConvGeometry) -> list[int]:
 
 
 def _plain(geometry: ConvGeometry) -> bool:
-    """Whether taps and inputs are adjacent and nothing is cropped."""
+    """Return whether taps and inputs are adjacent and nothing is cropped."""
     return all(
         d.holes == 1 and (d.spread == 1 or d.kernel == 1) and min(d.low, d.high) >= 0
         for d in geometry.dimensions

@@ -35,7 +35,7 @@ def unroll_conv(
     groups: int = 1,
     max_bytes: int = 2**30,
 ) -> Shaped[Array, "inputs outputs"]:
-    """Builds the dense matrix of a convolution on inputs of one size.
+    """Build the dense matrix of a convolution on inputs of one size.
 
     Entries are copied, never computed with, so every bit of the kernel survives.
 
@@ -110,7 +110,7 @@ def roll_dense(
     kernel_dilation: int | Sequence[int] | None = 1,
     groups: int = 1,
 ) -> Shaped[Array, "*window in out"]:
-    """Takes the kernel out of an unrolled matrix, or refuses; undoes `unroll_conv`.
+    """Extract the kernel from an unrolled matrix; the inverse of `unroll_conv`.
 
     The matrix is compared with the unrolled kernel bit by bit: -0 is not 0, and two
     NaNs are the same only with the same payload.
@@ -202,7 +202,7 @@ def _unroll_small_float_jvp(geometry, primals, tangents):
 
 
 def _place(kernel: Any, geometry: ConvGeometry, xp: Any) -> Any:
-    """Gathers the entries where they are read and zeros elsewhere."""
+    """Gather the entries where they are read and zeros elsewhere."""
     groups = geometry.groups
     window, channels, features = conv_kernel_axes(kernel.shape, groups)
     table = _tap_table(geometry)
@@ -217,7 +217,7 @@ def _place(kernel: Any, geometry: ConvGeometry, xp: Any) -> Any:
 
 
 def _tap_table(geometry: ConvGeometry) -> np.ndarray:
-    """The tap with which each output position reads each input, (inputs, outputs).
+    """Return the tap that reads each input for each output, (inputs, outputs).
 
     Taps are numbered in row-major order; -1 stands for none.
     """
@@ -247,7 +247,7 @@ def _tap_table(geometry: ConvGeometry) -> np.ndarray:
 def _first_entries(
     matrix: np.ndarray, geometry: ConvGeometry, channels: int, features: int
 ) -> np.ndarray:
-    """The kernel, read where each tap meets an input first."""
+    """Return the kernel, read where each tap first meets an input."""
     groups, taps = geometry.groups, geometry.window_elements
     table = _tap_table(geometry)
     found, first = np.unique(table, return_index=True)
@@ -284,7 +284,7 @@ def _check_structure(matrix: np.ndarray, expected: np.ndarray) -> None:
 
 
 def _bits(array: np.ndarray) -> np.ndarray:
-    """The entries as unsigned integers (or, beyond 8 bytes, as bytes)."""
+    """Return the entries as unsigned integers (or, beyond 8 bytes, as bytes)."""
     size = array.dtype.itemsize
     kind = f"u{size}" if size in (1, 2, 4, 8) else f"V{size}"
     return np.ascontiguousarray(array).view(kind)

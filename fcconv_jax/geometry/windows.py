@@ -16,7 +16,7 @@ PaddingLike = str | int | Sequence[int | Sequence[int]]
 def named_padding(
     name: str, size: int, kernel: int, stride: int, spread: int
 ) -> tuple[int, int]:
-    """The (low, high) amounts of a padding name in one dimension.
+    """Return the (low, high) amounts of a padding name in one dimension.
 
     ``SAME`` and ``SAME_LOWER`` as in ``jax.lax.padtype_to_pads``; the others as in
     ``flax.linen.Conv``. All but ``VALID`` count the dilated kernel.
@@ -40,7 +40,7 @@ def named_padding(
 def transposed_padding(
     name: str, kernel: int, stride: int, spread: int
 ) -> tuple[int, int]:
-    """The zeros around the spaced inputs of a transposed convolution, in one dimension.
+    """Return a transposed convolution's padding of the spaced inputs in one dimension.
 
     ``SAME`` and ``VALID`` as in ``jax.lax.conv_transpose``.
 
@@ -59,10 +59,10 @@ def transposed_padding(
 def padding_pairs(
     padding: int | Sequence[int | Sequence[int]], rank: int
 ) -> tuple[tuple[int, int], ...]:
-    """Reads a padding given in numbers as one (low, high) pair per dimension.
+    """Read a padding given in numbers as one (low, high) pair per dimension.
 
     Raises:
-      ValueError: there is another number of entries, or one is no int or pair.
+      ValueError: there is another number of entries, or one is not an int or a pair.
 
     Example:
       >>> padding_pairs([1, (0, 2)], 2)
@@ -94,7 +94,7 @@ def padding_pairs(
 def per_dimension(
     name: str, value: int | Sequence[int] | None, rank: int | None
 ) -> tuple[int, ...]:
-    """Reads an int (for every dimension), a tuple, or ``None`` (1) as a tuple.
+    """Read an int (for every dimension), a tuple, or ``None`` (1) as a tuple.
 
     Args:
       name: the argument's name, for the error.
@@ -102,7 +102,7 @@ def per_dimension(
       rank: number of dimensions, or ``None`` where the value decides it.
 
     Raises:
-      ValueError: the rank is another, or an entry is no positive int.
+      ValueError: the rank is another, or an entry isn't a positive int.
 
     Example:
       >>> per_dimension("strides", 2, rank=3)
@@ -121,7 +121,7 @@ def per_dimension(
 
 
 def check_sizes(name: str, numbers: tuple[int, ...], rank: int) -> None:
-    """Raises a ValueError that names the argument unless all are positive sizes."""
+    """Raise a ValueError that names the argument unless all are positive sizes."""
     if rank < 1:
         raise ValueError(f"{name}: got (); give at least one spatial dimension")
     if len(numbers) != rank:
@@ -134,7 +134,7 @@ def check_sizes(name: str, numbers: tuple[int, ...], rank: int) -> None:
 
 
 def is_symbolic(size: Any) -> bool:
-    """Whether a size is one of ``jax.export``'s symbols, or made of some."""
+    """Return whether a size is one of ``jax.export``'s symbols, or made of some."""
     return not isinstance(size, int) and export.is_symbolic_dim(size)
 
 
@@ -143,7 +143,7 @@ def _size(entry: Any) -> int:
 
 
 def times(sizes: Iterable[int]) -> str:
-    """Writes sizes as in ``7x7``."""
+    """Write sizes as in ``7x7``."""
     return "x".join(map(str, sizes))
 
 

@@ -148,11 +148,11 @@ class LayerPlan:
         return not self.leaves[0][0]
 
     def lay_out(self, move: Rearrangement) -> Rearrangement:
-        """A move to a kernel ``(*window, in, out)``, made to end as it is stored."""
+        """Return a rearrangement to ``(*window, in, out)`` in the stored order."""
         return move.last_axis_first() if self.kernel_layout == "OHWI" else move
 
     def channels_last(self, stored: Sequence[Any]) -> tuple[Any, ...]:
-        """The shape ``(*window, in, out)`` of a conv kernel, from its stored shape.
+        """Return a stored conv kernel's shape as ``(*window, in, out)``.
 
         Or whatever else there is for each axis.
         """
@@ -178,7 +178,7 @@ class LayerPlan:
         return (*lead, *groups, features)
 
     def inverse(self) -> LayerPlan:
-        """The same layer, going the other way."""
+        """Return the same layer, going the other way."""
         leaves = tuple((name, leaf.inverse()) for name, leaf in self.leaves)
         return dataclasses.replace(self, leaves=leaves, to=other_form(self.to))
 
@@ -191,7 +191,7 @@ class Plan(Mapping[str, LayerPlan]):
       to: the form that the plan goes to, ``"conv"`` or ``"dense"``; ``"mix"`` if its
         layers go to different ones, as each says itself.
       layers: pairs of path and :class:`LayerPlan`.
-      left: pairs of path and the reason why that layer is left alone.
+      left: pairs of path and the reason why that layer is skipped.
       options: compiler options, pairs of name and value, with which the plan was found
         to be best; the jit of a converted linen model or function sets them.
       tuning: what :func:`fcconv_jax.tune` measured; None for other plans.
@@ -247,7 +247,7 @@ class Plan(Mapping[str, LayerPlan]):
 
     @property
     def skipped(self) -> Mapping[str, str]:
-        """Path of each linear layer left alone, and why."""
+        """Map the path of each linear layer that isn't converted to the reason."""
         return MappingProxyType(dict(self.left))
 
     @functools.cached_property
@@ -257,7 +257,7 @@ class Plan(Mapping[str, LayerPlan]):
         return Plan(self.to, layers)
 
     def inverse(self) -> Plan:
-        """The plan that goes the other way: ``plan.inverse().inverse() == plan``."""
+        """Return the reverse plan: ``plan.inverse().inverse() == plan``."""
         return self._inverse
 
     @functools.cached_property
@@ -270,7 +270,7 @@ class Plan(Mapping[str, LayerPlan]):
         )
 
     def __or__(self, other: Mapping[str, LayerPlan]) -> Plan:
-        """Joins two plans of one model, such as those of two of its methods.
+        """Join two plans of one model, such as those of two of its methods.
 
         Raises:
           PlanError: the plans plan one layer differently, or are tuned with other
@@ -296,7 +296,7 @@ class Plan(Mapping[str, LayerPlan]):
         )
 
     def to_json(self) -> str:
-        """The plan as JSON text, with a format name and a version number."""
+        """Return the plan as JSON text, with a format name and a version number."""
         layers = {}
         for path, layer in self.layers:
             entry = {
@@ -321,10 +321,10 @@ class Plan(Mapping[str, LayerPlan]):
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Plan:
-        """Reads what :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote.
 
         Raises:
-          PlanError: the text is no plan, is damaged, or is of a newer version.
+          PlanError: the text isn't a plan, is damaged, or is of a newer version.
         """
         try:
             content = loads(text)
@@ -357,7 +357,7 @@ class Plan(Mapping[str, LayerPlan]):
             raise PlanError(f"damaged plan: {error}") from None
 
     def table(self) -> list[tuple[str, ...]]:
-        """The layers as rows of text, below a row of headings."""
+        """Return the layers as rows of text, below a row of headings."""
         rows = [("path", "layer", "case", "kernel", "order", "to", "front end")]
         for path, layer in self.layers:
             kernel = f"{layer.kernel.source} -> {layer.kernel.target}"
@@ -390,7 +390,7 @@ class Plan(Mapping[str, LayerPlan]):
                 row[3] += "  "
             lines += aligned(rows)
         if self.left:
-            lines.append(f"{len(self.left)} left alone")
+            lines.append(f"{len(self.left)} skipped")
             width = max(len(path or "(root)") for path, _ in self.left)
             lines += [
                 f"{(path or '(root)').ljust(width)}  {why}" for path, why in self.left
@@ -399,7 +399,7 @@ class Plan(Mapping[str, LayerPlan]):
 
 
 def direction(layers: Mapping[str, LayerPlan]) -> Direction:
-    """Where a plan of these layers goes; of none, to conv.
+    """Return where a plan of these layers goes; of none, to conv.
 
     Example:
       >>> direction({})
@@ -410,7 +410,7 @@ def direction(layers: Mapping[str, LayerPlan]) -> Direction:
 
 
 def in_words(to: Direction) -> str:
-    """Where a plan goes, as a sentence has it.
+    """Return where a plan goes, as a sentence has it.
 
     Example:
       >>> in_words("mix")
@@ -420,7 +420,7 @@ def in_words(to: Direction) -> str:
 
 
 def other_form(form: Form) -> Form:
-    """The form that a layer has where it does not have this one.
+    """Return the form that a layer has where it does not have this one.
 
     Example:
       >>> other_form("conv")
@@ -430,7 +430,7 @@ def other_form(form: Form) -> Form:
 
 
 def _layer_from_json(entry: dict[str, Any]) -> LayerPlan:
-    """Rebuilds a layer plan.
+    """Rebuild a layer plan.
 
     Raises:
       KeyError: a field is missing.
@@ -451,7 +451,7 @@ def _layer_from_json(entry: dict[str, Any]) -> LayerPlan:
 def _can_stack(
     axes: Sequence[int], leaves: Sequence[tuple[str, Rearrangement]]
 ) -> bool:
-    """Whether axes can be put, one after the other, among those of each leaf."""
+    """Return whether axes can be put, one after the other, among those of each leaf."""
     ranks = [len(shape) for _, leaf in leaves for shape in (leaf.source, leaf.target)]
     return all(
         type(axis) is int and -rank - n - 1 <= axis <= rank + n
@@ -461,7 +461,7 @@ def _can_stack(
 
 
 def is_order(order: str, rank: int) -> bool:
-    """Whether an order names each axis of a window of this rank, and C, once.
+    """Return whether an order names each axis of a window of this rank, and C, once.
 
     Example:
       >>> is_order("CHW", 2), is_order("HW", 2)

@@ -55,7 +55,7 @@ class Rule:
 
     @classmethod
     def parse(cls, text: str) -> Rule:
-        """Reads a rule as it is written on the command line.
+        """Read a rule as it is written on the command line.
 
         Args:
           text: ``PATTERN=skip``; ``PATTERN=auto``, for what the trace says; or
@@ -81,11 +81,11 @@ class Rule:
         return cls(pattern, **found, below=below)
 
     def __str__(self) -> str:
-        """The pattern and the size, as they are written."""
+        """Return the pattern and the size, as they are written."""
         return self.pattern if self.below is None else f"{self.pattern}<{self.below}"
 
     def matches(self, path: str, size: int) -> bool:
-        """Whether the rule is for a layer.
+        """Return whether the rule matches a layer.
 
         Args:
           path: the layer's module path.
@@ -96,7 +96,7 @@ class Rule:
 
 
 def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
-    """Reads rules given as :class:`Rule` or as command-line text."""
+    """Read rules given as :class:`Rule` or as command-line text."""
     if isinstance(rules, Rule | str):
         rules = (rules,)
     return tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules)
@@ -105,7 +105,7 @@ def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
 def match_rules(
     rules: Sequence[Rule], sizes: Mapping[str, int]
 ) -> Mapping[str, Rule | None]:
-    """The first rule that matches each layer.
+    """Return the first rule that matches each layer.
 
     Args:
       rules: the user's.
@@ -127,7 +127,7 @@ def match_rules(
 
 
 def first_match(rules: Sequence[Rule], path: str, layer: LayerPlan) -> Rule:
-    """The first rule that matches a planned layer; else one that says nothing.
+    """Return the first rule that matches a planned layer, or an empty rule.
 
     A rule for the matmuls of a layer's kernel may name the layer.
     """
@@ -140,7 +140,7 @@ def first_match(rules: Sequence[Rule], path: str, layer: LayerPlan) -> Rule:
 
 
 def _meaning(word: str) -> str | None:
-    """What a word of a rule says: the name of the field."""
+    """Return the field that a word of a rule sets."""
     if re.fullmatch(r"\d+(x\d+)*", word):
         return "window"
     if word in get_args(Layout):

@@ -38,7 +38,7 @@ class Figure:
     high: float
 
     def beats(self, other: Figure) -> bool:
-        """Whether it is smaller, beyond the noise: the intervals do not meet.
+        """Return whether it is smaller, beyond the noise: the intervals do not meet.
 
         Example:
           >>> Figure(1.0, 0.9, 1.1).beats(Figure(1.5, 1.2, 1.9))
@@ -47,7 +47,7 @@ class Figure:
         return self.high < other.low
 
     def show(self, objective: Objective) -> str:
-        """The median with its unit, and how far the interval goes from it.
+        """Return the median with its unit, and how far the interval goes from it.
 
         Example:
           >>> Figure(12.0, 11.4, 12.6).show("latency")
@@ -131,16 +131,16 @@ class Tuning:
 
     @property
     def after(self) -> Figure:
-        """What was chosen."""
+        """The figure of the chosen program."""
         return dict(self.programs)[self.choice]
 
     @property
     def ratio(self) -> float:
-        """What was chosen, as a part of the original; at most 1."""
+        """The chosen program's figure relative to the original's; at most 1."""
         return _part(self.after, self.before)
 
     def headline(self) -> str:
-        """The gain of the whole model, in one line."""
+        """Return the gain of the whole model, in one line."""
         before, after = self.before.median, self.after.median
         size, unit = _unit(before, self.objective)
         text = (
@@ -167,7 +167,7 @@ class Tuning:
         return "\n".join(lines)
 
     def table(self) -> list[tuple[str, ...]]:
-        """The layers as rows of text, below a row of headings."""
+        """Return the layers as rows of text, below a row of headings."""
         rows = [("layers", "what", "as it is", "other forms", "taken", "gain")]
         for layer in self.layers:
             first = layer.paths[0] or "(root)"
@@ -189,7 +189,7 @@ class Tuning:
         return rows
 
     def content(self) -> dict[str, Any]:
-        """The record as what JSON knows."""
+        """Return the record as what JSON knows."""
         return {
             **dataclasses.asdict(self),
             "programs": {
@@ -210,7 +210,7 @@ class Tuning:
 
     @classmethod
     def from_content(cls, content: Mapping[str, Any]) -> Tuning:
-        """Reads what :meth:`content` wrote; raises TypeError or KeyError else."""
+        """Read what :meth:`content` wrote; raises TypeError or KeyError else."""
         layers = tuple(
             TunedLayer(
                 tuple(entry["paths"]),
@@ -230,7 +230,7 @@ class Tuning:
 
 
 def _part(figure: Figure, of: Figure) -> float:
-    """One figure as a part of another; scratch memory may be none in both."""
+    """Return one figure as a part of another; scratch memory may be none in both."""
     return figure.median / of.median if of.median else 1.0
 
 
