@@ -190,15 +190,12 @@ def _outputs(bound: BoundModel) -> Any:
             "Expected params and then inputs after the model, got no input. Call "
             "fc.export(model, params, *inputs, path=...)."
         )
-    try:
-        return jax.eval_shape(bound.call, bound.variables, bound.arrays)
-    except Exception as error:
-        if jax.tree.leaves(bound.variables):
-            raise
+    if bound.params is None and hasattr(bound.model, "init"):
         raise ExportError(
-            "Expected the params after the model, got none, and the model holds none. "
-            "Call fc.export(model, params, *inputs, path=...)."
-        ) from error
+            "Expected the params after the model, got None. Pass the variables that "
+            "model.init returns, {} for a model without params."
+        )
+    return jax.eval_shape(bound.call, bound.variables, bound.arrays)
 
 
 class _Call:
