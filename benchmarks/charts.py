@@ -77,7 +77,8 @@ def bars(
     """
     values = [value for group in groups.values() for _, value, _ in group]
     scale = min(max([*values, mark or 0]), most or float("inf"))
-    labels = list(dict.fromkeys(n for group in groups.values() for n, _, _ in group))
+    fullest = sorted(groups.values(), key=len, reverse=True)  # in its order of labels
+    labels = list(dict.fromkeys(label for group in fullest for label, _, _ in group))
     lines = ['<figure class="bars">', f"<figcaption>{html.escape(caption)}"]
     if len(labels) > 1:
         keys = (
