@@ -165,8 +165,8 @@ def whole_layout(
         raise ValueError("crops see the axis in another order than it has")
     if (starts % stride).any():
         raise ValueError(
-            f"a step of crops is no multiple of the network's stride, here {stride}: "
-            "take a larger one"
+            f"expected a step of crops that is a multiple of a layer's stride, here "
+            f"{stride}. Pass a larger one."
         )
     if low < 0 or high < 0:
         raise ValueError("negative padding")

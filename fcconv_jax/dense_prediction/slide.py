@@ -2,36 +2,29 @@
 
 from __future__ import annotations
 
-import dataclasses
-import functools
-import math
-from collections import Counter
-from collections.abc import Callable, Sequence
+import operator
+import warnings
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
-import jax.numpy as jnp
-import numpy as np
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
 from ..backends.options import convolution_options
 from ..frontends.bind import bind_crops
 from ..frontends.jitted import Jitted
 from ..progress import ProgressOption
 from ..tracing import arguments
-from ..tracing.cost import flops, largest
-from ..tracing.jaxprs import jaxpr_as_fun, opened
 from ..tracing.user_code import explained
-from . import costs
-from .interpreter import Interpreter
-from .maps import crops
+from .program import (
+    Program,
+    crop_sharding,
+    image_stride,
+    own_stride,
+    reaches_matmul_as_integer,
+)
 from .report import SlideReport
 from .tiles import write_tiles
-from .values import Grid, Part, Value, all_own, array_of
-
-# Positions that a search for the default stride looks at, along each axis.
-_LOOKED_AT = 65
 
 
 def slide(
@@ -102,25 +95,22 @@ def slide(
       True
     """
     sizes = _sizes("window", window)
-    places = tuple(range(1, 1 + len(sizes))) if axes is None else _axes(axes, sizes)
+    places = None if axes is None else _axes(axes, sizes)
     steps = None if stride is None else _sizes("stride", stride, len(sizes))
     if padding not in ("crops", "image"):
-        raise ValueError(f"padding: expected 'crops' or 'image', got {padding!r}")
-    function, held = bind_crops(model)
-    return Slide(function, sizes, steps, places, padding, held)
+        raise ValueError(f"padding: expected 'crops' or 'image', got {padding!r}.")
+    return Slide(model, sizes, steps, places, padding)
 
 
 class Slide:
     """A function on every crop of images; made by :func:`slide`.
 
     Args:
-      function: takes a batch of crops last among its positional arguments.
+      model: takes a batch of crops last among its positional arguments.
       window: size of a crop along each axis that slides.
-      stride: step along each; None for the function's own.
-      axes: those axes of the images.
+      stride: step along each; None for the model's own.
+      axes: those axes of the images; None for those behind the batch.
       padding: where padding lies.
-      held: returns what the function takes first and the caller does not pass: the
-        variables of a model that holds them, read anew at each call.
 
     Example:
       >>> import fcconv_jax as fc
@@ -132,24 +122,28 @@ class Slide:
 
     def __init__(
         self,
-        function: Callable[..., Any],
+        model: Any,
         window: tuple[int, ...],
         stride: tuple[int, ...] | None,
-        axes: tuple[int, ...],
+        axes: tuple[int, ...] | None = None,
         padding: Literal["crops", "image"] = "crops",
-        held: Callable[[], tuple[Any, ...]] = tuple,
     ):
-        self._held = held
+        # What a model holds itself is read again at each call, so it may be trained.
+        self.function, self._held = bind_crops(model)
         self.padding: Literal["crops", "image"] = padding
-        self.function = function
         self.window = window
         self.stride = stride
-        self.axes = axes
+        self.axes = tuple(range(1, 1 + len(window))) if axes is None else axes
+        self._given = model, window, stride, axes, padding
         self._call = Jitted(
             self._run,
-            f"slide_{_name(function)}",
+            f"slide_{_name(self.function)}",
             options=lambda: convolution_options(jax.default_backend()),
         )
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        # Compiled programs don't pickle, and the next process has devices of its own.
+        return Slide, self._given
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
         """The function on every crop: outputs ``(N, *positions, ...)``.
@@ -220,9 +214,9 @@ class Slide:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         return self._program(args, kwargs).run()
 
-    def _program(self, args: Sequence[Any], kwargs: Any) -> _Program:
+    def _program(self, args: Sequence[Any], kwargs: Any) -> Program:
         *before, images = args
-        _check(images, self.window, self.axes)
+        _check(images, self.window, self.axes, self._given[3] is None)
         leaves, static = arguments.split((tuple(before), dict(kwargs)))
 
         def call(leaves: Sequence[Any], crops: Any) -> Any:
@@ -234,233 +228,61 @@ class Slide:
             crop[axis] = size
         with explained():
             like = jax.ShapeDtypeStruct(
-                tuple(crop), images.dtype, sharding=_crop_sharding(images, self.axes)
+                tuple(crop), images.dtype, sharding=crop_sharding(images, self.axes)
             )
             jaxpr, out = jax.make_jaxpr(call, return_shape=True)(leaves, like)
-        stride = self.stride or own_stride(jaxpr, leaves, like, self.axes)
+        if reaches_matmul_as_integer(jaxpr):
+            warnings.warn(
+                f"The images are {images.dtype} and reach the model's first layer "
+                "unscaled. If it was trained on pixels from 0 to 1, pass "
+                "images / 255 (`fcconv slide` divides by default).",
+                stacklevel=2,
+            )
         around = self.padding == "image"
-        return _Program(
+        if around:
+            stride = image_stride(jaxpr, leaves, like, self.axes, self.stride)
+        else:
+            stride = self.stride or own_stride(jaxpr, leaves, like, self.axes)
+        return Program(
             jaxpr, out, leaves, images, self.window, stride, self.axes, around
         )
 
 
-@dataclasses.dataclass(frozen=True, eq=False)
-class _Program:
-    """A traced function of a crop, on the crops of images."""
-
-    jaxpr: Any
-    out: Any
-    leaves: Sequence[Any]
-    images: Any
-    window: tuple[int, ...]
-    stride: tuple[int, ...]
-    axes: tuple[int, ...]
-    padded_outside: bool
-
-    def run(self) -> Any:
-        """The outputs, with the batch first and then the positions."""
-        operands = (*jax.tree.leaves(self.leaves), self.images)
-        if self.report.shares:
-            outs = jaxpr_as_fun(self._shared[0])(*operands)
-        else:
-            outs = self._outputs(True, *operands)
-        shapes, tree = jax.tree.flatten(self.out)
-        for shape in shapes:
-            if not shape.shape or shape.shape[0] != self.images.shape[0]:
-                raise ValueError(
-                    f"slide expected outputs with the batch of {self.images.shape[0]} "
-                    f"first, got one of shape {shape.shape} from crops. Return one row "
-                    "for each crop"
-                )
-        return jax.tree.unflatten(
-            tree, [jnp.moveaxis(out, len(self.axes), 0) for out in outs]
-        )
-
-    @functools.cached_property
-    def report(self) -> SlideReport:
-        """Report of what is shared and saved."""
-        jaxpr, left = self._shared
-        positions = tuple(
-            (self.images.shape[axis] - size) // step + 1
-            for axis, size, step in zip(self.axes, self.window, self.stride)
-        )
-        count = math.prod(positions)
-        one, whole = flops(self.jaxpr), flops(jaxpr)
-        return SlideReport(
-            window=self.window,
-            stride=self.stride,
-            positions=positions,
-            crop_flops=one,
-            flops=whole,
-            crop_bytes=largest(self.jaxpr) * count,
-            bytes=largest(jaxpr),
-            left=tuple(left.items()),
-            shares=self.padded_outside or one * count >= costs.WORTH_WHOLE * whole,
-            exact=not self.padded_outside,
-        )
-
-    @functools.cached_property
-    def _shared(self) -> tuple[Any, Counter[str]]:
-        """The trace of the shared program, and why sharing stopped."""
-        left: Counter[str] = Counter()
-        run = functools.partial(self._outputs, False, left=left)
-        operands = (*jax.tree.leaves(self.leaves), self.images)
-        return jax.make_jaxpr(run)(*operands), left
-
-    def _outputs(
-        self, own: bool, *operands: Any, left: Counter[str] | None = None
-    ) -> list[Any]:
-        mesh = _explicit_mesh(self.jaxpr)
-        counts = [
-            (self.images.shape[axis] - size) // step + 1
-            for axis, size, step in zip(self.axes, self.window, self.stride)
-        ]
-
-        def run(*operands: Any) -> list[Any]:
-            *leaves, images = operands
-            value = image_value(
-                images, self.window, self.stride, self.axes, self.padded_outside
-            )
-            interpreter = Interpreter(
-                Counter() if left is None else left, placed=mesh is None
-            )
-            outs = interpreter.run(
-                self.jaxpr, [*leaves, all_own(value) if own else value]
-            )
-            return [_on_all(out, counts) for out in outs]
-
-        shardings = [
-            _with_free_axes(var.aval.sharding, len(counts))
-            for var in opened(self.jaxpr)[0].outvars
-        ]
-        return _automatic(run, mesh, shardings)(*operands)
-
-
-def _crop_sharding(images: Any, axes: Sequence[int]) -> NamedSharding | None:
-    """Placement of a crop on an Explicit mesh: whole along the axes that slide."""
-    aval = images if isinstance(images, jax.ShapeDtypeStruct) else jax.typeof(images)
-    sharding = getattr(aval, "sharding", None)
-    if not isinstance(sharding, NamedSharding) or not _is_explicit(sharding):
-        return None
-    spec = [*sharding.spec, *(None,) * (len(images.shape) - len(sharding.spec))]
-    for axis in axes:
-        spec[axis] = None
-    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
-
-
-def _is_explicit(sharding: Any) -> bool:
-    return AxisType.Explicit in sharding.mesh.axis_types
-
-
-def _explicit_mesh(jaxpr: Any) -> Any:
-    """The mesh whose axes a trace has in its types; None if it has none."""
-    body, _ = opened(jaxpr)
-    known = (getattr(var.aval, "sharding", None) for var in body.invars)
-    return next((each.mesh for each in known if each and _is_explicit(each)), None)
-
-
-def _with_free_axes(sharding: Any, count: int) -> NamedSharding:
-    spec = PartitionSpec(*(None,) * count, *sharding.spec)
-    return NamedSharding(sharding.mesh, spec)
-
-
-def _automatic(run: Callable[..., Any], mesh: Any, out: Any) -> Callable[..., Any]:
-    """Lets the compiler place what is inside a function on an Explicit mesh.
-
-    A crop's array fixes which of its axes are placed where; what crops share has other
-    axes, whose placement would have to be stated at each reshape.
-    """
-    if mesh is None:
-        return run
-    axes = [
-        name
-        for name, kind in zip(mesh.axis_names, mesh.axis_types)
-        if kind == AxisType.Explicit
-    ]
-    return jax.sharding.auto_axes(run, axes=tuple(axes), out_sharding=out)
-
-
-def image_value(
-    images: Any,
-    window: Sequence[int],
-    stride: Sequence[int],
-    axes: Sequence[int],
-    padded_outside: bool = False,
-) -> Value:
-    """Images, as what their crops share."""
-    parts = [Part(size) for size in images.shape]
-    for index, (axis, size, step) in enumerate(zip(axes, window, stride)):
-        map_ = crops(images.shape[axis], size, step)
-        parts[axis] = Part(size, map_, Grid(index, padded_outside))
-    return Value(images, (), tuple(parts), (1,) * len(parts))
-
-
-def own_stride(
-    jaxpr: Any, leaves: Any, crop: jax.ShapeDtypeStruct, axes: Sequence[int]
-) -> tuple[int, ...]:
-    """The smallest step at which crops share the last layer of a function."""
-    shape = list(crop.shape)
-    for axis in axes:
-        shape[axis] += _LOOKED_AT - 1
-    window = [crop.shape[axis] for axis in axes]
-    found: dict[Grid, Any] = {}
-
-    mesh = _explicit_mesh(jaxpr)
-
-    def look(leaves: Any, images: Any) -> tuple[()]:
-        value = image_value(images, window, (1,) * len(axes), axes)
-        interpreter = Interpreter(Counter(), placed=mesh is None)
-        interpreter.run(jaxpr, [*jax.tree.leaves(leaves), value])
-        found.update(interpreter.maps)
-        return ()
-
-    images = jax.ShapeDtypeStruct(tuple(shape), crop.dtype, sharding=crop.sharding)
-    jax.eval_shape(_automatic(look, mesh, ()), leaves, images)
-    steps = []
-    for index, size in enumerate(window):
-        map_ = found.get(Grid(index))
-        steps.append(size if map_ is None else _first_shared(map_, size))
-    return tuple(steps)
-
-
-def _first_shared(map_: Any, otherwise: int) -> int:
-    for step in range(1, len(map_)):
-        if np.intersect1d(map_[0], map_[step]).size:
-            return step
-    return otherwise
-
-
-def _on_all(value: Value, counts: Sequence[int]) -> Any:
-    """The arrays of all crops, also where they do not differ."""
-    value = all_own(value)
-    data = array_of(value)
-    for index, count in enumerate(counts):
-        if index not in {grid.index for grid in value.fronts}:
-            data = jnp.repeat(jnp.expand_dims(data, index), count, index)
-    return data
-
-
-def _check(images: Any, window: Sequence[int], axes: Sequence[int]) -> None:
+def _check(
+    images: Any, window: Sequence[int], axes: Sequence[int], by_default: bool
+) -> None:
     shape = getattr(images, "shape", None)
     if shape is None or len(shape) <= max(axes):
         raise ValueError(
-            f"slide expected images with the axes {axes} as the last positional "
-            f"argument, got {shape if shape is not None else type(images).__name__}"
+            f"slide expected images with the axes {tuple(axes)} as the last positional "
+            f"argument, got {shape if shape is not None else type(images).__name__}. "
+            "Pass the model's params first, and the images with the batch in front."
+        )
+    if by_default and len(window) == 1 and len(shape) > 3:
+        raise ValueError(
+            f"window: expected a size for each of the axes of images {tuple(shape)}, "
+            f"got {window[0]}. Pass window=({window[0]}, {window[0]}), or axes=1 to "
+            "slide along the first axis only."
         )
     for axis, size in zip(axes, window):
         if shape[axis] < size:
+            fix = "Pad them, or pass a smaller window."
+            if len(shape) == 1 + len(window):  # no channels, or no batch
+                fix += " If this is one image (H, W, C), pass images[None]."
             raise ValueError(
                 f"slide expected images of at least {tuple(window)} along the axes "
-                f"{tuple(axes)}, got {tuple(shape)}. Pad them, or take a smaller window"
+                f"{tuple(axes)}, got {tuple(shape)}. {fix}"
             )
 
 
 def _sizes(name: str, value: int | Sequence[int], rank: int = 1) -> tuple[int, ...]:
-    sizes = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    if not sizes or not all(isinstance(n, int) and n > 0 for n in sizes):
-        raise ValueError(f"{name}: expected positive ints, got {value!r}")
+    found = tuple(value) if isinstance(value, Sequence) else (value,) * rank
+    whole = all(hasattr(n, "__index__") and not isinstance(n, bool) for n in found)
+    sizes = tuple(map(operator.index, found)) if whole else ()
+    if not sizes or min(sizes) < 1:
+        raise ValueError(f"{name}: expected positive ints, got {value!r}.")
     if name == "stride" and len(sizes) != rank:
-        raise ValueError(f"stride: expected one int or {rank}, got {value!r}")
+        raise ValueError(f"stride: expected one int or {rank}, got {value!r}.")
     return sizes
 
 

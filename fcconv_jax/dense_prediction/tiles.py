@@ -2,18 +2,19 @@
 
 from __future__ import annotations
 
-import hashlib
+import functools
 import itertools
-import json
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..progress import ProgressOption, shown
+from .resume import Record, identity
 
 # A program holds a few arrays at once; the largest is what can be told beforehand.
 _ALIVE = 3
@@ -32,77 +33,77 @@ def write_tiles(
 
     A tile's crops are those of the whole image: their windows lie inside the part of
     the image that is read for it. Tiles are of one size, so that one program serves
-    all; the last ones overlap those before them.
+    all; the last ones overlap those before them, and write what is new.
     """
     *before, images = args
     if grid.padding != "crops":
         raise ValueError(
-            "padding='image' has no tiles: their borders would be the image's. Use "
-            "padding='crops', which is exact"
+            "padding='image' can't be written by tiles: their borders would count as "
+            "the image's. Pass padding='crops', which is exact."
         )
-    stride = grid.report(*before, _one_window(grid, images), **kwargs).stride
+    crop = _one_window(grid, images)
+    stride = grid.report(*before, crop, **kwargs).stride
     grid = type(grid)(grid.function, grid.window, stride, grid.axes, grid.padding)
     counts = [
         (images.shape[axis] - size) // step + 1
         for axis, size, step in zip(grid.axes, grid.window, stride)
     ]
-    _check_out(grid, before, images, kwargs, out, counts)
+    one = grid.eval_shape(*before, crop, **kwargs)
+    _check_out(jax.tree.leaves(one), out, counts)
     tile = _tile(grid, before, images, kwargs, stride, counts, memory)
     places = list(_places(counts, tile))
-    done = _Done(resume, [counts, tile, list(images.shape), list(grid.window)])
+    slices = functools.partial(_slices, grid, stride, tile, len(images.shape))
+    record = None
+    if resume is not None:
+        run = identity(grid, before, kwargs, images, crop, tile)
+        record = Record(Path(resume), run, len(places))
     with shown(progress) as tell:
-        for number, place in enumerate(places):
-            tell("tiles", number, len(places))
-            if number in done.tiles:
-                continue
-            read = [slice(None)] * len(images.shape)
-            for axis, first, count, size, step in zip(
-                grid.axes, place, tile, grid.window, stride
-            ):
-                start = first * step
-                read[axis] = slice(start, start + (count - 1) * step + size)
-            part = grid(*before, _read(images, read), **kwargs)
-            where = (slice(None), *(slice(p, p + n) for p, n in zip(place, tile)))
+        # Finished tiles are compared with the record before any other is computed.
+        finished = () if record is None else sorted(record.tiles)
+        for number in finished:
+            read, new, _ = slices(places[number])
+            assert record is not None
+            record.check(number, _read(images, read), _written(out, new))
+        todo = [n for n in range(len(places)) if n not in finished]
+        for done, number in enumerate(todo, len(finished)):
+            tell("tiles", done, len(places))
+            read, new, inner = slices(places[number])
+            pixels = _read(images, read)
+            part = grid(*before, pixels, **kwargs)
             for target, values in zip(jax.tree.leaves(out), jax.tree.leaves(part)):
-                target[where] = np.asarray(values)
-            done.add(number, out)
+                target[new] = np.asarray(values[inner])
+            if record is not None:
+                for target in jax.tree.leaves(out):
+                    if hasattr(target, "flush"):
+                        target.flush()
+                record.add(number, pixels, _written(out, new))
         tell("tiles", len(places), len(places))
-    done.remove()
+    if record is not None:
+        record.remove()
 
 
-class _Done:
-    """Which tiles are written, kept in a file if one is given."""
+def _slices(
+    grid: Any,
+    stride: Sequence[int],
+    tile: Sequence[int],
+    rank: int,
+    place: Sequence[tuple[int, int]],
+) -> tuple[list[slice], tuple[slice, ...], tuple[slice, ...]]:
+    """A tile's slices of the image, of the output, and of its own result."""
+    read = [slice(None)] * rank
+    new, inner = [slice(None)], [slice(None)]
+    for axis, (first, fresh), count, size, step in zip(
+        grid.axes, place, tile, grid.window, stride
+    ):
+        start = first * step
+        read[axis] = slice(start, start + (count - 1) * step + size)
+        new.append(slice(fresh, first + count))
+        inner.append(slice(fresh - first, None))
+    return read, tuple(new), tuple(inner)
 
-    def __init__(self, file: str | Path | None, what: Any):
-        self.file = None if file is None else Path(file)
-        self.name = hashlib.sha256(json.dumps(what).encode()).hexdigest()
-        self.tiles: set[int] = set()
-        if self.file is not None and self.file.exists():
-            kept = json.loads(self.file.read_text(encoding="utf-8"))
-            if kept.get("run") != self.name:
-                raise ValueError(
-                    f"{self.file} is of a run with another image, window or tile. "
-                    "Remove it, or pass the same arguments"
-                )
-            self.tiles = set(kept["tiles"])
 
-    def add(self, number: int, out: Any) -> None:
-        """Notes that a tile is written; what is written is on disk first."""
-        self.tiles.add(number)
-        if self.file is None:
-            return
-        for target in jax.tree.leaves(out):
-            if hasattr(target, "flush"):
-                target.flush()
-        fresh = self.file.with_name(f"{self.file.name}.new")
-        kept = {"run": self.name, "tiles": sorted(self.tiles)}
-        fresh.write_text(json.dumps(kept), encoding="utf-8")
-        fresh.replace(self.file)
-
-    def remove(self) -> None:
-        """Forgets the run, which is over."""
-        if self.file is not None:
-            self.file.unlink(missing_ok=True)
+def _written(out: Any, where: tuple[slice, ...]) -> list[Any]:
+    return [_read(target, where) for target in jax.tree.leaves(out)]
 
 
 def _one_window(grid: Any, images: Any) -> jax.ShapeDtypeStruct:
@@ -112,23 +113,36 @@ def _one_window(grid: Any, images: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), _dtype(images))
 
 
-def _check_out(
-    grid: Any,
-    before: Sequence[Any],
-    images: Any,
-    kwargs: Mapping[str, Any],
-    out: Any,
-    counts: Sequence[int],
-) -> None:
-    one = grid.eval_shape(*before, _one_window(grid, images), **kwargs)
+def _check_out(one: Sequence[Any], out: Any, counts: Sequence[int]) -> None:
+    """Refuses outputs that cannot hold the result, before anything is computed."""
     rank = len(counts)
-    wanted = [
-        (leaf.shape[0], *counts, *leaf.shape[1 + rank :])
-        for leaf in jax.tree.leaves(one)
-    ]
-    found = [tuple(leaf.shape) for leaf in jax.tree.leaves(out)]
+    wanted = [(leaf.shape[0], *counts, *leaf.shape[1 + rank :]) for leaf in one]
+    targets = jax.tree.leaves(out)
+    found = [tuple(target.shape) for target in targets]
     if wanted != found:
-        raise ValueError(f"out: expected arrays of shape {wanted}, got {found}")
+        raise ValueError(f"out: expected arrays of shape {wanted}, got {found}.")
+    for leaf, target in zip(one, targets):
+        if not _holds(_dtype(target), _dtype(leaf)):
+            raise ValueError(
+                f"out: expected {leaf.dtype}, got {target.dtype}, which can't hold "
+                f"the result. Pass an array of {leaf.dtype}."
+            )
+        if isinstance(target, jax.Array) or not _is_writable(target):
+            raise ValueError(
+                "out: expected an array that can be written, got a read-only "
+                f"{type(target).__name__}. Pass a NumPy array or a writable file."
+            )
+
+
+def _holds(dtype: np.dtype[Any], result: np.dtype[Any]) -> bool:
+    # To round floats to shorter ones is the caller's choice; to cut them is not.
+    if jnp.issubdtype(result, jnp.floating):
+        return jnp.issubdtype(dtype, jnp.inexact)
+    return dtype == result or np.can_cast(result, dtype, "safe")
+
+
+def _is_writable(target: Any) -> bool:
+    return not isinstance(target, np.ndarray) or target.flags.writeable
 
 
 def _tile(
@@ -165,11 +179,13 @@ def _tile(
         tile[longest] = -(-tile[longest] // 2)
 
 
-def _places(counts: Sequence[int], tile: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Where each tile begins."""
+def _places(
+    counts: Sequence[int], tile: Sequence[int]
+) -> Iterator[tuple[tuple[int, int], ...]]:
+    """Where each tile begins along each axis, and where its new positions begin."""
     return itertools.product(
         *(
-            sorted({min(start, count - size) for start in range(0, count, size)})
+            [(min(start, count - size), start) for start in range(0, count, size)]
             for count, size in zip(counts, tile)
         )
     )

@@ -34,7 +34,7 @@ def _in_float64():
 
 @pytest.fixture(params=["what pays", "all that can be"])
 def sharing(request, monkeypatch):
-    """What is shared: also what would not pay on images as small as these."""
+    """Also shares what would not pay on images as small as these."""
     if request.param == "all that can be":
         monkeypatch.setattr(costs, "WORTH", 0.5)
         monkeypatch.setattr(costs, "PASS", 0.0)

@@ -1,5 +1,8 @@
 """What slide is called with and gives: models, gradients, strides, reports, tiles."""
 
+import copy
+import pickle
+
 import chex
 import flax.linen as nn
 import jax
@@ -262,68 +265,26 @@ def test_wrong_calls():
         fc.slide(model, WINDOW)(variables, IMAGES[:, :8])
     with pytest.raises(ValueError, match="expected images with the axes"):
         fc.slide(model, WINDOW)(variables)
-    with pytest.raises(ValueError, match="window: expected positive ints"):
-        fc.slide(model, (0, 3))
+    with pytest.raises(TypeError, match=r"Pass the variables first: grid\(variables"):
+        fc.slide(model, WINDOW)(IMAGES)
+    with pytest.raises(ValueError, match=r"pass images\[None\]"):
+        fc.slide(model, WINDOW)(variables, IMAGES[0])
+    with pytest.raises(ValueError, match=r"Pass window=\(8, 8\), or axes=1"):
+        fc.slide(lambda x: x.mean(1), 8)(IMAGES)
+    assert fc.slide(lambda x: x.mean(1), np.int64(8), 1, axes=1)(IMAGES).shape[1] == 23
+    for wrong in ((0, 3), True, 2.0, (8, None), ()):
+        with pytest.raises(ValueError, match="window: expected positive ints"):
+            fc.slide(model, wrong)
+    with pytest.raises(ValueError, match="stride: expected positive ints"):
+        fc.slide(model, WINDOW, 0)
     with pytest.raises(ValueError, match="stride: expected one int or 2"):
         fc.slide(model, WINDOW, (1, 2, 3))
     with pytest.raises(ValueError, match="axes: expected 2 axes"):
         fc.slide(model, WINDOW, axes=(1,))
     with pytest.raises(ValueError, match="batch of 2 first"):
         fc.slide(lambda x: x.sum(), WINDOW)(IMAGES)
-    with pytest.raises(TypeError, match="slide expected a Module, got the class"):
+    with pytest.raises(TypeError, match="got the class Net"):
         fc.slide(Net, WINDOW)
-
-
-@pytest.mark.slow
-def test_tiles_write_what_one_call_returns(tmp_path):
-    model = Net()
-    variables = initialised(model)
-    grid = fc.slide(model, WINDOW, STRIDE)
-    images = np.asarray(jax.random.normal(jax.random.key(5), (1, 90, 70, 2)))
-    want = grid(variables, images)
-    np.save(tmp_path / "images.npy", images)
-    source = np.load(tmp_path / "images.npy", mmap_mode="r")
-    out = np.lib.format.open_memmap(tmp_path / "out.npy", "w+", np.float32, want.shape)
-    seen = []
-    grid.write(
-        variables,
-        source,
-        out=out,
-        memory=100_000,
-        progress=lambda what, done, total: seen.append((done, total)),
-    )
-    assert seen[-1][1] > 4
-    chex.assert_trees_all_close(np.asarray(out), np.asarray(want), atol=1e-5)
-    with pytest.raises(ValueError, match="out: expected arrays of shape"):
-        grid.write(variables, images, out=np.zeros((1, 2)))
-    with pytest.raises(ValueError, match="room for one window"):
-        grid.write(variables, images, out=out, memory=1000, progress=False)
-
-
-def test_a_stopped_run_goes_on(tmp_path):
-    grid = fc.slide(lambda x: x.mean((1, 2)), WINDOW, STRIDE)
-    images = np.asarray(jax.random.normal(jax.random.key(5), (1, 90, 70, 2)))
-    want = np.asarray(grid(images))
-    out, state = np.zeros_like(want), tmp_path / "state"
-
-    def stop(what, done, total):
-        if done == 3:
-            raise KeyboardInterrupt
-
-    options = {"out": out, "memory": 60_000, "resume": state}
-    with pytest.raises(KeyboardInterrupt):
-        grid.write(images, progress=stop, **options)
-    assert state.exists()
-    before = out.copy()
-    out[before != 0] = 5  # what is done is not done again
-    grid.write(images, progress=False, **options)
-    assert not state.exists()
-    chex.assert_trees_all_close(out[before == 0], want[before == 0], atol=1e-6)
-    assert (out[before != 0] == 5).sum() > 0
-    with pytest.raises(KeyboardInterrupt):
-        grid.write(images, progress=stop, **options)
-    with pytest.raises(ValueError, match="another image, window or tile"):
-        grid.write(images[:, :60], progress=False, **{**options, "out": out[:, :25]})
 
 
 @pytest.mark.slow
@@ -347,37 +308,12 @@ def test_padding_around_the_image_is_the_network_on_the_image():
     assert "not what the crops give alone" in str(cheaper.report(variables, images))
     exact = fc.slide(model, (12, 12), 2)
     assert not fc.compare(exact, cheaper, (variables, images), progress=False).passed
-    with pytest.raises(fc.PlanError, match="no multiple of the network's stride"):
+    with pytest.raises(fc.PlanError, match="total stride"):
         fc.slide(model, (12, 12), 3, padding="image")(variables, images)
     with pytest.raises(ValueError, match="'image' has no tiles"):
         cheaper.write(variables, images, out=np.zeros((2, 11, 13, 1, 1, 3)))
     with pytest.raises(ValueError, match="padding: expected 'crops' or 'image'"):
         fc.slide(model, (12, 12), padding="SAME")
-
-
-def test_zarr_arrays_in_and_out(tmp_path):
-    tensorstore = pytest.importorskip("tensorstore")
-
-    def made(name, values, shape):
-        spec = {
-            "driver": "zarr3",
-            "kvstore": {"driver": "file", "path": str(tmp_path / name)},
-        }
-        array = tensorstore.open(
-            spec, create=True, dtype=tensorstore.float32, shape=shape
-        ).result()
-        if values is not None:
-            array[...] = values
-        return array
-
-    images = np.asarray(jax.random.normal(jax.random.key(5), (1, 90, 70, 2)))
-    grid = fc.slide(lambda x: x.mean((1, 2)), WINDOW, STRIDE)
-    want = np.asarray(grid(images))
-    out = made("out", None, want.shape)
-    grid.write(
-        made("images", images, images.shape), out=out, memory=60_000, progress=False
-    )
-    chex.assert_trees_all_close(np.asarray(out.read().result()), want, atol=1e-6)
 
 
 def heads(order, left=False):
@@ -454,3 +390,50 @@ def test_a_head_has_forward_and_second_derivatives():
     grid = fc.slide(net, (11, 8), (2, 2))
     x = IMAGES[:1, :15, :12]
     check_grads(grid, (weights, x), 2, atol=0.05, rtol=0.05)
+
+
+def weighted(w, x):
+    return nn.relu(x.reshape(len(x), -1) @ w)
+
+
+def test_unscaled_integers_are_pointed_out():
+    images = np.random.default_rng(0).integers(0, 256, (1, 9, 9, 2)).astype(np.uint8)
+    w = np.random.default_rng(1).normal(size=(32, 3)).astype(np.float32)
+    with pytest.warns(UserWarning, match="are uint8 .* pass images / 255"):
+        fc.slide(weighted, (4, 4), 1)(w, images)
+    grid = fc.slide(lambda w, x: weighted(w, x / 255), (4, 4), 1)
+    chex.assert_trees_all_close(
+        grid(w, images),
+        fc.slide(weighted, (4, 4), 1)(w, images / np.float32(255)),
+        atol=1e-5,
+    )
+
+
+def test_a_step_that_the_network_does_not_divide():
+    model = Net("SAME")
+    variables = initialised(model)
+    with pytest.raises(fc.PlanError, match=r"total stride \(4, 4\), got \(2, 4\)"):
+        fc.slide(model, (12, 12), (2, 4), padding="image")(
+            model.init(jax.random.key(1), IMAGES[:, :12, :12]), IMAGES
+        )
+    around = fc.slide(model, (12, 10), padding="image")
+    assert around.report(variables, IMAGES).stride == (4, 4)
+
+
+@pytest.mark.parametrize("used", [False, True])
+@pytest.mark.parametrize(
+    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+)
+def test_copies(used, copied):
+    model = Net()
+    variables = initialised(model)
+    for grid, args in (
+        (fc.slide(model, WINDOW, STRIDE), (variables, IMAGES)),
+        (fc.slide(weighted, (4, 4), 2), (np.ones((32, 3), np.float32), IMAGES)),
+        (fc.slide(NnxNet(nnx.Rngs(0)), WINDOW, padding="image"), (IMAGES,)),
+    ):
+        if used:
+            grid(*args)
+        again = copied(grid)
+        assert repr(again) == repr(grid)
+        chex.assert_trees_all_equal(again(*args), grid(*args))

@@ -62,7 +62,17 @@ class BoundLinen(BoundModel):
     @classmethod
     def of_crops(cls, model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
         """``apply``; its variables are the caller's."""
-        return model.apply, tuple
+
+        def apply(*args: Any, **kwargs: Any) -> Any:
+            if len(args) < 2:
+                name = type(model).__name__
+                raise TypeError(
+                    f"Expected the variables of {name} and the images, got one "
+                    "argument. Pass the variables first: grid(variables, images)."
+                )
+            return model.apply(*args, **kwargs)
+
+        return apply, tuple
 
     @classmethod
     def convert_model(

@@ -1,0 +1,295 @@
+"""A traced function of a crop, run on all crops of images."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import math
+from collections import Counter
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from ..errors import PlanError
+from ..tracing.cost import flops, largest
+from ..tracing.jaxprs import Literal, jaxpr_as_fun, opened
+from ..tracing.primitives import MATMULS, MOVES, ROUNDING, SAME
+from . import costs
+from .interpreter import Interpreter
+from .maps import crops
+from .report import SlideReport
+from .values import Grid, Part, Value, all_own, array_of
+
+# Positions that a search for the default stride looks at, along each axis.
+_LOOKED_AT = 65
+# A step that the strides of networks divide.
+_DIVISIBLE = 2**8 * 3**2 * 5 * 7
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Program:
+    """A traced function of a crop, on the crops of images."""
+
+    jaxpr: Any
+    out: Any
+    leaves: Sequence[Any]
+    images: Any
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    axes: tuple[int, ...]
+    padded_outside: bool
+
+    def run(self) -> Any:
+        """The outputs, with the batch first and then the positions."""
+        operands = (*jax.tree.leaves(self.leaves), self.images)
+        if self.report.shares:
+            outs = jaxpr_as_fun(self._shared[0])(*operands)
+        else:
+            outs = self._outputs(True, *operands)
+        shapes, tree = jax.tree.flatten(self.out)
+        for shape in shapes:
+            if not shape.shape or shape.shape[0] != self.images.shape[0]:
+                raise ValueError(
+                    f"slide expected outputs with the batch of {self.images.shape[0]} "
+                    f"first, got one of shape {shape.shape} from crops. Return one row "
+                    "for each crop"
+                )
+        return jax.tree.unflatten(
+            tree, [jnp.moveaxis(out, len(self.axes), 0) for out in outs]
+        )
+
+    @functools.cached_property
+    def report(self) -> SlideReport:
+        """Report of what is shared and saved."""
+        jaxpr, left = self._shared
+        positions = tuple(
+            (self.images.shape[axis] - size) // step + 1
+            for axis, size, step in zip(self.axes, self.window, self.stride)
+        )
+        count = math.prod(positions)
+        one, whole = flops(self.jaxpr), flops(jaxpr)
+        return SlideReport(
+            window=self.window,
+            stride=self.stride,
+            positions=positions,
+            crop_flops=one,
+            flops=whole,
+            crop_bytes=largest(self.jaxpr) * count,
+            bytes=largest(jaxpr),
+            left=tuple(left.items()),
+            shares=self.padded_outside or one * count >= costs.WORTH_WHOLE * whole,
+            exact=not self.padded_outside,
+        )
+
+    @functools.cached_property
+    def _shared(self) -> tuple[Any, Counter[str]]:
+        """The trace of the shared program, and why sharing stopped."""
+        left: Counter[str] = Counter()
+        run = functools.partial(self._outputs, False, left=left)
+        operands = (*jax.tree.leaves(self.leaves), self.images)
+        return jax.make_jaxpr(run)(*operands), left
+
+    def _outputs(
+        self, own: bool, *operands: Any, left: Counter[str] | None = None
+    ) -> list[Any]:
+        mesh = _explicit_mesh(self.jaxpr)
+        counts = [
+            (self.images.shape[axis] - size) // step + 1
+            for axis, size, step in zip(self.axes, self.window, self.stride)
+        ]
+
+        def run(*operands: Any) -> list[Any]:
+            *leaves, images = operands
+            value = image_value(
+                images, self.window, self.stride, self.axes, self.padded_outside
+            )
+            interpreter = Interpreter(
+                Counter() if left is None else left, placed=mesh is None
+            )
+            outs = interpreter.run(
+                self.jaxpr, [*leaves, all_own(value) if own else value]
+            )
+            return [_on_all(out, counts) for out in outs]
+
+        shardings = [
+            _with_free_axes(var.aval.sharding, len(counts))
+            for var in opened(self.jaxpr)[0].outvars
+        ]
+        return _automatic(run, mesh, shardings)(*operands)
+
+
+def crop_sharding(images: Any, axes: Sequence[int]) -> NamedSharding | None:
+    """Placement of a crop on an Explicit mesh: whole along the axes that slide."""
+    aval = images if isinstance(images, jax.ShapeDtypeStruct) else jax.typeof(images)
+    sharding = getattr(aval, "sharding", None)
+    if not isinstance(sharding, NamedSharding) or not _is_explicit(sharding):
+        return None
+    spec = [*sharding.spec, *(None,) * (len(images.shape) - len(sharding.spec))]
+    for axis in axes:
+        spec[axis] = None
+    return NamedSharding(sharding.mesh, PartitionSpec(*spec))
+
+
+def _is_explicit(sharding: Any) -> bool:
+    return AxisType.Explicit in sharding.mesh.axis_types
+
+
+def _explicit_mesh(jaxpr: Any) -> Any:
+    """The mesh whose axes a trace has in its types; None if it has none."""
+    body, _ = opened(jaxpr)
+    known = (getattr(var.aval, "sharding", None) for var in body.invars)
+    return next((each.mesh for each in known if each and _is_explicit(each)), None)
+
+
+def _with_free_axes(sharding: Any, count: int) -> NamedSharding:
+    spec = PartitionSpec(*(None,) * count, *sharding.spec)
+    return NamedSharding(sharding.mesh, spec)
+
+
+def _automatic(run: Callable[..., Any], mesh: Any, out: Any) -> Callable[..., Any]:
+    """Lets the compiler place what is inside a function on an Explicit mesh.
+
+    A crop's array fixes which of its axes are placed where; what crops share has other
+    axes, whose placement would have to be stated at each reshape.
+    """
+    if mesh is None:
+        return run
+    axes = [
+        name
+        for name, kind in zip(mesh.axis_names, mesh.axis_types)
+        if kind == AxisType.Explicit
+    ]
+    return jax.sharding.auto_axes(run, axes=tuple(axes), out_sharding=out)
+
+
+def image_value(
+    images: Any,
+    window: Sequence[int],
+    stride: Sequence[int],
+    axes: Sequence[int],
+    padded_outside: bool = False,
+) -> Value:
+    """Images, as what their crops share."""
+    parts = [Part(size) for size in images.shape]
+    for index, (axis, size, step) in enumerate(zip(axes, window, stride)):
+        map_ = crops(images.shape[axis], size, step)
+        parts[axis] = Part(size, map_, Grid(index, padded_outside))
+    return Value(images, (), tuple(parts), (1,) * len(parts))
+
+
+def own_stride(
+    jaxpr: Any, leaves: Any, crop: jax.ShapeDtypeStruct, axes: Sequence[int]
+) -> tuple[int, ...]:
+    """The smallest step at which crops share the last layer of a function."""
+    found = _last_maps(jaxpr, leaves, crop, axes, _LOOKED_AT, 1, False)
+    return tuple(
+        crop.shape[axis] if map_ is None else _first_shared(map_, crop.shape[axis])
+        for axis, map_ in zip(axes, found)
+    )
+
+
+def image_stride(
+    jaxpr: Any,
+    leaves: Any,
+    crop: jax.ShapeDtypeStruct,
+    axes: Sequence[int],
+    stride: Sequence[int] | None,
+) -> tuple[int, ...]:
+    """The step between crops of a network that is padded around the image.
+
+    Args:
+      jaxpr: the function's trace.
+      leaves: what it takes in front of crops.
+      crop: a batch of them.
+      axes: those that slide.
+      stride: the step that is wanted; None for the network's total stride.
+
+    Raises:
+      PlanError: it isn't a multiple of the network's total stride.
+    """
+    found = _last_maps(jaxpr, leaves, crop, axes, 2, _DIVISIBLE, True)
+    total = tuple(
+        1 if map_ is None else max(_DIVISIBLE // int(map_[1, 0] - map_[0, 0]), 1)
+        for map_ in found
+    )
+    if stride is None:
+        return total
+    if any(step % least for step, least in zip(stride, total)):
+        raise PlanError(
+            f"padding='image': expected a stride that is a multiple of the network's "
+            f"total stride {total}, got {tuple(stride)}. Pass stride={total}."
+        )
+    return tuple(stride)
+
+
+def _last_maps(
+    jaxpr: Any,
+    leaves: Any,
+    crop: jax.ShapeDtypeStruct,
+    axes: Sequence[int],
+    positions: int,
+    step: int,
+    padded_outside: bool,
+) -> list[Any]:
+    """The map that a function makes last along each axis of an image."""
+    shape = list(crop.shape)
+    for axis in axes:
+        shape[axis] += (positions - 1) * step
+    window = [crop.shape[axis] for axis in axes]
+    found: dict[Grid, Any] = {}
+    mesh = _explicit_mesh(jaxpr)
+
+    def look(leaves: Any, images: Any) -> tuple[()]:
+        steps = (step,) * len(axes)
+        value = image_value(images, window, steps, axes, padded_outside)
+        interpreter = Interpreter(Counter(), placed=mesh is None)
+        interpreter.run(jaxpr, [*jax.tree.leaves(leaves), value])
+        found.update(interpreter.maps)
+        return ()
+
+    images = jax.ShapeDtypeStruct(tuple(shape), crop.dtype, sharding=crop.sharding)
+    jax.eval_shape(_automatic(look, mesh, ()), leaves, images)
+    return [found.get(Grid(index, padded_outside)) for index in range(len(axes))]
+
+
+def reaches_matmul_as_integer(jaxpr: Any) -> bool:
+    """Whether a trace multiplies the integers of its last input by weights.
+
+    Not if it scales them first, or reads a table at them. An answer for a warning: a
+    model may be trained so.
+    """
+    body, _ = opened(jaxpr)
+    image = body.invars[-1]
+    if not jnp.issubdtype(image.aval.dtype, jnp.integer):
+        return False
+    same = {image}
+    for eqn in body.eqns:
+        name = eqn.primitive.name
+        if not any(v in same for v in eqn.invars if not isinstance(v, Literal)):
+            continue
+        if name in MATMULS:
+            return True
+        if name in SAME | ROUNDING | MOVES:
+            same |= set(eqn.outvars)
+    return False
+
+
+def _first_shared(map_: Any, otherwise: int) -> int:
+    for step in range(1, len(map_)):
+        if np.intersect1d(map_[0], map_[step]).size:
+            return step
+    return otherwise
+
+
+def _on_all(value: Value, counts: Sequence[int]) -> Any:
+    """The arrays of all crops, also where they do not differ."""
+    value = all_own(value)
+    data = array_of(value)
+    for index, count in enumerate(counts):
+        if index not in {grid.index for grid in value.fronts}:
+            data = jnp.repeat(jnp.expand_dims(data, index), count, index)
+    return data

@@ -1,0 +1,172 @@
+"""The record of a run over tiles: what it was of, and what each tile held.
+
+A stopped run may be continued by the same run only. The record has a digest of each
+thing that decides the result, and for each finished tile those of the pixels that it
+read and of the result that was written. They are compared before the run goes on: the
+image and the output may be files, and no array alone shows that it is the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from ..install import replacing
+from ..tracing.jaxprs import opened, subjaxprs
+
+_FIELD = "fcconv_jax.slide"
+Tile = tuple[str, str]
+
+
+def identity(
+    grid: Any,
+    before: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    images: Any,
+    crop: jax.ShapeDtypeStruct,
+    tile: Sequence[int],
+) -> dict[str, str]:
+    """Digests of what decides a run's result, by the name that an error gives it.
+
+    Args:
+      grid: the :class:`fcconv_jax.Slide`.
+      before: its arguments in front of the images.
+      kwargs: its keyword arguments.
+      images: their shape and dtype are of the identity; their entries are compared
+        tile by tile.
+      crop: one crop of them.
+      tile: positions of a tile along each axis.
+    """
+    jaxpr = grid._program([*before, crop], kwargs).jaxpr
+    # Functions in a trace are printed with their addresses, which differ in the next.
+    text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
+    return {
+        "model": digest([text.encode(), *map(_bytes, _constants(jaxpr))]),
+        "params": digest(map(_bytes, jax.tree.leaves((before, kwargs)))),
+        "image": digest([f"{images.shape} {images.dtype}".encode()]),
+        "window": digest([str(grid.window).encode()]),
+        "stride": digest([str(grid.stride).encode()]),
+        "axes": digest([str(grid.axes).encode()]),
+        "tile size (memory=)": digest([str(list(tile)).encode()]),
+    }
+
+
+def _constants(jaxpr: Any) -> Iterator[Any]:
+    """The arrays that a function closes over."""
+    body, consts = opened(jaxpr)
+    yield from consts
+    for eqn in body.eqns:
+        for _, inner in subjaxprs(eqn):
+            yield from _constants(inner)
+
+
+def digest(parts: Iterable[Any]) -> str:
+    """SHA-256 of some bytes, each with its length.
+
+    Example:
+      >>> digest([b"ab", b""]) == digest([b"a", b"b"])
+      False
+    """
+    found = hashlib.sha256()
+    for part in parts:
+        found.update(f"{memoryview(part).nbytes}:".encode())
+        found.update(part)
+    return found.hexdigest()
+
+
+def _bytes(leaf: Any) -> bytes:
+    if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
+        leaf = jax.random.key_data(leaf)
+    if not hasattr(leaf, "dtype"):
+        return repr(leaf).encode()
+    array = np.asarray(leaf)
+    return f"{array.shape} {array.dtype} ".encode() + array.tobytes()
+
+
+class Record:
+    """The tiles that are finished, kept in a file.
+
+    Args:
+      file: replaced whole after each tile; read if it exists.
+      run: the run's :func:`identity`.
+      count: how many tiles the run has.
+
+    Raises:
+      ValueError: the file is of another run, or isn't such a record.
+    """
+
+    def __init__(self, file: Path, run: Mapping[str, str], count: int):
+        self.file = file
+        self._run = dict(run)
+        self.tiles: dict[int, Tile] = {}
+        if not file.parent.is_dir():
+            raise ValueError(f"resume: {file.parent} doesn't exist. Make it first.")
+        if not file.exists():
+            return
+        found, tiles = _parsed(file)
+        other = [name for name in self._run if found.get(name) != self._run[name]]
+        if other or set(found) != set(self._run):
+            self._refuse(other or sorted(set(found) ^ set(self._run)))
+        if not all(0 <= number < count for number in tiles):
+            raise _not_a_record(file)
+        self.tiles = tiles
+
+    def check(self, number: int, pixels: Any, written: Sequence[Any]) -> None:
+        """Compares a finished tile with the image and the output as they are now.
+
+        Raises:
+          ValueError: the image or the output is another one.
+        """
+        read, made = self.tiles[number]
+        if digest([_bytes(pixels)]) != read:
+            self._refuse(["image"])
+        if digest(map(_bytes, written)) != made:
+            self._refuse(["output (out=)"])
+
+    def add(self, number: int, pixels: Any, written: Sequence[Any]) -> None:
+        """Notes that a tile is written; the result must be on disk by now."""
+        self.tiles[number] = digest([_bytes(pixels)]), digest(map(_bytes, written))
+        kept = {"format": _FIELD, "run": self._run, "tiles": self.tiles}
+        with replacing(self.file) as fresh:
+            fresh.write_text(json.dumps(kept), encoding="utf-8")
+
+    def remove(self) -> None:
+        """Forgets the run, which is over."""
+        self.file.unlink(missing_ok=True)
+
+    def _refuse(self, other: Sequence[str]) -> None:
+        raise ValueError(
+            f"resume: {self.file} is the record of another run, with other "
+            f"{', '.join(other)}. Pass what that run had, or remove the file to start "
+            "again."
+        )
+
+
+def _parsed(file: Path) -> tuple[dict[str, str], dict[int, Tile]]:
+    """The run and the tiles in a record, each value of its type."""
+    try:
+        kept = json.loads(file.read_text(encoding="utf-8"))
+        if kept["format"] != _FIELD:
+            raise _not_a_record(file)
+        run = {str(name): str(value) for name, value in kept["run"].items()}
+        tiles = {}
+        for number, (read, made) in kept["tiles"].items():
+            tiles[int(number)] = str(read), str(made)
+    except (ValueError, KeyError, TypeError, AttributeError, RecursionError):
+        raise _not_a_record(file) from None
+    return run, tiles
+
+
+def _not_a_record(file: Path) -> ValueError:
+    return ValueError(
+        f"resume: expected {file} to be the record of a stopped run, got something "
+        "else. Pass another path, or remove it."
+    )
