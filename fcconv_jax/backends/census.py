@@ -68,14 +68,14 @@ class OpCounts:
 
 @dataclasses.dataclass(frozen=True)
 class Census:
-    """The counts before and after compilation; None where the text was not at hand."""
+    """The counts before and after compilation; None if the text is unavailable."""
 
     stablehlo: OpCounts | None
     hlo: OpCounts | None
 
 
 def count_stablehlo(text: str) -> OpCounts:
-    """Counts the operations of a StableHLO module, ``jax.jit(f).lower(...).as_text()``.
+    """Count the operations of a StableHLO module, ``jax.jit(f).lower(...).as_text()``.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -119,7 +119,7 @@ def _with_calls(
 
 
 def count_hlo(text: str) -> OpCounts:
-    """Counts the operations of a compiled module, ``lowered.compile().as_text()``.
+    """Count the operations of a compiled module, ``lowered.compile().as_text()``.
 
     Example:
       >>> count_hlo("%d = f32[2,4]{1,0} dot(%a, %b), lhs_contracting_dims={1}").dots
@@ -138,7 +138,7 @@ def count_hlo(text: str) -> OpCounts:
         kind = op.removesuffix("-start").removesuffix("-done")
         if kind in _COLLECTIVES:
             # XLA for TPUs spreads one exchange over several fusions that compute
-            # meanwhile; its channel tells that they are one.
+            # meanwhile; a common channel identifies them.
             if channel := _HLO_CHANNEL.search(rest):
                 part = (op, channel.group(1))
                 if part in seen:
@@ -186,7 +186,7 @@ def _op_counts(total: collections.Counter, dots: tuple[str, ...]) -> OpCounts:
 
 
 def census(program: Callable[..., Any] | Any, *args: Any, **kwargs: Any) -> Census:
-    """Counts the operations of a program, before and after it is compiled.
+    """Count the operations of a program, before and after it is compiled.
 
     Args:
       program: a function (jitted or not), a ``jax.stages.Lowered`` or ``Compiled``, or

@@ -1,4 +1,4 @@
-"""What a backend makes of a program: compiled on it, ahead of time, or only lowered."""
+"""Compiles programs for backends: on the device, ahead of time, or only lowered."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Program:
     Attributes:
       function: any function of PyTrees of arrays.
       args: arrays or ``jax.ShapeDtypeStruct``; their ``NamedSharding``, if they have
-        one, says how the program is spread over a mesh.
+        one, determines how the program is partitioned over a mesh.
     """
 
     function: Callable[..., Any]
@@ -81,7 +81,7 @@ def compile_for(
     *,
     timeout: float = TIMEOUT,
 ) -> Compilation:
-    """Compiles a function for a backend, whether or not such a device is present.
+    """Compile a function for a backend, whether or not such a device is present.
 
     Args:
       function: any function of PyTrees of arrays.
@@ -90,11 +90,11 @@ def compile_for(
       timeout: seconds for compiling ahead of time.
 
     Returns:
-      The compiled program. Where nothing can compile it here, how it was lowered;
-      ``reason`` says what is missing.
+      The compiled program. Without a compiler on this machine, the lowered program;
+      ``reason`` names what is missing.
 
     Raises:
-      BackendError: there is no such backend, or its compiler failed.
+      BackendError: the backend is unknown, or its compiler failed.
 
     Example:
       >>> found = compile_for(lambda x: x @ x, [jnp.ones((8, 8))], "cpu")
@@ -113,7 +113,7 @@ def compile_for(
 
 
 def compile_present(program: Program, resolution: Resolution) -> Compilation:
-    """Compiles a program for a device that is present."""
+    """Compile a program for a device that is present."""
     one = jax.sharding.SingleDeviceSharding(resolution.device)
     args = jax.tree.map(lambda leaf: abstract(leaf, one), program.args)
     lowered = jax.jit(program.function).trace(*args).lower()
@@ -168,7 +168,7 @@ class Compiling:
         self._pool.stop()
 
     def results(self) -> dict[Backend, dict[str, Compilation] | BackendError]:
-        """Waits for the compilers; an error stands where one of them failed."""
+        """Wait for the compilers; return an error in place of each failed program."""
         raw = self._pool.wait()
         found: dict[Backend, dict[str, Compilation] | BackendError] = {}
         for resolution in self._resolutions:
@@ -251,12 +251,12 @@ def _compilation(
 
 
 def _known(cost: float | None) -> float | None:
-    """A cost, unless XLA says by a negative number that it does not know."""
+    """Return a cost, unless XLA says by a negative number that it does not know."""
     return cost if cost is not None and math.isfinite(cost) and cost >= 0 else None
 
 
 def _export(program: Program, backend: Backend) -> Any:
-    """Lowers a program for a platform; arguments become one dict of named leaves.
+    """Lower a program for a platform; arguments become one dict of named leaves.
 
     The names show in the metadata of the compiled program.
 

@@ -75,10 +75,10 @@ class Backend:
 
     @classmethod
     def parse(cls, text: str | Backend) -> Backend:
-        """Reads ``platform[:kind[:topology]]``.
+        """Read ``platform[:kind[:topology]]``.
 
         Raises:
-          BackendError: there is no such backend; lists those that there are.
+          BackendError: the backend is unknown; lists the known ones.
         """
         if isinstance(text, Backend):
             return text
@@ -107,7 +107,7 @@ class Backend:
 
     @property
     def target(self) -> Backend:
-        """What is compiled for without such a device: never of unknown kind."""
+        """The backend to compile for without a device: always of a known kind."""
         kind = self.kind or _DEFAULT_KIND.get(self.platform)
         return dataclasses.replace(self, kind=kind)
 
@@ -117,12 +117,12 @@ class Backend:
         return math.prod(map(int, (self.topology or "1").split("x")))
 
     def libtpu_topology(self) -> str:
-        """The topology by libtpu's name, such as ``'v5e:2x2'``."""
+        """Return the topology by libtpu's name, such as ``'v5e:2x2'``."""
         kind = KINDS["tpu"][self.target.kind or ""]
         return f"{kind.libtpu}:{self.topology or kind.topology}"
 
     def describes(self, device: Any) -> bool:
-        """Whether a device of JAX is such a one.
+        """Return whether a device of JAX matches this backend.
 
         Example:
           >>> import jax
@@ -145,7 +145,7 @@ class Backend:
 
 
 def jax_platform(device: Any) -> str:
-    """The platform of a device, with 'gpu' told apart.
+    """Return the platform of a device, with 'gpu' told apart.
 
     Example:
       >>> import jax
@@ -158,7 +158,7 @@ def jax_platform(device: Any) -> str:
 
 
 def names() -> tuple[str, ...]:
-    """Every backend by name, without topologies.
+    """Return every backend by name, without topologies.
 
     Example:
       >>> "cuda:h100" in names(), "tpu:7x" in names()

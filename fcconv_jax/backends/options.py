@@ -29,7 +29,7 @@ def convolution_options(backend: str) -> dict[str, Any]:
 
 
 def known_options(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
-    """The options of a plan, where this version of XLA knows them.
+    """Return the options of a plan, where this version of XLA knows them.
 
     Warns:
       RuntimeWarning: it does not. The program is the same without them, and may be
@@ -54,7 +54,7 @@ def known_options(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
 
 @functools.cache
 def _is_known(options: tuple[tuple[str, Any], ...]) -> bool:
-    """Whether XLA compiles with these options."""
+    """Return whether XLA compiles with these options."""
     jitted = jax.jit(lambda: 0, compiler_options=dict(options))
     try:
         jitted.lower().compile()

@@ -48,7 +48,7 @@ class Job:
     mesh: Mapping[str, Any] | None
 
     def write(self, folder: Path) -> None:
-        """Writes it where the worker looks for it."""
+        """Write it where the worker looks for it."""
         for name, binary in self.programs.items():
             (folder / f"{name}.bin").write_bytes(binary)
         content = {
@@ -74,7 +74,7 @@ class Job:
         ]
 
     def read(self, folder: Path) -> dict[str, tuple[dict[str, Any], str]]:
-        """What the worker left there: cost and HLO of each program."""
+        """Return the cost and HLO of each program, as the worker left them."""
         return {
             name: (
                 json.loads((folder / f"{name}.json").read_text()),
@@ -85,7 +85,7 @@ class Job:
 
 
 def topology(target: Backend) -> dict[str, str]:
-    """How ``jax.experimental.topologies`` is asked for a device.
+    """Return how ``jax.experimental.topologies`` is asked for a device.
 
     Example:
       >>> topology(Backend.parse("tpu:7x"))
@@ -139,12 +139,12 @@ class Pool:
         self._thread.start()
 
     def wait(self) -> dict[Backend, Any]:
-        """Waits for all jobs: what :meth:`Job.read` gives of each, or an error."""
+        """Wait for all jobs; return each :meth:`Job.read`, or its error."""
         self._thread.join()
         return self._results
 
     def stop(self) -> None:
-        """Ends the processes that still run."""
+        """End the processes that still run."""
         self._stopped.set()
         self._thread.join()
 
@@ -168,7 +168,7 @@ class Pool:
                 process.kill()
 
     def _add(self, backend: Backend, result: Any) -> None:
-        """Keeps what a process found, unless another of its job has failed."""
+        """Keep what a process found, unless another of its job has failed."""
         self._done += 1
         known = self._results.setdefault(backend, {})
         if isinstance(result, BackendError):

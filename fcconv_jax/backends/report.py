@@ -93,7 +93,7 @@ class BackendReport(Report):
         }
 
     def content(self) -> dict[str, Any]:
-        """All but the texts of the programs."""
+        """Return all but the texts of the programs."""
         return {
             "passed": self.passed,
             "backend": self.backend,
@@ -144,7 +144,7 @@ class BackendReport(Report):
         return [f"  {line}" for line in self.calls()]
 
     def calls(self) -> list[str]:
-        """The library calls and generated kernels of either form, in words."""
+        """Return the library calls and generated kernels of either form, in words."""
         found = self.figures["custom_calls"]
         return [
             f"{form} calls " + ", ".join(f"{n}x {name}" for name, n in calls.items())

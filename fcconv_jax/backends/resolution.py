@@ -34,10 +34,10 @@ class Resolution:
 
 
 def resolve(backend: str | Backend) -> Resolution:
-    """Finds out what can be done about a backend here.
+    """Find out what this machine can do for a backend.
 
     Raises:
-      BackendError: there is no such backend.
+      BackendError: the backend is unknown.
 
     Example:
       >>> resolve("cpu").how, resolve("rocm").how
@@ -57,7 +57,7 @@ def resolve(backend: str | Backend) -> Resolution:
 
 
 def resolve_default() -> Resolution:
-    """The platform and the device that JAX uses unless told otherwise.
+    """Return the platform and the device that JAX uses by default.
 
     Example:
       >>> resolve_default().how
@@ -69,7 +69,7 @@ def resolve_default() -> Resolution:
 
 
 def present(backend: Backend) -> list[Any]:
-    """The devices of this process that are such ones."""
+    """Return the devices of this process that are such ones."""
     try:
         devices = jax.devices(_pjrt(backend))
     except RuntimeError:  # no such platform here, or JAX_PLATFORMS hides it
@@ -78,7 +78,7 @@ def present(backend: Backend) -> list[Any]:
 
 
 def missing_extra(platform: Platform) -> str:
-    """What has to be installed to compile ahead of time; '' where nothing has.
+    """Return what to install to compile ahead of time; '' if nothing.
 
     Example:
       >>> missing_extra("rocm")

@@ -36,7 +36,7 @@ def milliseconds(runs: Mapping[str, Callable[[], Any]]) -> dict[str, float]:
 
 
 def seconds_of(run: Callable[[], Any]) -> float:
-    """How long one run takes, until its results are there.
+    """Return the time of one run, until its results are ready.
 
     Example:
       >>> seconds_of(lambda: None) < 1

@@ -1,9 +1,8 @@
 """Compiles exported programs ahead of time; runs as a script in a process of its own.
 
-It imports JAX and nothing else, so that it starts quickly and that the model's code is
-not needed. The only argument is a folder: ``job.json`` says what to compile for, each
-``NAME.bin`` is a program from ``jax.export``. ``NAME.hlo`` and ``NAME.json`` are what
-the compiler made of it, ``error.txt`` says what it had against it.
+It imports only JAX, so that it starts quickly and doesn't need the model's code. The
+only argument is a folder: ``job.json`` names the target, each ``NAME.bin`` is a program
+from ``jax.export``. The worker writes ``NAME.hlo`` and ``NAME.json``, or ``error.txt``.
 """
 
 from __future__ import annotations
@@ -21,7 +20,7 @@ from jax.experimental import topologies
 
 
 def compile_job(folder: Path) -> None:
-    """Compiles every program of a job."""
+    """Compile every program of a job."""
     job = json.loads((folder / "job.json").read_text())
     jax.config.update("jax_enable_x64", job["x64"])
     topology = topologies.get_topology_desc(**job["topology"])
@@ -40,7 +39,7 @@ def compile_job(folder: Path) -> None:
 
 
 def _device(kind: str, number: int) -> str:
-    """The device that a program is compiled for, or the devices that it is spread over.
+    """Return the device, or devices, that a program is compiled for.
 
     Example:
       >>> _device("TPU v5 lite", 1), _device("TPU v5 lite", 256)
@@ -50,7 +49,7 @@ def _device(kind: str, number: int) -> str:
 
 
 def _warm_up(job: Any, devices: Any) -> None:
-    """Compiles something small: the first program would pay for what is set up once."""
+    """Compile something small: the first program would pay for what is set up once."""
     one = jax.sharding.SingleDeviceSharding(devices[0])
     small = jax.ShapeDtypeStruct((8, 8), np.float32, sharding=one)
     traced = jax.jit(lambda x: x @ x + 1).trace(small)
@@ -79,7 +78,7 @@ def _compile(exported: Any, job: Any, devices: Any) -> Any:
 
 
 def describe(compiled: Any) -> dict[str, Any]:
-    """What a compiled program says of its own cost; None where it does not.
+    """Return a compiled program's own estimates of its cost; None for missing ones.
 
     Example:
       >>> describe(jax.jit(lambda x: x + 1).lower(1.0).compile())["output_bytes"]
@@ -98,7 +97,7 @@ def describe(compiled: Any) -> dict[str, Any]:
 
 
 def main() -> None:
-    """Runs the job in the folder that the command line names."""
+    """Run the job in the folder that the command line names."""
     folder = Path(sys.argv[1])
     try:
         compile_job(folder)

@@ -50,7 +50,7 @@ def move_names(
 def move_sharding(
     rearrange: Rearrangement, sharding: Sharding, stack_axes: Sequence[int]
 ) -> Sharding:
-    """The sharding of the rearranged array, with the names as :func:`move_names`.
+    """Return the sharding of the rearranged array; see :func:`move_names`.
 
     Raises:
       ValueError: it has no names, or the new shape does not divide by the mesh.

@@ -24,7 +24,7 @@ _PIECES = 64
 def convert_in_place(
     variable: nnx.Variable[Any], move: Rearrangement, stack_axes: Sequence[int]
 ) -> None:
-    """Rearranges the value of a Variable.
+    """Rearrange the value of a Variable.
 
     A large array whose entries change their order, as behind a CHW flatten, is
     rearranged piece by piece within its memory, so that at no time there are two of
@@ -48,7 +48,7 @@ def convert_in_place(
 def _within(
     variable: nnx.Variable[Any], move: Rearrangement, stack_axes: Sequence[int]
 ) -> Rearrangement | None:
-    """The move of the whole stack, if the Variable's array can be given up to it."""
+    """Return the move of the whole stack, if it may free the Variable's array."""
     if sys.getrefcount(variable.get_raw_value()) > _held_once():
         return None
     array = variable.get_raw_value()
@@ -81,7 +81,7 @@ def _held_once() -> int:
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)
 def _rearrange(move: Rearrangement, array: jax.Array) -> jax.Array:
-    """Applies a move that keeps the last axis, some of its entries at a time."""
+    """Apply a move that keeps the last axis, some of its entries at a time."""
     *lead, features = move.source
     width = max(1, features // _PIECES)
 

@@ -14,7 +14,7 @@ from .leaves import leaf_path
 
 
 def layer_dtypes(params: Any, plan: Plan) -> dict[str, Any]:
-    """The dtype of each layer of a plan: that of its kernel.
+    """Return the dtype of each layer of a plan: that of its kernel.
 
     Args:
       params: params or variables, arrays or abstract ones.

@@ -24,7 +24,7 @@ _LOG = logging.getLogger(__name__)
 def map_leaves(
     tree: Any, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
 ) -> Any:
-    """The tree with each planned leaf moved; an array held twice is moved once."""
+    """Move each planned leaf of a tree; an array held twice moves once."""
     if not isinstance(plan, Plan):
         raise PlanError(
             f"expected a Plan, got {type(plan).__name__}. Pass what make_plan returns"
@@ -50,7 +50,7 @@ def tree_moves(
     strict: bool = True,
     prefixes: Sequence[Parts] = (),
 ) -> dict[str, Move]:
-    """How each planned leaf of a tree moves, by its path in the tree."""
+    """Return how each planned leaf of a tree moves, by its path in the tree."""
     leaves = {_parts(path): Leaf(path, _shape(leaf)) for path, leaf in flat}
     moves = find_moves(leaves, plan, prefixes=prefixes, strict=strict)
     if len(moves) > len(planned_moves(plan)):
@@ -63,7 +63,7 @@ def _parts(path: str) -> Parts:
 
 
 def _shape(leaf: Any) -> Any:
-    """The shape of a leaf; ``...`` if it has none to show, as a sharding."""
+    """Return the shape of a leaf; ``...`` if it has none to show, as a sharding."""
     if is_variable(leaf):
         leaf = leaf.get_raw_value()
     leaf = meta.unbox(leaf)
@@ -76,7 +76,7 @@ def _shape(leaf: Any) -> Any:
 
 
 def moved(path: str, leaf: Any, move: Move) -> Any:
-    """The leaf in the other form; a PlanError names it if it cannot go."""
+    """Return the leaf in the other form; a PlanError names it if it cannot go."""
     if move.to_grouped_conv and over_mesh(leaf):
         raise PlanError(
             f"leaf {path!r} is sharded as {getattr(leaf, 'sharding', leaf)}, and its "
@@ -90,7 +90,7 @@ def moved(path: str, leaf: Any, move: Move) -> Any:
 
 
 def check_converted(shapes: Mapping[str, Sequence[int]], plan: Plan) -> None:
-    """Refuses params that are still in the form that the plan comes from.
+    """Refuse params that are still in the form that the plan comes from.
 
     Args:
       shapes: path and shape of each parameter.

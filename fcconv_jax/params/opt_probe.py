@@ -142,7 +142,7 @@ def _first_difference(want: Any, got: Any, threshold: float) -> str:
 
 
 def _is_here(leaf: Any) -> bool:
-    """Whether this process has all values of a leaf."""
+    """Return whether this process has all values of a leaf."""
     abstract = isinstance(leaf, jax.ShapeDtypeStruct | Tracer)
     return not abstract and getattr(leaf, "is_fully_addressable", True)
 

@@ -27,7 +27,7 @@ def convert_opt_state(
     check: bool = True,
     probe_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:
-    """Moves an optax optimizer state into the plan's form, moments and all.
+    """Convert an optax optimizer state to the plan's form.
 
     Before anything is returned, two updates are run in both forms on random gradients,
     in float64: the converted state's must be the conversion of the original's. That
@@ -57,7 +57,7 @@ def convert_opt_state(
         message names the leaf. Or the updates could not be run.
 
     Source:
-      ``optax.tree_map_params`` tells which leaves of a state belong to the params.
+      ``optax.tree_map_params`` finds the leaves of a state that belong to the params.
 
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, optax
@@ -98,7 +98,7 @@ def convert_opt_state(
     try:
         out = move_state(opt_state)
     except Exception as error:
-        # Each optimizer fails in its own way where its state is no tree of params.
+        # Each optimizer fails in its own way if its state isn't a tree of params.
         found = str(error) if isinstance(error, PlanError) else repr(error)
         raise PlanError(_NOT_ENTRYWISE.format(found)) from error
     got_leaves, got_tree = flatten_with_path(out)

@@ -7,7 +7,7 @@ from typing import Any
 
 
 def is_nnx_module(value: Any) -> bool:
-    """Whether a value is an ``nnx.Module``; False where nobody imported nnx yet.
+    """Return whether a value is an ``nnx.Module``; False where nobody imported nnx yet.
 
     Example:
       >>> from flax import nnx
@@ -19,12 +19,12 @@ def is_nnx_module(value: Any) -> bool:
 
 
 def is_nnx_class(value: Any) -> bool:
-    """Whether a value is a class of ``nnx.Module``s."""
+    """Return whether a value is a class of ``nnx.Module``s."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(value, type) and issubclass(value, nnx.Module)
 
 
 def is_variable(value: Any) -> bool:
-    """Whether a value is an ``nnx.Variable``: a parameter in its box of metadata."""
+    """Return whether a value is an ``nnx.Variable``."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(value, nnx.Variable)

@@ -12,7 +12,7 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Static:
-    """What is left of a PyTree when its arrays are taken out; hashable.
+    """The rest of a PyTree without its arrays; hashable.
 
     Python numbers, strings, functions and flags stay here, so that a model can
     branch on them as it does outside of ``jit``.
@@ -23,14 +23,14 @@ class Static:
     types: tuple[type, ...]  # 1, 1.0 and True are equal, but trace differently
 
     def merge(self, arrays: Sequence[Any]) -> Any:
-        """The PyTree again, with ``arrays`` in the places of the arrays."""
+        """Return the PyTree again, with ``arrays`` in the places of the arrays."""
         rest = iter(arrays)
         leaves = [next(rest) if leaf is _ARRAY else leaf for leaf in self.leaves]
         return jax.tree.unflatten(self.treedef, leaves)
 
 
 def split(tree: Any) -> tuple[list[Any], Static]:
-    """The arrays (also abstract ones) of a PyTree, and everything else.
+    """Return the arrays (also abstract ones) of a PyTree, and everything else.
 
     Example:
       >>> arrays, static = split(((np.ones(2),), {"train": True}))
@@ -47,21 +47,21 @@ def split_hashable(tree: Any, caller: str) -> tuple[list[Any], Static]:
     """:func:`split`, for a static argument of ``jax.jit``.
 
     Raises:
-      TypeError: something that is no array is not hashable; names ``caller``.
+      TypeError: an argument other than an array isn't hashable; names ``caller``.
     """
     arrays, static = split(tree)
     try:
         hash(static)
     except TypeError as error:
         raise TypeError(
-            f"{caller}: an argument that is no array must be hashable, as under "
+            f"{caller}: an argument other than an array must be hashable, as in "
             f"jax.jit ({error})"
         ) from None
     return arrays, static
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf is an array, a tracer or an abstract array."""
+    """Return whether a leaf is an array, a tracer or an abstract array."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 
 

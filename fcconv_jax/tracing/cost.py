@@ -1,4 +1,4 @@
-"""What a trace costs, read off its shapes."""
+"""Costs of a trace, derived from its shapes."""
 
 from __future__ import annotations
 

@@ -71,7 +71,7 @@ class _Place:
 
 
 def find_flattens(inputs: Iterable[LayerInput]) -> dict[int, tuple[Flatten, ...]]:
-    """The flattens behind the inputs of layers.
+    """Return the flattens behind the inputs of layers.
 
     Args:
       inputs: where they are in one trace.
@@ -104,7 +104,7 @@ def find_flattens(inputs: Iterable[LayerInput]) -> dict[int, tuple[Flatten, ...]
 
 
 def _describe(end: _Place) -> Flatten | None:
-    """Reads window and order off the array where a walk ended."""
+    """Read window and order off the array where a walk ended."""
     eqn, _ = end.producer
     name, params = ("", {}) if eqn is None else (eqn.primitive.name, eqn.params)
     if name == "dot_general" and params["dimension_numbers"][1][0]:
@@ -129,7 +129,7 @@ def _describe(end: _Place) -> Flatten | None:
 
 
 def _ends(start: _Place, memo: dict[_Place, tuple[_Place, ...]]) -> tuple[_Place, ...]:
-    """Where the paths back from a place end, if the features were split on the way.
+    """Return where paths back from a place end, if the features were split on the way.
 
     Of paths that join in one equation those count on which the features are split
     further; a single axis that is never split has no ends. Runs on a stack of its
@@ -158,7 +158,7 @@ def _ends(start: _Place, memo: dict[_Place, tuple[_Place, ...]]) -> tuple[_Place
 
 
 def _is_stretched(place: _Place) -> bool:
-    """Whether an array repeats its entries, as the statistics of a norm's groups do.
+    """Return whether an array repeats its entries, as a group norm's statistics do.
 
     Then its axes don't form a map that was flattened.
     """
@@ -169,7 +169,7 @@ def _is_stretched(place: _Place) -> bool:
 
 
 def _sources(place: _Place) -> list[_Place]:
-    """One step back: the arrays that the followed axes come from; none at an end."""
+    """Return the arrays that the followed axes come from; none at an end."""
     frame, axes, sizes = place.frame, place.axes, place.sizes
     eqn, index = place.producer
     if eqn is None:
@@ -214,7 +214,7 @@ def _variables(
 
 
 def _axes_before(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
-    """Which axes of the operand the result's ``axes`` are; None if it mixes them."""
+    """Return the operand's axes of the result's ``axes``; None if it mixes them."""
     name, params = eqn.primitive.name, eqn.params
     if name == "transpose":
         return tuple(params["permutation"][axis] for axis in axes)
@@ -237,7 +237,7 @@ def _axes_before(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
 
 
 def _carries(frame: Frame, var: Any, shape: tuple[int, ...]) -> bool:
-    """Whether an operand of an elementwise equation can hold the features."""
+    """Return whether an operand of an elementwise equation can hold the features."""
     if isinstance(var, Literal) or tuple(var.aval.shape) != shape:
         return False
     eqn, _ = frame.producers.get(var, (None, 0))
@@ -250,7 +250,7 @@ def _carries(frame: Frame, var: Any, shape: tuple[int, ...]) -> bool:
 def _outer(
     frame: Frame, var: Any, axes: tuple[int, ...]
 ) -> tuple[Frame, Any, tuple[int, ...]] | None:
-    """The operand behind an input of a sub-jaxpr, with the axes there."""
+    """Return the operand behind an input of a sub-jaxpr, with the axes there."""
     if frame.parent is None or var not in frame.jaxpr.invars:
         return None
     index = frame.jaxpr.invars.index(var)
@@ -270,7 +270,7 @@ def _outer(
 def _unflatten(
     before: Sequence[int], after: Sequence[int], axes: Sequence[int]
 ) -> tuple[int, ...] | None:
-    """The axes before a reshape that make up ``axes`` after it, in the same order."""
+    """Return the axes before a reshape that make up ``axes`` after it, in order."""
     source: list[int] = []
     for axis in axes:
         outer = math.prod(after[:axis])
@@ -295,7 +295,7 @@ def _unflatten(
 
 
 def _unbroadcast(eqn: Any, axes: Sequence[int]) -> tuple[int, ...] | None:
-    """The operand's axes behind ``axes`` of a broadcast, if none was stretched."""
+    """Return the operand's axes of a broadcast's ``axes``, if none was stretched."""
     placed = {out: i for i, out in enumerate(eqn.params["broadcast_dimensions"])}
     operand, shape = eqn.invars[0], eqn.outvars[0].aval.shape
     if isinstance(operand, Literal):
@@ -327,7 +327,7 @@ def _upstream_rank(frame: Frame, var: Any, mapped: int) -> int:
 
 
 def _main_operand(frame: Frame, eqn: Any) -> Any:
-    """The operand that the activations come in by: the left one of a matmul.
+    """Return the operand that the activations come in by: the left one of a matmul.
 
     Of several the one of the highest rank; not one number everywhere, as the zeros of
     dropout are.

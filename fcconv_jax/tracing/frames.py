@@ -34,11 +34,11 @@ class Frame:
 
     @classmethod
     def of(cls, jaxpr: Any) -> Frame:
-        """The frame of a whole trace, as ``jax.make_jaxpr`` returns it."""
+        """Return the frame of a whole trace, as ``jax.make_jaxpr`` returns it."""
         return cls(opened(jaxpr)[0])
 
     def enter(self, eqn: Any, body: Any) -> Frame:
-        """The frame of a jaxpr that an equation of this frame runs."""
+        """Return the frame of a jaxpr that an equation of this frame runs."""
         key = (id(eqn), id(body))
         if key not in self.inner:
             self.inner[key] = Frame(opened(body)[0], self, eqn)

@@ -10,7 +10,7 @@ from .jaxprs import call_body, opened
 
 
 def inputs_read(jaxpr: Any) -> list[bool]:
-    """Whether each input of a program reaches one of its outputs.
+    """Return whether each input of a program reaches one of its outputs.
 
     Inputs of a loop or a branch count as read, whatever becomes of them inside.
 

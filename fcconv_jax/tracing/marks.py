@@ -15,17 +15,17 @@ LAYER = "fcconv_jax.layer"
 
 
 def name_parameter(array: Any) -> Any:
-    """Names a parameter in the trace as read by the layer that it is of."""
+    """Name a parameter in the trace as read by the layer that it is of."""
     return checkpoint_name(array, LAYER)
 
 
 def name_input(path: str, x: Any) -> None:
-    """Names a layer's input in the trace; the name is found where the trace is run."""
+    """Name a layer's input in the trace; the name is found where the trace is run."""
     _name(f"{_INPUT}{path}", x)
 
 
 def name_output(path: str, out: Any) -> Any:
-    """The output of a module, each of its arrays under the module's name."""
+    """Return the output of a module, each of its arrays under the module's name."""
     return jax.tree.map(lambda leaf: _name(f"{_OUTPUT}{path}", leaf), out)
 
 

@@ -18,7 +18,7 @@ _NEEDS_A_VALUE = (
 
 
 def users_line(error: BaseException) -> str | None:
-    """Where an error left the code of neither this package nor an installed one.
+    """Return where an error left the code of neither this package nor an installed one.
 
     Example:
       >>> users_line(ValueError("raised nowhere")) is None
@@ -48,7 +48,7 @@ def way_out(error: BaseException) -> str | None:
 
 @contextlib.contextmanager
 def explained() -> Iterator[None]:
-    """Adds the model's own line and a way out to an error, where one is known.
+    """Add the model's own line and a fix, if known, to an error.
 
     Example:
       >>> with explained():
