@@ -18,6 +18,7 @@ from fcconv_jax.checkpoints import (
 from fcconv_jax.errors import CheckpointError
 from fcconv_jax.kernels import kernel_rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
+from fcconv_jax.plan.plan import VERSION
 
 FORMATS = ("orbax", "msgpack", "safetensors")
 
@@ -216,7 +217,7 @@ def test_a_plan_of_a_newer_version_is_refused(case, save, tmp_path, listing, for
     content = place.read_bytes()
     for quote in (b'"', b'\\"'):
         version = quote + b"version" + quote + b": "
-        content = content.replace(version + b"2", version + b"9")
+        content = content.replace(version + b"%d" % VERSION, version + b"9")
     place.write_bytes(content)
     before = listing()
     with pytest.raises(CheckpointError, match=r"conv.*version 9.*upgrade"):
