@@ -8,7 +8,7 @@ import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +17,6 @@ from ..plan import Plan
 from ..reports import aligned
 from ..strict_json import loads, whole_numbers
 
-Format = Literal["orbax", "msgpack", "safetensors"]
 Parts = tuple[str, ...]
 
 PLAN_KEY = "fcconv_plan"
@@ -46,6 +45,12 @@ def with_leaves(tree: Any, leaves: Iterator[Any]) -> Any:
     if isinstance(tree, list | tuple):
         return [with_leaves(node, leaves) for node in tree]
     return next(leaves)
+
+
+def step_number(name: str) -> int:
+    """Return the number of a step's name, such as ``20`` or ``step_20``; else -1."""
+    digits = name.rpartition("_")[2]
+    return int(digits) if digits.isascii() and digits.isdigit() else -1
 
 
 def is_array(leaf: Any) -> bool:
@@ -169,7 +174,7 @@ class Checkpoint:
       layout: how it lies in its directory.
     """
 
-    format: Format
+    format: str
     tree: Any
     record: Record | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -196,7 +201,7 @@ class CheckpointInfo:
     """
 
     path: Path
-    format: Format
+    format: str
     leaves: tuple[LeafInfo, ...]
     record: Record | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
@@ -244,19 +249,19 @@ class CheckpointReport:
       steps: names of the steps that were converted, where ``src`` holds several.
       dry: whether nothing was written.
       free: of a dry run, bytes that are free at ``dst``.
-      seconds: of a dry run, the time that writing would take, about.
+      plan_of: the step whose plan was used, if this one holds none.
     """
 
     src: Path
     dst: Path
-    format: Format
+    format: str
     converted: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
     leaves: int
     nbytes: int
     steps: tuple[str, ...] = ()
     dry: bool = False
     free: int | None = None
-    seconds: float | None = None
+    plan_of: str = ""
 
     def __str__(self) -> str:
         rows = [(path, f"{old} -> {new}") for path, old, new in self.converted]
@@ -266,9 +271,11 @@ class CheckpointReport:
             f"{'would be ' * self.dry}converted, {self.nbytes} bytes",
             *aligned(rows),
         ]
+        if self.plan_of:
+            lines.append(f"by the plan that is stored in step {self.plan_of}")
         if self.dry:
             lines.append(
                 f"nothing was written; {self.nbytes} bytes are needed, {self.free} are "
-                f"free, in about {self.seconds:.1f} s and a check"
+                "free"
             )
         return "\n".join(lines)

@@ -86,14 +86,15 @@ class ContentReport(Report):
 
 
 def differences(
-    meant: Checkpoint, found: Checkpoint, scratch: Path, tell: Tell
+    meant: Checkpoint, found: Checkpoint, scratch: Path | None, tell: Tell
 ) -> Iterator[Difference]:
     """The leaves in which one checkpoint is not what another says it should be.
 
     Args:
       meant: with the moves that lead to what is expected.
       found: of the same names.
-      scratch: folder for entries that cannot be read in the order wanted.
+      scratch: folder for large arrays that cannot be read in the order wanted; None
+        to hold them in memory.
       tell: called with the number of bytes compared since.
     """
     want = {"/".join(parts): leaf for parts, leaf in iter_leaves(meant.tree)}
@@ -109,7 +110,7 @@ def differences(
                 yield Difference(name, what)
 
 
-def _difference(want: Any, have: Any, scratch: Path, tell: Tell) -> str:
+def _difference(want: Any, have: Any, scratch: Path | None, tell: Tell) -> str:
     if not isinstance(want, Moved) and not isinstance(have, Moved):
         # Formats keep scalars in ways of their own.
         return "" if _same_value(want, have) else f"{have!r:.60}, expected {want!r:.60}"

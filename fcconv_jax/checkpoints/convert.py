@@ -1,49 +1,27 @@
-"""A checkpoint to the other form and back, as one file to another."""
+"""A checkpoint to the other form and back, as one file to another; and compared."""
 
 from __future__ import annotations
 
 import dataclasses
-import os
-import shutil
-import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
-from ..errors import CheckpointError, PlanError
-from ..params.leaves import convert_leaf
-from ..params.matching import Leaf, Move, find_moves
+from ..errors import CheckpointError
 from ..plan import Plan, in_words
-from ..progress import Progress, ProgressOption, shown
+from ..progress import ProgressOption, shown
 from .checkpoint import (
     Checkpoint,
     CheckpointReport,
     FolderLayout,
-    Format,
     Record,
-    is_array,
     iter_leaves,
-    with_leaves,
 )
-from .content import ContentReport, Difference, differences
-from .entries import Moved
-from .extents import PIECE, File, Tell
-from .files import (
-    PathLike,
-    check_free,
-    described,
-    format_for,
-    fresh_place,
-    merged,
-    named,
-    open_checkpoint,
-    put,
-    require_headers,
-    step_names,
-    step_of,
-    write_one,
-)
-from .formats import change_format, key_separator, split_paths
+from .content import ContentReport, differences
+from .detect import PathLike, format_for, named
+from .files import merged, open_checkpoint, step_names
+from .formats import FORMATS
+from .job import Job, make_job, shapes_of, split_tree
+from .rewrite import Teller, Wishes, chosen_steps, rewrite
 from .stamp import Stamp
 
 
@@ -54,14 +32,15 @@ def convert_checkpoint(
     *,
     overwrite: bool = False,
     progress: ProgressOption = None,
-    format: Format | None = None,
+    format: str | None = None,
     step: str | int | None = None,
     all_steps: bool = False,
     prefix: str | Sequence[str] = (),
     check: bool = True,
     dry_run: bool = False,
+    follow_links: bool = False,
 ) -> CheckpointReport:
-    """Writes a checkpoint in the plan's form, with the plan stored in it.
+    """Write a checkpoint in the plan's form, with the plan stored in it.
 
     Entries are moved, never changed; every other leaf is written as it was read. A
     plain Flax model with the converted layers loads the result without fcconv_jax.
@@ -84,19 +63,21 @@ def convert_checkpoint(
       dst: where to write; must not exist.
       plan: from :func:`fcconv_jax.make_plan`. Its paths are found with or without the
         levels that the checkpoint puts above them.
-      overwrite: replace the checkpoint at ``dst``; it stays if anything fails. What is
-        no checkpoint is never replaced.
+      overwrite: replace the checkpoint at ``dst``; it stays if anything fails. A folder
+        that holds other files, too, is never replaced.
       progress: called with what is done, the bytes done and their total; None or True
         for bars on stderr, False for none.
       format: format of ``dst``; by default what its suffix says, else that of ``src``.
         Only nested dicts of arrays travel from one format to another.
-      step: which step of a directory that holds several, by name or number; the latest
-        unless said.
+      step: which step of a directory that holds several, by name or number; by
+        default, the latest.
       all_steps: convert every step of it.
       prefix: levels above the params to convert, such as ``"gen/params"``, where a
         checkpoint holds several models; one for each copy of the same model.
       check: read what was written and compare it, entry by entry, with the source.
-      dry_run: write nothing; say what would be done.
+      dry_run: write nothing; report what would be done.
+      follow_links: read and copy what links that leave the folder ``src`` lead to. By
+        default they are an error, except those in the Hugging Face hub's cache.
 
     Returns:
       What was converted.
@@ -125,49 +106,56 @@ def convert_checkpoint(
       ...     convert_checkpoint(src, dst, Plan("conv", (("fc", fc),))).converted
       (('fc/kernel', (8, 3), (2, 2, 2, 3)),)
     """
-    wishes = _Wishes(overwrite, progress, format, check, dry_run)
+    wishes = Wishes(overwrite, progress, check, dry_run, follow_links)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
 
-    def job(source: Checkpoint) -> _Job:
+    def job(source: Checkpoint) -> Job:
         if source.plan is not None:
             raise CheckpointError(
                 f"{src}: converted to {in_words(source.plan.to)} already (it holds the "
                 "plan); restore_checkpoint (fcconv restore) takes it back"
             )
-        return _job(
+        return make_job(
             source, plan, True, prefixes, format or format_for(dst, source.format)
         )
 
-    return _rewrite(src, dst, job, _steps(src, step, all_steps), wishes)
+    return rewrite(src, dst, job, chosen_steps(src, step, all_steps), wishes)
 
 
 def restore_checkpoint(
     src: PathLike,
     dst: PathLike,
+    plan: Plan | None = None,
     *,
     overwrite: bool = False,
     progress: ProgressOption = None,
-    format: Format | None = None,
+    format: str | None = None,
     step: str | int | None = None,
     all_steps: bool = False,
     prefix: str | Sequence[str] = (),
     check: bool = True,
     dry_run: bool = False,
+    follow_links: bool = False,
 ) -> CheckpointReport:
-    """Undoes :func:`convert_checkpoint` to the bit, with the plan stored in ``src``.
+    """Undo :func:`convert_checkpoint` to the bit, with the plan stored in ``src``.
 
     Args:
-      src: what :func:`convert_checkpoint` wrote.
+      src: what :func:`convert_checkpoint` wrote, or what was saved in the converted
+        form since.
       dst: where to write; must not exist.
+      plan: the plan of the conversion, if ``src`` does not hold it. By default, a step
+        without one takes the plan that other steps of its directory hold.
       overwrite: replace the checkpoint at ``dst``; it stays if anything fails.
       progress: called with what is done, the bytes done and their total; None or True
         for bars on stderr, False for none.
       format: format of ``dst``; by default what its suffix says, else that of ``src``.
-      step: which step of a directory that holds several; the latest unless said.
+      step: which step of a directory that holds several; by default, the latest.
       all_steps: restore every step of it.
       prefix: as :func:`convert_checkpoint` was given it.
       check: compare what was written with ``src``, entry by entry.
-      dry_run: write nothing; say what would be done.
+      dry_run: write nothing; report what would be done.
+      follow_links: read and copy what links that leave the folder ``src`` lead to. By
+        default they are an error, except those in the Hugging Face hub's cache.
 
     Returns:
       What was converted back.
@@ -194,22 +182,29 @@ def restore_checkpoint(
       ...     fc.restore_checkpoint(dst, Path(folder, "again.msgpack")).converted
       (('fc/kernel', (2, 2, 1, 3), (4, 3)),)
     """
-    wishes = _Wishes(overwrite, progress, format, check, dry_run)
+    wishes = Wishes(overwrite, progress, check, dry_run, follow_links)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
 
-    def job(source: Checkpoint) -> _Job:
-        if source.record is None:
-            raise CheckpointError(
-                f"{src}: holds no plan: it was not written by convert_checkpoint; "
-                "with the plan at hand, convert_checkpoint(src, dst, plan.inverse())"
-            )
-        _require_same_leaves(source, source.record, src)
-        plan = source.record.plan.inverse()
-        return _job(
-            source, plan, False, prefixes, format or format_for(dst, source.format)
-        )
+    taken_from = ""
 
-    return _rewrite(src, dst, job, _steps(src, step, all_steps), wishes)
+    def job(source: Checkpoint) -> Job:
+        nonlocal taken_from
+        found, taken_from = plan, ""
+        if source.record is not None:
+            _require_same_leaves(source, source.record, src)
+            if plan not in (None, source.record.plan):
+                raise CheckpointError(
+                    f"{src}: holds another plan than the one given; leave out plan= "
+                    "(--plan)"
+                )
+            found = source.record.plan
+        elif found is None:
+            found, taken_from = _plan_of_the_run(src)
+        target = format or format_for(dst, source.format)
+        return make_job(source, found.inverse(), False, prefixes, target)
+
+    report = rewrite(src, dst, job, chosen_steps(src, step, all_steps), wishes)
+    return dataclasses.replace(report, plan_of=taken_from)
 
 
 def verify_checkpoint(
@@ -221,13 +216,16 @@ def verify_checkpoint(
     prefix: str | Sequence[str] = (),
     progress: ProgressOption = None,
 ) -> ContentReport:
-    """Compares two checkpoints entry by entry, without the model's code.
+    """Compare two checkpoints entry by entry, without the model's code.
+
+    Nothing is written. Files are compared a piece at a time; an array in an Orbax
+    directory is whole in memory while it is compared.
 
     Args:
-      src: the one.
-      dst: the other: a conversion of it, in any format, or the same once more.
-      plan: that leads from ``src`` to ``dst``; the one stored in either unless given.
-      step: of directories that hold several; the latest unless said.
+      src: one checkpoint.
+      dst: another: a conversion of it, in any format, or the same once more.
+      plan: that leads from ``src`` to ``dst``; by default, the one stored in either.
+      step: of directories that hold several; by default, the latest.
       prefix: as :func:`convert_checkpoint` was given it.
       progress: called with what is done, the bytes done and their total; None or True
         for bars on stderr, False for none.
@@ -236,7 +234,7 @@ def verify_checkpoint(
       Which leaves differ, if any.
 
     Raises:
-      CheckpointError: one is damaged or no checkpoint, the plan does not fit, or one
+      CheckpointError: one is damaged or not a checkpoint, the plan does not fit, or one
         changed while it was read.
 
     Source:
@@ -264,19 +262,13 @@ def verify_checkpoint(
             plan = source.plan.inverse()
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
     found = merged(found)
-    job = _job(source, plan or Plan("conv"), False, prefixes, found.format)
+    job = make_job(source, plan or Plan("conv"), False, prefixes, found.format)
     meant = merged(job.meant)
-    if isinstance(source.layout, FolderLayout) or found.format == "safetensors":
-        meant, found = (_split(checkpoint) for checkpoint in (meant, found))
-    with (
-        named(Path(dst)),
-        fresh_place(Path(os.path.abspath(dst))) as scratch,
-        shown(progress) as tell,
-    ):
-        teller = _Teller(tell, job.nbytes)
-        different = tuple(
-            differences(meant, found, scratch.parent, teller.telling("comparing"))
-        )
+    if isinstance(source.layout, FolderLayout) or FORMATS[found.format].flat:
+        meant, found = (split_tree(checkpoint) for checkpoint in (meant, found))
+    with named(Path(dst)), shown(progress) as tell:
+        telling = Teller(tell, job.nbytes).telling("comparing")
+        different = tuple(differences(meant, found, None, telling))
     for stamp in stamps:
         stamp.check()
     count = sum(1 for _ in iter_leaves(meant.tree))
@@ -291,201 +283,27 @@ def verify_checkpoint(
     )
 
 
-@dataclasses.dataclass(frozen=True)
-class _Wishes:
-    """How a checkpoint is to be rewritten."""
+def _plan_of_the_run(src: PathLike) -> tuple[Plan, str]:
+    """The plan that the other steps of a directory hold, and the latest of these.
 
-    overwrite: bool
-    progress: ProgressOption
-    format: Format | None
-    check: bool
-    dry_run: bool
-
-
-@dataclasses.dataclass(frozen=True)
-class _Job:
-    """One checkpoint to write.
-
-    Args:
-      source: as it lies in its files.
-      meant: what is to be written.
-      converted: path, shape before and shape after of each leaf that moves.
-      nbytes: bytes of all entries.
+    Training that goes on from a converted checkpoint saves steps without a plan.
     """
-
-    source: Checkpoint
-    meant: Checkpoint
-    converted: tuple[tuple[str, tuple[int, ...], tuple[int, ...]], ...]
-    nbytes: int
-
-
-class _Teller:
-    """Tells how far the work has come, in bytes.
-
-    Args:
-      progress: the function to call.
-      total: bytes in all.
-    """
-
-    def __init__(self, progress: Progress, total: int):
-        self.progress, self.total, self.done = progress, total, 0
-
-    def telling(self, what: str) -> Tell:
-        """A function that is called with the bytes just done."""
-
-        def tell(count: int) -> None:
-            self.done += count
-            self.progress(f"checkpoint: {what}", self.done, self.total)
-
-        return tell
-
-
-def _steps(
-    src: PathLike, step: str | int | None, all_steps: bool
-) -> list[str | int | None]:
-    if not all_steps:
-        return [step]
-    if step is not None:
-        raise CheckpointError("expected step= or all_steps=, got both; pass one")
-    names = step_names(src)
-    if not names:
-        raise CheckpointError(f"{src}: has no steps; leave out all_steps (--all-steps)")
-    return list(names)
-
-
-def _rewrite(
-    src: PathLike,
-    dst: PathLike,
-    job_for: Callable[[Checkpoint], _Job],
-    steps: Sequence[str | int | None],
-    wishes: _Wishes,
-) -> CheckpointReport:
-    here, final = Path(src).resolve(), Path(os.path.abspath(dst))
-    there = final.resolve()
-    if here == there or here in there.parents or there in here.parents:
+    plans = {}
+    for name in step_names(src):
+        plan = open_checkpoint(src, name).plan
+        if plan is not None:
+            plans[plan] = name
+    if len(plans) != 1:
         raise CheckpointError(
-            f"{dst}: is {src}, or one lies in the other; a checkpoint is converted to "
-            "a new place, never in its own"
+            f"{src}: holds {'several plans' if plans else 'no plan'}: it was not "
+            "written by convert_checkpoint. Pass the plan that converted its params, "
+            "restore_checkpoint(src, dst, plan) or fcconv restore --plan"
         )
-    sources = [open_checkpoint(src, step) for step in steps]
-    stamps = [Stamp.of(source) for source in sources]
-    jobs = [job_for(source) for source in sources]
-    report = _report(jobs, final, len(steps) > 1)
-    check_free(final, wishes.overwrite)
-    if wishes.dry_run:
-        return _dry(report)
-    total = report.nbytes * (2 if wishes.check else 1)
-    with named(final), fresh_place(final) as fresh, shown(wishes.progress) as bars:
-        teller = _Teller(bars, total)
-        _require_room(fresh.parent, report.nbytes, final)
-        for job in jobs:
-            write_one(fresh, job.meant, teller.telling("writing"))
-        for stamp in stamps:
-            stamp.check()
-        for job in jobs:
-            written = open_checkpoint(fresh, step_of(job.meant))
-            require_headers(job.meant, described(written))
-            if wishes.check:
-                tell = teller.telling("checking")
-                _require_content(job.meant, written, fresh.parent, tell)
-        for stamp in stamps:
-            stamp.check()
-        put(fresh, final, wishes.overwrite)
-    return report
-
-
-def _job(
-    source: Checkpoint,
-    plan: Plan,
-    keep: bool,
-    prefixes: Sequence[str],
-    format: Format,
-) -> _Job:
-    """What a plan makes of a checkpoint that is open."""
-    file = str(source.path)
-    leaves = list(iter_leaves(source.tree))
-    # The files of a folder are no level of the tree.
-    lead = 1 if isinstance(source.layout, FolderLayout) else 0
-    paths = [parts[lead:] for parts, _ in leaves]
-    separator = "/"
-    if source.format == "safetensors":
-        separator = key_separator([parts[0] for parts in paths])
-    split = split_paths(paths, separator, file)
-    found = {
-        split[parts]: Leaf(
-            "/".join(parts), tuple(leaf.shape) if is_array(leaf) else None
-        )
-        for parts, (_, leaf) in zip(paths, leaves)
-    }
-    bases = [tuple(filter(None, prefix.split("/"))) for prefix in prefixes]
-    try:
-        moves = find_moves(found, plan, prefixes=bases, separator=separator)
-    except PlanError as error:
-        raise CheckpointError(f"{file}: {error}") from None
-    out, converted = [], []
-    for parts, (_, leaf) in zip(paths, leaves):
-        move = moves.get(split[parts])
-        if move is not None:
-            name = "/".join(parts)
-            try:
-                moved = _moved(leaf, move)
-            except ValueError as error:
-                raise CheckpointError(f"{file}: leaf {name!r}: {error}") from None
-            if not move.is_identity:
-                converted.append((name, tuple(leaf.shape), moved.shape))
-            leaf = moved
-        out.append(leaf)
-    tree = with_leaves(source.tree, iter(out))
-    meant = dataclasses.replace(source, tree=tree, record=None)
-    if format != source.format:
-        meant = merged(meant)
-        tree = change_format(meant.tree, source.format, format, file)
-        meant = Checkpoint(format, tree)
-    nbytes = sum(leaf.nbytes for leaf in out if is_array(leaf))
-    if keep:
-        meant = dataclasses.replace(meant, record=Record(plan, _shapes(meant)))
-    return _Job(source, meant, tuple(converted), nbytes)
-
-
-def _moved(leaf: Any, move: Move) -> Moved:
-    """A leaf with its entries still to be moved.
-
-    Raises:
-      ValueError: entries smaller than a byte would have to change places.
-    """
-    leaf = Moved.of(leaf)
-    n = len(move.stack_axes)
-    if n and not all(0 <= axis <= i for i, axis in enumerate(move.stack_axes)):
-        # A stack along an inner axis is moved in memory, by itself.
-        return Moved.of(convert_leaf(move.rearrange, leaf.array(), move.stack_axes))
-    whole = move.rearrange.stacked(leaf.shape[:n]) if n else move.rearrange
-    if not leaf.itemsize and not whole.is_reshape:
-        raise ValueError(
-            f"entries of dtype {leaf.dtype} are smaller than a byte and would have to "
-            "be transposed. Widen them first"
-        )
-    return dataclasses.replace(leaf, move=whole)
-
-
-def _shapes(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
-    return {leaf.path: leaf.shape for leaf in described(checkpoint).leaves}
-
-
-def _split(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint as one flat dict, by the levels of its paths."""
-    leaves = dict(iter_leaves(checkpoint.tree))
-    separator = "/"
-    if checkpoint.format == "safetensors":
-        separator = key_separator([parts[0] for parts in leaves])
-    tree = {
-        "/".join(level for part in parts for level in part.split(separator)): leaf
-        for parts, leaf in leaves.items()
-    }
-    return dataclasses.replace(checkpoint, tree=tree)
+    return next(iter(plans.items()))
 
 
 def _require_same_leaves(source: Checkpoint, record: Record, src: PathLike) -> None:
-    found = _shapes(source)
+    found = shapes_of(source)
     for name, shape in record.shapes.items():
         if name not in found:
             raise CheckpointError(
@@ -501,57 +319,4 @@ def _require_same_leaves(source: Checkpoint, record: Record, src: PathLike) -> N
         raise CheckpointError(
             f"{src}: leaf {name!r} was not there when the checkpoint was converted. "
             "Restore from the file that convert_checkpoint wrote"
-        )
-
-
-def _require_content(
-    meant: Checkpoint, written: Checkpoint, scratch: Path, tell: Tell
-) -> None:
-    """Compares what was written with its source, entry by entry."""
-    wrong: Difference | None = next(differences(meant, written, scratch, tell), None)
-    if wrong is not None:
-        raise CheckpointError(
-            f"{scratch.parent}: leaf {wrong.path!r} reads back as {wrong.what}; "
-            "nothing was kept. Is something else writing to the source, or the disk "
-            "failing?"
-        )
-
-
-def _report(jobs: Sequence[_Job], final: Path, several: bool) -> CheckpointReport:
-    def named_in(job: _Job, name: str) -> str:
-        return f"{step_of(job.source)}/{name}" if several else name
-
-    return CheckpointReport(
-        jobs[0].source.path or Path(),
-        final,
-        jobs[0].meant.format,
-        tuple(
-            (named_in(job, name), before, after)
-            for job in jobs
-            for name, before, after in job.converted
-        ),
-        sum(1 for job in jobs for _ in iter_leaves(job.meant.tree)),
-        sum(job.nbytes for job in jobs),
-        tuple(filter(None, (step_of(job.source) for job in jobs))),
-    )
-
-
-def _dry(report: CheckpointReport) -> CheckpointReport:
-    """The report, with the room there is and the time that it would take."""
-    folder = next(p for p in report.dst.parents if p.exists())
-    begin = time.perf_counter()
-    with named(folder):
-        scratch = File.nameless(folder)
-        scratch.extent(0, PIECE).write(0, memoryview(bytes(PIECE)))
-        os.fsync(scratch.fd)
-    seconds = (time.perf_counter() - begin) * report.nbytes / PIECE
-    free = shutil.disk_usage(folder).free
-    return dataclasses.replace(report, dry=True, free=free, seconds=seconds)
-
-
-def _require_room(folder: Path, nbytes: int, final: Path) -> None:
-    free = shutil.disk_usage(folder).free
-    if free < nbytes:
-        raise CheckpointError(
-            f"{final}: needs {nbytes} bytes, {free} are free there; choose another disk"
         )

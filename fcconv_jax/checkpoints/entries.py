@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import itertools
-import math
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any, Protocol
@@ -25,9 +23,7 @@ from .extents import (
     give_back_memory,
     silent,
 )
-
-Shape = tuple[int, ...]
-
+from .slabs import Shape, row_major_slabs, run_count, runs, slices
 
 # First index of a box of an array, and what reads it.
 Piece = tuple[Shape, Callable[[], np.ndarray]]
@@ -87,7 +83,7 @@ class Held:
 
     def box(self, start: Shape, sizes: Shape) -> np.ndarray:
         """Any box of the array."""
-        return _opaque(self.array)[_slices(start, sizes)]
+        return _opaque(self.array)[slices(start, sizes)]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -120,74 +116,9 @@ class Filed:
     def box(self, start: Shape, sizes: Shape) -> np.ndarray:
         """Any box of the array."""
         out = np.empty(sizes, raw_dtype(self.itemsize))
-        for index, offset in _runs(self.shape, start, sizes):
+        for index, offset in runs(self.shape, start, sizes):
             self.extent.read_into(offset * self.itemsize, _octets(out[index]))
         return out
-
-
-def row_major_slabs(
-    shape: Shape, itemsize: int, limit: int
-) -> Iterator[tuple[Shape, Shape]]:
-    """First index and sizes of boxes that lie contiguously, of limited size.
-
-    Args:
-      shape: of the array.
-      itemsize: bytes of an entry.
-      limit: bytes of a box; one entry at least.
-
-    Example:
-      >>> list(row_major_slabs((4, 3), 2, 12))
-      [((0, 0), (2, 3)), ((2, 0), (2, 3))]
-      >>> list(row_major_slabs((2, 3), 2, 4))[:2]
-      [((0, 0), (1, 2)), ((0, 2), (1, 1))]
-    """
-    if not math.prod(shape):
-        return
-    inner, axis = itemsize, len(shape)
-    while axis and inner * shape[axis - 1] <= limit:
-        axis -= 1
-        inner *= shape[axis]
-    if not axis:
-        yield (0,) * len(shape), shape
-        return
-    axis -= 1
-    width = max(1, limit // inner)
-    rest = len(shape) - axis - 1
-    for lead in itertools.product(*map(range, shape[:axis])):
-        for begin in range(0, shape[axis], width):
-            count = min(width, shape[axis] - begin)
-            yield (
-                (*lead, begin, *(0,) * rest),
-                (*(1,) * axis, count, *shape[axis + 1 :]),
-            )
-
-
-def _run_count(shape: Shape, sizes: Shape) -> int:
-    """The number of contiguous runs of a box of this size."""
-    return math.prod(sizes[: _run_axis(shape, sizes)])
-
-
-def _run_axis(shape: Shape, sizes: Shape) -> int:
-    """The first axis of which a box is contiguous with those behind it."""
-    axis = len(shape)
-    while axis and (axis == len(shape) or sizes[axis] == shape[axis]):
-        axis -= 1
-    return axis
-
-
-def _runs(shape: Shape, start: Shape, sizes: Shape) -> Iterator[tuple[Any, int]]:
-    """The contiguous runs of a box: where in the box, and the first entry."""
-    strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
-    axis = _run_axis(shape, sizes)
-    first = sum(a * s for a, s in zip(start, strides))
-    for index in itertools.product(*map(range, sizes[:axis])):
-        # The slice keeps a run of one entry an array.
-        where = (*index, slice(None)) if len(shape) else (...,)
-        yield where, first + sum(i * s for i, s in zip(index, strides))
-
-
-def _slices(start: Shape, sizes: Shape) -> tuple[slice, ...]:
-    return tuple(slice(a, a + n) for a, n in zip(start, sizes))
 
 
 def raw_dtype(itemsize: int) -> np.dtype:
@@ -284,7 +215,9 @@ class Moved:
         for count in at_once(write, _moved_pieces(here, perm)):
             tell(count)
 
-    def differs(self, other: Entries, scratch: Path, tell: Tell = silent) -> bool:
+    def differs(
+        self, other: Entries, scratch: Path | None, tell: Tell = silent
+    ) -> bool:
         """Whether any moved entry differs from another array's, bit for bit.
 
         Args:
@@ -333,16 +266,17 @@ class Moved:
         return out if self.move is None else self.move(out)
 
 
-def landed(entries: Entries, scratch: Path) -> Held | Filed:
+def landed(entries: Entries, scratch: Path | None) -> Held | Filed:
     """Entries that can be read in any order: in memory, or if large, in a file.
 
     Args:
       entries: wherever they lie.
-      scratch: folder for a file without a name, that is gone when it is closed.
+      scratch: folder for a file without a name, that is gone when it is closed; None
+        to hold entries of any size in memory.
     """
     if isinstance(entries, Held | Filed):
         return entries
-    if entries.nbytes <= LARGE:
+    if scratch is None or entries.nbytes <= LARGE:
         return Held(_in_memory(entries))
     file = File.nameless(scratch)
     entries.read_into(file.mapped(entries.shape, raw_dtype(entries.itemsize)))
@@ -361,7 +295,7 @@ def _moved_pieces(here: Held | Filed, perm: Shape) -> Iterator[Piece]:
     before, after = (
         next(row_major_slabs(s, itemsize, PIECE), (s, s))[1] for s in (shape, moved)
     )
-    by_target = _run_count(shape, _permuted(after, back)) < _run_count(
+    by_target = run_count(shape, _permuted(after, back)) < run_count(
         moved, _permuted(before, perm)
     )
 
@@ -386,7 +320,7 @@ def _in_memory(entries: Entries) -> np.ndarray:
 
 def _scatter(out: Extent, shape: Shape, start: Shape, box: np.ndarray) -> None:
     """Writes a box of a row-major array."""
-    for index, offset in _runs(shape, start, box.shape):
+    for index, offset in runs(shape, start, box.shape):
         out.write(offset * box.itemsize, _octets(np.ascontiguousarray(box[index])))
 
 

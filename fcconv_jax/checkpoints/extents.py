@@ -8,6 +8,7 @@ import fcntl
 import math
 import mmap
 import os
+import stat
 import struct
 import tempfile
 from collections import deque
@@ -19,6 +20,7 @@ from typing import TypeVar
 import numpy as np
 
 from ..errors import CheckpointError
+from ..install import allocate
 
 # Bytes that a thread holds in memory at a time; a move needs them twice.
 PIECE = 4 << 20
@@ -61,8 +63,15 @@ class File:
 
     @classmethod
     def read(cls, path: Path) -> File:
-        """Opens a file for reading."""
-        return cls(os.open(path, os.O_RDONLY), str(path))
+        """Opens a regular file for reading; a pipe or a device would never end.
+
+        Raises:
+          CheckpointError: it is not one.
+        """
+        file = cls(os.open(path, os.O_RDONLY | os.O_NONBLOCK), str(path))
+        if not stat.S_ISREG(os.fstat(file.fd).st_mode):
+            raise CheckpointError(f"{path}: is not a regular file. Remove it")
+        return file
 
     @classmethod
     def create(cls, path: Path) -> File:
@@ -82,6 +91,10 @@ class File:
         """Its bytes."""
         return os.fstat(self.fd).st_size
 
+    def content(self) -> bytes:
+        """All its bytes."""
+        return bytes(self.extent(0, self.size).read(0, self.size))
+
     def mapped(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
         """An empty file as an array to write to; its room on the disk is made first.
 
@@ -89,7 +102,7 @@ class File:
           OSError: there is no room for it.
         """
         nbytes = math.prod(shape) * dtype.itemsize
-        os.posix_fallocate(self.fd, 0, nbytes)
+        allocate(self.fd, nbytes)
         return np.frombuffer(mmap.mmap(self.fd, nbytes), dtype).reshape(shape)
 
     def extent(self, start: int, stop: int) -> Extent:

@@ -2,40 +2,27 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import os
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from ..errors import CheckpointError
-from ..install import install, sync, workspace
-from . import folders, msgpack, orbax, safetensors
 from .checkpoint import (
     Checkpoint,
     CheckpointInfo,
     FolderLayout,
-    Format,
     LeafInfo,
     OrbaxLayout,
     iter_leaves,
+    step_number,
     with_leaves,
 )
+from .detect import PathLike, detect, full_path, named
 from .entries import Moved
 from .extents import Tell, silent
-
-PathLike = str | os.PathLike[str]
-
-_SUFFIXES: dict[str, Format] = {".safetensors": "safetensors", ".msgpack": "msgpack"}
-_MAGIC = {
-    b"\x89PNG": "a PNG image",
-    b"\x89HDF": "an HDF5 file, as Keras writes",
-    b"PK\x03\x04": "a zip archive, as NumPy (.npz) and PyTorch write",
-    b"\x93NUMPY": "a NumPy array file",
-    b"\x1f\x8b": "a gzip file",
-    b"\xff\xd8\xff": "a JPEG image",
-}
+from .folders import FOLDER
+from .formats import FILES, FORMATS, FileFormat, FolderFormat
+from .places import check_free, fresh_place, put
 
 
 def open_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint:
@@ -52,24 +39,36 @@ def open_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint
       CheckpointError: nothing is there, it is no checkpoint, it is damaged, or it has
         no such step.
     """
-    path, format = _detect(path)
+    path, format = detect(path)
     with named(path):
-        if path.is_dir():
-            name = None if step is None else _step_name(path, step)
-            open_ = orbax.open_ if format == "orbax" else folders.open_
-            return open_(path, name)
+        if isinstance(format, FolderFormat):
+            return format.open(path, _step_name(format.step_names(path), step))
         if step is not None:
             raise CheckpointError(f"{path}: is one file, and has no step {step!r}")
-        return msgpack.open_(path) if format == "msgpack" else safetensors.open_(path)
+        return format.open(path)
 
 
 def step_names(path: PathLike) -> list[str]:
-    """Names of the steps in a directory that holds several, by number; else none."""
-    path, format = _detect(path)
-    if not path.is_dir():
-        return []
+    """Return the names of the steps in a directory, by number; none of a file."""
+    path, format = detect(path)
     with named(path):
-        return (orbax if format == "orbax" else folders).step_names(path)
+        return format.step_names(path) if isinstance(format, FolderFormat) else []
+
+
+def carried(checkpoint: Checkpoint) -> dict[Path, Path]:
+    """Return the files beside a checkpoint that its conversion copies, by path."""
+    kept = _container(checkpoint)
+    if not isinstance(kept, FolderFormat):
+        return {}
+    with named(checkpoint.path or Path()):
+        return dict(kept.companions(checkpoint))
+
+
+def _container(checkpoint: Checkpoint) -> FileFormat | FolderFormat:
+    """The format that keeps a checkpoint: a folder of weights is one, too."""
+    if isinstance(checkpoint.layout, FolderLayout):
+        return FOLDER
+    return FORMATS[checkpoint.format]
 
 
 def read_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint:
@@ -176,7 +175,7 @@ def write_checkpoint(
       CheckpointError: something is there already, a leaf does not fit the format, or
         what was written does not read back.
     """
-    path = Path(path).absolute()
+    path = full_path(path)
     check_free(path, overwrite)
     with named(path), fresh_place(path) as fresh:
         write_one(fresh, checkpoint)
@@ -192,44 +191,7 @@ def write_one(fresh: Path, checkpoint: Checkpoint, tell: Tell = silent) -> None:
     Raises:
       CheckpointError: a leaf does not fit the format.
     """
-    if isinstance(checkpoint.layout, FolderLayout):
-        write = folders.write
-    else:
-        writers = {
-            "orbax": orbax.write,
-            "msgpack": msgpack.write,
-            "safetensors": safetensors.write,
-        }
-        write = writers[checkpoint.format]
-    write(fresh, checkpoint, tell)
-
-
-@contextlib.contextmanager
-def fresh_place(path: Path) -> Iterator[Path]:
-    """A place to write in that will be moved to another, and is gone afterwards."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    with workspace(path) as folder:
-        yield folder / path.name
-
-
-def put(fresh: Path, path: Path, overwrite: bool) -> None:
-    """Puts what was written in its place, in one step.
-
-    Raises:
-      CheckpointError: the place is not free, or holds no checkpoint.
-    """
-    sync(fresh)  # a crash after this finds what was written whole
-    try:
-        install(fresh, path, lambda there: overwrite and is_checkpoint(there))
-    except FileExistsError:
-        raise _exists(path) from None
-
-
-def _exists(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: exists already; choose another name, or overwrite=True "
-        "(--overwrite) to replace the checkpoint there"
-    )
+    _container(checkpoint).write(fresh, checkpoint, tell)
 
 
 def step_of(checkpoint: Checkpoint) -> str | None:
@@ -238,108 +200,17 @@ def step_of(checkpoint: Checkpoint) -> str | None:
     if isinstance(layout, OrbaxLayout):
         return layout.step
     (name, *more) = layout.files
-    return None if more or Path(name).suffix in folders.SUFFIXES else name
+    return None if more or Path(name).suffix in FILES else name
 
 
-def check_target(src: PathLike, dst: PathLike, *, overwrite: bool = False) -> None:
-    """Finds out before long work whether a checkpoint is there to be converted.
-
-    Args:
-      src: the checkpoint.
-      dst: where it is to go.
-      overwrite: whether a checkpoint may be there.
-
-    Raises:
-      CheckpointError: there is no ``src``, or ``dst`` is not free.
-    """
-    _detect(src)
-    check_free(Path(dst).absolute(), overwrite)
-
-
-def check_free(path: Path, overwrite: bool) -> None:
-    """Refuses a place that is taken.
-
-    Raises:
-      CheckpointError: something is there; or it may be replaced, and is no checkpoint.
-    """
-    if os.path.lexists(path):
-        if not overwrite:
-            raise _exists(path)
-        if not is_checkpoint(path):
-            raise CheckpointError(
-                f"{path}: is no checkpoint that can be opened, and only checkpoints "
-                "are overwritten; remove it, or choose another name"
-            )
-    for folder in path.parents:
-        if folder.exists():
-            if not folder.is_dir():
-                raise CheckpointError(f"{folder}: no folder; choose another place")
-            break
-
-
-def is_checkpoint(path: Path) -> bool:
-    """Whether a checkpoint is there, as far as its headers tell."""
-    try:
-        if path.is_dir():
-            _, format = _detect(path)
-            if format == "orbax":
-                orbax.locate(path)
-            return True
-        open_checkpoint(path)
-    except CheckpointError:
-        return False
-    return True
-
-
-def format_for(dst: PathLike, default: Format) -> Format:
-    """The format that a name asks for: by its suffix, else the default."""
-    return _SUFFIXES.get(Path(dst).suffix, default)
-
-
-def _detect(path: PathLike) -> tuple[Path, Format]:
-    path = Path(path).absolute()
-    if not path.exists():
-        raise CheckpointError(f"{path}: no such file or directory")
-    if path.is_dir():
-        with named(path):
-            if orbax.looks_like(path) or not folders.holds_weights(path):
-                return path, "orbax"
-            return path, folders.format_of(path)
-    with named(path), path.open("rb") as file:
-        head = file.read(16)
-    # What the name says, where the content may be it: a short frame may look like a
-    # header, whose length begins like anything.
-    if path.suffix == ".msgpack" and msgpack.looks_like(head):
-        return path, "msgpack"
-    if safetensors.looks_like(head):
-        return path, "safetensors"
-    for magic, what in _MAGIC.items():
-        if head.startswith(magic):
-            raise _no_checkpoint(path, f"it is {what}")
-    if len(head) > 1 and head[0] == 0x80 and head[1] <= 5:
-        why = "it is a Python pickle, which is never loaded because it could run code"
-        raise _no_checkpoint(path, why)
-    if path.suffix == ".safetensors":
-        return path, "safetensors"
-    if msgpack.looks_like(head):
-        return path, "msgpack"
-    raise _no_checkpoint(path, f"it begins with {head!r}" if head else "it is empty")
-
-
-def _step_name(path: Path, step: str | int) -> str:
+def _step_name(names: list[str], step: str | int | None) -> str | None:
     """The name of a step that is given by its name or its number."""
-    names = step_names(path)
-    by_number = {orbax.number(Path(name)): name for name in names}
-    if isinstance(step, str) and (step in names or not step.isdigit()):
+    if step is None or (
+        isinstance(step, str) and (step in names or not step.isdigit())
+    ):
         return step
+    by_number = {step_number(name): name for name in names}
     return by_number.get(int(step), str(step))
-
-
-def _no_checkpoint(path: Path, why: str) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: no checkpoint: {why}; wanted is an Orbax directory, a Flax msgpack "
-        "file or a safetensors file"
-    )
 
 
 def require_headers(checkpoint: Checkpoint, info: CheckpointInfo) -> None:
@@ -359,12 +230,3 @@ def require_headers(checkpoint: Checkpoint, info: CheckpointInfo) -> None:
                 f"{info.path.name}: leaf {name!r} was written as {wrote} and reads "
                 f"back as {got}; nothing was kept"
             )
-
-
-@contextlib.contextmanager
-def named(path: Path) -> Iterator[None]:
-    """Turns the system's errors into ours, with the file's name."""
-    try:
-        yield
-    except OSError as error:
-        raise CheckpointError(f"{path}: {error.strerror or error}") from error

@@ -16,21 +16,20 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..strict_json import loads
-from . import msgpack, safetensors
-from .checkpoint import Checkpoint, FolderLayout, Format, Record, iter_leaves
-from .extents import Tell
+from .checkpoint import Checkpoint, FolderLayout, Record, iter_leaves
+from .extents import File, Tell
+from .formats import FILES, FORMATS, FolderFormat
+from .nesting import fit_nested
+from .walk import regular_files
 
-_OPEN: Mapping[str, Callable[[Path], Checkpoint]] = {
-    ".safetensors": safetensors.open_,
-    ".msgpack": msgpack.open_,
-}
-SUFFIXES = frozenset(_OPEN)
 _INDEX = ".index.json"
+# What flax.training.checkpoints left, one msgpack file a step, without a suffix.
+_STEPS = FILES[".msgpack"]
 
 
 def holds_weights(path: Path) -> bool:
     """Whether a folder holds files of weights, by their names."""
-    has_weights = any(entry.suffix in _OPEN for entry in path.iterdir())
+    has_weights = any(entry.suffix in FILES for entry in path.iterdir())
     return has_weights or bool(step_names(path))
 
 
@@ -51,12 +50,12 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
         raise CheckpointError(f"{path}: no step {step!r}; {there}")
     if steps:
         name = step or steps[-1]
-        part = msgpack.open_(path / name)
+        part = _STEPS.open(path / name)
         layout = FolderLayout((name,), tuple(n for n in steps if n != name))
         return dataclasses.replace(
             part, tree={name: part.tree}, metadata={}, path=path, layout=layout
         )
-    names = sorted(e.name for e in path.iterdir() if e.suffix in _OPEN)
+    names = sorted(e.name for e in path.iterdir() if e.suffix in FILES)
     formats = {Path(name).suffix for name in names}
     if len(formats) > 1:
         raise CheckpointError(
@@ -72,7 +71,7 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
                 f"{path / index}: lists {missing[:5]}, which {path} does not hold; "
                 "get the missing files"
             )
-    opened = {name: _OPEN[Path(name).suffix](path / name) for name in names}
+    opened = {name: FILES[Path(name).suffix].open(path / name) for name in names}
     records = {name: part.record for name, part in opened.items()}
     plans = {record and record.plan for record in records.values()}
     if len(plans) > 1:
@@ -111,26 +110,31 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
             record=_part(checkpoint.record, tree),
             metadata=checkpoint.metadata.get(name, {}),
         )
-        write_one = safetensors.write if part.format == "safetensors" else msgpack.write
-        write_one(path / name, part, tell)
-    if checkpoint.path is not None and isinstance(checkpoint.layout, FolderLayout):
-        left = checkpoint.layout.left
-        for entry in checkpoint.path.iterdir():
-            if entry.name in checkpoint.tree or entry.name in left:
-                continue
-            if (path / entry.name).exists():
-                continue
-            # A hub's cache holds links: what they lead to is carried along.
-            if entry.is_dir():
-                shutil.copytree(entry, path / entry.name)
-            else:
-                shutil.copyfile(entry, path / entry.name)
+        FORMATS[part.format].write(path / name, part, tell)
+    for inside, source in companions(checkpoint).items():
+        if not (path / inside).exists():  # a step that was written before
+            (path / inside).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(source, path / inside)
 
 
-def format_of(path: Path) -> Format:
-    """The format of a folder's weights, as their names say."""
-    found = {entry.suffix for entry in path.iterdir()}
-    return "safetensors" if ".safetensors" in found else "msgpack"
+def companions(checkpoint: Checkpoint) -> Mapping[Path, Path]:
+    """The files beside the weights, as ``config.json``; links are copied as files."""
+    path, layout = checkpoint.path, checkpoint.layout
+    if path is None or not isinstance(layout, FolderLayout):
+        return {}
+    return regular_files(path, {*layout.files, *layout.left})
+
+
+def owns(path: Path) -> Callable[[Path], bool]:
+    """Whether a file in a folder holds weights, or lists those that do."""
+    steps = set(step_names(path))
+
+    def is_own(inside: Path) -> bool:
+        name = inside.name
+        weights = inside.suffix in FILES or name.endswith(_INDEX) or name in steps
+        return weights and len(inside.parts) == 1
+
+    return is_own
 
 
 def step_names(path: Path) -> list[str]:
@@ -140,7 +144,7 @@ def step_names(path: Path) -> list[str]:
         number = re.fullmatch(r"(?:.*_)?(\d+)", entry.name)
         if number and entry.is_file():
             with entry.open("rb") as file:
-                if msgpack.looks_like(file.read(1)):
+                if _STEPS.looks_like(file.read(1)):
                     found[entry.name] = int(number[1])
     return sorted(found, key=found.__getitem__)
 
@@ -155,10 +159,16 @@ def _part(record: Record | None, tree: Any) -> Record | None:
 
 def _listed(index: Path) -> set[str]:
     """The files that an index names."""
+    content = File.read(index).content()
     try:
-        weights = loads(index.read_bytes())["weight_map"]
+        weights = loads(content)["weight_map"]
         return {str(name) for name in weights.values()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
             f"{index}: damaged, no list of files ({error!r}); get another copy"
         ) from None
+
+
+FOLDER = FolderFormat(
+    "folder", holds_weights, open_, write, fit_nested, step_names, companions, owns
+)

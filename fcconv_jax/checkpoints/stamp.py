@@ -9,6 +9,7 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from .checkpoint import Checkpoint, FolderLayout
+from .walk import regular_files
 
 
 @dataclasses.dataclass(frozen=True)
@@ -38,7 +39,7 @@ class Stamp:
         for path, before in self.files.items():
             try:
                 now = _look([path]).get(path)
-            except OSError:
+            except (OSError, CheckpointError):
                 now = None
             if now != before:
                 what = "is gone" if now is None else "changed"
@@ -58,10 +59,8 @@ def _places(checkpoint: Checkpoint, root: Path) -> list[Path]:
 def _look(places: list[Path]) -> dict[Path, tuple[int, int, int]]:
     found = {}
     for place in places:
-        files = place.rglob("*") if place.is_dir() else (place,)
+        files = regular_files(place).values() if place.is_dir() else (place,)
         for file in files:
-            if file.is_dir():
-                continue
             stat = os.stat(file)
             found[file] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     return found

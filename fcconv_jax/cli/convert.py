@@ -14,6 +14,7 @@ from .options import (
     BackendFor,
     DryRun,
     FileFormat,
+    FollowLinks,
     Inputs,
     Kwargs,
     Method,
@@ -73,6 +74,7 @@ def convert(
     prefixes: Prefixes = None,
     no_check: NoCheck = False,
     dry_run: DryRun = False,
+    follow_links: FollowLinks = False,
 ) -> None:
     """Convert a checkpoint to the other form, and store the plan in it.
 
@@ -91,7 +93,8 @@ def convert(
         )
     if plan_file is not None and wishes.any:
         raise ArgumentError(
-            "--to, --rule and --for do not go with --plan, which has decided"
+            "--to, --rule and --for do not go with --plan, which has decided the form "
+            "of every layer. To go back by a plan: fcconv restore --plan"
         )
     if model is None and (inputs or kwargs or method):
         raise ArgumentError("--input, --kwarg and --method need --model")
@@ -115,5 +118,6 @@ def convert(
         prefix=prefixes or (),
         check=not no_check,
         dry_run=dry_run,
+        follow_links=follow_links,
     )
     typer.echo(str(report))

@@ -139,6 +139,12 @@ DryRun = Annotated[
     bool,
     typer.Option("--dry-run", help="Write nothing; print what would change."),
 ]
+FollowLinks = Annotated[
+    bool,
+    typer.Option(
+        "--follow-links", help="Copy what links that leave the folder SRC lead to."
+    ),
+]
 Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the checkpoint at DST.")
 ]

@@ -111,7 +111,7 @@ def checkpoint_leaves(checkpoint: Checkpoint) -> dict[tuple[str, ...], Any]:
 
 def split_key(key: str, keys: Any) -> tuple[str, ...]:
     """The levels in a safetensors key, as the keys of its file are separated."""
-    from ..checkpoints.formats import key_separator
+    from ..checkpoints.nesting import key_separator
 
     return tuple(key.split(key_separator(list(keys))))
 

@@ -79,7 +79,7 @@ class Move:
         )
         why = (
             "It is in this form already, converted before or never. Pass the tree in "
-            "the other form"
+            "the other form, or restore this one (fcconv restore --plan)"
             if done
             else "The plan is of another model, or of inputs of another size. Make it "
             "with the model and the inputs of these params"

@@ -17,8 +17,8 @@ import pytest
 from fcconv_jax import install
 from fcconv_jax.checkpoints import (
     convert_checkpoint,
-    files,
     inspect_checkpoint,
+    places,
     read_checkpoint,
     verify_checkpoint,
 )
@@ -149,13 +149,13 @@ def test_a_place_that_is_taken_meanwhile_is_left_alone(
     if without:
         monkeypatch.setattr(install, "_rename", lambda *_: False)
     src, dst = save(case.dense, format), tmp_path / "conv"
-    sync = files.sync
+    sync = places.sync
 
     def taken(fresh):
         dst.write_text("precious")
         sync(fresh)
 
-    monkeypatch.setattr(files, "sync", taken)
+    monkeypatch.setattr(places, "sync", taken)
     for overwrite in (False, True):
         dst.unlink(missing_ok=True)
         with pytest.raises(CheckpointError, match="conv: exists already"):

@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcconv_jax.checkpoints import entries as module
-from fcconv_jax.checkpoints.entries import Filed, Held, Moved, row_major_slabs
+from fcconv_jax.checkpoints.entries import Filed, Held, Moved
 from fcconv_jax.checkpoints.extents import Extent, File, copy
+from fcconv_jax.checkpoints.slabs import row_major_slabs
 from fcconv_jax.errors import CheckpointError
 from fcconv_jax.kernels import Rearrangement
 

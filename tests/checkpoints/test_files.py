@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pickle
 import struct
@@ -7,14 +8,15 @@ import pytest
 
 from fcconv_jax.checkpoints import (
     Checkpoint,
-    convert,
     convert_checkpoint,
     inspect_checkpoint,
     read_checkpoint,
     restore_checkpoint,
-    safetensors,
+    rewrite,
     write_checkpoint,
 )
+from fcconv_jax.checkpoints.formats import FORMATS as FORMATS_BY_NAME
+from fcconv_jax.checkpoints.formats import safetensors
 from fcconv_jax.errors import CheckpointError
 from fcconv_jax.kernels import kernel_rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
@@ -151,7 +153,7 @@ def test_packed_dtypes_are_bytes_where_their_order_is_kept(tmp_path):
     with pytest.raises(CheckpointError, match=r"fc\.kernel'.*F4 cannot be held"):
         read_checkpoint(path)
     with pytest.raises(
-        CheckpointError, match=r"cannot become msgpack.*fc\.kernel' has dtype F4"
+        CheckpointError, match=r"cannot change its format.*fc\.kernel' has dtype F4"
     ):
         convert_checkpoint(path, tmp_path / "no", reshaped, format="msgpack")
 
@@ -282,7 +284,7 @@ def test_what_is_no_checkpoint_is_never_overwritten(
         elif what == "code":
             (dst / "2025").mkdir()
     before = listing()
-    with pytest.raises(CheckpointError, match=r"conv: is no checkpoint"):
+    with pytest.raises(CheckpointError, match=r"conv: is not a checkpoint"):
         convert_checkpoint(src, dst, case.plan, overwrite=True)
     assert listing() == before
 
@@ -299,7 +301,7 @@ def test_a_failure_leaves_the_old_and_no_litter(
     def fail(*_):
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(convert, moment, fail)
+    monkeypatch.setattr(rewrite, moment, fail)
     with pytest.raises((CheckpointError, OSError), match="No space left"):
         convert_checkpoint(src, tmp_path / "conv", case.plan, overwrite=True)
     assert listing() == before
@@ -314,7 +316,8 @@ def test_a_writer_that_drops_a_leaf_is_caught(case, save, tmp_path, monkeypatch)
         tree.pop("head.bias")
         write(path, Checkpoint("safetensors", tree), tell)
 
-    monkeypatch.setattr(safetensors, "write", forgetful)
+    format = dataclasses.replace(safetensors.FORMAT, write=forgetful)
+    monkeypatch.setitem(FORMATS_BY_NAME, "safetensors", format)
     with pytest.raises(CheckpointError, match=r"leaf 'head\.bias' was written as"):
         convert_checkpoint(src, tmp_path / "conv", case.plan)
     assert not (tmp_path / "conv").exists()

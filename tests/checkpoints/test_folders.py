@@ -92,12 +92,14 @@ def _flat(tree):
 
 
 def test_links_as_in_the_cache_of_the_hub(case, hub, tmp_path):
-    folder = hub("safetensors", False)
-    blobs = tmp_path / "blobs"
+    folder = tmp_path / "models--x--y" / "snapshots" / "0123"
+    folder.parent.mkdir(parents=True)
+    hub("safetensors", False).rename(folder)
+    blobs = tmp_path / "models--x--y" / "blobs"
     blobs.mkdir()
     for number, path in enumerate(p for p in folder.iterdir() if p.is_file()):
         path.rename(blobs / str(number))
-        path.symlink_to(blobs / str(number))
+        path.symlink_to(f"../../blobs/{number}")
     convert_checkpoint(folder, tmp_path / "conv", case.plan)
     assert not any(p.is_symlink() for p in (tmp_path / "conv").iterdir())
     assert json.loads((tmp_path / "conv" / "config.json").read_text())

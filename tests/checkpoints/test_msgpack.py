@@ -9,12 +9,11 @@ from fcconv_jax.checkpoints import (
     Checkpoint,
     convert_checkpoint,
     inspect_checkpoint,
-    msgpack,
-    msgpack_frame,
     read_checkpoint,
     restore_checkpoint,
     write_checkpoint,
 )
+from fcconv_jax.checkpoints.formats import msgpack, msgpack_frame
 from fcconv_jax.errors import CheckpointError
 
 leaves = st.one_of(

@@ -13,12 +13,12 @@ from fcconv_jax.checkpoints import (
     convert_checkpoint,
     entries,
     inspect_checkpoint,
-    orbax,
     read_checkpoint,
     restore_checkpoint,
     verify_checkpoint,
 )
 from fcconv_jax.checkpoints.checkpoint import OrbaxLayout
+from fcconv_jax.checkpoints.formats import orbax
 from fcconv_jax.errors import CheckpointError
 
 

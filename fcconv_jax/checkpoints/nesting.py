@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from ..errors import CheckpointError
-from .checkpoint import Format, Parts, is_array, iter_leaves
+from .checkpoint import Parts, is_array, iter_leaves
 
 # What holds the array of a boxed parameter (nn.Partitioned, nnx.Variable).
 _BOX = ("value", "raw_value")
@@ -55,46 +55,23 @@ def key_separator(keys: list[str]) -> str:
     return "/" if any("/" in key for key in keys) else "."
 
 
-def change_format(tree: Any, source: Format, target: Format, file: str) -> Any:
-    """The same leaves, nested or flat as the target format wants them.
-
-    Args:
-      tree: tree of the source format.
-      source: format the tree was read from.
-      target: another format.
-      file: where it was read from, for errors.
+def nested(flat: Mapping[str, Any], file: str) -> dict[str, Any]:
+    """A flat dict as nested ones, levels split at the separator.
 
     Raises:
-      CheckpointError: the tree has lists, keys that are no strings or, towards
-        safetensors, empty levels or leaves that are no arrays.
+      CheckpointError: a name lies below another, or a dtype is smaller than a byte.
 
     Example:
       >>> import numpy as np
-      >>> change_format({"fc": {"bias": np.ones(2)}}, "orbax", "safetensors", "file")
-      {'fc/bias': array([1., 1.])}
+      >>> nested({"fc.bias": np.ones(2)}, "file")
+      {'fc': {'bias': array([1., 1.])}}
     """
-    if source == "safetensors":
-        for name, leaf in tree.items():
-            if isinstance(leaf.dtype, str):
-                found = f"leaf {name!r} has dtype {leaf.dtype}, smaller than a byte"
-                raise CheckpointError(_cannot(file, found, target))
-        return _nested(tree, file)
-    _check_nodes(tree, target, file, "")
-    if target != "safetensors":
-        return tree
-    flat = {"/".join(parts): leaf for parts, leaf in iter_leaves(tree)}
-    for name, leaf in flat.items():
-        if not is_array(leaf):
-            found = f"leaf {name!r} is {leaf!r}, no array"
-            raise CheckpointError(_cannot(file, found, target))
-    # Widest dtypes first, as the format's own writer does: every tensor is aligned.
-    return dict(sorted(flat.items(), key=lambda item: -item[1].dtype.itemsize))
-
-
-def _nested(flat: Mapping[str, Any], file: str) -> dict[str, Any]:
     separator = key_separator(list(flat))
     tree: dict[str, Any] = {}
     for name, leaf in flat.items():
+        if isinstance(leaf.dtype, str):
+            found = f"leaf {name!r} has dtype {leaf.dtype}, smaller than a byte"
+            raise _cannot(file, found)
         *levels, last = name.split(separator)
         node = tree
         for level in levels:
@@ -110,24 +87,55 @@ def _nested(flat: Mapping[str, Any], file: str) -> dict[str, Any]:
     return tree
 
 
-def _check_nodes(tree: Any, target: Format, file: str, path: str) -> None:
+def fit_nested(tree: Any, file: str) -> Any:
+    """A tree of another format, where it is nested dicts with strings for keys.
+
+    Raises:
+      CheckpointError: the tree has lists, or keys that are not strings.
+    """
+    _check_nodes(tree, file, "", empty=True)
+    return tree
+
+
+def fit_flat(tree: Any, file: str) -> dict[str, Any]:
+    """A nested tree as one dict of arrays, levels joined by ``/``.
+
+    Raises:
+      CheckpointError: the tree has lists, keys that are not strings, empty levels, or
+        leaves that are not arrays.
+
+    Example:
+      >>> import numpy as np
+      >>> fit_flat({"fc": {"bias": np.ones(2)}}, "file")
+      {'fc/bias': array([1., 1.])}
+    """
+    _check_nodes(tree, file, "", empty=False)
+    flat = {"/".join(parts): leaf for parts, leaf in iter_leaves(tree)}
+    for name, leaf in flat.items():
+        if not is_array(leaf):
+            raise _cannot(file, f"leaf {name!r} is {leaf!r}, no array")
+    # Widest dtypes first, as the format's own writer does: every tensor is aligned.
+    return dict(sorted(flat.items(), key=lambda item: -item[1].dtype.itemsize))
+
+
+def _check_nodes(tree: Any, file: str, path: str, empty: bool) -> None:
     if isinstance(tree, list | tuple):
         found = f"{path or 'the root'!r} is a list"
     elif not isinstance(tree, Mapping):
         return
     elif any(not isinstance(key, str) or "/" in key for key in tree):
         found = f"{path or 'the root'!r} has the keys {list(tree)[:5]}"
-    elif not tree and target == "safetensors":
+    elif not tree and not empty:
         found = f"{path or 'the root'!r} is empty"
     else:
         for key, node in tree.items():
-            _check_nodes(node, target, file, f"{path}/{key}" if path else key)
+            _check_nodes(node, file, f"{path}/{key}" if path else key, empty)
         return
-    raise CheckpointError(_cannot(file, found, target))
+    raise _cannot(file, found)
 
 
-def _cannot(file: str, found: str, target: Format) -> str:
-    return (
-        f"{file}: cannot become {target} without loss: {found}; keep the format, or "
+def _cannot(file: str, found: str) -> CheckpointError:
+    return CheckpointError(
+        f"{file}: cannot change its format without loss: {found}. Keep the format, or "
         "save the params alone"
     )

@@ -13,10 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError
-from .checkpoint import Checkpoint, Record, is_array
-from .entries import Moved
-from .extents import Extent, File, Tell
+from ...errors import CheckpointError
+from ..checkpoint import Checkpoint, Record, is_array
+from ..entries import Moved
+from ..extents import Extent, File, Tell
+from ..nesting import fit_nested
+from .base import FileFormat
 from .msgpack_frame import ARRAY, CHUNKED, COMPLEX, SCALAR, FrameError, FrameReader
 from .safetensors import write_leaves
 
@@ -219,3 +221,8 @@ def _head(size: int, first: int) -> bytes:
         if size < 1 << 8 * struct.calcsize(code):
             return struct.pack(f">B{code}", first + extra, size)
     raise ValueError(f"an array of {size} bytes")
+
+
+FORMAT = FileFormat(
+    "msgpack", ".msgpack", looks_like, open_, write, fit_nested, weak=True
+)

@@ -8,10 +8,10 @@ from typing import Any
 
 import numpy as np
 
-from ..strict_json import whole_numbers
-from .checkpoint import LEAVES_KEY, PLAN_KEY
-from .entries import Filed, Moved
-from .extents import Extent, File
+from ...strict_json import whole_numbers
+from ..checkpoint import LEAVES_KEY, PLAN_KEY
+from ..entries import Filed, Moved
+from ..extents import Extent, File
 
 # flax.serialization's extension types, and the mark of an array in several chunks.
 ARRAY, COMPLEX, SCALAR = 1, 2, 3

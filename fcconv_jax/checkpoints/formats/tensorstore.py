@@ -10,10 +10,12 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError
-from ..strict_json import loads
-from .checkpoint import LeafInfo, iter_leaves
-from .entries import Moved
+from ...errors import CheckpointError
+from ...strict_json import loads
+from ..checkpoint import LeafInfo, iter_leaves
+from ..entries import Moved
+from ..extents import File
+from ..walk import regular_files
 
 TREE = "_METADATA"
 # A run of one byte, the most that zstd packs: 128 KiB in 4 bytes.
@@ -64,12 +66,12 @@ class Storage:
     def of(cls, directory: Path) -> Storage:
         """Reads it from the metadata of a tree."""
         try:
-            content = loads((directory / TREE).read_bytes())
+            content = loads(File.read(directory / TREE).content())
             zarr3 = bool(content.get("use_zarr3"))
             whole = bool(content.get("store_array_data_equal_to_fill_value"))
         except (ValueError, AttributeError) as error:
             raise CheckpointError(damaged(directory, None, error)) from None
-        files = [entry for entry in directory.rglob("*") if entry.is_file()]
+        files = regular_files(directory).values()  # before TensorStore opens a pipe
         nbytes = sum(file.stat().st_size for file in files)
         ocdbt = (directory / "manifest.ocdbt").exists()
         return cls(ocdbt, zarr3, whole, nbytes)

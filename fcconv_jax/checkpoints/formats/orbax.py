@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError
-from ..strict_json import loads
-from .checkpoint import (
+from ...errors import CheckpointError
+from ...strict_json import loads
+from ..checkpoint import (
     Checkpoint,
     OrbaxLayout,
     Record,
@@ -24,12 +24,12 @@ from .checkpoint import (
     iter_leaves,
     with_leaves,
 )
-from .entries import Moved, raw_dtype
-from .extents import LARGE, File, Tell, give_back_memory
-from .tensorstore import TREE, Storage, damaged, is_stored_array
-
-_STEP = "_CHECKPOINT_METADATA"
-_UNFINISHED = ".orbax-checkpoint-tmp"
+from ..entries import Moved, raw_dtype
+from ..extents import LARGE, File, Tell, give_back_memory
+from ..nesting import fit_nested
+from .base import FolderFormat
+from .orbax_layout import STEP, companions, locate, looks_like, owns, step_names
+from .tensorstore import Storage, damaged, is_stored_array
 
 
 def open_(path: Path, step: str | None = None) -> Checkpoint:
@@ -137,8 +137,15 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
         if isinstance(error, CheckpointError):
             raise
         raise CheckpointError(f"{path.name}: Orbax cannot store it: {error}") from None
-    if checkpoint.path is not None and layout != OrbaxLayout():
-        _copy_others(checkpoint.path, path, layout, custom)
+    for inside, source in companions(checkpoint).items():
+        (path / inside).parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, path / inside)
+    # Orbax writes this file anew, with the items that it was given.
+    described = _step_file(checkpoint.path, layout) if checkpoint.path else None
+    if layout.items and described and described.exists():
+        content = loads(File.read(described).content())
+        content["custom_metadata"] = custom
+        (target / STEP).write_text(json.dumps(content))
 
 
 def _check_names(tree: Any, path: Path, item: str) -> None:
@@ -232,95 +239,8 @@ def _materialised(leaf: Moved, scratch: Path) -> np.ndarray:
     return array.reshape(leaf.shape)
 
 
-def _copy_others(src: Path, dst: Path, layout: OrbaxLayout, custom: Any) -> None:
-    """Copies what is no tree: other items, metrics, and the manager's own files."""
-    source, target = src, dst
-    if layout.step:
-        source, target = src / layout.step, dst / layout.step
-        steps = {step.name for step in _steps(src)}
-        _copy(src, dst, steps)
-    if not layout.items:
-        return
-    _copy(source, target, {*layout.items, _STEP})
-    if (source / _STEP).exists():
-        content = json.loads((source / _STEP).read_text())
-        content["custom_metadata"] = custom
-        (target / _STEP).write_text(json.dumps(content))
-
-
-def _copy(src: Path, dst: Path, leave: set[str]) -> None:
-    for entry in src.iterdir():
-        if entry.name in leave or _UNFINISHED in entry.name:
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, dst / entry.name, dirs_exist_ok=True)
-        else:
-            shutil.copyfile(entry, dst / entry.name)
-
-
-def locate(path: Path, step: str | None = None) -> tuple[OrbaxLayout, dict[str, Path]]:
-    """The layout of a directory, and where each of its trees lies."""
-    if step is None and (path / TREE).exists():
-        return OrbaxLayout(), {"": path}
-    items = _items(path)
-    if step is None and items:
-        return OrbaxLayout(None, tuple(items)), items
-    names = step_names(path)
-    if step is not None and step not in names:
-        there = f"it has the steps {names}" if names else "it has no steps"
-        raise CheckpointError(f"{path}: no step {step!r}; {there}")
-    if names:
-        directory = path / (step or names[-1])
-        items = {"": directory} if (directory / TREE).exists() else _items(directory)
-        return OrbaxLayout(directory.name, tuple(filter(None, items))), items
-    names = sorted(entry.name for entry in path.iterdir())
-    if any(_UNFINISHED in name for name in names):
-        raise CheckpointError(
-            f"{path}: holds only unfinished Orbax saves ({names[:5]}); save again"
-        )
-    found = f"it holds {names[:5]}" if names else "it is empty"
-    raise CheckpointError(
-        f"{path}: no Orbax checkpoint: neither it, nor an item or a step in it, has a "
-        f"file {TREE}; {found}. Name the directory that was passed to save, or save "
-        "again with Orbax 0.5 or later"
-    )
-
-
-def _items(path: Path) -> dict[str, Path]:
-    is_step = (path / _STEP).exists()
-    return {
-        entry.name: entry
-        for entry in sorted(path.iterdir())
-        if (entry / TREE).exists() and (is_step or number(entry) < 0)
-    }
-
-
-def looks_like(path: Path) -> bool:
-    """Whether a directory holds a tree, a step's items or steps that Orbax saved."""
-    return (path / TREE).exists() or bool(_items(path) or _steps(path))
-
-
-def step_names(path: Path) -> list[str]:
-    """Names of the steps' directories in a manager's, by their number."""
-    if (path / TREE).exists() or _items(path):
-        return []
-    return [step.name for step in sorted(_steps(path), key=number)]
-
-
-def _steps(path: Path) -> list[Path]:
-    return [
-        entry
-        for entry in path.iterdir()
-        if number(entry) >= 0
-        and _UNFINISHED not in entry.name
-        and ((entry / TREE).exists() or (entry.is_dir() and _items(entry)))
-    ]
-
-
-def number(path: Path) -> int:
-    """The number of a step's directory, such as ``20`` or ``step_20``; else -1."""
-    digits = path.name.rpartition("_")[2]
-    return int(digits) if digits.isascii() and digits.isdigit() else -1
+def _step_file(path: Path, layout: OrbaxLayout) -> Path:
+    return path / (layout.step or "") / STEP
 
 
 def _describe(directory: Path) -> Any:
@@ -347,13 +267,15 @@ def _typed(described: Any, value: Any) -> Any:
 def _custom(path: Path, layout: OrbaxLayout) -> dict[str, Any]:
     """The custom metadata; for an item, that of the step it lies in."""
     root = path / layout.step if layout.step else path
-    places = [root / _STEP]
+    places = [root / STEP]
     if not layout.items and not places[0].exists():
-        places.append(root.parent / _STEP)
+        places.append(root.parent / STEP)
     for place in places:
         if place.exists():
             try:
-                custom = dict(loads(place.read_bytes())["custom_metadata"] or {})
+                custom = dict(
+                    loads(File.read(place).content())["custom_metadata"] or {}
+                )
             except (ValueError, TypeError, KeyError, OSError) as error:
                 raise CheckpointError(
                     f"{place}: damaged ({error!r}); get another copy of the directory"
@@ -372,3 +294,8 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+FORMAT = FolderFormat(
+    "orbax", looks_like, open_, write, fit_nested, step_names, companions, owns
+)

@@ -12,11 +12,13 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ..errors import CheckpointError
-from ..strict_json import loads, whole_numbers
-from .checkpoint import Checkpoint, Record, is_array
-from .entries import Filed, Moved
-from .extents import BLOCK, Extent, File, Tell, copy
+from ...errors import CheckpointError
+from ...strict_json import loads, whole_numbers
+from ..checkpoint import Checkpoint, Record, is_array
+from ..entries import Filed, Moved
+from ..extents import BLOCK, Extent, File, Tell, copy
+from ..nesting import fit_flat
+from .base import FileFormat
 
 _DTYPES = {
     "BOOL": np.bool_,
@@ -215,3 +217,8 @@ def _header(
     if _WORD + length + end != size:
         raise ValueError(f"{_WORD + length + end} bytes are described, it has {size}")
     return ordered, metadata, _WORD + length
+
+
+FORMAT = FileFormat(
+    "safetensors", ".safetensors", looks_like, open_, write, fit_flat, flat=True
+)

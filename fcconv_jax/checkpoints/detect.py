@@ -1,0 +1,97 @@
+"""Which format a path holds, told from the content; no code from a file is run."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+from ..errors import CheckpointError
+from .folders import FOLDER
+from .formats import FILES, FOLDERS, FileFormat, FolderFormat
+from .walk import require_regular
+
+PathLike = str | os.PathLike[str]
+
+_MAGIC = {
+    b"\x89PNG": "a PNG image",
+    b"\x89HDF": "an HDF5 file, as Keras writes",
+    b"PK\x03\x04": "a zip archive, as NumPy (.npz) and PyTorch write",
+    b"\x93NUMPY": "a NumPy array file",
+    b"\x1f\x8b": "a gzip file",
+    b"\xff\xd8\xff": "a JPEG image",
+}
+
+
+def format_for(dst: PathLike, default: str) -> str:
+    """Return the format that a name asks for: by its suffix, else the default."""
+    found = FILES.get(Path(dst).suffix)
+    return found.name if found else default
+
+
+def full_path(path: PathLike) -> Path:
+    """Return an absolute path, without the ``..`` that TensorStore refuses.
+
+    Raises:
+      CheckpointError: no file can have this name.
+    """
+    if "\0" in os.fspath(path):
+        raise CheckpointError(f"{path!r}: a path cannot hold a NUL character")
+    path = Path(path).absolute()
+    # Where a folder before the ".." is a link, only the file system knows the rest.
+    return path.resolve() if ".." in path.parts else path
+
+
+def detect(path: PathLike) -> tuple[Path, FileFormat | FolderFormat]:
+    """Return the full path of a checkpoint, and its format.
+
+    Raises:
+      CheckpointError: nothing is there, or what is there is not a checkpoint.
+    """
+    path = full_path(path)
+    with named(path):
+        if path.is_dir():
+            found = [*FOLDERS, FOLDER]
+            return path, next((f for f in found if f.looks_like(path)), FOLDERS[0])
+        if not path.exists():
+            raise CheckpointError(f"{path}: no such file or directory")
+        require_regular(path)
+        with path.open("rb") as file:
+            head = file.read(16)
+    # What the name says, if the content may be it: a short msgpack frame may look like
+    # a safetensors header, whose length begins like anything.
+    by_name = FILES.get(path.suffix)
+    if by_name and by_name.looks_like(head):
+        return path, by_name
+    fits = [format for format in FILES.values() if format.looks_like(head)]
+    for format in fits:
+        if not format.weak:
+            return path, format
+    for magic, what in _MAGIC.items():
+        if head.startswith(magic):
+            raise _no_checkpoint(path, f"it is {what}")
+    if len(head) > 1 and head[0] == 0x80 and head[1] <= 5:
+        why = "it is a Python pickle, which is never loaded because it could run code"
+        raise _no_checkpoint(path, why)
+    if by_name and not by_name.weak:
+        return path, by_name  # damaged: it will say how
+    if fits:
+        return path, fits[0]
+    raise _no_checkpoint(path, f"it begins with {head!r}" if head else "it is empty")
+
+
+def _no_checkpoint(path: Path, why: str) -> CheckpointError:
+    return CheckpointError(
+        f"{path}: no checkpoint: {why}; wanted is an Orbax directory, a Flax msgpack "
+        "file or a safetensors file"
+    )
+
+
+@contextlib.contextmanager
+def named(path: Path) -> Iterator[None]:
+    """Turns the system's errors into ours, with the file's name."""
+    try:
+        yield
+    except OSError as error:
+        raise CheckpointError(f"{path}: {error.strerror or error}") from error

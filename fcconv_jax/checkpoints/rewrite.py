@@ -1,0 +1,177 @@
+"""Checkpoints written anew: beside their place, compared with the source, installed."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from ..errors import CheckpointError
+from ..progress import Progress, ProgressOption, shown
+from .checkpoint import Checkpoint, CheckpointReport, iter_leaves
+from .content import Difference, differences
+from .detect import PathLike, full_path, named
+from .extents import Tell
+from .files import (
+    carried,
+    described,
+    open_checkpoint,
+    require_headers,
+    step_names,
+    step_of,
+    write_one,
+)
+from .job import Job
+from .places import check_free, fresh_place, put
+from .stamp import Stamp
+from .walk import refuse_links_out
+
+
+@dataclasses.dataclass(frozen=True)
+class Wishes:
+    """How a checkpoint is to be rewritten."""
+
+    overwrite: bool
+    progress: ProgressOption
+    check: bool
+    dry_run: bool
+    follow_links: bool
+
+
+class Teller:
+    """Tells how far the work has come, in bytes.
+
+    Args:
+      progress: the function to call.
+      total: bytes in all.
+    """
+
+    def __init__(self, progress: Progress, total: int):
+        self.progress, self.total, self.done = progress, total, 0
+
+    def telling(self, what: str) -> Tell:
+        """A function that is called with the bytes just done."""
+
+        def tell(count: int) -> None:
+            self.done += count
+            self.progress(f"checkpoint: {what}", self.done, self.total)
+
+        return tell
+
+
+def chosen_steps(
+    src: PathLike, step: str | int | None, all_steps: bool
+) -> list[str | int | None]:
+    """Return the steps to convert: the one that is given, or all; None is the latest.
+
+    Raises:
+      CheckpointError: there are no steps, or both arguments are given.
+    """
+    if not all_steps:
+        return [step]
+    if step is not None:
+        raise CheckpointError("expected step= or all_steps=, got both; pass one")
+    names = step_names(src)
+    if not names:
+        raise CheckpointError(f"{src}: has no steps; leave out all_steps (--all-steps)")
+    return list(names)
+
+
+def rewrite(
+    src: PathLike,
+    dst: PathLike,
+    job_for: Callable[[Checkpoint], Job],
+    steps: Sequence[str | int | None],
+    wishes: Wishes,
+) -> CheckpointReport:
+    """Write checkpoints to a new place, as jobs say; whole or not at all.
+
+    Args:
+      src: what is read.
+      dst: where the result goes.
+      job_for: makes the job of a checkpoint that is open.
+      steps: of ``src``.
+      wishes: how.
+
+    Raises:
+      CheckpointError: as :func:`convert_checkpoint`.
+    """
+    here, final = full_path(src).resolve(), full_path(dst)
+    there = final.resolve()
+    if here == there or here in there.parents or there in here.parents:
+        raise CheckpointError(
+            f"{dst}: is {src}, or one lies in the other; a checkpoint is converted to "
+            "a new place, never in its own"
+        )
+    sources = [open_checkpoint(src, step) for step in steps]
+    stamps = [Stamp.of(source) for source in sources]
+    jobs = [job_for(source) for source in sources]
+    report = _report(jobs, final, len(steps) > 1)
+    beside = {at: file for job in jobs for at, file in carried(job.meant).items()}
+    if here.is_dir() and not wishes.follow_links:
+        read = [file for stamp in stamps for file in stamp.files]
+        refuse_links_out(here, [*read, *beside.values()])
+    check_free(final, wishes.overwrite, beside)
+    if wishes.dry_run:
+        folder = next(p for p in final.parents if p.exists())
+        free = shutil.disk_usage(folder).free
+        return dataclasses.replace(report, dry=True, free=free)
+    total = report.nbytes * (2 if wishes.check else 1)
+    with named(final), fresh_place(final) as fresh, shown(wishes.progress) as bars:
+        teller = Teller(bars, total)
+        _require_room(fresh.parent, report.nbytes, final)
+        for job in jobs:
+            write_one(fresh, job.meant, teller.telling("writing"))
+        for stamp in stamps:
+            stamp.check()
+        for job in jobs:
+            written = open_checkpoint(fresh, step_of(job.meant))
+            require_headers(job.meant, described(written))
+            if wishes.check:
+                tell = teller.telling("checking")
+                _require_content(job.meant, written, fresh.parent, tell)
+        for stamp in stamps:
+            stamp.check()
+        put(fresh, final, wishes.overwrite, beside)
+    return report
+
+
+def _require_content(
+    meant: Checkpoint, written: Checkpoint, scratch: Path, tell: Tell
+) -> None:
+    """Compares what was written with its source, entry by entry."""
+    wrong: Difference | None = next(differences(meant, written, scratch, tell), None)
+    if wrong is not None:
+        raise CheckpointError(
+            f"{scratch.parent}: leaf {wrong.path!r} reads back as {wrong.what}; "
+            "nothing was kept. Is something else writing to the source, or the disk "
+            "failing?"
+        )
+
+
+def _report(jobs: Sequence[Job], final: Path, several: bool) -> CheckpointReport:
+    def named_in(job: Job, name: str) -> str:
+        return f"{step_of(job.source)}/{name}" if several else name
+
+    return CheckpointReport(
+        jobs[0].source.path or Path(),
+        final,
+        jobs[0].meant.format,
+        tuple(
+            (named_in(job, name), before, after)
+            for job in jobs
+            for name, before, after in job.converted
+        ),
+        sum(1 for job in jobs for _ in iter_leaves(job.meant.tree)),
+        sum(job.nbytes for job in jobs),
+        tuple(filter(None, (step_of(job.source) for job in jobs))),
+    )
+
+
+def _require_room(folder: Path, nbytes: int, final: Path) -> None:
+    free = shutil.disk_usage(folder).free
+    if free < nbytes:
+        raise CheckpointError(
+            f"{final}: needs {nbytes} bytes, {free} are free there; choose another disk"
+        )
