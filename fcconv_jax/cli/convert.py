@@ -13,7 +13,6 @@ from .options import (
     AllSteps,
     BackendFor,
     DryRun,
-    FileFormat,
     FollowLinks,
     Inputs,
     Kwargs,
@@ -64,7 +63,7 @@ def convert(
     method: Method = None,
     overwrite: Overwrite = False,
     file_format: Annotated[
-        FileFormat | None,
+        str | None,
         typer.Option(
             "--format", help="Format of DST; by default from its suffix, or SRC's."
         ),
@@ -85,6 +84,7 @@ def convert(
     ends, DST is either unchanged or complete.
     """
     from ..checkpoints import check_target, convert_checkpoint
+    from ..checkpoints.formats import format_named
 
     wishes = Wishes(to, rules, backend_for)
     if (plan_file is None) == (model is None) and (plan_file or not rules):
@@ -100,6 +100,8 @@ def convert(
         raise ArgumentError("--input, --kwarg and --method need --model")
     given = None if plan_file is None else read_plan(plan_file)
     check_target(src, dst, overwrite=overwrite)
+    if file_format is not None:
+        format_named(file_format)
     if given is not None:
         made = given
     elif model is not None:
@@ -112,7 +114,7 @@ def convert(
         dst,
         made,
         overwrite=overwrite,
-        format=file_format.value if file_format else None,
+        format=file_format,
         step=step,
         all_steps=all_steps,
         prefix=prefixes or (),

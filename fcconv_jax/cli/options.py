@@ -16,14 +16,6 @@ class To(enum.StrEnum):
     DENSE = "dense"
 
 
-class FileFormat(enum.StrEnum):
-    """The format of a checkpoint."""
-
-    ORBAX = "orbax"
-    MSGPACK = "msgpack"
-    SAFETENSORS = "safetensors"
-
-
 ModelName = Annotated[
     str,
     typer.Argument(
