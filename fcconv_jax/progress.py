@@ -57,7 +57,7 @@ def shown(progress: ProgressOption) -> Iterator[Progress]:
         MofNCompleteColumn(),
         TimeElapsedColumn(),
     )
-    # In a notebook rich draws bars with ipywidgets, and complains where there is none.
+    # In a notebook rich draws bars with ipywidgets, and warns if it isn't installed.
     widgets = importlib.util.find_spec("ipywidgets") is not None
     hidden = not (widgets if console.is_jupyter else console.is_terminal)
     with Bars(*columns, console=console, transient=True, disable=hidden) as bars:
@@ -68,7 +68,9 @@ def shown(progress: ProgressOption) -> Iterator[Progress]:
             if row not in rows:
                 rows[row] = bars.add_task(what, total=None)
             bars.update(rows[row], description=what, completed=done, total=total)
-            if hidden and "minutes" in what:  # a log, too, should say why it waits
+            if (
+                hidden and "minutes" in what
+            ):  # a log should show the reason for a wait, too
                 console.print(what, markup=False)
 
         yield tell

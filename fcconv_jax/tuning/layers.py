@@ -21,7 +21,7 @@ from .meters import Candidate, Meter, Options
 
 # Steps of the loop in which a layer is timed that runs in one.
 _STEPS = 2
-# What is slower than the best by so much alone is no better in a model.
+# A way this much slower than the best alone isn't faster in a model either.
 _TOO_SLOW = 1.5
 
 
@@ -31,8 +31,8 @@ class Kind:
 
     Attributes:
       layers: by path, as the plan has them that takes each to its other form.
-      ways: the ways to run them, by name: a layout, None for the original. Empty where
-        there was no time to measure them.
+      ways: the ways to run them, by name: a layout, None for the original. Empty if
+        time ran out before measuring them.
       row: what was measured; its choice is the way that is best alone.
     """
 
@@ -41,7 +41,7 @@ class Kind:
     row: TunedLayer
 
     def run_by(self, way: str) -> dict[str, LayerPlan]:
-        """The layers of a plan that runs these in a way; none for the original's."""
+        """Return the layers of a plan that runs these in one way."""
         layout = self.ways.get(way)
         if layout is None:
             return {}
@@ -51,7 +51,7 @@ class Kind:
         }
 
     def way_in(self, plan: Mapping[str, LayerPlan]) -> str:
-        """The way in which a plan runs them; why there was no choice, where so."""
+        """Return the way in which a plan runs them, or why there was only one."""
         found = {path: plan[path] for path in self.layers if path in plan}
         ways = (way for way in self.ways if self.run_by(way) == found)
         return next(ways, self.row.choice)
@@ -75,7 +75,7 @@ def choose_alone(
     seconds: float,
     tell: Callable[[str, int, int], None],
 ) -> list[Kind]:
-    """Measures each layer of a plan in both forms; layers that are alike once.
+    """Measure each layer of a plan in both forms; layers that are alike once.
 
     Args:
       plan: of all layers that have another form, each to that form.
@@ -128,14 +128,14 @@ def choose_alone(
 
 
 def _best(figures: Mapping[str, Figure]) -> str:
-    """The best way, unless the original is as good within the noise."""
+    """Return the best way, unless the original is as good within the noise."""
     names = list(figures)
     best = min(names, key=lambda name: figures[name].median)
     return best if figures[best].beats(figures[names[0]]) else names[0]
 
 
 def _ways(layer: LayerPlan, dtype: Any) -> dict[str, tuple[Layout | None, Program]]:
-    """The ways to run a layer, by name: layout of the plan, None for the original."""
+    """Return the ways to run a layer: name to layout, None for the original."""
     source = other_form(layer.to)
     layouts: tuple[Layout, ...] = (layer.layout,)
     if layer.to == "conv":
@@ -153,7 +153,7 @@ def _ways(layer: LayerPlan, dtype: Any) -> dict[str, tuple[Layout | None, Progra
 
 
 def _in_context(program: Program, layer: LayerPlan) -> Program:
-    """The program as it runs: in a loop, where the layer's parameters are scanned."""
+    """Return the program as it runs: in a loop if the layer's params are scanned."""
     if not layer.stack_axes:
         return program
 
@@ -179,7 +179,7 @@ def _work(layer: LayerPlan) -> float:
 
 
 def _in_words(layer: LayerPlan, dtype: Any) -> str:
-    """The layer's class, sizes and dtype."""
+    """Return the layer's class, sizes and dtype."""
     where = " in a loop" if layer.stack_axes else ""
     shape = "x".join(map(str, layer.input_shape))
     kernel = "x".join(map(str, layer.kernel.source))

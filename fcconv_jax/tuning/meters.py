@@ -71,7 +71,7 @@ class Meter:
         seconds: float,
         again: str = "",
     ) -> dict[str, Figure]:
-        """The figure of each program; programs that are the same one share it.
+        """Return the figure of each program; programs that are the same one share it.
 
         Args:
           candidates: by name.
@@ -134,7 +134,7 @@ class Meter:
         return race(runs, seconds)
 
     def _placed(self, args: Any) -> Any:
-        """The arguments on the device; random numbers where they are abstract."""
+        """Put the arguments on the device; draw random numbers for abstract ones."""
 
         def place(leaf: Any) -> Any:
             if isinstance(leaf, jax.ShapeDtypeStruct):
@@ -179,10 +179,10 @@ def race_times(
     trial: int = _TRIAL_ROUNDS,
     opponents: Collection[str] = (),
 ) -> dict[str, list[float]]:
-    """The seconds of every run, in turns.
+    """Return the seconds of every run, in turns.
 
-    What is slower than the quickest by half leaves after a few rounds; the others go on
-    until the time is over, at least 5 and at most 101 times.
+    Programs more than 1.5x slower than the fastest stop after a few rounds. The others
+    run until the time is over, at least 5 and at most 101 times.
 
     Args:
       runs: by name.
@@ -235,7 +235,7 @@ def race_times(
 
 
 def _figure(times: list[float]) -> Figure:
-    """The median, with its interval from the order of the runs (binomial, 95 %)."""
+    """Return the median with its 95 % interval from the order statistics (binomial)."""
     ordered = sorted(1e3 * t for t in times)
     reach = 0.98 * math.sqrt(len(ordered))
     middle = (len(ordered) - 1) / 2

@@ -49,7 +49,7 @@ class Timings:
             self._merge(self._file)
 
     def get(self, key: str) -> Figure | None:
-        """The figure of a program, if it is known."""
+        """Return the figure of a program, if it is known."""
         return self._known.get(key)
 
     def add(self, found: Mapping[str, Figure]) -> None:
@@ -58,7 +58,7 @@ class Timings:
         self._write()
 
     def passes_over(self, what: str, left: float) -> bool:
-        """Whether time for something is out, or was out in an earlier run.
+        """Return whether time for something is out, or was out in an earlier run.
 
         It is recorded, and passed over again in the next run.
 

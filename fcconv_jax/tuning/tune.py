@@ -64,7 +64,7 @@ def tune(
     timeout: float = TIMEOUT,
     **kwargs: Any,
 ) -> Plan:
-    """Finds the plan under which a model runs best, by measuring.
+    """Find the plan under which a model runs best, by measuring.
 
     Every layer that has two forms is measured alone in each form and layout; layers
     that are alike once, layers whose parameters are scanned in a loop. Then the whole
@@ -73,8 +73,8 @@ def tune(
     and convolutions are compiled. In the best of these, layers that are alike are run
     in their other ways, in the company of all others, and stay so where that is better.
     What wins beyond the noise, and by 2 %, is measured against the original once more.
-    So the plan is never slower: where nothing wins it is empty, and ``plan.tuning.why``
-    says so.
+    So the plan is never slower: if nothing wins, it is empty, and ``plan.tuning.why``
+    explains why.
 
     Args:
       model: the ``flax.linen`` or ``flax.nnx`` Module, or a function of params and
@@ -108,7 +108,7 @@ def tune(
       by you, and are tuned without options.
 
     Raises:
-      BackendError: there is no such backend, or it cannot be measured here.
+      BackendError: the backend is unknown, or can't be measured on this machine.
       PlanError: a rule matches nothing; the budget is negative; the timings are
         damaged, of another device, or cannot be written.
       TypeError: abstract params or inputs, and a device that is present.
@@ -226,7 +226,7 @@ def _check_arrays(chosen: Resolution, trees: Any) -> None:
 def _both_ways(
     bound: BoundModel, rules: Iterable[Rule | str], backend: str | None
 ) -> tuple[Plan, list[set[str]]]:
-    """Every layer that has another form, to that form; and which of them share params.
+    """Plan every layer that has another form, and find those that share params.
 
     Raises:
       PlanError: a rule matches no layer in either direction.
@@ -282,7 +282,7 @@ def _suffix(options: Options) -> str:
 
 
 def _form(every: Plan, layers: Mapping[str, LayerPlan], options: Options) -> _Form:
-    """The form of the whole model that converts some layers."""
+    """Return the form of the whole model that converts some layers."""
     ordered = tuple((path, layers[path]) for path in every if path in layers)
     left = tuple((p, "as good or better as it is") for p in every if p not in layers)
     return _Form(Plan(direction(layers), ordered, (*every.left, *left)), options)
@@ -323,7 +323,7 @@ class _Race:
         return self._meter.measure(candidates, seconds, again)
 
     def choose(self, seconds: float) -> None:
-        """Measures all forms, for some seconds."""
+        """Measure all forms, for some seconds."""
         self._tell(f"whole model: compiling {len(self.forms)} forms", 0, 1)
         self.figures |= self._measure(self.forms, seconds)
         best = min(figure.median for figure in self.figures.values())
@@ -333,10 +333,10 @@ class _Race:
             self.choice = choice
 
     def refine(self, every: Plan, kinds: Sequence[Kind], seconds: float) -> None:
-        """Runs layers that are alike in other ways, in the company of all others.
+        """Run layers that are alike in other ways, in the company of all others.
 
-        What is better beyond the noise stays. The costly ones come first, as many as
-        there is time for, with that for compiling.
+        Ways that gain more than the noise are kept. The most expensive layers come first,
+        as many as time allows, compilation included.
 
         Args:
           every: plan of all layers that have another form.
@@ -371,7 +371,7 @@ class _Race:
                 self.figures[self.choice] = found
 
     def confirm(self, seconds: float) -> None:
-        """Measures the choice against the original once more."""
+        """Measure the choice against the original once more."""
         if self.choice == self.original:
             return
         self._tell("whole model: once more", 0, 1)
