@@ -201,7 +201,11 @@ class BoundModel(abc.ABC):
             raise PlanError(f"Expected to='conv' or to='dense', got {to!r}.")
         chosen = as_rules(rules)
         with explained():
-            plan = self._plan(to, chosen)
+            try:
+                plan = self._plan(to, chosen)
+            except Exception as error:
+                _refuse_shapes(self.args, error)
+                raise
         arrays = (self.held, self.args)
         plan = lay_out(plan, chosen, backend, arrays)
         return for_mesh(plan, arrays, self.args, chosen)
@@ -275,3 +279,13 @@ class BothForms:
     def on(self, device: Any) -> BothForms:
         """The same with all arrays on one device."""
         return BothForms(self.plan, self.original.on(device), self.changed.on(device))
+
+
+def _refuse_shapes(args: Sequence[Any], error: Exception) -> None:
+    """Explain the failure of a call on a shape in the place of an array."""
+    for arg in args:
+        if isinstance(arg, tuple) and arg and all(type(size) is int for size in arg):
+            raise PlanError(
+                f"Expected arrays or abstract arrays as inputs, got the tuple {arg}. "
+                f"Pass jax.ShapeDtypeStruct({arg}, jnp.float32) for that shape."
+            ) from error

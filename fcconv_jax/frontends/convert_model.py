@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import flax.linen as nn
 
+from ..errors import PlanError
 from ..plan import Plan
 from .bind import frontend_of
 from .function.model import ConvertedFunction
@@ -50,7 +51,8 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
       For a function ``f(params, *inputs)`` a function of the same arguments, jitted.
 
     Raises:
-      PlanError: an NNX model is not the one that was planned.
+      PlanError: the model is converted already, or an NNX model is not the one that
+        was planned.
       TypeError: the model is of another kind, or a linen Module with ``inplace``.
 
     Source:
@@ -67,4 +69,21 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
       >>> bool((y == model.apply(variables, x)).all())
       True
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"Expected a Plan, got {type(plan).__name__}. Pass what make_plan returns."
+        )
+    done = getattr(model, "plan", None)
+    # A plan that was made of the converted model leads back, and is another one.
+    both = [
+        path
+        for path, layer in (done.items() if isinstance(done, Plan) else ())
+        if path in plan and plan[path] in (layer, layer.inverse())
+    ]
+    if both:
+        raise PlanError(
+            f"Expected a model that is not converted yet, got one with {both[0]!r} in "
+            "the plan's form. Pass the model that was planned; "
+            "restore_params(params, plan) gives its params back."
+        )
     return frontend_of(model).convert_model(model, plan, inplace)

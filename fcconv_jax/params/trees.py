@@ -12,6 +12,7 @@ from ..plan import Plan
 from .matching import Parts
 from .moves import map_leaves
 from .opt_state import convert_opt_state
+from .variables import is_nnx_module
 
 Tree = TypeVar("Tree")
 
@@ -65,6 +66,7 @@ def convert_params(
       >>> fc.convert_params(variables, plan)["params"]["kernel"].shape
       (1, 4, 3)
     """
+    _refuse_model(params)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
     parts = [tuple(filter(None, each.split("/"))) for each in prefixes]
     if _is_train_state(params):
@@ -105,6 +107,19 @@ def restore_params(
       ((1, 4, 3), (4, 3))
     """
     return convert_params(params, plan.inverse(), strict=strict, prefix=prefix)
+
+
+def _refuse_model(params: Any) -> None:
+    """Refuse a model in the place of its params.
+
+    An NNX model is a tree, too, but its layers would keep the class of the other form.
+    """
+    if isinstance(params, nn.Module) or is_nnx_module(params):
+        fix = "variables" if isinstance(params, nn.Module) else "nnx.state(model)"
+        raise PlanError(
+            f"Expected a tree of params, got the model {type(params).__name__}. Pass "
+            f"its {fix}, or convert it with convert_model(model, plan)."
+        )
 
 
 def _is_train_state(tree: Any) -> bool:

@@ -55,7 +55,8 @@ def test_inputs_of_another_size():
     with pytest.raises(fc.PlanError, match=r"\(30, 5\).*\(24, 5\).*'head': \(2, 24\)"):
         CONVERTED.apply(MOVED, other)
     with pytest.raises(
-        fc.PlanError, match=r"expected shape \(30, 5\), got \(24, 5\)\. .*another size"
+        fc.PlanError,
+        match=r"expected shape \(30, 5\), got shape \(24, 5\)\. .*another size",
     ):
         fc.convert_params(VARIABLES, fc.make_plan(MODEL, other))
 
@@ -118,3 +119,42 @@ def test_a_branch_that_only_the_converted_call_takes():
     with pytest.raises(jax.errors.TracerBoolConversionError) as caught:
         converted(moved, x, jnp.asarray(True))
     assert "return y if flag else -y" in "".join(caught.value.__notes__)
+
+
+def test_a_shape_in_the_place_of_an_array():
+    class Net(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Dense(3)(x.reshape(x.shape[0], -1))
+
+    message = r"got the tuple \(4, 8\). Pass jax.ShapeDtypeStruct\(\(4, 8\), jnp.float"
+    with pytest.raises(fc.PlanError, match=message):
+        fc.make_plan(Net(), (4, 8))
+
+
+def test_a_model_that_is_converted_already():
+    model, x = nn.Dense(3), jnp.ones((2, 4))
+    plan = fc.make_plan(model, x)
+    converted = fc.convert_model(model, plan)
+    for again in (plan, plan.inverse()):
+        with pytest.raises(fc.PlanError, match="not converted yet, got one with ''"):
+            fc.convert_model(converted, again)
+    params = {"w": jnp.ones((4, 3))}
+
+    def function(params, x):
+        return x @ params["w"]
+
+    plan = fc.make_plan(function, params, x)
+    with pytest.raises(fc.PlanError, match="not converted yet, got one with 'w'"):
+        fc.convert_model(fc.convert_model(function, plan), plan)
+    with pytest.raises(fc.PlanError, match=r"^Expected a Plan, got str\."):
+        fc.convert_model(model, "plan")
+
+
+def test_a_model_in_the_place_of_its_params():
+    x = jnp.ones((2, 4))
+    linen, held = nn.Dense(3), nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+    for model, fix in ((linen, "its variables"), (held, r"its nnx.state\(model\)")):
+        plan = fc.make_plan(model, x)
+        with pytest.raises(fc.PlanError, match=f"the model .*Pass {fix}, or convert"):
+            fc.convert_params(model, plan)
