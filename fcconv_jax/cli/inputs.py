@@ -69,8 +69,9 @@ def load_model(text: str) -> LoadedModel:
             ) from None
     if is_model(value):
         return LoadedModel(value)
-    if not callable(value):
-        raise ArgumentError(f"{text} is a {type(value).__name__}; {_WANTED}")
+    if not callable(value) or is_model(_inside(value)):
+        wanted = _WANTED_OF_A_WRAPPER if is_model(_inside(value)) else _WANTED
+        raise ArgumentError(f"{text} is a {type(value).__name__}; {wanted}")
     frontend = frontend_of_class(value)
     kind: Any = value
     options = {} if frontend is None else frontend.class_options(kind)
@@ -84,7 +85,8 @@ def load_model(text: str) -> LoadedModel:
     if isinstance(model, tuple) and len(model) == 2 and callable(model[0]):
         return LoadedModel(*model)
     if not is_model(model):
-        raise ArgumentError(f"{text} makes a {type(model).__name__}; {_WANTED}")
+        wanted = _WANTED_OF_A_WRAPPER if is_model(_inside(model)) else _WANTED
+        raise ArgumentError(f"{text} makes a {type(model).__name__}; {wanted}")
     return LoadedModel(model)
 
 
@@ -92,6 +94,18 @@ _WANTED = (
     "name a linen or NNX Module, a class of one that needs no arguments (but rngs), or "
     "a function without arguments that makes one, or makes (function, params)"
 )
+# Hugging Face's Flax models take keyword arguments of their own and return objects.
+_WANTED_OF_A_WRAPPER = (
+    "which wraps a Module and its params. Name a function that returns its call and "
+    "its params: def make(): m = ...; return (lambda params, ids: m(ids, "
+    "params=params).last_hidden_state), m.params"
+)
+
+
+def _inside(value: Any) -> Any:
+    """The Module in a wrapper that has params, too; None for anything else."""
+    whole = hasattr(value, "params") and not isinstance(value, type)
+    return getattr(value, "module", None) if whole else None
 
 
 def _import(where: str) -> ModuleType:

@@ -335,8 +335,8 @@ class _Race:
     def refine(self, every: Plan, kinds: Sequence[Kind], seconds: float) -> None:
         """Run layers that are alike in other ways, in the company of all others.
 
-        Ways that gain more than the noise are kept. The most expensive layers come first,
-        as many as time allows, compilation included.
+        Ways that gain more than the noise are kept. The most expensive layers come
+        first, as many as time allows, compilation included.
 
         Args:
           every: plan of all layers that have another form.

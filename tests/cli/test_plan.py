@@ -135,3 +135,30 @@ def test_errors_of_the_model_are_one_line_with_its_own(folder, monkeypatch):
     monkeypatch.setenv("FCCONV_TRACEBACK", "1")
     with pytest.raises(ValueError, match="mine"):
         run("plan broken.py:Net")
+
+
+def test_a_wrapper_of_a_module_and_its_params(folder):
+    """As Hugging Face has them: the call and the params are named by a function."""
+    (folder / "wrapped.py").write_text(WRAPPER)
+    message = r"wraps a Module and its params\. Name a function that returns its call"
+    for name in ("wrapper", "Wrapper"):
+        fails(f"plan wrapped.py:{name} --input 2,4", message, status=2)
+    assert run("plan wrapped.py:make --input 2,4").stdout.startswith("1 layer to conv")
+
+
+WRAPPER = """
+import flax.linen as nn, jax, jax.numpy as jnp
+
+class Wrapper:
+    def __init__(self):
+        self.module = nn.Dense(3)
+        self.params = self.module.init(jax.random.key(0), jnp.ones((1, 4)))
+
+    def __call__(self, x, params=None):
+        return self.module.apply(params or self.params, x)
+
+wrapper = Wrapper()
+
+def make():
+    return (lambda params, x: wrapper(x, params=params)), wrapper.params
+"""
