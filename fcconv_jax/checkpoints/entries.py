@@ -202,7 +202,7 @@ class Moved:
                 tell(here.nbytes)
             return
 
-        shape, perm = self._split()
+        shape, perm, flip = self._split()
         here = here.reshaped(shape)
         target = _permuted(shape, perm)
 
@@ -212,7 +212,7 @@ class Moved:
             _scatter(out, target, start, moved)
             return moved.nbytes
 
-        for count in at_once(write, _moved_pieces(here, perm)):
+        for count in at_once(write, _moved_pieces(here, perm, flip)):
             tell(count)
 
     def differs(
@@ -228,7 +228,7 @@ class Moved:
         theirs, mine = landed(other, scratch), landed(self.entries, scratch)
         if self.keeps_order and isinstance(mine, Filed) and isinstance(theirs, Filed):
             return _bytes_differ(mine.extent, theirs.extent, tell)
-        shape, perm = self._split()
+        shape, perm, flip = self._split()
         mine, theirs = mine.reshaped(shape), theirs.reshaped(_permuted(shape, perm))
 
         def compare(piece: Piece) -> int:
@@ -238,18 +238,18 @@ class Moved:
             same = _same(np.ascontiguousarray(moved), np.ascontiguousarray(other_box))
             return moved.nbytes if same else 0
 
-        for count in at_once(compare, _moved_pieces(mine, perm)):
+        for count in at_once(compare, _moved_pieces(mine, perm, flip)):
             if not count:
                 return True
             tell(count)
         return False
 
-    def _split(self) -> tuple[Shape, Shape]:
-        """The shape of the entries as they lie, and how its axes are permuted."""
+    def _split(self) -> tuple[Shape, Shape, Shape]:
+        """The entries' shape in the file, its permuted axes, and its reversed ones."""
         if self.move is None:
-            return self.entries.shape, tuple(range(len(self.entries.shape)))
+            return self.entries.shape, tuple(range(len(self.entries.shape))), ()
         normal = self.move.normal()
-        return normal.split, normal.perm
+        return normal.split, normal.perm, normal.flip
 
     def array(self) -> np.ndarray:
         """The moved array, whole and in memory.
@@ -284,8 +284,8 @@ def landed(entries: Entries, scratch: Path | None) -> Held | Filed:
     return Filed(entries.shape, entries.itemsize, file.extent(0, entries.nbytes))
 
 
-def _moved_pieces(here: Held | Filed, perm: Shape) -> Iterator[Piece]:
-    """Pieces of an array whose axes are permuted, contiguous before or after it.
+def _moved_pieces(here: Held | Filed, perm: Shape, flip: Shape) -> Iterator[Piece]:
+    """Pieces of an array with permuted and reversed axes, contiguous before or after.
 
     Whichever leaves fewer runs on the other side: each is one call to the system.
     """
@@ -300,15 +300,23 @@ def _moved_pieces(here: Held | Filed, perm: Shape) -> Iterator[Piece]:
     )
 
     def read(start: Shape, sizes: Shape) -> np.ndarray:
-        return here.box(start, sizes).transpose(perm)
+        return np.flip(here.box(start, sizes), flip).transpose(perm)
+
+    def mirrored(start: Shape, sizes: Shape) -> Shape:
+        """The start of a box, counted from the other end of each reversed axis."""
+        return tuple(
+            size - first - taken if axis in flip else first
+            for axis, (size, first, taken) in enumerate(zip(shape, start, sizes))
+        )
 
     if by_target:
         for start, sizes in row_major_slabs(moved, itemsize, PIECE):
             first, extents = _permuted(start, back), _permuted(sizes, back)
-            yield start, functools.partial(read, first, extents)
+            yield start, functools.partial(read, mirrored(first, extents), extents)
     else:
         for start, sizes in row_major_slabs(shape, itemsize, PIECE):
-            yield _permuted(start, perm), functools.partial(read, start, sizes)
+            first = _permuted(mirrored(start, sizes), perm)
+            yield first, functools.partial(read, start, sizes)
 
 
 def _in_memory(entries: Entries) -> np.ndarray:

@@ -14,7 +14,7 @@ from ..kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..layer_forms import pair_of_forms
 from ..meshes import permuted, reshape
 from ..plan import Form, LayerPlan
-from .factors import rearrangement, regroup, stacked_axes
+from .factors import rearrangement, regroup, reversed_axis, stacked_axes
 from .layer_axes import DenseAxes
 from .matmul import Matmul
 
@@ -100,16 +100,13 @@ def stack_axes(matmul: Matmul) -> tuple[int, ...] | None:
     return None if axes is None else tuple(axes)
 
 
-def leaf_rearrangement(
-    matmul: Matmul, window: Sequence[int], order: str, groups: int
-) -> Rearrangement | None:
+def leaf_rearrangement(matmul: Matmul, layer: LayerPlan) -> Rearrangement | None:
     """How the parameter itself moves into the other form's kernel.
 
     Args:
       matmul: where the parameter is multiplied.
-      window: kernel size of the conv form.
-      order: the axes of the window and the channels as the dense form flattens them.
-      groups: feature groups of the conv form.
+      layer: gives the window, the order, the groups, and whether the convolution is
+        transposed.
 
     Returns:
       The rearrangement of the parameter without its stack axes, whatever transposes
@@ -120,34 +117,48 @@ def leaf_rearrangement(
     if dropped is None:
         return None
     source = [n for i, n in enumerate(weight.shape) if i not in dropped]
-    letters = channel_last(len(window))
-    if math.prod(window) == 1:
-        order = letters  # flattened alike in every order
+    letters, taps, groups = (
+        channel_last(len(layer.window)),
+        math.prod(layer.window),
+        layer.groups,
+    )
+    order = letters if taps == 1 else layer.order  # flattened alike in every order
+    lead = (groups,) if groups > 1 else ()
+    *_, rows, features = kernel_shape(matmul)
     if form_of(matmul) == "conv":
-        *inner, out = (weight.axes[axis] for axis in kernel_axes_of_conv(matmul))
-        *_, features = kernel_shape(matmul)
+        *window, inner, out = (weight.axes[a] for a in kernel_axes_of_conv(matmul))
         outs = regroup(out, (groups, features // groups))
         if outs is None:
             return None
-        named = dict(zip(letters, inner))
-        rows = math.prod(kernel_shape(matmul)[:-1])
+        features //= groups
+        if layer.transposed:  # it applies its kernel from the other end
+            named = dict(zip(letters, (*map(reversed_axis, window), outs[1])))
+            factors = _flat([outs[0], inner, *(named[axis] for axis in order)])
+            return rearrangement(source, factors, (*lead, rows, taps * features))
+        named = dict(zip(letters, (*window, inner)))
         factors = _flat([outs[0], *(named[axis] for axis in order), outs[1]])
-        lead = (groups,) if groups > 1 else ()
-        return rearrangement(source, factors, (*lead, rows, features // groups))
+        return rearrangement(source, factors, (*lead, taps * rows, features))
     batch, contracted, outs = (
         _flat(weight.axes[axis] for axis in axes) for axes in kernel_axes_of_dot(matmul)
     )
-    *_, rows, features = kernel_shape(matmul)
-    if rows % math.prod(window):
-        return None
-    sizes = dict(zip(letters, (*window, rows // math.prod(window))))
-    split = regroup(contracted, [sizes[axis] for axis in order])
+    flat, flattened = (features, outs) if layer.transposed else (rows, contracted)
+    sizes = dict(zip(letters, (*layer.window, flat // taps)))
+    split = None
+    if flat % taps == 0:
+        split = regroup(flattened, [sizes[axis] for axis in order])
     if split is None:
         return None
     named = dict(zip(order, split))
-    factors = [*_flat(named[axis] for axis in letters), *batch, *outs]
-    target = (*(sizes[axis] for axis in letters), groups * features)
-    return rearrangement(source, factors, target)
+    window = [named[axis] for axis in letters[:-1]]
+    if layer.transposed:
+        factors = [*_flat(map(reversed_axis, window)), *contracted, *batch, *named["C"]]
+        return rearrangement(
+            source, factors, (*layer.window, rows, groups * sizes["C"])
+        )
+    factors = [*_flat(window), *named["C"], *batch, *outs]
+    return rearrangement(
+        source, factors, (*layer.window, sizes["C"], groups * features)
+    )
 
 
 def run_other_form(matmul: Matmul, layer: LayerPlan, operands: Sequence[Any]) -> Any:
@@ -186,11 +197,9 @@ def _dot_as_conv(
     axes = dense_axes(matmul)
     batch = tuple(x.shape[axis] for axis in axes.batch)
     *_, rows, features = kernel_shape(matmul)
-    canonical = (layer.groups, rows, features)[layer.groups == 1 :]
-    kernel = reshape(kernel.transpose(_flat(kernel_axes_of_dot(matmul))), canonical)
-    move = kernel_rearrangement(
-        canonical, layer.window, order=layer.order, groups=layer.groups
-    )
+    kernel = kernel.transpose(_flat(kernel_axes_of_dot(matmul)))
+    move = _canonical_move(layer, rows, features)
+    kernel = reshape(kernel, move.source)
     first, lead, outs = len(batch), len(axes.lead), len(axes.features)
     ndim = first + lead + outs
     sharding = matmul.eqn.params["out_sharding"]
@@ -209,16 +218,25 @@ def _dot_as_conv(
     return y
 
 
+def _canonical_move(layer: LayerPlan, rows: int, columns: int) -> Rearrangement:
+    """The move from the kernel of the dense form to that of the conv form."""
+    return kernel_rearrangement(
+        (layer.groups, rows, columns)[layer.groups == 1 :],
+        layer.window,
+        order=layer.order,
+        groups=layer.groups,
+        transposed=layer.transposed,
+    )
+
+
 def _conv_as_dot(
     matmul: Matmul, layer: LayerPlan, dense: Any, x: Array, kernel: Array
 ) -> Array:
     lhs, _, out = _specs(matmul)
-    *_, features = kernel_shape(matmul)
-    rows = math.prod(kernel_shape(matmul)[:-1])
-    canonical = (layer.groups, rows, features // layer.groups)[layer.groups == 1 :]
-    move = kernel_rearrangement(
-        canonical, layer.window, order=layer.order, groups=layer.groups
-    )
+    *window, rows, features = kernel_shape(matmul)
+    taps, features = math.prod(window), features // layer.groups
+    sizes = (rows, taps * features) if layer.transposed else (taps * rows, features)
+    move = _canonical_move(layer, *sizes)
     kernel = move.inverse()(kernel.transpose(kernel_axes_of_conv(matmul)))
     order = _channel_last(out)
     sharding = permuted(matmul.eqn.params["out_sharding"], order)

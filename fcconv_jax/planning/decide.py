@@ -147,11 +147,6 @@ def _plan_conv(
     cases = sorted({each.base for each in found})
     if len(cases) > 1:
         raise LeftError(f"called in several cases: {', '.join(cases)}")
-    if cases == ["unpatchify"]:
-        raise LeftError(
-            "it is a transposed convolution, which plans do not convert. Use "
-            "conv_kernel_to_dense(kernel, transposed=True) and depth-to-space"
-        )
     window, groups = found[0].geometry.kernel_size, found[0].geometry.groups
     if rule is not None and rule.window not in (None, window):
         raise PlanError(
@@ -160,14 +155,17 @@ def _plan_conv(
         )
     _check_order(rule, len(window))
     order = (rule.order if rule else None) or channel_last(len(window))
-    fan_in = math.prod(call.kernel[:-1])
-    canonical = (fan_in, call.kernel[-1] // groups)
+    transposed = cases == ["unpatchify"]
+    taps, rows, out = math.prod(window), call.kernel[-2], call.kernel[-1] // groups
+    canonical = (rows, taps * out) if transposed else (taps * rows, out)
     if groups > 1:
         canonical = (groups, *canonical)
-    forward = kernel_rearrangement(canonical, window, order=order, groups=groups)
+    forward = kernel_rearrangement(
+        canonical, window, order=order, groups=groups, transposed=transposed
+    )
     leaves = [("kernel", forward.inverse())]
     if call.bias is not None:
-        shape = call.bias if groups == 1 else (groups, canonical[-1])
+        shape = call.bias if groups == 1 else (groups, out)
         leaves.append(("bias", Rearrangement.reshape(call.bias, shape)))
     plan = LayerPlan(
         base=found[0].base,
@@ -176,7 +174,7 @@ def _plan_conv(
         order=order,
         leaves=tuple(leaves),
         input_shape=_example(call.shape, window),
-        strides=found[0].geometry.strides,
+        strides=window if transposed else found[0].geometry.strides,
         groups=groups,
         stack_axes=stack_axes,
         to="dense",

@@ -4,7 +4,8 @@ An array that holds the entries of a parameter, each once, is described by where
 of its axes steps in the parameter's flat (row-major) index. A factor ``(stride, size)``
 takes ``size`` steps of ``stride``; an axis is a tuple of factors, slowest first. So
 ``(6, 4)`` has the axes ``((4, 6),)`` and ``((1, 4),)``, its transpose the same in the
-other order, and a reshape only splits and joins them.
+other order, and a reshape only splits and joins them. A reversed axis steps backwards:
+its strides are negative.
 """
 
 from __future__ import annotations
@@ -34,6 +35,16 @@ def axes_of(shape: Sequence[int]) -> tuple[Axis, ...]:
 def size(axis: Iterable[Factor]) -> int:
     """How many entries an axis has."""
     return math.prod(n for _, n in axis)
+
+
+def reversed_axis(axis: Axis) -> Axis:
+    """The same axis from its other end.
+
+    Example:
+      >>> reversed_axis(((12, 2), (1, 4)))
+      ((-12, 2), (-1, 4))
+    """
+    return tuple((-stride, n) for stride, n in axis)
 
 
 def regroup(factors: Iterable[Factor], sizes: Sequence[int]) -> list[Axis] | None:
@@ -69,7 +80,7 @@ def regroup(factors: Iterable[Factor], sizes: Sequence[int]) -> list[Axis] | Non
 
 def stacked_axes(shape: Sequence[int], stack: Sequence[Factor]) -> list[int] | None:
     """The axes of a shape that the factors make up; None if they are part of one."""
-    axes = []
+    axes, stack = [], [(abs(stride), n) for stride, n in stack]
     for i, axis in enumerate(axes_of(shape)):
         if not axis:
             continue
@@ -96,12 +107,13 @@ def without(axis: Axis, shape: Sequence[int], dropped: Collection[int]) -> Axis:
       ((12, 2), (1, 4))
     """
     kept: list[Factor] = []
-    for stride, n in axis:
+    for signed, n in axis:
+        stride, sign = abs(signed), (1 if signed > 0 else -1)
         for number, entries in enumerate(axes_of(shape)):
             for step, count in entries:
                 first, end = max(stride, step), min(stride * n, step * count)
                 if first < end and number not in dropped:
-                    kept.append((first, end // first))
+                    kept.append((sign * first, end // first))
     return tuple(kept)
 
 
@@ -114,12 +126,13 @@ def rearrangement(
       >>> rearrangement((5, 3), [(1, 3), (3, 5)], (1, 3, 5)).perm
       (1, 0)
     """
-    stored = sorted(factors, key=lambda factor: -factor[0])
+    stored = sorted(factors, key=lambda factor: -abs(factor[0]))
     return Rearrangement(
         tuple(source),
         tuple(n for _, n in stored),
         tuple(stored.index(factor) for factor in factors),
         tuple(target),
+        tuple(axis for axis, (stride, _) in enumerate(stored) if stride < 0),
     )
 
 

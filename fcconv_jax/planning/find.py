@@ -20,7 +20,7 @@ from ..tracing.primitives import (
     ROUNDING,
     SAME,
 )
-from .factors import Axis, regroup, size
+from .factors import Axis, regroup, reversed_axis, size
 from .matmul import (
     ACTIVE,
     NUMBER,
@@ -156,6 +156,11 @@ def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
         axes = regroup([f for axis in order for f in weight.axes[axis]], shape)
     elif name == "transpose":
         axes = [weight.axes[axis] for axis in p["permutation"]]
+    elif name == "rev":
+        turned = p["dimensions"]
+        axes = [
+            reversed_axis(a) if i in turned else a for i, a in enumerate(weight.axes)
+        ]
     elif name == "squeeze":
         axes = [a for i, a in enumerate(weight.axes) if i not in p["dimensions"]]
     elif name == "expand_dims" or (

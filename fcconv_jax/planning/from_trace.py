@@ -272,9 +272,7 @@ def _stack_axes(matmuls: Sequence[Matmul]) -> tuple[int, ...]:
 
 def on_leaf(plan: LayerPlan, matmuls: Sequence[Matmul]) -> LayerPlan:
     """The plan with the move of the parameter itself, through all that lies between."""
-    moves = [
-        leaf_rearrangement(p, plan.window, plan.order, plan.groups) for p in matmuls
-    ]
+    moves = [leaf_rearrangement(matmul, plan) for matmul in matmuls]
     for move in moves:
         if move is None:
             raise LeftError(
@@ -284,6 +282,5 @@ def on_leaf(plan: LayerPlan, matmuls: Sequence[Matmul]) -> LayerPlan:
         if move != moves[0]:
             raise LeftError(_TWO_ROLES)
     assert moves[0] is not None
-    return dataclasses.replace(
-        plan, layer=matmuls[0].eqn.primitive.name, leaves=(("", moves[0]),)
-    )
+    name = "conv_transpose" if plan.transposed else matmuls[0].eqn.primitive.name
+    return dataclasses.replace(plan, layer=name, leaves=(("", moves[0]),))

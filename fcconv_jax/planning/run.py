@@ -119,7 +119,7 @@ def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool
 def _same_map(matmul: Matmul, layer: LayerPlan) -> bool:
     """Whether the kernel goes from the parameter to the matmul as it was planned."""
     if groups_of(matmul) == layer.groups:
-        move = leaf_rearrangement(matmul, layer.window, layer.order, layer.groups)
+        move = leaf_rearrangement(matmul, layer)
         if move is not None:
             move = layer.lay_out(move) if form_of(matmul) == "dense" else move
             if move.normal() == layer.kernel.normal():
@@ -128,6 +128,6 @@ def _same_map(matmul: Matmul, layer: LayerPlan) -> bool:
     dense = layer.kernel.source if form_of(matmul) == "conv" else layer.kernel.target
     *inner, _ = layer.channels_last(dense)
     rows = math.prod(kernel_shape(matmul)[:-1])
-    if form_of(matmul) == "dense":
+    if form_of(matmul) == "dense" or layer.transposed:
         rows = kernel_shape(matmul)[-2]
     return bool(layer.stack_axes) and rows == math.prod(inner)

@@ -21,14 +21,16 @@ DTYPES = ("u1", "<u2", "<f4", "<f8", "<c16")
 
 @st.composite
 def moves(draw):
-    """Rearrangements: reshape, transpose, reshape."""
+    """Rearrangements: reshape, reverse, transpose, reshape."""
     split = tuple(draw(st.lists(st.integers(1, 5), min_size=0, max_size=4)))
     perm = tuple(draw(st.permutations(range(len(split)))))
     cut = draw(st.integers(0, len(split)))
     source = (math.prod(split[:cut]), math.prod(split[cut:]))
     moved = tuple(split[axis] for axis in perm)
     cut = draw(st.integers(0, len(split)))
-    return Rearrangement(source, split, perm, (*moved[:cut], math.prod(moved[cut:])))
+    target = (*moved[:cut], math.prod(moved[cut:]))
+    flip = draw(st.sets(st.sampled_from(range(len(split))))) if split else ()
+    return Rearrangement(source, split, perm, target, tuple(sorted(flip)))
 
 
 def filed(array: np.ndarray, folder, parts: int) -> Filed:

@@ -1,0 +1,255 @@
+"""Transposed convolutions in every front end, against Flax's and lax's own layers."""
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+from conftest import integers, same_bits
+from flax import nnx
+
+import fcconv_jax as fc
+
+X = jax.random.normal(jax.random.key(0), (2, 3, 4, 6))
+
+
+class Decoder(nn.Module):
+    """Two steps up, through a norm and dropout."""
+
+    transpose_kernel: bool = False
+    padding: str = "SAME"
+
+    @nn.compact
+    def __call__(self, x, train=False):
+        options = {
+            "padding": self.padding,
+            "transpose_kernel": self.transpose_kernel,
+        }
+        x = nn.ConvTranspose(5, (2, 3), (2, 3), name="up", **options)(x)
+        x = nn.Dropout(0.5, deterministic=not train)(nn.relu(nn.LayerNorm()(x)))
+        x = nn.ConvTranspose(4, (2, 2), (2, 2), use_bias=False, name="out", **options)(
+            x
+        )
+        return nn.ConvTranspose(3, (1, 1), name="point", **options)(x)
+
+
+def converted(plan):
+    return {path: (layer.case, layer.layer) for path, layer in plan.items()}
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+@pytest.mark.parametrize("padding", ["SAME", "VALID"])
+def test_a_linen_decoder(transpose_kernel, padding):
+    model = Decoder(transpose_kernel, padding)
+    variables = model.init(jax.random.key(1), X)
+    plan = fc.make_plan(model, X, to="dense")
+    assert [layer.case for layer in plan.values()] == [
+        "unpatchify",
+        "unpatchify",
+        "pointwise",
+    ]
+    assert not plan.skipped
+    assert fc.Plan.from_json(plan.to_json()) == plan
+    dense = fc.convert_params(variables, plan)
+    up: Any = dense["params"]["up"]
+    assert up["kernel"].shape == (6, 2 * 3 * 5)
+    assert up["bias"].shape == (5,)
+    assert same_bits(fc.restore_params(dense, plan), variables)
+    report = fc.verify(model, variables, X, plan=plan, progress=False)
+    assert report.passed
+    # The convolutions are gone from the program.
+    run = fc.convert_model(model, plan).apply
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(run)(dense, X))
+
+
+def test_dropout_and_a_training_step_are_those_of_the_original():
+    model = Decoder()
+    variables = integers(model.init(jax.random.key(1), X))
+    plan = fc.make_plan(model, X, to="dense")
+    rngs = {"dropout": jax.random.key(3)}
+    call = {"train": True, "rngs": rngs}
+    x = integers(X)
+    want = model.apply(variables, x, **call)
+    dense = fc.convert_params(variables, plan)
+    got = fc.convert_model(model, plan).apply(dense, x, **call)
+    np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-4)
+    tx = optax.adam(1e-2)
+    state = tx.init(variables)
+    moved = fc.convert_opt_state(state, plan, tx=tx, params=variables)
+    assert same_bits(
+        jax.tree.map(jnp.shape, moved), jax.tree.map(jnp.shape, tx.init(dense))
+    )
+
+
+def test_overlapping_windows_are_skipped_with_the_fix():
+    model = nn.ConvTranspose(3, (4, 4), (2, 2))
+    (reason,) = fc.make_plan(model, X, to="dense").skipped.values()
+    assert "windows of outputs overlap" in reason
+    assert "strides equal to the kernel size" in reason
+
+
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_an_nnx_decoder(transpose_kernel):
+    class Up(nnx.Module):
+        def __init__(self, rngs):
+            self.up = nnx.ConvTranspose(
+                *(6, 5, (2, 3), (2, 3)), transpose_kernel=transpose_kernel, rngs=rngs
+            )
+            self.head = nnx.Linear(5, 2, rngs=rngs)
+
+        def __call__(self, x):
+            return self.head(nnx.relu(self.up(x)))
+
+    model = Up(nnx.Rngs(0))
+    plan = fc.make_plan(model, X, to="dense")
+    assert converted(plan) == {"up/kernel": ("unpatchify", "conv_transpose")}
+    assert fc.verify(model, None, X, plan=plan, progress=False).passed
+    dense = fc.convert_model(model, plan)
+    assert dense.up.kernel.shape == (6, 30)
+    np.testing.assert_allclose(dense(X), model(X), rtol=1e-5, atol=1e-6)
+    back = fc.convert_model(dense, plan.inverse())
+    assert same_bits(nnx.state(back), nnx.state(model))
+
+
+@pytest.mark.parametrize(
+    ("window", "groups", "layout"),
+    [
+        ((3,), 1, ("NWC", "WIO", "NWC")),
+        ((2, 3), 2, ("NHWC", "HWIO", "NHWC")),
+        ((2, 3), 3, ("NCHW", "OIHW", "NCHW")),
+        ((2, 1, 3), 1, ("NDHWC", "DHWIO", "NDHWC")),
+    ],
+)
+def test_functions_of_every_rank_with_groups_and_layouts(window, groups, layout):
+    def shaped(spec, sizes):
+        return np.zeros([sizes[axis] for axis in spec], np.float32)
+
+    axes = layout[0].replace("N", "").replace("C", "")
+    sizes = dict(zip(axes, (4, 3, 2)), N=2, C=6)
+    x = integers(shaped(layout[0], sizes))
+    kernel = dict(zip(axes, window), I=6 // groups, O=2 * groups)
+    params = {"w": integers(shaped(layout[1], kernel), seed=1)}
+
+    def up(params, x):
+        return jax.lax.conv_general_dilated(
+            *(x, params["w"], (1,) * len(window), [(k - 1, k - 1) for k in window]),
+            lhs_dilation=window,
+            dimension_numbers=layout,
+            feature_group_count=groups,
+        )
+
+    plan = fc.make_plan(up, params, x, to="dense")
+    case = "unpatchify" if groups == 1 else "grouped"
+    assert converted(plan) == {"w": (case, "conv_transpose")}
+    dense = fc.convert_params(params, plan)
+    assert same_bits(fc.restore_params(dense, plan), params)
+    got = fc.convert_model(up, plan)(dense, x)
+    np.testing.assert_array_equal(got, up(params, x))
+    assert fc.verify(up, params, x, plan=plan, progress=False).passed
+
+
+def test_a_single_input_fills_the_whole_window():
+    def up(w, x):
+        return jax.lax.conv_transpose(x, w, (1, 1), "VALID")
+
+    w, x = (
+        integers(np.zeros((4, 3, 5, 2), "f4")),
+        integers(np.zeros((2, 1, 1, 5), "f4")),
+    )
+    plan = fc.make_plan(up, w, x, to="dense")
+    assert [layer.window for layer in plan.values()] == [(4, 3)]
+    got = fc.convert_model(up, plan)(fc.convert_params(w, plan), x)
+    np.testing.assert_array_equal(got, up(w, x))
+    # Of more inputs the windows overlap.
+    with pytest.raises(fc.PlanError, match="it is something else"):
+        fc.convert_model(up, plan)(fc.convert_params(w, plan), jnp.ones((2, 2, 1, 5)))
+
+
+@pytest.mark.parametrize("lift", [nn.vmap, nn.scan])
+def test_stacked_layers(lift):
+    class Step(nn.Module):
+        @nn.compact
+        def __call__(self, x, _=None):
+            y = nn.ConvTranspose(6, (2, 2), (2, 2), name="up")(x)
+            return (y[:, :3, :4], None) if lift is nn.scan else y
+
+    axes = {"variable_axes": {"params": 0}, "split_rngs": {"params": True}}
+    if lift is nn.scan:
+        stack, x = nn.scan(Step, length=3, **axes)(), X
+    else:
+        stack, x = nn.vmap(Step, in_axes=0, **axes)(), jnp.stack([X, 2 * X, X + 1])
+    variables = stack.init(jax.random.key(0), x)
+    plan = fc.make_plan(stack, x, to="dense")
+    # vmap makes one convolution of its steps, with a group for each.
+    case = "unpatchify" if lift is nn.scan else "grouped"
+    assert [(layer.case, layer.base) for layer in plan.values()] == [
+        (case, "unpatchify")
+    ]
+    assert fc.verify(stack, variables, x, plan=plan, progress=False).passed
+
+
+def test_a_reversed_kernel_of_a_dense_is_followed():
+    def f(params, x):
+        return x.reshape(2, -1) @ params["w"][::-1]
+
+    params = {"w": integers(np.zeros((72, 5), "f4"))}
+    plan = fc.make_plan(f, params, X)
+    conv = fc.convert_params(params, plan)
+    assert conv["w"].shape == (3, 4, 6, 5)
+    assert same_bits(fc.restore_params(conv, plan), params)
+    x = integers(X)
+    np.testing.assert_array_equal(fc.convert_model(f, plan)(conv, x), f(params, x))
+
+
+def test_checkpoints_hold_the_reversed_window(tmp_path):
+    from safetensors.numpy import load_file, save_file
+
+    model = Decoder()
+    variables = model.init(jax.random.key(1), X)
+    plan = fc.make_plan(model, X, to="dense")
+    kernel = np.asarray(variables["params"]["up"]["kernel"])
+    tree = jax.tree_util.tree_leaves_with_path(variables["params"])
+    flat = {".".join(k.key for k in path): np.asarray(leaf) for path, leaf in tree}
+    save_file(flat, tmp_path / "a.safetensors")
+    fc.convert_checkpoint(
+        tmp_path / "a.safetensors", tmp_path / "b.safetensors", plan, progress=False
+    )
+    moved = load_file(tmp_path / "b.safetensors")["up.kernel"]
+    want = kernel[::-1, ::-1].transpose(2, 0, 1, 3).reshape(6, 30)
+    np.testing.assert_array_equal(moved, want)
+    fc.restore_checkpoint(
+        tmp_path / "b.safetensors", tmp_path / "c.safetensors", progress=False
+    )
+    assert same_bits(load_file(tmp_path / "c.safetensors"), flat)
+
+
+def test_a_plan_of_one_input_size_holds_for_others():
+    model = Decoder()
+    variables = model.init(jax.random.key(1), X)
+    plan = fc.make_plan(model, X, to="dense")
+    larger = jnp.ones((1, 7, 5, 6))
+    got = fc.convert_model(model, plan).apply(
+        fc.convert_params(variables, plan), larger
+    )
+    np.testing.assert_allclose(
+        got, model.apply(variables, larger), rtol=1e-4, atol=1e-6
+    )
+
+
+def test_a_lost_flip_is_seen():
+    """The check can fail: params moved without the reversal are another model's."""
+    model = Decoder()
+    variables = model.init(jax.random.key(1), X)
+    plan = fc.make_plan(model, X, to="dense")
+    dense = fc.convert_params(variables, plan)
+    layer = plan["up/kernel"]
+    plain = dataclasses.replace(layer.kernel, flip=())
+    dense["params"]["up"]["kernel"] = plain(variables["params"]["up"]["kernel"])
+    report = fc.verify(
+        *(model, variables, X), plan=plan, converted_params=dense, progress=False
+    )
+    assert not report.passed
