@@ -145,7 +145,7 @@ def test_what_cannot_be_converted(params, folder):
     fails("restore ckpt back", "holds no plan")
     fails("convert nowhere conv2 --rule fc2=1", "nowhere: no such file")
     fails("convert ckpt conv2 --rule fc3=1", r"'fc3' matches no.*'fc2'")
-    fails("convert ckpt conv2 --rule fc1=7x7", "'fc1/kernel'.*no multiple")
+    fails("convert ckpt conv2 --rule fc1=7x7", "'fc1/kernel'.*Expected a multiple")
     fails("convert ckpt conv2 --rule '*=skip'", "no layer converts.*fc1: excluded")
     plain = "--model model.py:Plain --input 2"
     fails(f"convert ckpt conv2 {plain}", "no layer converts to conv: none is")
