@@ -62,7 +62,7 @@ def test_contributing_tells_every_group():
 
 def test_contributing_names_files_that_there_are():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    rooms = text[text.index("## The rooms") : text.index("## Style")]
+    rooms = text[text.index("## Layout of the package") : text.index("## Style")]
     for name in re.findall(r"`([\w/.]+(?:/|\.py|\.md|\.toml))`", rooms):
         places = (ROOT / name, ROOT / "fcconv_jax" / name)
         assert any(p.exists() for p in places), name
