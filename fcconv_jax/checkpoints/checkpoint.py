@@ -24,7 +24,7 @@ LEAVES_KEY = "fcconv_leaves"
 
 
 def iter_leaves(tree: Any, path: Parts = ()) -> Iterator[tuple[Parts, Any]]:
-    """Yields the path and value of each leaf, in the order of the tree.
+    """Yield the path and value of each leaf, in the order of the tree.
 
     Dicts, lists and tuples are nodes; everything else, None included, is a leaf.
     """
@@ -39,7 +39,7 @@ def iter_leaves(tree: Any, path: Parts = ()) -> Iterator[tuple[Parts, Any]]:
 
 
 def with_leaves(tree: Any, leaves: Iterator[Any]) -> Any:
-    """A tree of the same nodes and keys, with the leaves taken from an iterator."""
+    """Return a tree with the same nodes and keys, and leaves from an iterator."""
     if isinstance(tree, Mapping):
         return {key: with_leaves(node, leaves) for key, node in tree.items()}
     if isinstance(tree, list | tuple):
@@ -54,7 +54,7 @@ def step_number(name: str) -> int:
 
 
 def is_array(leaf: Any) -> bool:
-    """Whether a leaf (or what stands for it) has a shape and a dtype."""
+    """Return whether a leaf (or what stands for it) has a shape and a dtype."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 
 
@@ -76,7 +76,7 @@ class LeafInfo:
 
     @classmethod
     def of(cls, path: str, leaf: Any) -> LeafInfo:
-        """Describes a leaf: an array, what has its shape and dtype, or a value."""
+        """Describe a leaf: an array, what has its shape and dtype, or a value."""
         if not is_array(leaf):
             return cls(path, (), type(leaf).__name__, 0)
         shape = tuple(leaf.shape)
@@ -99,13 +99,13 @@ class Record:
     shapes: Mapping[str, tuple[int, ...]]
 
     def entries(self) -> dict[str, str]:
-        """The record as entries of a checkpoint's metadata: JSON text by key."""
+        """Return the record as entries of a checkpoint's metadata: JSON text by key."""
         shapes = {path: list(shape) for path, shape in self.shapes.items()}
         return {PLAN_KEY: self.plan.to_json(), LEAVES_KEY: json.dumps(shapes)}
 
     @classmethod
     def take(cls, entries: dict[str, Any], path: Path) -> Record | None:
-        """Takes the record out of metadata entries; None where there is none.
+        """Take the record out of metadata entries; None where there is none.
 
         Raises:
           CheckpointError: the record is damaged, or of a newer version.

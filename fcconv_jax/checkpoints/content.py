@@ -88,7 +88,7 @@ class ContentReport(Report):
 def differences(
     meant: Checkpoint, found: Checkpoint, scratch: Path | None, tell: Tell
 ) -> Iterator[Difference]:
-    """The leaves in which one checkpoint is not what another says it should be.
+    """Yield the leaves in which one checkpoint is not what another says it should be.
 
     Args:
       meant: with the moves that lead to what is expected.

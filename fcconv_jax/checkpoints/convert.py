@@ -284,7 +284,7 @@ def verify_checkpoint(
 
 
 def _plan_of_the_run(src: PathLike) -> tuple[Plan, str]:
-    """The plan that the other steps of a directory hold, and the latest of these.
+    """Return the plan of a directory's other steps, and the latest of them.
 
     Training that goes on from a converted checkpoint saves steps without a plan.
     """

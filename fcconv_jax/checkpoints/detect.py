@@ -90,7 +90,7 @@ def _no_checkpoint(path: Path, why: str) -> CheckpointError:
 
 @contextlib.contextmanager
 def named(path: Path) -> Iterator[None]:
-    """Turns the system's errors into ours, with the file's name."""
+    """Turn the system's errors into ours, with the file's name."""
     try:
         yield
     except OSError as error:

@@ -48,7 +48,7 @@ class Entries(Protocol):
         ...
 
     def read_into(self, out: np.ndarray) -> None:
-        """Reads all entries into an array of unsigned integers of their size."""
+        """Read all entries into an array of unsigned integers of their size."""
         ...
 
 
@@ -74,7 +74,7 @@ class Held:
         return self.array.nbytes
 
     def reshaped(self, shape: Shape) -> Held:
-        """The same entries as an array of another shape."""
+        """Return the same entries as an array of another shape."""
         return Held(self.array.reshape(shape))
 
     def read_into(self, out: np.ndarray) -> None:
@@ -106,7 +106,7 @@ class Filed:
         return self.extent.nbytes
 
     def reshaped(self, shape: Shape) -> Filed:
-        """The same entries as an array of another shape."""
+        """Return the same entries as an array of another shape."""
         return Filed(shape, self.itemsize, self.extent)
 
     def read_into(self, out: np.ndarray) -> None:
@@ -122,12 +122,12 @@ class Filed:
 
 
 def raw_dtype(itemsize: int) -> np.dtype:
-    """A dtype that moves entries of this size without looking at them."""
+    """Return a dtype that moves entries of this size without looking at them."""
     return np.dtype(f"u{itemsize}" if itemsize in (1, 2, 4, 8) else f"V{itemsize}")
 
 
 def _octets(array: np.ndarray) -> memoryview:
-    """The bytes of a contiguous array, in place."""
+    """Return the bytes of a contiguous array, in place."""
     return array.reshape(-1).view(np.uint8).data
 
 
@@ -157,7 +157,7 @@ class Moved:
 
     @classmethod
     def of(cls, leaf: Any) -> Moved:
-        """An array, or what is one already."""
+        """Return an array, or what is one already."""
         if isinstance(leaf, cls):
             return leaf
         array = np.asarray(leaf)
@@ -186,7 +186,7 @@ class Moved:
         return self.move is None or self.move.is_reshape
 
     def write(self, out: Extent, scratch: Path, tell: Tell = silent) -> None:
-        """Writes the moved entries in row-major order.
+        """Write the moved entries in row-major order.
 
         Args:
           out: where to, as large as the array.
@@ -218,7 +218,7 @@ class Moved:
     def differs(
         self, other: Entries, scratch: Path | None, tell: Tell = silent
     ) -> bool:
-        """Whether any moved entry differs from another array's, bit for bit.
+        """Return whether any moved entry differs from another array's, bit for bit.
 
         Args:
           other: of the shape that the move leads to.
@@ -245,14 +245,14 @@ class Moved:
         return False
 
     def _split(self) -> tuple[Shape, Shape, Shape]:
-        """The entries' shape in the file, its permuted axes, and its reversed ones."""
+        """Return the entries' shape in the file, permuted axes and reversed axes."""
         if self.move is None:
             return self.entries.shape, tuple(range(len(self.entries.shape))), ()
         normal = self.move.normal()
         return normal.split, normal.perm, normal.flip
 
     def array(self) -> np.ndarray:
-        """The moved array, whole and in memory.
+        """Return the moved array, whole and in memory.
 
         Raises:
           CheckpointError: NumPy has no such dtype.
@@ -303,7 +303,7 @@ def _moved_pieces(here: Held | Filed, perm: Shape, flip: Shape) -> Iterator[Piec
         return np.flip(here.box(start, sizes), flip).transpose(perm)
 
     def mirrored(start: Shape, sizes: Shape) -> Shape:
-        """The start of a box, counted from the other end of each reversed axis."""
+        """Return a box's start, counted from the end of each reversed axis."""
         return tuple(
             size - first - taken if axis in flip else first
             for axis, (size, first, taken) in enumerate(zip(shape, start, sizes))
@@ -320,14 +320,14 @@ def _moved_pieces(here: Held | Filed, perm: Shape, flip: Shape) -> Iterator[Piec
 
 
 def _in_memory(entries: Entries) -> np.ndarray:
-    """All entries, as unsigned integers of their size."""
+    """Return all entries, as unsigned integers of their size."""
     out = np.empty(entries.shape, raw_dtype(entries.itemsize))
     entries.read_into(out)
     return out
 
 
 def _scatter(out: Extent, shape: Shape, start: Shape, box: np.ndarray) -> None:
-    """Writes a box of a row-major array."""
+    """Write a box of a row-major array."""
     for index, offset in runs(shape, start, box.shape):
         out.write(offset * box.itemsize, _octets(np.ascontiguousarray(box[index])))
 
@@ -350,7 +350,7 @@ def _bytes_differ(one: Extent, other: Extent, tell: Tell) -> bool:
 
 
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
-    """Whether two contiguous arrays hold the same bytes."""
+    """Return whether two contiguous arrays hold the same bytes."""
     a, b = (x.reshape(-1).view(np.uint8) for x in (one, other))
     whole = len(a) // 8 * 8
     return bool(

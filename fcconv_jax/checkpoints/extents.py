@@ -37,14 +37,14 @@ Tell = Callable[[int], None]
 
 
 def give_back_memory() -> None:
-    """Hands back to the system what C libraries' threads freed, and glibc keeps."""
+    """Pass back to the system what C libraries' threads freed, and glibc keeps."""
     trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
     if trim is not None:
         trim(0)
 
 
 def silent(count: int) -> None:
-    """Tells no one."""
+    """Report no one."""
 
 
 class File:
@@ -63,7 +63,7 @@ class File:
 
     @classmethod
     def read(cls, path: Path) -> File:
-        """Opens a regular file for reading; a pipe or a device would never end.
+        """Open a regular file for reading; a pipe or a device would never end.
 
         Raises:
           CheckpointError: it is not one.
@@ -75,13 +75,13 @@ class File:
 
     @classmethod
     def create(cls, path: Path) -> File:
-        """Makes a file that is not there yet, for writing and reading."""
+        """Make a file that is not there yet, for writing and reading."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         return cls(os.open(path, flags, 0o666), str(path))
 
     @classmethod
     def nameless(cls, folder: Path) -> File:
-        """Makes a file in a folder that is gone when it is closed."""
+        """Make a file in a folder that is gone when it is closed."""
         fd, name = tempfile.mkstemp(dir=folder)
         os.unlink(name)
         return cls(fd, name)
@@ -92,11 +92,11 @@ class File:
         return os.fstat(self.fd).st_size
 
     def content(self) -> bytes:
-        """All its bytes."""
+        """Return all its bytes."""
         return bytes(self.extent(0, self.size).read(0, self.size))
 
     def mapped(self, shape: tuple[int, ...], dtype: np.dtype) -> np.ndarray:
-        """An empty file as an array to write to; its room on the disk is made first.
+        """Map an empty file as an array to write to, after allocating its blocks.
 
         Raises:
           OSError: there is no room for it.
@@ -106,7 +106,7 @@ class File:
         return np.frombuffer(mmap.mmap(self.fd, nbytes), dtype).reshape(shape)
 
     def extent(self, start: int, stop: int) -> Extent:
-        """The bytes between two places."""
+        """Return the bytes between two places."""
         return Extent(self, ((start, stop - start),))
 
 
@@ -145,7 +145,7 @@ class Extent:
             begin += length
 
     def read(self, start: int, stop: int) -> bytearray:
-        """The bytes from ``start`` to ``stop``.
+        """Return the bytes from ``start`` to ``stop``.
 
         Raises:
           CheckpointError: the file has become shorter.
@@ -155,7 +155,7 @@ class Extent:
         return out
 
     def read_into(self, start: int, out: memoryview) -> None:
-        """Reads as many bytes as there is room for, from ``start`` on.
+        """Read as many bytes as there is room for, from ``start`` on.
 
         Raises:
           CheckpointError: the file has become shorter.
@@ -169,7 +169,7 @@ class Extent:
                 done, offset, length = done + got, offset + got, length - got
 
     def write(self, start: int, data: memoryview) -> None:
-        """Writes bytes from ``start`` on."""
+        """Write bytes from ``start`` on."""
         done = 0
         for offset, length in self.places(start, start + len(data)):
             while length:
@@ -178,7 +178,7 @@ class Extent:
 
 
 def shorter(file: str) -> CheckpointError:
-    """The error for a file that ends before what was found in it a moment ago."""
+    """Return the error for a file that was truncated while it was read."""
     return CheckpointError(
         f"{file}: became shorter while it was read; wait until nothing writes to it, "
         "and convert again"
@@ -186,7 +186,7 @@ def shorter(file: str) -> CheckpointError:
 
 
 def copy(source: Extent, target: Extent, tell: Tell = silent) -> None:
-    """Copies bytes from file to file; blocks are shared where the file system can.
+    """Copy bytes from file to file; blocks are shared where the file system can.
 
     Raises:
       CheckpointError: the source has become shorter.
@@ -205,7 +205,7 @@ def copy(source: Extent, target: Extent, tell: Tell = silent) -> None:
 def _copy_range(
     source: File, start: int, target: File, to: int, count: int, tell: Tell
 ) -> None:
-    """Copies through a buffer that stays in the processor's cache.
+    """Copy through a buffer that stays in the processor's cache.
 
     This is quicker than the kernel's own copy where a file's data begin anywhere.
     """
@@ -221,7 +221,7 @@ def _copy_range(
 def _clone(
     source: File, start: int, target: File, to: int, count: int
 ) -> tuple[int, int]:
-    """Shares the whole blocks of a range; where they begin and end in it.
+    """Share the whole blocks of a range; where they begin and end in it.
 
     Btrfs and XFS can, and Linux's ``FICLONERANGE`` asks them; elsewhere none are.
     """
@@ -241,7 +241,7 @@ _Item = TypeVar("_Item")
 
 
 def at_once(work: Callable[[_Item], int], items: Iterable[_Item]) -> Iterator[int]:
-    """Works on a few items at a time, in threads; the results in turn."""
+    """Work on a few items at a time, in threads; the results in turn."""
     with ThreadPoolExecutor(WORKERS) as pool:
         waiting: deque[Future[int]] = deque()
         for item in items:

@@ -26,7 +26,7 @@ from .places import check_free, fresh_place, put
 
 
 def open_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint:
-    """Opens a checkpoint: headers are read, entries stay in the files.
+    """Open a checkpoint: headers are read, entries stay in the files.
 
     The format is told from the content. No code from the file is run.
 
@@ -65,14 +65,14 @@ def carried(checkpoint: Checkpoint) -> dict[Path, Path]:
 
 
 def _container(checkpoint: Checkpoint) -> FileFormat | FolderFormat:
-    """The format that keeps a checkpoint: a folder of weights is one, too."""
+    """Return the format that keeps a checkpoint: a folder of weights is one, too."""
     if isinstance(checkpoint.layout, FolderLayout):
         return FOLDER
     return FORMATS[checkpoint.format]
 
 
 def read_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint:
-    """Reads a checkpoint into memory: all of it.
+    """Read a checkpoint into memory: all of it.
 
     Damage is found where the format shows it: sizes, headers, indexes, checksums where
     Orbax keeps them. No format has a checksum of every entry: a flipped bit in an
@@ -110,7 +110,7 @@ def read_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint
 
 
 def inspect_checkpoint(path: PathLike, step: str | int | None = None) -> CheckpointInfo:
-    """Says what is in a checkpoint, from its headers alone.
+    """Report what is in a checkpoint, from its headers alone.
 
     Arguments and errors as for :func:`read_checkpoint`.
     """
@@ -134,7 +134,7 @@ def described(checkpoint: Checkpoint) -> CheckpointInfo:
 
 
 def merged(checkpoint: Checkpoint) -> Checkpoint:
-    """A folder's files as one tree; other checkpoints as they are.
+    """Return a folder's files as one tree; other checkpoints as they are.
 
     Raises:
       CheckpointError: two files hold a leaf of one name.
@@ -158,7 +158,7 @@ def merged(checkpoint: Checkpoint) -> Checkpoint:
 def write_checkpoint(
     path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False
 ) -> CheckpointInfo:
-    """Writes a checkpoint whole, or leaves everything as it was.
+    """Write a checkpoint completely, or leave everything unchanged.
 
     It is written beside the place it goes to, its leaves are looked up there and
     compared, and only then it is put in its place, in one step.
@@ -186,7 +186,7 @@ def write_checkpoint(
 
 
 def write_one(fresh: Path, checkpoint: Checkpoint, tell: Tell = silent) -> None:
-    """Writes a checkpoint where nothing is, in its format and layout.
+    """Write a checkpoint where nothing is, in its format and layout.
 
     Raises:
       CheckpointError: a leaf does not fit the format.
@@ -195,7 +195,7 @@ def write_one(fresh: Path, checkpoint: Checkpoint, tell: Tell = silent) -> None:
 
 
 def step_of(checkpoint: Checkpoint) -> str | None:
-    """The name of the step that a checkpoint is, where its directory holds several."""
+    """Return the name of a checkpoint's step, if its directory holds several."""
     layout = checkpoint.layout
     if isinstance(layout, OrbaxLayout):
         return layout.step
@@ -204,7 +204,7 @@ def step_of(checkpoint: Checkpoint) -> str | None:
 
 
 def _step_name(names: list[str], step: str | int | None) -> str | None:
-    """The name of a step that is given by its name or its number."""
+    """Return the name of a step that is given by its name or its number."""
     if step is None or (
         isinstance(step, str) and (step in names or not step.isdigit())
     ):
@@ -214,7 +214,7 @@ def _step_name(names: list[str], step: str | int | None) -> str | None:
 
 
 def require_headers(checkpoint: Checkpoint, info: CheckpointInfo) -> None:
-    """Checks that names, dtypes and shapes that were written are what was meant.
+    """Check that names, dtypes and shapes that were written are what was meant.
 
     Raises:
       CheckpointError: one is not.

@@ -28,13 +28,13 @@ _STEPS = FILES[".msgpack"]
 
 
 def holds_weights(path: Path) -> bool:
-    """Whether a folder holds files of weights, by their names."""
+    """Return whether a folder holds files of weights, by their names."""
     has_weights = any(entry.suffix in FILES for entry in path.iterdir())
     return has_weights or bool(step_names(path))
 
 
 def open_(path: Path, step: str | None = None) -> Checkpoint:
-    """Opens every file of weights; the tree has a level of their names on top.
+    """Open every file of weights; the tree has a level of their names on top.
 
     Args:
       path: the folder.
@@ -95,7 +95,7 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
 
 
 def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
-    """Writes every file of weights, each with its part of the record.
+    """Write every file of weights, each with its part of the record.
 
     Args:
       path: a folder that is not there yet.
@@ -118,7 +118,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
 
 
 def companions(checkpoint: Checkpoint) -> Mapping[Path, Path]:
-    """The files beside the weights, as ``config.json``; links are copied as files."""
+    """Return the other files, such as ``config.json``; links are copied as files."""
     path, layout = checkpoint.path, checkpoint.layout
     if path is None or not isinstance(layout, FolderLayout):
         return {}
@@ -126,7 +126,7 @@ def companions(checkpoint: Checkpoint) -> Mapping[Path, Path]:
 
 
 def owns(path: Path) -> Callable[[Path], bool]:
-    """Whether a file in a folder holds weights, or lists those that do."""
+    """Return whether a file in a folder holds weights, or lists those that do."""
     steps = set(step_names(path))
 
     def is_own(inside: Path) -> bool:
@@ -158,7 +158,7 @@ def _part(record: Record | None, tree: Any) -> Record | None:
 
 
 def _listed(index: Path) -> set[str]:
-    """The files that an index names."""
+    """Return the files that an index names."""
     content = File.read(index).content()
     try:
         weights = loads(content)["weight_map"]

@@ -96,7 +96,7 @@ def make_job(
 
 
 def _moved(leaf: Any, move: Move) -> Moved:
-    """A leaf with its entries still to be moved.
+    """Return a leaf with its entries still to be moved.
 
     Raises:
       ValueError: entries smaller than a byte would have to change places.
@@ -121,7 +121,7 @@ def shapes_of(checkpoint: Checkpoint) -> Mapping[str, tuple[int, ...]]:
 
 
 def split_tree(checkpoint: Checkpoint) -> Checkpoint:
-    """A checkpoint as one flat dict, by the levels of its paths."""
+    """Return a checkpoint as one flat dict, by the levels of its paths."""
     leaves = dict(iter_leaves(checkpoint.tree))
     separator = "/"
     if FORMATS[checkpoint.format].flat:

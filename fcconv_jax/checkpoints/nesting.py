@@ -13,7 +13,7 @@ _BOX = ("value", "raw_value")
 
 
 def split_paths(leaves: list[Parts], separator: str, file: str) -> dict[Parts, Parts]:
-    """The levels that each leaf's path has for a plan.
+    """Return the levels that each leaf's path has for a plan.
 
     Keys are split at the separator: those of a nested tree at ``/``, as Flax and
     transformers flatten dicts. What holds the array of a boxed parameter is no level.
@@ -56,7 +56,7 @@ def key_separator(keys: list[str]) -> str:
 
 
 def nested(flat: Mapping[str, Any], file: str) -> dict[str, Any]:
-    """A flat dict as nested ones, levels split at the separator.
+    """Return a flat dict as nested ones, levels split at the separator.
 
     Raises:
       CheckpointError: a name lies below another, or a dtype is smaller than a byte.
@@ -88,7 +88,7 @@ def nested(flat: Mapping[str, Any], file: str) -> dict[str, Any]:
 
 
 def fit_nested(tree: Any, file: str) -> Any:
-    """A tree of another format, where it is nested dicts with strings for keys.
+    """Return a tree of another format, where it is nested dicts with strings for keys.
 
     Raises:
       CheckpointError: the tree has lists, or keys that are not strings.
@@ -98,7 +98,7 @@ def fit_nested(tree: Any, file: str) -> Any:
 
 
 def fit_flat(tree: Any, file: str) -> dict[str, Any]:
-    """A nested tree as one dict of arrays, levels joined by ``/``.
+    """Return a nested tree as one dict of arrays, levels joined by ``/``.
 
     Raises:
       CheckpointError: the tree has lists, keys that are not strings, empty levels, or

@@ -16,7 +16,7 @@ from .walk import foreign_files, regular_files
 
 
 def check_target(src: PathLike, dst: PathLike, *, overwrite: bool = False) -> None:
-    """Finds out before long work whether a checkpoint is there to be converted.
+    """Find out before long work whether a checkpoint is there to be converted.
 
     Args:
       src: the checkpoint.
@@ -60,7 +60,7 @@ def check_free(
 
 
 def _obstacle(path: Path, carried: Mapping[Path, Path] | None) -> str:
-    """Why what is there must not be replaced; empty if it may be."""
+    """Return why what is there must not be replaced; empty if it may be."""
     no_checkpoint = (
         "is not a checkpoint that can be opened, and only checkpoints are overwritten. "
         "Remove it, or choose another name"
@@ -88,7 +88,7 @@ def _obstacle(path: Path, carried: Mapping[Path, Path] | None) -> str:
 
 @contextlib.contextmanager
 def fresh_place(path: Path) -> Iterator[Path]:
-    """A place to write in that will be moved to another, and is gone afterwards."""
+    """Yield a temporary path to write to, which is removed afterwards."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with workspace(path) as folder:
         yield folder / path.name

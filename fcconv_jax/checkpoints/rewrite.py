@@ -51,7 +51,7 @@ class Teller:
         self.progress, self.total, self.done = progress, total, 0
 
     def telling(self, what: str) -> Tell:
-        """A function that is called with the bytes just done."""
+        """Return a function that is called with the bytes just done."""
 
         def tell(count: int) -> None:
             self.done += count
@@ -140,7 +140,7 @@ def rewrite(
 def _require_content(
     meant: Checkpoint, written: Checkpoint, scratch: Path, tell: Tell
 ) -> None:
-    """Compares what was written with its source, entry by entry."""
+    """Compare what was written with its source, entry by entry."""
     wrong: Difference | None = next(differences(meant, written, scratch, tell), None)
     if wrong is not None:
         raise CheckpointError(

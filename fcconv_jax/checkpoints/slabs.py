@@ -48,12 +48,12 @@ def row_major_slabs(
 
 
 def run_count(shape: Shape, sizes: Shape) -> int:
-    """The number of contiguous runs of a box of this size."""
+    """Return the number of contiguous runs of a box of this size."""
     return math.prod(sizes[: _run_axis(shape, sizes)])
 
 
 def _run_axis(shape: Shape, sizes: Shape) -> int:
-    """The first axis of which a box is contiguous with those behind it."""
+    """Return the first axis of which a box is contiguous with those behind it."""
     axis = len(shape)
     while axis and (axis == len(shape) or sizes[axis] == shape[axis]):
         axis -= 1
@@ -61,7 +61,7 @@ def _run_axis(shape: Shape, sizes: Shape) -> int:
 
 
 def runs(shape: Shape, start: Shape, sizes: Shape) -> Iterator[tuple[Any, int]]:
-    """The contiguous runs of a box: where in the box, and the first entry."""
+    """Yield the contiguous runs of a box: where in the box, and the first entry."""
     strides = [math.prod(shape[axis + 1 :]) for axis in range(len(shape))]
     axis = _run_axis(shape, sizes)
     first = sum(a * s for a, s in zip(start, strides))

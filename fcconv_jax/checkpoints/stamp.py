@@ -26,12 +26,12 @@ class Stamp:
 
     @classmethod
     def of(cls, checkpoint: Checkpoint) -> Stamp:
-        """Looks at the files of a checkpoint that is open."""
+        """Look at the files of a checkpoint that is open."""
         root = checkpoint.path or Path()
         return cls(root, _look(_places(checkpoint, root)))
 
     def check(self) -> None:
-        """Looks again.
+        """Look again.
 
         Raises:
           CheckpointError: a file is not as it was.

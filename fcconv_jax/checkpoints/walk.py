@@ -71,7 +71,7 @@ def require_regular(path: Path, folders: bool = False) -> int:
 
 
 def refuse_links_out(folder: Path, files: Iterable[Path]) -> None:
-    """Refuses files of a folder that lie elsewhere, but for links in the hub's cache.
+    """Refuse files of a folder that lie elsewhere, but for links in the hub's cache.
 
     The cache keeps ``snapshots/REVISION/model.safetensors`` as a link to ``blobs/``.
 

@@ -26,14 +26,14 @@ _CHUNK = 1 << 30
 
 
 def looks_like(head: bytes) -> bool:
-    """Whether a file that begins so holds a msgpack map, as a Flax state dict does."""
+    """Return whether a file begins with a msgpack map, as a Flax state dict does."""
     if not head:
         return False
     return 0x80 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)
 
 
 def open_(path: Path) -> Checkpoint:
-    """Parses the frame; the entries stay in the file.
+    """Parse the frame; the entries stay in the file.
 
     Raises:
       CheckpointError: the file is truncated, is damaged, or is no state dict.
@@ -53,7 +53,7 @@ def open_(path: Path) -> Checkpoint:
 
 
 def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
-    """Writes the tree as Flax does, with the record where Flax does not look.
+    """Write the tree as Flax does, with the record where Flax does not look.
 
     Flax writes a large array as a dict of chunks, and reads of such a dict what it
     knows. The smallest array is written so, with the record in its dict: a file is one
@@ -92,7 +92,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
 
 
 def _in_dicts(node: Any) -> Iterator[Any]:
-    """The arrays with axes that are reached through dicts alone, as Flax looks."""
+    """Yield the arrays with axes that are reached through dicts alone, as in Flax."""
     if isinstance(node, Mapping):
         for value in node.values():
             yield from _in_dicts(value)
@@ -114,12 +114,12 @@ class _Writer:
         self._from = 0
 
     def put(self, piece: bytes) -> None:
-        """Writes a part of the frame."""
+        """Write a part of the frame."""
         self._waiting.append(piece)
         self.at += len(piece)
 
     def leave_room(self, piece: tuple[Moved, int]) -> None:
-        """Leaves room for the next bytes of a leaf."""
+        """Leave room for the next bytes of a leaf."""
         leaf, nbytes = piece
         self.flush()
         if not self.leaves or self.leaves[-1][0] is not leaf:
@@ -129,14 +129,14 @@ class _Writer:
         self._from = self.at
 
     def flush(self) -> None:
-        """Writes what waits."""
+        """Write what waits."""
         content = b"".join(self._waiting)
         extent = self.file.extent(self._from, self._from + len(content))
         extent.write(0, memoryview(content))
         self._waiting, self._from = [], self.at
 
     def write_entries(self, path: Path, tell: Tell) -> None:
-        """Writes the entries to where room was left."""
+        """Write the entries to where room was left."""
         for leaf, spans in self.leaves:
             if len(spans) == 1:
                 write_leaves([(spans[0][0], leaf)], self.file, path, tell)
@@ -147,7 +147,7 @@ class _Writer:
 def _packed(
     node: Any, record: Record | None, keeper: Any
 ) -> Iterator[bytes | tuple[Moved, int]]:
-    """The bytes of a tree in turn; for entries the leaf and how many of its bytes."""
+    """Yield the bytes of a tree; for entries, the leaf and its number of bytes."""
     import msgpack
 
     packer = msgpack.Packer(strict_types=True)
@@ -179,7 +179,7 @@ def _packed(
 def _in_chunks(
     leaf: Moved, entries: Mapping[str, str]
 ) -> Iterator[bytes | tuple[Moved, int]]:
-    """An array as Flax writes one that is too large for one extension."""
+    """Yield an array as Flax writes one that is too large for one extension."""
     import msgpack
 
     packer = msgpack.Packer(strict_types=True)
@@ -201,7 +201,7 @@ def _in_chunks(
 def _array(
     code: int, leaf: Moved, shape: tuple[int, ...], nbytes: int | None
 ) -> Iterator[bytes | tuple[Moved, int]]:
-    """An extension that holds shape, dtype and bytes."""
+    """Yield an extension that holds shape, dtype and bytes."""
     import msgpack
 
     dtype = np.dtype(leaf.dtype).name
@@ -213,7 +213,7 @@ def _array(
 
 
 def _head(size: int, first: int) -> bytes:
-    """The head of a bin (from 0xC4 on) or of an extension (from 0xC7 on)."""
+    """Return the head of a bin (from 0xC4 on) or of an extension (from 0xC7 on)."""
     fixed = (1, 2, 4, 8, 16)
     if first == 0xC7 and size in fixed:
         return bytes([0xD4 + fixed.index(size)])

@@ -39,7 +39,7 @@ class FrameReader:
         self._ahead, self._from = b"", 0
 
     def take(self, count: int) -> bytes:
-        """The next bytes."""
+        """Return the next bytes."""
         if count > self.size - self.at:
             raise FrameError(f"{count} bytes are said to follow at {self.at}")
         start = self.at - self._from
@@ -51,11 +51,11 @@ class FrameReader:
         return self._ahead[start : start + count]
 
     def number(self, code: str) -> int:
-        """The next number, in the code of :mod:`struct`."""
+        """Return the next number, in the code of :mod:`struct`."""
         return struct.unpack(f">{code}", self.take(struct.calcsize(code)))[0]
 
     def node(self, path: tuple[str, ...]) -> Any:
-        """The next node: a dict, a list, an array's entries or a value."""
+        """Return the next node: a dict, a list, an array's entries or a value."""
         if len(path) > _DEEPEST:
             raise FrameError(f"more than {_DEEPEST} levels at {'/'.join(path[:5])!r}")
         kind, size = self.head()
@@ -215,7 +215,7 @@ def _dtype(name: str, leaf: str) -> np.dtype:
 
 
 def _unchunked(node: dict[str, Any], record: dict[str, Any], path: Any) -> Moved:
-    """The array that Flax stored in chunks, and the record that may be with it."""
+    """Return an array that Flax stored in chunks, and the record, if present."""
     name = "/".join(path)
     shape, chunks = node.get("shape"), node.get("chunks")
     if not isinstance(shape, dict) or not isinstance(chunks, dict):

@@ -33,7 +33,7 @@ from .tensorstore import Storage, damaged, is_stored_array
 
 
 def open_(path: Path, step: str | None = None) -> Checkpoint:
-    """Reads the metadata and what is no array; entries stay where TensorStore has them.
+    """Read the metadata and what is no array; entries stay where TensorStore has them.
 
     The template is the checkpoint's own metadata, so that lists, None, empty nodes,
     strings and scalars stay what they are, and 64-bit arrays keep their bits.
@@ -55,7 +55,7 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
 
 
 def _open_tree(directory: Path) -> Any:
-    """The tree of a directory: arrays as entries to be read, and the other leaves."""
+    """Return a directory's tree, with lazy references to the arrays' entries."""
     import orbax.checkpoint as ocp
     from etils import epath
 
@@ -84,7 +84,7 @@ def _open_tree(directory: Path) -> Any:
 
 
 def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
-    """Writes a directory of the layout that the checkpoint was read from.
+    """Write a directory of the layout that the checkpoint was read from.
 
     What opened the original opens this one: one tree, a step with its items, or a
     manager's directory with that one step. Other items of the step are copied. Arrays
@@ -149,7 +149,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
 
 
 def _check_names(tree: Any, path: Path, item: str) -> None:
-    """Refuses leaves that Orbax would store under one name: levels are put by dots."""
+    """Refuse leaves that Orbax would store under one name: levels are put by dots."""
     seen: dict[str, str] = {}
     for parts, _ in iter_leaves(tree):
         stored, name = ".".join(parts), "/".join(filter(None, (item, *parts)))
@@ -162,19 +162,19 @@ def _check_names(tree: Any, path: Path, item: str) -> None:
 
 
 def _directory(path: Path, layout: OrbaxLayout) -> Path:
-    """Where the first tree of a layout lies."""
+    """Return where the first tree of a layout lies."""
     return path.joinpath(*filter(None, (layout.step, *layout.items[:1])))
 
 
 def _as_lazy(leaf: Any) -> Any:
-    """An array as its handler takes it; other leaves stay as they are."""
+    """Return an array as its handler takes it; other leaves stay as they are."""
     return (
         Moved.of(leaf) if is_array(leaf) and not isinstance(leaf, np.generic) else leaf
     )
 
 
 def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
-    """A handler that knows arrays whose entries are still to be moved."""
+    """Return a handler that knows arrays whose entries are still to be moved."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers as th
 
@@ -227,7 +227,7 @@ def _batches(leaves: Sequence[Moved]) -> Iterator[list[int]]:
 
 
 def _materialised(leaf: Moved, scratch: Path) -> np.ndarray:
-    """The moved array: in memory, or if it is large in a file without a name."""
+    """Return the moved array: in memory, or if it is large in a file without a name."""
     if leaf.nbytes <= LARGE:
         return leaf.array()
     file = File.nameless(scratch)
@@ -244,7 +244,7 @@ def _step_file(path: Path, layout: OrbaxLayout) -> Path:
 
 
 def _describe(directory: Path) -> Any:
-    """The tree of a directory with what Orbax knows of each leaf."""
+    """Return the tree of a directory with what Orbax knows of each leaf."""
     import orbax.checkpoint as ocp
     from etils import epath
 
@@ -256,7 +256,7 @@ def _describe(directory: Path) -> Any:
 
 
 def _typed(described: Any, value: Any) -> Any:
-    """Gives a NumPy scalar its dtype back, which Orbax restores as Python's."""
+    """Return a NumPy scalar its dtype back, which Orbax restores as Python's."""
     dtype = getattr(described, "dtype", None)
     if dtype is None or is_stored_array(described) or isinstance(value, bool):
         return value
@@ -265,7 +265,7 @@ def _typed(described: Any, value: Any) -> Any:
 
 
 def _custom(path: Path, layout: OrbaxLayout) -> dict[str, Any]:
-    """The custom metadata; for an item, that of the step it lies in."""
+    """Return the custom metadata; for an item, that of the step it lies in."""
     root = path / layout.step if layout.step else path
     places = [root / STEP]
     if not layout.items and not places[0].exists():
@@ -286,7 +286,7 @@ def _custom(path: Path, layout: OrbaxLayout) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Keeps Orbax's notes on shardings and timing from the caller's terminal."""
+    """Keep Orbax's notes on shardings and timing from the caller's terminal."""
     logger = logging.getLogger("absl")
     level = logger.level
     logger.setLevel(logging.CRITICAL)

@@ -46,7 +46,7 @@ _ITEM_FILES = re.compile(r"metadata|metrics|_CHECKPOINT_METADATA|descriptor\.pbt
 
 
 def owns(path: Path) -> Callable[[Path], bool]:
-    """Whether a file in a directory is one that Orbax wrote."""
+    """Return whether a file in a directory is one that Orbax wrote."""
     steps = set(step_names(path))
 
     def is_own(inside: Path) -> bool:
@@ -76,7 +76,7 @@ def owns(path: Path) -> Callable[[Path], bool]:
 
 
 def locate(path: Path, step: str | None = None) -> tuple[OrbaxLayout, dict[str, Path]]:
-    """The layout of a directory, and where each of its trees lies."""
+    """Return the layout of a directory, and where each of its trees lies."""
     if step is None and (path / TREE).exists():
         return OrbaxLayout(), {"": path}
     items = _items(path)
@@ -113,7 +113,7 @@ def _items(path: Path) -> dict[str, Path]:
 
 
 def looks_like(path: Path) -> bool:
-    """Whether a directory holds a tree, a step's items or steps that Orbax saved."""
+    """Return whether Orbax saved a tree, a step's items or steps in a directory."""
     return (path / TREE).exists() or bool(_items(path) or _steps(path))
 
 

@@ -50,13 +50,13 @@ _LONGEST_HEADER = 100_000_000
 
 
 def looks_like(head: bytes) -> bool:
-    """Whether a file begins with a length that a header may have, and JSON."""
+    """Return whether a file begins with a length that a header may have, and JSON."""
     length = int.from_bytes(head[:_WORD], "little")
     return length <= _LONGEST_HEADER and head[_WORD : _WORD + 1] == b"{"
 
 
 def open_(path: Path) -> Checkpoint:
-    """Reads the header; the entries stay in the file, in its order.
+    """Read the header; the entries stay in the file, in its order.
 
     Raises:
       CheckpointError: the file is truncated, or its header is damaged.
@@ -80,7 +80,7 @@ def open_(path: Path) -> Checkpoint:
 
 
 def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
-    """Writes a flat dict of arrays, in its order, with the record in the metadata.
+    """Write a flat dict of arrays, in its order, with the record in the metadata.
 
     Entries that keep their order are copied from file to file, many at once; the
     others are moved a piece at a time.
@@ -131,7 +131,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
 def write_leaves(
     leaves: list[tuple[int, Moved]], file: File, path: Path, tell: Tell
 ) -> None:
-    """Writes leaves to their places in a file, those that lie together at once."""
+    """Write leaves to their places in a file, those that lie together at once."""
     waiting: tuple[Extent, Extent] | None = None
     for offset, leaf in leaves:
         out = file.extent(offset, offset + leaf.nbytes)

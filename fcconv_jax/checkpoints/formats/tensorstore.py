@@ -23,7 +23,7 @@ _MOST_PACKED = 1 << 16
 
 
 def is_stored_array(described: Any) -> bool:
-    """Whether what Orbax says of a leaf is said of an array."""
+    """Return whether what Orbax says of a leaf is said of an array."""
     from orbax.checkpoint.metadata import ArrayMetadata, ScalarMetadata
 
     return isinstance(described, ArrayMetadata) and not isinstance(
@@ -64,7 +64,7 @@ class Storage:
 
     @classmethod
     def of(cls, directory: Path) -> Storage:
-        """Reads it from the metadata of a tree."""
+        """Read it from the metadata of a tree."""
         try:
             content = loads(File.read(directory / TREE).content())
             zarr3 = bool(content.get("use_zarr3"))
@@ -77,7 +77,7 @@ class Storage:
         return cls(ocdbt, zarr3, whole, nbytes)
 
     def check(self, described: Any) -> None:
-        """Refuses what cannot be true before anything is allocated.
+        """Refuse what cannot be true before anything is allocated.
 
         Raises:
           CheckpointError: the arrays are larger than any codec packs into the files,
@@ -103,7 +103,7 @@ class Storage:
                 )
 
     def entries(self, described: Any, name: str) -> Moved:
-        """The entries of one array."""
+        """Return the entries of one array."""
         where: dict[str, Any] = {
             "driver": "file",
             "path": f"{described.directory}/",
@@ -145,7 +145,7 @@ class Stored:
         return math.prod(self.shape) * self.itemsize
 
     def read_into(self, out: np.ndarray) -> None:
-        """Decodes it, a chunk or two at a time.
+        """Decode it, a chunk or two at a time.
 
         Raises:
           CheckpointError: it cannot be read.
