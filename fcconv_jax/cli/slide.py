@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
 from .app import app, examples
-from .inputs import ArgumentError
+from .inputs import ArgumentError, parse_input, parse_sizes
 from .options import Kwargs, Method, ModelName
 from .output import check_destination, start_jax
 from .steps import read_model
+
+if TYPE_CHECKING:
+    from ..frontends.bound import BoundModel
 
 
 @app.command(
@@ -28,10 +33,17 @@ def slide(
             metavar="IMAGE...", help="Images that Pillow reads, or .npy arrays (H,W,C)."
         ),
     ],
-    params: Annotated[
-        Path, typer.Option(help="Checkpoint with the model's params.", metavar="CKPT")
+    window: Annotated[
+        str, typer.Option(help="Size of a crop, such as 224 or 224x160.")
     ],
-    window: Annotated[str, typer.Option(help="Size of a crop, such as 224x224.")],
+    params: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="CKPT",
+            help="A checkpoint with the model's params, in either form. Optional for "
+            "models that hold their params.",
+        ),
+    ] = None,
     stride: Annotated[
         str | None,
         typer.Option(
@@ -47,9 +59,18 @@ def slide(
         typer.Option(help="Write a picture of the largest output at each place."),
     ] = None,
     scale: Annotated[
-        float,
-        typer.Option(help="Divide pixels by this; 255 maps them to 0 to 1.", min=1e-30),
-    ] = 255.0,
+        float | None,
+        typer.Option(
+            help="Divide pixels by this. The default maps uint8 and uint16 to 0 to 1 "
+            "and leaves floats unchanged.",
+            min=1e-30,
+            max=1e30,
+        ),
+    ] = None,
+    mode: Annotated[
+        str | None,
+        typer.Option(help="Convert images to this Pillow mode first: RGB, L, ..."),
+    ] = None,
     memory: Annotated[
         int,
         typer.Option(help="Memory limit for a tile of a large image, in MiB.", min=1),
@@ -61,53 +82,119 @@ def slide(
 
     The result at each position equals the model's on that crop alone.
     """
-    check_destination("--out", out, (".npy",))
-    check_destination("--heatmap", heatmap)
     start_jax()
     import jax
     import numpy as np
 
     from ..dense_prediction.slide import slide as make_grid
-    from .images import read_image, write_heatmap
-    from .variables import load_variables
+    from .images import (
+        Pixels,
+        check_picture,
+        default_scale,
+        grid_file,
+        read_image,
+        write_heatmap,
+    )
 
+    check_destination("--out", out, (".npy",))
+    check_destination("--heatmap", heatmap)
+    if heatmap is not None:
+        check_picture("--heatmap", heatmap)
     sizes = _sizes("--window", window)
     steps = None if stride is None else _sizes("--stride", stride)
-    batch = [read_image(file) for file in images]
-    if len({image.shape for image in batch}) > 1:
-        raise ArgumentError("images of several sizes: run the command for each size")
-    pixels = np.stack(batch).astype(np.float32) / np.float32(scale)
-    crop = ",".join(map(str, (1, *sizes, pixels.shape[-1])))
-    bound = load_variables(read_model(model, [crop], kwargs, method), params)
-    step = steps[0] if steps and len(steps) == 1 else steps
-    grid = make_grid(bound, sizes, step)
-    report = grid.report(pixels)
+    batch = [read_image(file, mode) for file in images]
+    for what in ("shape", "dtype"):
+        found = sorted({str(getattr(image, what)) for image in batch})
+        if len(found) > 1:
+            raise ArgumentError(
+                f"expected images of one {what}, got {' and '.join(found)}. Run the "
+                "command for each"
+            )
+    height, width, channels = batch[0].shape
+    if height < sizes[0] or width < sizes[1]:
+        raise ArgumentError(
+            f"--window: expected at most {height}x{width}, the size of {images[0]}, "
+            f"got {sizes[0]}x{sizes[1]}"
+        )
+    pixels = Pixels(batch, default_scale(batch[0].dtype) if scale is None else scale)
+    typer.echo(f"{batch[0].dtype} pixels, divided by {pixels.scale:g}", err=True)
+
+    bound = read_model(model, [_crop(sizes, channels)], kwargs, method)
+    grid = make_grid(
+        _with_params(bound, params, images[0], sizes, channels), sizes, steps
+    )
+    report = grid.report(jax.ShapeDtypeStruct(pixels.shape, pixels.dtype))
     typer.echo(str(report), err=True)
-    one = jax.ShapeDtypeStruct((len(pixels), *sizes, pixels.shape[-1]), pixels.dtype)
+    one = jax.ShapeDtypeStruct((len(batch), *sizes, channels), pixels.dtype)
     each = grid.eval_shape(one)
     if not isinstance(each, jax.ShapeDtypeStruct):
         raise ArgumentError("the model returns several arrays: use fcconv_jax.slide")
-    shape = (len(pixels), *report.positions, *each.shape[1 + len(sizes) :])
-    if out is None:
-        result = np.empty(shape, each.dtype)
-    else:
-        result = np.lib.format.open_memmap(out, "w+", np.dtype(each.dtype), shape)
-    grid.write(pixels, out=result, memory=memory << 20)
+    shape = (len(batch), *report.positions, *each.shape[3:])
+    # .npy files have no name for bfloat16.
+    known = np.dtype(each.dtype).isbuiltin == 1
+    dtype = np.dtype(each.dtype if known else np.float32)
+    with contextlib.ExitStack() as stack:
+        if out is None:
+            result = np.empty(shape, dtype)
+        else:
+            result = stack.enter_context(grid_file(out, shape, dtype))
+        grid.write(pixels, out=result, memory=memory << 20)
     if out is not None:
         typer.echo(f"wrote {out}: {shape}", err=True)
     if heatmap is not None:
-        write_heatmap(heatmap, result[0], pixels[0])
+        write_heatmap(heatmap, result[0], batch[0], float(pixels.scale))
         typer.echo(f"wrote {heatmap}", err=True)
-    for file, scores in zip(images, result.reshape(len(pixels), -1)):
+    for file, scores in zip(images, result.reshape(len(batch), -1)):
         *place, label = np.unravel_index(int(scores.argmax()), shape[1:])
         y, x = (int(p) * s for p, s in zip(place, report.stride))
         typer.echo(f"{file}: largest output {label}, {scores.max():.4g}, at {y},{x}")
 
 
-def _sizes(option: str, text: str) -> tuple[int, ...]:
+def _with_params(
+    bound: BoundModel,
+    params: Path | None,
+    image: Path,
+    sizes: Sequence[int],
+    channels: int,
+) -> BoundModel:
+    """The model with the params of a checkpoint, or with its own."""
+    import jax
+
+    from ..errors import CheckpointError
+    from .variables import load_variables
+
+    if params is None:
+        leaves = jax.tree.leaves(bound.variables)
+        if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+            raise ArgumentError("the model holds no params. Pass --params CKPT")
+        return bound
     try:
-        return tuple(int(part) for part in text.split("x"))
-    except ValueError:
+        return load_variables(bound, params)
+    except CheckpointError:
+        # A checkpoint that fits other images is right, and the image isn't.
+        for other, name in ((1, "L"), (3, "RGB"), (4, "RGBA")):
+            try:
+                load_variables(
+                    bound.with_arrays([parse_input(_crop(sizes, other))]), params
+                )
+            except Exception:  # a model may refuse these channels in any way
+                continue
+            raise ArgumentError(
+                f"the channels of {image} are {channels}, the model in {params} takes "
+                f"{other}. Pass --mode {name} to convert the image"
+            ) from None
+        raise
+
+
+def _crop(sizes: Sequence[int], channels: int) -> str:
+    return ",".join(map(str, (1, *sizes, channels)))
+
+
+def _sizes(option: str, text: str) -> tuple[int, int]:
+    found = parse_sizes(option, text)
+    sizes = (found, found) if isinstance(found, int) else found
+    if len(sizes) != 2 or min(sizes) < 1:
         raise ArgumentError(
-            f"{option}: expected sizes such as 224x224, got {text!r}"
-        ) from None
+            f"{option}: expected a size such as 224 or 224x160, got {text!r}"
+        )
+    return sizes

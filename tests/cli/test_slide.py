@@ -1,11 +1,15 @@
 """fcconv slide: a classifier over whole images, from a checkpoint."""
 
+import errno
+import os
 import shlex
+from pathlib import Path
 
 import flax
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 from PIL import Image
 from typer.testing import CliRunner
 
@@ -24,6 +28,19 @@ class Net(nn.Module):
 def double(x):
     return 2 * x
 """
+NNX = """
+from flax import nnx
+
+class Net(nnx.Module):
+    def __init__(self, rngs):
+        self.conv = nnx.Conv(1, 4, (3, 3), (2, 2), rngs=rngs)
+        self.head = nnx.Linear(64, 3, rngs=rngs)
+
+    def __call__(self, x):
+        x = nnx.relu(self.conv(x))
+        return self.head(x.reshape(x.shape[0], -1))
+"""
+START = "model.py:Net first.png --params ckpt.msgpack"
 
 
 @pytest.fixture
@@ -67,16 +84,151 @@ def test_images_to_an_array_and_a_heat_map(folder):
             assert picture.size == (28, 20)
 
 
+def one_channel(folder_name, model):
+    """A checkpoint of the model for gray images; returns its variables."""
+    variables = model.init(jax.random.key(3), np.zeros((1, 8, 8, 1), np.float32))
+    with open(folder_name, "wb") as file:
+        file.write(flax.serialization.to_bytes(variables))
+    return variables
+
+
+def net():
+    space: dict = {}
+    exec(MODEL, space)
+    return space["Net"]()
+
+
 @pytest.mark.usefixtures("folder")
-def test_wrong_usage():
-    start = "model.py:Net first.png --params ckpt.msgpack"
+@pytest.mark.parametrize(
+    ("options", "message", "status"),
+    [
+        ("--window 8:8", "--window", 2),
+        ("--window 0", "--window: expected a size such as 224", 2),
+        ("--window 8x8x8", "--window: expected a size such as 224", 2),
+        (
+            "--window 30x30",
+            "--window: expected at most 20x28, the size of first.png",
+            2,
+        ),
+        ("--window 8 --stride 0", "--stride: expected a size", 2),
+        ("--window 8 --stride 2x2x2", "--stride: expected a size", 2),
+        ("--window 8 --memory 0", "--memory", 2),
+        ("--window 8 --scale 0", "--scale", 2),
+        ("--window 8 --scale nan", "--scale", 2),
+        ("--window 8 --scale inf", "--scale", 2),
+        ("--window 8 --heatmap heat.xyz", "--heatmap: expected a picture's name", 2),
+        ("--window 8 --out grid.zarr", "--out: expected a file that ends in .npy", 2),
+        ("--window 12x12", "not a checkpoint of this", 1),
+    ],
+)
+def test_options_that_cannot_be(options, message, status):
+    assert message in run(f"{START} {options}", status).stderr
+
+
+@pytest.mark.usefixtures("folder")
+def test_files_that_are_no_images():
+    Path("broken.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    np.save("text.npy", np.array([["a"]]))
+    np.save("small.npy", np.zeros((9, 9, 3), np.uint8))
+    np.save("signed.npy", np.zeros((20, 28, 3), np.int32))
+    for images, message in (
+        ("none.png", "no such file"),
+        ("model.py", "Pillow cannot read it"),
+        ("broken.npy", "not a .npy array"),
+        ("text.npy", "expected numbers"),
+        ("first.png small.npy", "expected images of one shape"),
+        ("first.png signed.npy", "expected images of one dtype"),
+        ("signed.npy", "the range of int32 pixels isn't known. Pass --scale"),
+    ):
+        command = f"model.py:Net {images} --params ckpt.msgpack --window 8"
+        assert message in run(command, 2).stderr
+
+
+def test_one_size_is_for_both_axes(folder):
+    run(f"{START} --window 8 --stride 2 --out grid.npy")
+    np.testing.assert_allclose(np.load("grid.npy"), folder[:1], atol=1e-5)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("dtype", "divisor"), [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)]
+)
+def test_pixels_run_from_0_to_1(dtype, divisor):
+    variables = one_channel("gray.msgpack", net())
+    pixels = np.random.default_rng(4).uniform(0, divisor, (20, 28)).astype(dtype)
+    if dtype == np.float32:
+        np.save("image.npy", pixels)
+    else:
+        Image.fromarray(pixels).save("image.png")
+    name = "image.npy" if dtype == np.float32 else "image.png"
+    command = f"model.py:Net {name} --params gray.msgpack --window 8 --stride 4"
+    result = run(f"{command} --out grid.npy")
+    assert f"{np.dtype(dtype)} pixels, divided by {divisor}" in result.stderr
+    grid = fc.slide(net(), (8, 8), 4)
+    want = grid(variables, (pixels / np.float32(divisor))[None, :, :, None])
+    np.testing.assert_allclose(np.load("grid.npy"), want, atol=1e-5)
+    run(f"{command} --scale 100 --out other.npy")
+    want = grid(variables, (pixels / np.float32(100))[None, :, :, None])
+    np.testing.assert_allclose(np.load("other.npy"), want, rtol=1e-4, atol=1e-4)
+
+
+def test_images_of_other_channels(folder):
+    pixels = np.random.default_rng(4).integers(0, 256, (20, 28, 4)).astype(np.uint8)
+    Image.fromarray(pixels).save("rgba.png")
+    Image.fromarray(pixels[..., 0]).save("gray.png")
+    Image.fromarray(pixels[..., :3]).quantize(7).save("palette.png")
+    with Image.open("first.png") as first:
+        first.convert("RGBA").save("opaque.png")
+    options = "--params ckpt.msgpack --window 8 --stride 2 --out grid.npy"
+    for name, count in (("rgba.png", 4), ("gray.png", 1)):
+        said = run(f"model.py:Net {name} {options}", 2).stderr
+        assert f"the channels of {name} are {count}, the model in ckpt.msgpack" in said
+        assert "Pass --mode RGB" in said
+        run(f"model.py:Net {name} {options} --mode RGB")
+    run(f"model.py:Net opaque.png {options} --mode RGB")
+    np.testing.assert_allclose(np.load("grid.npy"), folder[:1], atol=1e-5)
+    run(f"model.py:Net palette.png {options}")  # its colours, not their numbers
+    assert "--mode XYZ" in run(f"model.py:Net rgba.png {options} --mode XYZ", 2).stderr
+    Image.fromarray(pixels[..., 0].astype(np.uint16)).save("deep.png")
     assert (
-        "no such file"
-        in run("model.py:Net none.png --params ckpt.msgpack --window 8x8", 2).stderr
+        "expected 8 bits a channel"
+        in run(f"model.py:Net deep.png {options} --mode RGB", 2).stderr
     )
-    assert "--window: expected sizes such" in run(f"{start} --window 8:8", 2).stderr
-    assert "not a checkpoint of this" in run(f"{start} --window 30x30", 1).stderr
-    assert (
-        "Pillow cannot read it"
-        in run("model.py:Net model.py --params ckpt.msgpack --window 8x8", 2).stderr
-    )
+
+
+def test_an_image_of_more_pixels_than_pillow_allows(folder, monkeypatch):
+    monkeypatch.setattr(Image, "MAX_IMAGE_PIXELS", 100)
+    run(f"{START} --window 8 --stride 2 --out grid.npy")
+    np.testing.assert_allclose(np.load("grid.npy"), folder[:1], atol=1e-5)
+    assert Image.MAX_IMAGE_PIXELS == 100
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_full_disk_leaves_what_was_there(monkeypatch):
+    def full(*_):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    np.save("grid.npy", np.arange(5))
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    result = run(f"{START} --window 8 --out grid.npy", 2)
+    assert "grid.npy: " in result.stderr
+    assert "bytes can't be written (No space left on device)" in result.stderr
+    assert np.load("grid.npy").tolist() == [0, 1, 2, 3, 4]
+    assert not list(Path().glob(".grid*"))
+
+
+@pytest.mark.usefixtures("folder")
+def test_models_that_hold_their_params(folder):
+    Path("holds.py").write_text(NNX)
+    pixels = np.random.default_rng(4).uniform(size=(20, 28, 1)).astype(np.float32)
+    np.save("gray.npy", pixels)
+    space: dict = {}
+    exec(NNX, space)
+    for seed, option in ((0, ""), (1, "--params trained.msgpack")):
+        model = space["Net"](nnx.Rngs(seed))
+        state = nnx.to_pure_dict(nnx.state(model))
+        Path("trained.msgpack").write_bytes(flax.serialization.to_bytes(state))
+        run(f"holds.py:Net gray.npy {option} --window 8 --stride 4 --out grid.npy")
+        want = fc.slide(model, (8, 8), 4)(pixels[None])
+        np.testing.assert_allclose(np.load("grid.npy"), want, atol=1e-5)
+    assert "Pass --params" in run("model.py:Net first.png --window 8", 2).stderr
