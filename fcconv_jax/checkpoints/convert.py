@@ -21,7 +21,7 @@ from .detect import PathLike, format_for, named
 from .files import merged, open_checkpoint, step_names
 from .formats import FORMATS
 from .job import Job, make_job, shapes_of, split_tree
-from .rewrite import Teller, Wishes, chosen_steps, rewrite
+from .rewrite import RewriteOptions, Teller, chosen_steps, rewrite
 from .stamp import Stamp
 
 
@@ -106,7 +106,7 @@ def convert_checkpoint(
       ...     convert_checkpoint(src, dst, Plan("conv", (("fc", fc),))).converted
       (('fc/kernel', (8, 3), (2, 2, 2, 3)),)
     """
-    wishes = Wishes(overwrite, progress, check, dry_run, follow_links)
+    options = RewriteOptions(overwrite, progress, check, dry_run, follow_links)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
 
     def job(source: Checkpoint) -> Job:
@@ -119,7 +119,7 @@ def convert_checkpoint(
             source, plan, True, prefixes, format or format_for(dst, source.format)
         )
 
-    return rewrite(src, dst, job, chosen_steps(src, step, all_steps), wishes)
+    return rewrite(src, dst, job, chosen_steps(src, step, all_steps), options)
 
 
 def restore_checkpoint(
@@ -182,7 +182,7 @@ def restore_checkpoint(
       ...     fc.restore_checkpoint(dst, Path(folder, "again.msgpack")).converted
       (('fc/kernel', (2, 2, 1, 3), (4, 3)),)
     """
-    wishes = Wishes(overwrite, progress, check, dry_run, follow_links)
+    options = RewriteOptions(overwrite, progress, check, dry_run, follow_links)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
 
     taken_from = ""
@@ -203,7 +203,7 @@ def restore_checkpoint(
         target = format or format_for(dst, source.format)
         return make_job(source, found.inverse(), False, prefixes, target)
 
-    report = rewrite(src, dst, job, chosen_steps(src, step, all_steps), wishes)
+    report = rewrite(src, dst, job, chosen_steps(src, step, all_steps), options)
     return dataclasses.replace(report, plan_of=taken_from)
 
 

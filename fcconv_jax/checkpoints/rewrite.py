@@ -29,7 +29,7 @@ from .walk import refuse_links_out
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
+class RewriteOptions:
     """How a checkpoint is to be rewritten."""
 
     overwrite: bool
@@ -40,7 +40,7 @@ class Wishes:
 
 
 class Teller:
-    """Tells how far the work has come, in bytes.
+    """Reports progress in bytes.
 
     Args:
       progress: the function to call.
@@ -83,7 +83,7 @@ def rewrite(
     dst: PathLike,
     job_for: Callable[[Checkpoint], Job],
     steps: Sequence[str | int | None],
-    wishes: Wishes,
+    options: RewriteOptions,
 ) -> CheckpointReport:
     """Write checkpoints to a new place, as jobs say; whole or not at all.
 
@@ -92,7 +92,7 @@ def rewrite(
       dst: where the result goes.
       job_for: makes the job of a checkpoint that is open.
       steps: of ``src``.
-      wishes: how.
+      options: how.
 
     Raises:
       CheckpointError: as :func:`convert_checkpoint`.
@@ -109,16 +109,16 @@ def rewrite(
     jobs = [job_for(source) for source in sources]
     report = _report(jobs, final, len(steps) > 1)
     beside = {at: file for job in jobs for at, file in carried(job.meant).items()}
-    if here.is_dir() and not wishes.follow_links:
+    if here.is_dir() and not options.follow_links:
         read = [file for stamp in stamps for file in stamp.files]
         refuse_links_out(here, [*read, *beside.values()])
-    check_free(final, wishes.overwrite, beside)
-    if wishes.dry_run:
+    check_free(final, options.overwrite, beside)
+    if options.dry_run:
         folder = next(p for p in final.parents if p.exists())
         free = shutil.disk_usage(folder).free
         return dataclasses.replace(report, dry=True, free=free)
-    total = report.nbytes * (2 if wishes.check else 1)
-    with named(final), fresh_place(final) as fresh, shown(wishes.progress) as bars:
+    total = report.nbytes * (2 if options.check else 1)
+    with named(final), fresh_place(final) as fresh, shown(options.progress) as bars:
         teller = Teller(bars, total)
         _require_room(fresh.parent, report.nbytes, final)
         for job in jobs:
@@ -128,12 +128,12 @@ def rewrite(
         for job in jobs:
             written = open_checkpoint(fresh, step_of(job.meant))
             require_headers(job.meant, described(written))
-            if wishes.check:
+            if options.check:
                 tell = teller.telling("checking")
                 _require_content(job.meant, written, fresh.parent, tell)
         for stamp in stamps:
             stamp.check()
-        put(fresh, final, wishes.overwrite, beside)
+        put(fresh, final, options.overwrite, beside)
     return report
 
 

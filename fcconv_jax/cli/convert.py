@@ -27,7 +27,7 @@ from .options import (
     ToForm,
 )
 from .steps import (
-    Wishes,
+    PlanOptions,
     plan_checkpoint,
     plan_model,
     read_model,
@@ -86,12 +86,12 @@ def convert(
     from ..checkpoints import check_target, convert_checkpoint
     from ..checkpoints.formats import format_named
 
-    wishes = Wishes(to, rules, backend_for)
+    plan_options = PlanOptions(to, rules, backend_for)
     if (plan_file is None) == (model is None) and (plan_file or not rules):
         raise ArgumentError(
             "give one of --plan FILE, --model MODULE:NAME with --input, or --rule alone"
         )
-    if plan_file is not None and wishes.any:
+    if plan_file is not None and plan_options.any:
         raise ArgumentError(
             "--to, --rule and --for do not go with --plan, which has decided the form "
             "of every layer. To go back by a plan: fcconv restore --plan"
@@ -105,9 +105,9 @@ def convert(
     if given is not None:
         made = given
     elif model is not None:
-        made = plan_model(read_model(model, inputs, kwargs, method), wishes)
+        made = plan_model(read_model(model, inputs, kwargs, method), plan_options)
     else:
-        made = plan_checkpoint(src, wishes, step)
+        made = plan_checkpoint(src, plan_options, step)
     require_layers(made)
     report = convert_checkpoint(
         src,

@@ -11,7 +11,7 @@ from .app import app, examples
 from .inputs import ArgumentError
 from .options import AsJson, Inputs, Kwargs, Method, ModelName, Rules, ToForm
 from .output import print_columns
-from .steps import Wishes, parse_backends, plan_model, read_model
+from .steps import PlanOptions, parse_backends, plan_model, read_model
 
 if TYPE_CHECKING:
     from ..backends.layer_comparison import LayerPrograms
@@ -70,7 +70,7 @@ def hlo(
     bound = read_model(model, inputs, kwargs, method)
     given = parse_backends([backend] if backend else None)
     chosen = given[0] if given else resolve_default().backend
-    made = plan_model(bound, Wishes(to, rules, str(chosen)))
+    made = plan_model(bound, PlanOptions(to, rules, str(chosen)))
     path = find_layer(made, layer)
     with shown(None) as tell:
         found = compile_layers(

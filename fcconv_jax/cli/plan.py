@@ -17,7 +17,7 @@ from .options import (
     ToForm,
 )
 from .output import check_destination, print_plan, write_text
-from .steps import Wishes, plan_model, read_model
+from .steps import PlanOptions, plan_model, read_model
 
 
 @app.command(
@@ -45,8 +45,8 @@ def plan(
     Traces the model on abstract inputs; no computation runs.
     """
     check_destination("--out", out)
-    wishes = Wishes(to, rules, backend_for)
-    made = plan_model(read_model(model, inputs, kwargs, method), wishes)
+    plan_options = PlanOptions(to, rules, backend_for)
+    made = plan_model(read_model(model, inputs, kwargs, method), plan_options)
     if out is not None:
         write_text(out, made.to_json())
     if as_json:

@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 @dataclasses.dataclass(frozen=True)
-class Wishes:
+class PlanOptions:
     """The options of a command about the plan, where it makes one."""
 
     to: To | None = None
@@ -60,15 +60,15 @@ def read_model(
     return bind(loaded.model, loaded.params, *specs, **options)
 
 
-def plan_model(bound: BoundModel, wishes: Wishes) -> Plan:
+def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
     """Plans a model by tracing it."""
     from ..errors import PlanError
 
-    if wishes.backend not in (None, "any"):
-        parse_backends([wishes.backend], "--for")
+    if plan_options.backend not in (None, "any"):
+        parse_backends([plan_options.backend], "--for")
     try:
-        to = (wishes.to or To.CONV).value
-        return bound.plan(to, wishes.rules or (), wishes.backend)
+        to = (plan_options.to or To.CONV).value
+        return bound.plan(to, plan_options.rules or (), plan_options.backend)
     except PlanError:
         raise
     except Exception as error:
@@ -86,7 +86,9 @@ def with_random_inputs(bound: BoundModel, seed: int) -> BoundModel:
     return dataclasses.replace(bound, args=tuple(random_inputs(bound.args, seed)))
 
 
-def plan_checkpoint(src: Path, wishes: Wishes, step: str | None = None) -> Plan:
+def plan_checkpoint(
+    src: Path, plan_options: PlanOptions, step: str | None = None
+) -> Plan:
     """Plans from the shapes in a checkpoint, without the model's code; shows it."""
     from ..checkpoints import inspect_checkpoint
     from ..planning.from_shapes import plan_from_params
@@ -98,8 +100,8 @@ def plan_checkpoint(src: Path, wishes: Wishes, step: str | None = None) -> Plan:
     shapes = {leaf.path: leaf.shape for leaf in info.leaves}
     if info.format == "safetensors":
         shapes = {"/".join(split_key(key, shapes)): shapes[key] for key in shapes}
-    to = (wishes.to or To.CONV).value
-    made = plan_from_params(shapes, wishes.rules or (), to, wishes.backend)
+    to = (plan_options.to or To.CONV).value
+    made = plan_from_params(shapes, plan_options.rules or (), to, plan_options.backend)
     if made:
         print_plan(made, err=True)
     return made
@@ -140,7 +142,7 @@ def verify_model(
 def verify_checkpoint(
     bound: BoundModel,
     checkpoint: Path,
-    wishes: Wishes,
+    plan_options: PlanOptions,
     seed: int,
     options: Mapping[str, Any],
     step: str | None = None,
@@ -151,15 +153,15 @@ def verify_checkpoint(
     from .variables import find_variables
 
     saved = read_checkpoint(checkpoint, step)
-    made = saved.plan or plan_model(bound, wishes)
+    made = saved.plan or plan_model(bound, plan_options)
     if saved.plan is not None:
-        if wishes.any:
+        if plan_options.any:
             raise ArgumentError(
                 f"--to, --rule and --for do not go with {checkpoint}: it is converted, "
                 "and holds the plan that decided"
             )
         for form in dict.fromkeys(layer.to for layer in made.values()):
-            now = plan_model(bound, Wishes(To(form)))
+            now = plan_model(bound, PlanOptions(To(form)))
             _tell_differences(made, now, checkpoint)
     require_layers(made)
     found = find_variables(saved, bound, str(checkpoint))

@@ -26,7 +26,7 @@ from .options import (
 )
 from .output import check_destination, show_report
 from .steps import (
-    Wishes,
+    PlanOptions,
     compare_checkpoints,
     parse_backends,
     plan_model,
@@ -133,7 +133,7 @@ def verify(
         file = verify_exported(model, against, code, inputs, kwargs, method, seed)
         show_report(file, out, as_json, as_markdown)
         return
-    wishes = Wishes(to, rules, backend_for)
+    plan_options = PlanOptions(to, rules, backend_for)
     bound = read_model(model, inputs, kwargs, method)
     options = {
         "gradients": gradients,
@@ -141,7 +141,7 @@ def verify(
         "timeout": timeout,
     }
     if params is None:
-        report = verify_model(bound, plan_model(bound, wishes), seed, options)
+        report = verify_model(bound, plan_model(bound, plan_options), seed, options)
     else:
-        report = verify_checkpoint(bound, params, wishes, seed, options, step)
+        report = verify_checkpoint(bound, params, plan_options, seed, options, step)
     show_report(report, out, as_json, as_markdown)

@@ -185,14 +185,14 @@ def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
             args = args or [th.SaveArgs()] * len(values)
             for batch in _batches(values):
                 arrays = [_materialised(values[i], scratch) for i in batch]
-                wishes = [
+                restore_args = [
                     dataclasses.replace(args[i], chunk_byte_size=LARGE)
                     if values[i].nbytes > LARGE
                     else args[i]
                     for i in batch
                 ]
                 for future in await super().serialize(
-                    arrays, [infos[i] for i in batch], wishes
+                    arrays, [infos[i] for i in batch], restore_args
                 ):
                     await asyncio.to_thread(future.result)
                 del arrays
