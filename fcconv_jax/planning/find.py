@@ -9,7 +9,14 @@ from typing import Any
 
 from jax import lax
 
-from ..tracing.jaxprs import Literal, bodies, opened, scan_parts, subjaxprs
+from ..tracing.jaxprs import (
+    Literal,
+    bodies,
+    derivative_pass,
+    opened,
+    scan_parts,
+    subjaxprs,
+)
 from ..tracing.marks import LAYER
 from ..tracing.primitives import (
     CUSTOM_VJPS,
@@ -41,18 +48,31 @@ _UNIFORM = ENTRYWISE | MOVES | REDUCTIONS
 Memo = dict[Hashable, Program]
 
 
+@dataclasses.dataclass(frozen=True)
+class _Context:
+    """Where a jaxpr runs.
+
+    Args:
+      obstacle: why no matmul in it may be converted, if so.
+      derivative: the pass of a derivative inside the program that it is in, if any.
+    """
+
+    obstacle: str | None = None
+    derivative: str | None = None
+
+
 def analyse(
     jaxpr: Any,
     tags: Sequence[Tag],
-    obstacle: str | None = None,
+    context: _Context = _Context(),
     memo: Memo | None = None,
 ) -> Program:
-    """Tags every value of a jaxpr.
+    """Tag every value of a jaxpr.
 
     Args:
       jaxpr: open or closed.
       tags: one for each input.
-      obstacle: why no matmul in it may be converted, if so.
+      context: where it runs.
       memo: the bodies analysed so far.
 
     Example:
@@ -73,7 +93,10 @@ def analyse(
 
     for eqn in body.eqns:
         ins = [tag(atom) for atom in eqn.invars]
-        outs = _visit(program, eqn, ins, obstacle, memo)
+        here = context
+        if context.derivative != "backward" and (found := derivative_pass(eqn)):
+            here = dataclasses.replace(context, derivative=found)
+        outs = _visit(program, eqn, ins, here, memo)
         known.update(zip(eqn.outvars, outs, strict=True))
     program.outs = [tag(atom) for atom in body.outvars]
     return program
@@ -84,37 +107,46 @@ def _constant(value: Any) -> Other:
 
 
 def _visit(
-    program: Program, eqn: Any, ins: list[Tag], obstacle: str | None, memo: Memo
+    program: Program, eqn: Any, ins: list[Tag], context: _Context, memo: Memo
 ) -> Sequence[Tag]:
     name = eqn.primitive.name
     if name in MATMULS:
-        return [_matmul(program, eqn, ins, obstacle)]
+        return [_matmul(program, eqn, ins, context)]
     if bodies(eqn):
         if name in CUSTOM_VJPS:
             obstacle = "inside a custom_vjp, whose rule expects it as it is"
-        return _enter(program, eqn, ins, obstacle, memo)
+            context = dataclasses.replace(context, obstacle=obstacle)
+        return _enter(program, eqn, ins, context, memo)
     if any(True for _ in subjaxprs(eqn)):
         reason = f"handed to a {name}, which runs code of its own on it"
-        return _elsewhere(program, eqn, ins, reason, telling=True)
+        return _elsewhere(program, eqn, ins, context, reason, telling=True)
     kept = _kept(eqn, ins)
     if kept is not None:
         return kept
     looked_up = name == "gather" and isinstance(ins[0], Weight)
     reason = "looked up by index" if looked_up else f"used by {name!r}"
     # Matmuls of other kinds: ragged_dot_general, scaled_dot, ...
-    return _elsewhere(program, eqn, ins, reason, telling=looked_up or "dot" in name)
+    telling = looked_up or "dot" in name
+    return _elsewhere(program, eqn, ins, context, reason, telling)
 
 
 def _elsewhere(
-    program: Program, eqn: Any, ins: Sequence[Tag], reason: str, telling: bool
+    program: Program,
+    eqn: Any,
+    ins: Sequence[Tag],
+    context: _Context,
+    reason: str,
+    telling: bool,
 ) -> list[Tag]:
     """An equation that makes something else of the weights that it takes."""
+    name = eqn.primitive.name
+    updated = name in ENTRYWISE and ACTIVE in ins  # w - rate * gradient
+    gradient = context.derivative == "backward" or updated
     for tag in ins:
         if isinstance(tag, Weight):
-            program.uses.append(
-                Use(tag.path, reason, telling, eqn.primitive.name, tag.named)
-            )
-    return [_mixed(ins, eqn.primitive.name)] * len(eqn.outvars)
+            use = Use(tag.path, reason, telling, name, tag.named, gradient)
+            program.uses.append(use)
+    return [_mixed(ins, name)] * len(eqn.outvars)
 
 
 def _mixed(ins: Sequence[Tag], how: str) -> Other:
@@ -196,9 +228,7 @@ def _one_step(weight: Weight, shape: Sequence[int]) -> Weight | None:
     )
 
 
-def _matmul(
-    program: Program, eqn: Any, ins: Sequence[Tag], obstacle: str | None
-) -> Tag:
+def _matmul(program: Program, eqn: Any, ins: Sequence[Tag], context: _Context) -> Tag:
     """Notes a matmul, and gives the tag of its result."""
     name = eqn.primitive.name
     weights = [i for i, tag in enumerate(ins) if isinstance(tag, Weight)]
@@ -207,18 +237,25 @@ def _matmul(
         program.unweighted[id(eqn)] = f"a matmul of two activations, {_shapes(eqn)}"
     elif len(weights) == len(active) == 1:
         weight: Any = ins[weights[0]]
-        obstacle = obstacle or _obstacle(eqn, weights[0])
-        program.matmuls[id(eqn)] = Matmul(eqn, weight, weights[0], obstacle)
+        obstacle = context.obstacle or _obstacle(eqn, weights[0])
+        program.matmuls[id(eqn)] = Matmul(
+            eqn, weight, weights[0], obstacle, context.derivative == "backward"
+        )
         return ACTIVE
     for tag in ins:
         if isinstance(tag, Weight):
             reason = "multiplied with no activation, but with parameters or constants"
-            program.uses.append(Use(tag.path, reason, True, name, tag.named))
+            # Forward, too: the tangents that a Hessian begins with are constants.
+            gradient = context.derivative is not None
+            use = Use(tag.path, reason, True, name, tag.named, gradient)
+            program.uses.append(use)
         elif tag.made_of and active:
             for path, how in sorted(tag.made_of):
                 kind = "matmul" if name == "dot_general" else "convolution"
                 reason = f"changed by {how!r} on the way to its {kind}"
-                program.uses.append(Use(path, reason, True, how))
+                backward = context.derivative == "backward"
+                use = Use(path, reason, True, how, gradient=backward)
+                program.uses.append(use)
         elif active and not tag.active:
             program.unweighted[id(eqn)] = (
                 f"a matmul with a constant of the program, {_shapes(eqn)}: no "
@@ -260,12 +297,12 @@ def _known_precision(precision: Any) -> bool:
 
 
 def _enter(
-    program: Program, eqn: Any, ins: list[Tag], obstacle: str | None, memo: Memo
+    program: Program, eqn: Any, ins: list[Tag], context: _Context, memo: Memo
 ) -> list[Tag]:
     """Goes into the bodies of a call, a loop or a branch."""
 
     def analysed(body: Any, tags: Sequence[Tag]) -> Program:
-        return _analysed(body, tags, obstacle, memo)
+        return _analysed(body, tags, context, memo)
 
     name, p = eqn.primitive.name, eqn.params
     if name == "scan":
@@ -308,9 +345,7 @@ def _enter(
     return outs
 
 
-def _analysed(
-    body: Any, tags: Sequence[Tag], obstacle: str | None, memo: Memo
-) -> Program:
+def _analysed(body: Any, tags: Sequence[Tag], context: _Context, memo: Memo) -> Program:
     """A body in the context of one call; analysed once for alike operands.
 
     A function that is called for one layer after the other is one jaxpr: each further
@@ -324,9 +359,9 @@ def _analysed(
             names |= dict.fromkeys(path for path, _ in sorted(tag.made_of))
     numbers = {name: str(number) for number, name in enumerate(names)}
     plain = tuple(tag.renamed(numbers) for tag in tags)
-    key = id(body), plain, obstacle
+    key = id(body), plain, context
     if key not in memo:
-        memo[key] = analyse(body, plain, obstacle, memo)
+        memo[key] = analyse(body, plain, context, memo)
     return memo[key].renamed({number: name for name, number in numbers.items()})
 
 

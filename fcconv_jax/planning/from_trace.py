@@ -87,7 +87,7 @@ def plan_trace(
     }
     tables = _tables(traced, own)
     matmuls = {
-        path: [matmul for matmul in found[path] if form_of(matmul) != to]
+        path: _forward([matmul for matmul in found[path] if form_of(matmul) != to])
         for path in found
         if path in own and path not in tables
     }
@@ -175,6 +175,11 @@ def _chosen(
     return chosen
 
 
+def _forward(matmuls: list[Matmul]) -> list[Matmul]:
+    """The matmuls that a gradient inside the program does not make, if any."""
+    return [matmul for matmul in matmuls if not matmul.backward] or matmuls
+
+
 def _tables(traced: Traced, own: Mapping[str, Own]) -> dict[str, str]:
     """The tables of Embeds that are looked up by index, with the reason."""
     tables = {}
@@ -204,11 +209,11 @@ def _other_uses(
     """For each parameter, what else happens to it than its matmuls."""
     reasons = {}
     for use in traced.program.uses:
-        if use.path in matmuls:
+        if use.path in matmuls and not use.gradient:
             reasons[use.path] = f"also {use.reason}"
     for path, each in traced.matmuls().items():
         for matmul in each:
-            if path in matmuls and form_of(matmul) == to:
+            if path in matmuls and form_of(matmul) == to and not matmul.backward:
                 reasons[path] = f"also multiplied in a {matmul.eqn.primitive.name}"
     return reasons
 

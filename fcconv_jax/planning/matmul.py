@@ -96,12 +96,14 @@ class Matmul:
       weight: the operand.
       side: its number.
       obstacle: why the matmul cannot take the other form, if so.
+      backward: whether it is in the backward pass of a gradient inside the program.
     """
 
     eqn: Any
     weight: Weight
     side: int
     obstacle: str | None = None
+    backward: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,6 +116,8 @@ class Use:
       telling: whether a user would miss the parameter in the plan.
       how: name of the primitive.
       named: whether its layer does it.
+      gradient: whether it is a part of a gradient inside the program, or of an update
+        with one: it sees the parameter as the program knows it, whatever its form.
     """
 
     path: str
@@ -121,6 +125,7 @@ class Use:
     telling: bool
     how: str
     named: bool = False
+    gradient: bool = False
 
 
 @dataclasses.dataclass(eq=False)

@@ -87,7 +87,8 @@ def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool
     if form_of(matmul) == layer.to or matmul.obstacle:
         return False
     if not _same_map(matmul, layer):
-        if not layer.is_matmul:  # its kernel, read elsewhere by the model's own code
+        # Its kernel, read elsewhere by the model's own code; or a gradient inside it.
+        if not layer.is_matmul or matmul.backward:
             return False
         raise PlanError(
             f"{path!r} was planned as {layer.kernel.source} -> {layer.kernel.target} "

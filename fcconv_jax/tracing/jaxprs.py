@@ -9,7 +9,8 @@ parameters (``remat2``) and others a closed one; ``scan`` loses ``num_consts`` a
 - ``Jaxpr``, ``ClosedJaxpr``: to tell jaxprs among an equation's parameters, and their
   ``constvars``, ``consts``, ``invars``, ``eqns``, ``outvars``;
 - ``JaxprEqn``: ``primitive`` (its ``name``, ``bind``, ``get_bind_params`` and
-  ``multiple_results``), ``params``, ``invars``, ``outvars``;
+  ``multiple_results``), ``params``, ``invars``, ``outvars``, and the ``name_stack`` of
+  its ``source_info``;
 - ``Var``: a key of dictionaries, and its ``aval``;
 - ``Literal``: a constant among the ``invars``, and its ``val``;
 - ``jaxpr_as_fun``: runs each equation under the mesh that it was traced under.
@@ -42,6 +43,7 @@ __all__ = [
     "bind",
     "bodies",
     "call_body",
+    "derivative_pass",
     "evaluate",
     "jaxpr_as_fun",
     "opened",
@@ -158,6 +160,29 @@ def scan_parts(eqn: Any) -> tuple[int, int]:
 
     carry = whole(eqn.outvars, body.outvars)
     return whole(eqn.invars, body.invars) - carry, carry
+
+
+def derivative_pass(eqn: Any) -> str | None:
+    """Which pass of a derivative inside the program made an equation.
+
+    The equations of a call in a backward pass don't have this themselves.
+
+    Returns:
+      ``"backward"`` for those that ``jax.grad`` or ``jax.vjp`` transposed,
+      ``"forward"`` for all others that were differentiated, else None.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> f = jax.grad(lambda x, w: jnp.sin(x @ w).sum())
+      >>> eqns = jax.make_jaxpr(f)(jnp.ones((2, 3)), jnp.ones((3, 4))).eqns
+      >>> [derivative_pass(e) for e in eqns if e.primitive.name == "dot_general"]
+      ['forward', 'backward']
+    """
+    # Nothing else tells a gradient's x @ w.T from that of a model with tied weights.
+    stack = str(getattr(eqn.source_info, "name_stack", ""))
+    if "transpose(" in stack:
+        return "backward"
+    return "forward" if "jvp(" in stack else None
 
 
 def rerun(

@@ -94,7 +94,7 @@ class Readers:
                     f"(by {', '.join(others)}), where the other shape would not fit"
                 )
         for matmul in self.matmuls.get(layer.kernel, ()):
-            if layer_call(layer, matmul, 0) is None:
+            if layer_call(layer, matmul, 0) is None and not matmul.backward:
                 raise LeftError(_why_unlike(layer, matmul))
         bias = layer.bias_path
         if bias and self.ndims[bias] - len(layer.bias or ()) != len(layer.stack):
