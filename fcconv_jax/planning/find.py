@@ -124,7 +124,10 @@ def _visit(
     if kept is not None:
         return kept
     looked_up = name == "gather" and isinstance(ins[0], Weight)
-    reason = "looked up by index" if looked_up else f"used by {name!r}"
+    reason = f"used by {name!r}"
+    if looked_up:  # rows of a table; what has more axes is a kernel for each index
+        several = len(eqn.params["dimension_numbers"].offset_dims) > 1
+        reason = "a stack picked from by index" if several else "looked up by index"
     # Matmuls of other kinds: ragged_dot_general, scaled_dot, ...
     telling = looked_up or "dot" in name
     return _elsewhere(program, eqn, ins, context, reason, telling)

@@ -281,6 +281,14 @@ LEFT = {
         {"e": (7, 4), "v": (4, 4)},
         {"e": "looked up by index"},
     ),
+    "experts of each token": (
+        lambda p, x: jnp.einsum("tc,tco->to", x, p["w"][jnp.argmax(x, -1)]) @ p["v"],
+        {"w": (5, 4, 4), "v": (4, 4)},
+        {
+            "w": "it is a stack picked from by index",
+            "dot_general[0]": "two activations",
+        },
+    ),
     "roles": (lambda p, x: jnp.sin(x @ p) @ p.T, (4, 4), {"": "two roles"}),
     "other roles": (lambda p, x: jnp.sin(x @ p) @ p.T, (4, 5), {"": "two roles"}),
     "ragged": (
