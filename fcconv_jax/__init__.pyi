@@ -31,9 +31,9 @@ from .plan.rules import Rule as Rule
 from .plan.tuning import Tuning as Tuning
 from .planning.from_shapes import plan_from_params as plan_from_params
 from .tuning.tune import tune as tune
-from .verification.compare import Comparison as Comparison
 from .verification.compare import assert_same as assert_same
 from .verification.compare import compare as compare
+from .verification.comparison import Comparison as Comparison
 from .verification.report import VerifyReport as VerifyReport
 from .verification.verify import assert_equivalent as assert_equivalent
 from .verification.verify import verify as verify

@@ -24,14 +24,29 @@ def compare(
     seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
     kwargs: Kwargs = None,
     method: Method = None,
+    gradients: Annotated[
+        bool | None,
+        typer.Option(
+            "--gradients/--no-gradients",
+            help="Compare gradients too; by default if that takes seconds.",
+        ),
+    ] = None,
+    values_only: Annotated[
+        bool,
+        typer.Option(
+            "--values-only",
+            help="Accept outputs of another structure, shape or dtype.",
+        ),
+    ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Check whether two models compute the same function.
 
-    Runs both in float64, where two forms of one function agree to about 15
-    digits, and in their own precision. Two linen Modules get the same random
-    params; NNX models and functions hold their own. To compare a port, pass a
-    function that returns the ported model with its params.
+    Compares structure, names, shapes and dtypes of the outputs first. Then runs
+    both in float64, where two forms of one function agree to about 15 digits,
+    and in their own precision. Two linen Modules get the same random params;
+    NNX models and functions hold their own. To compare a port, pass a function
+    that returns the ported model with its params.
 
     The exit status is 0 if they compute the same function, and 1 otherwise.
     """
@@ -39,7 +54,7 @@ def compare(
 
     models = [read_model(name, inputs, kwargs, method) for name in (first, second)]
     f, g = (with_random_inputs(model, seed).drawn(seed) for model in models)
-    found = compare_programs(f, g)
+    found = compare_programs(f, g, gradients=gradients, values_only=values_only)
     typer.echo(found.to_json() if as_json else str(found))
     if not found.passed:
         raise typer.Exit(1)

@@ -23,7 +23,8 @@ from ..params.leaves import flatten_with_path
 from ..progress import Progress
 from ..verification.agreement import WorkingError, named_leaves, working_errors
 from ..verification.moved import MOVED, moved_by_an_ulp
-from ..verification.reading import Reading, obstacles
+from ..verification.obstacles import obstacles
+from ..verification.reading import Reading
 from ..verification.reference import free_memory
 from .layers import Layer, Record, compute, expected
 from .probes import probes, small_probes

@@ -23,7 +23,7 @@ THRESHOLD = 1e-12
 # A value that is nothing but rounding, such as the gradient of a bias that the next
 # softmax takes out again, is measured by the largest value beside it.
 _BESIDE = 1e-2
-# The original's own error, measured in its working precision, tells how much the
+# The original's own error, measured in its working precision, shows how much the
 # program magnifies rounding; in float64 it magnifies it as much, from a smaller ulp.
 _MAGNIFIED = 64.0
 # In working precision: the original's error times this, and a few units in the last
@@ -43,7 +43,8 @@ class Agreement:
       scale: the largest value.
       allowed: the largest difference that passes.
       reason: what differs, where it does not pass.
-      nonfinite: entries that are NaN or infinite in both alike, and say nothing.
+      nonfinite: entries that are NaN or infinite in both alike, and so not compared.
+      size: all of its entries.
     """
 
     kind: Kind
@@ -53,6 +54,17 @@ class Agreement:
     allowed: float
     reason: str = ""
     nonfinite: int = 0
+    size: int = 0
+
+    @property
+    def unseen(self) -> bool:
+        """Whether it has entries, and none that is finite: nothing was compared."""
+        return 0 < self.size == self.nonfinite
+
+    @property
+    def note(self) -> str:
+        """How many entries were not compared; empty where all were."""
+        return nonfinite_note(self.path, self.nonfinite, self.size)
 
     @property
     def passed(self) -> bool:
@@ -65,6 +77,8 @@ class Agreement:
 
         16 is all that float64 holds, and what equal arrays are given.
         """
+        if self.unseen:
+            return 0.0
         if not self.difference:
             return 16.0
         if not (self.scale and math.isfinite(self.difference)):
@@ -100,6 +114,24 @@ class WorkingError:
         return not self.reason
 
 
+def nonfinite_note(path: str, nonfinite: int, size: int) -> str:
+    """Return the sentence about entries of which nothing was compared.
+
+    Example:
+      >>> nonfinite_note("output", 3, 12)
+      "'output': 3 of 12 entries (25%) are NaN or infinite, and were not compared"
+      >>> nonfinite_note("output", 0, 12)
+      ''
+    """
+    if not nonfinite:
+        return ""
+    share = 100 * nonfinite / size
+    return (
+        f"{path!r}: {nonfinite} of {size} entries ({share:.3g}%) are NaN or infinite, "
+        "and were not compared"
+    )
+
+
 def named_leaves(tree: Any, root: str) -> list[tuple[str, Any]]:
     """The leaves of a tree with their paths, below ``root``.
 
@@ -118,7 +150,7 @@ def agree(
     kind: Kind,
     wanted: Sequence[tuple[str, Any]],
     found: Sequence[tuple[str, Any]],
-    magnified: Sequence[float] | None = None,
+    magnified: Sequence[float | np.ndarray] | None = None,
 ) -> list[Agreement]:
     """Compares arrays of both forms that were computed in float64.
 
@@ -127,7 +159,7 @@ def agree(
       wanted: path and array of the original form.
       found: those of the converted form, in the same order.
       magnified: for each, the largest difference that the program's own magnifying of
-        rounding explains, see :func:`magnified_rounding`.
+        rounding explains, see :func:`magnified_rounding`; one for all or each entry.
 
     Example:
       >>> x = np.arange(3.0)
@@ -136,7 +168,7 @@ def agree(
       >>> agree("outputs", [("y", x)], [("y", x * (1 + 1e-9))])[0].reason
       'expected 2 at (2,), got 2.000000002: they agree to 9.0 digits of the ...'
     """
-    scales = [_largest(array) for _, array in wanted]
+    scales = [largest(array) for _, array in wanted]
     beside = _BESIDE * max(scales, default=0.0)
     extra = magnified or [0.0] * len(wanted)
     return [
@@ -148,7 +180,12 @@ def agree(
 
 
 def _agree(
-    kind: Kind, path: str, want: Any, got: Any, scale: float, extra: float
+    kind: Kind,
+    path: str,
+    want: Any,
+    got: Any,
+    scale: float,
+    extra: float | np.ndarray,
 ) -> Agreement:
     if is_key(want):
         want, got = (np.asarray(jax.random.key_data(key)) for key in (want, got))
@@ -156,17 +193,23 @@ def _agree(
     if want.shape != got.shape:
         shapes = f"expected shape {want.shape}, got {got.shape}"
         return Agreement(kind, path, math.inf, scale, 0.0, shapes)
-    allowed = max(THRESHOLD * scale, extra)
     if not np.issubdtype(want.dtype, np.inexact):
-        want_, got_ = want.astype(np.float64), got.astype(np.float64)
-        off, nonfinite, allowed = abs(want_ - got_), 0, 0.0
+        far = abs(want.astype(np.float64) - got.astype(np.float64))
+        # Whole numbers beyond 2**53 may differ by less than float64 shows.
+        off = np.where(want == got, 0.0, np.maximum(far, 1.0))
+        nonfinite, limit = 0, np.zeros(want.shape)
     else:
         off, nonfinite = _off(want, got)
-    worst = float(off.max(initial=0.0))
-    if worst <= allowed:
-        return Agreement(kind, path, worst, scale, allowed, "", nonfinite)
-    index = tuple(int(i) for i in np.unravel_index(int(off.argmax()), off.shape))
-    found = Agreement(kind, path, worst, scale, allowed, "?", nonfinite)
+        limit = np.broadcast_to(np.maximum(THRESHOLD * scale, extra), off.shape)
+    worst, allowed = float(off.max(initial=0.0)), float(limit.max(initial=0.0))
+    beyond = off > limit
+    found = Agreement(kind, path, worst, scale, allowed, "", nonfinite, off.size)
+    if found.unseen and kind in ("outputs", "layers"):
+        return dataclasses.replace(found, reason="nothing was compared")
+    if not beyond.any():
+        return found
+    worst_at = int(np.where(beyond, off, -1.0).argmax())
+    index = tuple(int(i) for i in np.unravel_index(worst_at, off.shape))
     reason = (
         f"expected {_short(want[index])} at {index}, got {_short(got[index])}: they "
         f"agree to {found.digits:.1f} digits of the largest value in float64, "
@@ -207,13 +250,13 @@ def working_errors(
       kind: what the arrays are.
       reference: path and array in float64.
       originals: the original form's arrays: on the inputs, and on inputs and params
-        that were moved by an ulp, which tells a lucky error from a typical one.
+        that were moved by an ulp, which separates a lucky error from a typical one.
       converted: the converted form's arrays.
 
     Returns:
       One entry for each array of floats.
     """
-    beside = _BESIDE * max((_largest(y) for _, y in reference), default=0.0)
+    beside = _BESIDE * max((largest(y) for _, y in reference), default=0.0)
     found = []
     for number, (path, want) in enumerate(reference):
         mine = [np.asarray(arrays[number]) for arrays in originals if not is_key(want)]
@@ -237,7 +280,7 @@ def _working_error(
     first, *others = [array.astype(wide) for array in mine]
     got = got.astype(wide).reshape(want.shape)
     finite = np.isfinite(want) & np.isfinite(first)
-    scale = max(_largest(want[finite]), beside) or 1.0
+    scale = max(largest(want[finite]), beside) or 1.0
 
     def error(array: np.ndarray) -> float:
         off = abs(np.where(finite, array - want, 0.0))
@@ -265,7 +308,7 @@ def _working_error(
 
 
 def _short(value: Any) -> str:
-    """A number with as many digits as tell what differs."""
+    """A number with as many digits as show the difference."""
     number = value.item()
     return f"{number:.13g}" if isinstance(number, float) else repr(number)
 
@@ -274,7 +317,8 @@ def _alike(a: np.ndarray, b: np.ndarray) -> np.ndarray:
     return (a == b) | (np.isnan(a) & np.isnan(b))
 
 
-def _largest(array: Any) -> float:
+def largest(array: Any) -> float:
+    """Return the size of the largest finite entry."""
     if is_key(array):
         return 0.0
     array = np.asarray(array)
@@ -282,6 +326,12 @@ def _largest(array: Any) -> float:
         return 0.0
     sizes = abs(array.astype(np.complex128 if np.iscomplexobj(array) else np.float64))
     return float(np.where(np.isfinite(sizes), sizes, 0.0).max())
+
+
+def unseen(array: np.ndarray) -> bool:
+    """Whether an array of floats has entries, and none that is finite."""
+    inexact = jnp.issubdtype(array.dtype, jnp.inexact)
+    return bool(inexact and array.size and not np.isfinite(array).any())
 
 
 def is_key(array: Any) -> bool:

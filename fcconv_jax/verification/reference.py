@@ -13,12 +13,13 @@ import jax
 
 from ..progress import Progress
 from ..tracing.cost import flops
-from .reading import Named, Reading, obstacles
+from .obstacles import obstacles
+from .reading import Named, Reading
 
 # Floating point operations that a core does in a second, in float64: a low guess.
 _RATE = 5e9
 _ASSUMED = 4 << 30  # bytes of memory, where no one tells
-_LONG = 60.0  # seconds; what takes longer says so beforehand
+_LONG = 60.0  # seconds; longer work is announced
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -44,7 +45,7 @@ class Traced:
 
 @dataclasses.dataclass(frozen=True)
 class Read:
-    """What a program gives in float64: its outputs, and what it names."""
+    """Outputs of a program in float64, and the arrays that it names."""
 
     outputs: Any
     named: Named
@@ -59,7 +60,7 @@ class Reference:
       what: the name of the step, for progress.
 
     Attributes:
-      unread: why there is no reference; empty where there is one.
+      unread: why no reference could be made; empty if it was.
     """
 
     def __init__(self, original: Traced, converted: Traced, what: str):
@@ -83,17 +84,30 @@ class Reference:
         if self.unread:
             return None
         row = f"float64: {self._what}"
-        work = [flops(trace.jaxpr) for trace in self._traces]
-        seconds = sum(work) / _RATE / (os.cpu_count() or 1)
+        seconds = sum(float64_seconds(trace.jaxpr) for trace in self._traces)
         if seconds > _LONG:
             row += f", about {math.ceil(seconds / 60)} minutes"
-        found = []
+        found: list[Read] = []
         for done, (trace, reading) in enumerate(zip(self._traces, self._readings)):
             tell(row, done, len(self._readings))
-            outputs, named = reading(trace.operands)
-            found.append(Read(jax.tree.unflatten(trace.treedef, outputs), named))
+            found.append(_read(trace, reading))
         tell(row, len(found), len(found))
         return found[0], found[1]
+
+    def rerun(self, first: Traced, second: Traced) -> tuple[Read, Read]:
+        """Run both again, on other operands."""
+        mine, theirs = self._readings
+        return _read(first, mine), _read(second, theirs)
+
+
+def _read(trace: Traced, reading: Reading) -> Read:
+    outputs, named = reading(trace.operands)
+    return Read(jax.tree.unflatten(trace.treedef, outputs), named)
+
+
+def float64_seconds(jaxpr: Any) -> float:
+    """Estimate the seconds that a trace takes in float64."""
+    return flops(jaxpr) / _RATE / (os.cpu_count() or 1)
 
 
 def free_memory() -> int:

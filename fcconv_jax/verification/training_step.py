@@ -7,11 +7,11 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from ..frontends.bound import BothForms
 from ..params.opt_state import convert_opt_state
 from ..params.trees import convert_params, restore_params
+from .gradients import random_projection
 
 
 class TrainingStep:
@@ -68,15 +68,7 @@ def gradient(call: Callable[..., Any], variables: Any, arrays: Any) -> Any:
 
     def loss(params: Any) -> Any:
         out = call({**variables, "params": params}, arrays)
-        floats = [
-            leaf
-            for leaf in jax.tree.leaves(out)
-            if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
-        ]
-        rng, signs = np.random.default_rng(0), np.array([-1, 1], np.int8)
-        return sum(
-            jnp.sum(jnp.real(leaf) * rng.choice(signs, leaf.shape)) for leaf in floats
-        )
+        return random_projection(out)
 
     return jax.grad(loss)(variables["params"])
 

@@ -132,7 +132,12 @@ REFUSED = {
     "heads": ({"q/kernel": (8, 2, 4)}, ["*=1"], "conv", r"'q/kernel'.*attention heads"),
     "conv": ({"c/kernel": (3, 3, 2, 4)}, ["c=3x3"], "conv", "Conv2D.*'c=skip'"),
     "stack": ({"s/kernel": (3, 8, 4)}, ["s=2"], "conv", "scanned or vmapped stack"),
-    "window": ({"f/kernel": (10, 4)}, ["f=2x2"], "conv", "'f/kernel'.*Expected a multiple"),
+    "window": (
+        {"f/kernel": (10, 4)},
+        ["f=2x2"],
+        "conv",
+        "'f/kernel'.*Expected a multiple",
+    ),
     "order": ({"f/kernel": (8, 4)}, ["f=2x2:HWX"], "conv", "'f'.*order: 'HWX'"),
     "rank 4": ({"f/kernel": (16, 4)}, ["f=2x2x2x2"], "conv", "1 to 3 dimensions"),
     "bias": (

@@ -14,7 +14,8 @@ from fcconv_jax.errors import ExportError
 from fcconv_jax.export.lowering.trace import lower
 from fcconv_jax.tracing.jaxprs import opened, subjaxprs
 from fcconv_jax.tracing.primitives import ENTRYWISE, FAMILIES, LEFT_OUT, ROUNDING, SAME
-from fcconv_jax.verification.reading import Reading, obstacles
+from fcconv_jax.verification.obstacles import obstacles
+from fcconv_jax.verification.reading import Reading
 
 
 def auto_mesh():
