@@ -109,7 +109,8 @@ class Slide:
       model: takes a batch of crops last among its positional arguments.
       window: size of a crop along each axis that slides.
       stride: step along each; None for the model's own.
-      axes: those axes of the images; None for those behind the batch.
+      axes: those axes of the images; None for those behind the batch, or behind the
+        channels where the model's library has them first.
       padding: where padding lies.
 
     Example:
@@ -129,11 +130,14 @@ class Slide:
         padding: Literal["crops", "image"] = "crops",
     ):
         # What a model holds itself is read again at each call, so it may be trained.
-        self.function, self._held = bind_crops(model)
+        bound = bind_crops(model)
+        self.function, self._complete = bound.function, bound.complete
+        first = bound.first_spatial_axis
         self.padding: Literal["crops", "image"] = padding
         self.window = window
         self.stride = stride
-        self.axes = tuple(range(1, 1 + len(window))) if axes is None else axes
+        behind = tuple(range(first, first + len(window)))
+        self.axes = behind if axes is None else axes
         self._given = model, window, stride, axes, padding
         self._call = Jitted(
             self._run,
@@ -156,15 +160,15 @@ class Slide:
           ValueError: an image is smaller than the window, or an output of the function
             has not the batch first.
         """
-        return self._call(*self._held(), *args, **kwargs)
+        return self._call(*self._complete(args), **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the call, as ``jax.jit`` does."""
-        return self._call.lower(*self._held(), *args, **kwargs)
+        return self._call.lower(*self._complete(args), **kwargs)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
         """The shapes that a call returns, as ``jax.jit`` has it."""
-        return self._call.eval_shape(*self._held(), *args, **kwargs)
+        return self._call.eval_shape(*self._complete(args), **kwargs)
 
     def write(
         self,
@@ -194,7 +198,7 @@ class Slide:
             more than ``memory``.
         """
         plain = Slide(self.function, self.window, self.stride, self.axes, self.padding)
-        given = (*self._held(), *args)
+        given = self._complete(args)
         write_tiles(plain, given, kwargs, out, memory, resume, progress)
 
     def report(self, *args: Any, **kwargs: Any) -> SlideReport:
@@ -204,7 +208,7 @@ class Slide:
           *args: as in a call; arrays may be abstract.
           **kwargs: as in a call.
         """
-        return self._program((*self._held(), *args), kwargs).report
+        return self._program(self._complete(args), kwargs).report
 
     def __repr__(self) -> str:
         window = "x".join(map(str, self.window))

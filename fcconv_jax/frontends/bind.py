@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
-from .bound import BoundModel
+from .bound import BoundModel, OnCrops
 from .function.bound import BoundFunction
+from .held import ConvertedModel
 
 # The package that defines a library's models, and the module here that binds them. A
 # model cannot exist before its package is imported, so nothing is imported for it.
 _FRONTENDS = {
     "flax.nnx": "nnx.bound",
     "flax.linen": "linen.bound",
+    "equinox": "equinox",
+    "haiku": "haiku",
+    "keras": "keras",
+    "torch": "torch",
 }
 
 
@@ -29,7 +34,7 @@ def bind(model: Any, params: Any = None, *inputs: Any, **kwargs: Any) -> BoundMo
       **kwargs: keyword arguments of the call.
 
     Raises:
-      TypeError: it is no model; names the fix.
+      TypeError: it is not a model; the message has the fix.
 
     Example:
       >>> import flax.linen as nn, jax, jax.numpy as jnp
@@ -61,22 +66,18 @@ def bind_called(
     return frontend_of(model).called(model, args, kwargs)
 
 
-def bind_crops(model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
-    """A function whose last argument is a batch of crops, and what reads those before.
-
-    Of a bound model the inputs stand for crops; its variables and keyword arguments
-    stay.
-    """
+def bind_crops(model: Any) -> OnCrops:
+    """The model as a function of crops, which a later call passes."""
     if isinstance(model, BoundModel):
-        return model.call_on_crops()
-    return frontend_of(model).of_crops(model)
+        return model.bound_on_crops()
+    return frontend_of(model).on_crops(model)
 
 
 def frontend_of(model: Any) -> type[BoundModel]:
     """The front end of a model's library.
 
     Raises:
-      TypeError: it is no model; names the fix.
+      TypeError: it is not a model; the message has the fix.
 
     Example:
       >>> import flax.linen as nn
@@ -87,6 +88,8 @@ def frontend_of(model: Any) -> type[BoundModel]:
         ...
       TypeError: Expected a model of a known library or a function of params and ...
     """
+    if isinstance(model, ConvertedModel):
+        return model.frontend
     for frontend in _imported():
         if frontend.owns(model):
             return frontend

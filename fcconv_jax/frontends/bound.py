@@ -6,7 +6,7 @@ import abc
 import dataclasses
 import functools
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,25 @@ from ..planning.mesh_layouts import for_mesh
 from ..tracing import arguments
 from ..tracing.inputs_read import inputs_read
 from ..tracing.user_code import explained
+
+
+def as_given(args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """Returns the arguments of a call whose caller passes all of them."""
+    return args
+
+
+class OnCrops(NamedTuple):
+    """A model as a function whose last positional argument is a batch of crops.
+
+    Attributes:
+      function: the function.
+      complete: puts the variables of a model that holds them before a call's arguments.
+      first_spatial_axis: of the crops, where the library has one layout of images.
+    """
+
+    function: Callable[..., Any]
+    complete: Callable[[tuple[Any, ...]], tuple[Any, ...]] = as_given
+    first_spatial_axis: int = 1
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -50,6 +69,8 @@ class BoundModel(abc.ABC):
     library: ClassVar[str]
     # Whether the jit of a converted model sets the compiler options of its plan.
     takes_options: ClassVar[bool] = True
+    # Behind the batch, or behind the batch and the channels.
+    first_spatial_axis: ClassVar[int] = 1
     # Whether checkpoints hold the names of collections above those of the leaves.
     stores_collections: ClassVar[bool] = False
 
@@ -71,7 +92,7 @@ class BoundModel(abc.ABC):
 
     @classmethod
     def class_options(cls, model_class: type) -> dict[str, Any]:
-        """What a class of models takes that needs no settings."""
+        """Return the arguments of a model class that needs no settings."""
         del model_class
         return {}
 
@@ -86,31 +107,20 @@ class BoundModel(abc.ABC):
         return cls(model, None, tuple(args), kwargs)
 
     @classmethod
-    def of_crops(cls, model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
-        """What ``slide`` runs on crops, and what reads the arguments in front of them.
+    @abc.abstractmethod
+    def on_crops(cls, model: Any) -> OnCrops:
+        """What ``slide`` runs on crops."""
 
-        Returns:
-          A function, which takes the crops last; and a function of nothing, which
-          returns the leading arguments that the model holds itself.
-        """
-
-        def held() -> tuple[Any, ...]:
-            return (cls(model).variables,)
-
-        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
-            return cls(model)._call(variables, args, kwargs)
-
-        call.__name__ = type(model).__name__
-        return call, held
-
-    def call_on_crops(self) -> tuple[Callable[..., Any], Callable[[], Any]]:
-        """The same of a bound model: its variables and keyword arguments stay."""
+    def bound_on_crops(self) -> OnCrops:
+        """The same of a bound model, whose variables and keyword arguments stay."""
 
         def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
             return self._call(variables, args, {**self.kwargs, **kwargs})
 
         call.__name__ = type(self.model).__name__
-        return call, lambda: (self.variables,)
+        return OnCrops(
+            call, lambda args: (self.variables, *args), self.first_spatial_axis
+        )
 
     @classmethod
     @abc.abstractmethod
@@ -221,7 +231,7 @@ class BoundModel(abc.ABC):
         )
 
     def call(self, variables: Any, arrays: Any = None) -> Any:
-        """What a call returns, with the state that it changes.
+        """Return the output of a call, with the state that it changes.
 
         Args:
           variables: in the place of the model's.
@@ -270,7 +280,7 @@ class BothForms:
         return self.changed.variables
 
     def by_form(self) -> dict[str, Program]:
-        """What is compiled, under 'original' and 'converted'."""
+        """Return the two programs, under 'original' and 'converted'."""
         return {
             "original": self.original.program(),
             "converted": self.changed.program(),

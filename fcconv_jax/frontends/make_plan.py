@@ -44,13 +44,14 @@ def make_plan(
       backend: where the conv form will run: ``"cpu"``, ``"cuda:h100"``, ``"tpu:v5e"``.
         Each layer gets the layout that was quickest there for inputs of these shapes;
         a kernel may be stored as OHWI then, which a plain ``nn.Conv`` does not load.
-        None takes the backend at hand (where the params or inputs lie, else JAX's
+        None takes the available backend (where the params or inputs lie, else JAX's
         default) and stores kernels as a plain ``nn.Conv`` loads them, so that params
         convert alike on every machine. ``"any"`` runs the same convolutions everywhere.
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:
-      A :class:`Plan`; ``plan.skipped`` says why each layer left alone was left alone.
+      A :class:`Plan`; ``plan.skipped`` has the reason for each layer that is not
+      converted.
 
     Raises:
       PlanError: a rule matches no layer, or asks for what cannot be.

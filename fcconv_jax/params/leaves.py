@@ -14,6 +14,7 @@ from jax.sharding import PartitionSpec, Sharding
 from ..kernels import Rearrangement
 from ..meshes import over_mesh
 from .axis_names import move_names, move_sharding
+from .tensors import is_tensor, move_tensor
 from .variables import is_variable
 
 
@@ -30,6 +31,8 @@ def convert_leaf(
     Raises:
       ValueError: the shape does not fit, or the names of two axes would have to merge.
     """
+    if is_tensor(leaf):
+        return move_tensor(lambda x: _on_stack(rearrange, x, stack_axes), leaf)
     if is_variable(leaf):
         value = convert_leaf(rearrange, leaf.get_raw_value(), stack_axes)
         return leaf.replace(value, **move_metadata(rearrange, leaf, stack_axes))

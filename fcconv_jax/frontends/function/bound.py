@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -11,7 +11,7 @@ import jax
 from ...plan import Form, Plan
 from ...plan.rules import Rule
 from ...tracing import arguments
-from ..bound import BoundModel
+from ..bound import BoundModel, OnCrops
 from .model import ConvertedFunction
 from .plan import plan_function
 
@@ -24,7 +24,7 @@ class BoundFunction(BoundModel):
 
     @classmethod
     def owns(cls, model: Any) -> bool:
-        """Whatever can be called and is no class."""
+        """Accept whatever can be called, classes excepted."""
         return callable(model) and not isinstance(model, type)
 
     @classmethod
@@ -38,9 +38,9 @@ class BoundFunction(BoundModel):
         return cls(model, args[0], tuple(args[1:]), kwargs)
 
     @classmethod
-    def of_crops(cls, model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    def on_crops(cls, model: Any) -> OnCrops:
         """The function itself; its params are the caller's."""
-        return model, tuple
+        return OnCrops(model)
 
     @classmethod
     def convert_model(
@@ -60,7 +60,7 @@ class BoundFunction(BoundModel):
 
     @property
     def held(self) -> Any:
-        """The params: where they lie is where the function runs."""
+        """The params: the function runs on their devices."""
         return self.params
 
     def _variables(self) -> Mapping[str, Any]:

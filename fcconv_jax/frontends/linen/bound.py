@@ -13,7 +13,7 @@ import jax
 from ...plan import Form, Plan
 from ...plan.rules import Rule
 from ...tracing.marks import name_input, name_output
-from ..bound import BoundModel
+from ..bound import BoundModel, OnCrops
 from .interception import intercepting
 from .layers import dense_axes, layer_kind, module_path
 from .model import ConvertedLinen
@@ -60,7 +60,7 @@ class BoundLinen(BoundModel):
         return cls(model, args[0], tuple(args[1:]), kwargs)
 
     @classmethod
-    def of_crops(cls, model: Any) -> tuple[Callable[..., Any], Callable[[], Any]]:
+    def on_crops(cls, model: Any) -> OnCrops:
         """``apply``; its variables are the caller's."""
 
         def apply(*args: Any, **kwargs: Any) -> Any:
@@ -72,7 +72,7 @@ class BoundLinen(BoundModel):
                 )
             return model.apply(*args, **kwargs)
 
-        return apply, tuple
+        return OnCrops(apply)
 
     @classmethod
     def convert_model(

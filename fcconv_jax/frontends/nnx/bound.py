@@ -16,7 +16,7 @@ from ...errors import PlanError
 from ...plan import Form, Plan
 from ...plan.rules import Rule
 from ...tracing.marks import name_input, name_output
-from ..bound import BoundModel
+from ..bound import BoundModel, OnCrops
 from . import layers as nnx_layers
 from .model import convert_nnx
 from .plan import plan_nnx
@@ -52,6 +52,16 @@ class BoundNnx(BoundModel):
     def convert_model(cls, model: Any, plan: Plan, inplace: bool = False) -> Any:
         """A converted clone, or the model itself, converted in place."""
         return convert_nnx(model, plan, inplace=inplace)
+
+    @classmethod
+    def on_crops(cls, model: Any) -> OnCrops:
+        """Read the variables at each call."""
+
+        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            return cls(model)._call(variables, args, kwargs)
+
+        call.__name__ = type(model).__name__
+        return OnCrops(call, lambda args: (cls(model).variables, *args))
 
     @property
     def held(self) -> Any:

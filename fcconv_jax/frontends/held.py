@@ -1,0 +1,131 @@
+"""Models that hold their params, of libraries without a planner of their own.
+
+An adapter turns a model of its library into a function of its params, which is
+planned and rewritten as every function is.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from ..params.trees import convert_params
+from ..plan import Plan
+from ..plan.rules import Rule
+from .bound import BoundModel, OnCrops
+from .function.model import ConvertedFunction
+from .function.plan import plan_function
+
+
+class ConvertedModel:
+    """A model in its other form, with its params: called as the model is called.
+
+    Args:
+      frontend: of the model's library.
+      function: takes params, state and inputs; converted.
+      variables: its ``params``, converted, and its ``state``.
+      name: of the model's class.
+    """
+
+    def __init__(
+        self,
+        frontend: type[BoundHeld],
+        function: ConvertedFunction,
+        variables: Mapping[str, Any],
+        name: str,
+    ):
+        self.frontend, self.function, self.variables = frontend, function, variables
+        self._name = name
+
+    @property
+    def params(self) -> Any:
+        """The converted params; ``fc.restore_params`` takes them back."""
+        return self.variables["params"]
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        """Calls the model on its inputs."""
+        bound = self.frontend(self, None, args, kwargs)
+        return bound._call(bound.variables, bound.args, bound.kwargs)
+
+    def __repr__(self) -> str:
+        return repr(self.function).replace(self.function.__name__, self._name)
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class BoundHeld(BoundModel):
+    """A model that holds its params; ``params`` replaces them."""
+
+    @classmethod
+    @abc.abstractmethod
+    def split(cls, model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+        """A function of params, state and inputs; and its ``params`` and ``state``."""
+
+    @classmethod
+    def split_params(cls, model: Any, params: Any) -> dict[str, Any]:
+        """Sort the params that a user passes into ``params`` and ``state``."""
+        del model
+        return {"params": params}
+
+    @classmethod
+    def on_crops(cls, model: Any) -> OnCrops:
+        """Read the params at each call."""
+
+        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+            return cls(model)._call(variables, args, kwargs)
+
+        def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
+            bound = cls(model, None, args)
+            return bound.variables, *bound.args
+
+        call.__name__ = type(model).__name__
+        return OnCrops(call, complete, cls.first_spatial_axis)
+
+    @classmethod
+    def convert_model(cls, model: Any, plan: Plan, inplace: bool = False) -> Any:
+        """The model in the plan's form, with its params.
+
+        Raises:
+          TypeError: ``inplace``.
+        """
+        if inplace:
+            raise TypeError(
+                f"Expected an NNX model for inplace=True, got a {type(model).__name__}."
+                " Drop inplace: params that keep their order are not copied."
+            )
+        function, variables = cls.split(model)
+        converted = ConvertedFunction(function, plan)
+        moved = convert_params(variables, plan)
+        return ConvertedModel(cls, converted, moved, type(model).__name__)
+
+    @functools.cached_property
+    def _parts(self) -> tuple[Callable[..., Any], dict[str, Any]]:
+        if isinstance(self.model, ConvertedModel):
+            return self.model.function, dict(self.model.variables)
+        return self.split(self.model)
+
+    @property
+    def held(self) -> Any:
+        """All arrays of the model."""
+        return self._parts[1]
+
+    def _variables(self) -> Mapping[str, Any]:
+        own = self._parts[1]
+        if self.params is None:
+            return own
+        if isinstance(self.params, Mapping) and self.params.keys() == own.keys():
+            return self.params
+        return {**own, **self.split_params(self.model, self.params)}
+
+    def _plan(self, to: Any, rules: Any) -> Plan:
+        chosen: list[Rule] = rules
+        inputs = (*self._lead(self.variables), *self.args)
+        return plan_function(self._parts[0], inputs, to, chosen, self.kwargs)
+
+    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any:
+        return self._parts[0](*self._lead(variables), *args, **kwargs)
+
+    def _lead(self, variables: Any) -> tuple[Any, Any]:
+        return variables["params"], variables["state"]

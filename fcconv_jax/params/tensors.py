@@ -1,0 +1,25 @@
+"""PyTorch tensors in a ``state_dict``: moved by their bits, whatever their dtype."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+
+def is_tensor(leaf: Any) -> bool:
+    """Whether a leaf is a ``torch.Tensor``; False where nobody imported torch."""
+    torch = sys.modules.get("torch")
+    return torch is not None and isinstance(leaf, torch.Tensor)
+
+
+def move_tensor(move: Callable[[Any], Any], tensor: Any) -> Any:
+    """The tensor that holds the entries of another, moved as those of an array."""
+    torch: Any = sys.modules["torch"]
+    # NumPy has no bfloat16 and no float8.
+    sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
+    bits = tensor.detach().cpu().contiguous().view(sizes[tensor.element_size()])
+    moved = torch.from_numpy(np.array(move(bits.numpy())))
+    return moved.view(tensor.dtype).to(tensor.device)
