@@ -22,7 +22,7 @@ def typed_sharding(array: Any) -> NamedSharding | None:
 
     Returns:
       None where it carries none: on one device, on mesh axes that the compiler shards
-      by itself (``Auto``), inside ``shard_map``.
+      automatically (``Auto``), inside ``shard_map``.
 
     Example:
       >>> import jax.numpy as jnp
@@ -123,7 +123,7 @@ def respec(
         f"an array of shape {tuple(source)}, sharded as {sharding.spec}, cannot become "
         f"{tuple(target)} on a mesh of {sizes} without moving entries between devices. "
         "Give the layer another layout with a rule (layout='keep' where leading axes "
-        "are sharded, 'flat' where a window is; make_plan does so by itself when it "
+        "are sharded, 'flat' where a window is; make_plan does so when it "
         "sees the shardings of the inputs), or reshard the array first"
     )
 

@@ -14,7 +14,7 @@ ProgressOption = Progress | bool | None
 
 @contextlib.contextmanager
 def shown(progress: ProgressOption) -> Iterator[Progress]:
-    """Give the function to call as long work goes on.
+    """Yield the function to call while work proceeds.
 
     Args:
       progress: the caller's function ``(what, done, total)``, where ``what`` reads

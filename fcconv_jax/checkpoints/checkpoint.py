@@ -66,7 +66,7 @@ class LeafInfo:
       path: the leaf's name in the file, such as ``"params/fc/kernel"``.
       shape: its shape; ``()`` for a scalar.
       dtype: name of its dtype, or of its Python type.
-      nbytes: bytes of its entries in memory; 0 where it is no array.
+      nbytes: bytes of its entries in memory; 0 if it isn't an array.
     """
 
     path: str
@@ -105,7 +105,7 @@ class Record:
 
     @classmethod
     def take(cls, entries: dict[str, Any], path: Path) -> Record | None:
-        """Take the record out of metadata entries; None where there is none.
+        """Extract the record from metadata entries; None if missing.
 
         Raises:
           CheckpointError: the record is damaged, or of a newer version.
@@ -160,13 +160,13 @@ class FolderLayout:
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint in memory, or as it lies in its files.
+    """A checkpoint in memory, or lazy references into its files.
 
     Args:
       format: ``"orbax"``, ``"msgpack"`` or ``"safetensors"``.
       tree: nested dicts and lists with arrays (and Python scalars, strings and None,
-        where the format has them): NumPy's, or their entries where they lie. A
-        safetensors file is one flat dict, its keys as they stand in the file.
+        where the format has them): NumPy's, or lazy references to their entries. A
+        safetensors file is one flat dict, with the keys of the file.
       record: what its conversion left in it; None where it was never converted.
       metadata: its other metadata, as the format keeps it.
       path: where it was read from; the other items of an Orbax step are copied

@@ -137,7 +137,7 @@ def restore_checkpoint(
     dry_run: bool = False,
     follow_links: bool = False,
 ) -> CheckpointReport:
-    """Undo :func:`convert_checkpoint` to the bit, with the plan stored in ``src``.
+    """Undo :func:`convert_checkpoint`, bit for bit, with the plan stored in ``src``.
 
     Args:
       src: what :func:`convert_checkpoint` wrote, or what was saved in the converted
@@ -286,7 +286,7 @@ def verify_checkpoint(
 def _plan_of_the_run(src: PathLike) -> tuple[Plan, str]:
     """Return the plan of a directory's other steps, and the latest of them.
 
-    Training that goes on from a converted checkpoint saves steps without a plan.
+    Training resumed from a converted checkpoint saves steps without a plan.
     """
     plans = {}
     for name in step_names(src):

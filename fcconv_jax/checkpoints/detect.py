@@ -75,7 +75,7 @@ def detect(path: PathLike) -> tuple[Path, FileFormat | FolderFormat]:
         why = "it is a Python pickle, which is never loaded because it could run code"
         raise _no_checkpoint(path, why)
     if by_name and not by_name.weak:
-        return path, by_name  # damaged: it will say how
+        return path, by_name  # damaged: opening it raises the error
     if fits:
         return path, fits[0]
     raise _no_checkpoint(path, f"it begins with {head!r}" if head else "it is empty")

@@ -1,4 +1,4 @@
-"""The entries of an array, where they lie: moved and compared a piece at a time."""
+"""Lazy references to an array's entries: moved and compared piece by piece."""
 
 from __future__ import annotations
 
@@ -93,7 +93,7 @@ class Filed:
     Args:
       shape: of the array.
       itemsize: bytes of an entry; 0 where entries are smaller than a byte.
-      extent: where they lie.
+      extent: their location.
     """
 
     shape: Shape
@@ -146,7 +146,7 @@ class Moved:
     """An array whose entries are still to be moved.
 
     Args:
-      entries: where they lie now.
+      entries: their present location.
       dtype: of the array; of those that NumPy lacks, the name that the file has.
       move: how they are rearranged; None to leave them as they are.
     """

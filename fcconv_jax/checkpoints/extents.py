@@ -75,7 +75,7 @@ class File:
 
     @classmethod
     def create(cls, path: Path) -> File:
-        """Make a file that is not there yet, for writing and reading."""
+        """Create a file for writing and reading; it must not exist."""
         flags = os.O_RDWR | os.O_CREAT | os.O_EXCL
         return cls(os.open(path, flags, 0o666), str(path))
 
@@ -99,7 +99,7 @@ class File:
         """Map an empty file as an array to write to, after allocating its blocks.
 
         Raises:
-          OSError: there is no room for it.
+          OSError: the disk is full.
         """
         nbytes = math.prod(shape) * dtype.itemsize
         allocate(self.fd, nbytes)
@@ -115,7 +115,7 @@ class Extent:
     """Bytes of a file, in one or several places, one after the other.
 
     Args:
-      file: where they lie.
+      file: the file that holds them.
       spans: offset and length of each place.
     """
 

@@ -33,10 +33,10 @@ def open_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint
     Args:
       path: Orbax directory, Flax msgpack file, safetensors file, or a folder of files
         of weights.
-      step: of a directory that holds several; the latest unless said.
+      step: of a directory with several; the latest by default.
 
     Raises:
-      CheckpointError: nothing is there, it is no checkpoint, it is damaged, or it has
+      CheckpointError: the path doesn't exist, isn't a checkpoint, is damaged, or it has
         no such step.
     """
     path, format = detect(path)
@@ -81,10 +81,10 @@ def read_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint
     Args:
       path: Orbax directory, Flax msgpack file, safetensors file, or a folder of files
         of weights, which are read as one tree.
-      step: of a directory that holds several; the latest unless said.
+      step: of a directory with several; the latest by default.
 
     Raises:
-      CheckpointError: nothing is there, it is no checkpoint, or it is damaged.
+      CheckpointError: the path doesn't exist, isn't a checkpoint, or is damaged.
 
     Example:
       >>> import tempfile

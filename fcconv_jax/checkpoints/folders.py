@@ -38,7 +38,7 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
 
     Args:
       path: the folder.
-      step: name of the one file to open, of several steps; the latest unless said.
+      step: name of the one file to open, of several steps; the latest by default.
 
     Raises:
       CheckpointError: there are weights in two formats, a file that the index names is
@@ -98,7 +98,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     """Write every file of weights, each with its part of the record.
 
     Args:
-      path: a folder that is not there yet.
+      path: a new folder.
       checkpoint: what to write.
       tell: called with the number of bytes written since.
     """

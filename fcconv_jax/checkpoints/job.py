@@ -29,7 +29,7 @@ class Job:
     """One checkpoint to write.
 
     Args:
-      source: as it lies in its files.
+      source: the source, with lazy references into its files.
       meant: what is to be written.
       converted: path, shape before and shape after of each leaf that moves.
       nbytes: bytes of all entries.
@@ -51,7 +51,7 @@ def make_job(
     """What a plan makes of a checkpoint that is open."""
     file = str(source.path)
     leaves = list(iter_leaves(source.tree))
-    # The files of a folder are no level of the tree.
+    # The files of a folder aren't a level of the tree.
     lead = 1 if isinstance(source.layout, FolderLayout) else 0
     paths = [parts[lead:] for parts, _ in leaves]
     separator = "/"
@@ -104,7 +104,7 @@ def _moved(leaf: Any, move: Move) -> Moved:
     leaf = Moved.of(leaf)
     n = len(move.stack_axes)
     if n and not all(0 <= axis <= i for i, axis in enumerate(move.stack_axes)):
-        # A stack along an inner axis is moved in memory, by itself.
+        # A stack along an inner axis is rearranged separately, in memory.
         return Moved.of(convert_leaf(move.rearrange, leaf.array(), move.stack_axes))
     whole = move.rearrange.stacked(leaf.shape[:n]) if n else move.rearrange
     if not leaf.itemsize and not whole.is_reshape:

@@ -16,7 +16,7 @@ def split_paths(leaves: list[Parts], separator: str, file: str) -> dict[Parts, P
     """Return the levels that each leaf's path has for a plan.
 
     Keys are split at the separator: those of a nested tree at ``/``, as Flax and
-    transformers flatten dicts. What holds the array of a boxed parameter is no level.
+    transformers flatten dicts. A box around a parameter's array isn't a level.
 
     Args:
       leaves: their paths in the tree.

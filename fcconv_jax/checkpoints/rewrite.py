@@ -1,4 +1,4 @@
-"""Checkpoints written anew: beside their place, compared with the source, installed."""
+"""Rewrites checkpoints: to a temporary path, compared with the source, installed."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def chosen_steps(
     """Return the steps to convert: the one that is given, or all; None is the latest.
 
     Raises:
-      CheckpointError: there are no steps, or both arguments are given.
+      CheckpointError: the directory has no steps, or both arguments are given.
     """
     if not all_steps:
         return [step]

@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
 
 class ArgumentError(ValueError):
-    """An argument of a command cannot be used: which, what was found, the way out."""
+    """A command's argument is invalid; names it, its value and a fix."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -242,7 +242,7 @@ def parse_sizes(option: str, text: str) -> int | tuple[int, ...]:
     """Reads ``7`` or ``7x7``.
 
     Raises:
-      ArgumentError: it is no such text.
+      ArgumentError: the text is malformed.
 
     Example:
       >>> parse_sizes("--kernel", "3x5"), parse_sizes("--stride", "2")
@@ -257,7 +257,7 @@ def parse_padding(text: str) -> Any:
     """Reads ``SAME``, ``1``, ``1,2`` (per dimension) or ``0:1,0:1`` (low:high).
 
     Raises:
-      ArgumentError: it is no such text.
+      ArgumentError: the text is malformed.
 
     Example:
       >>> parse_padding("valid"), parse_padding("1"), parse_padding("0:1,2")

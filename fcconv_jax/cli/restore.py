@@ -1,4 +1,4 @@
-"""fcconv restore: a converted checkpoint back to the bit."""
+"""fcconv restore: undoes a conversion, bit for bit."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def restore(
     dry_run: DryRun = False,
     follow_links: FollowLinks = False,
 ) -> None:
-    """Undo a conversion to the bit.
+    """Undo a conversion, bit for bit.
 
     The plan is the one stored in the checkpoint. Steps that training saved
     after the conversion do not hold it: they take that of an earlier step in

@@ -192,7 +192,7 @@ def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:
 
 
 def require_layers(made: Plan) -> None:
-    """A conversion that would change nothing is no success."""
+    """Raise if a conversion would change nothing."""
     from ..errors import PlanError
 
     if not made:

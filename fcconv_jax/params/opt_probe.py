@@ -1,4 +1,4 @@
-"""Runs an optimizer in both forms: whether it goes on alike after a conversion."""
+"""Runs an optimizer in both forms, to check that its updates agree."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from jax.core import Tracer
 from ..default_settings import default_settings
 from .leaves import flatten_with_path
 
-# In float64 an update that takes entries one by one is the same to the bit, and one
+# In float64 an update that takes entries one by one is bit-identical, and one
 # that takes norms of leaves changes by 1e-16 or so. What looks at a shape changes by a
 # part of the update that no one would call rounding.
 _THRESHOLD = 1e-9

@@ -39,7 +39,7 @@ def convert_opt_state(
       opt_state: state that ``tx`` made for ``params`` (arrays or abstract).
       plan: from :func:`fcconv_jax.make_plan`.
       tx: the ``optax.GradientTransformation``; it must act on each entry of a
-        parameter by itself, as adam, sgd, lion or lamb do.
+        parameter separately, as adam, sgd, lion or lamb do.
       params: the parameters (or their shapes) in the form that the plan comes from.
       check: whether to run those updates. Under ``jit``, and for states that are
         abstract or spread over processes, they run on random numbers in the place of

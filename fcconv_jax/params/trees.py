@@ -78,7 +78,7 @@ def convert_params(
 def restore_params(
     params: Tree, plan: Plan, *, strict: bool = True, prefix: str | Sequence[str] = ()
 ) -> Tree:
-    """Undo :func:`convert_params`, to the bit.
+    """Undo :func:`convert_params`, bit for bit.
 
     Args:
       params: what :func:`convert_params` takes, in the form that the plan goes to.

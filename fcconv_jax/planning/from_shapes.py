@@ -1,4 +1,4 @@
-"""Plans from names and shapes alone, where the model's code is not at hand."""
+"""Plans from names and shapes alone, without the model's code."""
 
 from __future__ import annotations
 
@@ -176,7 +176,7 @@ def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> Laye
 
 
 def _dense_shape(name: str, kernel: Shape, window: Shape, path: str, to: Form) -> Shape:
-    """Shape ``(in, out)`` of the dense kernel; an error says what else it may be."""
+    """Shape ``(in, out)`` of the dense kernel; the error names other readings."""
     if to == "conv":
         if len(kernel) == 2:
             return kernel

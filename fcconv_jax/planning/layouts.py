@@ -2,7 +2,7 @@
 
 The defaults are measured (``benchmarks/layouts.py``): run times on CPU, cycles that XLA
 estimates for each TPU generation, and for CUDA the weights that it would copy at every
-call. Without a backend they are those of the backend at hand, but that kernels are
+call. By default they are those of the current backend, but that kernels are
 stored as a plain ``nn.Conv`` loads them: the params are then the same on every machine.
 """
 
@@ -34,8 +34,8 @@ def lay_out(
       plan: where each layer has the default layout.
       rules: the user's; the first that matches a path counts.
       backend: such as ``"cpu"``, ``"cuda:h100"`` or ``"tpu:v5e"``; ``"any"`` for the
-        layout that runs everywhere; None for the backend at hand.
-      arrays: what the plan was made from; where it lies is the backend at hand.
+        layout that runs everywhere; None for the current backend.
+      arrays: the arrays that were planned with; they are on the current backend.
 
     Raises:
       PlanError: the backend is unknown.

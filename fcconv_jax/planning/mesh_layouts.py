@@ -31,7 +31,7 @@ def for_mesh(plan: Plan, arrays: Any, activations: Any, rules: Sequence[Rule]) -
       plan: as the trace and the rules give it.
       arrays: all that it was planned with, params too: arrays, abstract arrays,
         anything else.
-      activations: those of them that are no params.
+      activations: those of them that aren't params.
       rules: the user's.
     """
     meshed = any(map(over_mesh, jax.tree.leaves(arrays)))

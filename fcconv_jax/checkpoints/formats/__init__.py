@@ -25,7 +25,7 @@ def format_named(name: str) -> FileFormat | FolderFormat:
     """Return a format by its name.
 
     Raises:
-      CheckpointError: there is no such format.
+      CheckpointError: the format is unknown.
     """
     if name not in FORMATS:
         raise CheckpointError(

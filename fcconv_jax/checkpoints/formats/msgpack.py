@@ -36,7 +36,7 @@ def open_(path: Path) -> Checkpoint:
     """Parse the frame; the entries stay in the file.
 
     Raises:
-      CheckpointError: the file is truncated, is damaged, or is no state dict.
+      CheckpointError: the file is truncated, is damaged, or isn't a state dict.
     """
     reader = FrameReader(File.read(path))
     try:
@@ -60,7 +60,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     thing, which cannot be without its plan.
 
     Args:
-      path: a file that is not there yet.
+      path: a new file.
       checkpoint: what to write.
       tell: called with the number of bytes written since.
 

@@ -23,7 +23,7 @@ _AHEAD = 1 << 16
 
 
 class FrameError(ValueError):
-    """The file is no msgpack, or not as Flax writes it."""
+    """The file isn't msgpack, or not as Flax writes it."""
 
 
 class FrameReader:
@@ -128,7 +128,7 @@ class FrameReader:
         return value
 
     def _array(self, name: str, end: int) -> Moved:
-        """Shape, dtype and bytes; the reader goes on behind them."""
+        """Return shape, dtype and bytes, and move the reader past them."""
         kind, count = self.head()
         if (kind, count) != ("list", 3):
             raise FrameError(f"leaf {name!r} is no array")

@@ -33,14 +33,14 @@ from .tensorstore import Storage, damaged, is_stored_array
 
 
 def open_(path: Path, step: str | None = None) -> Checkpoint:
-    """Read the metadata and what is no array; entries stay where TensorStore has them.
+    """Read the metadata and the leaves other than arrays; entries stay in the files.
 
     The template is the checkpoint's own metadata, so that lists, None, empty nodes,
     strings and scalars stay what they are, and 64-bit arrays keep their bits.
 
     Args:
       path: the directory.
-      step: name of a step's directory in it; the latest unless said.
+      step: name of a step's directory in it; the latest by default.
 
     Raises:
       CheckpointError: no Orbax directory, an unfinished save, no such step, or damaged
@@ -92,7 +92,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     are in memory at a time, a large one is not.
 
     Args:
-      path: a directory that is not there yet.
+      path: a new directory.
       checkpoint: what to write.
       tell: called with the number of bytes written since.
 
@@ -140,7 +140,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     for inside, source in companions(checkpoint).items():
         (path / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path / inside)
-    # Orbax writes this file anew, with the items that it was given.
+    # Orbax rewrites this file with the items that it gets.
     described = _step_file(checkpoint.path, layout) if checkpoint.path else None
     if layout.items and described and described.exists():
         content = loads(File.read(described).content())

@@ -16,7 +16,7 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 
 
 def companions(checkpoint: Checkpoint) -> Mapping[Path, Path]:
-    """What is no tree: other items, metrics, and the manager's own files."""
+    """Everything but trees: other items, metrics, and the manager's own files."""
     path, layout = checkpoint.path, checkpoint.layout
     if path is None or not isinstance(layout, OrbaxLayout):
         return {}
@@ -60,7 +60,7 @@ def owns(path: Path) -> Callable[[Path], bool]:
                 return _TREE_FILES.fullmatch(parts[0]) is not None
             folder, parts = folder / parts[0], parts[1:]
             if not (folder / TREE).exists():
-                # Of an item that is no tree, as metrics.
+                # Of an item without a tree, such as metrics.
                 return len(parts) == 1 and _ITEM_FILES.fullmatch(parts[0]) is not None
         name = "/".join(parts)
         if _TREE_FILES.fullmatch(name):

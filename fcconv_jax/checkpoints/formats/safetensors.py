@@ -41,7 +41,7 @@ _DTYPES = {
     "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
     "F8_E8M0": ml_dtypes.float8_e8m0fnu,
 }
-# Packed ones, which NumPy cannot hold as they lie in the file.
+# Packed dtypes, which NumPy lacks.
 _BITS = {"F4": 4, "I4": 4, "U4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
 _NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
 _WORD = 8
@@ -86,12 +86,12 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     others are moved a piece at a time.
 
     Args:
-      path: a file that is not there yet.
+      path: a new file.
       checkpoint: what to write.
       tell: called with the number of bytes written since.
 
     Raises:
-      CheckpointError: a leaf is no array, or of a dtype that the format lacks.
+      CheckpointError: a leaf isn't an array, or has a dtype that the format lacks.
     """
     record = checkpoint.record.entries() if checkpoint.record else {}
     metadata = {**checkpoint.metadata, **record}
