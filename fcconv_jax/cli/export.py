@@ -79,6 +79,13 @@ def export(
     unroll: Annotated[
         int, typer.Option(help="Write out loops of up to this many steps.", min=0)
     ] = 0,
+    fold: Annotated[
+        bool,
+        typer.Option(
+            "--fold/--no-fold",
+            help="Fold norms into the layers; without, every weight keeps its bits.",
+        ),
+    ] = True,
     compare: Annotated[
         bool, typer.Option("--compare", help="Make the other forms too, for figures.")
     ] = False,
@@ -133,6 +140,7 @@ def export(
         chip=chip,
         rules=rules or (),
         unroll=unroll,
+        fold=fold,
         calibrate=data,
         compare=compare,
     )

@@ -24,9 +24,17 @@ from .chips import Chip, chip_of
 from .fingerprint import BLANK, seal
 from .forms import FORMS, Form, plan_of_form
 from .graph import Graph, Source
-from .layers import Record, computed_values, constants_of, layers_of, leaves_read
+from .layers import (
+    Record,
+    computed_values,
+    constants_of,
+    digest_of,
+    layers_of,
+    leaves_read,
+)
 from .lowering.trace import lower
 from .memory import peak_bytes
+from .passes.fold import fold_norms
 from .passes.simplify import simplify
 from .proof import (
     Proof,
@@ -55,6 +63,7 @@ def export(
     chip: str | None = None,
     rules: Iterable[Rule | str] = (),
     unroll: int = 0,
+    fold: bool = True,
     calibrate: Sequence[Any] | None = None,
     compare: bool = False,
     progress: ProgressOption = None,
@@ -83,6 +92,10 @@ def export(
       chip: the chip that the file is for, see :mod:`fcconv_jax.export.chips`.
       rules: as for :func:`fcconv_jax.make_plan`, where the plan is made here.
       unroll: loops (``nn.scan``) of up to this many steps are written out.
+      fold: whether to fold norms at inference and other per-channel affines into the
+        layers before or behind them. They are folded in float64 and rounded once, and
+        the file's error must stay within twice the model's own; False keeps the bits of
+        every parameter. IREE and StableHLO files, JAX's own program, fold nothing.
       calibrate: for an int8 file: arrays of inputs, one for each positional input, with
         examples along the first axis.
       compare: whether to write the other forms as well, for the report's figures.
@@ -133,7 +146,7 @@ def export(
             "LiteRT's. Drop calibrate= for a file in float32."
         )
     bound = bind(model, params, *inputs, **kwargs)
-    call = _Call(bound, target, made_for, unroll)
+    call = _Call(bound, target, made_for, unroll, fold)
     with (
         default_settings(),
         shown(progress) as tell,
@@ -207,8 +220,10 @@ class _Call:
         runtime: Runtime,
         chip: Chip | None,
         unroll: int,
+        fold: bool,
     ):
-        self.bound, self.runtime, self.chip, self.unroll = bound, runtime, chip, unroll
+        self.bound, self.runtime, self.chip = bound, runtime, chip
+        self.unroll, self.fold = unroll, fold
         tree = _outputs(bound)
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
         self.input_names = [
@@ -225,14 +240,17 @@ class _Call:
         changed = self.bound.convert(plan)
         leaves = parameter_leaves(changed.variables)
         graph = self._lowered(changed, leaves)
+        layers = tuple(layers_of(graph))
+        folded = sorted({leaf for x in layers if x.folded for leaf in x.folded.leaves})
         record = Record(
-            tuple(layers_of(graph)),
+            layers,
             plan,
             form,
             self.chip.name if self.chip else None,
             constants_of(graph),
             self.bound.library,
             BLANK,
+            tuple((leaf, digest_of(leaves[leaf])) for leaf in folded),
         )
         computed = {
             name: value.data
@@ -274,7 +292,10 @@ class _Call:
             # Its file has the outputs that no input changes, too, and computes each
             # computed kernel itself.
             graph.output_names, graph.notes = list(self.outputs), []
-        return simplify(graph)
+        simplify(graph)
+        if self.fold and self.runtime.write is not None and fold_norms(graph):
+            simplify(graph)
+        return graph
 
     def check(
         self, written: Written, reference: Reference | None, tell: Progress

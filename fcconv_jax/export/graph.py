@@ -134,6 +134,65 @@ def constant(data: Any, dtype: Any = None) -> Value:
     return Value(tuple(array.shape), array.dtype, array)
 
 
+@dataclasses.dataclass(frozen=True, eq=False)
+class Folded:
+    """Affines that were folded into the kernel and the bias of a layer.
+
+    Args:
+      rows: ``(2, in)`` in float64: the scale and the shift of the layer's input.
+      columns: ``(2, out)``: those of its output.
+      leaves: the parameters that they come from.
+    """
+
+    rows: np.ndarray
+    columns: np.ndarray
+    leaves: frozenset[str] = frozenset()
+
+    @classmethod
+    def identity(cls, inner: int, features: int) -> Folded:
+        """Affines that change nothing."""
+        rows, columns = (np.stack([np.ones(n), np.zeros(n)]) for n in (inner, features))
+        return cls(rows, columns)
+
+    def then(
+        self, behind: bool, scale: np.ndarray, shift: np.ndarray, leaves: frozenset[str]
+    ) -> Folded:
+        """The same, and one more affine behind the layer, or in front of it."""
+        leaves = self.leaves | leaves
+        if behind:
+            old = self.columns
+            columns = np.stack([old[0] * scale, old[1] * scale + shift])
+            return Folded(self.rows, columns, leaves)
+        old = self.rows  # what was folded before is nearer to the layer
+        rows = np.stack([scale * old[0], shift * old[0] + old[1]])
+        return Folded(rows, self.columns, leaves)
+
+    def with_bias(self, bias: np.ndarray, leaves: frozenset[str]) -> Folded:
+        """The same for a layer without this bias."""
+        shift = self.columns[1] + self.columns[0] * bias.astype(np.float64)
+        columns = np.stack([self.columns[0], shift])
+        return Folded(self.rows, columns, self.leaves | leaves)
+
+    def apply(
+        self, kernel: np.ndarray, bias: np.ndarray | None
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """The kernel and the bias of the layer, rounded once.
+
+        Example:
+          >>> three, ones = np.full(2, 3.0), np.ones(2)
+          >>> folded = Folded.identity(1, 2).then(True, three, ones, frozenset())
+          >>> folded.apply(np.array([[1, 2]], np.float32), None)[0]
+          array([[3., 6.]], dtype=float32)
+        """
+        exact = kernel.astype(np.float64)
+        axes = tuple(range(kernel.ndim - 1))
+        added = (exact * self.rows[1][:, None]).sum(axes)
+        added = added if bias is None else added + bias
+        scale, shift = self.columns
+        made = exact * self.rows[0][:, None] * scale
+        return made.astype(kernel.dtype), (added * scale + shift).astype(kernel.dtype)
+
+
 @dataclasses.dataclass(eq=False)
 class Node:
     """One operation.
@@ -144,6 +203,7 @@ class Node:
       outputs: what it makes.
       attrs: what else it is told.
       name: of a linear layer, its path; else empty.
+      folded: the affines that a linear layer's weights contain.
     """
 
     op: str
@@ -151,6 +211,7 @@ class Node:
     outputs: list[Value]
     attrs: dict[str, Any] = dataclasses.field(default_factory=dict)
     name: str = ""
+    folded: Folded | None = None
 
     @property
     def out(self) -> Value:

@@ -8,7 +8,9 @@ How a runtime's file lays weights out is not in it: that is read off the file.
 
 from __future__ import annotations
 
+import base64
 import dataclasses
+import hashlib
 import json
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +19,7 @@ import numpy as np
 
 from ..errors import ExportError
 from ..plan import Plan
-from .graph import Graph, Node, Source, Value
+from .graph import Folded, Graph, Node, Source, Value
 
 FORMAT = "fcconv_jax.export"
 VERSION = 1
@@ -40,6 +42,7 @@ class Layer:
       geometry: strides, padding, dilation, groups of a convolution; which operand the
         weight is, and what is swapped, of a matmul.
       made_of: the parameters that a computed kernel or bias comes from.
+      folded: the affines that were folded into kernel and bias.
     """
 
     name: str
@@ -52,6 +55,7 @@ class Layer:
     output_shape: tuple[int, ...]
     geometry: tuple[tuple[str, Any], ...]
     made_of: tuple[str, ...] = ()
+    folded: Folded | None = None
 
     @property
     def form(self) -> str:
@@ -106,6 +110,7 @@ def _layer(node: Node) -> Layer:
         output_shape=node.out.shape,
         geometry=tuple(sorted(geometry.items())),
         made_of=tuple(sorted(made_of)),
+        folded=node.folded,
     )
 
 
@@ -121,6 +126,7 @@ class Record:
       constants: the parameters besides kernels and biases, as the file has them.
       kind: the kind of model: ``"linen"``, ``"nnx"``, ``"function"``.
       fingerprint: of the file, see :mod:`fcconv_jax.export.fingerprint`.
+      digests: of the parameters that were folded into others, by path.
     """
 
     layers: tuple[Layer, ...]
@@ -130,6 +136,7 @@ class Record:
     constants: tuple[Source, ...] = ()
     kind: str = "linen"
     fingerprint: str | None = None
+    digests: tuple[tuple[str, str], ...] = ()
 
     def to_json(self) -> str:
         """As JSON text, as files carry it."""
@@ -142,7 +149,8 @@ class Record:
                 "kind": self.kind,
                 "fingerprint": self.fingerprint,
                 "plan": json.loads(self.plan.to_json()),
-                "layers": [dataclasses.asdict(layer) for layer in self.layers],
+                "layers": [_layer_to_json(layer) for layer in self.layers],
+                "digests": self.digests,
                 "constants": [dataclasses.asdict(source) for source in self.constants],
             }
         )
@@ -165,11 +173,39 @@ class Record:
             plan = Plan.from_json(json.dumps(content["plan"]))
             constants = tuple(map(_source_from_json, content["constants"]))
             about = content["form"], content["chip"], constants, content["kind"]
-            return cls(layers, plan, *about, content.get("fingerprint"))
+            digests = _tuples(content.get("digests", []))
+            return cls(layers, plan, *about, content.get("fingerprint"), digests)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ExportError):
                 raise
             raise ExportError(f"the file's record is damaged: {error!r}") from error
+
+
+def digest_of(array: np.ndarray) -> str:
+    """A digest of a parameter's dtype, shape and bits."""
+    content = np.ascontiguousarray(array)
+    kind = f"{array.dtype}{array.shape}".encode()
+    return hashlib.sha256(kind + content.tobytes()).hexdigest()
+
+
+def _layer_to_json(layer: Layer) -> dict[str, Any]:
+    folded = layer.folded
+    content = dataclasses.asdict(dataclasses.replace(layer, folded=None))
+    if folded is not None:  # in bits: decimals of float64 take thrice the space
+        parts = (folded.rows, folded.columns)
+        texts = [
+            base64.b64encode(part.astype("<f8").tobytes()).decode() for part in parts
+        ]
+        content["folded"] = [*texts, sorted(folded.leaves)]
+    return content
+
+
+def _folded_from_json(entry: Sequence[Any]) -> Folded:
+    *texts, leaves = entry
+    rows, columns = (
+        np.frombuffer(base64.b64decode(text), "<f8").reshape(2, -1) for text in texts
+    )
+    return Folded(rows, columns, frozenset(leaves))
 
 
 def _layer_from_json(entry: Mapping[str, Any]) -> Layer:
@@ -177,6 +213,8 @@ def _layer_from_json(entry: Mapping[str, Any]) -> Layer:
     for name in ("kernel", "bias"):
         if entry[name] is not None:
             values[name] = _source_from_json(entry[name])
+    if entry.get("folded") is not None:
+        values["folded"] = _folded_from_json(entry["folded"])
     return Layer(**values)
 
 
@@ -216,7 +254,11 @@ def expected(
                 f"parameter {source.leaf!r} has the shape {shape}, which does not fit "
                 f"layer {layer.name!r}: {error}"
             ) from None
-    return found[0], found[1]
+    kernel, bias = found
+    if layer.folded is not None:
+        # A computed kernel is compared with what was computed for the file.
+        return (None, None) if kernel is None else layer.folded.apply(kernel, bias)
+    return kernel, bias
 
 
 def compute(

@@ -26,7 +26,7 @@ from ..verification.moved import MOVED, moved_by_an_ulp
 from ..verification.obstacles import obstacles
 from ..verification.reading import Reading
 from ..verification.reference import free_memory
-from .layers import Layer, Record, compute, expected
+from .layers import Layer, Record, compute, digest_of, expected
 from .probes import probes, small_probes
 from .shipped import Shipped, ShippedLayer
 
@@ -46,6 +46,7 @@ class LayerProof:
       failures: what is wrong.
       rounded: whether the weights are to be the parameters rounded to int8.
       constant: whether the weights come from no parameter, as those of a resize.
+      folded: whether the weights contain a norm; their bits are then those computed.
     """
 
     name: str
@@ -57,6 +58,7 @@ class LayerProof:
     failures: tuple[str, ...] = ()
     rounded: bool = False
     constant: bool = False
+    folded: bool = False
 
     @property
     def passed(self) -> bool:
@@ -187,6 +189,7 @@ def prove(
     wrong, doubtful = _not_finite(record, leaves)
     failures += wrong
     notes += doubtful
+    failures += _other_folded(record, leaves)
     lost, count = _other_constants(shipped, record, leaves)
     failures += lost
     outputs: tuple[WorkingError, ...] = ()
@@ -215,6 +218,7 @@ def _not_finite(
     named = [s for layer in record.layers for s in (layer.kernel, layer.bias) if s]
     names = {source.leaf for source in (*named, *record.constants)}
     names |= {leaf for layer in record.layers for leaf in layer.made_of}
+    names |= {name for name, _ in record.digests}
     arrays = [leaves[name] for name in sorted(names & leaves.keys())]
     floats = [a for a in arrays if jnp.issubdtype(a.dtype, jnp.floating)]
     total = sum(a.size for a in floats)
@@ -255,6 +259,7 @@ def _prove_layer(
     return LayerProof(
         *(layer.name, found.op, found.form, bits, exact, count, tuple(failures)),
         constant=layer.constant,
+        folded=layer.folded is not None,
     )
 
 
@@ -336,6 +341,17 @@ def _difference(want: np.ndarray, got: np.ndarray) -> str | None:
         f"expected {int(want[index])} at {index}, got {got[index].item():.9g} "
         f"({len(off)} of {want.size} differ)"
     )
+
+
+def _other_folded(record: Record, leaves: Mapping[str, np.ndarray]) -> list[str]:
+    """The parameters that are not those that were folded into the file's weights."""
+    found = []
+    for name, digest in record.digests:
+        if name not in leaves:
+            found.append(f"the checkpoint lacks {name!r}, which the file has folded in")
+        elif digest_of(leaves[name]) != digest:
+            found.append(f"parameter {name!r} is not the one that is folded in")
+    return found
 
 
 def _other_constants(

@@ -125,6 +125,8 @@ class ExportReport(Report):
         rows = [("layer", "op", "weights", "on integers", "draws")]
         for layer in self.layers:
             kept = "rounded to int8" if layer.rounded else "the same bits"
+            if layer.folded and not layer.rounded:
+                kept = "norm folded in"
             bits = {True: kept, False: "OTHER BITS", None: "computed"}
             exact = {True: "exact", False: "DIFFERENT", None: "not run"}
             rows.append(
@@ -173,6 +175,9 @@ class ExportReport(Report):
             )
         if self.proof.constants:
             yield f"other parameters: {self.proof.constants}, the same bits"
+        folded = sum(layer.folded for layer in self.proof.layers)
+        if folded:
+            yield f"folded: {folded} norms, in float64 and rounded once"
         own = [layer for layer in self.proof.layers if layer.constant]
         if own:
             exact = sum(bool(layer.exact) for layer in own)

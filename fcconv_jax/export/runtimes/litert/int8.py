@@ -203,6 +203,7 @@ def prove_weights(
                 *(layer.name, mine.op, mine.form, bits, exact, count, tuple(failures)),
                 rounded=True,
                 constant=layer.constant,
+                folded=layer.folded is not None,
             )
         )
     return tuple(found)
