@@ -292,9 +292,9 @@ class _Call:
             # Its file has the outputs that no input changes, too, and computes each
             # computed kernel itself.
             graph.output_names, graph.notes = list(self.outputs), []
-        simplify(graph)
+        simplify(graph, self.runtime.fused)
         if self.fold and self.runtime.write is not None and fold_norms(graph):
-            simplify(graph)
+            simplify(graph, self.runtime.fused)
         return graph
 
     def check(

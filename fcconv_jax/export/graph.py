@@ -38,7 +38,9 @@ UNARY = frozenset(
 BINARY = frozenset(
     """add and div eq ge gt le lt max min mul ne or pow rem sub""".split()
 )
-ELEMENTWISE = UNARY | BINARY | {"cast", "gelu", "select"}
+# Activations that JAX writes in several operations, and runtimes in one.
+FUSED = frozenset("elu gelu hard_sigmoid hard_swish leaky_relu".split())
+ELEMENTWISE = UNARY | BINARY | FUSED | {"cast", "select"}
 # Bytes from which equal constants are worth looking for.
 _LARGE = 1024
 VIEWS = frozenset({"reshape", "transpose"})

@@ -259,3 +259,39 @@ def test_what_litert_lacks(name, tmp_path):
             path=tmp_path / "m.tflite",
             progress=False,
         )
+
+
+FUSED = {
+    "elu": nn.elu,
+    "gelu": lambda x: nn.gelu(x, approximate=False),
+    "hard_sigmoid": nn.hard_sigmoid,
+    "hard_swish": nn.hard_swish,
+    "hard_swish, as torch has it": lambda x: x * nn.relu6(x + 3) * (1 / 6),
+    "leaky_relu": lambda x: nn.leaky_relu(x, 0.2),
+}
+
+
+@pytest.mark.parametrize("name", FUSED)
+def test_activations_are_one_operation(name, to, run):
+    """Where the runtime has it: LiteRT lacks a hard sigmoid."""
+    one = run(lambda params, x: params["scale"] * x, 3 * X)
+    report = run(lambda params, x: params["scale"] * FUSED[name](x), 3 * X)
+    more = 2 if (to, name) == ("litert", "hard_sigmoid") else 0
+    extra = sum(report.figures[0].ops.values()) - sum(one.figures[0].ops.values())
+    assert extra <= 1 + more, dict(report.figures[0].ops)
+
+
+ALMOST = {
+    "elu, with another alpha": lambda x: nn.elu(x, 0.7),
+    "hard_swish, with another bound": lambda x: x * jnp.clip(x + 3, 0, 5) / 6,
+    "hard_swish, with another shift": lambda x: x * nn.relu6(x + 2) / 6,
+    "hard_swish, of another value": lambda x: x[..., ::-1] * nn.relu6(x + 3) / 6,
+    "leaky_relu, from one": lambda x: jnp.where(x >= 1, x, 0.2 * x),
+    "leaky_relu, of another value": lambda x: jnp.where(x >= 0, x, 0.2 * x[..., ::-1]),
+    "leaky_relu, the other way": lambda x: jnp.where(x >= 0, 0.2 * x, x),
+}
+
+
+@pytest.mark.parametrize("name", ALMOST)
+def test_what_is_almost_an_activation(name, run):
+    run(lambda params, x: params["scale"] * ALMOST[name](x), 3 * X)

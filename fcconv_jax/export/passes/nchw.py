@@ -10,13 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..graph import BINARY, UNARY, Graph, Node, Value
+from ..graph import ELEMENTWISE, Graph, Node, Value
 from .views import drop_broadcasts, join_views, keep_dims, share_views
 
 _TO = (0, 3, 1, 2)
 _BACK = (0, 2, 3, 1)
 _IMAGES = ("conv", "pool_max", "pool_mean")
-_ANY_ORDER = UNARY | BINARY | {"cast", "gelu", "select"}
 
 
 def to_nchw(graph: Graph) -> Graph:
@@ -145,7 +144,7 @@ def _moved(
     attrs = dict(node.attrs)
     op, shape = node.op, node.out.shape
     order: Sequence[int] = perm
-    if op in _ANY_ORDER:
+    if op in ELEMENTWISE:
         if len(shape) != rank:
             return None
     elif op.startswith("reduce_"):
@@ -185,7 +184,7 @@ def _as_rows(node: Node, makers: dict[Value, Node]) -> bool:
     if window[1] not in (p["strides"][1], node.inputs[0].shape[2]):
         return False
     value = node.inputs[0]
-    while (maker := makers.get(value)) and maker.op in _ANY_ORDER | {"pad", "slice"}:
+    while (maker := makers.get(value)) and maker.op in ELEMENTWISE | {"pad", "slice"}:
         value = next((v for v in maker.inputs if v.data is None), maker.inputs[0])
     return maker is None or maker.op not in _IMAGES
 

@@ -3,10 +3,15 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
-from ..graph import Graph, Node, Value
+from ..graph import FUSED, Graph, Node, Value
+
+Makers = dict[Value, Node]
+Match = tuple[Value, dict[str, Any]]
 
 
 def find_activations(graph: Graph) -> bool:
@@ -100,30 +105,161 @@ def find_softmax(graph: Graph) -> bool:
     return changed
 
 
-def find_gelu(graph: Graph) -> bool:
-    """``0.5 x (1 - erf(-x / sqrt 2))``, which LiteRT has as one operation."""
+def find_fused(graph: Graph, names: frozenset[str] = FUSED) -> bool:
+    """The activations that a runtime has as one operation.
+
+    Args:
+      graph: whose nodes are replaced, in place.
+      names: of the operations that the runtime has.
+    """
     makers, changed = graph.producers(), False
     for node in graph.nodes:
-        if node.op != "mul" or not _two(node):
-            continue
-        half, rest = (makers.get(value) for value in node.inputs)
-        if half is None or rest is None or rest.op != "sub" or half.op != "mul":
-            continue
-        x = _times(half, 0.5)
-        erf = makers.get(rest.inputs[1])
-        one = rest.inputs[0].data
-        if x is None or erf is None or erf.op != "erf" or one is None:
-            continue
-        inner = makers.get(erf.inputs[0])
-        scaled = _times(inner, math.sqrt(0.5)) if inner is not None else None
-        negated = makers.get(scaled) if scaled is not None else None
-        if one.size != 1 or one.item() != 1 or negated is None or negated.op != "neg":
-            continue
-        if negated.inputs[0] is x:
-            node.op, node.inputs = "gelu", [x]
-            node.attrs = {"approximate": False}
-            changed = True
+        for name, find in _ACTIVATIONS.items():
+            found = find(node, makers) if name in names and node.op != name else None
+            if found is not None and found[0].shape == node.out.shape:
+                node.op, node.inputs, node.attrs = name, [found[0]], found[1]
+                changed = True
+                break
     return changed
+
+
+def _gelu(node: Node, makers: Makers) -> Match | None:
+    """``0.5 x (1 - erf(-x / sqrt 2))``."""
+    if node.op != "mul" or not _two(node):
+        return None
+    half, rest = (makers.get(value) for value in node.inputs)
+    if half is None or rest is None or rest.op != "sub" or half.op != "mul":
+        return None
+    x = _times(half, 0.5)
+    erf = makers.get(rest.inputs[1])
+    if x is None or erf is None or erf.op != "erf" or not _is(rest.inputs[0], 1):
+        return None
+    inner = makers.get(erf.inputs[0])
+    scaled = _times(inner, math.sqrt(0.5)) if inner is not None else None
+    negated = makers.get(scaled) if scaled is not None else None
+    if negated is None or negated.op != "neg" or negated.inputs[0] is not x:
+        return None
+    return x, {"approximate": False}
+
+
+def _leaky_relu(node: Node, makers: Makers) -> Match | None:
+    """``where(x >= 0, x, slope * x)``, its slope a number of the model's code."""
+    x = _positive(node, makers)
+    if x is None or node.inputs[1] is not x:
+        return None
+    product = makers.get(node.inputs[2])
+    if product is None or product.op != "mul":
+        return None
+    for value, slope in (product.inputs, product.inputs[::-1]):
+        number = _number(slope)
+        if value is x and number is not None and not slope.leaves:
+            return x, {"alpha": number}
+    return None
+
+
+def _elu(node: Node, makers: Makers) -> Match | None:
+    """``where(x > 0, x, exp(where(x > 0, 0, x)) - 1)``, whose alpha is 1."""
+    x = _positive(node, makers)
+    if x is None or node.inputs[1] is not x:
+        return None
+    less = makers.get(node.inputs[2])
+    if less is not None and less.op == "mul":
+        one = _times(less, 1.0)
+        less = makers.get(one) if one is not None else None
+    if less is None or less.op != "sub" or not _is(less.inputs[1], 1):
+        return None
+    power = makers.get(less.inputs[0])
+    safe = makers.get(power.inputs[0]) if power and power.op == "exp" else None
+    if safe is None or _positive(safe, makers) is not x or safe.inputs[2] is not x:
+        return None
+    return (x, {}) if _is(safe.inputs[1], 0) else None
+
+
+def _hard_sigmoid(node: Node, makers: Makers) -> Match | None:
+    """``relu6(x + 3) / 6``."""
+    number, values = _factors(node, makers)
+    x = _shifted_relu6(values[0], makers) if len(values) == 1 else None
+    return (x, {}) if x is not None and _close(number, 1 / 6) else None
+
+
+def _hard_swish(node: Node, makers: Makers) -> Match | None:
+    """``x * relu6(x + 3) / 6``."""
+    number, values = _factors(node, makers)
+    if len(values) != 2:
+        return None
+    for x, other in (values, values[::-1]):
+        maker = makers.get(other)
+        gate = maker is not None and maker.op == "hard_sigmoid"
+        if maker is not None and gate and maker.inputs[0] is x and number == 1:
+            return x, {}
+        if _shifted_relu6(other, makers) is x and _close(number, 1 / 6):
+            return x, {}
+    return None
+
+
+# Each is tried only for runtimes that have the operation.
+_ACTIVATIONS: dict[str, Callable[[Node, Makers], Match | None]] = {
+    "elu": _elu,
+    "gelu": _gelu,
+    "leaky_relu": _leaky_relu,
+    "hard_swish": _hard_swish,
+    "hard_sigmoid": _hard_sigmoid,
+}
+
+
+def _positive(node: Node, makers: Makers) -> Value | None:
+    """The value that a select compares with 0: ``x > 0`` or ``x >= 0``."""
+    if node.op != "select":
+        return None
+    test = makers.get(node.inputs[0])
+    if test is None or test.op not in ("gt", "ge") or not _is(test.inputs[1], 0):
+        return None
+    return test.inputs[0]
+
+
+def _shifted_relu6(value: Value, makers: Makers) -> Value | None:
+    """The x of ``relu6(x + 3)``."""
+    relu6 = makers.get(value)
+    total = makers.get(relu6.inputs[0]) if relu6 and relu6.op == "relu6" else None
+    if total is None or total.op != "add":
+        return None
+    pairs = (total.inputs, total.inputs[::-1])
+    return next((x for x, by in pairs if _is(by, 3)), None)
+
+
+def _factors(node: Node, makers: Makers) -> tuple[float, list[Value]]:
+    """What a node multiplies: a number, and values; products inside are opened."""
+    number, values = 1.0, []
+    if node.op not in ("mul", "div"):
+        return number, [node.out]
+    for i, value in enumerate(node.inputs):
+        constant = _number(value)
+        if constant is not None and not value.leaves:
+            number = number / constant if node.op == "div" and i else number * constant
+        elif node.op == "div" and i:
+            return 1.0, [node.out]
+        elif (maker := makers.get(value)) and maker.op in ("mul", "div"):
+            inner, more = _factors(maker, makers)
+            number, values = number * inner, [*values, *more]
+        else:
+            values.append(value)
+    return number, values
+
+
+def _number(value: Value) -> float | None:
+    if value.data is None or value.size != 1 or value.dtype.kind != "f":
+        return None
+    number = float(value.data.item())
+    return number if number else None
+
+
+def _is(value: Value, number: float) -> bool:
+    return value.data is not None and bool((value.data == number).all())
+
+
+def _close(one: float, other: float) -> bool:
+    # A constant of float16 or float32 is the number, rounded.
+    return abs(one / other - 1) < 1e-3
 
 
 def _times(node: Node, number: float) -> Value | None:

@@ -2,15 +2,16 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 
-from ..graph import Graph
-from .patterns import find_activations, find_gelu, find_means, find_softmax
+from ..graph import FUSED, Graph
+from .patterns import find_activations, find_fused, find_means, find_softmax
 from .views import delay_views, drop_broadcasts, join_views, keep_dims, share_views
 
 
-def simplify(graph: Graph) -> Graph:
+def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
     """Runs all passes, in place, until nothing changes."""
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
@@ -22,7 +23,7 @@ def simplify(graph: Graph) -> Graph:
         find_activations,
         find_means,
         find_softmax,
-        find_gelu,
+        functools.partial(find_fused, names=fused),
     )
     changed = True
     while changed:

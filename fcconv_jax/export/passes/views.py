@@ -12,9 +12,9 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...planning.factors import axes_of, regroup
-from ..graph import ELEMENTWISE, UNARY, VIEWS, Graph, Node, Value
+from ..graph import ELEMENTWISE, FUSED, UNARY, VIEWS, Graph, Node, Value
 
-_BROADCASTING = ELEMENTWISE - {"cast", "gelu"}
+_BROADCASTING = ELEMENTWISE - FUSED - {"cast"}
 
 
 def join_views(graph: Graph) -> bool:
@@ -140,7 +140,7 @@ def delay_views(graph: Graph) -> bool:
     """Puts relu and its like before a view: next to the layer that they follow."""
     makers, uses, changed = graph.producers(), graph.uses(), False
     for node in graph.nodes:
-        if node.op not in UNARY | {"gelu"}:
+        if node.op not in UNARY | FUSED:
             continue
         view = makers.get(node.inputs[0])
         if view is None or view.op not in VIEWS or uses[view.out] > 1:

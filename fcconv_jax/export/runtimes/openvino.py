@@ -22,7 +22,7 @@ import numpy as np
 from ...errors import ExportError
 from ...extras import require
 from ..fingerprint import digest
-from ..graph import Graph
+from ..graph import FUSED, Graph
 from ..layers import Layer, Record, compute
 from ..probes import probes
 from ..shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
@@ -332,5 +332,7 @@ def _label(op: Any) -> str:
 
 
 RUNTIME = Runtime(
-    *("openvino", "OpenVINO", ".xml", "openvino", OpenVinoFile, write), images="first"
+    *("openvino", "OpenVINO", ".xml", "openvino", OpenVinoFile, write),
+    images="first",
+    fused=FUSED,
 )

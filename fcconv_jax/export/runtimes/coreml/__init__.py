@@ -1,5 +1,6 @@
 """Core ML: writes .mlpackage folders and reads them back; Apple's systems run them."""
 
+from ...graph import FUSED
 from .. import Runtime
 from .reader import CoreMlFile
 from .writer import write
@@ -8,4 +9,5 @@ RUNTIME = Runtime(
     *("coreml", "Core ML", ".mlpackage", "coreml", CoreMlFile, write),
     images="first",
     executed=False,
+    fused=FUSED - {"hard_swish"},
 )

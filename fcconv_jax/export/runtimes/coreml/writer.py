@@ -253,6 +253,17 @@ class _Writer:
     def _gelu(self, node: Node, name: str) -> Any:
         return self.mb.gelu(x=self.value(node.inputs[0]), mode="EXACT", name=name)
 
+    def _leaky_relu(self, node: Node, name: str) -> Any:
+        x, alpha = self.value(node.inputs[0]), node.attrs["alpha"]
+        return self.mb.leaky_relu(x=x, alpha=alpha, name=name)
+
+    def _elu(self, node: Node, name: str) -> Any:
+        return self.mb.elu(x=self.value(node.inputs[0]), alpha=1.0, name=name)
+
+    def _hard_sigmoid(self, node: Node, name: str) -> Any:
+        x = self.value(node.inputs[0])
+        return self.mb.sigmoid_hard(x=x, alpha=1 / 6, beta=0.5, name=name)
+
     def _select(self, node: Node, name: str) -> Any:
         which, a, b = (self.value(v) for v in node.inputs)
         return self.mb.select(cond=which, a=a, b=b, name=name)

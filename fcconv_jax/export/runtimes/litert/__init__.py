@@ -8,5 +8,7 @@ from .writer import write
 __all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
 
 RUNTIME = Runtime(
-    *("litert", "LiteRT", ".tflite", "litert", LiteRTFile, write), int8=int8
+    *("litert", "LiteRT", ".tflite", "litert", LiteRTFile, write),
+    fused=frozenset({"elu", "gelu", "hard_swish", "leaky_relu"}),
+    int8=int8,
 )

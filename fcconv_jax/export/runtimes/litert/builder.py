@@ -22,6 +22,7 @@ _OPTIONS = {
     "TRANSPOSE": "TransposeOptions",
     "SELECT_V2": "SelectV2Options",
     "EXP": "ExpOptions",
+    "HARD_SWISH": "HardSwishOptions",
     "NEG": "NegOptions",
     "COS": "CosOptions",
     "POW": "PowOptions",

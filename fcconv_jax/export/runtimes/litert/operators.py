@@ -16,11 +16,13 @@ _PLAIN = {
     "ceil": "CEIL",
     "cos": "COS",
     "div": "DIV",
+    "elu": "ELU",
     "eq": "EQUAL",
     "exp": "EXP",
     "floor": "FLOOR",
     "ge": "GREATER_EQUAL",
     "gt": "GREATER",
+    "hard_swish": "HARD_SWISH",
     "le": "LESS_EQUAL",
     "log": "LOG",
     "logistic": "LOGISTIC",
@@ -243,6 +245,13 @@ class Emitter(Builder):
         self.op(
             *("GELU", [self.tensor(node.inputs[0])], node.outputs, "GeluOptions"),
             approximate=node.attrs["approximate"],
+        )
+
+    def _leaky_relu(self, node: Node, fused: str) -> None:
+        self.op(
+            *("LEAKY_RELU", [self.tensor(node.inputs[0])]),
+            *(node.outputs, "LeakyReluOptions"),
+            alpha=node.attrs["alpha"],
         )
 
     def _cast(self, node: Node, fused: str) -> None:

@@ -25,12 +25,14 @@ _PLAIN = {
     "ceil": "Ceil",
     "cos": "Cos",
     "div": "Div",
+    "elu": "Elu",
     "eq": "Equal",
     "erf": "Erf",
     "exp": "Exp",
     "floor": "Floor",
     "ge": "GreaterOrEqual",
     "gt": "Greater",
+    "hard_swish": "HardSwish",
     "le": "LessOrEqual",
     "log": "Log",
     "logistic": "Sigmoid",
@@ -290,6 +292,14 @@ class _Writer:
     def _gelu(self, node: Node, out: str) -> None:
         how = "tanh" if node.attrs["approximate"] else "none"
         self.add("Gelu", [self.name(node.inputs[0])], out, approximate=how)
+
+    def _leaky_relu(self, node: Node, out: str) -> None:
+        x, alpha = self.name(node.inputs[0]), node.attrs["alpha"]
+        self.add("LeakyRelu", [x], out, alpha=alpha)
+
+    def _hard_sigmoid(self, node: Node, out: str) -> None:
+        x = self.name(node.inputs[0])
+        self.add("HardSigmoid", [x], out, alpha=1 / 6, beta=0.5)
 
     def _cast(self, node: Node, out: str) -> None:
         to = self.helper.np_dtype_to_tensor_dtype(self.checked(node.out.dtype))
