@@ -63,7 +63,7 @@ def pytest_report_teststatus(report):
     if report.skipped and isinstance(report.longrepr, tuple):
         reason = report.longrepr[2].removeprefix("Skipped: ")
         module = report.nodeid.partition("::")[0]
-        if reason.startswith("needs: pip install"):
+        if "pip install" in reason:
             if (module, reason) in _missing_extras:
                 return "", "", ""
             _missing_extras.add((module, reason))
