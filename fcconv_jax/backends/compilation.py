@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -17,6 +18,7 @@ from . import processes
 from .census import HLO_CYCLES, OpCounts, count_hlo, count_stablehlo
 from .name import Backend
 from .resolution import Resolution, resolve
+from .steps import relayout_bytes
 from .worker import describe
 
 TIMEOUT = 600.0
@@ -72,6 +74,11 @@ class Compilation:
     seconds: float | None = None
     text: str = dataclasses.field(default="", repr=False)
     executable: Any = dataclasses.field(default=None, repr=False, compare=False)
+
+    @functools.cached_property
+    def relayout_bytes(self) -> int | None:
+        """Bytes that the program only moves to another layout; None if not compiled."""
+        return None if self.hlo is None else relayout_bytes(self.text)
 
 
 def compile_for(

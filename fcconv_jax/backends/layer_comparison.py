@@ -4,13 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import math
 from collections import Counter
 from collections.abc import Iterator, Mapping
 from typing import Any, Literal
-
-import jax.numpy as jnp
 
 from ..plan import Form, LayerPlan
 from .compilation import Compilation
@@ -21,16 +18,11 @@ Quantity = Literal["milliseconds", "cycles", "bytes"]
 FORMS: tuple[Form, ...] = ("dense", "conv")
 # Ratios that are called the same: run times are measured, the rest is computed.
 _SAME: Mapping[Quantity, float] = {"milliseconds": 0.1, "cycles": 0.01, "bytes": 0.01}
-_TAKES: Mapping[Quantity, str] = {
-    "milliseconds": "the time",
-    "cycles": "the cycles",
-    "bytes": "the memory traffic",
-}
 
 
 @dataclasses.dataclass(frozen=True)
 class LayerPrograms:
-    """What a backend makes of the two forms of one layer.
+    """Two forms of one layer, compiled for a backend.
 
     Attributes:
       path: of the layer.
@@ -50,7 +42,7 @@ class LayerPrograms:
 
     @functools.cached_property
     def steps(self) -> Mapping[Form, tuple[Step, ...]]:
-        """What each form's program does, step by step."""
+        """The steps of each form's program."""
         return {
             "dense": read_steps(self.dense.text),
             "conv": read_steps(self.conv.text),
@@ -58,7 +50,7 @@ class LayerPrograms:
 
     @property
     def quantity(self) -> Quantity:
-        """What the forms are compared by: the best that is known of both."""
+        """The quantity to compare the forms by: the best that both have."""
         if self.milliseconds:
             return "milliseconds"
         if self.dense.cycles is not None and self.conv.cycles is not None:
@@ -115,48 +107,6 @@ class LayerPrograms:
             said.append("scratch memory {} against {}".format(*map(mebibytes, scratch)))
         return "; ".join(said)
 
-    @property
-    def verdict(self) -> str:
-        """One line: the ratio of the costs, and where it comes from."""
-        numbers = f"{self.show_cost('conv')} against {self.show_cost('dense')}"
-        return (
-            f"conv takes {self.ratio:.2f}x {_TAKES[self.quantity]} of dense "
-            f"({numbers}): {self.why}"
-        )
-
-    def show_cost(self, form: Form) -> str:
-        """The cost of a form with its unit."""
-        cost = self.cost(form)
-        if self.quantity == "milliseconds":
-            return f"{cost:.3g} ms"
-        return f"{cost:,.0f} cycles" if self.quantity == "cycles" else mebibytes(cost)
-
-    def to_json(self) -> str:
-        """Both programs' steps and figures as JSON text."""
-        content = {
-            "layer": self.path,
-            "case": self.layer.case,
-            "dtype": str(jnp.dtype(self.dtype)),
-            "backend": str(self.dense.backend),
-            "device": self.dense.device,
-            "quantity": self.quantity,
-            "ratio": self.ratio,
-            "cheaper": self.cheaper,
-            "verdict": self.verdict,
-            "forms": {
-                form: {
-                    "cost": self.cost(form),
-                    "flops": getattr(self, form).flops,
-                    "bytes_accessed": getattr(self, form).bytes_accessed,
-                    "temp_bytes": getattr(self, form).temp_bytes,
-                    "cycles": getattr(self, form).cycles,
-                    "steps": [dataclasses.asdict(step) for step in self.steps[form]],
-                }
-                for form in FORMS
-            },
-        }
-        return json.dumps(content)
-
 
 @dataclasses.dataclass(frozen=True)
 class CompiledLayers(Mapping[str, LayerPrograms]):
@@ -202,7 +152,7 @@ class CompiledLayers(Mapping[str, LayerPrograms]):
 
     def _score(self) -> str:
         if not self.layers:
-            return "there is no layer to compare"
+            return "the plan has no layers"
         won = Counter(layer.cheaper for layer in self.layers)
         quantity = self.layers[0].quantity
         known = {

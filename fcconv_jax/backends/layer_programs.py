@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import BackendError, PlanError
+from ..errors import BackendError
 from ..layer_forms import canonical_layer, pair_of_forms
 from ..params.layer_dtypes import layer_dtypes
-from ..plan import Form, LayerPlan, Plan, in_words, other_form
+from ..plan import Form, LayerPlan, Plan, other_form
 from .compilation import (
     TIMEOUT,
     Compilation,
@@ -58,8 +58,8 @@ def compile_layers(
       The programs, by layer; ``print(found.answer)``.
 
     Raises:
-      BackendError: there is no such backend, it cannot be compiled for here, or its
-        compiler failed; says what to install.
+      BackendError: the backend is unknown, cannot be compiled for here, or its
+        compiler failed; the message names the package to install.
 
     Example:
       >>> import flax.linen as nn, fcconv_jax as fc
@@ -137,27 +137,6 @@ def layer_forms(layer: LayerPlan, dtype: Any) -> dict[Form, Program]:
         args = (x, *(_abstract(shape, dtype) for shape in shapes), *bias)
         found[form] = Program(function, args)
     return found
-
-
-def find_layer(plan: Plan, path: str) -> str:
-    """The path of a layer of a plan, as a user wrote it.
-
-    Raises:
-      PlanError: there is no such layer; lists near misses, or says why it was left.
-    """
-    import difflib
-
-    path = "" if path == "(root)" else path
-    if path in plan:
-        return path
-    if path in plan.skipped:
-        raise PlanError(
-            f"{path!r} is left alone, so that it has one form: {plan.skipped[path]}"
-        )
-    paths = [known or "(root)" for known in plan]
-    close = difflib.get_close_matches(path, paths, n=3, cutoff=0.3)
-    hint = f"close to it: {', '.join(close)}" if close else f"there are: {paths[:10]}"
-    raise PlanError(f"no layer {path!r} converts to {in_words(plan.to)}; {hint}")
 
 
 def _abstract(shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:

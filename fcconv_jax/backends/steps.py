@@ -42,8 +42,6 @@ class Step:
         the kind of a fusion (``"kLoop"``); :data:`BACKGROUND` for what runs beside
         other steps.
       inside: what a fusion is made of, in order.
-      operands: shape and layout of each operand, such as ``"f32[8,4]{1,0}"``.
-      result: likewise; several of them with commas between.
       bytes: size of operands and result: what it reads and writes at most.
       cycles: XLA's estimate; None where it gives none.
       relayout: bytes that it writes in another order of axes than it reads them, and
@@ -54,8 +52,6 @@ class Step:
     op: str
     detail: str = ""
     inside: tuple[str, ...] = ()
-    operands: tuple[str, ...] = ()
-    result: str = ""
     bytes: int = 0
     cycles: int | None = None
     relayout: int = 0
@@ -76,12 +72,6 @@ class Step:
         made = f" in {self.detail}" if self.detail.startswith("__") else ""
         return found[0] + made
 
-    def __str__(self) -> str:
-        words = [self.op, self.detail]
-        if self.inside:
-            words[-1] += f": {', '.join(self.inside)}"
-        return " ".join(word for word in words if word)
-
 
 def read_steps(text: str) -> tuple[Step, ...]:
     """The steps of a compiled module, ``lowered.compile().as_text()``, as scheduled.
@@ -100,18 +90,6 @@ def read_steps(text: str) -> tuple[Step, ...]:
     return tuple(_steps(computations, entry))
 
 
-def short_layout(array: str) -> str:
-    """A type without the tiles of its layout.
-
-    Example:
-      >>> short_layout("f32[8,4]{1,0:T(8,128)S(1)}")
-      'f32[8,4]{1,0}'
-    """
-    return _ARRAY.sub(
-        lambda m: f"{m[1]}[{m[2]}]" + (f"{{{m[3]}}}" if m[3] is not None else ""), array
-    )
-
-
 @dataclasses.dataclass(frozen=True)
 class _Instruction:
     name: str
@@ -119,6 +97,16 @@ class _Instruction:
     op: str
     operands: tuple[str, ...]
     attributes: str
+
+
+def relayout_bytes(text: str) -> int:
+    """Bytes that a compiled module only writes in another order of axes.
+
+    Example:
+      >>> relayout_bytes("HloModule empty")
+      0
+    """
+    return sum(step.relayout for step in read_steps(text))
 
 
 def _parse(text: str) -> tuple[dict[str, list[_Instruction]], str]:
@@ -190,8 +178,6 @@ def _step(
         op=line.op.removesuffix("-start"),
         detail=detail,
         inside=tuple(each.op for each in moves) if body else (),
-        operands=tuple(operands),
-        result=result,
         bytes=sum(map(_size, operands)) + written,
         cycles=int(cycles) if cycles else None,
         relayout=written if only_moves and any(reorders) else 0,

@@ -5,7 +5,6 @@ from . import (
     convert,
     explain,
     export,
-    hlo,
     inspect,
     plan,
     restore,
@@ -19,5 +18,5 @@ from .app import main as main
 # In the order in which --help lists them.
 COMMANDS = (
     *(plan, convert, restore, verify, compare, export),
-    *(inspect, explain, hlo, slide, tune),
+    *(inspect, explain, slide, tune),
 )

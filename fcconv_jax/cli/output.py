@@ -119,24 +119,6 @@ def human(size: int) -> str:
     return f"{value:.3g} {unit}"
 
 
-def print_columns(rows: Sequence[Sequence[str]]) -> None:
-    """Prints cells of several lines side by side, with a blank line between rows."""
-    from rich.console import Console
-    from rich.table import Table
-    from rich.text import Text
-
-    console = Console()
-    if not console.is_terminal:
-        console = Console(width=1 << 16)
-    table = Table(box=None, pad_edge=False, padding=(0, 3, 1, 0), show_header=False)
-    for row in rows:
-        table.add_row(*map(Text, row))
-    with console.capture() as printed:
-        console.print(table)
-    for line in printed.get().splitlines():
-        typer.echo(line.rstrip())
-
-
 def start_jax() -> None:
     """Lets JAX look for its devices, and keeps to itself what its plugins print then.
 

@@ -1,7 +1,6 @@
 """Both forms of each layer, compiled: which programs, what they cost, in words."""
 
 import dataclasses
-import json
 import re
 
 import flax.linen as nn
@@ -15,7 +14,6 @@ from fcconv_jax.backends import layer_programs
 from fcconv_jax.backends.compilation import compile_for
 from fcconv_jax.backends.layer_programs import (
     compile_layers,
-    find_layer,
     layer_forms,
 )
 from fcconv_jax.errors import BackendError
@@ -94,9 +92,7 @@ def test_on_a_present_device(monkeypatch):
         assert layer.quantity == "milliseconds"
         assert set(layer.milliseconds) == {"dense", "conv"}
         assert layer.cost("dense") == layer.milliseconds["dense"] > 0
-        assert layer.verdict.startswith("conv takes ")
-        assert "the time of dense" in layer.verdict
-        assert json.loads(layer.to_json())["forms"]["conv"]["steps"]
+        assert layer.steps["conv"]
     assert "in one, two" in found.answer
     assert found.answer.startswith("On cpu (cpu), measured: conv costs less in ")
 
@@ -114,7 +110,7 @@ def test_dtypes_come_from_the_params_or_are_said():
     found = compile_layers(plan, "cpu", params=params)
     assert [str(layer.dtype) for layer in found.values()] == ["bfloat16", "float32"]
     (alone,) = compile_layers(plan, "cpu", only=["b"], dtype=jnp.bfloat16).values()
-    assert json.loads(alone.to_json())["dtype"] == "bfloat16"
+    assert str(jnp.dtype(alone.dtype)) == "bfloat16"
 
 
 def test_what_cannot_be_compiled_here_says_what_to_install(monkeypatch):
@@ -124,19 +120,6 @@ def test_what_cannot_be_compiled_here_says_what_to_install(monkeypatch):
     monkeypatch.setattr("importlib.util.find_spec", lambda name: None)
     with pytest.raises(BackendError, match=re.escape(install_command("tpu-aot"))):
         compile_layers(plan, "tpu:v4")
-
-
-def test_a_layer_is_found_by_its_path():
-    plan = fc.make_plan(Net(), X, rules=["two=skip"])
-    assert find_layer(plan, "head") == "head"
-    with pytest.raises(fc.PlanError, match="close to it: head, heads"):
-        find_layer(plan, "headz")
-    with pytest.raises(fc.PlanError, match=r"'two' is left alone, .*rule"):
-        find_layer(plan, "two")
-    with pytest.raises(fc.PlanError, match="there are: "):
-        find_layer(plan, "0")
-    root = fc.make_plan(nn.Dense(3), jax.ShapeDtypeStruct((2, 4), jnp.float32))
-    assert find_layer(root, "(root)") == ""
 
 
 def _program(*lines):
@@ -179,10 +162,9 @@ def pair():
 def test_a_layout_copy_is_named(pair):
     found = pair([DOT, COPY], [CONV], cycles=(400, 200))
     assert (found.quantity, found.ratio, found.cheaper) == ("cycles", 0.5, "conv")
-    assert found.verdict == (
-        "conv takes 0.50x the cycles of dense (200 cycles against 400 cycles): dense "
-        "is 1 dot, conv is 1 convolution; the dense form adds 1 layout copy of 1 MiB, "
-        "300 cycles"
+    assert found.why == (
+        "dense is 1 dot, conv is 1 convolution; the dense form adds 1 layout copy of "
+        "1 MiB, 300 cycles"
     )
 
 
@@ -201,7 +183,6 @@ def test_without_cycles_the_memory_traffic_counts(pair):
     assert found.cost("dense") == 5 * 2**20
     assert found.ratio == pytest.approx(3 / 5)
     assert found.why.endswith("scratch memory 0 B against 64 MiB")
-    assert "0.60x the memory traffic" in found.verdict
 
 
 def test_the_answer_counts_and_groups(pair):

@@ -16,7 +16,7 @@ from fcconv_jax.cli import app
 KEY = jax.random.key(0)
 COMMANDS = (
     *("plan", "convert", "restore", "verify", "compare"),
-    *("hlo", "inspect", "explain", "tune"),
+    *("inspect", "explain", "tune"),
 )
 MODEL = """
 from __future__ import annotations
