@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import inspect
 import json
 import logging
 import shutil
@@ -200,12 +201,15 @@ def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
                 tell(sum(values[i].nbytes for i in batch))
             return []
 
+    # A copy of each array would double the memory; Orbax before 0.12.5 has no option.
+    known = inspect.signature(th.NumpyHandler).parameters
+    options = {n: False for n in ("deepcopy_host_arrays",) if n in known}
     registry = th.create_type_handler_registry(
         (int, th.ScalarHandler()),
         (float, th.ScalarHandler()),
         (np.number, th.ScalarHandler()),
         (str, th.StringHandler()),
-        (Moved, Streaming(deepcopy_host_arrays=False)),
+        (Moved, Streaming(**options)),
     )
     with _quiet():
         return ocp.PyTreeCheckpointHandler(

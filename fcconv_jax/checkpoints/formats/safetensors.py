@@ -21,29 +21,32 @@ from ..nesting import fit_flat
 from .base import FileFormat
 
 _DTYPES = {
-    "BOOL": np.bool_,
-    "U8": np.uint8,
-    "I8": np.int8,
-    "U16": np.uint16,
-    "I16": np.int16,
-    "U32": np.uint32,
-    "I32": np.int32,
-    "U64": np.uint64,
-    "I64": np.int64,
-    "F16": np.float16,
-    "BF16": ml_dtypes.bfloat16,
-    "F32": np.float32,
-    "F64": np.float64,
-    "C64": np.complex64,
-    "F8_E4M3": ml_dtypes.float8_e4m3fn,
-    "F8_E5M2": ml_dtypes.float8_e5m2,
-    "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
-    "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
-    "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    name: np.dtype(dtype)
+    for name, dtype in {
+        "BOOL": np.bool_,
+        "U8": np.uint8,
+        "I8": np.int8,
+        "U16": np.uint16,
+        "I16": np.int16,
+        "U32": np.uint32,
+        "I32": np.int32,
+        "U64": np.uint64,
+        "I64": np.int64,
+        "F16": np.float16,
+        "BF16": ml_dtypes.bfloat16,
+        "F32": np.float32,
+        "F64": np.float64,
+        "C64": np.complex64,
+        "F8_E4M3": ml_dtypes.float8_e4m3fn,
+        "F8_E5M2": ml_dtypes.float8_e5m2,
+        "F8_E4M3FNUZ": ml_dtypes.float8_e4m3fnuz,
+        "F8_E5M2FNUZ": ml_dtypes.float8_e5m2fnuz,
+        "F8_E8M0": ml_dtypes.float8_e8m0fnu,
+    }.items()
 }
 # Packed dtypes, which NumPy lacks.
 _BITS = {"F4": 4, "I4": 4, "U4": 4, "F6_E2M3": 6, "F6_E3M2": 6}
-_NAMES = {np.dtype(dtype): name for name, dtype in _DTYPES.items()}
+_NAMES = {dtype: name for name, dtype in _DTYPES.items()}
 _WORD = 8
 # As the format's own library has it.
 _LONGEST_HEADER = 100_000_000
@@ -71,7 +74,7 @@ def open_(path: Path) -> Checkpoint:
         ) from None
     tree = {}
     for name, (dtype, shape, begin, end) in header.items():
-        known = np.dtype(_DTYPES[dtype]) if dtype in _DTYPES else dtype
+        known = _DTYPES.get(dtype, dtype)
         itemsize = 0 if isinstance(known, str) else known.itemsize
         extent = file.extent(start + begin, start + end)
         tree[name] = Moved(Filed(shape, itemsize, extent), known)
@@ -198,7 +201,7 @@ def _header(
         offsets = whole_numbers(entry["data_offsets"])
         if dtype not in _DTYPES and dtype not in _BITS:
             raise ValueError(f"{name!r} has the unknown dtype {dtype!r:.80}")
-        bits = _BITS.get(dtype) or 8 * np.dtype(_DTYPES[dtype]).itemsize
+        bits = _BITS.get(dtype) or 8 * _DTYPES[dtype].itemsize
         if len(offsets) != 2 or math.prod(shape) * bits != 8 * (
             offsets[1] - offsets[0]
         ):
