@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import fcntl
 import itertools
 import math
 import mmap
 import os
 import stat
 import struct
+import sys
 import tempfile
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -69,6 +69,12 @@ class File:
         Raises:
           CheckpointError: it is not one.
         """
+        if not hasattr(os, "preadv"):
+            raise CheckpointError(
+                f"{path}: checkpoint files are read and written on Linux and macOS "
+                f"only, got {sys.platform}. Convert there, or convert loaded params by "
+                "convert_params"
+            )
         file = cls(os.open(path, os.O_RDONLY | os.O_NONBLOCK), str(path))
         if not stat.S_ISREG(os.fstat(file.fd).st_mode):
             raise CheckpointError(f"{path}: is not a regular file. Remove it")
@@ -230,6 +236,8 @@ def _clone(
     length = max(0, count - begin) // BLOCK * BLOCK
     if (start - to) % BLOCK or not length:
         return 0, 0
+    import fcntl
+
     what = struct.pack("=qQQQ", source.fd, start + begin, length, to + begin)
     try:
         fcntl.ioctl(target.fd, _FICLONERANGE, what)

@@ -2,6 +2,8 @@
 
 import json
 import random
+import struct
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,3 +104,21 @@ def test_the_formats_own_libraries_refuse_and_read_the_same(
         return
     assert want is not None, "what the library refuses was taken"
     np.testing.assert_equal(got, want)
+
+
+def test_without_fcntl_all_imports_and_files_are_refused(tmp_path):
+    """As on Windows: planning and converting params work there."""
+    (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
+    code = (
+        "import os, sys; sys.modules['fcntl'] = None; del os.preadv, os.sysconf\n"
+        "import jax, flax.linen as nn, numpy as np, fcconv_jax as fc\n"
+        "import fcconv_jax.checkpoints, fcconv_jax.cli.app\n"
+        "m, x = nn.Dense(3), np.ones((2, 4), np.float32)\n"
+        "p = m.init(jax.random.key(0), x)['params']\n"
+        "print(fc.convert_params(p, fc.make_plan(m, x))['kernel'].shape)\n"
+        f"fcconv_jax.checkpoints.inspect_checkpoint({str(tmp_path)!r} + "
+        "'/w.safetensors')\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
+    assert done.stdout.strip() == "(1, 4, 3)"
+    assert "on Linux and macOS only" in done.stderr.splitlines()[-1]

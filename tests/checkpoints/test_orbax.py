@@ -302,3 +302,26 @@ def test_damage_is_named(case, save, tmp_path, listing, how):
     with pytest.raises(CheckpointError, match="dense: damaged Orbax checkpoint"):
         convert_checkpoint(src, tmp_path / "conv", case.plan)
     assert listing() == before
+
+
+def test_damaged_numbers_are_one_error_and_nothing_is_printed(tmp_path, capfd):
+    """Orbax's own reads go on behind an error, and find their event loop closed."""
+    tree = {f"f{i}": i + 0.5 for i in range(20)} | {"a": np.ones((3, 4))}
+    tree |= {"i": 3, "b": True, "n": np.float32(0.1), "h": np.uint8(7), "s": "text"}
+    handler = ocp.PyTreeCheckpointHandler(use_ocdbt=False)
+    with ocp.Checkpointer(handler) as checkpointer:
+        checkpointer.save(tmp_path / "src", tree)
+    found = read_checkpoint(tmp_path / "src").tree
+    assert {n: type(v) for n, v in found.items()} == {
+        n: type(v) for n, v in tree.items()
+    }
+    assert {n: v for n, v in found.items() if n != "a"} == {
+        n: v for n, v in tree.items() if n != "a"
+    }
+    chunk = tmp_path / "src" / "f7" / "0"
+    chunk.write_bytes(b"x")
+    capfd.readouterr()
+    for _ in range(3):
+        with pytest.raises(CheckpointError, match="'f7' cannot be read"):
+            read_checkpoint(tmp_path / "src")
+    assert capfd.readouterr().err == ""

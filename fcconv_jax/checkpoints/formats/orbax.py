@@ -30,7 +30,7 @@ from ..extents import LARGE, File, Tell, give_back_memory
 from ..nesting import fit_nested
 from .base import FolderFormat
 from .orbax_layout import STEP, companions, locate, looks_like, owns, step_names
-from .tensorstore import Storage, damaged, is_stored_array
+from .tensorstore import Storage, damaged, is_stored
 
 
 def open_(path: Path, step: str | None = None) -> Checkpoint:
@@ -62,9 +62,12 @@ def _open_tree(directory: Path) -> Any:
 
     described = _describe(directory)
     storage = Storage.of(directory)
+    storage.check(described)
+    # What TensorStore has is not read by Orbax: when one of its reads fails, the others
+    # end later and print "Event loop is closed".
     placeholders = with_leaves(
         described,
-        (... if is_stored_array(leaf) else leaf for _, leaf in iter_leaves(described)),
+        (... if is_stored(leaf) else leaf for _, leaf in iter_leaves(described)),
     )
     args = with_leaves(described, (ocp.RestoreArgs() for _ in iter_leaves(described)))
     restore = ocp.args.PyTreeRestore(item=placeholders, restore_args=args)
@@ -74,11 +77,10 @@ def _open_tree(directory: Path) -> Any:
     except Exception as error:  # whatever damaged files make TensorStore raise
         raise CheckpointError(damaged(directory, described, error)) from None
     pairs = zip(iter_leaves(described), iter_leaves(tree), strict=True)
-    storage.check(described)
     return with_leaves(
         described,
         (
-            storage.entries(d, "/".join(parts)) if is_stored_array(d) else _typed(d, x)
+            storage.leaf(d, "/".join(parts)) if is_stored(d) else x
             for (parts, d), (_, x) in pairs
         ),
     )
@@ -203,7 +205,7 @@ def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
 
     # A copy of each array would double the memory; Orbax before 0.12.5 has no option.
     known = inspect.signature(th.NumpyHandler).parameters
-    options = {n: False for n in ("deepcopy_host_arrays",) if n in known}
+    options: Any = {n: False for n in ("deepcopy_host_arrays",) if n in known}
     registry = th.create_type_handler_registry(
         (int, th.ScalarHandler()),
         (float, th.ScalarHandler()),
@@ -257,15 +259,6 @@ def _describe(directory: Path) -> Any:
             return handler.metadata(epath.Path(directory)).tree
     except Exception as error:  # damaged JSON, missing files, TensorStore's errors
         raise CheckpointError(damaged(directory, None, error)) from None
-
-
-def _typed(described: Any, value: Any) -> Any:
-    """Return a NumPy scalar its dtype back, which Orbax restores as Python's."""
-    dtype = getattr(described, "dtype", None)
-    if dtype is None or is_stored_array(described) or isinstance(value, bool):
-        return value
-    native = np.dtype(dtype).name in ("int64", "float64", "bool")
-    return value if native else np.dtype(dtype).type(value)
 
 
 def _custom(path: Path, layout: OrbaxLayout) -> dict[str, Any]:

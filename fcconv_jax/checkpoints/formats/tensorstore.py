@@ -22,13 +22,11 @@ TREE = "_METADATA"
 _MOST_PACKED = 1 << 16
 
 
-def is_stored_array(described: Any) -> bool:
-    """Return whether what Orbax says of a leaf is said of an array."""
-    from orbax.checkpoint.metadata import ArrayMetadata, ScalarMetadata
+def is_stored(described: Any) -> bool:
+    """Return whether Orbax describes a leaf as an array or a number of TensorStore."""
+    from orbax.checkpoint.metadata import ArrayMetadata
 
-    return isinstance(described, ArrayMetadata) and not isinstance(
-        described, ScalarMetadata
-    )
+    return isinstance(described, ArrayMetadata)
 
 
 def damaged(directory: Path, described: Any, error: Exception) -> str:
@@ -86,7 +84,7 @@ class Storage:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         total = 0
         for parts, leaf in iter_leaves(described):
-            if not is_stored_array(leaf):
+            if not is_stored(leaf):
                 continue
             info = LeafInfo.of("/".join(parts), leaf)
             itemsize = np.dtype(leaf.dtype).itemsize
@@ -102,8 +100,22 @@ class Storage:
                     "the directory is damaged, get another copy"
                 )
 
-    def entries(self, described: Any, name: str) -> Moved:
-        """Return the entries of one array."""
+    def leaf(self, described: Any, name: str) -> Any:
+        """Return a lazy reference to an array, or a number as it was saved.
+
+        Raises:
+          CheckpointError: a number cannot be read.
+        """
+        from orbax.checkpoint.metadata import ScalarMetadata
+
+        entries = self._entries(described, name)
+        if not isinstance(described, ScalarMetadata):
+            return entries
+        value = entries.array()[()]
+        native = entries.dtype in (np.int64, np.float64, np.bool_)  # Python's own
+        return value.item() if native else value
+
+    def _entries(self, described: Any, name: str) -> Moved:
         where: dict[str, Any] = {
             "driver": "file",
             "path": f"{described.directory}/",
