@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import numpy as np
 
 from ..backends.options import convolution_options
 from ..frontends.bind import bind_crops
@@ -24,7 +25,7 @@ from .program import (
     reaches_matmul_as_integer,
 )
 from .report import SlideReport
-from .tiles import write_tiles
+from .tiles import dtype_of, write_tiles
 
 
 def slide(
@@ -160,7 +161,14 @@ class Slide:
           ValueError: an image is smaller than the window, or an output of the function
             has not the batch first.
         """
-        return self._call(*self._complete(args), **kwargs)
+        args = self._complete(args)
+        if args and _is_lazy(args[-1]):
+            raise TypeError(
+                "slide expected images as a JAX or NumPy array, got a "
+                f"{type(args[-1]).__name__}. Pass it to grid.write(..., out=...): it "
+                "reads a tile at a time."
+            )
+        return self._call(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
         """Lowers the call, as ``jax.jit`` does."""
@@ -182,8 +190,9 @@ class Slide:
         """Runs over images of any size, a tile of positions at a time.
 
         Args:
-          *args: as in a call; the images may be anything that is read by slices and
-            has a ``shape`` and ``dtype``, such as a ``numpy.memmap`` or a zarr array.
+          *args: as in a call; the images may be anything that has a ``shape`` and
+            ``dtype`` and is read by slices: a ``numpy.memmap``, an array of zarr, h5py,
+            dask or TensorStore. Only the pixels of one tile are read at a time.
           out: where the result is written as it comes: an array, or a PyTree of arrays,
             of the result's shape, likewise.
           memory: bytes that a tile may take; an estimate decides its size.
@@ -208,7 +217,10 @@ class Slide:
           *args: as in a call; arrays may be abstract.
           **kwargs: as in a call.
         """
-        return self._program(self._complete(args), kwargs).report
+        *before, images = self._complete(args)
+        if _is_lazy(images):
+            images = jax.ShapeDtypeStruct(images.shape, dtype_of(images))
+        return self._program([*before, images], kwargs).report
 
     def __repr__(self) -> str:
         window = "x".join(map(str, self.window))
@@ -277,6 +289,13 @@ def _check(
                 f"slide expected images of at least {tuple(window)} along the axes "
                 f"{tuple(axes)}, got {tuple(shape)}. {fix}"
             )
+
+
+def _is_lazy(images: Any) -> bool:
+    """Whether images lie in a file, or anywhere but in memory."""
+    return not isinstance(images, jax.Array | np.ndarray) and all(
+        hasattr(images, name) for name in ("shape", "dtype", "__getitem__")
+    )
 
 
 def _sizes(name: str, value: int | Sequence[int], rank: int = 1) -> tuple[int, ...]:

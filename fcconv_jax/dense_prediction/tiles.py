@@ -110,7 +110,7 @@ def _one_window(grid: Any, images: Any) -> jax.ShapeDtypeStruct:
     shape = list(images.shape)
     for axis, size in zip(grid.axes, grid.window):
         shape[axis] = size
-    return jax.ShapeDtypeStruct(tuple(shape), _dtype(images))
+    return jax.ShapeDtypeStruct(tuple(shape), dtype_of(images))
 
 
 def _check_out(one: Sequence[Any], out: Any, counts: Sequence[int]) -> None:
@@ -122,7 +122,7 @@ def _check_out(one: Sequence[Any], out: Any, counts: Sequence[int]) -> None:
     if wanted != found:
         raise ValueError(f"out: expected arrays of shape {wanted}, got {found}.")
     for leaf, target in zip(one, targets):
-        if not _holds(_dtype(target), _dtype(leaf)):
+        if not _holds(dtype_of(target), dtype_of(leaf)):
             raise ValueError(
                 f"out: expected {leaf.dtype}, got {target.dtype}, which can't hold "
                 f"the result. Pass an array of {leaf.dtype}."
@@ -161,9 +161,9 @@ def _tile(
         shape = list(images.shape)
         for axis, count, size, step in zip(grid.axes, tile, grid.window, stride):
             shape[axis] = (count - 1) * step + size
-        part = jax.ShapeDtypeStruct(tuple(shape), _dtype(images))
+        part = jax.ShapeDtypeStruct(tuple(shape), dtype_of(images))
         # A guess from the image alone keeps the maps of a huge one from being made.
-        least = _ALIVE * math.prod(shape) * _dtype(images).itemsize
+        least = _ALIVE * math.prod(shape) * dtype_of(images).itemsize
         if least <= memory:
             report = grid.report(*before, part, **kwargs)
             needed = report.bytes if report.shares else report.crop_bytes
@@ -191,8 +191,8 @@ def _places(
     )
 
 
-def _dtype(images: Any) -> np.dtype[Any]:
-    """The dtype as NumPy has it; TensorStore has its own."""
+def dtype_of(images: Any) -> np.dtype[Any]:
+    """Return an array's dtype as NumPy has it; TensorStore has its own."""
     return np.dtype(getattr(images.dtype, "numpy_dtype", images.dtype))
 
 

@@ -184,6 +184,32 @@ def test_a_record_in_no_folder(tmp_path):
         GRID.write(W, IMAGES, **options(np.zeros_like(WANT), tmp_path / "none"))
 
 
+class Lazy:
+    """An array that is read by slices only, such as one of h5py; counts what is."""
+
+    def __init__(self, array):
+        self.array, self.shape, self.dtype = array, array.shape, array.dtype
+        self.most = 0
+
+    def __getitem__(self, where):
+        part = self.array[where]
+        self.most = max(self.most, part.nbytes)
+        return part
+
+    def __setitem__(self, where, values):
+        self.array[where] = values
+
+
+def test_images_are_read_by_the_tile(tmp_path):
+    images, out = Lazy(IMAGES), Lazy(np.zeros_like(WANT))
+    GRID.write(W, images, **options(out, tmp_path))
+    chex.assert_trees_all_close(out.array, WANT, atol=1e-5)
+    assert 0 < images.most <= 20_000  # three arrays of it take 60,000
+    assert GRID.report(W, images) == GRID.report(W, IMAGES)
+    with pytest.raises(TypeError, match=r"got a Lazy\. Pass it to grid\.write"):
+        GRID(W, images)
+
+
 def test_zarr_arrays_in_and_out(tmp_path):
     tensorstore = pytest.importorskip("tensorstore")
 
