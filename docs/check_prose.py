@@ -14,7 +14,15 @@ from collections.abc import Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
-FOLDERS = ("README.md", "CONTRIBUTING.md", "CHANGELOG.md", "docs", "examples")
+FOLDERS = (
+    "README.md",
+    "CONTRIBUTING.md",
+    "CHANGELOG.md",
+    "SECURITY.md",
+    ".github",
+    "docs",
+    "examples",
+)
 _SUFFIXES = {".md", ".py", ".ipynb", ".toml", ".yml"}
 # Written by the build from sources that are checked themselves; and this file.
 _SKIPPED = {"_build", "_generated", "names", "cli.md", "notebooks", "check_prose.py"}

@@ -80,8 +80,8 @@ def test_forms_can_be_read(path):
     assert yaml.safe_load(path.read_text())
 
 
-def test_a_report_of_wrong_numbers_comes_with_the_plan_and_the_versions():
-    form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "wrong_numbers.yml").read_text()
+def test_a_bug_report_comes_with_the_plan_and_the_versions():
+    form = (ROOT / ".github" / "ISSUE_TEMPLATE" / "bug_report.yml").read_text()
     required = [
         each["attributes"]["label"]
         for each in yaml.safe_load(form)["body"]
