@@ -162,7 +162,7 @@ def _read_arrays(file: Path) -> list[Any]:
 
 
 def is_exported(text: str) -> bool:
-    """Whether an argument names a file for an edge runtime.
+    """Return whether an argument names a file for an edge runtime.
 
     Example:
       >>> is_exported("net.tflite"), is_exported("net.py:Net")
@@ -182,7 +182,7 @@ def verify_exported(
     method: str | None,
     seed: int,
 ) -> ExportReport:
-    """The report on a file, held against a checkpoint.
+    """Return the report on a file, compared with a checkpoint.
 
     Raises:
       ArgumentError: no checkpoint is given to check it against.
@@ -208,7 +208,7 @@ def verify_exported(
 
 
 def _below_params(leaves: dict[tuple[str, ...], Any]) -> dict[tuple[str, ...], Any]:
-    """The variables among a checkpoint's leaves, without what is above them."""
+    """Return the variables among a checkpoint's leaves, without what is above them."""
     ends = {path[: path.index("params")] for path in leaves if "params" in path}
     # An optimizer state has params of its own, deeper down.
     above = min(ends, key=len, default=None)

@@ -159,7 +159,7 @@ def write_heatmap(
     image: np.ndarray[Any, Any],
     scale: float,
 ) -> None:
-    """Writes the largest output at each place as a picture over the image.
+    """Write the largest output at each place as a picture over the image.
 
     Args:
       file: in any format that Pillow writes.

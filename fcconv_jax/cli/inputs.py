@@ -38,7 +38,7 @@ class LoadedModel:
 
 
 def load_model(text: str) -> LoadedModel:
-    """Imports the model that ``MODULE:NAME`` names.
+    """Import the model that ``MODULE:NAME`` names.
 
     Args:
       text: a module (``pkg.mod:NAME``, looked for in the current directory first) or
@@ -103,13 +103,13 @@ _WANTED_OF_A_WRAPPER = (
 
 
 def _inside(value: Any) -> Any:
-    """The Module in a wrapper that has params, too; None for anything else."""
+    """Return the Module in a wrapper that has params, too; None for anything else."""
     whole = hasattr(value, "params") and not isinstance(value, type)
     return getattr(value, "module", None) if whole else None
 
 
 def _import(where: str) -> ModuleType:
-    """Imports a module or a file, with the current directory on the path."""
+    """Import a module or a file, with the current directory on the path."""
     file = Path(where) if where.endswith(".py") else None
     folders = [os.getcwd(), *([str(file.resolve().parent)] if file else [])]
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]
@@ -154,7 +154,7 @@ def _offers(module: ModuleType) -> list[str]:
 
 
 def parse_input(text: str) -> jax.ShapeDtypeStruct:
-    """Reads ``SHAPE[:DTYPE]``.
+    """Read ``SHAPE[:DTYPE]``.
 
     Raises:
       ArgumentError: the text has another form, or the dtype needs 64-bit JAX.
@@ -209,7 +209,7 @@ def random_inputs(specs: Sequence[jax.ShapeDtypeStruct], seed: int) -> list[jax.
 
 
 def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
-    """Reads ``NAME=VALUE`` texts; a value is JSON, else Python, else the text itself.
+    """Read ``NAME=VALUE`` texts; a value is JSON, else Python, else the text itself.
 
     Raises:
       ArgumentError: a text has no name or no ``=``.
@@ -239,7 +239,7 @@ def _value(text: str) -> Any:
 
 
 def parse_sizes(option: str, text: str) -> int | tuple[int, ...]:
-    """Reads ``7`` or ``7x7``.
+    """Read ``7`` or ``7x7``.
 
     Raises:
       ArgumentError: the text is malformed.
@@ -254,7 +254,7 @@ def parse_sizes(option: str, text: str) -> int | tuple[int, ...]:
 
 
 def parse_padding(text: str) -> Any:
-    """Reads ``SAME``, ``1``, ``1,2`` (per dimension) or ``0:1,0:1`` (low:high).
+    """Read ``SAME``, ``1``, ``1,2`` (per dimension) or ``0:1,0:1`` (low:high).
 
     Raises:
       ArgumentError: the text is malformed.

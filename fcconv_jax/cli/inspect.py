@@ -82,7 +82,7 @@ def inspect_(
 
 
 def _rows(leaves: Sequence[LeafInfo]) -> list[tuple[str, str, str, str]]:
-    """The leaves that hold arrays, below the names and sizes of their groups."""
+    """Return the leaves that hold arrays, below the names and sizes of their groups."""
     groups: dict[str, list[LeafInfo]] = {}
     for leaf in leaves:
         if _holds_array(leaf):

@@ -61,7 +61,7 @@ def write_text(file: Path, text: str) -> None:
 def show_report(
     found: Report, out: Path | None, as_json: bool, as_markdown: bool
 ) -> None:
-    """Prints and writes a report, and ends with status 1 if it did not pass."""
+    """Print and write a report, and exit with status 1 if it did not pass."""
     if out is not None:
         to_json = out.suffix == ".json"
         write_text(out, found.to_json() if to_json else found.to_markdown())
@@ -86,7 +86,7 @@ def print_plan(made: Plan, err: bool = False) -> None:
 def print_table(
     columns: Sequence[str], rows: Sequence[Sequence[str]], err: bool = False
 ) -> None:
-    """Prints a table, folded to a terminal's width and only to that."""
+    """Print a table, folded to a terminal's width and only to that."""
     from rich.console import Console
     from rich.table import Table
     from rich.text import Text
@@ -105,7 +105,7 @@ def print_table(
 
 
 def human(size: int) -> str:
-    """A number of bytes as people write it.
+    """Return a number of bytes as people write it.
 
     Example:
       >>> human(40), human(20480), human(3 << 30)
@@ -120,7 +120,7 @@ def human(size: int) -> str:
 
 
 def start_jax() -> None:
-    """Lets JAX look for its devices, and keeps to itself what its plugins print then.
+    """Let JAX find its devices without showing what its plugins print.
 
     An accelerator's plugin that finds no device prints a page about it, past Python.
     It is shown where no backend starts, or with FCCONV_TRACEBACK=1.

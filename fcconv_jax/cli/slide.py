@@ -157,7 +157,7 @@ def _with_params(
     sizes: Sequence[int],
     channels: int,
 ) -> BoundModel:
-    """The model with the params of a checkpoint, or with its own."""
+    """Return the model with the params of a checkpoint, or with its own."""
     import jax
 
     from ..errors import CheckpointError

@@ -61,7 +61,7 @@ def aligned(
 
 
 def stretched(value: Value, shape: Sequence[int]) -> Value:
-    """A value whose axes of size 1, and a number, stand for larger ones."""
+    """Return a value whose axes of size 1, and a number, stand for larger ones."""
     if not value.ranks:
         parts = tuple(Part(size, uniform=True) for size in shape)
         return value.replace(parts=parts, ranks=(1,) * len(parts))
@@ -75,7 +75,7 @@ def stretched(value: Value, shape: Sequence[int]) -> Value:
 
 
 def own_along(value: Value, grids: Iterable[Grid | None]) -> Value:
-    """The value with an array for each crop along some of the image's axes."""
+    """Return the value with an array for each crop along some of the image's axes."""
     grids = set(grids)
     for grid in sorted(value.shared & grids):
         value = own_arrays(value, grid)
@@ -83,7 +83,7 @@ def own_along(value: Value, grids: Iterable[Grid | None]) -> Value:
 
 
 def _with_same_parts(values: Sequence[Value], but: int | None) -> list[Value]:
-    """Splits the parts of values of one shape so that all have the same sizes."""
+    """Split the parts of values of one shape so that all have the same sizes."""
     values = list(values)
     for dim in range(len(values[0].ranks)):
         groups = [value.groups[dim] for value in values]
@@ -107,7 +107,7 @@ def _with_same_parts(values: Sequence[Value], but: int | None) -> list[Value]:
 
 
 def _with_ones(value: Value, dim: int, count: int) -> Value:
-    """Says of an axis of size 1 that it is made up of so many."""
+    """Mark an axis of size 1 as made up of so many."""
     groups = value.groups
     missing = count - len(groups[dim])
     groups[dim] = (*groups[dim], *(Part(1, uniform=True),) * missing)
@@ -115,7 +115,7 @@ def _with_ones(value: Value, dim: int, count: int) -> Value:
 
 
 def _split_axis(value: Value, dim: int, sizes: Sequence[int]) -> Value:
-    """Splits the parts of one axis into those of given sizes, none of them 1."""
+    """Split the parts of one axis into those of given sizes, none of them 1."""
     if any(part.size == 1 and part.map is not None for part in value.groups[dim]):
         raise NotSharedError("an axis of size 1 that is shared")
     value = without_ones(value, dim)
@@ -129,7 +129,7 @@ def _split_axis(value: Value, dim: int, sizes: Sequence[int]) -> Value:
 
 
 def without_ones(value: Value, dim: int) -> Value:
-    """Drops the parts of size 1 of an axis that has others."""
+    """Drop the parts of size 1 of an axis that has others."""
     start = sum(value.ranks[:dim])
     for index in reversed(range(start, start + value.ranks[dim])):
         part = value.parts[index]
@@ -146,7 +146,7 @@ def without_ones(value: Value, dim: int) -> Value:
 
 
 def _joined(values: list[Value], index: int) -> tuple[list[Value], Part]:
-    """Brings one part of all values into one order."""
+    """Bring one part of all values into one order."""
     parts = [value.parts[index] for value in values]
     shared = [part for part in parts if part.map is not None]
     if not shared:
@@ -186,7 +186,7 @@ def _joined(values: list[Value], index: int) -> tuple[list[Value], Part]:
 
 
 def _one_axis(value: Value, index: int) -> Value:
-    """Stores a uniform part as an axis of size 1."""
+    """Store a uniform part as an axis of size 1."""
     if not value.parts[index].uniform:
         return value
     data = jnp.expand_dims(value.data, value.axis(index))
@@ -201,6 +201,6 @@ def _with_fronts(value: Value, fronts: tuple[Grid, ...]) -> Value:
 
 
 def broadcast_data(values: Sequence[Value]) -> list[Any]:
-    """The data of aligned values, in one shape."""
+    """Return the data of aligned values, in one shape."""
     shape = np.broadcast_shapes(*(value.data.shape for value in values))
     return [jnp.broadcast_to(value.data, shape) for value in values]

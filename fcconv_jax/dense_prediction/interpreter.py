@@ -53,7 +53,7 @@ class Interpreter:
         self.maps: dict[Grid, Map] = {}  # the last one made, along each image axis
 
     def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Value]:
-        """The outputs of a jaxpr."""
+        """Return the outputs of a jaxpr."""
         return list(map(_value, evaluate(jaxpr, operands, self._visit)))
 
     def _visit(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
@@ -81,7 +81,7 @@ class Interpreter:
         return self._own(eqn, values)
 
     def _plain(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
-        """An equation that no crop changes; known numbers stay known."""
+        """Evaluate an equation that no crop changes; known numbers stay known."""
         if eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze"):
             try:
                 return RULES[eqn.primitive.name](eqn, values)
@@ -106,7 +106,7 @@ class Interpreter:
             return run()
 
     def _own(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
-        """The equation as it is, on each crop's own arrays."""
+        """Evaluate an equation on each crop's own arrays."""
         fronts = sorted({g for v in values for g in (*v.fronts, *v.shared)})
         values = [all_own(value) for value in values]
         run: Callable[..., Any] = functools.partial(_bind, eqn)
@@ -117,7 +117,7 @@ class Interpreter:
         return [_with_fronts(out, tuple(fronts)) for out in outs]
 
     def _body(self, eqn: Any, values: Sequence[Value]) -> list[Any]:
-        """A call or control flow, by running its bodies."""
+        """Evaluate a call or control flow by running its bodies."""
         name = eqn.primitive.name
         if name == "scan":
             return self._scan(eqn, values)
@@ -212,7 +212,7 @@ class Interpreter:
 
 
 def _in_blocks(eqn: Any, shape: Sequence[int], operands: Sequence[Any]) -> list[Any]:
-    """Runs an elementwise equation on arrays of any shape, a block at a time."""
+    """Run an elementwise equation on arrays of any shape, a block at a time."""
     whole, block = operands[0].shape, max(math.prod(shape), 1)
     size = math.prod(whole)
     count = -(-size // block)
@@ -267,7 +267,7 @@ def _through(
     values: Sequence[Value],
     run: Callable[[Sequence[Value]], list[Value]],
 ) -> list[Value]:
-    """Runs a transformed function of the data of values."""
+    """Run a transformed function of the data of values."""
     found: list[Value] = []
 
     def inner(*datas: Any) -> list[Any]:

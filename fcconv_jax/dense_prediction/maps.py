@@ -18,7 +18,7 @@ PADDING = -1
 
 
 def crops(size: int, window: int, stride: int) -> Map:
-    """The map of an image's axis: every crop sees a stretch of it.
+    """Return the map of an image's axis: every crop sees a stretch of it.
 
     Example:
       >>> crops(6, 4, 2)
@@ -30,7 +30,7 @@ def crops(size: int, window: int, stride: int) -> Map:
 
 
 def distinct(rows: Map) -> tuple[Map, Map]:
-    """The different rows of a matrix, and for each row which of them it is.
+    """Return the different rows of a matrix, and for each row which of them it is.
 
     Example:
       >>> distinct(np.array([[3, 4], [1, 2], [3, 4]]))
@@ -146,7 +146,7 @@ def whole_layout(
     padding: tuple[int, int],
     holes: int = 1,
 ) -> Layout:
-    """Lays out an axis for one pass over the whole image, padded around the image.
+    """Lay out an axis for one pass over the whole image, padded around the image.
 
     Arguments are those of :func:`window_layouts`.
 
@@ -266,7 +266,7 @@ def _padded(map_: Map, padding: tuple[int, int], holes: int) -> Map:
 
 
 def _chains(ids: Map, found: Map, stride: int) -> _Chains:
-    """Joins windows that follow one another, greedily: first those next to each other.
+    """Join windows that follow one another, greedily: first those next to each other.
 
     What lies in a row already stays in a row, so that what is special to one crop is
     in short chains, of the same lengths for all crops.
@@ -296,7 +296,7 @@ def _chains(ids: Map, found: Map, stride: int) -> _Chains:
 
 
 def _break_cycles(follows: Map, precedes: Map) -> None:
-    """Cuts what leads back to itself: one link of each ring."""
+    """Cut one link of each cycle."""
     reached = np.zeros(len(follows), bool)
     here = np.flatnonzero(precedes < 0)
     while len(here):
@@ -340,7 +340,7 @@ def _ranked(precedes: Map, ids: Map) -> _Chains:
 
 
 def join(maps: list[Map]) -> tuple[Map, list[Map]]:
-    """One map for values that are combined entry by entry.
+    """Return one map for values that are combined entry by entry.
 
     Args:
       maps: of each, ``(P, n)``.

@@ -58,7 +58,7 @@ def _squeeze(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _without_axes(value: Value, gone: Sequence[int]) -> Value:
-    """Drops axes of size 1."""
+    """Drop axes of size 1."""
     for dim in gone:
         for part in value.groups[dim]:
             if part.grid is not None:

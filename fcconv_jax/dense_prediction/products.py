@@ -109,7 +109,7 @@ def _dot(eqn: Any, values: Sequence[Value]) -> list[Value]:
 def _full_window(
     eqn: Any, value: Value, contracted: Sequence[int], weights: Any
 ) -> tuple[Any, tuple[Grid, ...]] | None:
-    """A Dense layer over axes that crops share, as the convolution that it is.
+    """Return a Dense layer over axes that crops share, as the convolution that it is.
 
     Args:
       eqn: the product.

@@ -44,7 +44,7 @@ class Program:
     padded_outside: bool
 
     def run(self) -> Any:
-        """The outputs, with the batch first and then the positions."""
+        """Return the outputs, with the batch first and then the positions."""
         operands = (*jax.tree.leaves(self.leaves), self.images)
         if self.report.shares:
             outs = jaxpr_as_fun(self._shared[0])(*operands)
@@ -139,7 +139,7 @@ def _is_explicit(sharding: Any) -> bool:
 
 
 def _explicit_mesh(jaxpr: Any) -> Any:
-    """The mesh whose axes a trace has in its types; None if it has none."""
+    """Return the mesh whose axes a trace has in its types; None if it has none."""
     body, _ = opened(jaxpr)
     known = (getattr(var.aval, "sharding", None) for var in body.invars)
     return next((each.mesh for each in known if each and _is_explicit(each)), None)
@@ -151,7 +151,7 @@ def _with_free_axes(sharding: Any, count: int) -> NamedSharding:
 
 
 def _automatic(run: Callable[..., Any], mesh: Any, out: Any) -> Callable[..., Any]:
-    """Lets the compiler place what is inside a function on an Explicit mesh.
+    """Let the compiler place what is inside a function on an Explicit mesh.
 
     A crop's array fixes which of its axes are placed where; what crops share has other
     axes, whose placement would have to be stated at each reshape.
@@ -184,7 +184,7 @@ def image_value(
 def own_stride(
     jaxpr: Any, leaves: Any, crop: jax.ShapeDtypeStruct, axes: Sequence[int]
 ) -> tuple[int, ...]:
-    """The smallest step at which crops share the last layer of a function."""
+    """Return the smallest step at which crops share the last layer of a function."""
     found = _last_maps(jaxpr, leaves, crop, axes, _LOOKED_AT, 1, False)
     return tuple(
         crop.shape[axis] if map_ is None else _first_shared(map_, crop.shape[axis])
@@ -199,7 +199,7 @@ def image_stride(
     axes: Sequence[int],
     stride: Sequence[int] | None,
 ) -> tuple[int, ...]:
-    """The step between crops of a network that is padded around the image.
+    """Return the step between crops of a network that is padded around the image.
 
     Args:
       jaxpr: the function's trace.
@@ -235,7 +235,7 @@ def _last_maps(
     step: int,
     padded_outside: bool,
 ) -> list[Any]:
-    """The map that a function makes last along each axis of an image."""
+    """Return the map that a function makes last along each axis of an image."""
     shape = list(crop.shape)
     for axis in axes:
         shape[axis] += (positions - 1) * step
@@ -257,7 +257,7 @@ def _last_maps(
 
 
 def reaches_matmul_as_integer(jaxpr: Any) -> bool:
-    """Whether a trace multiplies the integers of its last input by weights.
+    """Return whether a trace multiplies the integers of its last input by weights.
 
     Not if it scales them first, or reads a table at them. An answer for a warning: a
     model may be trained so.
@@ -286,7 +286,7 @@ def _first_shared(map_: Any, otherwise: int) -> int:
 
 
 def _on_all(value: Value, counts: Sequence[int]) -> Any:
-    """The arrays of all crops, also where they do not differ."""
+    """Return the arrays of all crops, also where they do not differ."""
     value = all_own(value)
     data = array_of(value)
     for index, count in enumerate(counts):

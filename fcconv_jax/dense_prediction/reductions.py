@@ -38,7 +38,7 @@ def _reduction(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _scan(eqn: Any, values: Sequence[Value]) -> list[Value]:
-    """A cumulative sum or the like."""
+    """Return a cumulative sum or the like."""
     axis = eqn.params["axis"]
     value = _whole(values[0], axis)
     at = value.axis(sum(value.ranks[:axis]))
@@ -58,7 +58,7 @@ def _position(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _whole(value: Value, dim: int) -> Value:
-    """The value with an axis that is one part, the same for all crops."""
+    """Return the value with an axis that is one part, the same for all crops."""
     if any(part.map is not None for part in value.groups[dim]):
         raise NotSharedError("along an axis of the image")
     return merged(value, dim)

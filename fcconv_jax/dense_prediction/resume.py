@@ -60,7 +60,7 @@ def identity(
 
 
 def _constants(jaxpr: Any) -> Iterator[Any]:
-    """The arrays that a function closes over."""
+    """Yield the arrays that a function closes over."""
     body, consts = opened(jaxpr)
     yield from consts
     for eqn in body.eqns:
@@ -120,7 +120,7 @@ class Record:
         self.tiles = tiles
 
     def check(self, number: int, pixels: Any, written: Sequence[Any]) -> None:
-        """Compares a finished tile with the image and the output as they are now.
+        """Compare a finished tile with the image and the output as they are now.
 
         Raises:
           ValueError: the image or the output is another one.
@@ -132,14 +132,14 @@ class Record:
             self._refuse(["output (out=)"])
 
     def add(self, number: int, pixels: Any, written: Sequence[Any]) -> None:
-        """Notes that a tile is written; the result must be on disk by now."""
+        """Note that a tile is written; the result must be on disk by now."""
         self.tiles[number] = digest([_bytes(pixels)]), digest(map(_bytes, written))
         kept = {"format": _FIELD, "run": self._run, "tiles": self.tiles}
         with replacing(self.file) as fresh:
             fresh.write_text(json.dumps(kept), encoding="utf-8")
 
     def remove(self) -> None:
-        """Forgets the run, which is over."""
+        """Forget the run, which is over."""
         self.file.unlink(missing_ok=True)
 
     def _refuse(self, other: Sequence[str]) -> None:
@@ -151,7 +151,7 @@ class Record:
 
 
 def _parsed(file: Path) -> tuple[dict[str, str], dict[int, Tile]]:
-    """The run and the tiles in a record, each value of its type."""
+    """Return the run and the tiles in a record, each value of its type."""
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["format"] != _FIELD:

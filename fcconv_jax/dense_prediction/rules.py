@@ -23,7 +23,7 @@ def _same(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _elementwise(eqn: Any, values: Sequence[Value]) -> list[Value]:
-    """An equation that makes each entry from the same entry of its operands."""
+    """Evaluate an elementwise equation."""
     together, parts, ranks = aligned(values)
     outs = bind(eqn, broadcast_data(together))
     return [Value(out, together[0].fronts, parts, ranks) for out in outs]

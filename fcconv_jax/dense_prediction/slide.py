@@ -36,7 +36,7 @@ def slide(
     axes: int | Sequence[int] | None = None,
     padding: Literal["crops", "image"] = "crops",
 ) -> Slide:
-    """Turns a function of one crop into one of whole images: its value on every crop.
+    """Turn a function of one crop into one of whole images: its value on every crop.
 
     The result is that of the function on each crop by itself, zero padding inside the
     network, norms and all; what crops have in common is computed once. Convolutions,
@@ -151,7 +151,7 @@ class Slide:
         return Slide, self._given
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """The function on every crop: outputs ``(N, *positions, ...)``.
+        """Evaluate the function on every crop: outputs ``(N, *positions, ...)``.
 
         Args:
           *args: what the function takes, with images in the place of crops.
@@ -171,11 +171,11 @@ class Slide:
         return self._call(*args, **kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """Lowers the call, as ``jax.jit`` does."""
+        """Lower the call, as ``jax.jit`` does."""
         return self._call.lower(*self._complete(args), **kwargs)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
-        """The shapes that a call returns, as ``jax.jit`` has it."""
+        """Return the shapes that a call returns, as ``jax.jit`` has it."""
         return self._call.eval_shape(*self._complete(args), **kwargs)
 
     def write(
@@ -187,7 +187,7 @@ class Slide:
         progress: ProgressOption = None,
         **kwargs: Any,
     ) -> None:
-        """Runs over images of any size, a tile of positions at a time.
+        """Run over images of any size, a tile of positions at a time.
 
         Args:
           *args: as in a call; the images may be anything that has a ``shape`` and
@@ -211,7 +211,7 @@ class Slide:
         write_tiles(plain, given, kwargs, out, memory, resume, progress)
 
     def report(self, *args: Any, **kwargs: Any) -> SlideReport:
-        """Says what crops would share, before anything runs.
+        """Report what crops would share; no computation runs.
 
         Args:
           *args: as in a call; arrays may be abstract.
@@ -292,7 +292,7 @@ def _check(
 
 
 def _is_lazy(images: Any) -> bool:
-    """Whether images lie in a file, or anywhere but in memory."""
+    """Return whether images lie in a file, or anywhere but in memory."""
     return not isinstance(images, jax.Array | np.ndarray) and all(
         hasattr(images, name) for name in ("shape", "dtype", "__getitem__")
     )

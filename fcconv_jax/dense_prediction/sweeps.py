@@ -43,7 +43,7 @@ def lay_out(
     padding: tuple[int, int],
     holes: int,
 ) -> tuple[Value, Sweep | None]:
-    """Lays out a shared axis for a window; None where it is not shared (any more)."""
+    """Lay out a shared axis for a window; None where it is not shared (any more)."""
     if not any(part.map is not None for part in value.groups[dim]):
         return value, None
     value = merged(value, dim)
@@ -74,7 +74,7 @@ def cost(layouts: Sequence[Layout], each: float) -> float:
 
 
 def least(sweeps: Sequence[Sweep], each: float) -> tuple[Layout, ...]:
-    """The layouts that cost least, one for each axis."""
+    """Return the layouts that cost least, one for each axis."""
     ways = itertools.product(*(sweep.layouts for sweep in sweeps))
     return min(ways, key=functools.partial(cost, each=each))
 
@@ -87,7 +87,7 @@ def swept(
     each: float,
     fill: Any,
 ) -> Value:
-    """Runs windows over shared axes, laid out in the way that costs least.
+    """Run windows over shared axes, laid out in the way that costs least.
 
     Args:
       run: makes the result of one crop's own axes, or of what is laid out for them,
@@ -117,7 +117,7 @@ def passes(
     todo: Sequence[tuple[Sweep, Layout]],
     fill: Any,
 ) -> Any:
-    """Runs windows over axes that are laid out, and sets their results side by side."""
+    """Run windows over axes that are laid out, and join their results."""
     if not todo:
         return run(data)
     (sweep, layout), *rest = todo
@@ -140,7 +140,7 @@ def passes(
 def _mapped(
     run: Callable[[Any], Any], value: Value, eqn: Any, shared: dict[int, Part]
 ) -> Value:
-    """Runs a function of one array of parts on each crop's own."""
+    """Run a function of one array of parts on each crop's own."""
     for _ in value.fronts:
         run = jax.vmap(run)
     data = run(value.data)

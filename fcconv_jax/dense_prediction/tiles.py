@@ -29,7 +29,7 @@ def write_tiles(
     resume: str | Path | None,
     progress: ProgressOption,
 ) -> None:
-    """Writes the result of :meth:`fcconv_jax.Slide.write`, whose arguments these are.
+    """Write the result of :meth:`fcconv_jax.Slide.write`, whose arguments these are.
 
     A tile's crops are those of the whole image: their windows lie inside the part of
     the image that is read for it. Tiles are of one size, so that one program serves
@@ -89,7 +89,7 @@ def _slices(
     rank: int,
     place: Sequence[tuple[int, int]],
 ) -> tuple[list[slice], tuple[slice, ...], tuple[slice, ...]]:
-    """A tile's slices of the image, of the output, and of its own result."""
+    """Return a tile's slices of the image, of the output, and of its own result."""
     read = [slice(None)] * rank
     new, inner = [slice(None)], [slice(None)]
     for axis, (first, fresh), count, size, step in zip(
@@ -114,7 +114,7 @@ def _one_window(grid: Any, images: Any) -> jax.ShapeDtypeStruct:
 
 
 def _check_out(one: Sequence[Any], out: Any, counts: Sequence[int]) -> None:
-    """Refuses outputs that cannot hold the result, before anything is computed."""
+    """Refuse outputs that cannot hold the result, before anything is computed."""
     rank = len(counts)
     wanted = [(leaf.shape[0], *counts, *leaf.shape[1 + rank :]) for leaf in one]
     targets = jax.tree.leaves(out)
@@ -154,7 +154,7 @@ def _tile(
     counts: Sequence[int],
     memory: int,
 ) -> list[int]:
-    """The largest tile, halved until it fits."""
+    """Return the largest tile, halved until it fits."""
     tile = list(counts)
     while True:
         needed = 0

@@ -70,7 +70,7 @@ class Value:
 
     @classmethod
     def plain(cls, array: Any) -> Value:
-        """An array that is the same for all crops."""
+        """Return an array that is the same for all crops."""
         parts = tuple(Part(size) for size in np.shape(array))
         return cls(array, (), parts, (1,) * len(parts))
 
@@ -96,12 +96,12 @@ class Value:
         return {part.grid for part in self.parts if part.grid is not None}
 
     def axis(self, index: int) -> int:
-        """Where a part is stored."""
+        """Return where a part is stored."""
         stored = sum(not part.uniform for part in self.parts[:index])
         return len(self.fronts) + stored
 
     def replace(self, **changes: Any) -> Value:
-        """The value with some of its fields changed."""
+        """Return the value with some of its fields changed."""
         return dataclasses.replace(self, **changes)
 
     def with_groups(self, groups: Sequence[Sequence[Part]], data: Any) -> Value:
@@ -114,7 +114,7 @@ Rule = Callable[[Any, Sequence[Value]], list[Value]]
 
 
 def take(data: Any, places: Any, axis: int) -> Any:
-    """Reads an axis at places known beforehand; a slice where they are in a row."""
+    """Read an axis at places known beforehand; a slice where they are in a row."""
     places = np.asarray(places)
     size = data.shape[axis]
     if places.ndim == 1 and len(places):
@@ -129,7 +129,7 @@ def take(data: Any, places: Any, axis: int) -> Any:
 
 
 def take_padded(data: Any, places: Map, axis: int, padding: Any) -> Any:
-    """Reads an axis at places, with a value where they are padding."""
+    """Read an axis at places, with a value where they are padding."""
     outside = places == PADDING
     if not outside.any():
         return take(data, places, axis)
@@ -146,7 +146,7 @@ def take_padded(data: Any, places: Map, axis: int, padding: Any) -> Any:
 
 
 def own_arrays(value: Value, grid: Grid) -> Value:
-    """The value with an array for each crop along one of the image's axes."""
+    """Return the value with an array for each crop along one of the image's axes."""
     index = next((i for i, p in enumerate(value.parts) if p.grid == grid), None)
     if index is None:
         return value
@@ -162,14 +162,14 @@ def own_arrays(value: Value, grid: Grid) -> Value:
 
 
 def all_own(value: Value) -> Value:
-    """The value with an array for each crop."""
+    """Return the value with an array for each crop."""
     for grid in sorted(value.shared):
         value = own_arrays(value, grid)
     return value
 
 
 def stored(value: Value, index: int) -> Value:
-    """The value with a part stored that was uniform."""
+    """Return the value with a part stored that was uniform."""
     part = value.parts[index]
     if not part.uniform:
         return value
@@ -183,7 +183,7 @@ def stored(value: Value, index: int) -> Value:
 
 
 def merged(value: Value, dim: int) -> Value:
-    """The value with an axis that is one part.
+    """Return the value with an axis that is one part.
 
     Raises:
       NotSharedError: the axis is made up of two that are shared.
@@ -247,7 +247,7 @@ def _merged_map(value: Value, dim: int) -> Value:
 
 
 def array_of(value: Value) -> Any:
-    """The arrays of all crops: the axes of ``fronts``, then the array's own."""
+    """Return the arrays of all crops: the axes of ``fronts``, then the array's own."""
     value = all_own(value)
     for dim in range(len(value.ranks)):
         value = merged(value, dim)
@@ -255,7 +255,7 @@ def array_of(value: Value) -> Any:
 
 
 def split_part(value: Value, index: int, sizes: Sequence[int]) -> Value:
-    """Splits a part into factors; those of a shared one are windows of it."""
+    """Split a part into factors; those of a shared one are windows of it."""
     part = value.parts[index]
     if part.uniform:
         new = [Part(size, uniform=True) for size in sizes]
@@ -286,7 +286,7 @@ def _with_parts(value: Value, index: int, new: Sequence[Part], data: Any) -> Val
 
 
 def reshaped(value: Value, shape: Sequence[int]) -> Value:
-    """The value with other axes over the same entries.
+    """Return the value with other axes over the same entries.
 
     Raises:
       NotSharedError: the new axes cut through a shared one.
@@ -329,7 +329,7 @@ def _is_one(parts: Sequence[Part], index: int) -> bool:
 
 
 def classes_of(data: Any, axis: int) -> tuple[Map, Map] | None:
-    """Which slices along an axis are the same, where the values are known.
+    """Return which slices along an axis are the same, where the values are known.
 
     Returns:
       The class of each slice, and a slice of each class; None while they are traced.

@@ -63,7 +63,7 @@ class Chip:
     accelerator: str | None = None
 
     def breaks(self, layer: Layer) -> list[str]:
-        """The rules that a layer breaks, with their source.
+        """Return the rules that a layer breaks, with their source.
 
         Example:
           >>> shapes = (16, 16, 3, 192), None, False, (1, 32, 32, 3), (1, 2, 2, 192)
@@ -87,7 +87,7 @@ class Chip:
 
 
 def chip_of(name: str) -> Chip:
-    """The chip of this name.
+    """Return the chip of this name.
 
     Raises:
       ExportError: the table has no such chip.

@@ -23,7 +23,7 @@ BLANK = _START + "0" * 64
 
 
 def digest(*parts: bytes) -> str:
-    """One fingerprint of several parts.
+    """Return one fingerprint of several parts.
 
     Example:
       >>> len(digest(b"a", b"b")) == len(BLANK), digest(b"a", b"b") == digest(b"ab")
@@ -37,7 +37,7 @@ def digest(*parts: bytes) -> str:
 
 
 def plain(thing: Any) -> Any:
-    """An object of a schema as plain values; what has its default is left out.
+    """Return an object of a schema as plain values; what has its default is left out.
 
     A later schema may have more fields, which are at their defaults then.
 
@@ -64,7 +64,7 @@ def plain(thing: Any) -> Any:
 
 
 def seal(path: Path, shipped: Shipped) -> None:
-    """Writes a new file's fingerprint into its record.
+    """Write a new file's fingerprint into its record.
 
     Args:
       path: the file, alone with what belongs to it in its folder.
@@ -77,7 +77,7 @@ def seal(path: Path, shipped: Shipped) -> None:
 
 
 def resealed(content: bytes, old: str | None, new: str) -> bytes:
-    """A file's content with another fingerprint in its record."""
+    """Return a file's content with another fingerprint in its record."""
     if old is None or content.count(old.encode()) != 1:
         raise ExportError("the file does not say its fingerprint once")
     return content.replace(old.encode(), new.encode())

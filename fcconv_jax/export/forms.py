@@ -27,7 +27,7 @@ def plan_of_form(
     runtime: Runtime,
     chip: Chip | None,
 ) -> Plan:
-    """The plan that brings a model into a form.
+    """Return the plan that brings a model into a form.
 
     Channel-last files keep tokens as one row of pixels, ``(B, 1, T, C)``, so nothing is
     added but a reshape. Where images are channel-first they are folded into the batch,
@@ -58,7 +58,7 @@ def plan_of_form(
 
 
 def _made(bound: BoundModel, to: Any, rules: Sequence[Rule], *usual: Rule) -> Plan:
-    """A plan of one direction; of a model without such layers, an empty one."""
+    """Return a plan of one direction; of a model without such layers, an empty one."""
     try:
         return bound.plan(to, (*rules, *usual), "any")
     except PlanError as error:
@@ -83,7 +83,7 @@ def _better_window(path: str, layer: LayerPlan, ones: Plan, chip: Chip) -> Layer
 
 
 def _mixed(to_conv: Plan, ones: Plan, to_dense: Plan, chip: Chip) -> Plan:
-    """Each layer in the form that the chip takes and prefers."""
+    """Return each layer in the form that the chip takes and prefers."""
     layers: dict[str, LayerPlan] = {}
     left = {**dict(to_dense.left), **dict(to_conv.left)}
     for path, layer in to_conv.layers:
@@ -122,7 +122,7 @@ def place_of(layer: LayerPlan) -> Place:
 
 
 def as_layer(path: str, layer: LayerPlan, form: str) -> Layer:
-    """A planned layer in one of its forms, as a chip's rules judge it."""
+    """Return a planned layer in one of its forms, as a chip's rules judge it."""
     if form == "dense":
         x, y = _dense_shapes(layer)
         kernel = (x[-1], y[-1])

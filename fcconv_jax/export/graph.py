@@ -59,11 +59,11 @@ class Source:
     steps: tuple[Step, ...] = ()
 
     def then(self, kind: str, *details: Any) -> Source:
-        """The same, moved once more."""
+        """Return the same, moved once more."""
         return Source(self.leaf, (*self.steps, (kind, details)))
 
     def apply(self, array: np.ndarray) -> np.ndarray:
-        """The constant's entries, from the parameter's.
+        """Return the constant's entries, from the parameter's.
 
         Example:
           >>> moved = Source("w").then("transpose", (1, 0)).then("reshape", (6,))
@@ -107,14 +107,14 @@ class Value:
         return math.prod(self.shape)
 
     def moved(self, kind: str, *details: Any) -> Value:
-        """A constant, moved by one step."""
+        """Return a constant, moved by one step."""
         assert self.data is not None
         data = _STEPS[kind](self.data, *details)
         source = self.source and self.source.then(kind, *details)
         return Value(tuple(data.shape), self.dtype, data, source, self.leaves)
 
     def repeated(self, data: Any) -> Value:
-        """A constant with repeated entries: no rearranged parameter any more."""
+        """Return a constant with repeated entries: no rearranged parameter any more."""
         data = np.ascontiguousarray(data)
         return Value(tuple(data.shape), self.dtype, data, None, self.leaves)
 
@@ -131,7 +131,7 @@ def same_content(array: np.ndarray) -> object:
 
 
 def constant(data: Any, dtype: Any = None) -> Value:
-    """A constant that comes from no parameter."""
+    """Return a constant that comes from no parameter."""
     array = np.asarray(data, dtype)
     return Value(tuple(array.shape), array.dtype, array)
 
@@ -159,7 +159,7 @@ class Folded:
     def then(
         self, behind: bool, scale: np.ndarray, shift: np.ndarray, leaves: frozenset[str]
     ) -> Folded:
-        """The same, and one more affine behind the layer, or in front of it."""
+        """Return the same, and one more affine behind the layer, or in front of it."""
         leaves = self.leaves | leaves
         if behind:
             old = self.columns
@@ -170,7 +170,7 @@ class Folded:
         return Folded(rows, self.columns, leaves)
 
     def with_bias(self, bias: np.ndarray, leaves: frozenset[str]) -> Folded:
-        """The same for a layer without this bias."""
+        """Return the same for a layer without this bias."""
         shift = self.columns[1] + self.columns[0] * bias.astype(np.float64)
         columns = np.stack([self.columns[0], shift])
         return Folded(self.rows, columns, self.leaves | leaves)
@@ -178,7 +178,7 @@ class Folded:
     def apply(
         self, kernel: np.ndarray, bias: np.ndarray | None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """The kernel and the bias of the layer, rounded once.
+        """Return the kernel and the bias of the layer, rounded once.
 
         Example:
           >>> three, ones = np.full(2, 3.0), np.ones(2)
@@ -249,30 +249,30 @@ class Graph:
     notes: list[str] = dataclasses.field(default_factory=list)
 
     def producers(self) -> dict[Value, Node]:
-        """The operation that makes each value."""
+        """Return the operation that makes each value."""
         return {value: node for node in self.nodes for value in node.outputs}
 
     def uses(self) -> dict[Value, int]:
-        """How often each value is read; the program's outputs count."""
+        """Return how often each value is read; the program's outputs count."""
         counts: dict[Value, int] = {}
         for value in self.reads():
             counts[value] = counts.get(value, 0) + 1
         return counts
 
     def reads(self) -> Iterator[Value]:
-        """Every read of a value."""
+        """Yield every read of a value."""
         for node in self.nodes:
             yield from node.inputs
         yield from self.outputs
 
     def replace(self, old: Value, new: Value) -> None:
-        """Reads one value in the place of another, everywhere."""
+        """Read one value in the place of another, everywhere."""
         for node in self.nodes:
             node.inputs = [new if v is old else v for v in node.inputs]
         self.outputs = [new if v is old else v for v in self.outputs]
 
     def prune(self) -> None:
-        """Drops operations whose outputs nothing reads."""
+        """Drop operations whose outputs nothing reads."""
         needed = set(self.outputs)
         kept: list[Node] = []
         for node in reversed(self.nodes):
@@ -282,11 +282,11 @@ class Graph:
         self.nodes = kept[::-1]
 
     def linear(self) -> list[Node]:
-        """The convolutions and matmuls with a weight."""
+        """Return the convolutions and matmuls with a weight."""
         return [node for node in self.nodes if node.weight is not None]
 
     def count(self, *ops: str) -> int:
-        """How many operations there are of these names."""
+        """Return how many operations there are of these names."""
         return sum(node.op in ops for node in self.nodes)
 
     def __str__(self) -> str:
@@ -311,5 +311,5 @@ def _shown(value: Value, names: dict[Value, str]) -> str:
 
 
 def spatial_axes(value: Value) -> Sequence[int]:
-    """The spatial axes of a channel-last image."""
+    """Return the spatial axes of a channel-last image."""
     return range(1, len(value.shape) - 1)

@@ -85,7 +85,7 @@ class Layer:
 
 
 def layers_of(graph: Graph) -> list[Layer]:
-    """The layers of a graph, in the order in which they run."""
+    """Return the layers of a graph, in the order in which they run."""
     return [_layer(node) for node in graph.linear()]
 
 
@@ -157,7 +157,7 @@ class Record:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> Record:
-        """Reads what :meth:`to_json` wrote.
+        """Read what :meth:`to_json` wrote.
 
         Raises:
           ExportError: the text is not a record, or is of a newer version.
@@ -182,7 +182,7 @@ class Record:
 
 
 def digest_of(array: np.ndarray) -> str:
-    """A digest of a parameter's dtype, shape and bits."""
+    """Return a digest of a parameter's dtype, shape and bits."""
     content = np.ascontiguousarray(array)
     kind = f"{array.dtype}{array.shape}".encode()
     return hashlib.sha256(kind + content.tobytes()).hexdigest()
@@ -327,7 +327,7 @@ def constants_of(graph: Graph) -> tuple[Source, ...]:
 
 
 def leaves_read(graph: Graph) -> list[str]:
-    """The parameters that a graph reads, each once."""
+    """Return the parameters that a graph reads, each once."""
     found = [leaf for value in graph.reads() for leaf in sorted(value.leaves)]
     return list(dict.fromkeys(found))
 

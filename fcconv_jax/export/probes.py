@@ -38,7 +38,7 @@ class Probe:
 
 
 def probes(layer: Layer, seed: int = 0, bits: int = BITS) -> Iterator[Probe]:
-    """Draws for a layer: each side large in turn, until every input has been read.
+    """Yield draws for a layer: each side large in turn, until every input was read.
 
     Where a sum has too many terms, only some of the input's features are nonzero, and
     the draws go through all of them.
@@ -58,7 +58,7 @@ def probes(layer: Layer, seed: int = 0, bits: int = BITS) -> Iterator[Probe]:
 
 
 def small_probes(layer: Layer, seed: int = 0) -> Iterator[Probe]:
-    """Draws whose sums bfloat16 keeps, too: failing them is not due to rounding."""
+    """Yield draws whose sums bfloat16 keeps: a failure isn't due to rounding."""
     rng = np.random.default_rng(seed)
     for probe in _draws(layer, rng, 1, "kernel", 2**8 - 1):
         yield dataclasses.replace(probe, large="none")
@@ -96,7 +96,7 @@ def _draws(
 
 
 def _summed_axis(layer: Layer) -> int:
-    """The axis of the input that is summed over: its features."""
+    """Return the axis of the input that is summed over: its features."""
     if layer.op != "matmul":
         return len(layer.input_shape) - 1
     options = layer.options

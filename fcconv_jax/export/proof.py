@@ -110,7 +110,7 @@ class Reference:
 
 
 def reference_of(bound: BoundModel) -> tuple[Reference | None, list[str]]:
-    """A model on its inputs, in float64 and in its own precision.
+    """Return a model on its inputs, in float64 and in its own precision.
 
     Returns:
       The reference, or None and the reasons why there is none.
@@ -137,7 +137,7 @@ def reference_of(bound: BoundModel) -> tuple[Reference | None, list[str]]:
 
 
 def parameter_leaves(tree: Any) -> dict[str, np.ndarray]:
-    """The arrays of a tree of variables by path."""
+    """Return the arrays of a tree of variables by path."""
     found = {}
     for path, node in flatten_with_path(tree)[0]:
         for leaf in jax.tree.leaves(node):
@@ -155,7 +155,7 @@ def prove(
     reference: Reference | None = None,
     names: Sequence[str] = (),
 ) -> Proof:
-    """Checks a file.
+    """Verify a file.
 
     Args:
       shipped: the file, read back.
@@ -266,7 +266,7 @@ def _prove_layer(
 def on_integers(
     shipped: Shipped, layer: Layer, half: bool = False
 ) -> tuple[bool | None, int, Sequence[str]]:
-    """Whether a layer of a file equals integer arithmetic.
+    """Return whether a layer of a file equals integer arithmetic.
 
     Args:
       shipped: the file.
@@ -297,7 +297,7 @@ def on_integers(
 
 
 def _of_precision(shipped: Shipped, layer: Layer) -> str:
-    """Says so where only entries of many bits differ."""
+    """Add a note if only entries of many bits differ."""
     for probe in small_probes(layer):
         want = compute(layer, probe.x, probe.kernel, probe.bias)
         got = shipped.run_layer(layer, probe.x, probe.kernel, probe.bias)
@@ -399,7 +399,7 @@ def whole_errors(
 
 
 def whole_error(shipped: Any, reference: Reference, names: Sequence[str]) -> float:
-    """The largest error of a file against the reference."""
+    """Return the largest error of a file against the reference."""
     errors = whole_errors(shipped, reference, names)
     return max((error.converted for error in errors), default=0.0)
 

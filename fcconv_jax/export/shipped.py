@@ -49,7 +49,7 @@ class Shipped(abc.ABC):
 
     @abc.abstractmethod
     def record(self) -> Record | None:
-        """The file's own record; None if another tool wrote the file."""
+        """Return the file's own record; None if another tool wrote the file."""
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
@@ -57,19 +57,19 @@ class Shipped(abc.ABC):
 
     @abc.abstractmethod
     def layers(self) -> Sequence[ShippedLayer]:
-        """The linear operations with a weight."""
+        """Return the linear operations with a weight."""
 
     @abc.abstractmethod
     def constants(self) -> Sequence[np.ndarray]:
-        """Every constant array."""
+        """Return every constant array."""
 
     @abc.abstractmethod
     def ops(self) -> Mapping[str, int]:
-        """How many operations there are of each kind, in the runtime's words."""
+        """Return how many operations there are of each kind, in the runtime's words."""
 
     @abc.abstractmethod
     def output_names(self) -> Sequence[str]:
-        """The outputs, by their paths in what the model returns."""
+        """Return the outputs, by their paths in what the model returns."""
 
     @abc.abstractmethod
     def load(self) -> None:
@@ -80,7 +80,7 @@ class Shipped(abc.ABC):
         return []
 
     def moves(self) -> tuple[int, int]:
-        """How many transposes and how many reshapes there are."""
+        """Return how many transposes and how many reshapes there are."""
         found = self.ops()
         transposes, reshapes = (found.get(name, 0) for name in self.moving)
         return transposes, reshapes
@@ -92,7 +92,7 @@ class Shipped(abc.ABC):
         kernel: np.ndarray,
         bias: np.ndarray | None,
     ) -> np.ndarray:
-        """Runs one layer, cut out of the file, with other numbers for its weights.
+        """Run one layer, cut out of the file, with other numbers for its weights.
 
         Args:
           layer: which, and how the model has it.
@@ -103,11 +103,11 @@ class Shipped(abc.ABC):
         raise ExportError(f"layer {layer.name!r} of {self.runtime} is not run alone")
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs the whole file in its runtime."""
+        """Run the whole file in its runtime."""
         raise ExportError(f"{self.runtime} does not run here")
 
     def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
-        """One run of the whole file, to be timed."""
+        """Return one run of the whole file, to be timed."""
         return lambda: self.run(inputs)
 
     def geometry_failures(self, layer: Layer) -> Sequence[str]:
@@ -142,7 +142,7 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def arrange_conv(kernel: np.ndarray, order: str) -> np.ndarray:
-    """A kernel ``HWIO`` in another order of its axes.
+    """Return a kernel ``HWIO`` in another order of its axes.
 
     Example:
       >>> arrange_conv(np.zeros((3, 5, 2, 7)), "OHWI").shape
@@ -152,5 +152,5 @@ def arrange_conv(kernel: np.ndarray, order: str) -> np.ndarray:
 
 
 def canonical_conv(kernel: np.ndarray, order: str) -> np.ndarray:
-    """A kernel ``HWIO``, from one in another order of its axes."""
+    """Return a kernel ``HWIO``, from one in another order of its axes."""
     return kernel.transpose([order.index(a) for a in "HWIO"])

@@ -32,7 +32,7 @@ class Compiled:
 
 
 def available() -> bool:
-    """Whether Vela is installed."""
+    """Return whether Vela is installed."""
     try:
         require("ethosu.vela", "vela", "compiling for an Ethos-U")
     except MissingExtraError:
@@ -41,7 +41,7 @@ def available() -> bool:
 
 
 def compile_file(content: bytes, accelerator: str) -> Compiled:
-    """Compiles an int8 file.
+    """Compile an int8 file.
 
     Args:
       content: of the .tflite file.

@@ -41,9 +41,9 @@ class Call(Protocol):
     input_names: list[str]
 
     def plan(self, form: Form, rules: Sequence[Rule]) -> Plan:
-        """The plan of a form."""
+        """Return the plan of a form."""
         ...
 
     def write(self, plan: Plan, form: str, path: Path) -> Written:
-        """Writes a file."""
+        """Write a file."""
         ...

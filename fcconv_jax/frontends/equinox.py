@@ -40,7 +40,7 @@ class BoundEquinox(BoundHeld):
 
     @classmethod
     def split_params(cls, model: Any, params: Any) -> dict[str, Any]:
-        """The floats of another Module, such as one that was trained."""
+        """Return the floats of another Module, such as one that was trained."""
         del model
         return {"params": eqx.filter(params, eqx.is_inexact_array)}
 

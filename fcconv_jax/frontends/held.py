@@ -46,7 +46,7 @@ class ConvertedModel:
         return self.variables["params"]
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the model on its inputs."""
+        """Call the model on its inputs."""
         bound = self.frontend(self, None, args, kwargs)
         return bound._call(bound.variables, bound.args, bound.kwargs)
 
@@ -85,7 +85,7 @@ class BoundHeld(BoundModel):
 
     @classmethod
     def convert_model(cls, model: Any, plan: Plan, inplace: bool = False) -> Any:
-        """The model in the plan's form, with its params.
+        """Return the model in the plan's form, with its params.
 
         Raises:
           TypeError: ``inplace``.

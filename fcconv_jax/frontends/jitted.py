@@ -58,7 +58,7 @@ class Jitted:
         self._only_arrays = True
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        """Calls the function, compiled on the first call with new shapes."""
+        """Call the function, compiled on the first call with new shapes."""
         if self._of_arrays is not None and not self._context:
             try:
                 return self._of_arrays(*args, **kwargs)
@@ -67,15 +67,15 @@ class Jitted:
         return self._on("__call__", args, kwargs)
 
     def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
-        """Lowers the function for these arguments, which may be abstract."""
+        """Lower the function for these arguments, which may be abstract."""
         return self._on("lower", args, kwargs)
 
     def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
-        """Traces the function on these arguments, which may be abstract."""
+        """Trace the function on these arguments, which may be abstract."""
         return self._on("trace", args, kwargs)
 
     def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
-        """The shapes and dtypes that a call returns; computes nothing."""
+        """Return the shapes and dtypes that a call returns; computes nothing."""
         return self._on("eval_shape", args, kwargs)
 
     def _on(self, method: str, args: Sequence[Any], kwargs: Mapping[str, Any]) -> Any:
@@ -95,7 +95,7 @@ class Jitted:
     def _jit(
         self, types: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]
     ) -> Any:
-        """The jit for calls with arguments of these types."""
+        """Return the jit for calls with arguments of these types."""
         numbers = [i for i, value in enumerate(args) if _is_static(value)]
         names = [name for name, value in kwargs.items() if _is_static(value)]
         # 1, 1.0 and True are equal, but trace differently.
@@ -153,7 +153,7 @@ class Jitted:
 
 
 def _with_options(make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
-    """A jit that has options where it is the outermost."""
+    """Return a jit that has options where it is the outermost."""
     if not options:
         return make()
     return _Outermost(make(), make(compiler_options=dict(options)))
@@ -161,7 +161,7 @@ def _with_options(make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
 
 @functools.cache
 def _no_trace() -> Any:
-    """The state of JAX where nothing is being traced."""
+    """Return the state of JAX where nothing is being traced."""
     # What this thread traces is unknown to a new one.
     with ThreadPoolExecutor(1) as pool:
         return pool.submit(get_opaque_trace_state).result()

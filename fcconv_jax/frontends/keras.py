@@ -64,7 +64,7 @@ class BoundKeras(BoundHeld):
 
     @classmethod
     def split_params(cls, model: Any, params: Any) -> dict[str, Any]:
-        """The values of all variables, in place of the model's."""
+        """Return the values of all variables, in place of the model's."""
         _, own = cls.split(model)
         if not isinstance(params, Mapping):
             params = {v.path: x for v, x in zip(model.weights, params, strict=True)}

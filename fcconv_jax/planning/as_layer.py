@@ -22,7 +22,7 @@ Array = jax.Array
 
 
 def form_of(matmul: Matmul) -> Form:
-    """The form that a matmul is in.
+    """Return the form that a matmul is in.
 
     Returns:
       ``"dense"`` for a ``dot_general``, ``"conv"`` for a convolution.
@@ -31,7 +31,7 @@ def form_of(matmul: Matmul) -> Form:
 
 
 def input_shape(matmul: Matmul) -> tuple[int, ...]:
-    """The shape of the activation; of a convolution's with the channels last."""
+    """Return the shape of the activation; of a convolution's with the channels last."""
     shape = matmul.eqn.invars[1 - matmul.side].aval.shape
     if form_of(matmul) == "conv":
         return tuple(shape[axis] for axis in _channel_last(_specs(matmul)[0]))
@@ -39,7 +39,7 @@ def input_shape(matmul: Matmul) -> tuple[int, ...]:
 
 
 def kernel_shape(matmul: Matmul) -> tuple[int, ...]:
-    """The shape of the kernel as the layer's form has it.
+    """Return the shape of the kernel as the layer's form has it.
 
     Returns:
       ``(*batch, in, out)`` of a dense layer, ``(*window, in/groups, out)`` of a conv.
@@ -54,7 +54,7 @@ def kernel_shape(matmul: Matmul) -> tuple[int, ...]:
 
 
 def groups_of(matmul: Matmul) -> int:
-    """How many matmuls stand side by side in one."""
+    """Return how many matmuls stand side by side in one."""
     if form_of(matmul) == "conv":
         return matmul.eqn.params["feature_group_count"]
     _, batch = matmul.eqn.params["dimension_numbers"]
@@ -63,7 +63,7 @@ def groups_of(matmul: Matmul) -> int:
 
 
 def dense_axes(matmul: Matmul) -> DenseAxes:
-    """How a ``dot_general`` reads its activation."""
+    """Return how a ``dot_general`` reads its activation."""
     other = 1 - matmul.side
     contract, batch = matmul.eqn.params["dimension_numbers"]
     x, kernel = (matmul.eqn.invars[i].aval for i in (other, matmul.side))
@@ -77,7 +77,7 @@ def dense_axes(matmul: Matmul) -> DenseAxes:
 
 
 def conv_arguments(matmul: Matmul) -> Mapping[str, Any]:
-    """The arguments of :func:`fcconv_jax.classify` for a convolution."""
+    """Return the arguments of :func:`fcconv_jax.classify` for a convolution."""
     p = matmul.eqn.params
     return {
         "input_shape": input_shape(matmul)[1:-1],
@@ -91,7 +91,7 @@ def conv_arguments(matmul: Matmul) -> Mapping[str, Any]:
 
 
 def stack_axes(matmul: Matmul) -> tuple[int, ...] | None:
-    """The axes of the parameter along which the matmul sees one step at a time.
+    """Return the axes of the parameter along which the matmul sees one step at a time.
 
     Returns:
       None where that is a part of an axis, so that it has no number.
@@ -101,7 +101,7 @@ def stack_axes(matmul: Matmul) -> tuple[int, ...] | None:
 
 
 def leaf_rearrangement(matmul: Matmul, layer: LayerPlan) -> Rearrangement | None:
-    """How the parameter itself moves into the other form's kernel.
+    """Return how the parameter itself moves into the other form's kernel.
 
     Args:
       matmul: where the parameter is multiplied.
@@ -162,7 +162,7 @@ def leaf_rearrangement(matmul: Matmul, layer: LayerPlan) -> Rearrangement | None
 
 
 def run_other_form(matmul: Matmul, layer: LayerPlan, operands: Sequence[Any]) -> Any:
-    """Runs a matmul in its other form, on the same operands.
+    """Run a matmul in its other form, on the same operands.
 
     The kernel goes from the operand's shape to the other form's; where the operand is
     a planned parameter on its way back, XLA folds the two.
@@ -219,7 +219,7 @@ def _dot_as_conv(
 
 
 def _canonical_move(layer: LayerPlan, rows: int, columns: int) -> Rearrangement:
-    """The move from the kernel of the dense form to that of the conv form."""
+    """Return the move from the kernel of the dense form to that of the conv form."""
     return kernel_rearrangement(
         (layer.groups, rows, columns)[layer.groups == 1 :],
         layer.window,
@@ -268,7 +268,7 @@ def _channel_last(spec: Sequence[int]) -> list[int]:
 
 
 def kernel_axes_of_conv(matmul: Matmul) -> list[int]:
-    """The axes ``(*window, in, out)`` of a convolution's kernel."""
+    """Return the axes ``(*window, in, out)`` of a convolution's kernel."""
     _, spec, _ = _specs(matmul)
     return [*spec[2:], spec[1], spec[0]]
 

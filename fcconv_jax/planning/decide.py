@@ -99,7 +99,7 @@ def _plan_dense(
     stack_axes: tuple[int, ...],
     rule: Rule | None,
 ) -> LayerPlan:
-    """Plans a Dense or DenseGeneral that goes to conv."""
+    """Plan a Dense or DenseGeneral that goes to conv."""
     call = calls[0]
     axes = call.axes
     assert axes is not None
@@ -137,7 +137,7 @@ def _plan_dense(
 def _plan_conv(
     path: str, calls: Sequence[Call], stack_axes: tuple[int, ...], rule: Rule | None
 ) -> LayerPlan:
-    """Plans a Conv that goes to dense."""
+    """Plan a Conv that goes to dense."""
     call = calls[0]
     _check_calls(calls, rule)
     found = [_classify(each) for each in calls]
@@ -187,7 +187,7 @@ def _plan_conv(
 
 
 def _classify(call: Call) -> Equivalence:
-    """The equivalence of one call.
+    """Return the equivalence of one call.
 
     Raises:
       LeftError: it depends on the value of a symbolic size.
@@ -203,7 +203,7 @@ def _classify(call: Call) -> Equivalence:
 
 
 def _example(shape: tuple[int, ...], window: tuple[int, ...] = ()) -> tuple[int, ...]:
-    """A shape with 8 (or room for 8 windows) for each symbolic size."""
+    """Return a shape with 8 (or room for 8 windows) for each symbolic size."""
     per_axis = (1,) * (len(shape) - len(window) - 1) + (*window, 1)
     return tuple(
         _EXAMPLE * step if is_symbolic(size) else size
@@ -212,7 +212,7 @@ def _example(shape: tuple[int, ...], window: tuple[int, ...] = ()) -> tuple[int,
 
 
 def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:
-    """Leaves a layer alone that a rule excludes or that is not what it seems."""
+    """Skip a layer that a rule excludes or that computes something else."""
     if rule is not None and rule.skip:
         raise LeftError(f"excluded by rule {str(rule)!r}")
     for call in calls:
@@ -221,7 +221,7 @@ def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:
 
 
 def _check_order(rule: Rule | None, rank: int) -> None:
-    """Refuses an order that does not name each axis of the window once."""
+    """Refuse an order that does not name each axis of the window once."""
     letters = channel_last(rank)
     if rule is not None and rule.order and not is_order(rule.order, rank):
         raise PlanError(

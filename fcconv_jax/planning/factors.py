@@ -20,7 +20,7 @@ Axis = tuple[Factor, ...]
 
 
 def axes_of(shape: Sequence[int]) -> tuple[Axis, ...]:
-    """The axes of an array that holds its own entries in order.
+    """Return the axes of an array that holds its own entries in order.
 
     Example:
       >>> axes_of((6, 1, 4))
@@ -33,12 +33,12 @@ def axes_of(shape: Sequence[int]) -> tuple[Axis, ...]:
 
 
 def size(axis: Iterable[Factor]) -> int:
-    """How many entries an axis has."""
+    """Return how many entries an axis has."""
     return math.prod(n for _, n in axis)
 
 
 def reversed_axis(axis: Axis) -> Axis:
-    """The same axis from its other end.
+    """Return the same axis from its other end.
 
     Example:
       >>> reversed_axis(((12, 2), (1, 4)))
@@ -48,7 +48,7 @@ def reversed_axis(axis: Axis) -> Axis:
 
 
 def regroup(factors: Iterable[Factor], sizes: Sequence[int]) -> list[Axis] | None:
-    """Splits and joins factors, slowest first, into axes of these sizes.
+    """Split and join factors, slowest first, into axes of these sizes.
 
     Returns:
       None where the sizes cut through a factor unevenly.
@@ -95,7 +95,7 @@ def stacked_axes(shape: Sequence[int], stack: Sequence[Factor]) -> list[int] | N
 
 
 def without(axis: Axis, shape: Sequence[int], dropped: Collection[int]) -> Axis:
-    """The part of an axis that does not step along some axes of a parameter.
+    """Return the part of an axis that does not step along some axes of a parameter.
 
     Args:
       axis: its factors.
@@ -120,7 +120,7 @@ def without(axis: Axis, shape: Sequence[int], dropped: Collection[int]) -> Axis:
 def rearrangement(
     source: Sequence[int], factors: Sequence[Factor], target: Sequence[int]
 ) -> Rearrangement:
-    """The rearrangement of a leaf into the order of ``factors``, slowest first.
+    """Return the rearrangement of a leaf into the order of ``factors``, slowest first.
 
     Example:
       >>> rearrangement((5, 3), [(1, 3), (3, 5)], (1, 3, 5)).perm
@@ -137,7 +137,7 @@ def rearrangement(
 
 
 def joined(factors: Iterable[Factor]) -> Axis:
-    """Joins neighbours that step on evenly into one factor.
+    """Join neighbours that step on evenly into one factor.
 
     Example:
       >>> joined([(4, 6), (1, 4)])

@@ -141,7 +141,7 @@ def _elsewhere(
     reason: str,
     telling: bool,
 ) -> list[Tag]:
-    """An equation that makes something else of the weights that it takes."""
+    """Handle an equation that changes its weights."""
     name = eqn.primitive.name
     updated = name in ENTRYWISE and ACTIVE in ins  # w - rate * gradient
     gradient = context.derivative == "backward" or updated
@@ -216,7 +216,7 @@ def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
 
 
 def _one_step(weight: Weight, shape: Sequence[int]) -> Weight | None:
-    """A slice that takes one step of some axes, and others whole."""
+    """Return a slice that takes one step of some axes, and others whole."""
     axes = []
     stack = list(weight.stack)
     for axis, taken in zip(weight.axes, shape):
@@ -232,7 +232,7 @@ def _one_step(weight: Weight, shape: Sequence[int]) -> Weight | None:
 
 
 def _matmul(program: Program, eqn: Any, ins: Sequence[Tag], context: _Context) -> Tag:
-    """Notes a matmul, and gives the tag of its result."""
+    """Record a matmul and return the tag of its result."""
     name = eqn.primitive.name
     weights = [i for i, tag in enumerate(ins) if isinstance(tag, Weight)]
     active = [i for i, tag in enumerate(ins) if tag == ACTIVE]
@@ -272,7 +272,7 @@ def _shapes(eqn: Any) -> str:
 
 
 def _obstacle(eqn: Any, side: int) -> str | None:
-    """Why a matmul with a weight cannot take the other form, if so."""
+    """Return why a matmul with a weight cannot take the other form, if so."""
     p = eqn.params
     dtypes = {str(v.aval.dtype) for v in eqn.invars}
     if len(dtypes) > 1:
@@ -302,7 +302,7 @@ def _known_precision(precision: Any) -> bool:
 def _enter(
     program: Program, eqn: Any, ins: list[Tag], context: _Context, memo: Memo
 ) -> list[Tag]:
-    """Goes into the bodies of a call, a loop or a branch."""
+    """Go into the bodies of a call, a loop or a branch."""
 
     def analysed(body: Any, tags: Sequence[Tag]) -> Program:
         return _analysed(body, tags, context, memo)
@@ -349,7 +349,7 @@ def _enter(
 
 
 def _analysed(body: Any, tags: Sequence[Tag], context: _Context, memo: Memo) -> Program:
-    """A body in the context of one call; analysed once for alike operands.
+    """Return a body in the context of one call; analysed once for alike operands.
 
     A function that is called for one layer after the other is one jaxpr: each further
     call only puts the names of other parameters on what was found.
@@ -371,7 +371,7 @@ def _analysed(body: Any, tags: Sequence[Tag], context: _Context, memo: Memo) -> 
 def _settle(
     program: Program, step: Any, carry: list[Tag], name: str
 ) -> tuple[list[Program], list[Tag]]:
-    """Runs the body of a loop until the tags of what it carries stay the same."""
+    """Run the body of a loop until the tags of what it carries stay the same."""
     while True:
         inner = step(carry)
         after = inner[0].outs[: len(carry)]
@@ -382,7 +382,7 @@ def _settle(
 
 
 def _joined(program: Program, tags: Sequence[Tag], name: str) -> Tag:
-    """The tag of a value that may be any of several."""
+    """Return the tag of a value that may be any of several."""
     if all(tag == tags[0] for tag in tags):
         return tags[0]
     return _mixed(_elsewhere_each(program, tags, name), name)

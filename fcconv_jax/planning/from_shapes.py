@@ -32,7 +32,7 @@ def plan_from_params(
     to: Form = "conv",
     backend: str | None = None,
 ) -> Plan:
-    """Plans the layers that rules name, from the shapes of their parameters.
+    """Plan the layers that rules name, from the shapes of their parameters.
 
     Nothing but shapes and names is known here, so nothing is guessed: only layers that
     a rule matches convert, the rule's window is taken at its word, and what may be
@@ -113,7 +113,7 @@ def plan_from_params(
 
 
 def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> LayerPlan:
-    """The plan of one layer that a rule matches."""
+    """Return the plan of one layer that a rule matches."""
     name, kernel = _join(path, "kernel"), shapes[_join(path, "kernel")]
     window = rule.window
     if window is None:

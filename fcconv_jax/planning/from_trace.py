@@ -141,7 +141,7 @@ def plan_trace(
 
 
 def as_call(matmul: Matmul, number: int, elsewhere: str | None = None) -> Call:
-    """One matmul of no layer's, as a call of a layer."""
+    """Return one matmul of no layer's, as a call of a layer."""
     obstacle = matmul.obstacle or elsewhere
     dense = form_of(matmul) == "dense"
     readable = dense or matmul.obstacle is None
@@ -163,7 +163,7 @@ def _chosen(
     matmuls: Mapping[str, Sequence[Matmul]],
     own: Mapping[str, Own],
 ) -> dict[str, Rule | None]:
-    """The user's rule for each path; one for a kernel may name the layer."""
+    """Return the user's rule for each path; one for a kernel may name the layer."""
     sizes = {path: math.prod(layer.own_shape) for path, layer in layers.items()}
     for path, each in matmuls.items():
         kernel: int = each[0].eqn.invars[each[0].side].aval.size
@@ -176,12 +176,12 @@ def _chosen(
 
 
 def _forward(matmuls: list[Matmul]) -> list[Matmul]:
-    """The matmuls that a gradient inside the program does not make, if any."""
+    """Return the matmuls that a gradient inside the program does not make, if any."""
     return [matmul for matmul in matmuls if not matmul.backward] or matmuls
 
 
 def _tables(traced: Traced, own: Mapping[str, Own]) -> dict[str, str]:
-    """The tables of Embeds that are looked up by index, with the reason."""
+    """Return the tables of Embeds that are looked up by index, with the reason."""
     tables = {}
     for use in traced.program.uses:
         if use.how == "gather" and use.path in own and own[use.path].embed:
@@ -193,7 +193,7 @@ def _tables(traced: Traced, own: Mapping[str, Own]) -> dict[str, str]:
 
 
 def _why_not_seen(traced: Traced, layer: Layer) -> str:
-    """Why a layer makes no matmul that reads its kernel as it is stored."""
+    """Return why a layer makes no matmul that reads its kernel as it is stored."""
     uses = [use for use in traced.program.uses if use.path == layer.kernel]
     for use in uses:
         if use.telling:
@@ -235,7 +235,7 @@ def _inputs(
     numbers: Mapping[int, int],
     mapped: Mapping[int, int],
 ) -> Iterator[LayerInput]:
-    """Where the activations of matmuls are in a trace.
+    """Yield where the activations of matmuls are in a trace.
 
     Args:
       program: what was found in a trace.
@@ -256,7 +256,7 @@ def _inputs(
 
 
 def _stack_axes(matmuls: Sequence[Matmul]) -> tuple[int, ...]:
-    """The parameter's axes of which each matmul sees one step."""
+    """Return the parameter's axes of which each matmul sees one step."""
     readable = [p for p in matmuls if p.obstacle is None]
     if len({kernel_shape(matmul) for matmul in readable}) > 1:
         raise LeftError(_TWO_ROLES)

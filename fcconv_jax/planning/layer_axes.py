@@ -32,7 +32,7 @@ class DenseAxes:
     features: tuple[int, ...]
 
     def groups(self, x: Any) -> int:
-        """How many kernels stand side by side."""
+        """Return how many kernels stand side by side."""
         return math.prod(x.shape[b] for b in self.batch)
 
     def canonical(self, x: Array) -> Array:
@@ -47,7 +47,7 @@ class DenseAxes:
         return reshape(x, (*lead, *groups, math.prod(inner)))
 
     def restore(self, y: Array, batch: tuple[int, ...]) -> Array:
-        """The layer's own output from ``(*lead, [groups,] out)``."""
+        """Return the layer's own output from ``(*lead, [groups,] out)``."""
         n = len(self.lead)
         y = reshape(y, (*y.shape[:n], *batch, *self.features))
         if batch:

@@ -66,14 +66,14 @@ class Layer:
         return tuple(self.shape[axis] for axis in self.axes()[1])
 
     def axes(self) -> tuple[list[int], list[int]]:
-        """The stored kernel's axes: those of the stack, and the layer's own."""
+        """Return the stored kernel's axes: those of the stack, and the layer's own."""
         own = list(range(len(self.shape)))
         # The outermost transform added its axis last.
         return [own.pop(axis) for axis in reversed(self.stack)], own
 
 
 def layer_call(layer: Layer, matmul: Matmul, number: int) -> Call | None:
-    """One matmul, as a call of the layer that its kernel is of.
+    """Return one matmul, as a call of the layer that its kernel is of.
 
     A stack under ``vmap`` is one matmul of all its steps; the call is that of one.
 

@@ -28,7 +28,7 @@ _TPU_ROWS = 8
 def lay_out(
     plan: Plan, rules: Sequence[Rule], backend: str | None, arrays: Any = ()
 ) -> Plan:
-    """The plan with the layout of each layer: from its rule, else the backend's.
+    """Return the plan with the layout of each layer: from its rule, else the backend's.
 
     Args:
       plan: where each layer has the default layout.
@@ -72,7 +72,7 @@ def lay_out(
 
 
 def _at_hand(arrays: Any) -> str:
-    """The platform that the arrays lie on, or else JAX's default one."""
+    """Return the platform that the arrays lie on, or else JAX's default one."""
     for leaf in jax.tree.leaves(arrays):
         if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):
             return jax_platform(next(iter(leaf.sharding.device_set)))
@@ -80,7 +80,7 @@ def _at_hand(arrays: Any) -> str:
 
 
 def _default(layer: LayerPlan, platform: str | None) -> tuple[Layout, KernelLayout]:
-    """The layout that a backend runs best."""
+    """Return the layout that a backend runs best."""
     window = math.prod(layer.window)
     flat: Layout = "fold" if layer.groups > 1 and window > 1 else "flat"
     if platform == "cpu":
@@ -93,7 +93,7 @@ def _default(layer: LayerPlan, platform: str | None) -> tuple[Layout, KernelLayo
 
 
 def _folding_copies(layer: LayerPlan) -> bool:
-    """Whether a TPU copies a pointwise layer's input to fold its leading axes.
+    """Return whether a TPU copies a pointwise layer's input to fold its leading axes.
 
     Tiles of its memory hold 8 rows: an axis that does not fill them is padded, and
     what is padded has to be moved together. Then the dense form makes that copy, and
@@ -107,7 +107,7 @@ def _folding_copies(layer: LayerPlan) -> bool:
 def _with_layout(
     layer: LayerPlan, layout: Layout, kernel_layout: KernelLayout
 ) -> LayerPlan:
-    """A layer of the default layout, in another."""
+    """Return a layer of the default layout, in another."""
     laid = dataclasses.replace(layer, layout=layout, kernel_layout=kernel_layout)
     (name, kernel), *others = layer.leaves
     return dataclasses.replace(laid, leaves=((name, laid.lay_out(kernel)), *others))

@@ -44,18 +44,18 @@ class Weight:
 
     @classmethod
     def leaf(cls, path: str, shape: Sequence[int]) -> Weight:
-        """The tag of a parameter itself."""
+        """Return the tag of a parameter itself."""
         return cls(path, tuple(shape), axes_of(shape))
 
     def drop(self, axis: int) -> Weight:
-        """One step of the axis, without the axis."""
+        """Return one step of the axis, without the axis."""
         rest = (*self.axes[:axis], *self.axes[axis + 1 :])
         return dataclasses.replace(
             self, axes=rest, stack=(*self.stack, *self.axes[axis])
         )
 
     def renamed(self, names: Mapping[str, str]) -> Weight:
-        """The same entries of a parameter of another name."""
+        """Return the same entries of a parameter of another name."""
         return dataclasses.replace(self, path=names[self.path])
 
 
@@ -75,7 +75,7 @@ class Other:
     uniform: bool = False
 
     def renamed(self, names: Mapping[str, str]) -> Other:
-        """The same, of parameters of other names."""
+        """Return the same, of parameters of other names."""
         if not self.made_of:
             return self
         made_of = frozenset((names[path], how) for path, how in self.made_of)
@@ -149,7 +149,7 @@ class Program:
     uses: list[Use] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator[tuple[Any, Matmul | str]]:
-        """Every matmul in program order: the equation, and what was found."""
+        """Yield every matmul in program order: the equation, and what was found."""
         for eqn in opened(self.jaxpr)[0].eqns:
             key = id(eqn)
             if key in self.matmuls:
@@ -160,7 +160,7 @@ class Program:
                 yield from program.walk()
 
     def renamed(self, names: Mapping[str, str]) -> Program:
-        """The same program on parameters of other names."""
+        """Return the same program on parameters of other names."""
         if not names:
             return self
         return Program(
@@ -185,7 +185,7 @@ def rewrite(
     bodies: dict[Hashable, Callable[[Sequence[Any]], list[Any]]] | None = None,
     saved: dict[str, Any] | None = None,
 ) -> list[Any]:
-    """Runs a program with other code in the place of some of its matmuls.
+    """Run a program with other code in place of some of its matmuls.
 
     Args:
       program: what :func:`analyse` found.
@@ -240,7 +240,7 @@ def rewrite(
 
 
 def _asking_about(saved: dict[str, Any], policy: Callable[..., Any]) -> Any:
-    """A remat's policy that is asked about a replaced matmul as it was.
+    """Return a remat's policy that is asked about a replaced matmul as it was.
 
     Policies such as ``dots_saveable`` look for dots. A replaced one is named, and what
     has that name is saved if the policy would have saved the matmul.

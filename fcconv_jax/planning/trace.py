@@ -43,7 +43,7 @@ class Traced:
 def trace(
     function: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> Traced:
-    """Traces a function once, on arrays or abstract arrays.
+    """Trace a function once, on arrays or abstract arrays.
 
     Args:
       function: takes params and inputs.

@@ -58,7 +58,7 @@ class Arithmetic:
         return int(1 / self.input_roundoff) if self.input_roundoff else 2**53
 
     def worse(self, other: Arithmetic) -> Arithmetic:
-        """The larger of each error: what holds for either form."""
+        """Return the larger of each error: what holds for either form."""
         pairs = zip(dataclasses.astuple(self), dataclasses.astuple(other))
         return Arithmetic(*(max(pair) for pair in pairs))
 
@@ -84,7 +84,7 @@ def measure_precision(
     device: Any = None,
     out: Any = None,
 ) -> Arithmetic:
-    """Measures the arithmetic of a contraction of two ``dtype`` arrays.
+    """Measure the arithmetic of a contraction of two ``dtype`` arrays.
 
     Operand probes are ``1 + 2**-k`` and random mantissas against 1 (and each other: a
     scheme of several passes drops the matmul of the low parts). Accumulator probes are

@@ -59,7 +59,7 @@ def certify(
     target_form: Callable[[Any, Any, Any], Any],
     **options: Any,
 ) -> Certificate:
-    """Checks ``source_form(x, k, b) == target_form(x, map_kernel(k), map_bias(b))``.
+    """Check ``source_form(x, k, b) == target_form(x, map_kernel(k), map_bias(b))``.
 
     Takes what :func:`prepare_certificate` takes, and waits for the result.
 
@@ -96,7 +96,7 @@ def prepare_certificate(
     seed: int = 0,
     device: Any = None,
 ) -> Callable[[], Certificate]:
-    """Prepares :func:`certify`: both forms compile in the background.
+    """Prepare :func:`certify`: both forms compile in the background.
 
     Args:
       source_form: the layer as it is, a function of x, kernel and bias (None without).
@@ -263,7 +263,7 @@ class _Matmul:
 
 
 def _matmuls(jaxpr: Any) -> Iterator[_Matmul]:
-    """The dots and convolutions of a trace, wherever they are."""
+    """Yield the dots and convolutions of a trace, wherever they are."""
     forms: dict[str, Form] = {"dot_general": "dot", "conv_general_dilated": "conv"}
     for eqn in jaxprs.opened(jaxpr)[0].eqns:
         form = forms.get(eqn.primitive.name)
@@ -281,7 +281,7 @@ def _matmuls(jaxpr: Any) -> Iterator[_Matmul]:
 def _arithmetic(
     matmuls: Sequence[_Matmul], x: Any, out: Any, precision: Any, device: Any
 ) -> Arithmetic:
-    """The worst of what the matmuls of both forms do, measured on the device."""
+    """Return the worst of what the matmuls of both forms do, measured on the device."""
     found = Arithmetic(0.0, 0.0, unit_roundoff(out))
     if not matmuls:  # none of lax's own: take it for either
         forms: tuple[Form, ...] = ("dot", "conv")
@@ -299,7 +299,7 @@ def _arithmetic(
 
 
 def _integer_limit(dtype: Any) -> int:
-    """The largest N such that the dtype holds all integers up to N in size."""
+    """Return the largest N such that the dtype holds all integers up to N in size."""
     if jnp.issubdtype(dtype, jnp.integer):
         return int(jnp.iinfo(dtype).max)
     info = jnp.finfo(dtype)
@@ -309,7 +309,7 @@ def _integer_limit(dtype: Any) -> int:
 def _plan_draws(
     arithmetic: Arithmetic, limits: tuple[int, int], reduction: int, probes: int | None
 ) -> _Draws:
-    """Chooses the integers that need the fewest calls for the wanted certainty."""
+    """Choose the integers that need the fewest calls for the wanted certainty."""
     entry = min(limits[0], arithmetic.exact_inputs)
     total = min(limits[1], arithmetic.exact_integers)
     best: tuple[int, int] | None = None
@@ -335,7 +335,7 @@ def _plan_draws(
 def _wide_plan(
     arithmetic: Arithmetic, limits: tuple[int, int], reduction: int
 ) -> _Draws | None:
-    """Draws of 12 bits on one side; None where the arithmetic does not keep them."""
+    """Return draws of 12 bits on one side; None if the arithmetic can't keep them."""
     size = 2**_WIDE_BITS - 1
     entry = min(limits[0], arithmetic.exact_inputs)
     total = min(limits[1], arithmetic.exact_integers)
@@ -378,7 +378,7 @@ def _wide_draws(
     plan: _Draws | None,
     classes: np.ndarray | None,
 ) -> Iterator[tuple[Any, Any, Any]]:
-    """Each side of the products large in turn."""
+    """Yield each side of the products large in turn."""
     for sizes in ((1, plan.size, plan.size), (plan.size, 1, plan.size)) if plan else ():
         yield from _draw(rng, shapes, sizes, classes)
 
@@ -389,7 +389,7 @@ def _draw(
     sizes: tuple[int, int, int],
     classes: np.ndarray | None,
 ) -> Iterator[tuple[Any, Any, Any]]:
-    """One draw of kernel and bias, and of x as a whole or class by class."""
+    """Yield one draw of kernel and bias, and of x as a whole or class by class."""
 
     def draw(shape: tuple[int, ...], size: int) -> np.ndarray:
         return rng.integers(-size, size, shape, endpoint=True)

@@ -118,7 +118,7 @@ def compare(
 
 
 def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
-    """Asserts that two programs are one function, as :func:`compare` finds it.
+    """Assert that two programs are one function, as :func:`compare` finds it.
 
     Args:
       f: the first program or Flax module.
@@ -143,7 +143,7 @@ def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
 
 
 def _trace(bound: BoundModel) -> Traced:
-    """The trace of a call, with its modules named."""
+    """Return the trace of a call, with its modules named."""
 
     def named(variables: Any, arrays: Any) -> Any:
         return bound.named(variables, arrays, lambda path: True)
@@ -232,7 +232,7 @@ def _compare(
 def _judged(
     found: Comparison, read: tuple[Read, Read], gradients: bool | None
 ) -> Comparison:
-    """The comparison with its verdict."""
+    """Return the comparison with its verdict."""
     failed = [array for array in found.arrays if not array.passed]
     if any(not array.unseen for array in failed):
         parts_at = None
@@ -264,7 +264,7 @@ def _unread(
     notes: Sequence[str],
     backend: str,
 ) -> Comparison:
-    """The comparison of programs that float64 cannot read."""
+    """Return the comparison of programs that float64 cannot read."""
     size = max((largest(y) for y in outputs), default=0.0)
     worst = max(differences, default=0.0)
     part = f", {worst / size:.1e} of the largest value" if size and worst else ""
@@ -349,7 +349,7 @@ def _beside_kinks(
 
 
 def _moved(array: Any) -> Any:
-    """An array moved by a thousandth; the same array always by the same."""
+    """Return an array moved by a thousandth; the same array always by the same."""
     if not jnp.issubdtype(array.dtype, jnp.floating):
         return array
     wide = np.asarray(array).astype(np.float64)

@@ -50,7 +50,7 @@ class BackgroundProgram:
         return self._future.result()
 
     def __call__(self, *args: Any) -> Any:
-        """Runs the program, on arguments like those that it was traced with."""
+        """Run the program, on arguments like those that it was traced with."""
         return self.compiled(*args)
 
 

@@ -64,7 +64,7 @@ def convolve(lhs: Any, rhs: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
 
 
 def _over_window(x: Any, w: Any, sizes: Any, strides: Any, dilation: Any) -> Any:
-    """One matmul for each place of the window."""
+    """Return one matmul for each place of the window."""
     y = jnp.zeros((x.shape[0], x.shape[1], w.shape[1], *sizes), x.dtype)
     if not y.size:
         return y
@@ -78,7 +78,7 @@ def _over_window(x: Any, w: Any, sizes: Any, strides: Any, dilation: Any) -> Any
 
 
 def _over_output(x: Any, w: Any, sizes: Any, strides: Any, dilation: Any) -> Any:
-    """One matmul for each place of the output."""
+    """Return one matmul for each place of the output."""
     groups, batch = x.shape[:2]
     matrix = w.reshape(groups, w.shape[1], -1)
     made = []

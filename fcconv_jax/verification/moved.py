@@ -13,7 +13,7 @@ MOVED = 3
 
 
 def moved_by_an_ulp(tree: Any, seed: int) -> Any:
-    """Each float of a tree up or down by one unit in the last place; zeros stay.
+    """Return each float of a tree up or down by one unit in the last place; zeros stay.
 
     Example:
       >>> moved = moved_by_an_ulp(np.ones(2, np.float32), 0)

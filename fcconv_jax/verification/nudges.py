@@ -92,7 +92,7 @@ def half_ulp(dtype: Any, values: Any) -> np.ndarray:
 
 
 def is_floating(array: Any) -> bool:
-    """Whether an array is of real floats."""
+    """Return whether an array is of real floats."""
     return jnp.issubdtype(array.dtype, jnp.floating)
 
 

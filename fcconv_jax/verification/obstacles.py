@@ -21,7 +21,7 @@ _MASKS = frozenset(
 
 
 def obstacles(jaxpr: Any) -> list[str]:
-    """Names what has no float64 reading in a trace, each kind once.
+    """Name what has no float64 reading in a trace, each kind once.
 
     Example:
       >>> import jax
@@ -58,7 +58,7 @@ def _looks_at_bits(eqn: Any) -> bool:
 
 
 def _comes_back(body: Any, var: Any) -> bool:
-    """Whether the bits of a float are only masked and made a float again."""
+    """Return whether the bits of a float are only masked and made a float again."""
     if var in body.outvars:
         return False
     uses = [eqn for eqn in body.eqns if var in eqn.invars]

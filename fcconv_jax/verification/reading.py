@@ -107,7 +107,7 @@ class Reading:
         seed: int = 0,
         consts: Sequence[Any] | None = None,
     ) -> tuple[list[Any], Named]:
-        """Runs it.
+        """Run it.
 
         Args:
           operands: the trace's inputs, in any precision, on any devices.
@@ -172,7 +172,7 @@ class _Reader:
         return wide if self.nudge is None else self.nudge.constant(wide, array)
 
     def run(self, body: Any, operands: Sequence[Any], consts: Iterable[Any]) -> list:
-        """Runs an open jaxpr."""
+        """Run an open jaxpr."""
         values: dict[Any, Any] = dict(zip(body.constvars, consts))
         values.update(zip(body.invars, operands, strict=True))
 
@@ -217,7 +217,7 @@ class _Reader:
         return bind_wide(eqn, ins, _Reader(None, wide=True))
 
     def _scan(self, eqn: Any, ins: list[Any], named: Named) -> Sequence[Any]:
-        """A scan that also stacks what its body names."""
+        """Return a scan that also stacks what its body names."""
         p = eqn.params
         first, carried = scan_parts(eqn)
         consts, carry = ins[:first], ins[first : first + carried]

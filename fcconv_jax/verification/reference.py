@@ -38,7 +38,7 @@ class Traced:
 
     @classmethod
     def of(cls, function: Callable[..., Any], *args: Any) -> Traced:
-        """Traces a function on arrays."""
+        """Trace a function on arrays."""
         jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
         return cls(jaxpr, jax.tree.leaves(args), jax.tree.structure(out))
 
@@ -72,7 +72,7 @@ class Reference:
         )
 
     def run(self, tell: Progress) -> tuple[Read, Read] | None:
-        """Runs both; None where that cannot be, see :attr:`unread`."""
+        """Run both; None where that cannot be, see :attr:`unread`."""
         for reading in self._readings:
             wanted, free = reading.bytes, free_memory()
             if wanted > free:

@@ -179,7 +179,7 @@ def explain(
 
 
 def _off(arrays: Sequence[Agreement]) -> float:
-    """The largest difference, as a part of the largest value of its array."""
+    """Return the largest difference, as a part of the largest value of its array."""
     failed = [array for array in arrays if not array.passed and not array.unseen]
     return max((array.difference / (array.scale or 1.0) for array in failed), default=0)
 
@@ -191,7 +191,7 @@ def _constants_of(pairs: Sequence[Pair]) -> list[Constant]:
 
 
 def all_passed(arrays: Sequence[Agreement]) -> bool:
-    """Whether all arrays agree."""
+    """Return whether all arrays agree."""
     return all(array.passed for array in arrays)
 
 
@@ -233,7 +233,7 @@ def key_bits(array: Any) -> np.ndarray:
 
 
 def _noise(pairs: Sequence[Pair], like: Results) -> Results:
-    """How far float64's own rounding may take each entry."""
+    """Return how far float64's own rounding may take each entry."""
     readings = _Readings(pairs, noisy=True)
     still = readings.run()
     worst = [[np.zeros(y.shape) for y in kind] for kind in like]
@@ -371,7 +371,7 @@ def _moved_tables(
 def _table_noise(
     readings: _Readings, mine: Results, theirs: Results, noise: Results
 ) -> Results:
-    """The noise, and how far the rounding of tables may take each entry."""
+    """Return the noise, and how far the rounding of tables may take each entry."""
     rng = np.random.default_rng(0)
     total = [[np.zeros(y.shape) for y in kind] for kind in mine]
     for _ in range(_TABLE_DRAWS):

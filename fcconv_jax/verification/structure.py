@@ -7,7 +7,7 @@ from .report import VerifyReport
 
 
 def structure_failures(report: VerifyReport, plan: Plan) -> list[str]:
-    """Names each backend whose two programs do not differ as the plan says.
+    """Name each backend whose two programs do not differ as the plan says.
 
     Counts operations in the StableHLO of both programs, before a compiler merges or
     rewrites any: for every layer of the plan, the converted program must ask for at

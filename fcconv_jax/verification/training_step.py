@@ -74,6 +74,6 @@ def gradient(call: Callable[..., Any], variables: Any, arrays: Any) -> Any:
 
 
 def has_gradients(params: Any) -> bool:
-    """Whether all params are floats."""
+    """Return whether all params are floats."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
     return all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)

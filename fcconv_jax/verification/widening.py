@@ -35,7 +35,7 @@ RESTATED = frozenset({*_SCATTERS, "reduce"})
 
 
 def widened(dtype: Any) -> Any:
-    """The dtype in which a dtype is read: float64, complex128, or the same.
+    """Return the dtype in which a dtype is read: float64, complex128, or the same.
 
     Example:
       >>> widened("bfloat16"), widened("int32")
@@ -100,7 +100,7 @@ def _scatter(eqn: Any, ins: list[Any]) -> Any:
 
 
 def _reduce(eqn: Any, ins: list[Any], run: Run) -> Sequence[Any]:
-    """A reduction by the program's own code."""
+    """Return a reduction by the program's own code."""
     count = len(ins) // 2
 
     def computation(xs: Any, ys: Any) -> Any:

@@ -15,7 +15,7 @@ RULES: dict[str, Rule] = {}
 
 
 def rule(*names: str) -> Callable[[Rule], Rule]:
-    """Registers a function as the rule of these primitives."""
+    """Register a function as the rule of these primitives."""
 
     def register(function: Rule) -> Rule:
         RULES.update(dict.fromkeys(names, function))
@@ -39,14 +39,14 @@ class Builder:
         dtype: Any = None,
         **attrs: Any,
     ) -> Value:
-        """Appends an operation and returns what it makes."""
+        """Append an operation and return its output."""
         dtype = np.dtype(inputs[0].dtype if dtype is None else dtype)
         out = Value(tuple(map(int, shape)), dtype)
         self.nodes.append(Node(op, list(inputs), [out], attrs))
         return out
 
     def reshape(self, x: Value, shape: Sequence[int]) -> Value:
-        """A reshape; none where the shape stays, and at once of a constant."""
+        """Append a reshape, unless the shape stays or the value is a constant."""
         shape = tuple(map(int, shape))
         if shape == x.shape:
             return x
@@ -55,7 +55,7 @@ class Builder:
         return self.add("reshape", [x], shape)
 
     def transpose(self, x: Value, perm: Sequence[int]) -> Value:
-        """A transpose; none where the order stays, and at once of a constant."""
+        """Append a transpose, unless the order stays or the value is a constant."""
         perm = tuple(map(int, perm))
         if perm == tuple(range(len(perm))):
             return x
@@ -70,7 +70,7 @@ class Builder:
         stop: Sequence[int],
         steps: Sequence[int] | None = None,
     ) -> Value:
-        """A slice with a step along each axis."""
+        """Append a slice with a step along each axis."""
         details = tuple(start), tuple(stop), tuple(steps or [1] * len(x.shape))
         if x.data is not None:
             return x.moved("slice", *details)

@@ -121,7 +121,7 @@ def _dense(
 def _matrix(
     low: Builder, x: Value, batch: Sequence[int], contracted: Sequence[int]
 ) -> tuple[Value, bool, list[int]]:
-    """An operand as ``(*batch, rows, summed)``, or with the last two swapped.
+    """Arrange an operand as ``(*batch, rows, summed)``, or with the last two swapped.
 
     Returns:
       The operand, whether they are swapped, and the sizes of the rows' axes.

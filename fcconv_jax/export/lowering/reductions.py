@@ -56,7 +56,7 @@ def _pool(low: Builder, eqn: Any, x: Value) -> Value:
 def _pool_axes(
     low: Builder, x: Value, axes: list[int], windows: list[Any], maximum: bool
 ) -> Value:
-    """A pool along one or two axes, on an image of them."""
+    """Append a pool along one or two axes."""
     others = [i for i in range(len(x.shape)) if i not in axes]
     # vmap leaves axes of one for every example: they would make poor channels.
     channels = [i for i in reversed(others) if x.shape[i] > 1] or others[::-1]

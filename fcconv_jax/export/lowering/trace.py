@@ -89,11 +89,11 @@ class Lowering(Builder):
         return [made] if isinstance(made, Value) else list(made)
 
     def run(self, jaxpr: Any, values: Sequence[Value]) -> list[Value]:
-        """Walks a jaxpr."""
+        """Walk a jaxpr."""
         return [as_value(v) for v in evaluate(jaxpr, values, self.visit)]
 
     def _unrolled(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
-        """A loop, written out."""
+        """Unroll a loop."""
         length, jaxpr = eqn.params["length"], eqn.params["jaxpr"]
         consts, carried = scan_parts(eqn)
         fixed, carry = values[:consts], list(values[consts : consts + carried])
@@ -126,7 +126,7 @@ def lower(
     output_names: Sequence[str],
     unroll: int = 0,
 ) -> Graph:
-    """The graph of a closed jaxpr.
+    """Return the graph of a closed jaxpr.
 
     Args:
       jaxpr: takes the parameters, then the inputs.
@@ -188,7 +188,7 @@ def lower(
 
 
 def as_value(operand: Any) -> Value:
-    """A value, or a number of the trace as one."""
+    """Return a value, or a number of the trace as one."""
     if isinstance(operand, Value):
         return operand
     if _is_key(operand):

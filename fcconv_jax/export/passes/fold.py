@@ -114,7 +114,7 @@ def _same_last(view: Node) -> bool:
 
 
 def _round(node: Node, folded: Folded) -> None:
-    """Puts the folded kernel and bias into a layer."""
+    """Put the folded kernel and bias into a layer."""
     kernel, bias = node.inputs[1], node.inputs[2] if len(node.inputs) > 2 else None
     assert kernel.data is not None
     if bias is not None and bias.source is None:

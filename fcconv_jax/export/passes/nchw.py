@@ -19,7 +19,7 @@ _IMAGES = ("conv", "pool_max", "pool_mean")
 
 
 def to_nchw(graph: Graph) -> Graph:
-    """Rewrites a graph in place; images of ``conv`` and ``pool_*`` are NCHW then."""
+    """Rewrite a graph in place; images of ``conv`` and ``pool_*`` are NCHW then."""
     _surround(graph)
     _expand_adjoints(graph)
     passes: tuple[Callable[[Graph], bool], ...] = (
@@ -68,7 +68,7 @@ def _surround(graph: Graph) -> None:
 
 
 def _expand_adjoints(graph: Graph) -> None:
-    """Says the swapped operands of products as transposes, which others may take up."""
+    """Express swapped operands of products as transposes, which may cancel."""
     nodes: list[Node] = []
     for node in graph.nodes:
         if node.op == "matmul":
@@ -90,7 +90,7 @@ def _expand_adjoints(graph: Graph) -> None:
 
 
 def sink_transposes(graph: Graph) -> bool:
-    """Moves transposes behind the operations that work in any order of axes."""
+    """Move transposes behind the operations that work in any order of axes."""
     makers, changed = graph.producers(), False
     for node in list(graph.nodes):
         perm = _common(node, makers)
@@ -110,7 +110,7 @@ def sink_transposes(graph: Graph) -> bool:
 
 
 def _common(node: Node, makers: dict[Value, Node]) -> tuple[int, ...] | None:
-    """The one permutation that all operands of an operation went through."""
+    """Return the one permutation that all operands of an operation went through."""
     perms = set()
     for value in node.inputs:
         if value.data is not None:
@@ -169,7 +169,7 @@ def _moved(
 
 
 def _as_rows(node: Node, makers: dict[Value, Node]) -> bool:
-    """Whether a convolution is better said on rows of pixels than on channels.
+    """Return whether a convolution is better said on rows of pixels than on channels.
 
     The width and the channels of a row are one axis in memory: a window as wide as its
     stride, or as the image, is the same convolution on one channel with ``k * C``

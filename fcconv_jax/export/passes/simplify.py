@@ -12,7 +12,7 @@ from .views import delay_views, drop_broadcasts, join_views, keep_dims, share_vi
 
 
 def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
-    """Runs all passes, in place, until nothing changes."""
+    """Run all passes, in place, until nothing changes."""
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
         drop_broadcasts,
@@ -36,7 +36,7 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
 
 
 def add_biases(graph: Graph) -> bool:
-    """Gives a layer the constant that is added to each of its outputs' features."""
+    """Give a layer the constant that is added to its outputs' features."""
     makers, uses, changed = graph.producers(), graph.uses(), False
     for node in graph.nodes:
         if node.op != "add":
@@ -76,7 +76,7 @@ def _covers(bias: tuple[int, ...], y: tuple[int, ...], features: int) -> bool:
 
 
 def _name_layers(graph: Graph) -> None:
-    """Names each layer by the path of its kernel's module; a second use by number."""
+    """Name each layer by the path of its kernel's module; a second use by number."""
     seen: dict[str, int] = {}
     for node in graph.linear():
         weight = node.weight

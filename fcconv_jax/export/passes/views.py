@@ -18,7 +18,7 @@ _BROADCASTING = ELEMENTWISE - FUSED - {"cast"}
 
 
 def join_views(graph: Graph) -> bool:
-    """Each chain of reshapes and transposes, as short as it can be."""
+    """Return each chain of reshapes and transposes, as short as it can be."""
     makers, changed = graph.producers(), False
     uses = graph.uses()
     for node in list(graph.nodes):
@@ -55,7 +55,7 @@ def join_views(graph: Graph) -> bool:
 def shortest(
     root: Value, chain: Sequence[Node]
 ) -> list[tuple[str, tuple[int, ...]]] | None:
-    """Reshapes and transposes that do what a chain of them does to its first input.
+    """Return reshapes and transposes with the effect of a chain of them.
 
     Returns:
       Pairs of the operation and the new shape or the permutation; None where a reshape
@@ -113,7 +113,7 @@ def _with_ones(stored, factors, axes):
 
 
 def _alike(short: Sequence[tuple[str, tuple[int, ...]]], chain: list[Node]) -> bool:
-    """Whether a chain is as short as it can be, to the shapes in between."""
+    """Return whether a chain is as short as it can be, to the shapes in between."""
     have = [
         (n.op, n.out.shape if n.op == "reshape" else n.attrs["perm"])
         for n in chain[::-1]
@@ -122,7 +122,7 @@ def _alike(short: Sequence[tuple[str, tuple[int, ...]]], chain: list[Node]) -> b
 
 
 def share_views(graph: Graph) -> bool:
-    """One view where there are several alike of the same value."""
+    """Merge equal views of a value."""
     seen: dict[tuple[object, ...], Value] = {}
     changed = False
     for node in list(graph.nodes):
@@ -137,7 +137,7 @@ def share_views(graph: Graph) -> bool:
 
 
 def delay_views(graph: Graph) -> bool:
-    """Puts relu and its like before a view: next to the layer that they follow."""
+    """Put relu and its like before a view: next to the layer that they follow."""
     makers, uses, changed = graph.producers(), graph.uses(), False
     for node in graph.nodes:
         if node.op not in UNARY | FUSED:
@@ -160,7 +160,7 @@ def delay_views(graph: Graph) -> bool:
 
 
 def drop_broadcasts(graph: Graph) -> bool:
-    """Leaves to elementwise operations what they do themselves: to repeat entries."""
+    """Leave to elementwise operations what they do themselves: to repeat entries."""
     makers, changed = graph.producers(), False
     for node in graph.nodes:
         if node.op not in _BROADCASTING:
@@ -178,7 +178,7 @@ def drop_broadcasts(graph: Graph) -> bool:
 
 
 def keep_dims(graph: Graph) -> bool:
-    """A reduction that keeps its axes, where a reshape puts them back."""
+    """Return a reduction that keeps its axes, where a reshape puts them back."""
     uses, makers, changed = graph.uses(), graph.producers(), False
     for node in graph.nodes:
         maker = makers.get(node.inputs[0]) if node.op == "reshape" else None

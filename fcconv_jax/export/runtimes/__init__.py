@@ -59,7 +59,7 @@ class Runtime:
 
 @functools.cache
 def runtimes() -> Mapping[str, Runtime]:
-    """Every runtime by its name.
+    """Return every runtime by its name.
 
     Example:
       >>> sorted(runtimes())
@@ -71,7 +71,7 @@ def runtimes() -> Mapping[str, Runtime]:
 
 
 def runtime_of(path: Path, name: str | None = None) -> Runtime:
-    """The runtime of a file.
+    """Return the runtime of a file.
 
     Args:
       path: whose suffix decides.

@@ -40,7 +40,7 @@ def write_program(
     record: Record,
     path: Path,
 ) -> list[str]:
-    """Compiles a model for this machine's processor, its params as arguments.
+    """Compile a model for this machine's processor, its params as arguments.
 
     Args:
       call: takes variables and a list of the inputs.
@@ -88,7 +88,7 @@ def _stablehlo(function: Callable[..., Any], shapes: Sequence[Any]) -> str:
 
 
 def compiled(text: str) -> bytes:
-    """A module of a program's StableHLO."""
+    """Return a module of a program's StableHLO."""
     room = require("iree.compiler", "iree", "an IREE module (.vmfb)")
     try:
         return room.compile_str(
@@ -136,7 +136,7 @@ class IreeFile(Shipped):
         loaded(self.content)
 
     def record(self) -> Record | None:
-        """The file's own record."""
+        """Return the file's own record."""
         text = self.about.get("record")
         return None if text is None else Record.from_json(text)
 
@@ -147,21 +147,21 @@ class IreeFile(Shipped):
         return digest(self.content, json.dumps(about).encode(), *arrays)
 
     def ops(self) -> Mapping[str, int]:
-        """How many operations were handed to IREE."""
+        """Return how many operations were handed to IREE."""
         found = Counter(self.about.get("ops", ()))
         del found["constant"]
         return found
 
     def constants(self) -> Sequence[np.ndarray]:
-        """Every parameter."""
+        """Return every parameter."""
         return list(self.params.values())
 
     def output_names(self) -> Sequence[str]:
-        """The outputs."""
+        """Return the outputs."""
         return self.about.get("outputs", [])
 
     def layers(self) -> Sequence[ShippedLayer]:
-        """The layers of the record, with the params beside the module."""
+        """Return the layers of the record, with the params beside the module."""
         record, found = self.record(), []
         for layer in record.layers if record else ():
             kernel, bias = expected(layer, self.params)
@@ -174,7 +174,7 @@ class IreeFile(Shipped):
     def run_layer(
         self, layer: Layer, x: np.ndarray, kernel: np.ndarray, bias: np.ndarray | None
     ) -> np.ndarray:
-        """Runs one layer, compiled alone with the same flags."""
+        """Run one layer, compiled alone with the same flags."""
         given = [x, kernel] if bias is None else [x, kernel, bias]
         given = [np.ascontiguousarray(array, np.float32) for array in given]
         if layer.name not in self._compiled:
@@ -184,11 +184,11 @@ class IreeFile(Shipped):
         return self._compiled[layer.name](*given)[0]
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs the whole module on its params."""
+        """Run the whole module on its params."""
         return loaded(self.content)(*self.params.values(), *inputs)
 
     def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
-        """One run of the whole module, to be timed."""
+        """Return one run of the whole module, to be timed."""
         run, params = loaded(self.content), list(self.params.values())
         return lambda: run(*params, *inputs)
 
@@ -198,7 +198,7 @@ class IreeFile(Shipped):
 
 
 def loaded(content: bytes) -> Callable[..., list[np.ndarray]]:
-    """A module's main function, on NumPy arrays."""
+    """Return a module's main function, on NumPy arrays."""
     room = require("iree.runtime", "iree", "running an IREE module (.vmfb)")
     context = room.SystemContext(config=room.Config("local-sync"))
     module = room.VmModule.copy_buffer(context.instance, content)
@@ -214,7 +214,7 @@ def loaded(content: bytes) -> Callable[..., list[np.ndarray]]:
 
 
 def _as_jax(layer: Layer, x: Any, kernel: Any, bias: Any = None) -> Any:
-    """A layer as JAX has it."""
+    """Return a layer as JAX has it."""
     options = layer.options
     if layer.op == "conv":
         y = lax.conv_general_dilated(

@@ -50,7 +50,7 @@ def _openvino() -> Any:
 
 
 def write(graph: Graph, record: Record, path: Path) -> None:
-    """Writes a graph as an .xml file and the .bin with its weights beside it.
+    """Write a graph as an .xml file and the .bin with its weights beside it.
 
     Args:
       graph: what to write; it is rewritten.
@@ -106,7 +106,7 @@ class OpenVinoFile(Shipped):
         self.core.compile_model(self.model, "CPU", self.config)
 
     def record(self) -> Record | None:
-        """The file's own record."""
+        """Return the file's own record."""
         if not self.model.has_rt_info([RECORD]):
             return None
         return Record.from_json(self.model.get_rt_info([RECORD]).value)
@@ -121,12 +121,12 @@ class OpenVinoFile(Shipped):
         return digest(text.encode(), weights.read_bytes() if weights.exists() else b"")
 
     def ops(self) -> Mapping[str, int]:
-        """How many operations there are of each kind; constants are none."""
+        """Return how many operations there are of each kind; constants are none."""
         kinds = (op.get_type_name() for op in self.model.get_ordered_ops())
         return Counter(k for k in kinds if k not in ("Constant", "Parameter", "Result"))
 
     def constants(self) -> Sequence[np.ndarray]:
-        """Every constant."""
+        """Return every constant."""
         return [
             op.data
             for op in self.model.get_ordered_ops()
@@ -134,7 +134,7 @@ class OpenVinoFile(Shipped):
         ]
 
     def output_names(self) -> Sequence[str]:
-        """The outputs."""
+        """Return the outputs."""
         return [sorted(out.get_names())[0] for out in self.model.outputs]
 
     def products(self) -> Sequence[str]:
@@ -146,7 +146,7 @@ class OpenVinoFile(Shipped):
         ]
 
     def layers(self) -> Sequence[ShippedLayer]:
-        """The operations of a weight."""
+        """Return the operations of a weight."""
         found = []
         for name, op in self._named(self.model).items():
             kind, side = op.get_type_name(), _side(op)
@@ -164,7 +164,7 @@ class OpenVinoFile(Shipped):
         return found
 
     def _named(self, model: Any) -> dict[str, Any]:
-        """The operations of a weight by their layer.
+        """Return the operations of a weight by their layer.
 
         OpenVINO calls what comes last by the output's name: that is the one layer that
         no other operation is called by.
@@ -183,7 +183,7 @@ class OpenVinoFile(Shipped):
         kernel: np.ndarray,
         bias: np.ndarray | None,
     ) -> np.ndarray:
-        """Runs one operation, cut out of the file, with other numbers in it."""
+        """Run one operation, cut out of the file, with other numbers in it."""
         ov = _openvino()
         model = self._load()  # a copy: what is cut is changed
         op = self._named(model).get(layer.name)
@@ -235,18 +235,18 @@ class OpenVinoFile(Shipped):
         return [np.array(found[out]) for out in compiled.outputs]
 
     def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
-        """One run of the whole file, to be timed."""
+        """Return one run of the whole file, to be timed."""
         compiled = self.core.compile_model(self.model, "CPU", self.config)
         request = compiled.create_infer_request()
         given = [np.ascontiguousarray(x) for x in inputs]
         return lambda: request.infer(given) and None
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs the whole file."""
+        """Run the whole file."""
         return self._run(self.model, inputs)
 
     def remarks(self, record: Record) -> list[str]:
-        """Whether the runtime lowers the precision if it is left to itself."""
+        """Return whether the runtime lowers the precision if it is left to itself."""
         own = OpenVinoFile(self.path, hint=None)
         half = {x.name for x in self.layers() if x.kernel.dtype.itemsize < 4}
         for layer in record.layers:
@@ -279,7 +279,7 @@ def _constant(op: Any, side: int) -> Any:
 
 
 def _side(op: Any) -> int | None:
-    """Which operand is the weight."""
+    """Return which operand is the weight."""
     sides = (1, 0) if op.get_type_name() == "MatMul" else (1,)
     for side in sides:
         if _constant(op, side).get_type_name() == "Constant":
@@ -311,7 +311,7 @@ def _adjoint(options: Mapping[str, Any], side: int) -> bool:
 
 
 def _is_rows(kernel: np.ndarray, kind: str, shape: Sequence[int]) -> bool:
-    """Whether a kernel takes the channels of a row as columns."""
+    """Return whether a kernel takes the channels of a row as columns."""
     if kind != "Convolution" or len(shape) != 4 or kernel.shape[1] != 1:
         return False
     h, w, c, _ = shape
@@ -327,7 +327,7 @@ def _canonical(kernel: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarra
 
 
 def _label(op: Any) -> str:
-    """An operation's name, without what keeps names apart."""
+    """Return an operation's name, without what keeps names apart."""
     return op.get_friendly_name().partition("@")[0]
 
 

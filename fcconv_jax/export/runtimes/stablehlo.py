@@ -49,7 +49,7 @@ def write_program(
     record: Record,
     path: Path,
 ) -> list[str]:
-    """Writes a model with its params as constants.
+    """Write a model with its params as constants.
 
     Args:
       call: takes variables and a list of the inputs.
@@ -131,7 +131,7 @@ class StableHloFile(Shipped):
         """Nothing more: JAX has read the whole file already."""
 
     def record(self) -> Record | None:
-        """The file's own record."""
+        """Return the file's own record."""
         text = self.about.get("record")
         return None if text is None else Record.from_json(text)
 
@@ -140,13 +140,13 @@ class StableHloFile(Shipped):
         return digest(self.program, json.dumps(self.output_names()).encode())
 
     def ops(self) -> Mapping[str, int]:
-        """How many operations there are of each kind; constants are none."""
+        """Return how many operations there are of each kind; constants are none."""
         found = Counter(re.findall(r"= stablehlo\.(\w+)", self.text))
         del found["constant"]
         return found
 
     def constants(self) -> Sequence[np.ndarray]:
-        """Every constant of a dtype that params have."""
+        """Return every constant of a dtype that params have."""
         found = []
         for match in _CONSTANT.finditer(self.text):
             *sizes, kind = match["type"].split("x")
@@ -156,7 +156,7 @@ class StableHloFile(Shipped):
         return found
 
     def output_names(self) -> Sequence[str]:
-        """The outputs."""
+        """Return the outputs."""
         return self.about.get("outputs", [])
 
     def layers(self) -> Sequence[ShippedLayer]:
@@ -164,12 +164,12 @@ class StableHloFile(Shipped):
         return []
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs the whole file on JAX's default device."""
+        """Run the whole file on JAX's default device."""
         outs = self.exported.call(*inputs)
         return [np.asarray(y) for y in jax.tree.leaves(outs)]
 
     def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
-        """One run of the whole file, to be timed."""
+        """Return one run of the whole file, to be timed."""
         run = jax.jit(self.exported.call)
         return lambda: run(*inputs)
 
@@ -182,7 +182,7 @@ class StableHloFile(Shipped):
 
 
 def _parsed(data: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
-    """The entries of a constant as MLIR prints it."""
+    """Return the entries of a constant as MLIR prints it."""
     if data.startswith('"0x'):
         array = np.frombuffer(bytes.fromhex(data[3:-1]), dtype)
     else:

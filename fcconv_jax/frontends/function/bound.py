@@ -29,7 +29,7 @@ class BoundFunction(BoundModel):
 
     @classmethod
     def planned(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
-        """The params come first."""
+        """Bind the first argument as the params."""
         if not args:
             raise TypeError(
                 "Expected the params that the function takes first, got no arguments. "
@@ -39,14 +39,14 @@ class BoundFunction(BoundModel):
 
     @classmethod
     def on_crops(cls, model: Any) -> OnCrops:
-        """The function itself; its params are the caller's."""
+        """Return the function itself; its params are the caller's."""
         return OnCrops(model)
 
     @classmethod
     def convert_model(
         cls, model: Any, plan: Plan, inplace: bool = False
     ) -> ConvertedFunction:
-        """The function in the plan's form.
+        """Return the function in the plan's form.
 
         Raises:
           TypeError: ``inplace``: a function holds no parameters.

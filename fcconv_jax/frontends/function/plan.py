@@ -32,7 +32,7 @@ def plan_function(
 
 
 def _unweighted(traced: Traced, to: Form) -> dict[str, str]:
-    """The matmuls of no parameter, numbered in the order of the program."""
+    """Return the matmuls of no parameter, numbered in the order of the program."""
     kind = "dot_general" if to == "conv" else "conv_general_dilated"
     left: dict[str, str] = {}
     counts: dict[str, int] = {}

@@ -22,7 +22,7 @@ active: Collection[Any] = getattr(nn.module, "_global_interceptor_stack", ())
 
 @contextlib.contextmanager
 def intercepting(interceptor: nn.module.Interceptor, key: Hashable) -> Iterator[None]:
-    """Runs Flax methods through ``interceptor``, with jit caches of their own.
+    """Run Flax methods through ``interceptor``, with jit caches of their own.
 
     Args:
       interceptor: as for ``flax.linen.intercept_methods``.

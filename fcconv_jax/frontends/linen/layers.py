@@ -39,12 +39,12 @@ def layer_kind(context: nn.module.InterceptorContext) -> str | None:
 
 
 def module_path(module: nn.Module) -> str:
-    """Where the module's parameters are: ``"encoder/layer_0/Dense_0"``."""
+    """Return the path of the module's parameters: ``"encoder/layer_0/Dense_0"``."""
     return "/".join(module.path)
 
 
 def is_lifted(module: nn.Module) -> bool:
-    """Whether the module runs below a lifted transform, which may add axes."""
+    """Return whether the module runs below a lifted transform, which may add axes."""
     return module.scope is not None and bool(module.scope.root.debug_path)
 
 
@@ -55,7 +55,7 @@ def below_map_variables(module: nn.Module) -> bool:
 
 
 def in_a_branch(module: nn.Module) -> bool:
-    """Whether the module runs in one branch of ``nn.cond`` or ``nn.switch``."""
+    """Return whether the module runs in one branch of ``nn.cond`` or ``nn.switch``."""
     path = () if module.scope is None else module.scope.debug_path
     return any(part.startswith(("cond(", "switch(")) for part in path)
 
@@ -97,7 +97,7 @@ class OwnCalls:
 
     @contextlib.contextmanager
     def enter(self, module: nn.Module) -> Iterator[bool]:
-        """Runs a call; gives whether the module's parameters are the model's own."""
+        """Run a call; return whether the module's parameters are the model's own."""
         scope = module.scope
         if scope is None:  # a method of an unbound module, which has no parameters
             yield False

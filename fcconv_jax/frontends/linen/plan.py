@@ -138,7 +138,7 @@ def plan_linen(
     method: Any,
     kwargs: Mapping[str, Any],
 ) -> Plan:
-    """The plan of a linen model; see :func:`fcconv_jax.make_plan`."""
+    """Return the plan of a linen model; see :func:`fcconv_jax.make_plan`."""
     if rngs is None:
         rngs = jax.eval_shape(jax.random.key, 0)  # any key: nothing is computed
     names, variables = _init(model, inputs, rngs, method, kwargs)
@@ -179,7 +179,7 @@ def _init(
     method: Any,
     kwargs: Mapping[str, Any],
 ) -> tuple[_Names, Any]:
-    """The model's modules, and the shapes of its variables in boxes."""
+    """Return the model's modules, and the shapes of its variables in boxes."""
     names = _Names()
     arrays, static = arguments.split((rngs, tuple(inputs), dict(kwargs)))
 
@@ -224,7 +224,7 @@ def _trace(
 
 
 def _stored(params: Any) -> dict[str, Any]:
-    """The stored parameters by path, still in their boxes."""
+    """Return the stored parameters by path, still in their boxes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
     )
@@ -249,7 +249,7 @@ def _own(
     layers: Mapping[str, Layer],
     owners: Mapping[str, type],
 ) -> dict[str, Own]:
-    """The parameters of two or more axes that no layer of Flax reads."""
+    """Return the parameters of two or more axes that no layer of Flax reads."""
     known = {f"{path}/{n}".lstrip("/") for path in layers for n in ("kernel", "bias")}
     own = {}
     for leaf, box in params.items():
@@ -265,7 +265,7 @@ def _own(
 
 
 def _without_stack_axes(variables: Any) -> Any:
-    """The variables as the model made them."""
+    """Return the variables as the model made them."""
     return jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, _StackAxes) else leaf,
         variables,

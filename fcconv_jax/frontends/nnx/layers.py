@@ -20,24 +20,24 @@ KINDS_BY_CLASS = {cls: kind for kind, cls in KINDS.items()}
 
 
 def layer_kind(module: Any) -> str | None:
-    """The kind of linear layer that a module is, exactly; a subclass is none."""
+    """Return the class of linear layer that a module is, subclasses excluded."""
     return KINDS_BY_CLASS.get(type(module))
 
 
 def path_text(path: tuple[Any, ...]) -> str:
-    """A path in the graph as text: ``"blocks/0/fc1"``."""
+    """Return a path in the graph as text: ``"blocks/0/fc1"``."""
     return "/".join(map(str, path))
 
 
 def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
-    """Every module below and including the model, once, with its first path."""
+    """Yield every module below and including the model, once, with its first path."""
     for path, node in nnx.iter_graph(model, graph=True):
         if isinstance(node, nnx.Module):
             yield path_text(path), node
 
 
 def variables(model: Any) -> dict[str, nnx.Variable]:
-    """Every Variable of a model once, by its first path, as its state has it."""
+    """Return every Variable of a model once, by its first path, as its state has it."""
     return {
         path_text(path): node
         for path, node in nnx.iter_graph(model, graph=True)
@@ -69,7 +69,7 @@ def dense_axes(layer: Any, ndim: int) -> DenseAxes:
 
 
 def kernel_split(layer: Any) -> tuple[int, int, int]:
-    """How the axes of a layer's kernel divide.
+    """Return how the axes of a layer's kernel divide.
 
     Returns:
       How many the activation's batch has, too, how many are features, and how many
@@ -84,7 +84,7 @@ def kernel_split(layer: Any) -> tuple[int, int, int]:
 
 
 def obstacle(layer: Any) -> str | None:
-    """Why a layer computes something else than it says, if so."""
+    """Return why a layer computes something else than it says, if so."""
     name = type(layer).__name__
     for field, default in (
         ("dot_general", lax.dot_general),
@@ -115,5 +115,5 @@ def obstacle(layer: Any) -> str | None:
 
 
 def bias_of(layer: Any) -> Any:
-    """The bias's value, or None."""
+    """Return the bias's value, or None."""
     return None if layer.bias is None else layer.bias.get_value()

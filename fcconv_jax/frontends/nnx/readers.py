@@ -40,7 +40,7 @@ class Readers:
         variables: Mapping[str, nnx.Variable],
         to: Form,
     ) -> Readers:
-        """Collects the reads from a trace in which layers name theirs."""
+        """Collect the reads from a trace in which layers name theirs."""
         matmuls = traced.matmuls()
         reads: dict[str, list[tuple[str, bool]]] = {}
         for path, each in matmuls.items():
@@ -55,7 +55,7 @@ class Readers:
         )
 
     def blocked(self) -> dict[str, str]:
-        """The layers that cannot convert as layers, each with the reason.
+        """Return the layers that cannot convert as layers, each with the reason.
 
         Layers that share a parameter with one of them cannot either.
         """
@@ -75,7 +75,7 @@ class Readers:
         return found
 
     def _check(self, layer: Layer) -> None:
-        """Refuses a layer whose parameters are not its own alone.
+        """Refuse a layer whose parameters are not its own alone.
 
         Raises:
           LeftError: something else reads them, or changes them before.
@@ -101,7 +101,7 @@ class Readers:
             raise LeftError("its kernel and its bias are stacked differently")
 
     def leave_tied(self, planned: dict[str, LayerPlan], left: dict[str, str]) -> None:
-        """Leaves layers alone whose parameters another layer needs as they are."""
+        """Skip layers whose parameters another layer needs in their form."""
         tied: dict[str, dict[str, str]] = {}
         for path, layer in self.layers.items():
             for leaf, name in layer.leaves.items():
@@ -127,7 +127,7 @@ class Readers:
 
 
 def _why_unlike(layer: Layer, matmul: Matmul) -> str:
-    """Why a matmul of a layer does not read the kernel as it is stored."""
+    """Return why a matmul of a layer does not read the kernel as it is stored."""
     for axis in range(1, len(layer.shape)):
         other = dataclasses.replace(layer, stack=(axis,))
         if len(layer.stack) == 1 and layer_call(other, matmul, 0) is not None:

@@ -64,7 +64,7 @@ class CoreMlFile(Shipped):
         """Nothing more: Core ML does not run here, coremltools has read the package."""
 
     def record(self) -> Record | None:
-        """The file's own record."""
+        """Return the file's own record."""
         text = self.model.user_defined_metadata.get(RECORD)
         return None if text is None else Record.from_json(text)
 
@@ -79,18 +79,18 @@ class CoreMlFile(Shipped):
         return digest(*parts)
 
     def ops(self) -> Mapping[str, int]:
-        """How many operations there are of each kind; constants are none."""
+        """Return how many operations there are of each kind; constants are none."""
         found = Counter(op.op_type for op in self.operations)
         del found["const"], found["identity"]
         return found
 
     def constants(self) -> Sequence[np.ndarray]:
-        """Every constant."""
+        """Return every constant."""
         found = [op.outputs[0].val for op in self.operations if op.op_type == "const"]
         return [array for array in found if isinstance(array, np.ndarray)]
 
     def output_names(self) -> Sequence[str]:
-        """The outputs."""
+        """Return the outputs."""
         return [var.name for var in self.program.functions["main"].outputs]
 
     def products(self) -> Sequence[str]:
@@ -109,7 +109,7 @@ class CoreMlFile(Shipped):
         return found
 
     def _linear(self) -> list[Any]:
-        """The operations of a weight, in the order in which they run."""
+        """Return the operations of a weight, in the order in which they run."""
         return [
             op
             for op in self.operations
@@ -172,6 +172,6 @@ def _shipped(op: Any, name: str, layer: Layer | None) -> ShippedLayer:
 
 
 def _is_rows(kernel: np.ndarray, layer: Layer) -> bool:
-    """Whether a kernel takes the channels of a row as columns."""
+    """Return whether a kernel takes the channels of a row as columns."""
     h, w, c, _ = layer.kernel_shape
     return c > 1 and kernel.shape[1:] == (1, h, w * c)

@@ -68,7 +68,7 @@ _REDUCTIONS = {
 
 
 def write(graph: Graph, record: Record, path: Path) -> None:
-    """Writes a graph as an .mlpackage, its images channel-first.
+    """Write a graph as an .mlpackage, its images channel-first.
 
     Args:
       graph: what to write; it is rewritten.
@@ -130,7 +130,7 @@ class _Writer:
             self.made[node.out] = self.emit(node)
 
     def unique(self, name: str) -> str:
-        """A name that Core ML takes, and that is not used yet."""
+        """Return a name that Core ML takes, and that is not used yet."""
         plain = "".join(c if c.isalnum() else "_" for c in name)
         count = self.names[plain] = self.names.get(plain, -1) + 1
         return plain if not count else f"{plain}__{count}"
@@ -139,7 +139,7 @@ class _Writer:
         return self.mb.identity(x=self.made[value], name=self.unique(name))
 
     def value(self, value: Value) -> Any:
-        """A value, or a constant's entries."""
+        """Return a value, or a constant's entries."""
         if value.data is None:
             return self.made[value]
         return self.constant(value, value.data)

@@ -64,14 +64,14 @@ class Builder:
         self.names: dict[str, int] = {}
 
     def buffer(self, data: bytes) -> int:
-        """The index of a new buffer."""
+        """Return the index of a new buffer."""
         buffer = self.s.BufferT()
         buffer.data = np.frombuffer(data, np.uint8)
         self.buffers.append(buffer)
         return len(self.buffers) - 1
 
     def tensor(self, value: Value, name: str = "") -> int:
-        """The index of a value's tensor, made on first use."""
+        """Return the index of a value's tensor, made on first use."""
         if value in self.known:
             return self.known[value]
         return self._tensor(value, value, name)
@@ -104,7 +104,7 @@ class Builder:
         return self.known[key]
 
     def constant(self, data: Any, dtype: Any = np.int32, name: str = "") -> int:
-        """The index of a constant's tensor; equal small ones share one."""
+        """Return the index of a constant's tensor; equal small ones share one."""
         array = np.asarray(data, dtype)
         key = (array.shape, str(array.dtype), array.tobytes())
         if key in self.known:
@@ -113,7 +113,7 @@ class Builder:
         return self._tensor(key, value, name or "constant")
 
     def arranged(self, value: Value, move: Any, tag: str) -> int:
-        """The index of a weight's tensor, laid out as an operation wants it."""
+        """Return the index of a weight's tensor, laid out as an operation wants it."""
         key = (value, tag)
         if key in self.known:
             return self.known[key]
@@ -124,7 +124,7 @@ class Builder:
         return self._tensor(key, laid, name or "weight")
 
     def code(self, name: str) -> int:
-        """The index of an operator's code."""
+        """Return the index of an operator's code."""
         number = getattr(self.s.BuiltinOperator, name)
         for index, code in enumerate(self.codes):
             if code.builtinCode == number:
@@ -143,7 +143,7 @@ class Builder:
         kind: str | None = None,
         **options: Any,
     ) -> None:
-        """Appends an operator."""
+        """Append an operator."""
         operator = self.s.OperatorT()
         operator.opcodeIndex = self.code(name)
         operator.inputs = list(inputs)
@@ -157,5 +157,5 @@ class Builder:
         self.operators.append(operator)
 
     def activation(self, name: str) -> int:
-        """The number of a fused activation."""
+        """Return the number of a fused activation."""
         return getattr(self.s.ActivationFunctionType, name or "NONE")

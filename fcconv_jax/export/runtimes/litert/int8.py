@@ -125,7 +125,7 @@ def check(
     leaves: Mapping[str, np.ndarray],
     examples: Sequence[Sequence[np.ndarray]],
 ) -> Int8Check:
-    """Holds an int8 file against the parameters and against the float file.
+    """Hold an int8 file against the parameters and against the float file.
 
     Args:
       quantized: the int8 file.
@@ -167,7 +167,7 @@ def difference(
 def prove_weights(
     file: LiteRTFile, record: Record, leaves: Mapping[str, np.ndarray]
 ) -> tuple[LayerProof, ...]:
-    """Holds each layer's integers, times their scales, against the parameters.
+    """Hold each layer's integers, times their scales, against the parameters.
 
     Rounding leaves half a step of the feature's scale, and float32 a little. What the
     layer computes is held against integer arithmetic as a float layer's is.
@@ -243,7 +243,7 @@ def _rounded(
 def same_outputs(
     one: bytes, other: bytes, examples: Sequence[Sequence[np.ndarray]]
 ) -> tuple[int, int]:
-    """How many numbers of two int8 files' outputs differ, and of how many."""
+    """Return how many numbers of two int8 files' outputs differ, and of how many."""
     wrong = total = 0
     for each in examples:
         pair = (run(content, each, integers=True) for content in (one, other))

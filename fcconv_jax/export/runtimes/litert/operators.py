@@ -59,7 +59,7 @@ class Emitter(Builder):
     """Appends the operators of a graph's nodes."""
 
     def emit(self, node: Node, fused: str = "") -> None:
-        """Appends what a node is in LiteRT."""
+        """Append what a node is in LiteRT."""
         method = getattr(self, f"_{node.op}", None)
         if method is not None:
             method(node, fused)
@@ -287,7 +287,7 @@ _HINTS = {
 
 
 def _same(n: int, k: int, stride: int, dilation: int) -> tuple[int, int]:
-    """The padding that the runtime adds where it is told SAME."""
+    """Return the padding that the runtime adds where it is told SAME."""
     span = (k - 1) * dilation + 1
     total = max((-(-n // stride) - 1) * stride + span - n, 0)
     return total // 2, total - total // 2

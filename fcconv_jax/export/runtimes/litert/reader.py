@@ -75,7 +75,7 @@ class LiteRTFile(Shipped):
         self._makers = {i: op for op in self.graph.operators for i in op.outputs}
 
     def _bring_in_buffers(self) -> None:
-        """Reads the buffers behind the flatbuffer, as LiteRT's tools write them.
+        """Read the buffers behind the flatbuffer, as LiteRT's tools write them.
 
         An offset of 0 or 1 stands for a buffer that is inside.
         """
@@ -92,15 +92,15 @@ class LiteRTFile(Shipped):
 
     @classmethod
     def of(cls, content: bytes, path: Path) -> LiteRTFile:
-        """A file that is in memory."""
+        """Return a file that is in memory."""
         return cls(path, content)
 
     def name(self, operator: Any) -> str:
-        """The runtime's word for an operator."""
+        """Return the runtime's word for an operator."""
         return self.codes[operator.opcodeIndex]
 
     def array(self, index: int) -> np.ndarray | None:
-        """The entries of a constant tensor."""
+        """Return the entries of a constant tensor."""
         if index < 0:
             return None
         tensor = self.graph.tensors[index]
@@ -118,7 +118,7 @@ class LiteRTFile(Shipped):
         interpreter(self.content)
 
     def record(self) -> Record | None:
-        """The file's own record."""
+        """Return the file's own record."""
         for entry in self.model.metadata or ():
             name = entry.name.decode() if isinstance(entry.name, bytes) else entry.name
             if name == RECORD:
@@ -137,11 +137,11 @@ class LiteRTFile(Shipped):
         return digest(repr(plain(content)).encode())
 
     def ops(self) -> Mapping[str, int]:
-        """How many operators there are of each kind."""
+        """Return how many operators there are of each kind."""
         return Counter(self.name(op) for op in self.graph.operators)
 
     def output_names(self) -> Sequence[str]:
-        """The outputs, as the signature names them."""
+        """Return the outputs, as the signature names them."""
         for signature in self.model.signatureDefs or ():
             by_index = {
                 entry.tensorIndex: entry.name.decode()
@@ -153,7 +153,7 @@ class LiteRTFile(Shipped):
         return []
 
     def constants(self) -> Sequence[np.ndarray]:
-        """Every constant tensor."""
+        """Return every constant tensor."""
         found = [self.array(i) for i in range(len(self.graph.tensors))]
         return [array for array in found if array is not None]
 
@@ -167,7 +167,7 @@ class LiteRTFile(Shipped):
         ]
 
     def layers(self) -> Sequence[ShippedLayer]:
-        """The linear operators with a weight."""
+        """Return the linear operators with a weight."""
         found = []
         for op in self.linear_operators():
             name = self.name(op)
@@ -190,7 +190,7 @@ class LiteRTFile(Shipped):
         return found
 
     def linear_operators(self) -> list[Any]:
-        """The linear operators with a weight."""
+        """Return the linear operators with a weight."""
         return [
             op
             for op in self.graph.operators
@@ -198,14 +198,14 @@ class LiteRTFile(Shipped):
         ]
 
     def _side(self, op: Any) -> Any:
-        """Which operand is the weight."""
+        """Return which operand is the weight."""
         for side in (1, 0):
             if self.array(op.inputs[side]) is not None:
                 return side
         return None
 
     def _label(self, index: int) -> str:
-        """A tensor's name, without the number that keeps names apart."""
+        """Return a tensor's name, without the number that keeps names apart."""
         if index < 0:
             return ""
         name = self.graph.tensors[index].name or b""
@@ -219,7 +219,7 @@ class LiteRTFile(Shipped):
         kernel: np.ndarray,
         bias: np.ndarray | None,
     ) -> np.ndarray:
-        """Runs one operator, cut out of the file, with other numbers in its buffers."""
+        """Run one operator, cut out of the file, with other numbers in its buffers."""
         operator = self._find(layer.name)
         name = self.name(operator)
         side = self._side(operator)
@@ -259,7 +259,7 @@ class LiteRTFile(Shipped):
     def _cut(
         self, chain: Sequence[Any], entering: int, new: Mapping[int, np.ndarray]
     ) -> bytes:
-        """A file of some operators alone."""
+        """Return a file of some operators alone."""
         s = schema()
         model, graph = s.ModelT(), s.SubGraphT()
         model.version, model.buffers = 3, [s.BufferT()]
@@ -306,18 +306,18 @@ class LiteRTFile(Shipped):
         return pack(model)
 
     def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
-        """One run of the whole file, to be timed."""
+        """Return one run of the whole file, to be timed."""
         ready = interpreter(self.content)
         _feed(ready, inputs)
         return ready.invoke
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs the whole file."""
+        """Run the whole file."""
         return run(self.content, inputs)
 
 
 def interpreter(content: bytes) -> Any:
-    """The runtime's interpreter of a file's content."""
+    """Return the runtime's interpreter of a file's content."""
     litert = require("ai_edge_litert.interpreter", "litert", "running a LiteRT file")
     made = litert.Interpreter(model_content=content)
     made.allocate_tensors()
@@ -327,7 +327,7 @@ def interpreter(content: bytes) -> Any:
 def run(
     content: bytes, inputs: Sequence[np.ndarray], integers: bool = False
 ) -> list[np.ndarray]:
-    """Runs a file's content on arrays, in the order of its inputs.
+    """Run a file's content on arrays, in the order of its inputs.
 
     Args:
       content: the file's bytes.

@@ -18,7 +18,7 @@ DTYPES = {
 
 
 def schema() -> Any:
-    """The generated schema.
+    """Return the generated schema.
 
     Raises:
       MissingExtraError: it is not installed.
@@ -29,7 +29,7 @@ def schema() -> Any:
 
 
 def pack(model: Any) -> bytes:
-    """A model of the schema's objects as the bytes of a file."""
+    """Return a model of the schema's objects as the bytes of a file."""
     flatbuffers = require("flatbuffers", "litert", "a LiteRT file (.tflite)")
     builder = flatbuffers.Builder(1 << 16)
     builder.Finish(model.Pack(builder), b"TFL3")

@@ -20,7 +20,7 @@ _FUSED = {"relu": "RELU", "relu6": "RELU6"}
 
 
 def write(graph: Graph, record: Record, path: Path) -> None:
-    """Writes a graph as a .tflite file.
+    """Write a graph as a .tflite file.
 
     Args:
       graph: what to write.
@@ -34,7 +34,7 @@ def write(graph: Graph, record: Record, path: Path) -> None:
 
 
 def model(graph: Graph, record: Record) -> Any:
-    """The model of a graph, as the schema's object."""
+    """Return the model of a graph, as the schema's object."""
     s = schema()
     out = Emitter(s)
     uses = graph.uses()

@@ -52,7 +52,7 @@ class OnnxFile(Shipped):
         session(self.content)
 
     def record(self) -> Record | None:
-        """The file's own record."""
+        """Return the file's own record."""
         for entry in self.model.metadata_props:
             if entry.key == RECORD:
                 return Record.from_json(entry.value)
@@ -66,15 +66,15 @@ class OnnxFile(Shipped):
         return digest(model.SerializeToString(deterministic=True))
 
     def ops(self) -> Mapping[str, int]:
-        """How many nodes there are of each kind."""
+        """Return how many nodes there are of each kind."""
         return Counter(node.op_type for node in self.model.graph.node)
 
     def output_names(self) -> Sequence[str]:
-        """The outputs."""
+        """Return the outputs."""
         return [entry.name for entry in self.model.graph.output]
 
     def constants(self) -> Sequence[np.ndarray]:
-        """Every initializer."""
+        """Return every initializer."""
         return list(self.arrays.values())
 
     def products(self) -> Sequence[str]:
@@ -86,7 +86,7 @@ class OnnxFile(Shipped):
         ]
 
     def layers(self) -> Sequence[ShippedLayer]:
-        """The nodes of a weight."""
+        """Return the nodes of a weight."""
         found = []
         for node in self._linear():
             side = self._side(node)
@@ -124,7 +124,7 @@ class OnnxFile(Shipped):
         return {entry.name: read(entry) for entry in node.attribute}
 
     def _add_of(self, node: Any) -> Any:
-        """The addition of a bias that is part of a layer."""
+        """Return the addition of a bias that is part of a layer."""
         for other in self.model.graph.node:
             ours = other.op_type == "Add" and _label(other).endswith("/bias")
             if ours and other.input[0] == node.output[0]:
@@ -144,7 +144,7 @@ class OnnxFile(Shipped):
         kernel: np.ndarray,
         bias: np.ndarray | None,
     ) -> np.ndarray:
-        """Runs one node, cut out of the file, with other numbers for its weights."""
+        """Run one node, cut out of the file, with other numbers for its weights."""
         node = next((n for n in self._linear() if _label(n) == layer.name), None)
         if node is None:
             raise ExportError(f"{self.path} has no layer {layer.name!r}")
@@ -209,19 +209,19 @@ class OnnxFile(Shipped):
         return run(model.SerializeToString(), [x])[0]
 
     def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
-        """One run of the whole file, to be timed."""
+        """Return one run of the whole file, to be timed."""
         ready = session(self.content)
         names = [entry.name for entry in ready.get_inputs()]
         feeds = dict(zip(names, map(np.asarray, inputs), strict=True))
         return lambda: ready.run(None, feeds)
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-        """Runs the whole file."""
+        """Run the whole file."""
         return run(self.content, inputs)
 
 
 def session(content: bytes) -> Any:
-    """The runtime's session of a file's content."""
+    """Return the runtime's session of a file's content."""
     ort = require("onnxruntime", "onnx", "running an ONNX file")
     options = ort.SessionOptions()
     options.log_severity_level = 3
@@ -231,19 +231,19 @@ def session(content: bytes) -> Any:
 
 
 def run(content: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
-    """Runs a file's content on arrays, in the order of its inputs."""
+    """Run a file's content on arrays, in the order of its inputs."""
     runner = session(content)
     names = [entry.name for entry in runner.get_inputs()]
     return runner.run(None, dict(zip(names, map(np.asarray, inputs), strict=True)))
 
 
 def _label(node: Any) -> str:
-    """A node's name, without the number that keeps names apart."""
+    """Return a node's name, without the number that keeps names apart."""
     return node.name.partition("@")[0]
 
 
 def _is_rows(kernel: np.ndarray, shape: Sequence[int]) -> bool:
-    """Whether a kernel takes the channels of a row as columns."""
+    """Return whether a kernel takes the channels of a row as columns."""
     if len(shape) != 4 or kernel.ndim != 4 or kernel.shape[1] != 1:
         return False
     h, w, c, _ = shape

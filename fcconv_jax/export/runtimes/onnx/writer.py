@@ -63,7 +63,7 @@ _REDUCTIONS = {
 
 
 def write(graph: Graph, record: Record, path: Path, gemm: bool = True) -> None:
-    """Writes a graph as an .onnx file, its images channel-first.
+    """Write a graph as an .onnx file, its images channel-first.
 
     Args:
       graph: what to write; it is rewritten.
@@ -145,7 +145,7 @@ class _Writer:
         return self.known[value]
 
     def array(self, key: Any, data: Any, label: str) -> str:
-        """The name of an initializer."""
+        """Return the name of an initializer."""
         array = np.ascontiguousarray(data)
         same = same_content(array)
         if key not in self.known and same in self.known:
@@ -171,7 +171,7 @@ class _Writer:
         label: str = "",
         **attributes: Any,
     ) -> str:
-        """Appends a node and returns the name of its output."""
+        """Append a node and return the name of its output."""
         self.nodes.append(
             self.helper.make_node(
                 op, list(inputs), [out], self.unique(f"{label or op}@"), **attributes
@@ -180,7 +180,7 @@ class _Writer:
         return out
 
     def emit(self, node: Node) -> None:
-        """Appends what a node is in ONNX."""
+        """Append what a node is in ONNX."""
         method: Callable[..., None] | None = getattr(self, f"_{node.op}", None)
         out = self.known[node.out]
         if method is not None:
