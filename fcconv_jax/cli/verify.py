@@ -117,7 +117,8 @@ def verify(
     Given a file written by fcconv export, such as net.tflite with --against
     CKPT, check its weights, each layer in its runtime, and the whole file.
 
-    The exit status is 0 if every check passes, and 1 otherwise.
+    The exit status is 0 if every check passes, 3 if no layer was converted, and
+    1 otherwise.
     """
     if as_json and as_markdown:
         raise ArgumentError("give one of --json and --markdown")
@@ -145,3 +146,5 @@ def verify(
     else:
         report = verify_checkpoint(bound, params, plan_options, seed, options, step)
     show_report(report, out, as_json, as_markdown)
+    if not report.planned:
+        raise typer.Exit(3)

@@ -7,6 +7,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from ..tracing.arguments import is_array
 from .bound import BoundModel, OnCrops
 from .function.bound import BoundFunction
 from .held import ConvertedModel
@@ -45,7 +46,13 @@ def bind(model: Any, params: Any = None, *inputs: Any, **kwargs: Any) -> BoundMo
     """
     if isinstance(model, BoundModel):
         return model
-    return frontend_of(model)(model, params, inputs, kwargs)
+    frontend = frontend_of(model)
+    if frontend is not BoundFunction and is_array(params):
+        raise TypeError(
+            f"Expected params as a tree of arrays, got {params.dtype} of shape "
+            f"{params.shape}. Pass the params before the inputs: (model, params, x)."
+        )
+    return frontend(model, params, inputs, kwargs)
 
 
 def bind_planned(

@@ -172,11 +172,8 @@ class Equality:
             else:
                 arrays += found
         for each in arrays:
-            if each.nonfinite:
-                self.notes.append(
-                    f"{each.path!r}: {each.nonfinite} of its entries are NaN or "
-                    "infinite, in both forms alike, and tell nothing"
-                )
+            if each.note:
+                self.notes.append(each.note)
         self.arrays = tuple(arrays)
 
 

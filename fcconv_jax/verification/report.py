@@ -228,7 +228,9 @@ class VerifyReport(Report):
             how: ", ".join(found.backend for found in self.backends if found.how == how)
             for how in ("executed", "compiled", "lowered")
         }
-        verdict = "EQUIVALENT" if self.passed else "DIFFERENT"
+        verdict = "EQUIVALENT" if self.passed else self._failed()
+        if self.passed and not self.planned:
+            verdict = "NOTHING CONVERTED"
         if self.executions:
             first = self.executions[0]
             where = f"on {first.backend} ({first.device}), jax {self.jax_version}"
@@ -239,6 +241,13 @@ class VerifyReport(Report):
         rest = [f"{how}: {names}" for how, names in done.items() if names]
         more = f" ({'; '.join(rest)})" if len(self.backends) > 1 and rest else ""
         return f"{verdict}: {count}, {where}{more}"
+
+    def _failed(self) -> str:
+        """The verdict where a check failed, if only for want of finite numbers."""
+        calls = [call for layer in self.layers for call in layer.outputs]
+        unseen = [array for array in (*self.arrays, *calls) if not array.passed]
+        only = len(self.failures) == len(unseen) and all(a.unseen for a in unseen)
+        return "UNDECIDED" if only else "DIFFERENT"
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
         rows = [("layer", "case", "exact", "miss probability", "float64")]

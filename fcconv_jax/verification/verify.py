@@ -155,9 +155,9 @@ def verify(
         )
         if abstract and executed:
             raise TypeError(
-                "verify needs arrays to execute on "
-                f"{', '.join(str(r.backend) for r in executed)}, got abstract ones: "
-                "hand over arrays, or name backends that are not present"
+                "Expected arrays to execute on "
+                f"{', '.join(str(r.backend) for r in executed)}, got abstract ones. "
+                "Pass arrays, or backends that are not present."
             )
         with Compiling(
             pair.by_form(),
@@ -217,7 +217,7 @@ def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:
     if isinstance(backends, str | Backend):
         backends = [backends]
     if not backends:
-        raise BackendError("no backend to verify on: name one, such as 'cpu'")
+        raise BackendError("Expected a backend, got none. Pass backends=['cpu'].")
     return [resolve(b) for b in dict.fromkeys(map(Backend.parse, backends))]
 
 

@@ -261,3 +261,34 @@ def test_layer_certificates_in_every_dtype(case, dtype, to):
     certificate = certify_layer(layer, to, dtype)
     assert certificate.passed, str(certificate)
     assert certificate.miss_probability <= 1e-9
+
+
+class TestNothingToCompare:
+    def test_weights_of_nan(self):
+        model, x = nn.Dense(3), jnp.ones((2, 4))
+        params = jax.tree.map(lambda a: a * jnp.nan, model.init(jax.random.key(0), x))
+        report = fc.verify(model, params, x, gradients=False, progress=False)
+        assert not report.passed
+        assert str(report).startswith("UNDECIDED: 1 layer to conv")
+        assert "'output': nothing was compared" in report.failures
+        assert "6 of 6 entries (100%) are NaN or infinite" in str(report)
+
+    def test_a_share(self):
+        model, x = nn.Dense(3), jnp.ones((2, 4)).at[0].set(jnp.nan)
+        params = model.init(jax.random.key(0), x)
+        report = fc.verify(model, params, x, gradients=False, progress=False)
+        assert report.passed
+        assert "3 of 6 entries (50%) are NaN or infinite" in str(report)
+
+    def test_no_layer(self):
+        model, x = nn.LayerNorm(), jnp.ones((2, 4))
+        params = model.init(jax.random.key(0), x)
+        report = fc.verify(model, params, x, gradients=False, progress=False)
+        assert str(report).startswith("NOTHING CONVERTED: 0 layers to conv")
+
+
+def test_params_and_inputs_in_the_wrong_order():
+    model, x = nn.Dense(3), jnp.ones((2, 4))
+    params = model.init(jax.random.key(0), x)
+    with pytest.raises(TypeError, match=r"Expected params as a tree .* got float32 of"):
+        fc.verify(model, x, params)
