@@ -65,4 +65,4 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _no_constant(name: str) -> Any:
-    raise StrictJsonError(f"{name} is no JSON")
+    raise StrictJsonError(f"{name} is not JSON")

@@ -1,4 +1,4 @@
-"""What a checkpoint is here: its tree, its plan, what a look inside it tells."""
+"""A checkpoint in memory: its tree, its plan, and reports on its contents."""
 
 from __future__ import annotations
 
@@ -89,12 +89,12 @@ class LeafInfo:
 
 @functools.cache
 def _name(dtype: np.dtype) -> str:
-    return dtype.name  # which NumPy composes anew, 40 us, each time
+    return dtype.name  # NumPy composes the name each time, in 40 us
 
 
 @dataclasses.dataclass(frozen=True)
 class Record:
-    """What a converted checkpoint says about its conversion.
+    """The record of its conversion that a checkpoint stores.
 
     Args:
       plan: the plan that was applied.
@@ -195,7 +195,7 @@ class Checkpoint:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointInfo:
-    """What is in a checkpoint.
+    """Contents of a checkpoint.
 
     Args:
       path: the file or directory.
@@ -242,7 +242,7 @@ class CheckpointInfo:
 
 @dataclasses.dataclass(frozen=True)
 class CheckpointReport:
-    """What a conversion did.
+    """Report on a conversion.
 
     Args:
       src: what was read.

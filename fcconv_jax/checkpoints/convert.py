@@ -80,7 +80,7 @@ def convert_checkpoint(
         default they are an error, except those in the Hugging Face hub's cache.
 
     Returns:
-      What was converted.
+      A report on the converted leaves.
 
     Raises:
       CheckpointError: ``src`` is damaged, no checkpoint, converted already, or changed
@@ -158,7 +158,7 @@ def restore_checkpoint(
         default they are an error, except those in the Hugging Face hub's cache.
 
     Returns:
-      What was converted back.
+      A report on the restored leaves.
 
     Raises:
       CheckpointError: as :func:`convert_checkpoint`; also if ``src`` holds no plan, or

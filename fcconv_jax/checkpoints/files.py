@@ -118,7 +118,7 @@ def inspect_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpo
 
 
 def described(checkpoint: Checkpoint) -> CheckpointInfo:
-    """What is in a checkpoint that is open or in memory."""
+    """Return the contents of an open checkpoint."""
     leaves = tuple(
         LeafInfo.of("/".join(parts), leaf)
         for parts, leaf in iter_leaves(merged(checkpoint).tree)
@@ -169,7 +169,7 @@ def write_checkpoint(
       overwrite: replace the checkpoint that is there; it stays if the writing fails.
 
     Returns:
-      What was written.
+      A report on the written leaves.
 
     Raises:
       CheckpointError: something is there already, a leaf does not fit the format, or

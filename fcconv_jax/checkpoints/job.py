@@ -1,4 +1,4 @@
-"""What a plan makes of one checkpoint that is open: nothing is moved yet."""
+"""The conversion of one open checkpoint by a plan, before any data moves."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def make_job(
     prefixes: Sequence[str],
     format: str,
 ) -> Job:
-    """What a plan makes of a checkpoint that is open."""
+    """Apply a plan to an open checkpoint, lazily."""
     file = str(source.path)
     leaves = list(iter_leaves(source.tree))
     # The files of a folder aren't a level of the tree.

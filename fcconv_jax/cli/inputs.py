@@ -1,4 +1,4 @@
-"""What a command line says, read: models, inputs, keyword arguments, sizes."""
+"""Parses arguments of the command line: models, inputs, keyword arguments, sizes."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def load_model(text: str) -> LoadedModel:
         that makes one, or makes a function of params and inputs and its params.
 
     Raises:
-      ArgumentError: there is no such module or name, or it is something else. What
+      ArgumentError: the module or name doesn't exist, or isn't a model. What
         the module's own code raises comes through as it is.
     """
     from ..frontends.bind import frontend_of_class, is_model
@@ -249,7 +249,7 @@ def parse_sizes(option: str, text: str) -> int | tuple[int, ...]:
       ((3, 5), 2)
     """
     if not re.fullmatch(r"\d+([x,]\d+)*", text):
-        raise ArgumentError(f"{option} {text!r} is no size such as 7 or 7x7")
+        raise ArgumentError(f"{option} {text!r} is not a size such as 7 or 7x7")
     return int(text) if text.isdigit() else tuple(map(int, re.split("[x,]", text)))
 
 

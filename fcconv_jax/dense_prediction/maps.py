@@ -196,7 +196,7 @@ def full_window_layouts(map_: Map) -> list[Layout]:
     """
     found, ids = distinct(map_)
     window = map_.shape[1]
-    # The least shift at which a window begins as another one goes on.
+    # The least shift at which a window begins within another one.
     shifts = np.unique(np.nonzero(np.isin(found[:, 1:], found[:, 0]))[1]) + 1
     for stride in shifts.tolist():
         first = {row.tobytes(): i for i, row in enumerate(found[:, : window - stride])}

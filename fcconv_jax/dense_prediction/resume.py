@@ -2,7 +2,7 @@
 
 A stopped run may be continued by the same run only. The record has a digest of each
 thing that decides the result, and for each finished tile those of the pixels that it
-read and of the result that was written. They are compared before the run goes on: the
+read and of the result that was written. They are compared before the run resumes: the
 image and the output may be files, and no array alone shows that it is the same one.
 """
 

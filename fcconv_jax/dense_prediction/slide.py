@@ -38,11 +38,11 @@ def slide(
 ) -> Slide:
     """Turn a function of one crop into one of whole images: its value on every crop.
 
-    The result is that of the function on each crop by itself, zero padding inside the
+    The result is that of the function on each crop alone, zero padding inside the
     network, norms and all; what crops have in common is computed once. Convolutions,
     pools, dense layers behind a flatten, global pools and everything that works entry
     by entry are shared. From where crops differ everywhere on (a norm over space, a
-    position embedding, attention) each crop is computed by itself, in a batch; so is
+    position embedding, attention) each crop is computed separately, in a batch; so is
     the whole function where sharing would not pay. ``grid.report(...)`` shows which.
 
     Args:

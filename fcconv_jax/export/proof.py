@@ -2,7 +2,7 @@
 
 1. Each weight in the file is the parameter's bits, moved as the record says.
 2. Each linear operation, cut out of the file and run in its runtime with other numbers
-   in its buffers, equals integer arithmetic to the bit.
+   in its buffers, equals integer arithmetic, bit for bit.
 3. The whole file, on real inputs, against the original model read in float64: no worse
    than twice the model's own error in JAX, and a few units in the last place.
 """

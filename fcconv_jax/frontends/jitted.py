@@ -53,7 +53,7 @@ class Jitted:
         self._options = options
         self._by_types: dict[Hashable, Any] = {}
         self._by_static: dict[Hashable, Any] = {}
-        # The jit of calls on arrays only, while there were no others.
+        # The jit of calls on arrays only, before any other call.
         self._of_arrays: Any = None
         self._only_arrays = True
 

@@ -15,7 +15,7 @@ State = TypeVar("State", bound=TrainState)
 
 
 def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
-    """Move a TrainState into the plan's form, so that training goes on.
+    """Convert a TrainState to the plan's form, so that training can continue.
 
     Args:
       state: with params (or variables) and optimizer state in the form that the plan
@@ -52,7 +52,7 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
 
 
 def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
-    """Undo :func:`convert_train_state`, to the bit.
+    """Undo :func:`convert_train_state`, bit for bit.
 
     Args:
       state: in the form that the plan goes to, from :func:`convert_train_state` or

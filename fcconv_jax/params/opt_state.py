@@ -142,7 +142,7 @@ _ANOTHER_UPDATE = (
 
 _NOT_RUN = (
     "the optimizer's update could not be run on random gradients, which shows whether "
-    "it goes on alike in the other form: {}. Pass the keywords that it requires as "
+    "its updates agree in the other form: {}. Pass the keywords that it requires as "
     "probe_kwargs={{...}}; check=False converts the state without a check"
 )
 

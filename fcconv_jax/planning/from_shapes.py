@@ -78,7 +78,7 @@ def plan_from_params(
     rules = as_rules(rules)
     if not rules:
         raise PlanError(
-            "no rules: from shapes alone nothing says which layers convert; give rules "
+            "no rules: shapes alone don't determine which layers convert; give rules "
             "such as 'head=7x7', or plan from the model's code (make_plan, or --model)"
         )
     shapes = _below_params(dict(_shapes(params)))
@@ -205,7 +205,7 @@ def _dense_shape(name: str, kernel: Shape, window: Shape, path: str, to: Form) -
 
 
 def _guesses(rank: int, conv: bool = True) -> str:
-    """What a kernel of so many axes may be, besides what the rule says."""
+    """Return what a kernel of so many axes may be, other than the rule's."""
     found = ["attention heads or another DenseGeneral", "a scanned or vmapped stack"]
     if rank == 3:
         found.append("a grouped Dense")
@@ -239,7 +239,7 @@ def _is_shape(node: Any) -> bool:
 
 
 def _below_params(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
-    """What is below the outermost level ``params``, its paths beginning there.
+    """Return the tree below the outermost level ``params``, with paths from there.
 
     Optimizer states and running averages repeat the parameters' names further down.
     """

@@ -1,4 +1,4 @@
-"""What a dot or a convolution really does to its numbers here: measured, not assumed.
+"""Measures the arithmetic of dots and convolutions on a device.
 
 XLA may round the operands (TF32 on CUDA, bf16 passes on TPU), accumulate in a type
 other than the output's, and cut instead of rounding. The exact certificate needs

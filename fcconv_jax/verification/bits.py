@@ -13,7 +13,7 @@ from ..params.leaves import leaf_path
 
 
 def different_bits(expected: Any, got: Any) -> list[str]:
-    """Name each leaf of two trees of arrays that is not the same to the bit.
+    """Name each leaf of two trees of arrays that is not bit-identical.
 
     Abstract arrays and random keys have no bits to compare.
 

@@ -1,4 +1,4 @@
-"""An exact certificate: two forms of a layer are the same multilinear map, to the bit.
+"""An exact certificate that two forms of a layer are the same multilinear map.
 
 Both forms are compiled and fed small integers, chosen so that every partial sum is
 exactly representable in the arithmetic that was measured on the device. No rounding,
@@ -199,7 +199,7 @@ class Mismatch:
 
 @dataclasses.dataclass(frozen=True)
 class Certificate:
-    """What an exact comparison of two forms showed.
+    """Result of an exact comparison of two forms.
 
     Attributes:
       passed: no probe showed a difference.
@@ -254,7 +254,7 @@ class _Draws:
 
 @dataclasses.dataclass(frozen=True)
 class _Matmul:
-    """What a form asks of a dot or a convolution."""
+    """The products that a form needs of a dot or a convolution."""
 
     form: Form
     operands: tuple[Any, ...]
@@ -449,7 +449,7 @@ def _put(values: Any, like: Any, device: Any) -> jax.Array:
 
 
 def _first_mismatch(want: Any, got: Any, probe: str) -> Mismatch | None:
-    # Integers have one representation, but zero has a sign, which is no difference.
+    # Integers have one representation, but zero has a sign, which doesn't count.
     wrong = np.argwhere(want != got)
     if not len(wrong):
         return None

@@ -46,7 +46,7 @@ class Equality:
     Attributes:
       arrays: what was compared, once :meth:`conclude` has been called.
       layers: outputs of converted layers, by path, likewise.
-      forced: layers that were compared on their own, where there is no reference.
+      forced: layers that were compared on their own, without a reference.
       notes: what could not be compared, and why.
       training: the training step, if it is compared.
       references: by kind, path and array of the original form in float64.

@@ -45,7 +45,7 @@ def certify_layer(
     preferred_element_type: Any = None,
     **options: Any,
 ) -> Certificate:
-    """Certify that a layer's two forms are the same map, to the bit.
+    """Certify that a layer's two forms are the same map, bit for bit.
 
     Args:
       layer: the layer's plan.

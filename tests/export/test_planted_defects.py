@@ -232,7 +232,7 @@ def test_the_geometry(defect, editor):
     getattr(editor, defect)(LAYER)
     if defect == "strides" and isinstance(editor, OpenVino):
         # Another shape than the next layer takes: the runtime itself refuses it.
-        with pytest.raises(ExportError, match="is no OpenVINO file"):
+        with pytest.raises(ExportError, match="is not an OpenVINO file"):
             failures(editor)
         return
     found = failures(editor)

@@ -1,4 +1,4 @@
-"""What a checkpoint format is: one object, in a file of its own in this folder."""
+"""The interface of a checkpoint format: one object, in its own file in this folder."""
 
 from __future__ import annotations
 

@@ -131,7 +131,7 @@ class FrameReader:
         """Return shape, dtype and bytes, and move the reader past them."""
         kind, count = self.head()
         if (kind, count) != ("list", 3):
-            raise FrameError(f"leaf {name!r} is no array")
+            raise FrameError(f"leaf {name!r} is not an array")
         kind, rank = self.head()
         if kind != "list" or rank > 64:
             raise FrameError(f"leaf {name!r} has no shape")
@@ -164,7 +164,7 @@ class FrameReader:
 
     def _float(self, value: Any, name: str) -> float:
         if type(value) not in (int, float):
-            raise FrameError(f"leaf {name!r} is no complex number")
+            raise FrameError(f"leaf {name!r} is not a complex number")
         return float(value)
 
     def _text(self, kind: str, size: int) -> str | bytes:
@@ -219,13 +219,13 @@ def _unchunked(node: dict[str, Any], record: dict[str, Any], path: Any) -> Moved
     name = "/".join(path)
     shape, chunks = node.get("shape"), node.get("chunks")
     if not isinstance(shape, dict) or not isinstance(chunks, dict):
-        raise FrameError(f"leaf {name!r} is no array in chunks")
+        raise FrameError(f"leaf {name!r} is not an array in chunks")
     try:
         sizes = whole_numbers([shape[str(axis)] for axis in range(len(shape))])
         parts = [chunks[str(index)].entries for index in range(len(chunks))]
         (dtype,) = {chunk.dtype for chunk in chunks.values()}
     except (KeyError, ValueError, AttributeError):
-        raise FrameError(f"leaf {name!r} is no array in chunks") from None
+        raise FrameError(f"leaf {name!r} is not an array in chunks") from None
     spans = tuple(span for part in parts for span in part.extent.spans)
     extent = Extent(parts[0].extent.file, spans)
     if math.prod(sizes) * dtype.itemsize != extent.nbytes:

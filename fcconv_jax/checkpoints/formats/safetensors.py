@@ -183,12 +183,12 @@ def _header(
         raise ValueError(f"a header of {length} bytes in a file of {size}")
     content = loads(file.extent(_WORD, _WORD + length).read(0, length))
     if not isinstance(content, dict):
-        raise ValueError("the header is no JSON object")
+        raise ValueError("the header is not a JSON object")
     metadata = content.pop("__metadata__", None) or {}
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise ValueError("its metadata are no strings")
+        raise ValueError("its metadata are not strings")
     header = {}
     for name, entry in content.items():
         if not isinstance(entry, dict) or entry.keys() != {

@@ -30,7 +30,7 @@ def is_stored(described: Any) -> bool:
 
 
 def damaged(directory: Path, described: Any, error: Exception) -> str:
-    """What is said of a directory that cannot be read, and of which leaf."""
+    """Return the error for a directory that can't be read, with the leaf's name."""
     text = " ".join(str(error).split())
     leaf = ""
     if described is not None:

@@ -228,7 +228,7 @@ def _shifted_relu6(value: Value, makers: Makers) -> Value | None:
 
 
 def _factors(node: Node, makers: Makers) -> tuple[float, list[Value]]:
-    """What a node multiplies: a number, and values; products inside are opened."""
+    """Return a node's factors, a number and values, with nested products expanded."""
     number, values = 1.0, []
     if node.op not in ("mul", "div"):
         return number, [node.out]

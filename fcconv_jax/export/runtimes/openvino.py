@@ -99,7 +99,7 @@ class OpenVinoFile(Shipped):
         try:
             return self.core.read_model(str(self.path))
         except RuntimeError as error:
-            raise ExportError(f"{self.path} is no OpenVINO file: {error}") from None
+            raise ExportError(f"{self.path} is not an OpenVINO file: {error}") from None
 
     def load(self) -> None:
         """Compile the file in OpenVINO."""

@@ -148,7 +148,7 @@ def test_flags_that_are_equal_but_of_other_types_are_told_apart():
 
 
 def test_unhashable_arguments_are_refused_by_name():
-    with pytest.raises(TypeError, match=r"Net\.apply: an argument that is no array"):
+    with pytest.raises(TypeError, match=r"Net\.apply: an argument other than an array"):
         CONV.apply(MOVED, X, scale={1, 2})
 
 
