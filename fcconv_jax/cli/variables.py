@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
@@ -46,6 +46,7 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
     import numpy as np
 
     from ..errors import CheckpointError
+    from ..params.matching import ranked_prefixes
     from ..params.trees import convert_params, restore_params
 
     wanted = bound.shapes
@@ -59,7 +60,8 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
         bare, names = True, [name[1:] for name in names]
     params = len(jax.tree.leaves(wanted["params"]))
     found = checkpoint_leaves(checkpoint)
-    prefix = _prefix(names, list(found))
+    prefixes, _ = ranked_prefixes(set(names), found)
+    prefix = prefixes[0] if prefixes else ()
     other = f"{file} is not a checkpoint of this model: "
     values = []
     for number, (name, leaf) in enumerate(zip(names, leaves)):
@@ -114,19 +116,3 @@ def split_key(key: str, keys: Any) -> tuple[str, ...]:
     from ..checkpoints.nesting import key_separator
 
     return tuple(key.split(key_separator(list(keys))))
-
-
-def _prefix(
-    wanted: Sequence[tuple[str, ...]], found: Sequence[tuple[str, ...]]
-) -> tuple[str, ...]:
-    """The levels above the variables: where most of them are, and the shallowest."""
-    known, hits = set(wanted), {}
-    for path in found:
-        for end in range(len(path)):
-            if path[end:] in known:
-                hits[path[:end]] = hits.get(path[:end], 0) + 1
-    ranks = {
-        prefix: (-count, bool(prefix) and prefix[-1] != "params", len(prefix))
-        for prefix, count in hits.items()
-    }
-    return min(hits, key=ranks.__getitem__, default=())

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from flax.core import meta
 
 from ..plan import Plan
+from ..plan.paths import join_path
 from .leaves import leaf_path
 
 
@@ -35,6 +36,6 @@ def layer_dtypes(params: Any, plan: Plan) -> dict[str, Any]:
     found = {}
     for path, layer in plan.items():
         # A tied kernel is stored under another path, in the dtype of its model.
-        leaf = "/".join(part for part in (path, layer.leaves[0][0]) if part)
+        leaf = join_path(path, layer.leaves[0][0])
         found[path] = dtypes.get(leaf, next(iter(dtypes.values())))
     return found

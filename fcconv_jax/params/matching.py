@@ -11,12 +11,20 @@ import dataclasses
 import difflib
 import math
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Iterator,
+    Mapping,
+    Sequence,
+)
 from types import EllipsisType
 
 from ..errors import PlanError
 from ..kernels import Rearrangement
 from ..plan import Plan
+from ..plan.paths import inner_shape
 
 Parts = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -86,28 +94,6 @@ class Move:
         )
         got = "no array" if leaf.shape is None else f"shape {leaf.shape}"
         return f"leaf {leaf.name!r}: expected shape {source}{stacked}, got {got}. {why}"
-
-
-def inner_shape(
-    shape: Sequence[int], stack_axes: Sequence[int], inner: Shape
-) -> Shape | None:
-    """Return a shape without the axes of stacks; None if it has another number of axes.
-
-    Args:
-      shape: of a stack.
-      stack_axes: axes that lifted transforms added, innermost first.
-      inner: shape of one layer; only its number of axes counts.
-
-    Example:
-      >>> inner_shape((7, 4, 3), (0,), (9, 9)), inner_shape((4, 3), (0,), (9, 9))
-      ((4, 3), None)
-    """
-    if len(shape) != len(inner) + len(stack_axes):
-        return None
-    out = list(shape)
-    for axis in reversed(stack_axes):
-        del out[axis]
-    return tuple(out)
 
 
 def planned_moves(plan: Plan, separator: str = "/") -> dict[Parts, Move]:
@@ -362,6 +348,37 @@ def _alike(one: Mapping[Parts, Leaf], other: Mapping[Parts, Leaf]) -> bool:
     )
 
 
+def ranked_prefixes(
+    wanted: Collection[Parts],
+    found: Iterable[Parts],
+    fits: Callable[[Parts, Parts], bool] = lambda path, end: True,
+) -> tuple[list[Parts], dict[Parts, tuple[int, int, bool, int]]]:
+    """Return the levels above wanted paths, the best first, and the rank of each.
+
+    The best has most of the paths that fit; then one that ends in ``params`` comes
+    before others, and a shallow one before deep ones.
+
+    Args:
+      wanted: paths that are looked for.
+      found: paths of a tree.
+      fits: whether a found path, with this wanted end, is right in other respects.
+    """
+    hits: dict[Parts, list[int]] = {}  # how many fit, and how many are there
+    for path in found:
+        # A parameter that is the whole tree has no name of its own.
+        whole = () in wanted and path in ((), ("params",))
+        for start in range(len(path) + whole):
+            if path[start:] in wanted:
+                count = hits.setdefault(path[:start], [0, 0])
+                count[0] += fits(path, path[start:])
+                count[1] += 1
+    ranks = {
+        prefix: (-fit, -there, bool(prefix) and prefix[-1] != "params", len(prefix))
+        for prefix, (fit, there) in hits.items()
+    }
+    return sorted(hits, key=ranks.__getitem__), ranks
+
+
 def _unlike(one: Mapping[Parts, Leaf], other: Mapping[Parts, Leaf]) -> str:
     """The first leaf in which a tree differs from another."""
     for path in (*other, *one):
@@ -379,22 +396,9 @@ def _bases(
     wanted: Mapping[Parts, Move], leaves: Mapping[Parts, Leaf]
 ) -> Sequence[Parts]:
     """The levels above the planned parameters, one for each copy that is as good."""
-    hits: dict[Parts, list[int]] = {}  # how many fit, and how many are there
-    for path, leaf in leaves.items():
-        # A parameter that is the whole tree has no name of its own.
-        whole = () in wanted and path in ((), ("params",))
-        for start in range(len(path) + whole):
-            move = wanted.get(path[start:])
-            if move is not None:
-                count = hits.setdefault(path[:start], [0, 0])
-                count[0] += move.fits(leaf.shape)
-                count[1] += 1
-    # The shallowest prefix first; one that ends in "params" before any other.
-    ranks = {
-        prefix: (-fit, -there, bool(prefix) and prefix[-1] != "params", len(prefix))
-        for prefix, (fit, there) in hits.items()
-    }
-    order = sorted(hits, key=ranks.__getitem__)
+    order, ranks = ranked_prefixes(
+        wanted, leaves, lambda path, end: wanted[end].fits(leaves[path].shape)
+    )
     if not order:
         return [("params",) if any(p[:1] == ("params",) for p in leaves) else ()]
     best = [prefix for prefix in order if ranks[prefix] == ranks[order[0]]]

@@ -14,8 +14,9 @@ from jax.sharding import PartitionSpec, Sharding
 from ..errors import PlanError
 from ..meshes import over_mesh
 from ..plan import Plan
+from ..plan.paths import inner_shape, join_path
 from .leaves import AxisNames, convert_leaf, flatten_with_path
-from .matching import Leaf, Move, Parts, find_moves, inner_shape, planned_moves
+from .matching import Leaf, Move, Parts, find_moves, planned_moves
 from .variables import is_variable
 
 _LOG = logging.getLogger(__name__)
@@ -100,7 +101,7 @@ def check_converted(shapes: Mapping[str, Sequence[int]], plan: Plan) -> None:
       PlanError: names the first that is not converted.
     """
     for path, layer in plan.items():
-        key = "/".join(part for part in (path, layer.leaves[0][0]) if part)
+        key = join_path(path, layer.leaves[0][0])
         source = layer.kernel.source
         if source == layer.kernel.target or key not in shapes:
             continue

@@ -14,6 +14,7 @@ from ..geometry.classify import classify
 from ..layer_forms import holds
 from ..params.trees import restore_params
 from ..plan import LayerPlan, Plan
+from ..plan.paths import join_path
 from .as_layer import (
     conv_arguments,
     form_of,
@@ -29,7 +30,7 @@ from .trace import trace
 def kernels_of(plan: Plan) -> dict[str, tuple[str, LayerPlan]]:
     """By the path of its kernel: the path of each layer, and its plan."""
     return {
-        "/".join(part for part in (path, layer.leaves[0][0]) if part): (path, layer)
+        join_path(path, layer.leaves[0][0]): (path, layer)
         for path, layer in plan.items()
     }
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..params.leaves import leaf_path
+from ..plan.paths import join_path
 
 Kind = Literal["outputs", "layers", "gradients", "one step"]
 
@@ -140,10 +141,7 @@ def named_leaves(tree: Any, root: str) -> list[tuple[str, Any]]:
       [('output/a', 1), ('output/b/0', 2), ('output/b/1', 3)]
     """
     leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
-    return [
-        ("/".join(part for part in (root, leaf_path(path)) if part), leaf)
-        for path, leaf in leaves
-    ]
+    return [(join_path(root, leaf_path(path)), leaf) for path, leaf in leaves]
 
 
 def agree(

@@ -21,6 +21,7 @@ import numpy as np
 from ..layer_forms import canonical_layer, pair_of_forms
 from ..params.leaves import flatten_with_path
 from ..plan import LayerPlan, Plan
+from ..plan.paths import join_path
 from ..tracing.marks import named_inputs, named_outputs
 from .arithmetic import Arithmetic, measure_precision
 from .reading import Reading
@@ -72,10 +73,7 @@ def compare_layers(
         if path not in inputs or layer.stack_axes or layer.tied:
             unknown.append(path)
             continue
-        arrays = [
-            params.get("/".join(part for part in (path, name) if part))
-            for name, _ in layer.leaves
-        ]
+        arrays = [params.get(join_path(path, name)) for name, _ in layer.leaves]
         if arrays[0] is None:
             unknown.append(path)
             continue

@@ -19,6 +19,7 @@ from flax import nnx
 from ...errors import PlanError
 from ...params.leaves import convert_leaf, move_metadata
 from ...plan import LayerPlan, Plan, direction
+from ...plan.paths import inner_shape
 from ...tracing import arguments
 from ..function.model import run_rewritten
 from . import layers as nnx_layers
@@ -365,12 +366,9 @@ def _as_present(path: str, layer: LayerPlan, value: Any) -> LayerPlan:
     Raises:
       PlanError: the parameter has another shape than the plan gave it.
     """
-    shape = list(value.shape)
     target = layer.kernel.target
-    axes = layer.stack_axes[: max(len(shape) - len(target), 0)]
-    for axis in reversed(axes):
-        del shape[axis]
-    if tuple(shape) != target:
+    axes = layer.stack_axes[: max(len(value.shape) - len(target), 0)]
+    if inner_shape(value.shape, axes, target) != target:
         raise PlanError(
             f"{path!r} has shape {tuple(value.shape)}, and was converted to {target}: "
             "the model does not hold the converted params"

@@ -22,6 +22,7 @@ from ...kernels import Rearrangement
 from ...params.inplace import convert_in_place
 from ...params.leaves import convert_leaf, move_metadata
 from ...plan import Form, LayerPlan, Plan
+from ...plan.paths import inner_shape
 from . import layers as nnx_layers
 from .matmuls import converted_matmuls, set_classes
 
@@ -271,11 +272,8 @@ def _check_move(
     what: str, variable: Any, move: Rearrangement, layer: LayerPlan
 ) -> None:
     """Refuses a parameter whose shape or names do not move as planned."""
-    shape = list(variable.shape)
-    if len(shape) == len(move.source) + len(layer.stack_axes):
-        for axis in reversed(layer.stack_axes):
-            del shape[axis]
-    if tuple(shape) != move.source:
+    shape = tuple(variable.shape)
+    if (inner_shape(shape, layer.stack_axes, move.source) or shape) != move.source:
         raise PlanError(
             f"{what} has shape {tuple(variable.shape)}, the plan is for "
             f"{move.source}: pass the model that was planned"

@@ -12,6 +12,7 @@ from flax import nnx
 
 from ...params.variables import is_variable
 from ...plan import Form, LayerPlan, Plan
+from ...plan.paths import join_path
 from ...plan.rules import Rule
 from ...planning.from_trace import UNCALLED_REASON, Own, plan_trace
 from ...planning.layers import Layer
@@ -251,6 +252,6 @@ def _with_ties(
     path: str, layer: LayerPlan, variables: Mapping[str, object]
 ) -> LayerPlan:
     """The plan of a layer, naming the parameters stored under other paths."""
-    own = {"/".join(part for part in (path, n) if part): n for n, _ in layer.leaves}
+    own = {join_path(path, n): n for n, _ in layer.leaves}
     tied = tuple(name for key, name in own.items() if key not in variables)
     return dataclasses.replace(layer, tied=tied) if tied else layer
