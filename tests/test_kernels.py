@@ -19,6 +19,7 @@ from fcconv_jax.kernels import (
     kernel_rearrangement,
     window_letters,
 )
+from fcconv_jax.versions import enable_x64
 
 quick = settings(max_examples=150, deadline=None, derandomize=True, database=None)
 
@@ -73,7 +74,7 @@ def same_bits(a, b):
 
 def wide(dtype):
     x64 = jnp.dtype(dtype).itemsize >= 8 and dtype != "complex64"
-    return jax.enable_x64(True) if x64 else contextlib.nullcontext()
+    return enable_x64(True) if x64 else contextlib.nullcontext()
 
 
 @pytest.mark.parametrize("kind", ["numpy", "jax"])
@@ -414,7 +415,7 @@ def test_what_cannot_alias_reshapes_as_jax_does():
     weak = jnp.full((4, 2), 1.0)
     assert jax.typeof(weak).weak_type
     assert jax.typeof(move(weak)).weak_type
-    with jax.enable_x64(True):
+    with enable_x64(True):
         double = jnp.ones((4, 2), jnp.float64)
     assert move(double).dtype == double.reshape(2, 2, 2).dtype
     keys = jax.random.split(jax.random.key(0), 8).reshape(4, 2)

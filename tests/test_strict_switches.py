@@ -10,6 +10,7 @@ import pytest
 from flax import nnx
 
 import fcconv_jax as fc
+from fcconv_jax.versions import enable_x64
 
 SWITCHES = {
     "rank promotion": lambda: jax.numpy_rank_promotion("raise"),
@@ -17,7 +18,7 @@ SWITCHES = {
     "transfer guard": lambda: jax.transfer_guard("disallow"),
     "leak checking": jax.checking_leaks,
     "no jit": jax.disable_jit,
-    "x64": lambda: jax.enable_x64(True),
+    "x64": lambda: enable_x64(True),
     "no nans": lambda: jax.debug_nans(True),
     "no infs": lambda: jax.debug_infs(True),
     "other keys": lambda: jax.threefry_partitionable(False),

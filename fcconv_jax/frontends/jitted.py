@@ -9,10 +9,10 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
-from jax.extend.core import get_opaque_trace_state
 
 from ..tracing import arguments
 from ..tracing.user_code import explained
+from ..versions import get_opaque_trace_state
 
 
 class Jitted:

@@ -12,6 +12,7 @@ from flax.core import meta
 from jax.core import Tracer
 
 from ..default_settings import default_settings
+from ..versions import enable_x64
 from .leaves import flatten_with_path
 
 # In float64 an update that takes entries one by one is bit-identical, and one
@@ -72,7 +73,7 @@ def different_update(
         trees = opt_state, params, gradients, dict(kwargs)
         moves = move_state, move_params
         try:
-            with jax.enable_x64(True):
+            with enable_x64(True):
                 return _compare(tx, jax.tree.map(_widen, trees), moves, _THRESHOLD)
         except Exception:
             # A branch or a scan of the optimizer's own that is typed by its state.

@@ -7,8 +7,6 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from jax.errors import InconclusiveDimensionOperation
-
 from ..errors import PlanError
 from ..geometry.classify import Equivalence, classify
 from ..geometry.windows import is_symbolic
@@ -17,6 +15,7 @@ from ..layer_forms import holds
 from ..plan import Form, LayerPlan, is_order
 from ..plan.rules import Rule
 from ..tracing.flatten import Flatten, LayerInput, find_flattens
+from ..versions import InconclusiveDimensionOperation
 from .layer_axes import DenseAxes
 
 # Stands for a symbolic size in the input_shape of a plan.

@@ -7,7 +7,6 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax.errors import InconclusiveDimensionOperation
 
 from ..errors import PlanError
 from ..geometry.classify import classify
@@ -15,6 +14,7 @@ from ..layer_forms import holds
 from ..params.trees import restore_params
 from ..plan import LayerPlan, Plan
 from ..plan.paths import join_path
+from ..versions import InconclusiveDimensionOperation
 from .as_layer import (
     conv_arguments,
     form_of,

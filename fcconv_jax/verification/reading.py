@@ -31,6 +31,7 @@ from ..tracing.jaxprs import (
     rerun,
     scan_parts,
 )
+from ..versions import enable_x64
 from .compiling import BackgroundProgram
 from .nudges import Constant, Nudge, literal_array
 from .widening import bind_wide, widen, widen_literal, widened
@@ -140,7 +141,7 @@ class Reading:
         if not self._wide:
             yield
             return
-        with jax.enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
+        with enable_x64(True), jax.default_device(jax.devices("cpu")[0]):
             yield
 
     def _abstract(self, aval: Any) -> Any:

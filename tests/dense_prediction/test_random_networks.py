@@ -8,6 +8,7 @@ from random_networks import HEADS, LAYERS, crops_one_by_one, network
 
 import fcconv_jax as fc
 from fcconv_jax.dense_prediction import costs
+from fcconv_jax.versions import enable_x64
 
 EACH = 10
 
@@ -28,7 +29,7 @@ def check(seed, rank, layers=None, heads=None):
 
 @pytest.fixture(autouse=True)
 def _in_float64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         yield
 
 

@@ -14,6 +14,7 @@ from jax.test_util import check_grads
 from random_networks import crops_one_by_one
 
 import fcconv_jax as fc
+from fcconv_jax.versions import enable_x64
 
 
 class Net(nn.Module):
@@ -341,7 +342,7 @@ def heads(order, left=False):
 )
 def test_a_head_over_a_flatten_is_a_convolution(order, stride, left):
     window = (11, 8)  # 4 x 3 behind the pool
-    with jax.enable_x64(True):
+    with enable_x64(True):
         keys = jax.random.split(jax.random.key(2), 3)
         weights = (
             jax.random.normal(keys[0], (3, 3, 2, 5), float),

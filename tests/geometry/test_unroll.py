@@ -14,6 +14,7 @@ from fcconv_jax.geometry.classify import classify
 from fcconv_jax.geometry.convolution import resolve_geometry
 from fcconv_jax.geometry.unroll import roll_dense, unroll_conv, unrolled_bytes
 from fcconv_jax.kernels import conv_kernel_to_dense
+from fcconv_jax.versions import enable_x64
 
 quick = settings(max_examples=80, deadline=None, derandomize=True, database=None)
 
@@ -98,7 +99,7 @@ def bit_patterns(dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_every_bit_survives(dtype, kind):
     dtype = jnp.dtype(dtype)
-    with jax.enable_x64(dtype.name in ("float64", "complex128", "int64")):
+    with enable_x64(dtype.name in ("float64", "complex128", "int64")):
         kernel = bit_patterns(dtype)
         entries = jnp.asarray(kernel) if kind == "jax" else kernel
         for groups in (1, 2):

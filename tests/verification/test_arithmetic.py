@@ -11,6 +11,7 @@ from fcconv_jax.verification.arithmetic import (
     measure_precision,
     unit_roundoff,
 )
+from fcconv_jax.versions import enable_x64
 
 _cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="figures of the CPU")
 
@@ -29,7 +30,7 @@ def test_contractions_on_cpu(dtype, accumulate, output, form):
 
 @_cpu
 def test_float64_on_cpu():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         for form in ("dot", "conv"):
             found = measure_precision("float64", form=form)
             assert found == Arithmetic(0.0, 2.0**-53, 2.0**-53)
@@ -113,7 +114,7 @@ def test_cut_sums_are_told_from_rounded_ones():
                 over, jnp.nextafter(near, jnp.zeros_like(near)), near
             ), None
 
-        with jax.enable_x64(True):
+        with enable_x64(True):
             zero = jnp.zeros((rows.shape[0], columns.shape[1]), "float32")
             return jax.lax.scan(add, zero, (rows.T, columns))[0]
 

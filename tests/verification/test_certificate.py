@@ -10,6 +10,7 @@ from jax import lax
 
 from fcconv_jax.verification import certificate
 from fcconv_jax.verification.certificate import certify
+from fcconv_jax.versions import enable_x64
 
 
 def _conv(x, k, b, *, strides=(1, 1), padding="VALID", groups=1):
@@ -123,7 +124,7 @@ def test_equal_forms_pass(name, dtype):
 
 
 def test_equal_forms_pass_in_float64():
-    with jax.enable_x64(True):
+    with enable_x64(True):
         found = _certify(CASES["full_window"], "float64")
     assert found.passed, found
     assert found.arithmetic.accumulate_roundoff <= 2.0**-53

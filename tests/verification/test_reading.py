@@ -12,6 +12,7 @@ from jax.ad_checkpoint import checkpoint_name
 from fcconv_jax.verification.obstacles import obstacles
 from fcconv_jax.verification.reading import Reading
 from fcconv_jax.verification.widening import widened
+from fcconv_jax.versions import enable_x64
 
 ROWS = np.array([0, 2, 2])
 X = np.random.default_rng(0).normal(size=(4, 6)).astype(np.float32)
@@ -24,7 +25,7 @@ def read(f, *args):
 
 def in_float64(f, *args):
     """The function on float64 arguments: what a program without casts reads as."""
-    with jax.enable_x64(True):
+    with enable_x64(True):
         wide = [np.asarray(x).astype(widened(np.asarray(x).dtype)) for x in args]
         return [np.asarray(y) for y in jax.tree.leaves(f(*wide))]
 
@@ -132,7 +133,7 @@ def test_every_convolution_is_lax_s_own(case):
         (want,) = in_float64(convolve, x, w)
     except (ValueError, TypeError):  # a window larger than its padded input
         return
-    with jax.enable_x64(True):
+    with enable_x64(True):
         (got,) = read(convolve, x, w)
     assert got.shape == want.shape
     np.testing.assert_allclose(got, want, rtol=0, atol=1e-12)

@@ -16,6 +16,7 @@ from ...errors import PlanError
 from ...plan import Form, Plan
 from ...plan.rules import Rule
 from ...tracing.marks import name_input, name_output
+from ...versions import graph_mode
 from ..bound import BoundModel, OnCrops
 from . import layers as nnx_layers
 from .model import convert_nnx
@@ -66,11 +67,11 @@ class BoundNnx(BoundModel):
     @property
     def held(self) -> Any:
         """All arrays of the model."""
-        return nnx.split(self.model, graph=True)[1]
+        return nnx.split(self.model, **graph_mode())[1]
 
     @functools.cached_property
     def _parts(self) -> Any:
-        return nnx.split(self.model, nnx.Param, ..., graph=True)
+        return nnx.split(self.model, nnx.Param, ..., **graph_mode())
 
     def _variables(self) -> Mapping[str, Any]:
         _, params, rest = self._parts

@@ -10,6 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from ...planning.layer_axes import DenseAxes
+from ...versions import graph_mode, holds_reference
 
 KINDS: dict[str, type[nnx.Module]] = {
     "Linear": nnx.Linear,
@@ -31,7 +32,7 @@ def path_text(path: tuple[Any, ...]) -> str:
 
 def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """Yield every module below and including the model, once, with its first path."""
-    for path, node in nnx.iter_graph(model, graph=True):
+    for path, node in nnx.iter_graph(model, **graph_mode()):
         if isinstance(node, nnx.Module):
             yield path_text(path), node
 
@@ -40,7 +41,7 @@ def variables(model: Any) -> dict[str, nnx.Variable]:
     """Return every Variable of a model once, by its first path, as its state has it."""
     return {
         path_text(path): node
-        for path, node in nnx.iter_graph(model, graph=True)
+        for path, node in nnx.iter_graph(model, **graph_mode())
         if isinstance(node, nnx.Variable)
     }
 
@@ -105,7 +106,7 @@ def obstacle(layer: Any) -> str | None:
             continue
         if not isinstance(variable, nnx.Variable):
             return f"{name} holds its parameters as bare arrays, not as nnx.Param"
-        if variable.ref or variable.hijax:
+        if holds_reference(variable):
             return "its parameters are mutable references, whose shape is fixed"
         hooks = variable.get_metadata()
         own = type(variable).get_value is not nnx.Variable.get_value

@@ -21,6 +21,7 @@ from ...params.leaves import convert_leaf, move_metadata
 from ...plan import LayerPlan, Plan, direction
 from ...plan.paths import inner_shape
 from ...tracing import arguments
+from ...versions import graph_mode
 from ..function.model import run_rewritten
 from . import layers as nnx_layers
 
@@ -337,7 +338,7 @@ class _Call:
             _set_class(each, cls)
         returned, rest = _without_nodes(out)
         outs, static = arguments.split(rest)
-        same = same and nnx.graphdef((module, *nodes), graph=True) == self.graphdef
+        same = same and nnx.graphdef((module, *nodes), **graph_mode()) == self.graphdef
         structure = None
         if returned or not same:
             with nnx.split_context(_TAG) as split:
@@ -391,7 +392,7 @@ def _objects(nodes: Any) -> dict[str, Any]:
     """All objects of a graph, by their first path."""
     return {
         nnx_layers.path_text(path): node
-        for path, node in nnx.iter_graph(nodes, graph=True)
+        for path, node in nnx.iter_graph(nodes, **graph_mode())
         if path
     }
 

@@ -23,6 +23,7 @@ from ...params.inplace import convert_in_place
 from ...params.leaves import convert_leaf, move_metadata
 from ...plan import Form, LayerPlan, Plan
 from ...plan.paths import inner_shape
+from ...versions import graph_mode
 from . import layers as nnx_layers
 from .matmuls import converted_matmuls, set_classes
 
@@ -31,7 +32,7 @@ Model = TypeVar("Model", bound=nnx.Module)
 
 def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
     """The model in the plan's form; see :func:`fcconv_jax.convert_model`."""
-    model = model if inplace else nnx.clone(model, graph=True)
+    model = model if inplace else nnx.clone(model, **graph_mode())
     modules = dict(nnx_layers.modules(model))
     variables = nnx_layers.variables(model)
     matmuls = converted_matmuls(model)

@@ -19,6 +19,7 @@ from ...planning.layers import Layer
 from ...planning.trace import Traced, trace
 from ...tracing import arguments
 from ...tracing.marks import name_parameter
+from ...versions import graph_mode, holds_reference
 from . import layers as nnx_layers
 from .readers import Readers
 
@@ -154,7 +155,7 @@ def _trace(
         if arguments.is_array(variable.get_raw_value())
     }
     graphdef, state, rest = nnx.split(
-        twin, lambda path, _: nnx_layers.path_text(path) in params, ..., graph=True
+        twin, lambda path, _: nnx_layers.path_text(path) in params, ..., **graph_mode()
     )
 
     def run(params: Any, rest: Any, args: Any, kwargs: Any) -> list[Any]:
@@ -168,7 +169,7 @@ def _trace(
 
 def _abstract(model: nnx.Module) -> nnx.Module:
     """A clone whose Variables hold shapes: it must not keep parameters alive."""
-    graphdef, state = nnx.split(model, graph=True)
+    graphdef, state = nnx.split(model, **graph_mode())
     leaves, treedef = jax.tree.flatten(state, is_leaf=is_variable)
     arrays, fixed = arguments.split([leaf for leaf in leaves if is_variable(leaf)])
     shapes = iter(fixed.merge(jax.eval_shape(lambda arrays: arrays, arrays)))
@@ -188,7 +189,7 @@ def _bound(model: Any, method: Any) -> Any:
 
 def _holds_references(model: nnx.Module) -> bool:
     variables = nnx_layers.variables(model).values()
-    return any(variable.ref or variable.hijax for variable in variables)
+    return any(holds_reference(variable) for variable in variables)
 
 
 def _left(

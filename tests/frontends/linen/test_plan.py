@@ -5,6 +5,7 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
+from fcconv_jax.versions import enable_x64
 
 
 def net(body):
@@ -453,7 +454,7 @@ class Flattened(nn.Module):
 
 
 def test_float64(check):
-    with jax.enable_x64(True):
+    with enable_x64(True):
         case = check(Flattened(jnp.float64), zeros(2, 3, 2, 2, dtype=jnp.float64))
         assert case.moved_output.dtype == jnp.float64
 
