@@ -25,7 +25,7 @@ class _Commands(TyperGroup):
         try:
             return super().invoke(ctx)
         except ArgumentError as error:
-            typer.echo(f"error: {error}", err=True)
+            typer.echo(f"error: {_shown(str(error))}", err=True)
             raise typer.Exit(2) from None
         except BrokenPipeError:
             raise  # of `| head`, which has read enough: Typer ends quietly
@@ -36,8 +36,15 @@ class _Commands(TyperGroup):
             # An unexpected error in this package keeps its traceback: it is a bug.
             if typers or line is None or os.environ.get("FCCONV_TRACEBACK"):
                 raise
-            typer.echo(f"error: {line}", err=True)
+            typer.echo(f"error: {_shown(line)}", err=True)
             raise typer.Exit(1) from None
+
+
+def _shown(text: str) -> str:
+    """Escape what names in files could do to a terminal, line breaks aside."""
+    from ..reports import printable
+
+    return "\n".join(map(printable, text.split("\n")))
 
 
 def _in_one_line(error: Exception) -> str | None:

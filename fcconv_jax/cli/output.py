@@ -91,6 +91,8 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
+    from ..reports import printable
+
     if not rows:
         return
     console = Console(stderr=err)
@@ -99,8 +101,8 @@ def print_table(
     table = Table(box=None, pad_edge=False, padding=(0, 2, 0, 0))
     for column in columns:
         table.add_column(column, overflow="fold")
-    for row in rows:
-        table.add_row(*map(Text, row))
+    for row in rows:  # names may come from files
+        table.add_row(*(Text(printable(cell)) for cell in row))
     console.print(table)
 
 

@@ -144,7 +144,7 @@ def find_moves(
         for name in layer.tied
     }
     for base in bases:
-        _require(wanted.keys() - tied, leaves, base, strict)
+        _require([path for path in wanted if path not in tied], leaves, base, strict)
     while all(path[:1] == ("params",) and len(path) > 1 for path in wanted):
         bases = [(*base, "params") for base in bases]
         wanted = {path[1:]: move for path, move in wanted.items()}
@@ -414,9 +414,8 @@ def _bases(
 
 
 def _require(
-    wanted: Iterable[Parts], leaves: Mapping[Parts, Leaf], base: Parts, strict: bool
+    wanted: Sequence[Parts], leaves: Mapping[Parts, Leaf], base: Parts, strict: bool
 ) -> None:
-    wanted = sorted(wanted)
     missing = [base + path for path in wanted if base + path not in leaves]
     if not missing or (not strict and len(missing) < len(wanted)):
         return

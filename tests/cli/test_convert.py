@@ -51,7 +51,10 @@ def test_one_of_two_models(params):
     save("ckpt", {"gen": {"params": params}, "disc": {"params": params}})
     plan = fc.plan_from_params(params, ["fc1=4x4:HWC", "fc2=1x1"])
     Path("plan.json").write_text(plan.to_json())
-    fails("convert ckpt conv --plan plan.json", r"pass prefix= \(--prefix\)")
+    out = run("convert ckpt both --plan plan.json").stdout
+    assert "4 of 12 leaves converted" in out
+    run("restore both again")
+    assert Path("again").read_bytes() == Path("ckpt").read_bytes()
     run("convert ckpt conv --plan plan.json --prefix gen/params")
     tree = read_checkpoint("conv").tree
     assert tree["gen"]["params"]["fc1"]["kernel"].shape == (4, 4, 3, 5)
@@ -171,3 +174,22 @@ def test_what_cannot_be_converted(params, folder):
 )
 def test_wrong_usage(options, message):
     fails(f"convert ckpt conv {options}", message, status=2)
+
+
+def test_back_after_training_on(params):
+    """Steps that training saved after the conversion do not hold the plan."""
+    Path("run").mkdir()
+    save("run/checkpoint_1", params)
+    run("plan model.py:Net --input 1,8,8,1 --out plan.json")
+    run("convert run run_conv --plan plan.json")
+    tree = read_checkpoint("run_conv").tree
+    save("run_conv/checkpoint_2", tree)
+    out = run("restore run_conv back").stdout
+    assert "by the plan that is stored in step checkpoint_1" in out
+    assert read_checkpoint("back").tree["fc1"]["kernel"].shape == (48, 5)
+    run("restore run_conv/checkpoint_2 back2 --plan plan.json")
+    assert Path("back2").read_bytes() == Path("run/checkpoint_1").read_bytes()
+    fails("restore run_conv/checkpoint_2 back3", "holds no plan.*--plan")
+    line = "convert run_conv back4 --plan plan.json"
+    fails(line, "in this form already.*fcconv restore --plan")
+    fails(f"{line} --to dense", "has decided.*fcconv restore --plan", status=2)

@@ -2,6 +2,11 @@
 
 import json
 import re
+import struct
+
+from typer.testing import CliRunner
+
+from fcconv_jax.cli import app
 
 from .commands import fails, run, save
 
@@ -43,3 +48,18 @@ def test_no_checkpoint(folder):
     fails("inspect model.py", "model.py: no checkpoint")
     (folder / "empty").mkdir()
     fails("inspect empty", "it is empty")
+
+
+def test_names_in_files_cannot_drive_the_terminal(tmp_path):
+    name = "a\x1b[31m\u202ered\n|x"
+    header = {name: {"dtype": "F32", "shape": [2], "data_offsets": [0, 8]}}
+    text = json.dumps(header).encode()
+    file = tmp_path / "w.safetensors"
+    file.write_bytes(struct.pack("<Q", len(text)) + text + bytes(8))
+    for command in (
+        ["inspect", str(file)],
+        ["convert", str(file), str(tmp_path / "x"), "--rule", "a=1"],
+    ):
+        done = CliRunner().invoke(app, command)
+        assert all(line.isprintable() for line in done.output.split("\n"))
+        assert r"\x1b[31m\u202ered\n|x" in done.output.replace("\\\\", "\\")

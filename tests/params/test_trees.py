@@ -223,7 +223,7 @@ def test_refusals_name_the_leaf():
     with pytest.raises(fc.PlanError, match="'params/head/kernel'"):
         fc.restore_params(numbered(), PLAN)
     for strict in (True, False):
-        with pytest.raises(fc.PlanError, match="no leaf 'head/bias'") as caught:
+        with pytest.raises(fc.PlanError, match="no leaf 'head/kernel'") as caught:
             fc.convert_params({"something": {"e": np.zeros(3)}}, PLAN, strict=strict)
         assert "strict=False" not in str(caught.value)
 
