@@ -13,9 +13,9 @@ from typing import Literal
 
 import numpy as np
 
+from ..verification.integer_draws import WIDE_BITS, integers
 from .layers import Layer
 
-BITS = 12
 _LIMIT = 2**24 - 1
 
 
@@ -37,7 +37,7 @@ class Probe:
     large: Literal["kernel", "input", "none"]
 
 
-def probes(layer: Layer, seed: int = 0, bits: int = BITS) -> Iterator[Probe]:
+def probes(layer: Layer, seed: int = 0, bits: int = WIDE_BITS) -> Iterator[Probe]:
     """Yield draws for a layer: each side large in turn, until every input was read.
 
     Where a sum has too many terms, only some of the input's features are nonzero, and
@@ -83,15 +83,15 @@ def _draws(
     together = max(1, min(features, summed // window))
     sizes = {"kernel": (other, size), "input": (size, other)}[large]
     for first in range(0, features, together):
-        x = _integers(rng, layer.input_shape, sizes[0])
+        x = integers(rng, layer.input_shape, sizes[0])
         mask = np.zeros(features, np.int64)
         mask[first : first + together] = 1
         shape = [1] * x.ndim
         shape[axis] = features
-        kernel = _integers(rng, layer.kernel_shape, sizes[1])
+        kernel = integers(rng, layer.kernel_shape, sizes[1])
         bias = None
         if layer.has_bias:
-            bias = _integers(rng, (layer.output_shape[-1],), size)
+            bias = integers(rng, (layer.output_shape[-1],), size)
         yield Probe(x * mask.reshape(shape), kernel, bias, large)
 
 
@@ -103,9 +103,3 @@ def _summed_axis(layer: Layer) -> int:
     first = options["side"] == 1  # x is the first operand
     swapped = options["adj_a" if first else "adj_b"]
     return len(layer.input_shape) - (1 if first != swapped else 2)
-
-
-def _integers(
-    rng: np.random.Generator, shape: tuple[int, ...], size: int
-) -> np.ndarray:
-    return rng.integers(-size, size, shape, endpoint=True)

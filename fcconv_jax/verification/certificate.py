@@ -30,7 +30,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -46,12 +45,15 @@ from .arithmetic import (
     unit_roundoff,
 )
 from .compiling import BackgroundProgram
-
-# Significant bits that no format between float32 and bfloat16, TF32, float16 keeps.
-_WIDE_BITS = 12
-# The placement proof runs only if it takes no more calls than this.
-_PLACEMENT_CALLS = 64
-_MISS = 1e-9
+from .integer_draws import (
+    integer_limit,
+    number_classes,
+    placement_draws,
+    plan_draws,
+    plan_wide_draws,
+    random_draws,
+    wide_draws,
+)
 
 
 def certify(
@@ -136,11 +138,11 @@ def prepare_certificate(
     held = [*(s.dtype for s in shapes if s is not None)]
     held += [dtype for matmul in matmuls for dtype in matmul.operands]
     sums = [out.dtype, *(matmul.out for matmul in matmuls)]
-    limits = min(map(_integer_limit, held)), min(map(_integer_limit, sums))
-    plan = _plan_draws(arithmetic, limits, reduction, probes)
-    classes = _classes(x, reduction, reduction_index, plan)
-    wide = _wide_plan(arithmetic, limits, reduction)
-    wide_classes = wide and _classes(x, reduction, reduction_index, wide)
+    limits = min(map(integer_limit, held)), min(map(integer_limit, sums))
+    plan = plan_draws(arithmetic, limits, reduction, probes)
+    classes = number_classes(x, reduction, reduction_index, plan)
+    wide = plan_wide_draws(arithmetic, limits, reduction)
+    wide_classes = wide and number_classes(x, reduction, reduction_index, wide)
     wrong = None
     if (out.shape, out.dtype) != (other.shape, other.dtype):
         wrong = Mismatch(
@@ -150,9 +152,9 @@ def prepare_certificate(
     def run() -> Certificate:
         mismatch = wrong
         rng = np.random.default_rng(seed)
-        random = _random_draws(rng, shapes, plan, classes)
-        large = _wide_draws(rng, shapes, wide, wide_classes)
-        placement = list(_placement_draws(shapes, plan)) if not mismatch else []
+        random = random_draws(rng, shapes, plan, classes)
+        large = wide_draws(rng, shapes, wide, wide_classes)
+        placement = list(placement_draws(shapes, plan)) if not mismatch else []
         seen = 0
         kinds = (("placement", placement), ("random", random), ("12-bit", large))
         for kind, draws in kinds:
@@ -239,20 +241,6 @@ class Certificate:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Draws:
-    """Entries in [-size, size], at most ``terms`` matmuls a sum, ``probes`` draws."""
-
-    size: int
-    terms: int
-    probes: int
-    largest_entry: int
-
-    @property
-    def set_size(self) -> int:
-        return 2 * self.size + 1
-
-
-@dataclasses.dataclass(frozen=True)
 class _Matmul:
     """The products that a form needs of a dot or a convolution."""
 
@@ -296,143 +284,6 @@ def _arithmetic(
         )
         found = found.worse(measured)
     return found
-
-
-def _integer_limit(dtype: Any) -> int:
-    """Return the largest N such that the dtype holds all integers up to N in size."""
-    if jnp.issubdtype(dtype, jnp.integer):
-        return int(jnp.iinfo(dtype).max)
-    info = jnp.finfo(dtype)
-    return min(2 ** (info.nmant + 1), int(min(float(info.max), 2.0**62)))
-
-
-def _plan_draws(
-    arithmetic: Arithmetic, limits: tuple[int, int], reduction: int, probes: int | None
-) -> _Draws:
-    """Choose the integers that need the fewest calls for the wanted certainty."""
-    entry = min(limits[0], arithmetic.exact_inputs)
-    total = min(limits[1], arithmetic.exact_integers)
-    best: tuple[int, int] | None = None
-    plan = None
-    for size in range(1, min(entry, math.isqrt(total)) + 1):
-        # terms * size**2 from the matmuls and size from the bias.
-        terms = min(reduction, (total - size) // size**2)
-        if terms < 1 or size > 2**15:
-            break
-        needed = probes or math.ceil(math.log(_MISS) / math.log(2 / (2 * size + 1)))
-        cost = (needed * math.ceil(reduction / terms), needed)
-        # With the number of probes given, the largest set that keeps x dense is best.
-        if best is None or cost < best or (cost == best and probes):
-            best, plan = cost, _Draws(size, terms, needed, min(entry, total))
-    if plan is None:
-        raise ValueError(
-            f"no exact probe exists: sums of integers are exact only up to {total} and "
-            f"entries up to {entry}; certify in a wider dtype"
-        )
-    return plan
-
-
-def _wide_plan(
-    arithmetic: Arithmetic, limits: tuple[int, int], reduction: int
-) -> _Draws | None:
-    """Return draws of 12 bits on one side; None if the arithmetic can't keep them."""
-    size = 2**_WIDE_BITS - 1
-    entry = min(limits[0], arithmetic.exact_inputs)
-    total = min(limits[1], arithmetic.exact_integers)
-    terms = min(reduction, (total - size) // size)  # and the bias
-    return None if entry < size or terms < 1 else _Draws(size, terms, 1, size)
-
-
-def _classes(
-    x: Any, reduction: int, index: np.ndarray | None, plan: _Draws
-) -> np.ndarray | None:
-    """Numbers the class of each entry of an example; None when x may be dense."""
-    if plan.terms >= reduction:
-        return None
-    rest = tuple(x.shape[1:])
-    size = math.prod(rest)
-    if index is not None:
-        if np.shape(index) != rest:
-            raise ValueError(
-                f"reduction_index must have x's shape {rest}, got {np.shape(index)}"
-            )
-        flat = np.asarray(index).reshape(-1)
-    elif size == reduction or (rest and rest[-1] % reduction == 0):
-        flat = np.arange(size) % reduction
-    else:
-        flat = np.arange(size)
-    return (flat // plan.terms).reshape(rest)
-
-
-def _random_draws(
-    rng: np.random.Generator, shapes: Any, plan: _Draws, classes: np.ndarray | None
-) -> Iterator[tuple[Any, Any, Any]]:
-    sizes = (plan.size, plan.size, plan.size)
-    for _ in range(plan.probes):
-        yield from _draw(rng, shapes, sizes, classes)
-
-
-def _wide_draws(
-    rng: np.random.Generator,
-    shapes: Any,
-    plan: _Draws | None,
-    classes: np.ndarray | None,
-) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield each side of the products large in turn."""
-    for sizes in ((1, plan.size, plan.size), (plan.size, 1, plan.size)) if plan else ():
-        yield from _draw(rng, shapes, sizes, classes)
-
-
-def _draw(
-    rng: np.random.Generator,
-    shapes: Any,
-    sizes: tuple[int, int, int],
-    classes: np.ndarray | None,
-) -> Iterator[tuple[Any, Any, Any]]:
-    """Yield one draw of kernel and bias, and of x as a whole or class by class."""
-
-    def draw(shape: tuple[int, ...], size: int) -> np.ndarray:
-        return rng.integers(-size, size, shape, endpoint=True)
-
-    x, kernel, bias = shapes
-    x_size, kernel_size, bias_size = sizes
-    k = draw(kernel.shape, kernel_size)
-    b = None if bias is None else draw(bias.shape, bias_size)
-    if classes is None:
-        yield draw(x.shape, x_size), k, b
-    else:
-        # Every example holds every class in its turn; the examples differ in which.
-        count = int(classes.max()) + 1
-        for first in range(count):
-            turn = (first + np.arange(x.shape[0])) % count
-            mask = classes[None] == turn.reshape(-1, *[1] * classes.ndim)
-            yield draw(x.shape, x_size) * mask, k, b
-
-
-def _placement_draws(shapes: Any, plan: _Draws) -> Iterator[tuple[Any, Any, Any]]:
-    x, kernel, bias = shapes
-    batch, size = x.shape[0], math.prod(x.shape[1:])
-    base = plan.largest_entry
-    entries = max(math.prod(kernel.shape), math.prod(bias.shape) if bias else 0)
-    digits = 1
-    while base**digits <= entries:
-        digits += 1
-    if batch == 0 or (math.ceil(size / batch) + 1) * digits > _PLACEMENT_CALLS:
-        return
-
-    def digit(shape: tuple[int, ...], place: int) -> np.ndarray:
-        numbers = np.arange(1, math.prod(shape) + 1).reshape(shape)
-        return numbers // base**place % base
-
-    for place in range(digits):
-        k = digit(kernel.shape, place)
-        none = None if bias is None else np.zeros(bias.shape, int)
-        for first in range(0, size, batch):
-            xs = np.eye(size, dtype=int)[np.arange(first, first + batch) % size]
-            yield xs.reshape(x.shape), k, none
-        if bias is not None:
-            zeros = np.zeros(x.shape, int)
-            yield zeros, np.zeros(kernel.shape, int), digit(bias.shape, place)
 
 
 def _placed(shapes: Any, device: Any) -> Any:

@@ -1,7 +1,7 @@
 """Layers in both forms on the inputs that the model really gives them.
 
 Where a whole program has no float64 reading, each converted layer is compared on its
-own: the original runs as it is and tells what goes into each layer (teacher forcing),
+own: the original runs as it is and provides each layer's input (teacher forcing),
 so that no error is carried from one layer to the next. The two results may differ by
 what one matmul rounds, ``|x| @ |w|`` times the length of its sums and the unit
 roundoff (Higham, *Accuracy and Stability of Numerical Algorithms*, section 3.5), which

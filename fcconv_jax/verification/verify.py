@@ -90,14 +90,14 @@ def verify(
        original's, plus a few units in the last place.
     5. The two compiled programs: operations, cost, run time.
 
-    What has no float64 reading, such as a Pallas kernel, is named in the report; there
-    each layer is compared in both forms on the input that the model gives it
-    (:mod:`fcconv_jax.verification.teacher_forcing`).
+    Operations without a float64 reading, such as a Pallas kernel, are named in the
+    report; there each layer is compared in both forms on the input that it has in the
+    model (:mod:`fcconv_jax.verification.teacher_forcing`).
 
     A backend that is present is *executed*: 2 to 5. For another the two programs are
     *compiled* ahead of time if its compiler is installed, which gives 5 but no run
     time, else *lowered*, which counts the operations that a compiler would be handed.
-    The report says which, and ``passed`` claims no more.
+    The report names which, and ``passed`` claims no more.
 
     Args:
       model: the ``flax.linen`` or ``flax.nnx`` Module, or the function of params and
@@ -125,7 +125,7 @@ def verify(
       A report; ``report.passed`` tells, ``print(report)`` shows.
 
     Raises:
-      BackendError: there is no such backend.
+      BackendError: a backend is unknown.
       PlanError: the params do not fit the plan.
 
     Source:

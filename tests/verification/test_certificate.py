@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fcconv_jax.verification import certificate
+from fcconv_jax.verification import certificate, integer_draws
 from fcconv_jax.verification.certificate import certify
 from fcconv_jax.versions import enable_x64
 
@@ -172,7 +172,7 @@ DEFECTS = {
 @pytest.mark.parametrize("name", DEFECTS)
 def test_defects_are_caught(name, dtype, placement, monkeypatch):
     if not placement:
-        monkeypatch.setattr(certificate, "_PLACEMENT_CALLS", 0)
+        monkeypatch.setattr(integer_draws, "_PLACEMENT_CALLS", 0)
     found = _certify(CASES["full_window"], dtype, **DEFECTS[name])
     assert not found.passed
     assert not found.proved
@@ -203,11 +203,11 @@ def test_every_partial_sum_is_exact(dtype, reduction):
     kernel = jax.ShapeDtypeStruct((reduction, 2), dtype)
     bias = jax.ShapeDtypeStruct((2,), dtype)
     arithmetic = certificate._arithmetic([], x.dtype, x.dtype, None, None)
-    limit = certificate._integer_limit(x.dtype)
-    plan = certificate._plan_draws(arithmetic, (limit, limit), reduction, None)
-    classes = certificate._classes(x, reduction, None, plan)
+    limit = integer_draws.integer_limit(x.dtype)
+    plan = integer_draws.plan_draws(arithmetic, (limit, limit), reduction, None)
+    classes = integer_draws.number_classes(x, reduction, None, plan)
     rng = np.random.default_rng(0)
-    draws = list(certificate._random_draws(rng, (x, kernel, bias), plan, classes))
+    draws = list(integer_draws.random_draws(rng, (x, kernel, bias), plan, classes))
     turns = len(draws) // plan.probes
     seen = np.zeros(reduction, bool)
     for xs, k, b in draws[: 3 * turns]:
@@ -228,7 +228,7 @@ def test_probe_counts_match_the_bound():
 def test_impossible_dtypes_and_wrong_indices_are_refused():
     # 8 significand bits of bf16 passes leave room; one bit would not.
     with pytest.raises(ValueError, match="no exact probe exists"):
-        certificate._plan_draws(certificate.Arithmetic(0.0, 0.5, 1.0), (8, 8), 4, None)
+        integer_draws.plan_draws(certificate.Arithmetic(0.0, 0.5, 1.0), (8, 8), 4, None)
     case = dataclasses.replace(CASES["patchify"], index=np.zeros((3, 3), int))
     big = dataclasses.replace(
         case,
