@@ -1,4 +1,4 @@
-"""Dense prediction: what a function of one crop says at every place of an image."""
+"""Dense prediction: a function of one crop at every position of an image."""
 
 from __future__ import annotations
 
@@ -79,6 +79,7 @@ def slide(
 
     Example:
       >>> import flax.linen as nn
+      >>> import jax.numpy as jnp
       >>> class Net(nn.Module):
       ...     @nn.compact
       ...     def __call__(self, x):
@@ -115,6 +116,7 @@ class Slide:
       padding: where padding lies.
 
     Example:
+      >>> import jax.numpy as jnp
       >>> import fcconv_jax as fc
       >>> grid = fc.slide(lambda x: x.sum((1, 2)), window=(2, 2), stride=1)
       >>> grid(jnp.arange(9.0).reshape(1, 3, 3, 1))[0, ..., 0]
@@ -159,7 +161,7 @@ class Slide:
 
         Raises:
           ValueError: an image is smaller than the window, or an output of the function
-            has not the batch first.
+            doesn't have the batch first.
         """
         args = self._complete(args)
         if args and _is_lazy(args[-1]):
@@ -196,15 +198,16 @@ class Slide:
           out: where the result is written as it comes: an array, or a PyTree of arrays,
             of the result's shape, likewise.
           memory: bytes that a tile may take; an estimate decides its size.
-          resume: a file that keeps which tiles are done; a run that was stopped goes on
-            from there, and removes it at its end.
+          resume: a file that records the finished tiles, with digests of what they were
+            made from. A stopped run continues from there, and removes it at its end.
           progress: called with what is done, how many tiles are, and of how many; None
             for a bar on stderr, False for none.
           **kwargs: as in a call.
 
         Raises:
-          ValueError: ``out`` has another shape than the result, or a window alone takes
-            more than ``memory``.
+          ValueError: ``out`` can't hold the result, a window alone takes more than
+            ``memory``, or ``resume`` is the record of a run with other params, another
+            model, image, window, stride or output; names which.
         """
         plain = Slide(self.function, self.window, self.stride, self.axes, self.padding)
         given = self._complete(args)
