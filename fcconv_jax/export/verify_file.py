@@ -69,11 +69,15 @@ def verify_file(
     runtime = runtime_of(path)
     if not path.exists():
         raise ExportError(f"{path}: no such file")
+    refused: Exception | None = None
     with reading(path):
         shipped = runtime.open(path)
-        # A reader passes over what the runtime refuses: one byte of 1,000 is enough.
-        shipped.load()
         record = shipped.record()
+        try:
+            # The reader accepts what the runtime refuses: one byte of 1,000 is enough.
+            shipped.load()
+        except Exception as error:  # each runtime has its own kinds
+            refused = error
     if record is None:
         raise ExportError(
             f"{path} has no record of its parameters: it was not written by "
@@ -94,6 +98,13 @@ def verify_file(
             leaves = parameter_leaves(convert_params(variables, record.plan))
             given = shipped, runtime.int8, record, leaves, tell, reference
             proof = _prove(*given, shipped.output_names())
+            if refused is not None:
+                # A fault in a layer names the cause; without one, only this is known.
+                if not proof.all_failures:
+                    raise refused
+                first = str(refused).strip().partition("\n")[0]
+                why = f"{shipped.runtime} does not load the file: {first}"
+                proof = dataclasses.replace(proof, failures=(*proof.failures, why))
             # A fault in a layer is more precise than a changed fingerprint.
             known = record.fingerprint in (None, shipped.fingerprint())
             if not known and not proof.all_failures:
