@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ..default_settings import default_settings
-from ..errors import ExportError
+from ..errors import ExportError, FcconvError
 from ..frontends.bind import bind
 from ..params.trees import convert_params
 from ..progress import Progress, ProgressOption, shown
@@ -76,6 +76,8 @@ def verify_file(
         try:
             # The reader accepts what the runtime refuses: one byte of 1,000 is enough.
             shipped.load()
+        except FcconvError:
+            raise
         except Exception as error:  # each runtime has its own kinds
             refused = error
     if record is None:

@@ -180,3 +180,18 @@ def test_arguments_in_the_wrong_place(tmp_path):
         fc.export(dense, None, x, path=path)
     with pytest.raises(ExportError, match=r"Expected calibrate= .* got int8="):
         fc.export(dense, params, x, path=path, int8=True)
+
+
+def test_a_shape_that_takes_all_memory(tmp_path):
+    """LiteRT would allocate it, whatever it costs."""
+    needs("litert")
+    from fcconv_jax.export.runtimes.litert.reader import LiteRTFile
+    from fcconv_jax.export.runtimes.litert.schema import pack
+
+    path = tmp_path / "net.tflite"
+    export(path)
+    file = LiteRTFile(path)
+    file.graph.tensors[file.graph.outputs[0]].shape = [2**30, 2**10]
+    path.write_bytes(pack(file.model))
+    with pytest.raises(ExportError, match="1,099,511,627,776 entries, and its layers"):
+        fc.verify_file(path, PARAMS, progress=False)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -25,6 +26,8 @@ from .schema import RECORD, pack, schema
 
 _CONVS = ("CONV_2D", "DEPTHWISE_CONV_2D")
 _LINEAR = (*_CONVS, "FULLY_CONNECTED", "BATCH_MATMUL")
+# Entries that any machine holds: such a tensor is not worth a question.
+_LARGE = 1 << 20
 _NUMPY = {
     "FLOAT32": np.float32,
     "INT32": np.int32,
@@ -114,7 +117,22 @@ class LiteRTFile(Shipped):
         return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(shape)
 
     def load(self) -> None:
-        """Load the file in LiteRT."""
+        """Load the file in LiteRT.
+
+        Raises:
+          ExportError: a shape is out of all proportion: LiteRT would allocate it, tens
+            of GB after one damaged byte.
+        """
+        shapes = [t.shape for t in self.graph.tensors if t.shape is not None]
+        largest = max((math.prod(map(int, shape)) for shape in shapes), default=0)
+        record = self.record()
+        layers = record.layers if record else ()
+        known = [math.prod(s) for e in layers for s in (e.input_shape, e.output_shape)]
+        if largest > max(_LARGE, 1024 * max(known, default=largest)):
+            raise ExportError(
+                f"{self.path} has a tensor of {largest:,} entries, and its layers "
+                f"have at most {max(known):,}: it is damaged. Export it again."
+            )
         interpreter(self.content)
 
     def record(self) -> Record | None:
