@@ -22,6 +22,7 @@ FOLDERS = (
     ".github",
     "docs",
     "examples",
+    "fcconv_jax",
 )
 _SUFFIXES = {".md", ".py", ".ipynb", ".toml", ".yml"}
 # Written by the build from sources that are checked themselves; and this file.

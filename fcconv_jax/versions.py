@@ -36,7 +36,7 @@ else:
 def graph_mode() -> Mapping[str, Any]:
     """Options of ``nnx.split`` and the like, under which shared modules stay shared.
 
-    flax 0.12.8: always ``graph=True``. Earlier there is no other mode.
+    flax 0.12.8: always ``graph=True``. Earlier versions have only that mode.
     """
     from flax import nnx
 

@@ -260,7 +260,7 @@ class Moved:
         if isinstance(self.dtype, str):
             raise CheckpointError(
                 f"dtype {self.dtype} cannot be held in memory: neither NumPy nor "
-                "ml_dtypes has it as it stands in the file"
+                "ml_dtypes stores it as the file does"
             )
         out = _in_memory(self.entries).view(self.dtype)
         return out if self.move is None else self.move(out)

@@ -1,4 +1,4 @@
-"""What the commands do: plan a model or a checkpoint, verify."""
+"""Steps shared by commands: plan a model or a checkpoint, verify."""
 
 from __future__ import annotations
 

@@ -234,7 +234,7 @@ class Certificate:
             )
         proof = "every kernel entry at its place, and " if self.proved else ""
         return (
-            f"equal to the bit in {self.dtype}: {proof}{self.probes} draws from "
+            f"bit-identical in {self.dtype}: {proof}{self.probes} draws from "
             f"{self.set_size} integers miss a difference with probability at most "
             f"{self.miss_probability:.1e}"
         )

@@ -79,7 +79,7 @@ def verify(
     """Checks every claim that a conversion makes.
 
     1. Parameters: ``converted_params`` hold the same bits, rearranged by the plan.
-    2. Each layer, on every executed backend: both forms agree to the bit on integers
+    2. Each layer, on every executed backend: both forms are bit-identical on integers
        that leave no rounding (:mod:`fcconv_jax.verification.certificate`).
     3. The whole program on ``inputs``: outputs, the output of every converted layer,
        gradients, and the params after one optimizer step. Both forms are run in

@@ -136,4 +136,4 @@ def test_a_file_by_others(folder):
     (folder / "net.tflite").write_bytes(b"\0" * 64)
     done = run("verify", "net.tflite", "--against", "a.msgpack")
     assert done.exit_code == 1
-    assert "is no LiteRT file" in done.output
+    assert "is not a LiteRT file" in done.output

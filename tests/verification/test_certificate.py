@@ -120,7 +120,7 @@ def test_equal_forms_pass(name, dtype):
     assert found.passed, found
     assert found.miss_probability <= 1e-9
     assert found.dtype == dtype
-    assert "equal to the bit" in str(found)
+    assert "bit-identical" in str(found)
 
 
 def test_equal_forms_pass_in_float64():

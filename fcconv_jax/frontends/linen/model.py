@@ -41,7 +41,7 @@ class ConvertedLinen:
     plan: Plan
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
-        """Initialises variables: the model's own, converted, to the bit."""
+        """Initialize variables as the converted ones of the model, bit for bit."""
         return convert_params(self.model.init(rngs, *args, **kwargs), self.plan)
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:

@@ -115,7 +115,7 @@ _NO_CALLS = frozenset(
 
 
 def _methods(cls: type) -> dict[str, Any]:
-    """What a class has on top of ``nnx.Module``'s own that may compute: by name.
+    """Return a class's members beyond ``nnx.Module``'s that may compute, by name.
 
     Methods, special ones such as ``__getitem__``, and properties.
     """
@@ -167,7 +167,7 @@ def _unpickled(cls: type[nnx.Module], plan: Plan) -> Any:
 
 @dataclasses.dataclass(frozen=True)
 class _Static:
-    """What comes out of a trace beside arrays, as a PyTree without leaves."""
+    """Outputs of a trace other than arrays, as a PyTree without leaves."""
 
     value: Any
 
@@ -231,7 +231,7 @@ def _call_method(module: Any, name: str, args: Any, kwargs: Any) -> Any:
 @jax.tree_util.register_dataclass
 @dataclasses.dataclass(frozen=True)
 class _Ended:
-    """What a call has come to.
+    """Result of a rewritten call.
 
     Args:
       arrays: of what the method returns.
@@ -301,7 +301,7 @@ class _Call:
             if all(f"{path}/{below}" in here for below in vars(cls)[_PLAN]):
                 _set_class(each, vars(cls)[_ORIGINAL])
                 continue
-            # A part that was converted by itself, before, still is.
+            # A part that was converted separately before stays converted.
             rest = _matmuls_of(each).items()
             rest = {key: p for key, p in rest if key not in here.values()}
             _set_matmuls(each, rest)
@@ -353,7 +353,7 @@ def _check_returned(module: Any, name: str, out: Any) -> None:
         if not _is_node(leaf) and callable(leaf) and not isinstance(leaf, type):
             raise PlanError(
                 f"{type(module).__name__}.{name} returns a function, which would hold "
-                "parameters in the form of the trace that made it. Return arrays, or "
+                "parameters of the trace that returned it. Return arrays, or "
                 "leave this module's parameters out with a rule"
             )
 

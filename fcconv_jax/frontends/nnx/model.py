@@ -64,7 +64,7 @@ def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
 
 @dataclasses.dataclass(frozen=True)
 class Origin:
-    """What a converted layer was: its class and the settings of its constructor.
+    """Class and constructor settings of a layer before it was converted.
 
     ``nodes`` is NNX's note of which attributes are data; with the same one the way
     back gives an equal ``GraphDef``, and so the same jit cache entries.
@@ -206,7 +206,7 @@ def _check(path: str, module: Any, layer: LayerPlan) -> None:
     """Refuses a module that the plan of a layer is not for.
 
     Raises:
-      PlanError: names the module, what was found, and the way out.
+      PlanError: names the module, what was found, and a fix.
     """
     if isinstance(module, _SWAPPED):
         if module._layer != layer.inverse():
@@ -252,7 +252,7 @@ def _check_matmul(
       matmuls: of the model, as it is.
 
     Raises:
-      PlanError: names the parameter, what was found, and the way out.
+      PlanError: names the parameter, what was found, and a fix.
     """
     before = matmuls.get(id(variable))
     if before is not None and before.kernel != layer.inverse().kernel:

@@ -57,7 +57,7 @@ class LiteRTFile(Shipped):
         self.path = path
         self.content = path.read_bytes() if content is None else content
         if self.content[4:8] != b"TFL3":
-            raise ExportError(f"{path} is no LiteRT file: it lacks the mark 'TFL3'")
+            raise ExportError(f"{path} is not a LiteRT file: it lacks the mark 'TFL3'")
         try:
             self.model = s.ModelT.InitFromPackedBuf(self.content, 0)
         except Exception as error:  # struct's and flatbuffers' own kinds
