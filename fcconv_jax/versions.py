@@ -1,7 +1,8 @@
-"""Differences between the supported versions of JAX and Flax.
+"""Differences between versions of JAX and Flax, back to Colab's 0.7.2 and 0.11.2.
 
-The oldest are Colab's: jax 0.7.2 and flax 0.11.2. Each entry names the version whose
-lower bound lets it be deleted.
+Each entry names the version whose lower bound lets it be deleted. With Colab's,
+functions and linen models are planned; NNX models are not yet, since Flax 0.11 lacks
+``Variable.get_raw_value``. The declared bounds are therefore higher.
 """
 
 from __future__ import annotations
@@ -52,3 +53,20 @@ def holds_reference(variable: Any) -> bool:
     if hasattr(type(variable), "has_ref"):
         return variable.has_ref
     return bool(variable.ref or variable.hijax)
+
+
+def value_of(variable: Any) -> Any:
+    """The value of an ``nnx.Variable``; flax 0.12.8: ``variable.get_value()``."""
+    get = getattr(variable, "get_value", None)
+    return variable.value if get is None else get()
+
+
+def changes_when_read(variable: Any) -> bool:
+    """Whether the class of an ``nnx.Variable`` has its own way to read its value.
+
+    flax 0.12.8: ``get_value``. Earlier, the property ``value``.
+    """
+    from flax import nnx
+
+    name = "get_value" if hasattr(nnx.Variable, "get_value") else "value"
+    return getattr(type(variable), name) is not getattr(nnx.Variable, name)

@@ -10,7 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from ...planning.layer_axes import DenseAxes
-from ...versions import graph_mode, holds_reference
+from ...versions import changes_when_read, graph_mode, holds_reference, value_of
 
 KINDS: dict[str, type[nnx.Module]] = {
     "Linear": nnx.Linear,
@@ -109,12 +109,15 @@ def obstacle(layer: Any) -> str | None:
         if holds_reference(variable):
             return "its parameters are mutable references, whose shape is fixed"
         hooks = variable.get_metadata()
-        own = type(variable).get_value is not nnx.Variable.get_value
-        if own or hooks.get("on_get_value") or hooks.get("on_set_value"):
+        if (
+            changes_when_read(variable)
+            or hooks.get("on_get_value")
+            or hooks.get("on_set_value")
+        ):
             return f"its {type(variable).__name__} changes its value when it is read"
     return None
 
 
 def bias_of(layer: Any) -> Any:
     """Return the bias's value, or None."""
-    return None if layer.bias is None else layer.bias.get_value()
+    return None if layer.bias is None else value_of(layer.bias)

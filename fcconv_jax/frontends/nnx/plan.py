@@ -19,7 +19,7 @@ from ...planning.layers import Layer
 from ...planning.trace import Traced, trace
 from ...tracing import arguments
 from ...tracing.marks import name_parameter
-from ...versions import graph_mode, holds_reference
+from ...versions import graph_mode, holds_reference, value_of
 from . import layers as nnx_layers
 from .readers import Readers
 
@@ -45,7 +45,7 @@ def _named_call(self: Any, inputs: Any, out_sharding: Any = None) -> Any:
     """Calls a layer as it is, on parameters that have a name in the trace."""
     getattr(self, _CALLED).paths.add(getattr(self, _PATH))
     shadow = types.SimpleNamespace(**vars(self))
-    shadow.kernel = name_parameter(self.kernel.get_value())
+    shadow.kernel = name_parameter(value_of(self.kernel))
     bias = nnx_layers.bias_of(self)
     shadow.bias = None if bias is None else name_parameter(bias)
     method: Any = type(self).__mro__[1].__call__
