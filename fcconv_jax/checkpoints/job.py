@@ -8,7 +8,8 @@ from typing import Any
 
 from ..errors import CheckpointError, PlanError
 from ..params.leaves import convert_leaf
-from ..params.matching import Leaf, Move, find_moves
+from ..params.matching import find_moves
+from ..params.move import Leaf, Move
 from ..plan import Plan
 from .checkpoint import (
     Checkpoint,

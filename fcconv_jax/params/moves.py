@@ -16,7 +16,8 @@ from ..meshes import over_mesh
 from ..plan import Plan
 from ..plan.paths import inner_shape, join_path
 from .leaves import AxisNames, convert_leaf, flatten_with_path
-from .matching import Leaf, Move, Parts, find_moves, planned_moves
+from .matching import find_moves, planned_moves
+from .move import Leaf, Move, Parts
 from .variables import is_variable
 
 _LOG = logging.getLogger(__name__)

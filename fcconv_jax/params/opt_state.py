@@ -13,7 +13,7 @@ from ..default_settings import default_settings
 from ..errors import PlanError
 from ..plan import Plan
 from .leaves import flatten_with_path, is_leaf_node
-from .matching import Move
+from .move import Move
 from .moves import map_leaves, moved, tree_moves
 from .opt_probe import ProbeError, different_update
 

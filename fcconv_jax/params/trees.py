@@ -9,7 +9,7 @@ import flax.linen as nn
 
 from ..errors import PlanError
 from ..plan import Plan
-from .matching import Parts
+from .move import Parts
 from .moves import map_leaves
 from .opt_state import convert_opt_state
 from .variables import is_nnx_module
