@@ -152,6 +152,8 @@ class Record:
 
 def _parsed(file: Path) -> tuple[dict[str, str], dict[int, Tile]]:
     """Return the run and the tiles in a record, each value of its type."""
+    if not file.is_file():  # reading a pipe would never end
+        raise _not_a_record(file)
     try:
         kept = json.loads(file.read_text(encoding="utf-8"))
         if kept["format"] != _FIELD:

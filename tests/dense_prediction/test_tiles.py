@@ -1,6 +1,7 @@
 """Images of any size by tiles: what is written, what is refused, and stopped runs."""
 
 import json
+import os
 
 import chex
 import flax.linen as nn
@@ -177,6 +178,13 @@ def test_files_that_are_no_records(tmp_path, text):
     with pytest.raises(ValueError, match="resume: "):
         GRID.write(W, IMAGES, **options(np.zeros_like(WANT), tmp_path))
     assert (tmp_path / "state").read_text() == text
+
+
+@pytest.mark.parametrize("make", [os.mkdir, os.mkfifo])
+def test_folders_and_pipes_are_no_records(tmp_path, make):
+    make(tmp_path / "state")
+    with pytest.raises(ValueError, match="resume: expected"):
+        GRID.write(W, IMAGES, **options(np.zeros_like(WANT), tmp_path))
 
 
 def test_a_record_in_no_folder(tmp_path):
