@@ -130,7 +130,6 @@ def verify_model(
     from ..backends.resolution import resolve
     from ..verification.verify import verify
 
-    require_layers(made)
     backends = options["backends"]
     if backends and all(resolve(backend).how != "executed" for backend in backends):
         bound = bound.with_variables(bound.shapes)
@@ -163,7 +162,6 @@ def verify_checkpoint(
         for form in dict.fromkeys(layer.to for layer in made.values()):
             now = plan_model(bound, PlanOptions(To(form)))
             _tell_differences(made, now, checkpoint)
-    require_layers(made)
     found = find_variables(saved, bound, str(checkpoint))
     bound = with_random_inputs(bound, seed).with_variables(found.original)
     return verify(bound, plan=made, converted_params=found.converted, **options)

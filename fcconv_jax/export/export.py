@@ -16,6 +16,7 @@ from ..default_settings import default_settings
 from ..errors import ExportError
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
+from ..frontends.options import check_options
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
 from ..progress import Progress, ProgressOption, shown
@@ -146,6 +147,8 @@ def export(
             "LiteRT's. Drop calibrate= for a file in float32."
         )
     bound = bind(model, params, *inputs, **kwargs)
+    check_options(export, bound)
+    bound.check_inference()
     call = _Call(bound, target, made_for, unroll, fold)
     with (
         default_settings(),

@@ -12,6 +12,7 @@ import numpy as np
 from ..default_settings import default_settings
 from ..errors import ExportError, FcconvError
 from ..frontends.bind import bind
+from ..frontends.options import check_options
 from ..params.trees import convert_params
 from ..progress import Progress, ProgressOption, shown
 from .layers import Record
@@ -92,12 +93,17 @@ def verify_file(
         reference, notes = None, []
         if model is not None:
             bound = bind(model, params, *inputs, **kwargs)
+            check_options(verify_file, bound)
             variables = bound.variables
             reference, notes = reference_of(bound)
         else:
             notes.append("the whole file was not compared: that needs its model")
         with reading(path):
             leaves = parameter_leaves(convert_params(variables, record.plan))
+            if model is None:
+                # A checkpoint may hold a model's state among its params, as NNX does.
+                names = {f"state/{n.removeprefix('params/')}": n for n in leaves}
+                leaves |= {new: leaves[n] for new, n in names.items()}
             given = shipped, runtime.int8, record, leaves, tell, reference
             proof = _prove(*given, shipped.output_names())
             if refused is not None:

@@ -45,7 +45,7 @@ def bind(model: Any, params: Any = None, *inputs: Any, **kwargs: Any) -> BoundMo
       ('linen', 1, (2, 3))
     """
     if isinstance(model, BoundModel):
-        return model
+        return _alone(model, (*inputs, *kwargs), params)
     frontend = frontend_of(model)
     if frontend is not BoundFunction and is_array(params):
         raise TypeError(
@@ -60,7 +60,7 @@ def bind_planned(
 ) -> BoundModel:
     """Binds a model with the arguments that ``make_plan`` takes."""
     if isinstance(model, BoundModel):
-        return model
+        return _alone(model, (*args, *kwargs))
     return frontend_of(model).planned(model, args, kwargs)
 
 
@@ -69,7 +69,7 @@ def bind_called(
 ) -> BoundModel:
     """Binds a model with all that a call of it takes, params included."""
     if isinstance(model, BoundModel):
-        return model
+        return _alone(model, (*args, *kwargs))
     return frontend_of(model).called(model, args, kwargs)
 
 
@@ -78,6 +78,15 @@ def bind_crops(model: Any) -> OnCrops:
     if isinstance(model, BoundModel):
         return model.bound_on_crops()
     return frontend_of(model).on_crops(model)
+
+
+def _alone(bound: Any, more: Sequence[Any], params: Any = None) -> BoundModel:
+    if more or params is not None:
+        raise TypeError(
+            f"Expected a bound model alone, got {len(more) + 1} more arguments. Bind "
+            "the model to its params, inputs and keyword arguments all at once."
+        )
+    return bound
 
 
 def frontend_of(model: Any) -> type[BoundModel]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import abc
 import dataclasses
 import functools
+import inspect
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
@@ -126,6 +127,25 @@ class BoundModel(abc.ABC):
     @abc.abstractmethod
     def convert_model(cls, model: Any, plan: Plan, inplace: bool = False) -> Any:
         """The model in the plan's form."""
+
+    # Keyword arguments of a call that the library adds to those of the model.
+    more_options: ClassVar[tuple[str, ...]] = ()
+
+    def accepts(self) -> tuple[set[str], bool]:
+        """Names of the call's parameters, and whether it takes any keyword."""
+        method = self.kwargs.get("method")
+        if isinstance(method, str):
+            method = getattr(self.model, method)
+        try:
+            found = inspect.signature(method or self.call_of()).parameters.values()
+        except (TypeError, ValueError):  # such as a function written in C
+            return set(), True
+        takes_any = any(p.kind is p.VAR_KEYWORD for p in found)
+        return {*(p.name for p in found), *self.more_options}, takes_any
+
+    def call_of(self) -> Callable[..., Any]:
+        """The function that a call runs, with its signature."""
+        return self.model
 
     # The parts of the call.
 
@@ -255,6 +275,14 @@ class BoundModel(abc.ABC):
 
     def _arguments(self, arrays: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._split[1].merge(self.arrays if arrays is None else arrays)
+
+    def check_inference(self) -> None:
+        """Refuse a model in training mode, whose calls change its state.
+
+        Raises:
+          PlanError: names the state, and the fix.
+        """
+        return  # Flax and Haiku refuse by themselves; adapters run for inference.
 
     def program(self) -> Program:
         """The call as it is compiled: inputs are arguments, not constants."""

@@ -27,6 +27,7 @@ class BoundHaiku(BoundModel):
     """
 
     library = "haiku"
+    more_options = ("rng",)
 
     @classmethod
     def classes(cls) -> tuple[type, ...]:
@@ -55,6 +56,10 @@ class BoundHaiku(BoundModel):
             return convert_params(model.init(*args, **kwargs), plan)
 
         return type(model)(init, ConvertedFunction(model.apply, plan))
+
+    def call_of(self) -> Callable[..., Any]:
+        """The pair's ``apply``."""
+        return getattr(self.model.apply, "function", self.model.apply)
 
     def _variables(self) -> Mapping[str, Any]:
         if self.params is None:

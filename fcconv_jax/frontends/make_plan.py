@@ -8,6 +8,7 @@ from typing import Any
 from ..plan import Form, Plan
 from ..plan.rules import Rule
 from .bind import bind_planned
+from .options import check_options
 
 
 def make_plan(
@@ -76,4 +77,5 @@ def make_plan(
     given = {"rngs": rngs, "method": method}
     options = {name: value for name, value in given.items() if value is not None}
     bound = bind_planned(model, inputs, {**kwargs, **options})
+    check_options(make_plan, bound)
     return bound.plan(to, rules, backend)

@@ -37,6 +37,10 @@ class BoundTorch(BoundHeld):
         """Modules."""
         return (torch.nn.Module,)
 
+    def call_of(self) -> Callable[..., Any]:
+        """The Module's ``forward``."""
+        return getattr(self.model, "forward", self.model)
+
     @classmethod
     def split(cls, model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
         """Parameters and buffers by their names in the ``state_dict``.

@@ -21,6 +21,7 @@ from ..default_settings import default_settings
 from ..errors import BackendError, PlanError
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
+from ..frontends.options import check_options
 from ..params.layer_dtypes import layer_dtypes
 from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules
@@ -139,6 +140,7 @@ def tune(
     with default_settings(), shown(progress) as tell:
         tell("planning", 0, 1)
         bound = bind(model, params, *inputs, **kwargs)
+        check_options(tune, bound)
         _check_arrays(chosen, (bound.variables, bound.arrays))
         named = None if backend is None else str(chosen.backend)
         every, ties = _both_ways(bound, rules, named)

@@ -223,7 +223,8 @@ def execute(
     if training is not None and "one step" in equality.references:
         errors += _step_errors(equality, training, pair)
     dtypes = {jnp.result_type(x) for x in jax.tree.leaves(pair.variables)}
-    unit = max(unit_roundoff(d) for d in dtypes if jnp.issubdtype(d, jnp.inexact))
+    floats = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)] or [jnp.float32]
+    unit = max(map(unit_roundoff, floats))
     return Execution(
         str(name),
         str(resolution.device.device_kind),

@@ -19,6 +19,7 @@ from ..default_settings import default_settings
 from ..errors import BackendError
 from ..frontends.bind import bind
 from ..frontends.bound import BothForms, BoundModel
+from ..frontends.options import check_options
 from ..params.trees import restore_params
 from ..plan import Form, Plan
 from ..progress import Progress, ProgressOption, shown
@@ -143,6 +144,7 @@ def verify(
     chosen = _resolve_all(backends)
     with default_settings(), shown(progress) as tell:
         bound = bind(model, params, *inputs, **kwargs)
+        check_options(verify, bound)
         if plan is None:
             tell("planning", 0, 1)
             plan = bound.plan(to)

@@ -28,6 +28,7 @@ class BoundLinen(BoundModel):
     """A ``flax.linen`` Module, or one that :func:`convert_model` returned."""
 
     library = "linen"
+    more_options = ("rngs", "method", *_APPLY_ONLY)
     stores_collections = True
 
     @classmethod
@@ -90,6 +91,10 @@ class BoundLinen(BoundModel):
             )
         return ConvertedLinen(model, plan)
 
+    def call_of(self) -> Callable[..., Any]:
+        """The Module's ``__call__``."""
+        return getattr(self.model, "model", self.model).__call__
+
     def _variables(self) -> Mapping[str, Any]:
         if self.params is None:
             return self.shapes
@@ -103,14 +108,17 @@ class BoundLinen(BoundModel):
         rngs = options.pop("rngs", None)
         rngs = jax.random.key(0) if rngs is None else rngs
         init = functools.partial(self.model.init, **options)
-        return nn.meta.unbox(jax.eval_shape(init, rngs, *self.args))
+        shapes = nn.meta.unbox(jax.eval_shape(init, rngs, *self.args))
+        return shapes if "params" in shapes else {"params": {}, **shapes}
 
     def drawn(self, seed: int) -> BoundModel:
         """The same call with variables from ``init``."""
         options = self._init_options()
         rngs = options.pop("rngs", None)
         rngs = jax.random.key(seed) if rngs is None else rngs
-        return self.with_variables(self.model.init(rngs, *self.args, **options))
+        variables = self.model.init(rngs, *self.args, **options)
+        # A model without parameters has no such collection.
+        return self.with_variables({"params": {}, **variables})
 
     def _init_options(self) -> dict[str, Any]:
         """What ``init`` takes of the keyword arguments of ``apply``."""

@@ -34,6 +34,7 @@ class BoundNnx(BoundModel):
     """
 
     library = "nnx"
+    more_options = ("method",)
     takes_options = False  # Users jit NNX models themselves.
 
     @classmethod
@@ -132,6 +133,23 @@ class BoundNnx(BoundModel):
         out = _method(model, kwargs)(*args, **_without(kwargs))
         updated = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         return (out, updated) if updated else out
+
+    def check_inference(self) -> None:
+        """Refuse a call that changes batch statistics."""
+        jaxpr, out = jax.make_jaxpr(self.call, return_shape=True)(
+            self.shapes, self.arrays
+        )
+        if not nnx.state(self.model, nnx.BatchStat):
+            return
+        updated = ["/".join(map(str, path)) for path in flatten_dict(out[1])]
+        after = jaxpr.jaxpr.outvars[-len(updated) :]
+        changed = [p for p, var in zip(updated, after) if var not in jaxpr.jaxpr.invars]
+        if changed:
+            raise PlanError(
+                f"Expected a {type(self.model).__name__} in eval mode, got one whose "
+                f"call changes {changed[0]!r}. Call model.eval() first; on the command "
+                "line, name a function that makes the model and does so."
+            )
 
     def _merged(self, variables: Any) -> Any:
         graphdef, params, _ = self._parts
