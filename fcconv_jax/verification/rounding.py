@@ -43,6 +43,8 @@ _LOST = 1e-5
 # and to float64's rounding so many times as much as to its own precision's.
 _SENSITIVE = 1e4
 _NOISY = 2.0**14
+# Least effects of the directions of constants, as parts of the largest.
+_PARTS = (1e-2, 1e-4, 1e-6, 0.0)
 # Constants that are solved for; entries of each array that are looked at.
 _MOST = 48
 _ENTRIES = 512
@@ -290,15 +292,20 @@ def _solve(
     # A direction that cannot be seen within the limit says nothing about its constants.
     u, sizes, vt = np.linalg.svd(jacobian, full_matrices=False)
     seen = sizes * LIMIT > THRESHOLD
+    # Directions of little effect last: they would move far to make up for what the
+    # strong ones, such as constants of bfloat16, leave by not acting linearly.
+    ranks = {int((seen & (sizes > part * sizes[0])).sum()) for part in _PARTS}
     steps, moved = np.zeros(readings.count), (mine, theirs)
-    for _ in range(3):  # one is enough where the constants act linearly
-        off = u[:, seen].T @ pick(*moved)
-        steps = steps - vt[seen].T @ (off / sizes[seen])
-        moved = readings.run(steps)
-        if not np.isfinite(pick(*moved)).all():
-            break
-        if all_passed(_agree(readings.pairs, *moved, noise)):
-            break
+    for rank in sorted(ranks - {0}):
+        steps, moved, off = np.zeros(readings.count), (mine, theirs), start
+        while True:
+            steps = steps - vt[:rank].T @ (u[:, :rank].T @ off / sizes[:rank])
+            moved, before = readings.run(steps), np.linalg.norm(off)
+            off = pick(*moved)
+            if all_passed(_agree(readings.pairs, *moved, noise)):
+                return steps, moved
+            if not np.linalg.norm(off) < before / 2:  # also where it is NaN
+                break
     return steps, moved
 
 

@@ -63,7 +63,10 @@ def widen(leaf: Any) -> Any:
 def widen_literal(atom: Any) -> Any:
     """A constant of the program, in the dtype that its place in the program has."""
     dtype = widened(atom.aval.dtype)
-    return atom.val if dtype == atom.aval.dtype else np.asarray(atom.val, dtype)
+    if dtype == atom.aval.dtype:
+        return atom.val
+    # A number of Python may be kept as it was written: the program rounds it.
+    return np.asarray(np.asarray(atom.val, atom.aval.dtype), dtype)
 
 
 def bind_wide(eqn: Any, ins: list[Any], run: Run) -> Sequence[Any]:

@@ -113,6 +113,25 @@ EQUAL = {
         lambda x: x * (1 / STD) - MEAN / STD,
         [IMAGE],
     ),
+    "gelu in bfloat16": (nn.gelu, gelu_by_hand, [BF16]),
+    "selu": (
+        nn.selu,
+        lambda x: (
+            1.0507009873554805
+            * jnp.where(x > 0, x, 1.6732632423543772 * (jnp.exp(x) - 1))
+        ),
+        [X],
+    ),
+    "a temperature": (
+        lambda x: softmax(x / 0.7),
+        lambda x: softmax(x * (1 / 0.7)),
+        [X],
+    ),
+    "folded statistics": (
+        lambda x: (x - 0.3) / jnp.sqrt(1.7 + 1e-5) * 1.2 + 0.1,
+        lambda x: x * (1.2 / 1.70001**0.5) + (0.1 - 0.36 / 1.70001**0.5),
+        [X],
+    ),
     "silu": (nn.silu, lambda x: x / (1 + jnp.exp(-x)), [X]),
     "softmax without its shift": (softmax, lambda x: softmax(x, False), [X]),
     "softmax of jax": (softmax, jax.nn.softmax, [X]),
