@@ -21,6 +21,7 @@ class Goal(StrEnum):
     LATENCY = "latency"
     MEMORY = "memory"
     CYCLES = "cycles"
+    TRAINING = "training"
 
 
 @app.command(
@@ -28,6 +29,7 @@ class Goal(StrEnum):
         "tune model.py:Net --input 8,8,8,1 --budget 1",
         "tune model.py:Net --input 8,8,8,1 --timings cpu.json --out tuned.json",
         "tune model.py:Net --input 8,8,8,1 --objective memory --json",
+        "tune model.py:Net --input 8,8,8,1 --objective training --budget 1",
     )
 )
 def tune(
@@ -46,7 +48,8 @@ def tune(
     objective: Annotated[
         Goal | None,
         typer.Option(
-            help="By default latency if the device is present, and cycles otherwise."
+            help="By default latency if the device is present, and cycles otherwise. "
+            "training counts the loss (the sum of squared outputs) and its gradient."
         ),
     ] = None,
     budget: Annotated[

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 from ..reports import aligned
@@ -75,12 +75,14 @@ class TunedLayer:
       figures: of each way to run it, by name; that of the original comes first. Empty
         for layers that were not measured.
       choice: the way that was taken, or why there was nothing to choose.
+      forward: figures of the forward pass alone, where a training step was tuned.
     """
 
     paths: tuple[str, ...]
     what: str
     figures: tuple[tuple[str, Figure], ...]
     choice: str
+    forward: tuple[tuple[str, Figure], ...] = ()
 
     @property
     def gain(self) -> float | None:
@@ -106,6 +108,8 @@ class Tuning:
       layers: figures of single layers.
       left: path and reason of each layer that has one form only.
       why: why the choice is the original, where it is.
+      training: whether the figures are those of a training step, value and gradient.
+      forward: figures of the forward pass alone, in that case.
 
     Example:
       >>> tried = {"as it is": Figure(2.0, 1.9, 2.1), "all to conv": Figure(1.0, 1, 1)}
@@ -123,6 +127,8 @@ class Tuning:
     layers: tuple[TunedLayer, ...]
     left: tuple[tuple[str, str], ...] = ()
     why: str = ""
+    training: bool = False
+    forward: tuple[tuple[str, Figure], ...] = ()
 
     @property
     def before(self) -> Figure:
@@ -145,16 +151,22 @@ class Tuning:
         size, unit = _unit(before, self.objective)
         text = (
             f"{self.ratio:.2f}x: {_short(before / size)} -> {_short(after / size)} "
-            f"{unit} on {self.device}"
+            f"{unit} {'for a training step ' * self.training}on {self.device}"
         )
         return f"{text} ({self.why})" if self.why else text
 
     def __str__(self) -> str:
         lines = [self.headline(), ""]
-        rows = [("whole model", self.objective, "")]
+        rows = [("whole model", self.objective, "", "")]
+        if self.training:
+            rows = [("whole model", "training step", "forward", "")]
+        forward = dict(self.forward)
         for name, figure in self.programs:
             taken = "<- chosen" if name == self.choice else ""
-            rows.append((name, figure.show(self.objective), taken))
+            alone = forward[name].show(self.objective) if name in forward else ""
+            rows.append((name, figure.show(self.objective), alone, taken))
+        if not self.training:
+            rows = [(name, figure, taken) for name, figure, _, taken in rows]
         lines += aligned(rows)
         if self.layers:
             lines += ["", *aligned(self.table())]
@@ -172,8 +184,18 @@ class Tuning:
         for layer in self.layers:
             first = layer.paths[0] or "(root)"
             more = len(layer.paths) - 1
+            forward = dict(layer.forward)
             own, *others = [
-                (name, figure.show(self.objective)) for name, figure in layer.figures
+                (
+                    name,
+                    figure.show(self.objective),
+                    *(
+                        [f"(forward {forward[name].show(self.objective)})"]
+                        if name in forward
+                        else []
+                    ),
+                )
+                for name, figure in layer.figures
             ] or [("", "-")]
             gain = layer.gain
             rows.append(
@@ -192,16 +214,13 @@ class Tuning:
         """Return the record as what JSON knows."""
         return {
             **dataclasses.asdict(self),
-            "programs": {
-                name: dataclasses.asdict(figure) for name, figure in self.programs
-            },
+            "programs": _named(self.programs),
+            "forward": _named(self.forward),
             "layers": [
                 {
                     **dataclasses.asdict(layer),
-                    "figures": {
-                        name: dataclasses.asdict(figure)
-                        for name, figure in layer.figures
-                    },
+                    "figures": _named(layer.figures),
+                    "forward": _named(layer.forward),
                 }
                 for layer in self.layers
             ],
@@ -217,12 +236,14 @@ class Tuning:
                 entry["what"],
                 _figures(entry["figures"]),
                 entry["choice"],
+                _figures(entry.get("forward", {})),
             )
             for entry in content["layers"]
         )
         rest = {
             **content,
             "programs": _figures(content["programs"]),
+            "forward": _figures(content.get("forward", {})),
             "layers": layers,
             "left": tuple(content["left"].items()),
         }
@@ -232,6 +253,10 @@ class Tuning:
 def _part(figure: Figure, of: Figure) -> float:
     """Return one figure as a part of another; scratch memory may be none in both."""
     return figure.median / of.median if of.median else 1.0
+
+
+def _named(figures: Iterable[tuple[str, Figure]]) -> dict[str, Any]:
+    return {name: dataclasses.asdict(figure) for name, figure in figures}
 
 
 def _figures(entries: Mapping[str, Any]) -> tuple[tuple[str, Figure], ...]:

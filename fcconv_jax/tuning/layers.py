@@ -18,6 +18,7 @@ from ..backends.layer_programs import layer_forms
 from ..plan import LayerPlan, Layout, Plan, other_form
 from ..plan.tuning import Figure, TunedLayer
 from .meters import Candidate, Meter, Options
+from .training import layer_step
 
 # Steps of the loop in which a layer is timed that runs in one.
 _STEPS = 2
@@ -74,6 +75,7 @@ def choose_alone(
     options: Options,
     seconds: float,
     tell: Callable[[str, int, int], None],
+    training: bool = False,
 ) -> list[Kind]:
     """Measure each layer of a plan in both forms; layers that are alike once.
 
@@ -86,6 +88,7 @@ def choose_alone(
       options: that everything is compiled with.
       seconds: for all layers; the costly ones come first, the rest stays as it is.
       tell: called with a step, how many are done, how many there are.
+      training: whether to measure value and gradient, and the forward pass beside it.
 
     Returns:
       The kinds of layers, the costly ones first.
@@ -111,15 +114,26 @@ def choose_alone(
         left = end - time.monotonic()
         tell(f"layers: {left:.0f} s left, {paths[0] or '(root)'}", number, len(costly))
         known = f"{hashlib.sha256(repr((layer, dtype)).encode()).hexdigest()} {options}"
+        known += " training" * training
         if meter.timings.passes_over(known, left):
             found.append(passed(paths, "no time to measure it"))
             continue
         ways = _ways(layer, dtype)
         candidates = {name: Candidate(way[1], options) for name, way in ways.items()}
         share = min(1.0, left / (len(costly) - number))
+        forward: dict[str, Figure] = {}
+        if training:
+            share /= 2
+            forward = meter.measure(candidates, share)
+            candidates = {
+                name: Candidate(layer_step(each.program), options)
+                for name, each in candidates.items()
+            }
         figures = meter.measure(candidates, share)
         what, best = _in_words(layer, dtype), _best(figures)
-        row = TunedLayer(tuple(paths), what, tuple(figures.items()), best)
+        row = TunedLayer(
+            tuple(paths), what, tuple(figures.items()), best, tuple(forward.items())
+        )
         layouts: dict[str, Layout | None] = {
             n: layout for n, (layout, _) in ways.items()
         }

@@ -8,7 +8,7 @@ import hashlib
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import jax
 import jaxlib.version
@@ -30,6 +30,7 @@ from ..progress import Progress, ProgressOption, shown
 from .layers import Kind, choose_alone
 from .meters import Candidate, Meter, Options
 from .timings import Timings
+from .training import Loss, model_step
 
 _FORMS: tuple[Form, ...] = ("conv", "dense")
 # Among programs this near to the best one, the plainest is taken.
@@ -57,7 +58,8 @@ def tune(
     params: Any = None,
     *inputs: Any,
     backend: str | Backend | None = None,
-    objective: Objective | None = None,
+    objective: Objective | Literal["training"] | None = None,
+    loss: Loss | None = None,
     budget: float = 120.0,
     timings: str | Path | None = None,
     rules: Iterable[Rule | str] = (),
@@ -87,7 +89,11 @@ def tune(
       backend: such as ``"cpu"`` or ``"tpu:v5e"``; None is JAX's default.
       objective: ``"latency"``, the default where the device is present; ``"memory"``,
         scratch beyond parameters and results; ``"cycles"``, which XLA estimates for
-        TPUs that are not present (a loop's body counts once there).
+        TPUs that are not present (a loop's body counts once there). ``"training"`` is
+        the latency or the cycles of the loss with its gradient by the params; a layer
+        has one form for both passes, and the whole step counts.
+      loss: for ``"training"``, a float scalar of what the model returns (with the state
+        that it changes, if any); by default the sum of the squares of its outputs.
       budget: about how many seconds to measure, compilation of the whole model's forms
         not counted. A quarter is for single layers, a quarter for layers in the model,
         with their compilation; the costly ones come first.
@@ -111,7 +117,8 @@ def tune(
     Raises:
       BackendError: the backend is unknown, or can't be measured on this machine.
       PlanError: a rule matches nothing; the budget is negative; the timings are
-        damaged, of another device, or cannot be written.
+        damaged, of another device, or cannot be written; the loss is not a float
+        scalar.
       TypeError: abstract params or inputs, and a device that is present.
 
     Source:
@@ -132,11 +139,17 @@ def tune(
     chosen = resolve_default() if backend is None else resolve(backend)
     if chosen.how == "lowered":
         raise BackendError(f"{chosen.backend}: {chosen.reason}")
-    goal = _objective(objective, chosen)
+    training = objective == "training"
+    if loss is not None and not training:
+        raise PlanError(
+            f'Expected objective="training" for a loss=, got {objective!r}. Pass '
+            'objective="training".'
+        )
+    goal = _objective(None if objective == "training" else objective, chosen)
     device = _device(chosen)
     versions = f"jax {jax.__version__}, jaxlib {jaxlib.version.__version__}"
     file = None if timings is None else Path(timings)
-    known = Timings(file, goal, f"{device}, {versions}")
+    known = Timings(file, goal, f"{device}{', training' * training}, {versions}")
     with default_settings(), shown(progress) as tell:
         tell("planning", 0, 1)
         bound = bind(model, params, *inputs, **kwargs)
@@ -154,7 +167,9 @@ def tune(
         end = time.monotonic() + budget / 4
         for number, each in enumerate(sets):
             seconds = (end - time.monotonic()) / (len(sets) - number)
-            kinds[each] = choose_alone(every, ties, dtypes, meter, each, seconds, tell)
+            kinds[each] = choose_alone(
+                *(every, ties, dtypes, meter, each, seconds, tell, training)
+            )
             forms |= _whole_forms(every, kinds[each], each)
 
         def program(form: _Form) -> Candidate:
@@ -162,11 +177,20 @@ def tune(
             changed = bound.convert(form.plan) if form.plan else bound
             return Candidate(changed.program(), form.options)
 
-        race = _Race(forms, program, meter, tell)
+        def step(form: _Form) -> Candidate:
+            each = program(form)
+            return Candidate(model_step(each.program, loss), each.options)
+
+        race = _Race(forms, step if training else program, meter, tell)
         race.choose(budget / 3)
         alike = kinds[race.forms[race.choice].options]
         race.refine(every, alike, budget / 4)
         race.confirm(budget / 6)
+        forward: dict[str, Figure] = {}
+        if training:
+            tell("whole model: forward passes", 0, 1)
+            shown_forms = {name: program(race.forms[name]) for name in race.figures}
+            forward = meter.measure(shown_forms, budget / 6)
     taken = race.forms[race.choice]
     tuning = Tuning(
         backend=str(chosen.backend),
@@ -181,6 +205,8 @@ def tune(
         ),
         left=tuple(every.left),
         why="" if race.choice != race.original else _NOTHING_BETTER,
+        training=training,
+        forward=tuple(forward.items()),
     )
     return dataclasses.replace(taken.plan, options=taken.options, tuning=tuning)
 
@@ -191,7 +217,8 @@ def _objective(objective: Objective | None, chosen: Resolution) -> Objective:
         return "latency" if present else "cycles"
     if objective not in ("latency", "memory", "cycles"):
         raise PlanError(
-            f"objective={objective!r}: it is 'latency', 'memory' or 'cycles'"
+            "Expected objective='latency', 'memory', 'cycles' or 'training', got "
+            f"{objective!r}."
         )
     if objective == "latency" and not present:
         raise BackendError(
