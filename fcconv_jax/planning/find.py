@@ -17,7 +17,7 @@ from ..tracing.jaxprs import (
     scan_parts,
     subjaxprs,
 )
-from ..tracing.marks import LAYER
+from ..tracing.marks import layer_of
 from ..tracing.primitives import (
     CUSTOM_VJPS,
     ENTRYWISE,
@@ -147,7 +147,7 @@ def _elsewhere(
     gradient = context.derivative == "backward" or updated
     for tag in ins:
         if isinstance(tag, Weight):
-            use = Use(tag.path, reason, telling, name, tag.named, gradient)
+            use = Use(tag.path, reason, telling, name, tag.reader is not None, gradient)
             program.uses.append(use)
     return [_mixed(ins, name)] * len(eqn.outvars)
 
@@ -169,8 +169,9 @@ def _mixed(ins: Sequence[Tag], how: str) -> Other:
 def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
     """The outputs of an equation that only moves or scales a weight, else None."""
     name, p = eqn.primitive.name, eqn.params
-    if name == "name" and p["name"] == LAYER and isinstance(ins[0], Weight):
-        return [dataclasses.replace(ins[0], named=not ins[0].sliced)]
+    reader = layer_of(p["name"]) if name == "name" else None
+    if reader is not None and isinstance(ins[0], Weight) and not ins[0].sliced:
+        return [dataclasses.replace(ins[0], reader=reader)]
     if name in SAME:
         return list(ins)
     weight = ins[0] if ins else None
@@ -250,7 +251,7 @@ def _matmul(program: Program, eqn: Any, ins: Sequence[Tag], context: _Context) -
             reason = "multiplied with no activation, but with parameters or constants"
             # Forward, too: the tangents that a Hessian begins with are constants.
             gradient = context.derivative is not None
-            use = Use(tag.path, reason, True, name, tag.named, gradient)
+            use = Use(tag.path, reason, True, name, tag.reader is not None, gradient)
             program.uses.append(use)
         elif tag.made_of and active:
             for path, how in sorted(tag.made_of):
@@ -393,7 +394,9 @@ def _elsewhere_each(program: Program, tags: Sequence[Tag], name: str) -> list[Ta
     for tag in tags:
         if isinstance(tag, Weight):
             reason = f"used by {name!r}"
-            program.uses.append(Use(tag.path, reason, False, name, tag.named))
+            program.uses.append(
+                Use(tag.path, reason, False, name, tag.reader is not None)
+            )
             tag = _mixed([tag], name)
         outs.append(tag)
     return outs

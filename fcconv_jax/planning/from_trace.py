@@ -81,7 +81,8 @@ def plan_trace(
         path: [
             call
             for matmul in found.get(layer.kernel, ())
-            if (call := layer_call(layer, matmul, numbers[id(matmul)])) is not None
+            if matmul.weight.reader in (None, path)
+            and (call := layer_call(layer, matmul, numbers[id(matmul)])) is not None
         ]
         for path, layer in layers.items()
     }

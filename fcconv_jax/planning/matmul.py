@@ -32,7 +32,8 @@ class Weight:
         :mod:`fcconv_jax.planning.factors`.
       stack: the factors of which a scan or an index took one step.
       sliced: whether the model's own code indexed it, which its other shape may break.
-      named: whether its layer reads it, see :data:`fcconv_jax.tracing.marks.LAYER`.
+      reader: path of the layer that reads it, if one named it
+        (:func:`fcconv_jax.tracing.marks.name_parameter`).
     """
 
     path: str
@@ -40,7 +41,7 @@ class Weight:
     axes: tuple[Axis, ...]
     stack: tuple[Factor, ...] = ()
     sliced: bool = False
-    named: bool = False
+    reader: str | None = None
 
     @classmethod
     def leaf(cls, path: str, shape: Sequence[int]) -> Weight:

@@ -10,13 +10,20 @@ from jax.ad_checkpoint import checkpoint_name
 
 _INPUT = "fcconv_jax.input:"
 _OUTPUT = "fcconv_jax.output:"
-# A parameter as a layer's own call reads it; other readers get it without the name.
-LAYER = "fcconv_jax.layer"
+_LAYER = "fcconv_jax.layer:"
 
 
-def name_parameter(array: Any) -> Any:
-    """Name a parameter in the trace as read by the layer that it is of."""
-    return checkpoint_name(array, LAYER)
+def name_parameter(path: str, array: Any) -> Any:
+    """Name a parameter in the trace as read by the own call of the layer at a path.
+
+    Other readers get it without the name, and layers that share it under their own.
+    """
+    return checkpoint_name(array, f"{_LAYER}{path}")
+
+
+def layer_of(name: str) -> str | None:
+    """Return the path of the layer that gave a name, or None for another name."""
+    return name.removeprefix(_LAYER) if name.startswith(_LAYER) else None
 
 
 def name_input(path: str, x: Any) -> None:

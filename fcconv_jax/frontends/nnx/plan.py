@@ -43,11 +43,12 @@ class _Called:
 
 def _named_call(self: Any, inputs: Any, out_sharding: Any = None) -> Any:
     """Calls a layer as it is, on parameters that have a name in the trace."""
-    getattr(self, _CALLED).paths.add(getattr(self, _PATH))
+    path = getattr(self, _PATH)
+    getattr(self, _CALLED).paths.add(path)
     shadow = types.SimpleNamespace(**vars(self))
-    shadow.kernel = name_parameter(value_of(self.kernel))
+    shadow.kernel = name_parameter(path, value_of(self.kernel))
     bias = nnx_layers.bias_of(self)
-    shadow.bias = None if bias is None else name_parameter(bias)
+    shadow.bias = None if bias is None else name_parameter(path, bias)
     method: Any = type(self).__mro__[1].__call__
     return method(shadow, inputs, out_sharding=out_sharding)
 

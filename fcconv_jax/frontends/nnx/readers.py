@@ -44,7 +44,9 @@ class Readers:
         matmuls = traced.matmuls()
         reads: dict[str, list[tuple[str, bool]]] = {}
         for path, each in matmuls.items():
-            reads[path] = [(m.eqn.primitive.name, m.weight.named) for m in each]
+            reads[path] = [
+                (m.eqn.primitive.name, m.weight.reader is not None) for m in each
+            ]
         for use in traced.program.uses:
             reads.setdefault(use.path, []).append((use.how, use.named))
         return cls(
