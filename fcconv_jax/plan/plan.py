@@ -232,6 +232,12 @@ class Plan(Mapping[str, LayerPlan]):
     def _hash(self) -> int:
         return hash((self.to, self.layers, self.left, self.options))
 
+    def __reduce__(self) -> Any:
+        # Not with its hash: that of a string is another one in each process.
+        return type(self), tuple(
+            getattr(self, f.name) for f in dataclasses.fields(self)
+        )
+
     def __hash__(self) -> int:
         # A plan is part of the cache key of every jit below a converted model.
         return self._hash

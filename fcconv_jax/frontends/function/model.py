@@ -32,6 +32,10 @@ class ConvertedFunction(Jitted):
         self.function = function
         self.plan = plan
 
+    def __reduce__(self) -> Any:
+        # What a call has compiled belongs to the process.
+        return type(self), (self.function, self.plan)
+
     def __repr__(self) -> str:
         layers = f"{len(self.plan)} layers as {in_words(self.plan.to)}"
         return f"<{self.__name__} with {layers}>"

@@ -86,6 +86,10 @@ class ConvertedLinen:
         """The summary table of ``nn.tabulate``, and how the converted layers run."""
         return f"{self.model.tabulate(rngs, *args, **kwargs)}\n{self.plan}\n"
 
+    def __reduce__(self) -> Any:
+        # What a call has compiled does not go along: it holds Flax's interceptors.
+        return type(self), (self.model, self.plan)
+
     def __getattr__(self, name: str) -> Any:
         if name.startswith("__"):
             raise AttributeError(name)

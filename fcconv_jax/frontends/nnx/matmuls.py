@@ -9,8 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import inspect
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Container, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -18,12 +17,21 @@ from flax import nnx
 
 from ...errors import PlanError
 from ...params.leaves import convert_leaf, move_metadata
+from ...params.trees import restore_params
 from ...plan import LayerPlan, Plan, direction
 from ...plan.paths import inner_shape
 from ...tracing import arguments
 from ...versions import graph_mode
 from ..function.model import run_rewritten
 from . import layers as nnx_layers
+from .nodes import (
+    FunctionReturnedError,
+    Steps,
+    check_returned,
+    refused,
+    with_nodes,
+    without_nodes,
+)
 
 _PLAN, _ORIGINAL = "_fcconv_jax_plan", "_fcconv_jax_original"
 _TAG = "fcconv_jax"
@@ -138,19 +146,15 @@ def _methods(cls: type) -> dict[str, Any]:
 
 
 def _rewritten_method(name: str, original: Any) -> Any:
-    """A method, a property or a generator that goes through :func:`_call_method`."""
+    """A method or a property that goes through :func:`_call_method`."""
     if isinstance(original, property):
-        read = property(lambda self: _call_method(self, name, (), {}))
+        read = property(lambda self: _call_method(self, name, ()))
         return property(read.fget, original.fset, original.fdel, original.__doc__)
 
     def method(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return _call_method(self, name, args, kwargs)
+        return _call_method(self, name, ((args, kwargs),))
 
-    def generator(self: Any, *args: Any, **kwargs: Any) -> Any:
-        return iter(_call_method(self, name, args, kwargs))
-
-    steps = inspect.isgeneratorfunction(original)
-    return functools.wraps(original)(generator if steps else method)
+    return functools.wraps(original)(method)
 
 
 def _reduce(self: Any, protocol: Any) -> Any:
@@ -175,47 +179,33 @@ class _Static:
 jax.tree_util.register_static(_Static)
 
 
-class _Node:
-    """Stands for a module or a Variable among the arguments of a method."""
+def _call_method(
+    module: Any, name: str, calls: tuple[Any, ...], traced: bool = True
+) -> Any:
+    """Calls a method of a module, and updates what the method changes.
 
-    def __repr__(self) -> str:
-        return "<nnx object>"
-
-
-_NODE = _Node()
-
-
-def _is_node(value: Any) -> bool:
-    return isinstance(value, nnx.Pytree | nnx.Variable)
-
-
-def _without_nodes(tree: Any) -> tuple[list[Any], Any]:
-    """The modules and Variables in a PyTree, and the PyTree without them."""
-    leaves, treedef = jax.tree.flatten(tree, is_leaf=_is_node)
-    nodes = [leaf for leaf in leaves if _is_node(leaf)]
-    rest = [_NODE if _is_node(leaf) else leaf for leaf in leaves]
-    return nodes, jax.tree.unflatten(treedef, rest)
-
-
-def _with_nodes(tree: Any, nodes: Sequence[Any]) -> Any:
-    rest = iter(nodes)
-    return jax.tree.map(lambda leaf: next(rest) if leaf is _NODE else leaf, tree)
-
-
-def _call_method(module: Any, name: str, args: Any, kwargs: Any) -> Any:
-    """Calls a method of a module, and updates what the method changes."""
-    nodes, rest = _without_nodes((args, kwargs))
+    Args:
+      module: of a rewritten class.
+      name: of the method or property.
+      calls: positional and keyword arguments: of the method, and of what it returns.
+      traced: whether it is rewritten; else it runs as it is, on parameters in the form
+        that it was written for.
+    """
+    nodes, rest = without_nodes(calls)
     arrays, static = arguments.split(rest)
     with nnx.update_context(_TAG):
         with nnx.split_context(_TAG) as split:
             graphdef, state = split.split((module, *nodes))
-        call = _Call(name, vars(type(module))[_PLAN], graphdef, static)
+        call = _Call(name, vars(type(module))[_PLAN], graphdef, static, traced)
+        run = _jitted if traced and _is_hashable(call) else _Call.run
         try:
-            hash(call)
-        except TypeError:  # an attribute or an argument: fine outside of jit
-            ended = call.run(state, arrays)
-        else:
-            ended = _jitted(call, state, arrays)
+            ended = run(call, state, arrays)
+        except FunctionReturnedError as returned:
+            if not returned.later:
+                return _call_method(module, name, calls, traced=False)
+            return lambda *args, **kwargs: _call_method(
+                module, name, (*calls, (args, kwargs))
+            )
         found: tuple[Any, ...] = ()
         if ended.structure is not None:
             with nnx.merge_context(_TAG, inner=False) as merge:
@@ -225,7 +215,17 @@ def _call_method(module: Any, name: str, args: Any, kwargs: Any) -> Any:
         variables = nnx_layers.variables((module, *nodes))
         for path, value in ended.changed.items():
             variables[path].set_raw_value(value)
-    return _with_nodes(ended.static.value.merge(ended.arrays), found)
+    out = with_nodes(ended.static.value.merge(ended.arrays), found)
+    return iter(out.each) if isinstance(out, Steps) else out
+
+
+def _is_hashable(call: _Call) -> bool:
+    """Whether a call can be a key of jit; an attribute or an argument may not be."""
+    try:
+        hash(call)
+    except TypeError:
+        return False
+    return True
 
 
 @jax.tree_util.register_dataclass
@@ -256,12 +256,14 @@ class _Call:
       plan: of the module's matmuls.
       graphdef: of the module, and of modules and Variables among the arguments.
       static: the arguments without their arrays.
+      traced: whether it is traced and rewritten.
     """
 
     name: str
     plan: Plan
     graphdef: Any
     static: arguments.Static
+    traced: bool = True
 
     def run(self, state: Any, arrays: Sequence[Any]) -> _Ended:
         """Runs it, rewritten."""
@@ -277,6 +279,8 @@ class _Call:
         )
         plan = Plan(self.plan.to, layers)
         follow = functools.partial(self._follow, plan)
+        if not self.traced:
+            return follow(restore_params(params, plan), state, list(arrays))
         return run_rewritten(follow, plan, (params, state, list(arrays)), {})
 
     def _follow(self, plan: Plan, params: Any, state: Any, arrays: Any) -> _Ended:
@@ -310,13 +314,13 @@ class _Call:
             there[path] = before[f"0/{path}"].get_raw_value()
             _set(before[f"0/{path}"], params[path], layer)
         values = _values(before)
-        args, kwargs = _with_nodes(self.static.merge(arrays), nodes)
         out = getattr(module, self.name)
-        if not isinstance(getattr(type(module), self.name, None), property):
+        for args, kwargs in with_nodes(self.static.merge(arrays), nodes):
             out = out(*args, **kwargs)
-        if inspect.isgenerator(out):
-            out = tuple(out)
-        _check_returned(module, self.name, out)
+        if isinstance(out, Iterator):
+            out = Steps(list(out))
+        method = f"{type(module).__name__}.{self.name}"
+        check_returned(method, out, self.traced)
         after = _objects((module, *nodes))
         same = before.keys() == after.keys() and all(
             before[path] is after[path] for path in before
@@ -332,12 +336,16 @@ class _Call:
                 there[path] = changed[key] = convert_leaf(
                     layer.kernel, changed[key], layer.stack_axes
                 )
-            if key in after:
+            if key in after and self.traced:
                 _set(after[key], there[path], layer)
+        returned, rest = without_nodes(out)
+        outs, static = arguments.split(rest)
+        if not self.traced:
+            if returned or not same:
+                raise refused(method)
+            return _Ended(outs, _Static(static), changed, None)
         for _, each, cls in rewritten:
             _set_class(each, cls)
-        returned, rest = _without_nodes(out)
-        outs, static = arguments.split(rest)
         same = same and nnx.graphdef((module, *nodes), **graph_mode()) == self.graphdef
         structure = None
         if returned or not same:
@@ -345,17 +353,6 @@ class _Call:
                 structure = split.split((module, *nodes, *returned))
                 changed = {}
         return _Ended(outs, _Static(static), changed, structure)
-
-
-def _check_returned(module: Any, name: str, out: Any) -> None:
-    """Refuses a function among what a method returns: it may hold traced arrays."""
-    for leaf in jax.tree.leaves(out, is_leaf=_is_node):
-        if not _is_node(leaf) and callable(leaf) and not isinstance(leaf, type):
-            raise PlanError(
-                f"{type(module).__name__}.{name} returns a function, which would hold "
-                "parameters of the trace that returned it. Return arrays, or "
-                "leave this module's parameters out with a rule"
-            )
 
 
 _jitted = jax.jit(_Call.run, static_argnums=0)

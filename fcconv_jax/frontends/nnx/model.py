@@ -85,6 +85,10 @@ class Origin:
     def _hash(self) -> int:
         return hash((self.cls, self.settings, self.nodes))
 
+    def __reduce__(self) -> Any:
+        # Not with its hash: that of a string is another one in each process.
+        return type(self), (self.cls, self.settings, self.nodes)
+
     def __hash__(self) -> int:
         # Asked for at every call under nnx.jit.
         return self._hash

@@ -1,4 +1,5 @@
 import copy
+import functools
 import pickle
 from typing import Any
 
@@ -621,8 +622,71 @@ def test_a_converted_model_is_pickled():
     np.testing.assert_array_equal(copy.deepcopy(other)(x), model(x))
 
 
-def test_a_method_that_returns_a_function_is_refused_by_name():
-    model, x = Everything(), jnp.ones((2, 4))
+class Lazy(nnx.Module):
+    """Returns iterators, and functions of its parameter."""
+
+    def __init__(self):
+        self.w = nnx.Param(jnp.arange(20.0).reshape(4, 5))
+        self.parts = nnx.List([nnx.Linear(5, 2, rngs=nnx.Rngs(0))])
+
+    def __call__(self, x):
+        return x @ self.w[...]
+
+    def __iter__(self):
+        return iter([self.w[...], self.w[...].T])
+
+    def __reversed__(self):
+        return map(jnp.sum, self.w[...])
+
+    def layers(self):
+        return iter(self.parts)
+
+    def now(self):
+        w = self.w[...]
+        return lambda x: x @ w
+
+    def later(self):
+        return lambda x: x @ self.w[...]
+
+    def partial(self, scale):
+        return functools.partial(jnp.matmul, b=self.w[...] * scale)
+
+    def bound(self):
+        return self.__call__
+
+    def both(self):
+        w = self.w[...]
+        return lambda x: x @ w + x @ self.w[...]
+
+
+def test_iterators_and_functions_see_the_parameter_as_they_know_it():
+    model, x = Lazy(), jnp.ones((2, 4))
     other = fc.convert_model(model, fc.make_plan(model, x))
-    with pytest.raises(fc.PlanError, match=r"Everything\.encoder returns a function"):
-        other.encoder()
+    assert other.w.shape == (1, 4, 5)
+    for read in (
+        list,
+        lambda m: next(iter(m)),
+        lambda m: list(reversed(m)),
+        lambda m: [layer(jnp.ones(5)) for layer in m.layers()],
+        lambda m: m.now()(x),
+        lambda m: m.later()(x),
+        lambda m: m.partial(2.0)(x),
+        lambda m: m.bound()(x),
+        lambda m: nnx.jit(lambda m, x: m.now()(x) + m.later()(x))(m, x),
+    ):
+        jax.tree.map(np.testing.assert_array_equal, read(other), read(model))
+    assert [layer is other.parts[0] for layer in other.layers()] == [True]
+
+
+def test_a_returned_function_reads_the_parameter_when_the_original_does():
+    model, x = Lazy(), jnp.ones((2, 4))
+    other = fc.convert_model(model, fc.make_plan(model, x))
+    functions = [(m.now(), m.later()) for m in (model, other)]
+    for m in (model, other):
+        m.w[...] = m.w[...] * 2
+    (now, later), (other_now, other_later) = functions
+    np.testing.assert_array_equal(other_now(x), now(x))
+    np.testing.assert_array_equal(other_later(x), later(x))
+    assert not np.array_equal(other_now(x), other_later(x))
+    with pytest.raises(fc.PlanError, match=r"Lazy\.both returns functions that hold"):
+        other.both()
