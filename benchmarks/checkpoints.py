@@ -33,7 +33,7 @@ from flax import serialization
 from safetensors.numpy import save_file
 
 import fcconv_jax as fc
-from fcconv_jax.kernels import kernel_rearrangement
+from fcconv_jax.geometry.kernels import kernel_rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
 
 ROWS, COLUMNS, WINDOW = 16384, 1024, (4, 4)

@@ -37,10 +37,10 @@ from fcconv_jax.backends.compilation import (
 from fcconv_jax.backends.layer_comparison import mebibytes
 from fcconv_jax.backends.layer_programs import layer_forms
 from fcconv_jax.backends.resolution import Resolution, resolve
-from fcconv_jax.errors import BackendError
+from fcconv_jax.messages.errors import BackendError
+from fcconv_jax.messages.progress import shown
+from fcconv_jax.messages.reports import aligned
 from fcconv_jax.plan import KernelLayout, Layout
-from fcconv_jax.progress import shown
-from fcconv_jax.reports import aligned
 
 BACKENDS = (*TPUS, "cuda:a100", "cuda:h100")
 # A model of one layer, the shape of its input, and the rules that it is planned with.

@@ -139,7 +139,7 @@ def _chosen(config: pytest.Config) -> list[str]:
         if not names:
             return []
     from .backends.name import Backend
-    from .errors import BackendError
+    from .messages.errors import BackendError
 
     try:
         return [str(b) for b in dict.fromkeys(map(Backend.parse, names))]

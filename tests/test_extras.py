@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.errors import MissingExtraError
-from fcconv_jax.extras import _command, install_command, require
+from fcconv_jax.messages.errors import MissingExtraError
+from fcconv_jax.messages.extras import _command, install_command, require
 
 ROOT = Path(__file__).parents[1]
 HOME = "https://example.org/fcconv"
@@ -111,7 +111,8 @@ def test_the_line_runs(tmp_path, place):
         )
 
     run("pip", "install", "-q", "fcconv-jax" if place == "index" else str(wheel))
-    code = "from fcconv_jax.extras import install_command as i; print(i('images'))"
+    code = "from fcconv_jax.messages import extras; print(extras.install_command('%s'))"
+    code %= "images"
     line = run("python", "-c", code, capture_output=True).stdout
     run(*shlex.split(line), "-q")
     run("python", "-c", "import leaf")

@@ -11,8 +11,8 @@ import time
 
 import pytest
 
-from fcconv_jax import install
-from fcconv_jax.install import replacing, updating
+from fcconv_jax.files import install
+from fcconv_jax.files.install import replacing, updating
 
 
 def names(folder):
@@ -116,7 +116,7 @@ def test_the_size_is_allocated(tmp_path, nbytes, system, monkeypatch):
 def test_the_next_run_removes_what_a_killed_one_left(tmp_path):
     code = (
         "import sys, time, pathlib\n"
-        "from fcconv_jax.install import replacing\n"
+        "from fcconv_jax.files.install import replacing\n"
         "with replacing(pathlib.Path(sys.argv[1])) as fresh:\n"
         "    fresh.write_text('half'); print('ready', flush=True); time.sleep(60)\n"
     )

@@ -7,7 +7,7 @@ import pytest
 
 import fcconv_jax as fc
 from fcconv_jax.checkpoints import Checkpoint, write_checkpoint
-from fcconv_jax.progress import ProgressOption, shown
+from fcconv_jax.messages.progress import ProgressOption, shown
 
 
 @pytest.mark.parametrize("progress", [None, True, False, lambda *step: None])

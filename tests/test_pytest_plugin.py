@@ -8,7 +8,7 @@ import pytest
 import fcconv_jax as fc
 from fcconv_jax.backends import resolution
 from fcconv_jax.backends.name import names
-from fcconv_jax.extras import install_command
+from fcconv_jax.messages.extras import install_command
 
 # The runs below forget what they import: what is heavy is imported once, here.
 assert fc.verify
@@ -74,7 +74,7 @@ def test_each_backend_is_a_test_and_the_summary_says_how_far_it_went(run):
 WRONG = """
     import dataclasses
 
-    from fcconv_jax.kernels import Rearrangement
+    from fcconv_jax.geometry.kernels import Rearrangement
 
     def test_wrong_map(assert_equivalent):
         layer = PLAN["head"]

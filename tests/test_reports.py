@@ -8,7 +8,7 @@ import pytest
 import fcconv_jax as fc
 from fcconv_jax.backends.report import BackendReport
 from fcconv_jax.checkpoints import ContentReport
-from fcconv_jax.reports import Report, markdown_table
+from fcconv_jax.messages.reports import Report, markdown_table
 
 EVIL = "fc\x1b[2J|<b>\nPROVED: all layers"
 

@@ -1,8 +1,8 @@
 import pytest
 
-from fcconv_jax.errors import PlanError
+from fcconv_jax.files.strict_json import StrictJsonError, loads, whole_numbers
+from fcconv_jax.messages.errors import PlanError
 from fcconv_jax.plan import Plan
-from fcconv_jax.strict_json import StrictJsonError, loads, whole_numbers
 
 
 @pytest.mark.parametrize(

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import export
 
-from ..errors import BackendError
+from ..messages.errors import BackendError
 from . import processes
 from .census import HLO_CYCLES, OpCounts, count_hlo, count_stablehlo
 from .name import Backend

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import BackendError
-from ..layer_forms import canonical_layer, pair_of_forms
+from ..messages.errors import BackendError
 from ..params.layer_dtypes import layer_dtypes
 from ..plan import Form, LayerPlan, Plan, other_form
+from ..plan.layer_forms import canonical_layer, pair_of_forms
 from .compilation import (
     TIMEOUT,
     Compilation,

@@ -8,7 +8,7 @@ import math
 import re
 from typing import Any, Literal
 
-from ..errors import BackendError
+from ..messages.errors import BackendError
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 

@@ -16,7 +16,7 @@ from typing import Any
 
 import jax
 
-from ..errors import BackendError
+from ..messages.errors import BackendError
 from . import worker
 from .name import Backend
 

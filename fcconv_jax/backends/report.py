@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..reports import Report, Table
+from ..messages.reports import Report, Table
 from .census import OpCounts
 from .compilation import Compilation
 from .resolution import How

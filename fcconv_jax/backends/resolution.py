@@ -9,7 +9,7 @@ from typing import Any, Literal
 
 import jax
 
-from ..extras import install_command
+from ..messages.extras import install_command
 from .name import Backend, Platform, jax_platform
 
 How = Literal["executed", "compiled", "lowered"]

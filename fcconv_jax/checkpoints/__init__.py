@@ -1,6 +1,6 @@
 """Checkpoints on disk to the other form and back: Orbax, Flax msgpack, safetensors."""
 
-from ..errors import CheckpointError as CheckpointError
+from ..messages.errors import CheckpointError as CheckpointError
 from .checkpoint import Checkpoint as Checkpoint
 from .checkpoint import CheckpointInfo as CheckpointInfo
 from .checkpoint import CheckpointReport as CheckpointReport

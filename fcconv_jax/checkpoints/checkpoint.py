@@ -13,10 +13,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError, PlanError
+from ..files.strict_json import loads, whole_numbers
+from ..messages.errors import CheckpointError, PlanError
+from ..messages.reports import aligned
 from ..plan import Plan
-from ..reports import aligned
-from ..strict_json import loads, whole_numbers
 
 Parts = tuple[str, ...]
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import CheckpointError
+from ..messages.errors import CheckpointError
+from ..messages.reports import Report, Table
 from ..plan import Plan, in_words
-from ..reports import Report, Table
 from .checkpoint import Checkpoint, is_array, iter_leaves
 from .entries import Moved
 from .extents import Tell

@@ -6,9 +6,9 @@ import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..messages.errors import CheckpointError
+from ..messages.progress import ProgressOption, shown
 from ..plan import Plan, in_words
-from ..progress import ProgressOption, shown
 from .checkpoint import (
     Checkpoint,
     CheckpointReport,
@@ -94,7 +94,7 @@ def convert_checkpoint(
       >>> import tempfile
       >>> import numpy as np
       >>> from fcconv_jax.checkpoints import Checkpoint, write_checkpoint
-      >>> from fcconv_jax.kernels import Rearrangement
+      >>> from fcconv_jax.geometry.kernels import Rearrangement
       >>> from fcconv_jax.plan import LayerPlan
       >>> kernel = Rearrangement.reshape((8, 3), (2, 2, 2, 3))
       >>> fc = LayerPlan("full_window", "Dense", (2, 2), "HWC", (("kernel", kernel),),

@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..messages.errors import CheckpointError
 from .folders import FOLDER
 from .formats import FILES, FOLDERS, FileFormat, FolderFormat
 from .walk import require_regular

@@ -10,8 +10,8 @@ from typing import Any, Protocol
 
 import numpy as np
 
-from ..errors import CheckpointError
-from ..kernels import Rearrangement
+from ..geometry.kernels import Rearrangement
+from ..messages.errors import CheckpointError
 from .extents import (
     LARGE,
     PIECE,

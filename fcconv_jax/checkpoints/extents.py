@@ -20,8 +20,8 @@ from typing import TypeVar
 
 import numpy as np
 
-from ..errors import CheckpointError
-from ..install import allocate
+from ..files.install import allocate
+from ..messages.errors import CheckpointError
 
 # Bytes that a thread holds in memory at a time; a move needs them twice.
 PIECE = 4 << 20

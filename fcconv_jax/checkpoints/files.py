@@ -6,7 +6,7 @@ import dataclasses
 from pathlib import Path
 from typing import Any
 
-from ..errors import CheckpointError
+from ..messages.errors import CheckpointError
 from .checkpoint import (
     Checkpoint,
     CheckpointInfo,

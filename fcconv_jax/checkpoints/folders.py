@@ -14,8 +14,8 @@ from pathlib import Path
 from types import MappingProxyType
 from typing import Any
 
-from ..errors import CheckpointError
-from ..strict_json import loads
+from ..files.strict_json import loads
+from ..messages.errors import CheckpointError
 from .checkpoint import Checkpoint, FolderLayout, Record, iter_leaves
 from .extents import File, Tell
 from .formats import FILES, FORMATS, FolderFormat

@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from ..errors import CheckpointError, PlanError
+from ..messages.errors import CheckpointError, PlanError
 from ..params.leaves import convert_leaf
 from ..params.matching import find_moves
 from ..params.move import Leaf, Move

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
-from ..errors import CheckpointError
+from ..messages.errors import CheckpointError
 from .checkpoint import Parts, is_array, iter_leaves
 
 # What holds the array of a boxed parameter (nn.Partitioned, nnx.Variable).

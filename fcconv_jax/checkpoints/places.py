@@ -8,8 +8,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from types import MappingProxyType
 
-from ..errors import CheckpointError
-from ..install import install, sync, workspace
+from ..files.install import install, sync, workspace
+from ..messages.errors import CheckpointError
 from .detect import PathLike, detect, full_path
 from .formats import FolderFormat
 from .walk import foreign_files, regular_files

@@ -7,8 +7,8 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from ..errors import CheckpointError
-from ..progress import Progress, ProgressOption, shown
+from ..messages.errors import CheckpointError
+from ..messages.progress import Progress, ProgressOption, shown
 from .checkpoint import Checkpoint, CheckpointReport, iter_leaves
 from .content import Difference, differences
 from .detect import PathLike, full_path, named

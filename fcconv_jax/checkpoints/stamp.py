@@ -7,7 +7,7 @@ import os
 from collections.abc import Mapping
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..messages.errors import CheckpointError
 from .checkpoint import Checkpoint, FolderLayout
 from .walk import regular_files
 

@@ -11,7 +11,7 @@ import stat
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
-from ..errors import CheckpointError
+from ..messages.errors import CheckpointError
 
 
 def regular_files(folder: Path, leave: Iterable[str] = ()) -> dict[Path, Path]:

@@ -42,14 +42,14 @@ class _Commands(TyperGroup):
 
 def _shown(text: str) -> str:
     """Escape what names in files could do to a terminal, line breaks aside."""
-    from ..reports import printable
+    from ..messages.reports import printable
 
     return "\n".join(map(printable, text.split("\n")))
 
 
 def _in_one_line(error: Exception) -> str | None:
     """Return this package's message, or the user's line with its error."""
-    from ..errors import FcconvError
+    from ..messages.errors import FcconvError
     from ..tracing.user_code import users_line, way_out
 
     if isinstance(error, FcconvError):

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ..extras import require
-from ..install import replacing
+from ..files.install import replacing
+from ..messages.extras import require
 from .inputs import ArgumentError
 
 

@@ -14,8 +14,8 @@ import typer
 from .inputs import ArgumentError
 
 if TYPE_CHECKING:
+    from ..messages.reports import Report
     from ..plan import Plan
-    from ..reports import Report
 
 
 def check_destination(
@@ -91,7 +91,7 @@ def print_table(
     from rich.table import Table
     from rich.text import Text
 
-    from ..reports import printable
+    from ..messages.reports import printable
 
     if not rows:
         return

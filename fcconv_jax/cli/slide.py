@@ -160,7 +160,7 @@ def _with_params(
     """Return the model with the params of a checkpoint, or with its own."""
     import jax
 
-    from ..errors import CheckpointError
+    from ..messages.errors import CheckpointError
     from .variables import load_variables
 
     if params is None:

@@ -62,7 +62,7 @@ def read_model(
 
 def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
     """Plans a model by tracing it."""
-    from ..errors import PlanError
+    from ..messages.errors import PlanError
 
     if plan_options.backend not in (None, "any"):
         parse_backends([plan_options.backend], "--for")
@@ -112,7 +112,7 @@ def parse_backends(
 ) -> list[Backend] | None:
     """The values of an option that names backends."""
     from ..backends.name import Backend
-    from ..errors import BackendError
+    from ..messages.errors import BackendError
 
     try:
         return [Backend.parse(name) for name in names] if names else None
@@ -191,7 +191,7 @@ def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:
 
 def require_layers(made: Plan) -> None:
     """Raise if a conversion would change nothing."""
-    from ..errors import PlanError
+    from ..messages.errors import PlanError
 
     if not made:
         why = "; ".join(f"{path}: {reason}" for path, reason in made.skipped.items())
@@ -200,7 +200,7 @@ def require_layers(made: Plan) -> None:
 
 def read_plan(file: Path) -> Plan:
     """Reads a plan from a file."""
-    from ..errors import PlanError
+    from ..messages.errors import PlanError
     from ..plan import Plan
 
     try:

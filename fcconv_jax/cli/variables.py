@@ -45,7 +45,7 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
     import jax
     import numpy as np
 
-    from ..errors import CheckpointError
+    from ..messages.errors import CheckpointError
     from ..params.matching import ranked_prefixes
     from ..params.trees import convert_params, restore_params
 

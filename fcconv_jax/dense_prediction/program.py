@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from ..errors import PlanError
+from ..messages.errors import PlanError
 from ..tracing.cost import flops, largest
 from ..tracing.jaxprs import Literal, jaxpr_as_fun, opened
 from ..tracing.primitives import MATMULS, MOVES, ROUNDING, SAME

@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator
 
-from ..reports import Report
+from ..messages.reports import Report
 
 
 @dataclasses.dataclass(frozen=True)

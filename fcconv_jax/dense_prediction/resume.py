@@ -19,7 +19,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..install import replacing
+from ..files.install import replacing
 from ..tracing.jaxprs import opened, subjaxprs
 
 _FIELD = "fcconv_jax.slide"

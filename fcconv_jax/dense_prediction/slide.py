@@ -14,7 +14,7 @@ import numpy as np
 from ..backends.options import convolution_options
 from ..frontends.bind import bind_crops
 from ..frontends.jitted import Jitted
-from ..progress import ProgressOption
+from ..messages.progress import ProgressOption
 from ..tracing import arguments
 from ..tracing.user_code import explained
 from .program import (

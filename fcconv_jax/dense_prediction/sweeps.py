@@ -12,7 +12,7 @@ from typing import Any
 import jax
 from jax import lax
 
-from ..errors import PlanError
+from ..messages.errors import PlanError
 from . import costs
 from .maps import Layout, whole_layout, window_layouts
 from .values import Grid, Part, Value, merged, own_arrays, take_padded

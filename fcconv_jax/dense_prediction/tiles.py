@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..progress import ProgressOption, shown
+from ..messages.progress import ProgressOption, shown
 from .resume import Record, identity
 
 # A program holds a few arrays at once; the largest is what can be told beforehand.

@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Callable, Sequence
 from typing import Literal
 
-from ..errors import ExportError
+from ..messages.errors import ExportError
 from .layers import Layer
 
 How = Literal["run", "read", "inferred"]

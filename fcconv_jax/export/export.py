@@ -12,14 +12,14 @@ import jax
 import numpy as np
 
 from ..backends.timing import milliseconds
-from ..default_settings import default_settings
-from ..errors import ExportError
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
 from ..frontends.options import check_options
+from ..messages.errors import ExportError
+from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
-from ..progress import Progress, ProgressOption, shown
+from ..tracing.default_settings import default_settings
 from ..verification.agreement import named_leaves
 from .chips import Chip, chip_of
 from .fingerprint import BLANK, seal
@@ -121,7 +121,7 @@ def export(
       >>> export(model, params, x, path="model.h5")
       Traceback (most recent call last):
         ...
-      fcconv_jax.errors.ExportError: Expected a path that ends in one of ...
+      fcconv_jax.messages.errors.ExportError: Expected a path that ends in one of ...
     """
     form = to
     target = runtime_of(Path(path), runtime)

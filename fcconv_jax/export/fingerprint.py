@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ExportError
+from ..messages.errors import ExportError
 from .shipped import Shipped
 
 _START = "sha256:"

@@ -7,10 +7,10 @@ import math
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
-from ..errors import PlanError
 from ..frontends.bound import BoundModel
-from ..layer_forms import output_positions
+from ..messages.errors import PlanError
 from ..plan import LayerPlan, Plan, direction
+from ..plan.layer_forms import output_positions
 from ..plan.rules import Rule
 from .chips import Chip, Place
 from .layers import Layer

@@ -17,7 +17,7 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ExportError
+from ..messages.errors import ExportError
 from ..plan import Plan
 from .graph import Folded, Graph, Node, Source, Value
 

@@ -17,10 +17,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import ExportError
 from ..frontends.bound import BoundModel
+from ..messages.errors import ExportError
+from ..messages.progress import Progress
 from ..params.leaves import flatten_with_path
-from ..progress import Progress
 from ..verification.agreement import WorkingError, named_leaves, working_errors
 from ..verification.moved import MOVED, moved_by_an_ulp
 from ..verification.obstacles import obstacles

@@ -6,8 +6,8 @@ import contextlib
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..errors import ExportError
-from ..install import install, is_file, sync, workspace
+from ..files.install import install, is_file, sync, workspace
+from ..messages.errors import ExportError
 
 
 @contextlib.contextmanager

@@ -9,10 +9,10 @@ from typing import Any
 
 import numpy as np
 
-from ..errors import ExportError
+from ..messages.errors import ExportError
+from ..messages.progress import Progress
 from ..plan import Plan
 from ..plan.rules import Rule
-from ..progress import Progress
 from . import vela
 from .forms import Form
 from .report import FormFigures

@@ -7,8 +7,8 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from ..messages.reports import Report, Table
 from ..plan import Plan
-from ..reports import Report, Table
 from .proof import LayerProof, Proof
 
 

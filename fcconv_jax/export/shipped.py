@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..errors import ExportError, FcconvError
+from ..messages.errors import ExportError, FcconvError
 from .layers import Layer, Record
 
 

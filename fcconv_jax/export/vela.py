@@ -10,8 +10,8 @@ import sys
 import tempfile
 from pathlib import Path
 
-from ..errors import ExportError, MissingExtraError
-from ..extras import require
+from ..messages.errors import ExportError, MissingExtraError
+from ..messages.extras import require
 
 
 @dataclasses.dataclass(frozen=True)

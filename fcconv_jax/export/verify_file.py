@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
-from ..default_settings import default_settings
-from ..errors import ExportError, FcconvError
 from ..frontends.bind import bind
 from ..frontends.options import check_options
+from ..messages.errors import ExportError, FcconvError
+from ..messages.progress import Progress, ProgressOption, shown
 from ..params.trees import convert_params
-from ..progress import Progress, ProgressOption, shown
+from ..tracing.default_settings import default_settings
 from .layers import Record
 from .proof import Proof, Reference, parameter_leaves, prove, reference_of
 from .report import ExportReport, FormFigures
@@ -64,7 +64,7 @@ def verify_file(
       >>> verify_file("model.h5", {})
       Traceback (most recent call last):
         ...
-      fcconv_jax.errors.ExportError: Expected a path that ends in one of ...
+      fcconv_jax.messages.errors.ExportError: Expected a path that ends in one of ...
     """
     path = Path(path)
     runtime = runtime_of(path)

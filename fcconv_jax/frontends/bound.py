@@ -13,7 +13,7 @@ import flax.linen as nn
 import jax
 
 from ..backends.compilation import Program
-from ..errors import PlanError
+from ..messages.errors import PlanError
 from ..params.leaves import flatten_with_path
 from ..params.trees import convert_params
 from ..plan import Form, Plan

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 
 import flax.linen as nn
 
-from ..errors import PlanError
+from ..messages.errors import PlanError
 from ..plan import Plan
 from .bind import frontend_of
 from .function.model import ConvertedFunction

@@ -12,7 +12,7 @@ from typing import Any
 
 import jax
 
-from ..extras import require
+from ..messages.extras import require
 from .held import BoundHeld
 
 # Type checkers take "import torch" for this very file where PyTorch is not installed.

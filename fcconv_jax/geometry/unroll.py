@@ -19,8 +19,8 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Shaped
 
-from ..kernels import Array, conv_kernel_axes
 from .convolution import ConvGeometry, resolve_geometry
+from .kernels import Array, conv_kernel_axes
 from .windows import PaddingLike
 
 

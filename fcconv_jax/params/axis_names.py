@@ -7,8 +7,8 @@ from typing import Any
 
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
-from ..kernels import Rearrangement
-from ..meshes import regroup
+from ..geometry.kernels import Rearrangement
+from ..geometry.meshes import regroup
 
 
 def move_names(

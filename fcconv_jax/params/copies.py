@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..errors import PlanError
+from ..messages.errors import PlanError
 from .move import Leaf, Move, Parts, Shape
 
 # Fields of optax's states, beside what has "opt" in its name.

@@ -12,7 +12,7 @@ from flax import nnx
 from jax import lax
 from jax.core import Tracer
 
-from ..kernels import Rearrangement
+from ..geometry.kernels import Rearrangement
 from .leaves import convert_leaf
 
 # Arrays of fewer bytes are copied: they hardly count, and compiling takes its time.

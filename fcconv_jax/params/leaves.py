@@ -11,8 +11,8 @@ from flax.linen.partitioning import AxisMetadata as AxisNames
 from jax.core import Tracer
 from jax.sharding import PartitionSpec, Sharding
 
-from ..kernels import Rearrangement
-from ..meshes import over_mesh
+from ..geometry.kernels import Rearrangement
+from ..geometry.meshes import over_mesh
 from .axis_names import move_names, move_sharding
 from .tensors import is_tensor, move_tensor
 from .variables import is_variable

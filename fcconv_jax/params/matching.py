@@ -17,7 +17,7 @@ from collections.abc import (
     Sequence,
 )
 
-from ..errors import PlanError
+from ..messages.errors import PlanError
 from ..plan import Plan
 from .copies import alike, below, copies
 from .move import Leaf, Move, Parts

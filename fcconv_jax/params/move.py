@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from types import EllipsisType
 
-from ..kernels import Rearrangement
+from ..geometry.kernels import Rearrangement
 from ..plan.paths import inner_shape
 
 Parts = tuple[str, ...]

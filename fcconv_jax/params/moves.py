@@ -11,8 +11,8 @@ import numpy as np
 from flax.core import meta
 from jax.sharding import PartitionSpec, Sharding
 
-from ..errors import PlanError
-from ..meshes import over_mesh
+from ..geometry.meshes import over_mesh
+from ..messages.errors import PlanError
 from ..plan import Plan
 from ..plan.paths import inner_shape, join_path
 from .leaves import AxisNames, convert_leaf, flatten_with_path

@@ -7,7 +7,7 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 
-from ..errors import PlanError
+from ..messages.errors import PlanError
 from ..plan import Plan
 from .move import Parts
 from .moves import map_leaves

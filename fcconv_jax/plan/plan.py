@@ -10,11 +10,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, Literal, get_args
 
-from ..errors import PlanError
+from ..files.strict_json import loads, whole_numbers
 from ..geometry.convolution import Case
-from ..kernels import Rearrangement
-from ..reports import aligned
-from ..strict_json import loads, whole_numbers
+from ..geometry.kernels import Rearrangement
+from ..messages.errors import PlanError
+from ..messages.reports import aligned
 from .tuning import Tuning
 
 Form = Literal["conv", "dense"]

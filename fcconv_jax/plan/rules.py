@@ -10,7 +10,7 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
-from ..errors import PlanError
+from ..messages.errors import PlanError
 from .plan import KernelLayout, LayerPlan, Layout
 
 _SYNTAX = (

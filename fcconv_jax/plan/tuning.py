@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
-from ..reports import aligned
+from ..messages.reports import aligned
 
 Objective = Literal["latency", "memory", "cycles"]
 

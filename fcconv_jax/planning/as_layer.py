@@ -10,10 +10,10 @@ from typing import Any
 import jax
 from jax import lax
 
-from ..kernels import Rearrangement, channel_last, kernel_rearrangement
-from ..layer_forms import pair_of_forms
-from ..meshes import permuted, reshape
+from ..geometry.kernels import Rearrangement, channel_last, kernel_rearrangement
+from ..geometry.meshes import permuted, reshape
 from ..plan import Form, LayerPlan
+from ..plan.layer_forms import pair_of_forms
 from .factors import rearrangement, regroup, reversed_axis, stacked_axes
 from .layer_axes import DenseAxes
 from .matmul import Matmul

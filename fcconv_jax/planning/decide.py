@@ -7,12 +7,12 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
-from ..errors import PlanError
 from ..geometry.classify import Equivalence, classify
+from ..geometry.kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..geometry.windows import is_symbolic
-from ..kernels import Rearrangement, channel_last, kernel_rearrangement
-from ..layer_forms import holds
+from ..messages.errors import PlanError
 from ..plan import Form, LayerPlan, is_order
+from ..plan.layer_forms import holds
 from ..plan.rules import Rule
 from ..tracing.flatten import Flatten, LayerInput, find_flattens
 from ..versions import InconclusiveDimensionOperation

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Collection, Iterable, Sequence
 
-from ..kernels import Rearrangement
+from ..geometry.kernels import Rearrangement
 
 Factor = tuple[int, int]
 Axis = tuple[Factor, ...]

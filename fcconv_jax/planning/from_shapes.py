@@ -9,8 +9,8 @@ from typing import Any
 import jax
 from flax.core import meta
 
-from ..errors import PlanError
-from ..kernels import bias_rearrangement, channel_last, kernel_rearrangement
+from ..geometry.kernels import bias_rearrangement, channel_last, kernel_rearrangement
+from ..messages.errors import PlanError
 from ..params.leaves import leaf_path
 from ..plan import Form, LayerPlan, Plan
 from ..plan.rules import Rule, as_rules, match_rules
@@ -71,7 +71,7 @@ def plan_from_params(
       >>> plan_from_params({"attend": {"kernel": (8, 2, 4)}}, ["*=1"])
       Traceback (most recent call last):
       ...
-      fcconv_jax.errors.PlanError: leaf 'attend/kernel' of shape (8, 2, 4) is ...
+      fcconv_jax.messages.errors.PlanError: leaf 'attend/kernel' of shape ...
     """
     if to not in ("conv", "dense"):
         raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..meshes import permuted, reshape, respec
+from ..geometry.meshes import permuted, reshape, respec
 
 Array = jax.Array
 

@@ -17,7 +17,7 @@ import jax
 from jax.core import Tracer
 
 from ..backends.name import Backend, jax_platform
-from ..errors import BackendError, PlanError
+from ..messages.errors import BackendError, PlanError
 from ..plan import KernelLayout, LayerPlan, Layout, Plan
 from ..plan.rules import Rule, first_match
 

@@ -9,7 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from ..meshes import over_mesh, parts
+from ..geometry.meshes import over_mesh, parts
 from ..plan import LayerPlan, Layout, Plan
 from ..plan.rules import Rule, first_match
 

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
-from ..errors import PlanError
 from ..geometry.classify import classify
-from ..layer_forms import holds
+from ..messages.errors import PlanError
 from ..params.trees import restore_params
 from ..plan import LayerPlan, Plan
+from ..plan.layer_forms import holds
 from ..plan.paths import join_path
 from ..versions import InconclusiveDimensionOperation
 from .as_layer import (

@@ -8,7 +8,7 @@ from typing import Any
 
 import jax
 
-from ..errors import PlanError
+from ..messages.errors import PlanError
 from ..params.leaves import flatten_with_path
 from ..tracing import arguments
 from .find import analyse

@@ -7,7 +7,7 @@ import math
 from collections.abc import Iterable, Sequence
 from typing import Any
 
-from ..kernels import channel_last, window_letters
+from ..geometry.kernels import channel_last, window_letters
 from .frames import Frame
 from .jaxprs import Literal, call_body, scan_parts
 from .primitives import ENTRYWISE, MATMULS, POOLS, SAME, SCANS

@@ -19,7 +19,7 @@ import numpy as np
 from ..backends.compilation import Compiling, Program, abstract
 from ..backends.resolution import Resolution
 from ..backends.timing import seconds_of
-from ..errors import BackendError
+from ..messages.errors import BackendError
 from ..plan.tuning import Figure, Objective
 from .timings import Timings
 

@@ -8,10 +8,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ..errors import PlanError
-from ..install import replacing, updating
+from ..files.install import replacing, updating
+from ..files.strict_json import loads
+from ..messages.errors import PlanError
 from ..plan.tuning import Figure, Objective
-from ..strict_json import loads
 
 _FORMAT = "fcconv_jax.timings"
 # Larger than any time, size or cycle count; 1e999 in JSON would be infinite.

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from ..backends.compilation import Program
-from ..errors import PlanError
+from ..messages.errors import PlanError
 
 # A scalar from what a model returns.
 Loss = Callable[[Any], Any]

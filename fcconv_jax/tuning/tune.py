@@ -17,16 +17,16 @@ from ..backends.compilation import TIMEOUT
 from ..backends.name import Backend
 from ..backends.options import convolution_options
 from ..backends.resolution import Resolution, resolve, resolve_default
-from ..default_settings import default_settings
-from ..errors import BackendError, PlanError
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
 from ..frontends.options import check_options
+from ..messages.errors import BackendError, PlanError
+from ..messages.progress import Progress, ProgressOption, shown
 from ..params.layer_dtypes import layer_dtypes
 from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules
 from ..plan.tuning import Figure, Objective, Tuning
-from ..progress import Progress, ProgressOption, shown
+from ..tracing.default_settings import default_settings
 from .layers import Kind, choose_alone
 from .meters import Candidate, Meter, Options
 from .timings import Timings

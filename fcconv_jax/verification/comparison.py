@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Literal
 
-from ..reports import Report, Table
+from ..messages.reports import Report, Table
 from .agreement import Agreement, WorkingError
 from .rounding import LIMIT
 

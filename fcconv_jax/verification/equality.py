@@ -12,8 +12,8 @@ import numpy as np
 
 from ..backends.resolution import Resolution
 from ..frontends.bound import BothForms
+from ..messages.progress import Progress
 from ..plan import Plan
-from ..progress import Progress
 from ..tracing.marks import named_outputs
 from .agreement import (
     Agreement,

@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..errors import PlanError
-from ..layer_forms import canonical_layer, pair_of_forms
+from ..messages.errors import PlanError
 from ..params.layer_dtypes import layer_dtypes
 from ..plan import Form, LayerPlan, Plan
+from ..plan.layer_forms import canonical_layer, pair_of_forms
 from .certificate import Certificate, prepare_certificate
 
 # Examples in a certificate's input: enough to tell rows of a batch apart.

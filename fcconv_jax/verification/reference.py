@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from ..progress import Progress
+from ..messages.progress import Progress
 from ..tracing.cost import flops
 from .obstacles import obstacles
 from .reading import Named, Reading

@@ -7,8 +7,8 @@ from collections.abc import Container, Iterator, Mapping, Sequence
 
 from ..backends.census import OpCounts
 from ..backends.report import BackendReport, figures_table
+from ..messages.reports import Report, Table, markdown_table, plain
 from ..plan import Case, Direction, in_words
-from ..reports import Report, Table, markdown_table, plain
 from .agreement import Agreement, Kind, WorkingError
 from .certificate import Certificate
 from .teacher_forcing import ForcedLayer

@@ -17,7 +17,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ..progress import Progress
+from ..messages.progress import Progress
 from ..tracing.jaxprs import opened
 from .agreement import THRESHOLD, Agreement, Kind, agree, is_key
 from .arithmetic import unit_roundoff

@@ -18,9 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..layer_forms import canonical_layer, pair_of_forms
 from ..params.leaves import flatten_with_path
 from ..plan import LayerPlan, Plan
+from ..plan.layer_forms import canonical_layer, pair_of_forms
 from ..plan.paths import join_path
 from ..tracing.marks import named_inputs, named_outputs
 from .arithmetic import Arithmetic, measure_precision

@@ -15,14 +15,14 @@ from ..backends.name import Backend
 from ..backends.report import BackendReport
 from ..backends.resolution import Resolution, resolve, resolve_default
 from ..backends.timing import milliseconds
-from ..default_settings import default_settings
-from ..errors import BackendError
 from ..frontends.bind import bind
 from ..frontends.bound import BothForms, BoundModel
 from ..frontends.options import check_options
+from ..messages.errors import BackendError
+from ..messages.progress import Progress, ProgressOption, shown
 from ..params.trees import restore_params
 from ..plan import Form, Plan
-from ..progress import Progress, ProgressOption, shown
+from ..tracing.default_settings import default_settings
 from .bits import different_bits
 from .equality import Equality, execute
 from .report import Execution, LayerReport, VerifyReport

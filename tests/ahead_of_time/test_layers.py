@@ -9,7 +9,7 @@ import fcconv_jax as fc
 from fcconv_jax.backends.layer_programs import compile_layers
 from fcconv_jax.backends.name import Backend
 from fcconv_jax.backends.resolution import missing_extra
-from fcconv_jax.errors import BackendError
+from fcconv_jax.messages.errors import BackendError
 
 
 class Net(nn.Module):

@@ -8,7 +8,7 @@ import pytest
 import fcconv_jax as fc
 from fcconv_jax.backends.name import Backend
 from fcconv_jax.backends.resolution import missing_extra
-from fcconv_jax.errors import BackendError
+from fcconv_jax.messages.errors import BackendError
 
 X = jax.ShapeDtypeStruct((8, 224, 224, 3), jnp.float32)
 

@@ -15,7 +15,7 @@ from fcconv_jax.backends import processes
 from fcconv_jax.backends.census import census
 from fcconv_jax.backends.compilation import compile_for
 from fcconv_jax.backends.name import Backend
-from fcconv_jax.errors import BackendError
+from fcconv_jax.messages.errors import BackendError
 
 
 @pytest.fixture(scope="module")

@@ -16,8 +16,8 @@ from fcconv_jax.backends.layer_programs import (
     compile_layers,
     layer_forms,
 )
-from fcconv_jax.errors import BackendError
-from fcconv_jax.extras import install_command
+from fcconv_jax.messages.errors import BackendError
+from fcconv_jax.messages.extras import install_command
 
 
 class Net(nn.Module):

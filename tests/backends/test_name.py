@@ -8,8 +8,8 @@ import pytest
 from fcconv_jax.backends.name import Backend, names
 from fcconv_jax.backends.processes import topology
 from fcconv_jax.backends.resolution import missing_extra, resolve
-from fcconv_jax.errors import BackendError
-from fcconv_jax.extras import install_command
+from fcconv_jax.messages.errors import BackendError
+from fcconv_jax.messages.extras import install_command
 
 
 def _device(platform, kind, version=""):

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from fcconv_jax.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
-from fcconv_jax.kernels import Rearrangement
+from fcconv_jax.geometry.kernels import Rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
 
 

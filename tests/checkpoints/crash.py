@@ -28,8 +28,8 @@ from fcconv_jax.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from fcconv_jax.errors import CheckpointError
-from fcconv_jax.kernels import kernel_rearrangement
+from fcconv_jax.geometry.kernels import kernel_rearrangement
+from fcconv_jax.messages.errors import CheckpointError
 from fcconv_jax.plan import LayerPlan, Plan
 
 KERNEL = kernel_rearrangement((12, 5), (2, 2), order="CHW")

@@ -39,8 +39,8 @@ from fcconv_jax.checkpoints import (
     restore_checkpoint,
     write_checkpoint,
 )
-from fcconv_jax.errors import CheckpointError, PlanError
-from fcconv_jax.kernels import kernel_rearrangement
+from fcconv_jax.geometry.kernels import kernel_rearrangement
+from fcconv_jax.messages.errors import CheckpointError, PlanError
 from fcconv_jax.plan import LayerPlan, Plan
 
 HERE = Path(__file__).parent

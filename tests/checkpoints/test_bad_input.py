@@ -15,7 +15,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcconv_jax.checkpoints import read_checkpoint
-from fcconv_jax.errors import CheckpointError
+from fcconv_jax.messages.errors import CheckpointError
 
 sys.path.append(str(Path(__file__).parent))
 import fuzz

@@ -13,7 +13,7 @@ from fcconv_jax.checkpoints import (
     verify_checkpoint,
     write_checkpoint,
 )
-from fcconv_jax.errors import CheckpointError
+from fcconv_jax.messages.errors import CheckpointError
 
 FORMATS = ("orbax", "msgpack", "safetensors")
 

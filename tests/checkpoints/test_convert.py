@@ -15,8 +15,8 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     restore_checkpoint,
 )
-from fcconv_jax.errors import CheckpointError
-from fcconv_jax.kernels import Rearrangement
+from fcconv_jax.geometry.kernels import Rearrangement
+from fcconv_jax.messages.errors import CheckpointError
 from fcconv_jax.plan import LayerPlan, Plan
 
 FORMATS = ("orbax", "msgpack", "safetensors")

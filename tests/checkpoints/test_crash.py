@@ -14,7 +14,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from fcconv_jax import install
 from fcconv_jax.checkpoints import (
     convert_checkpoint,
     inspect_checkpoint,
@@ -22,7 +21,8 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     verify_checkpoint,
 )
-from fcconv_jax.errors import CheckpointError
+from fcconv_jax.files import install
+from fcconv_jax.messages.errors import CheckpointError
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))

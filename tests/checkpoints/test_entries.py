@@ -13,8 +13,8 @@ from fcconv_jax.checkpoints import entries as module
 from fcconv_jax.checkpoints.entries import Filed, Held, Moved
 from fcconv_jax.checkpoints.extents import Extent, File, copy
 from fcconv_jax.checkpoints.slabs import row_major_slabs
-from fcconv_jax.errors import CheckpointError
-from fcconv_jax.kernels import Rearrangement
+from fcconv_jax.geometry.kernels import Rearrangement
+from fcconv_jax.messages.errors import CheckpointError
 
 DTYPES = ("u1", "<u2", "<f4", "<f8", "<c16")
 

@@ -17,8 +17,8 @@ from fcconv_jax.checkpoints import (
 )
 from fcconv_jax.checkpoints.formats import FORMATS as FORMATS_BY_NAME
 from fcconv_jax.checkpoints.formats import safetensors
-from fcconv_jax.errors import CheckpointError
-from fcconv_jax.kernels import kernel_rearrangement
+from fcconv_jax.geometry.kernels import kernel_rearrangement
+from fcconv_jax.messages.errors import CheckpointError
 from fcconv_jax.plan import LayerPlan, Plan
 from fcconv_jax.plan.plan import VERSION
 

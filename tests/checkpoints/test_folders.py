@@ -13,7 +13,7 @@ from fcconv_jax.checkpoints import (
     restore_checkpoint,
     verify_checkpoint,
 )
-from fcconv_jax.errors import CheckpointError
+from fcconv_jax.messages.errors import CheckpointError
 
 
 @pytest.fixture

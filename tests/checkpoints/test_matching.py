@@ -4,8 +4,8 @@ import pytest
 from flax import serialization
 
 from fcconv_jax.checkpoints import convert_checkpoint
-from fcconv_jax.errors import CheckpointError
-from fcconv_jax.kernels import kernel_rearrangement
+from fcconv_jax.geometry.kernels import kernel_rearrangement
+from fcconv_jax.messages.errors import CheckpointError
 from fcconv_jax.plan import LayerPlan, Plan
 
 

@@ -14,7 +14,7 @@ from fcconv_jax.checkpoints import (
     write_checkpoint,
 )
 from fcconv_jax.checkpoints.formats import msgpack, msgpack_frame
-from fcconv_jax.errors import CheckpointError
+from fcconv_jax.messages.errors import CheckpointError
 
 leaves = st.one_of(
     st.none(),

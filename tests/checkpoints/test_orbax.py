@@ -19,7 +19,7 @@ from fcconv_jax.checkpoints import (
 )
 from fcconv_jax.checkpoints.checkpoint import OrbaxLayout
 from fcconv_jax.checkpoints.formats import orbax
-from fcconv_jax.errors import CheckpointError
+from fcconv_jax.messages.errors import CheckpointError
 
 
 @pytest.fixture

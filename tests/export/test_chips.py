@@ -5,10 +5,10 @@ import jax
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.errors import ExportError
 from fcconv_jax.export.chips import CHIPS, chip_of
 from fcconv_jax.export.forms import as_layer, place_of, plan_of_form
 from fcconv_jax.export.runtimes import runtimes
+from fcconv_jax.messages.errors import ExportError
 
 from .models import MODELS, normal
 

@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.errors import ExportError
 from fcconv_jax.export.runtimes.litert import int8
+from fcconv_jax.messages.errors import ExportError
 
 from .models import MODELS, normal
 

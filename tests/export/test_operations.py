@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from jax import lax
 
-from fcconv_jax.errors import ExportError
 from fcconv_jax.export.export import export
+from fcconv_jax.messages.errors import ExportError
 
 from .models import normal
 from .test_files import RUNTIMES, SUFFIX, needs

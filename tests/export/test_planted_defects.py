@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.errors import ExportError
 from fcconv_jax.export.runtimes.litert.schema import pack
+from fcconv_jax.messages.errors import ExportError
 
 from .models import MODELS
 from .test_files import RUNTIMES, SUFFIX, needs, write

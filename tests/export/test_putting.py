@@ -3,8 +3,8 @@
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.errors import ExportError
 from fcconv_jax.export import export as room
+from fcconv_jax.messages.errors import ExportError
 
 from .models import MODELS
 from .test_files import RUNTIMES, SUFFIX, needs, write

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from fcconv_jax.geometry.classify import classify
 from fcconv_jax.geometry.convolution import resolve_geometry
+from fcconv_jax.geometry.kernels import conv_kernel_to_dense
 from fcconv_jax.geometry.unroll import roll_dense, unroll_conv, unrolled_bytes
-from fcconv_jax.kernels import conv_kernel_to_dense
 from fcconv_jax.versions import enable_x64
 
 quick = settings(max_examples=80, deadline=None, derandomize=True, database=None)

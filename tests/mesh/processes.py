@@ -20,7 +20,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fcconv_jax as fc
-from fcconv_jax.kernels import kernel_rearrangement
+from fcconv_jax.geometry.kernels import kernel_rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
 
 MIB = 1 << 20

@@ -14,7 +14,7 @@ from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fcconv_jax as fc
-from fcconv_jax import meshes
+from fcconv_jax.geometry import meshes
 
 PROGRAMS = pathlib.Path(__file__).with_name("programs.py")
 

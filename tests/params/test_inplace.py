@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from fcconv_jax.kernels import Rearrangement, kernel_rearrangement
+from fcconv_jax.geometry.kernels import Rearrangement, kernel_rearrangement
 from fcconv_jax.params.inplace import convert_in_place
 from fcconv_jax.params.leaves import convert_leaf
 

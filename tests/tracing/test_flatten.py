@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fcconv_jax as fc
-from fcconv_jax.kernels import Rearrangement
+from fcconv_jax.geometry.kernels import Rearrangement
 
 
 def net(body):

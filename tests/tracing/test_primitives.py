@@ -10,8 +10,8 @@ from jax.ad_checkpoint import checkpoint_name
 from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 import fcconv_jax as fc
-from fcconv_jax.errors import ExportError
 from fcconv_jax.export.lowering.trace import lower
+from fcconv_jax.messages.errors import ExportError
 from fcconv_jax.tracing.jaxprs import opened, subjaxprs
 from fcconv_jax.tracing.primitives import ENTRYWISE, FAMILIES, LEFT_OUT, ROUNDING, SAME
 from fcconv_jax.verification.obstacles import obstacles

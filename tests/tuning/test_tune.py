@@ -13,7 +13,7 @@ from jax import lax
 import fcconv_jax as fc
 from fcconv_jax.backends.compilation import Program
 from fcconv_jax.backends.options import known_options
-from fcconv_jax.errors import BackendError
+from fcconv_jax.messages.errors import BackendError
 from fcconv_jax.plan import Plan
 from fcconv_jax.plan.tuning import Figure, Tuning
 from fcconv_jax.tuning import meters, tune

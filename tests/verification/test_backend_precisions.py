@@ -10,7 +10,7 @@ import pytest
 from jax import lax
 
 import fcconv_jax as fc
-from fcconv_jax.kernels import Rearrangement
+from fcconv_jax.geometry.kernels import Rearrangement
 from fcconv_jax.verification import arithmetic
 from fcconv_jax.verification.arithmetic import measure_precision
 from fcconv_jax.verification.certificate import certify

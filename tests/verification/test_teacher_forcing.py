@@ -11,7 +11,7 @@ from flax import nnx
 from jax.experimental import pallas as pl
 
 import fcconv_jax as fc
-from fcconv_jax.kernels import Rearrangement
+from fcconv_jax.geometry.kernels import Rearrangement
 from fcconv_jax.verification import reference
 
 

@@ -11,7 +11,7 @@ import optax
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.kernels import Rearrangement
+from fcconv_jax.geometry.kernels import Rearrangement
 from fcconv_jax.verification.layer_certificates import certify_layer
 
 

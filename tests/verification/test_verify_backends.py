@@ -13,7 +13,7 @@ import fcconv_jax as fc
 from fcconv_jax.backends import compilation
 from fcconv_jax.backends.name import Backend
 from fcconv_jax.backends.resolution import Resolution
-from fcconv_jax.errors import BackendError
+from fcconv_jax.messages.errors import BackendError
 from fcconv_jax.verification import verify as verify_module
 
 

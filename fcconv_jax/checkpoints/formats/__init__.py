@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import pkgutil
 
-from ...errors import CheckpointError
+from ...messages.errors import CheckpointError
 from .base import FileFormat as FileFormat
 from .base import FolderFormat as FolderFormat
 

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import CheckpointError
+from ...messages.errors import CheckpointError
 from ..checkpoint import Checkpoint, Record, is_array
 from ..entries import Moved
 from ..extents import Extent, File, Tell

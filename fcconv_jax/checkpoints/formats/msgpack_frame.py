@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...strict_json import whole_numbers
+from ...files.strict_json import whole_numbers
 from ..checkpoint import LEAVES_KEY, PLAN_KEY
 from ..entries import Filed, Moved
 from ..extents import Extent, File

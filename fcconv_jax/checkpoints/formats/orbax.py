@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import CheckpointError
-from ...strict_json import loads
+from ...files.strict_json import loads
+from ...messages.errors import CheckpointError
 from ..checkpoint import (
     Checkpoint,
     OrbaxLayout,

@@ -6,7 +6,7 @@ import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 
-from ...errors import CheckpointError
+from ...messages.errors import CheckpointError
 from ..checkpoint import Checkpoint, OrbaxLayout, step_number
 from ..walk import regular_files
 from .tensorstore import TREE

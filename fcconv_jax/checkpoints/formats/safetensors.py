@@ -12,8 +12,8 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 
-from ...errors import CheckpointError
-from ...strict_json import loads, whole_numbers
+from ...files.strict_json import loads, whole_numbers
+from ...messages.errors import CheckpointError
 from ..checkpoint import Checkpoint, Record, is_array
 from ..entries import Filed, Moved
 from ..extents import BLOCK, Extent, File, Tell, copy

@@ -10,8 +10,8 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import CheckpointError
-from ...strict_json import loads
+from ...files.strict_json import loads
+from ...messages.errors import CheckpointError
 from ..checkpoint import LeafInfo, iter_leaves
 from ..entries import Moved
 from ..extents import File

@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ...errors import ExportError
+from ...messages.errors import ExportError
 from ...tracing.primitives import SAME
 from ..graph import Value, constant
 from .builder import Builder, rule

@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from typing import Any
 
-from ...errors import ExportError
+from ...messages.errors import ExportError
 from ..graph import Value
 from .builder import Builder, rule
 

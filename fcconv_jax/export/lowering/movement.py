@@ -7,7 +7,7 @@ from typing import Any
 import jax
 import numpy as np
 
-from ...errors import ExportError
+from ...messages.errors import ExportError
 from ..graph import Value, constant
 from .builder import Builder, rule
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from typing import Any
 
-from ...errors import ExportError
+from ...messages.errors import ExportError
 from ..graph import Value, constant
 from .builder import Builder, rule
 

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ...errors import ExportError
+from ...messages.errors import ExportError
 from ...tracing.jaxprs import bind, call_body, evaluate, opened, scan_parts
 from ...tracing.primitives import MOVES, SAME
 from ..graph import Graph, Source, Value, constant

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
-from ...errors import ExportError
+from ...messages.errors import ExportError
 from ..graph import Graph
 from ..layers import Record
 from ..shipped import Shipped

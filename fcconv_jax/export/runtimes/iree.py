@@ -21,8 +21,8 @@ from jax import lax
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
-from ...errors import ExportError
-from ...extras import require
+from ...messages.errors import ExportError
+from ...messages.extras import require
 from ..fingerprint import digest
 from ..layers import Layer, Record, expected
 from ..proof import parameter_leaves

@@ -19,8 +19,8 @@ from xml.etree import ElementTree
 
 import numpy as np
 
-from ...errors import ExportError
-from ...extras import require
+from ...messages.errors import ExportError
+from ...messages.extras import require
 from ..fingerprint import digest
 from ..graph import FUSED, Graph
 from ..layers import Layer, Record, compute

@@ -18,8 +18,8 @@ import jax
 import numpy as np
 from jax import export as jax_export
 
-from ...errors import ExportError
-from ...extras import require
+from ...messages.errors import ExportError
+from ...messages.extras import require
 from ..fingerprint import digest
 from ..layers import Record
 from ..shipped import Shipped, ShippedLayer

@@ -11,7 +11,7 @@ import flax.linen as nn
 from flax.errors import ScopeParamShapeError
 
 from ...backends.options import known_options
-from ...errors import PlanError
+from ...messages.errors import PlanError
 from ...params.leaves import flatten_with_path
 from ...params.moves import check_converted
 from ...params.trees import convert_params

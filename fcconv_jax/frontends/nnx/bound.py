@@ -12,7 +12,7 @@ import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict
 
-from ...errors import PlanError
+from ...messages.errors import PlanError
 from ...plan import Form, Plan
 from ...plan.rules import Rule
 from ...tracing.marks import name_input, name_output

@@ -15,7 +15,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ...errors import PlanError
+from ...messages.errors import PlanError
 from ...params.leaves import convert_leaf, move_metadata
 from ...params.trees import restore_params
 from ...plan import LayerPlan, Plan, direction

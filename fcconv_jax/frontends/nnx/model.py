@@ -16,12 +16,12 @@ from flax.core.frozen_dict import FrozenDict
 from flax.nnx import reprlib
 from jax import lax
 
-from ... import layer_forms as forms
-from ...errors import PlanError
-from ...kernels import Rearrangement
+from ...geometry.kernels import Rearrangement
+from ...messages.errors import PlanError
 from ...params.inplace import convert_in_place
 from ...params.leaves import convert_leaf, move_metadata
 from ...plan import Form, LayerPlan, Plan
+from ...plan import layer_forms as forms
 from ...plan.paths import inner_shape
 from ...versions import graph_mode
 from . import layers as nnx_layers

@@ -11,7 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 
-from ...errors import PlanError
+from ...messages.errors import PlanError
 from ...tracing import arguments
 
 

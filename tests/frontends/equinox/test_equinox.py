@@ -5,7 +5,7 @@ import pytest
 from frontends.library_checks import check_held, check_model, check_slide
 
 import fcconv_jax as fc
-from fcconv_jax.extras import install_command
+from fcconv_jax.messages.extras import install_command
 
 pytest.importorskip("equinox", reason=install_command("equinox"))
 import equinox as eqx

@@ -4,7 +4,7 @@ import pytest
 from frontends.library_checks import check_model
 
 import fcconv_jax as fc
-from fcconv_jax.extras import install_command
+from fcconv_jax.messages.extras import install_command
 
 hk = pytest.importorskip("haiku", reason=install_command("haiku"))
 

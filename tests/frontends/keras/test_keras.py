@@ -6,7 +6,7 @@ import pytest
 from frontends.library_checks import check_held, check_model, check_slide
 
 import fcconv_jax as fc
-from fcconv_jax.extras import install_command
+from fcconv_jax.messages.extras import install_command
 
 os.environ.setdefault("KERAS_BACKEND", "jax")
 keras = pytest.importorskip("keras", reason=install_command("keras"))

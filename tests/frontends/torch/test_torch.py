@@ -4,7 +4,7 @@ import pytest
 from frontends.library_checks import check_held, check_model, check_slide
 
 import fcconv_jax as fc
-from fcconv_jax.extras import install_command
+from fcconv_jax.messages.extras import install_command
 
 torch = pytest.importorskip("torch", reason=install_command("torch"))
 pytest.importorskip("torchax", reason=install_command("torch"))

@@ -11,8 +11,8 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import ExportError
-from ....extras import require
+from ....messages.errors import ExportError
+from ....messages.extras import require
 from ...fingerprint import digest
 from ...layers import Layer, Record
 from ...shipped import Shipped, ShippedLayer, canonical_conv

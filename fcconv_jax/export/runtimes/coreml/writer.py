@@ -16,8 +16,8 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import ExportError
-from ....extras import require
+from ....messages.errors import ExportError
+from ....messages.extras import require
 from ...graph import Graph, Node, Value
 from ...layers import Record
 from ...passes.nchw import to_nchw

@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import ExportError
+from ....messages.errors import ExportError
 from ...graph import Value, same_content
 from .schema import DTYPES
 

@@ -12,8 +12,8 @@ from typing import Any
 
 import numpy as np
 
-from ....errors import ExportError
-from ....extras import require
+from ....messages.errors import ExportError
+from ....messages.extras import require
 from ...fingerprint import resealed
 from ...layers import Record, expected
 from ...proof import LayerProof, Reference, on_integers

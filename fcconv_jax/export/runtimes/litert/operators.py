@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ....errors import ExportError
+from ....messages.errors import ExportError
 from ...graph import Node, Value
 from .builder import Builder
 from .schema import DTYPES

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
-from ....extras import require
+from ....messages.extras import require
 
 RECORD = "fcconv_jax"
 DTYPES = {

@@ -23,7 +23,7 @@ def loads(text: bytes | bytearray | str) -> Any:
     Example:
       >>> loads('{"a": 1, "a": 2}')
       Traceback (most recent call last):
-      fcconv_jax.strict_json.StrictJsonError: the key 'a' is there twice
+      fcconv_jax.files.strict_json.StrictJsonError: the key 'a' is there twice
     """
     try:
         return json.loads(

@@ -18,11 +18,11 @@ import jax.numpy as jnp
 from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec
 
-from .errors import PlanError
-from .geometry.classify import Equivalence
-from .kernels import channel_last, kernel_rearrangement, window_letters
-from .meshes import parts, reshape, respec, typed_sharding, with_mesh
-from .plan import Form, LayerPlan
+from ..geometry.classify import Equivalence
+from ..geometry.kernels import channel_last, kernel_rearrangement, window_letters
+from ..geometry.meshes import parts, reshape, respec, typed_sharding, with_mesh
+from ..messages.errors import PlanError
+from . import Form, LayerPlan
 
 Array = jax.Array
 FormFn = Callable[..., Array]
@@ -202,7 +202,7 @@ def pair_of_forms(
 
     Example:
       >>> import numpy as np
-      >>> from fcconv_jax.kernels import Rearrangement
+      >>> from fcconv_jax.geometry.kernels import Rearrangement
       >>> kernel = Rearrangement.reshape((8, 3), (2, 2, 2, 3))
       >>> fc = LayerPlan("full_window", "Dense", (2, 2), "HWC", (("kernel", kernel),),
       ...                (1, 8), (1, 1))

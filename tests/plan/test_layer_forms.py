@@ -8,8 +8,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 import fcconv_jax as fc
-from fcconv_jax import layer_forms as forms
-from fcconv_jax.kernels import bias_rearrangement, kernel_rearrangement
+from fcconv_jax.geometry.kernels import bias_rearrangement, kernel_rearrangement
+from fcconv_jax.plan import layer_forms as forms
 
 
 def letters(rank):

@@ -11,7 +11,7 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcconv_jax.kernels import (
+from fcconv_jax.geometry.kernels import (
     Rearrangement,
     bias_rearrangement,
     conv_kernel_to_dense,

@@ -1,0 +1,1 @@
+"""Files: one atomic install for every writer, and strict JSON."""

@@ -1,0 +1,1 @@
+"""Words for people: errors, install lines, progress, and the base of reports."""
