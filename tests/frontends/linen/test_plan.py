@@ -502,14 +502,14 @@ def test_refusals_of_make_plan():
     ):
         with pytest.raises(TypeError, match=words):
             fc.make_plan(model, zeros(2))
-    with pytest.raises(fc.PlanError, match="'conv' or 'dense'"):
+    with pytest.raises(fc.PlanError, match="to='conv' or to='dense', got 'linear'"):
         fc.make_plan(nn.Dense(3), zeros(2, 3), to="linear")
 
 
 def test_further_arguments_of_a_root_layer_are_not_dropped():
     with pytest.raises(TypeError, match="takes 2 positional arguments but 3 were"):
         fc.make_plan(nn.Dense(3), zeros(2, 3), "dense")
-    with pytest.raises(TypeError, match="unexpected keyword argument 'train'"):
+    with pytest.raises(TypeError, match="got train=, which Dense does not take"):
         fc.make_plan(nn.Dense(3), zeros(2, 3), train=True)
 
 
