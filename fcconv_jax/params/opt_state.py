@@ -120,7 +120,7 @@ def convert_opt_state(
                 probe_kwargs or {},
             )
         except ProbeError as error:
-            raise PlanError(_NOT_RUN.format(error)) from None
+            raise PlanError(_NOT_RUN.format(str(error).rstrip("."))) from None
         if found:
             raise PlanError(_ANOTHER_UPDATE.format(found))
     return out

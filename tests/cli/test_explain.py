@@ -42,7 +42,7 @@ def test_json(options, case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--input 7x --kernel 7", "--input '7x' is no size"),
+        ("--input 7x --kernel 7", "--input '7x' is not a size"),
         ("--input 7x7 --kernel 0", "kernel_size: every entry"),
         ("--input 7x7 --kernel 9", "span 9 inputs"),
         ("--input 7x7 --kernel 1x1x1", "kernel_size.*entries"),
