@@ -206,7 +206,7 @@ def _outputs(bound: BoundModel) -> Any:
             "Expected params and then inputs after the model, got no input. Call "
             "fc.export(model, params, *inputs, path=...)."
         )
-    if bound.params is None and hasattr(bound.model, "init"):
+    if bound.params is bound.given is None and hasattr(bound.model, "init"):
         raise ExportError(
             "Expected the params after the model, got None. Pass the variables that "
             "model.init returns, {} for a model without params."
