@@ -173,9 +173,10 @@ def test_arguments_in_the_wrong_place(tmp_path):
     dense, x = nn.Dense(3), jnp.ones((2, 4))
     params = dense.init(jax.random.key(0), x)
     path = tmp_path / "net.onnx"
-    for arguments in ((x,), (params,)):
-        with pytest.raises(ExportError, match=r"got no input\. Call fc\.export\(model"):
-            fc.export(dense, *arguments, path=path)
+    with pytest.raises(TypeError, match=r"Pass the params before the inputs"):
+        fc.export(dense, x, path=path)
+    with pytest.raises(ExportError, match=r"got no input\. Call fc\.export\(model"):
+        fc.export(dense, params, path=path)
     with pytest.raises(ExportError, match="Expected the params after the model"):
         fc.export(dense, None, x, path=path)
     with pytest.raises(ExportError, match=r"Expected calibrate= .* got int8="):
