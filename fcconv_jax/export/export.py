@@ -40,6 +40,7 @@ from .passes.simplify import simplify
 from .proof import (
     Proof,
     Reference,
+    is_random_key,
     parameter_leaves,
     prove,
     reference_of,
@@ -278,11 +279,16 @@ class _Call:
     def _lowered(self, bound: BoundModel, leaves: Mapping[str, np.ndarray]) -> Graph:
         """The graph of a model; an empty one where only JAX can say it, and may."""
         flat, tree = jax.tree.flatten(bound.variables)
+        # No file holds the keys of dropout: they are constants, which nothing may read.
+        stored = [i for i, leaf in enumerate(flat) if not is_random_key(leaf)]
 
-        def call(flat: Any, arrays: Any) -> Any:
-            return bound.call(jax.tree.unflatten(tree, flat), arrays)
+        def call(values: Any, arrays: Any) -> Any:
+            merged = flat.copy()
+            for i, value in zip(stored, values):
+                merged[i] = value
+            return bound.call(jax.tree.unflatten(tree, merged), arrays)
 
-        jaxpr = jax.make_jaxpr(call)(flat, bound.arrays)
+        jaxpr = jax.make_jaxpr(call)([flat[i] for i in stored], bound.arrays)
         pairs = list(leaves.items())
         try:
             graph = lower(jaxpr, pairs, self.input_names, self.outputs, self.unroll)

@@ -136,12 +136,17 @@ def reference_of(bound: BoundModel) -> tuple[Reference | None, list[str]]:
     return Reference(list(zip(names, outs)), leaves, inputs), []
 
 
+def is_random_key(leaf: Any) -> bool:
+    """Return whether an array holds random keys, as dropout's state does."""
+    return jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
+
+
 def parameter_leaves(tree: Any) -> dict[str, np.ndarray]:
     """Return the arrays of a tree of variables by path."""
     found = {}
     for path, node in flatten_with_path(tree)[0]:
         for leaf in jax.tree.leaves(node):
-            if not jnp.issubdtype(leaf.dtype, jax.dtypes.extended):  # dropout's keys
+            if not is_random_key(leaf):
                 found[path] = np.asarray(leaf)
     return found
 
