@@ -250,7 +250,7 @@ def test_an_object_around_a_linen_module_is_refused_with_the_way_out():
         lambda: fc.make_plan(model, x),
         lambda: fc.convert_model(model, fc.Plan("conv")),
     ):
-        with pytest.raises(TypeError, match=r"Pretrained .* hand over model\.module"):
+        with pytest.raises(TypeError, match=r"Pretrained.* Pass model\.module"):
             refused()
     params = {"kernel": zeros(4, 3), "bias": zeros(3)}
     plan = fc.make_plan(lambda params, x: model(x, params=params), params, x)
