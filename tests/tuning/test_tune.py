@@ -219,7 +219,7 @@ def test_the_tuned_model_is_the_same(kind, variables, tmp_path):
     else:
         model, params = Net(), variables
     file = tmp_path / "timings.json"
-    arguments = {"budget": 0.5, "timings": file, "progress": False}
+    arguments = {"budget": 2.0, "timings": file, "progress": False}
     plan = fc.tune(model, params, X, **arguments)
     content = file.read_text()
     assert fc.tune(model, params, X, **arguments) == plan
