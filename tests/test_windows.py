@@ -6,8 +6,9 @@ Windows has no ``fcntl`` and no ``os.sysconf``; checkpoints are for Linux and ma
 import subprocess
 import sys
 
+# asyncio has another half on Windows; its Unix half needs them.
 WITHOUT_POSIX = """
-import os, sys
+import asyncio, os, sys
 
 for name in ("fcntl", "resource", "pwd", "grp", "termios"):
     sys.modules[name] = None
