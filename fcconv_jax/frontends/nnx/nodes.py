@@ -104,7 +104,7 @@ def refused(method: str) -> PlanError:
 
 
 def _captured(function: Any) -> Iterator[Any]:
-    """What a function closes over: nodes, arrays, and callables of unknown kinds."""
+    """Yield what a function closes over: nodes, arrays, callables of unknown kinds."""
     if inspect.isfunction(function):
         cells = inspect.getclosurevars(function).nonlocals
         held: Any = (list(cells.values()), function.__defaults__)
