@@ -85,15 +85,12 @@ def _wheel(folder, name, files, metadata=""):
 @pytest.mark.parametrize("place", ["index", "file"])
 def test_the_line_runs(tmp_path, place):
     """pip runs what the message says, in a fresh environment without network."""
-    modules = {f"fcconv_jax/{name}.py": name for name in ("extras", "errors")}
-    files = {
-        file: (ROOT / "fcconv_jax" / f"{name}.py").read_text()
-        for file, name in modules.items()
-    }
+    modules = [f"fcconv_jax/messages/{name}.py" for name in ("extras", "errors")]
+    packages = ["fcconv_jax/__init__.py", "fcconv_jax/messages/__init__.py"]
+    files = {file: (ROOT / file).read_text() for file in modules}
+    files |= dict.fromkeys(packages, "")
     extra = "Provides-Extra: images\nRequires-Dist: leaf; extra == 'images'\n"
-    wheel = _wheel(
-        tmp_path, "fcconv_jax", files | {"fcconv_jax/__init__.py": ""}, extra
-    )
+    wheel = _wheel(tmp_path, "fcconv_jax", files, extra)
     _wheel(tmp_path, "leaf", {"leaf.py": ""})
     venv.create(tmp_path / "env", with_pip=True)
     scripts = tmp_path / "env" / "bin"

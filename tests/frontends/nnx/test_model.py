@@ -433,6 +433,7 @@ def test_in_place_never_holds_two_copies_of_the_weights():
         patch.setattr(converted, "convert_leaf", watched)
         fc.convert_model(model, plan, inplace=True)
     assert peak <= size / 8 * 1.01  # one layer's worth, not the model's
+    gc.collect()  # a cycle may hold the last layer's old kernel for a while
     assert alive() == before
 
 
