@@ -12,10 +12,10 @@ import numpy as np
 from . import costs
 from .maps import join
 from .values import (
+    CropArray,
     Grid,
     NotSharedError,
     Part,
-    Value,
     classes_of,
     own_arrays,
     split_part,
@@ -24,8 +24,8 @@ from .values import (
 
 
 def aligned(
-    values: Sequence[Value], but: int | None = None
-) -> tuple[list[Value], tuple[Part, ...], tuple[int, ...]]:
+    values: Sequence[CropArray], but: int | None = None
+) -> tuple[list[CropArray], tuple[Part, ...], tuple[int, ...]]:
     """Values of one shape (or numbers), with the same parts and the same axes stored.
 
     Args:
@@ -60,7 +60,7 @@ def aligned(
     return values, tuple(parts), values[0].ranks
 
 
-def stretched(value: Value, shape: Sequence[int]) -> Value:
+def stretched(value: CropArray, shape: Sequence[int]) -> CropArray:
     """Return a value whose axes of size 1, and a number, stand for larger ones."""
     if not value.ranks:
         parts = tuple(Part(size, uniform=True) for size in shape)
@@ -74,7 +74,7 @@ def stretched(value: Value, shape: Sequence[int]) -> Value:
     return value
 
 
-def own_along(value: Value, grids: Iterable[Grid | None]) -> Value:
+def own_along(value: CropArray, grids: Iterable[Grid | None]) -> CropArray:
     """Return the value with an array for each crop along some of the image's axes."""
     grids = set(grids)
     for grid in sorted(value.shared & grids):
@@ -82,7 +82,7 @@ def own_along(value: Value, grids: Iterable[Grid | None]) -> Value:
     return value
 
 
-def _with_same_parts(values: Sequence[Value], but: int | None) -> list[Value]:
+def _with_same_parts(values: Sequence[CropArray], but: int | None) -> list[CropArray]:
     """Split the parts of values of one shape so that all have the same sizes."""
     values = list(values)
     for dim in range(len(values[0].ranks)):
@@ -106,7 +106,7 @@ def _with_same_parts(values: Sequence[Value], but: int | None) -> list[Value]:
     return values
 
 
-def _with_ones(value: Value, dim: int, count: int) -> Value:
+def _with_ones(value: CropArray, dim: int, count: int) -> CropArray:
     """Mark an axis of size 1 as made up of so many."""
     groups = value.groups
     missing = count - len(groups[dim])
@@ -114,7 +114,7 @@ def _with_ones(value: Value, dim: int, count: int) -> Value:
     return value.with_groups(groups, value.data)
 
 
-def _split_axis(value: Value, dim: int, sizes: Sequence[int]) -> Value:
+def _split_axis(value: CropArray, dim: int, sizes: Sequence[int]) -> CropArray:
     """Split the parts of one axis into those of given sizes, none of them 1."""
     if any(part.size == 1 and part.map is not None for part in value.groups[dim]):
         raise NotSharedError("an axis of size 1 that is shared")
@@ -128,7 +128,7 @@ def _split_axis(value: Value, dim: int, sizes: Sequence[int]) -> Value:
     return value
 
 
-def without_ones(value: Value, dim: int) -> Value:
+def without_ones(value: CropArray, dim: int) -> CropArray:
     """Drop the parts of size 1 of an axis that has others."""
     start = sum(value.ranks[:dim])
     for index in reversed(range(start, start + value.ranks[dim])):
@@ -141,11 +141,11 @@ def without_ones(value: Value, dim: int) -> Value:
         ranks = list(value.ranks)
         ranks[dim] -= 1
         parts = (*value.parts[:index], *value.parts[index + 1 :])
-        value = Value(data, value.fronts, parts, tuple(ranks))
+        value = CropArray(data, value.fronts, parts, tuple(ranks))
     return value
 
 
-def _joined(values: list[Value], index: int) -> tuple[list[Value], Part]:
+def _joined(values: list[CropArray], index: int) -> tuple[list[CropArray], Part]:
     """Bring one part of all values into one order."""
     parts = [value.parts[index] for value in values]
     shared = [part for part in parts if part.map is not None]
@@ -185,7 +185,7 @@ def _joined(values: list[Value], index: int) -> tuple[list[Value], Part]:
     return values, Part(shared[0].size, map_, grid)
 
 
-def _one_axis(value: Value, index: int) -> Value:
+def _one_axis(value: CropArray, index: int) -> CropArray:
     """Store a uniform part as an axis of size 1."""
     if not value.parts[index].uniform:
         return value
@@ -195,12 +195,12 @@ def _one_axis(value: Value, index: int) -> Value:
     return value.replace(data=data, parts=tuple(parts))
 
 
-def _with_fronts(value: Value, fronts: tuple[Grid, ...]) -> Value:
+def _with_fronts(value: CropArray, fronts: tuple[Grid, ...]) -> CropArray:
     missing = [i for i, grid in enumerate(fronts) if grid not in value.fronts]
     return value.replace(data=jnp.expand_dims(value.data, missing), fronts=fronts)
 
 
-def broadcast_data(values: Sequence[Value]) -> list[Any]:
+def broadcast_data(values: Sequence[CropArray]) -> list[Any]:
     """Return the data of aligned values, in one shape."""
     shape = np.broadcast_shapes(*(value.data.shape for value in values))
     return [jnp.broadcast_to(value.data, shape) for value in values]

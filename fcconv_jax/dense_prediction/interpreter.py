@@ -33,7 +33,7 @@ from ..tracing.primitives import (
 from .alignment import aligned, broadcast_data
 from .maps import Map
 from .rules import RULES
-from .values import Grid, NotSharedError, Value, all_own, array_of
+from .values import CropArray, Grid, NotSharedError, all_own, array_of
 
 # A scan of more steps is not written out: it runs on each crop's own arrays.
 UNROLL = 64
@@ -52,7 +52,7 @@ class Interpreter:
         self.placed = placed
         self.maps: dict[Grid, Map] = {}  # the last one made, along each image axis
 
-    def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[Value]:
+    def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[CropArray]:
         """Return the outputs of a jaxpr."""
         return list(map(_value, evaluate(jaxpr, operands, self._visit)))
 
@@ -80,7 +80,7 @@ class Interpreter:
                 self.left[f"{name}: {reason}"] += 1
         return self._own(eqn, values)
 
-    def _plain(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+    def _plain(self, eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
         """Evaluate an equation that no crop changes; known numbers stay known."""
         if eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze"):
             try:
@@ -97,15 +97,15 @@ class Interpreter:
             except NotSharedError:
                 pass
         outs = self._known(lambda: bind(eqn, list(map(array_of, values))), values)
-        return list(map(Value.plain, outs))
+        return list(map(CropArray.plain, outs))
 
-    def _known(self, run: Callable[[], Any], values: Sequence[Value]) -> Any:
+    def _known(self, run: Callable[[], Any], values: Sequence[CropArray]) -> Any:
         if any(isinstance(value.data, Tracer) for value in values):
             return run()
         with jax.ensure_compile_time_eval():
             return run()
 
-    def _own(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+    def _own(self, eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
         """Evaluate an equation on each crop's own arrays."""
         fronts = sorted({g for v in values for g in (*v.fronts, *v.shared)})
         values = [all_own(value) for value in values]
@@ -116,7 +116,7 @@ class Interpreter:
         outs = run(*map(array_of, values))
         return [_with_fronts(out, tuple(fronts)) for out in outs]
 
-    def _body(self, eqn: Any, values: Sequence[Value]) -> list[Any]:
+    def _body(self, eqn: Any, values: Sequence[CropArray]) -> list[Any]:
         """Evaluate a call or control flow by running its bodies."""
         name = eqn.primitive.name
         if name == "scan":
@@ -139,7 +139,7 @@ class Interpreter:
             )
         return self.run(body, values)
 
-    def _scan(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+    def _scan(self, eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
         p = eqn.params
         first, carried = scan_parts(eqn)
         consts, carry = values[:first], list(values[first : first + carried])
@@ -149,11 +149,12 @@ class Interpreter:
         if p["length"] > UNROLL:
             raise NotSharedError(f"a scan of {p['length']} steps")
         steps = range(p["length"])
-        stacked: list[list[Value]] = []
+        stacked: list[list[CropArray]] = []
         arrays = list(map(array_of, stacks))
         for step in reversed(steps) if p["reverse"] else steps:
             xs = [
-                Value.plain(lax.index_in_dim(x, step, keepdims=False)) for x in arrays
+                CropArray.plain(lax.index_in_dim(x, step, keepdims=False))
+                for x in arrays
             ]
             outs = self.run(p["jaxpr"], [*consts, *carry, *xs])
             carry = outs[:carried]
@@ -163,13 +164,13 @@ class Interpreter:
         ys = [_stack(list(column)) for column in zip(*stacked)]
         return [*carry, *ys]
 
-    def _cond(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+    def _cond(self, eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
         which, *rest = values
         if which.differs:
             raise NotSharedError("a branch that depends on the image")
         branches = eqn.params["branches"]
 
-        def run(branch: Any, own: bool, datas: Sequence[Any]) -> list[Value]:
+        def run(branch: Any, own: bool, datas: Sequence[Any]) -> list[CropArray]:
             inner = [v.replace(data=data) for v, data in zip(rest, datas)]
             outs = self.run(branch, inner)
             fronts = {g for v in rest for g in (*v.fronts, *v.shared)}
@@ -178,7 +179,7 @@ class Interpreter:
         def data(branch: Any) -> Callable[..., list[Any]]:
             return lambda *datas: [v.data for v in run(branch, True, datas)]
 
-        found: list[list[Value]] = []
+        found: list[list[CropArray]] = []
 
         def look(*datas: Any) -> list[Any]:
             found.append(run(branches[0], True, datas))
@@ -189,11 +190,13 @@ class Interpreter:
         outs = lax.switch(array_of(which), [data(b) for b in branches], *datas)
         return [v.replace(data=out) for v, out in zip(found[-1], outs)]
 
-    def _with_rule(self, eqn: Any, body: Any, values: Sequence[Value]) -> list[Value]:
+    def _with_rule(
+        self, eqn: Any, body: Any, values: Sequence[CropArray]
+    ) -> list[CropArray]:
         """An elementwise function with a derivative rule of its own, which is kept."""
         together, parts, ranks = aligned(values)
         datas = broadcast_data(together)
-        like = Value(datas[0], together[0].fronts, parts, ranks)
+        like = CropArray(datas[0], together[0].fronts, parts, ranks)
         shape = next(
             (v.aval.shape for v in eqn.invars if getattr(v.aval, "shape", ())), ()
         )
@@ -264,11 +267,11 @@ def _entry_by_entry(eqn: Any) -> bool:
 
 def _through(
     transform: Callable[[Any], Any],
-    values: Sequence[Value],
-    run: Callable[[Sequence[Value]], list[Value]],
-) -> list[Value]:
+    values: Sequence[CropArray],
+    run: Callable[[Sequence[CropArray]], list[CropArray]],
+) -> list[CropArray]:
     """Run a transformed function of the data of values."""
-    found: list[Value] = []
+    found: list[CropArray] = []
 
     def inner(*datas: Any) -> list[Any]:
         outs = run([v.replace(data=data) for v, data in zip(values, datas)])
@@ -283,16 +286,16 @@ def _bind(eqn: Any, *operands: Any) -> list[Any]:
     return bind(eqn, operands)
 
 
-def _value(value: Any) -> Value:
-    return value if isinstance(value, Value) else Value.plain(value)
+def _value(value: Any) -> CropArray:
+    return value if isinstance(value, CropArray) else CropArray.plain(value)
 
 
-def _with_fronts(data: Any, fronts: tuple[Grid, ...]) -> Value:
-    inner = Value.plain(jax.ShapeDtypeStruct(data.shape[len(fronts) :], data.dtype))
+def _with_fronts(data: Any, fronts: tuple[Grid, ...]) -> CropArray:
+    inner = CropArray.plain(jax.ShapeDtypeStruct(data.shape[len(fronts) :], data.dtype))
     return inner.replace(data=data, fronts=fronts)
 
 
-def _everywhere(value: Value, grids: set[Grid]) -> Value:
+def _everywhere(value: CropArray, grids: set[Grid]) -> CropArray:
     """An array for each crop along all of these axes, also where they are the same."""
     raise_ = sorted(grids - set(value.fronts))
     if raise_:
@@ -300,9 +303,13 @@ def _everywhere(value: Value, grids: set[Grid]) -> Value:
     return _with_fronts(array_of(value), value.fronts)
 
 
-def _stack(values: list[Value]) -> Value:
+def _stack(values: list[CropArray]) -> CropArray:
     together, parts, ranks = aligned(values)
     datas = broadcast_data(together)
     at = len(together[0].fronts)
-    first = Value.plain(jax.ShapeDtypeStruct((len(datas),), datas[0].dtype)).parts[0]
-    return Value(jnp.stack(datas, at), together[0].fronts, (first, *parts), (1, *ranks))
+    first = CropArray.plain(jax.ShapeDtypeStruct((len(datas),), datas[0].dtype)).parts[
+        0
+    ]
+    return CropArray(
+        jnp.stack(datas, at), together[0].fronts, (first, *parts), (1, *ranks)
+    )

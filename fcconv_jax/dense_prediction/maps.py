@@ -49,7 +49,7 @@ def distinct(rows: Map) -> tuple[Map, Map]:
 
 
 @dataclasses.dataclass(frozen=True)
-class Layout:
+class WindowPasses:
     """An axis laid out so that passes of a window compute all of its outputs.
 
     Args:
@@ -73,14 +73,14 @@ class Layout:
         return bool((np.diff(places) == 1).all())
 
 
-def window_layouts(
+def window_passes(
     map_: Map,
     size: int,
     window: int,
     stride: int,
     padding: tuple[int, int],
     holes: int = 1,
-) -> list[Layout]:
+) -> list[WindowPasses]:
     """Ways to lay out an axis for a convolution or pool that all crops share.
 
     Windows with the same entries are computed once. Windows that follow one another in
@@ -98,7 +98,7 @@ def window_layouts(
       holes: dilation of the input.
 
     Example:
-      >>> for layout in window_layouts(crops(6, 4, 1), 6, 3, 1, (1, 0)):
+      >>> for layout in window_passes(crops(6, 4, 1), 6, 3, 1, (1, 0)):
       ...     print([read.tolist() for read in layout.segments])
       [[[-1, 0, 1, 2, 3, 4, 5, -1, 1, 2, -1, 2, 3]]]
       [[[-1, 0, 1, 2, 3, 4, 5]], [[-1, 1, 2], [-1, 2, 3]]]
@@ -118,16 +118,16 @@ def window_layouts(
     return ways
 
 
-def _as_it_is(found: Map, ids: Map) -> Layout:
+def _as_it_is(found: Map, ids: Map) -> WindowPasses:
     first, last = int(found[:, 0].min()), int(found[:, -1].max())
     places = found[:, 0] - first
     take = np.arange(first, last + 1)
-    return Layout((take[None],), places[ids], int(places.max()) + 1, 1)
+    return WindowPasses((take[None],), places[ids], int(places.max()) + 1, 1)
 
 
 def _ways(
     found: Map, ids: Map, chains: _Chains, stride: int, fill: int
-) -> list[Layout]:
+) -> list[WindowPasses]:
     lengths = np.bincount(chains.chain)
     ways = [_side_by_side(found, ids, chains, lengths, stride, fill)]
     if len(lengths) > 1 and len(np.unique(lengths)) <= _MOST_SEGMENTS:
@@ -145,10 +145,10 @@ def whole_layout(
     stride: int,
     padding: tuple[int, int],
     holes: int = 1,
-) -> Layout:
+) -> WindowPasses:
     """Lay out an axis for one pass over the whole image, padded around the image.
 
-    Arguments are those of :func:`window_layouts`.
+    Arguments are those of :func:`window_passes`.
 
     Raises:
       ValueError: crops do not begin where the window's stride leads to.
@@ -176,17 +176,17 @@ def whole_layout(
     count = (length + low + high - window) // stride + 1
     places = (starts // stride)[:, None] + np.arange(count)
     outputs = (len(take) - window) // stride + 1
-    return Layout((take[None],), places, outputs, stride)
+    return WindowPasses((take[None],), places, outputs, stride)
 
 
-def full_window_layouts(map_: Map) -> list[Layout]:
+def full_window_layouts(map_: Map) -> list[WindowPasses]:
     """Ways to lay out an axis for a window over all that a crop sees of it.
 
     Args:
       map_: of the axis.
 
     Returns:
-      The ways, as of :func:`window_layouts`, whose maps have one output for each crop;
+      The ways, as of :func:`window_passes`, whose maps have one output for each crop;
       none where no windows overlap.
 
     Example:
@@ -223,7 +223,7 @@ class _Chains:
 
 def _side_by_side(
     found: Map, ids: Map, chains: _Chains, lengths: Map, stride: int, fill: int
-) -> Layout:
+) -> WindowPasses:
     window = found.shape[1]
     # Rank r of a chain that begins at b reads b + r * stride, ..., + window - 1.
     room = -(-((lengths - 1) * stride + window) // stride) * stride
@@ -233,12 +233,12 @@ def _side_by_side(
     take = np.full(total, fill, np.int64)
     take[place[:, None] + np.arange(window)] = found
     outputs = (total - window) // stride + 1
-    return Layout((take[None],), (place // stride)[ids], outputs, stride)
+    return WindowPasses((take[None],), (place // stride)[ids], outputs, stride)
 
 
 def _by_length(
     found: Map, ids: Map, chains: _Chains, lengths: Map, stride: int, fill: int
-) -> Layout:
+) -> WindowPasses:
     window = found.shape[1]
     segments, place, offset = [], np.empty(len(found), np.int64), 0
     for length in np.unique(lengths)[::-1]:
@@ -252,7 +252,7 @@ def _by_length(
         segments.append(read)
         place[mine] = offset + rows * length + ranks
         offset += len(members) * int(length)
-    return Layout(tuple(segments), place[ids], offset, stride)
+    return WindowPasses(tuple(segments), place[ids], offset, stride)
 
 
 def _padded(map_: Map, padding: tuple[int, int], holes: int) -> Map:

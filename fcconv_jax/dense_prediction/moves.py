@@ -13,10 +13,10 @@ from jax import lax
 from .alignment import aligned, own_along, stretched, without_ones
 from .maps import Map
 from .values import (
+    CropArray,
     NotSharedError,
     Part,
-    Rule,
-    Value,
+    SlideRule,
     array_of,
     merged,
     own_arrays,
@@ -26,13 +26,13 @@ from .values import (
 )
 
 
-def _reshape(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _reshape(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     if eqn.params["dimensions"] is not None:
         raise NotSharedError("a reshape in another order")
     return [reshaped(values[0], eqn.params["new_sizes"])]
 
 
-def _broadcast(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _broadcast(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if value.ranks:
@@ -43,7 +43,7 @@ def _broadcast(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [value.with_groups(groups, value.data)]
 
 
-def _transpose(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _transpose(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     permutation = eqn.params["permutation"]
     bounds = np.cumsum((0, *value.ranks)).tolist()
@@ -53,11 +53,11 @@ def _transpose(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [value.with_groups([value.groups[dim] for dim in permutation], data)]
 
 
-def _squeeze(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _squeeze(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [_without_axes(values[0], eqn.params["dimensions"])]
 
 
-def _without_axes(value: Value, gone: Sequence[int]) -> Value:
+def _without_axes(value: CropArray, gone: Sequence[int]) -> CropArray:
     """Drop axes of size 1."""
     for dim in gone:
         for part in value.groups[dim]:
@@ -68,20 +68,20 @@ def _without_axes(value: Value, gone: Sequence[int]) -> Value:
     return value.with_groups(groups, value.data)
 
 
-def _expand(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _expand(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     for dim in sorted(eqn.params["dimensions"]):
         value = _with_new_axis(value, dim)
     return [value]
 
 
-def _with_new_axis(value: Value, dim: int) -> Value:
+def _with_new_axis(value: CropArray, dim: int) -> CropArray:
     groups: list[tuple[Part, ...]] = value.groups
     groups.insert(dim, ())
     return value.with_groups(groups, value.data)
 
 
-def _slice(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _slice(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     starts, stops = eqn.params["start_indices"], eqn.params["limit_indices"]
     steps = eqn.params["strides"] or (1,) * len(starts)
@@ -92,14 +92,14 @@ def _slice(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [value]
 
 
-def _reverse(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _reverse(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     for dim in eqn.params["dimensions"]:
         value = _picked(value, dim, np.arange(value.shape[dim])[::-1])
     return [value]
 
 
-def _picked(value: Value, dim: int, places: Map) -> Value:
+def _picked(value: CropArray, dim: int, places: Map) -> CropArray:
     """Some entries of an axis; of a shared one the crops just see less."""
     if len(value.groups[dim]) != 1:
         value = merged(value, dim)
@@ -117,7 +117,7 @@ def _picked(value: Value, dim: int, places: Map) -> Value:
     return value.replace(data=take(value.data, places, axis), parts=tuple(parts))
 
 
-def _pad(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _pad(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     value, fill = values
     if fill.differs:
         raise NotSharedError("padding with a value that is computed from the image")
@@ -150,22 +150,22 @@ def _pad(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [value]
 
 
-def _concatenate(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _concatenate(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [_side_by_side(values, eqn.params["dimension"])]
 
 
-def _stack(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _stack(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     dim = eqn.params["axis"]
     return [_side_by_side([_with_new_axis(value, dim) for value in values], dim)]
 
 
-def _split(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _split(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     ends = np.cumsum([0, *eqn.params["sizes"]])
     pieces = itertools.pairwise(ends)
     return [_picked(values[0], eqn.params["axis"], np.arange(*p)) for p in pieces]
 
 
-def _unstack(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _unstack(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     dim = eqn.params["axis"]
     each = [
         _picked(values[0], dim, np.arange(i, i + 1)) for i in range(len(eqn.outvars))
@@ -173,7 +173,7 @@ def _unstack(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [_without_axes(value, [dim]) for value in each]
 
 
-def _tile(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _tile(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     for dim, count in enumerate(eqn.params["reps"]):
         if count != 1:
@@ -181,7 +181,7 @@ def _tile(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [value]
 
 
-def _side_by_side(values: Sequence[Value], dim: int) -> Value:
+def _side_by_side(values: Sequence[CropArray], dim: int) -> CropArray:
     values = [merged(v, dim) if len(v.groups[dim]) != 1 else v for v in values]
     moving = {v.groups[dim][0].grid for v in values} - {None}
     if len(moving) > 1:
@@ -221,10 +221,10 @@ def _side_by_side(values: Sequence[Value], dim: int) -> Value:
     joined = lax.concatenate(data, axis)
     size = sum(value.parts[here].size for value in together)
     parts = (*parts[:here], Part(size, map_, grid), *parts[here + 1 :])
-    return Value(joined, together[0].fronts, parts, ranks)
+    return CropArray(joined, together[0].fronts, parts, ranks)
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, SlideRule] = {
     "broadcast_in_dim": _broadcast,
     "concatenate": _concatenate,
     "expand_dims": _expand,

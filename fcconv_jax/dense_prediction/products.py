@@ -17,11 +17,11 @@ from . import costs
 from .maps import full_window_layouts
 from .sweeps import Sweep, cost, least, passes
 from .values import (
+    CropArray,
     Grid,
     NotSharedError,
     Part,
-    Rule,
-    Value,
+    SlideRule,
     array_of,
     merged,
     own_arrays,
@@ -30,7 +30,7 @@ from .values import (
 )
 
 
-def _dot(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _dot(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     a, b = values
     if a.differs and b.differs:
         raise NotSharedError("a product of two values that are computed from the image")
@@ -107,7 +107,7 @@ def _dot(eqn: Any, values: Sequence[Value]) -> list[Value]:
 
 
 def _full_window(
-    eqn: Any, value: Value, contracted: Sequence[int], weights: Any
+    eqn: Any, value: CropArray, contracted: Sequence[int], weights: Any
 ) -> tuple[Any, tuple[Grid, ...]] | None:
     """Return a Dense layer over axes that crops share, as the convolution that it is.
 
@@ -205,4 +205,4 @@ def _full_window(
     return product(data, weights), tuple(sorted(now))
 
 
-RULES: dict[str, Rule] = {"dot_general": _dot}
+RULES: dict[str, SlideRule] = {"dot_general": _dot}

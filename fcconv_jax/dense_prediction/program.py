@@ -22,7 +22,7 @@ from . import costs
 from .interpreter import Interpreter
 from .maps import crops
 from .report import SlideReport
-from .values import Grid, Part, Value, all_own, array_of
+from .values import CropArray, Grid, Part, all_own, array_of
 
 # Positions that a search for the default stride looks at, along each axis.
 _LOOKED_AT = 65
@@ -31,7 +31,7 @@ _DIVISIBLE = 2**8 * 3**2 * 5 * 7
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Program:
+class AllCrops:
     """A traced function of a crop, on the crops of images."""
 
     jaxpr: Any
@@ -172,13 +172,13 @@ def image_value(
     stride: Sequence[int],
     axes: Sequence[int],
     padded_outside: bool = False,
-) -> Value:
+) -> CropArray:
     """Images, as what their crops share."""
     parts = [Part(size) for size in images.shape]
     for index, (axis, size, step) in enumerate(zip(axes, window, stride)):
         map_ = crops(images.shape[axis], size, step)
         parts[axis] = Part(size, map_, Grid(index, padded_outside))
-    return Value(images, (), tuple(parts), (1,) * len(parts))
+    return CropArray(images, (), tuple(parts), (1,) * len(parts))
 
 
 def own_stride(
@@ -285,7 +285,7 @@ def _first_shared(map_: Any, otherwise: int) -> int:
     return otherwise
 
 
-def _on_all(value: Value, counts: Sequence[int]) -> Any:
+def _on_all(value: CropArray, counts: Sequence[int]) -> Any:
     """Return the arrays of all crops, also where they do not differ."""
     value = all_own(value)
     data = array_of(value)

@@ -8,10 +8,18 @@ from typing import Any
 import numpy as np
 
 from ..tracing.primitives import POSITIONS, REDUCTIONS, SCANS
-from .values import NotSharedError, Part, Rule, Value, merged, own_arrays, stored
+from .values import (
+    CropArray,
+    NotSharedError,
+    Part,
+    SlideRule,
+    merged,
+    own_arrays,
+    stored,
+)
 
 
-def _reduction(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _reduction(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     (value,) = values
     axes = sorted(eqn.params["axes"])
     p = {k: v for k, v in eqn.params.items() if k != "axes"}
@@ -37,7 +45,7 @@ def _reduction(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [value.with_groups(groups, data)]
 
 
-def _scan(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _scan(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     """Return a cumulative sum or the like."""
     axis = eqn.params["axis"]
     value = _whole(values[0], axis)
@@ -46,7 +54,7 @@ def _scan(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [value.replace(data=eqn.primitive.bind(value.data, **params))]
 
 
-def _position(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _position(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     """``argmax`` and ``argmin``."""
     (axis,) = eqn.params["axes"]
     value = _whole(values[0], axis)
@@ -57,14 +65,14 @@ def _position(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [value.with_groups(groups, data)]
 
 
-def _whole(value: Value, dim: int) -> Value:
+def _whole(value: CropArray, dim: int) -> CropArray:
     """Return the value with an axis that is one part, the same for all crops."""
     if any(part.map is not None for part in value.groups[dim]):
         raise NotSharedError("along an axis of the image")
     return merged(value, dim)
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, SlideRule] = {
     **dict.fromkeys(REDUCTIONS, _reduction),
     **dict.fromkeys(SCANS, _scan),
     **dict.fromkeys(POSITIONS, _position),

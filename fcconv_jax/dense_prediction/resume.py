@@ -91,7 +91,7 @@ def _bytes(leaf: Any) -> bytes:
     return f"{array.shape} {array.dtype} ".encode() + array.tobytes()
 
 
-class Record:
+class FinishedTiles:
     """The tiles that are finished, kept in a file.
 
     Args:

@@ -1,7 +1,7 @@
 """One rule for each primitive: its result for all crops, with what they share.
 
-A rule gets an equation and its operands as :class:`Value`; it returns the outputs, or
-raises :class:`NotSharedError`: then each crop gets an array of its own, and the
+A rule gets an equation and its operands as :class:`CropArray`; it returns the outputs,
+or raises :class:`NotSharedError`: then each crop gets an array of its own, and the
 equation runs on them as it is.
 """
 
@@ -14,22 +14,22 @@ from ..tracing.jaxprs import bind
 from ..tracing.primitives import ELEMENTWISE, ROUNDING, SAME
 from . import moves, products, reductions, windows
 from .alignment import aligned, broadcast_data
-from .values import Rule, Value
+from .values import CropArray, SlideRule
 
 
-def _same(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _same(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     # A placement speaks of the axes of one crop's array; the shared array has others.
     return list(values)
 
 
-def _elementwise(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _elementwise(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     """Evaluate an elementwise equation."""
     together, parts, ranks = aligned(values)
     outs = bind(eqn, broadcast_data(together))
-    return [Value(out, together[0].fronts, parts, ranks) for out in outs]
+    return [CropArray(out, together[0].fronts, parts, ranks) for out in outs]
 
 
-RULES: Mapping[str, Rule] = {
+RULES: Mapping[str, SlideRule] = {
     **dict.fromkeys(SAME, _same),
     **dict.fromkeys(ELEMENTWISE | ROUNDING, _elementwise),
     **moves.RULES,

@@ -18,7 +18,7 @@ from ..messages.progress import ProgressOption
 from ..tracing import arguments
 from ..tracing.user_code import explained
 from .program import (
-    Program,
+    AllCrops,
     crop_sharding,
     image_stride,
     own_stride,
@@ -233,7 +233,7 @@ class Slide:
     def _run(self, *args: Any, **kwargs: Any) -> Any:
         return self._program(args, kwargs).run()
 
-    def _program(self, args: Sequence[Any], kwargs: Any) -> Program:
+    def _program(self, args: Sequence[Any], kwargs: Any) -> AllCrops:
         *before, images = args
         _check(images, self.window, self.axes, self._given[3] is None)
         leaves, static = arguments.split((tuple(before), dict(kwargs)))
@@ -262,7 +262,7 @@ class Slide:
             stride = image_stride(jaxpr, leaves, like, self.axes, self.stride)
         else:
             stride = self.stride or own_stride(jaxpr, leaves, like, self.axes)
-        return Program(
+        return AllCrops(
             jaxpr, out, leaves, images, self.window, stride, self.axes, around
         )
 

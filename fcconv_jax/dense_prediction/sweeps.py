@@ -14,8 +14,8 @@ from jax import lax
 
 from ..messages.errors import PlanError
 from . import costs
-from .maps import Layout, whole_layout, window_layouts
-from .values import Grid, Part, Value, merged, own_arrays, take_padded
+from .maps import WindowPasses, whole_layout, window_passes
+from .values import CropArray, Grid, Part, merged, own_arrays, take_padded
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,18 +31,18 @@ class Sweep:
 
     axis: int
     out: int
-    layouts: Sequence[Layout]
+    layouts: Sequence[WindowPasses]
     grid: Grid
 
 
 def lay_out(
-    value: Value,
+    value: CropArray,
     dim: int,
     extent: int,
     stride: int,
     padding: tuple[int, int],
     holes: int,
-) -> tuple[Value, Sweep | None]:
+) -> tuple[CropArray, Sweep | None]:
     """Lay out a shared axis for a window; None where it is not shared (any more)."""
     if not any(part.map is not None for part in value.groups[dim]):
         return value, None
@@ -58,14 +58,14 @@ def lay_out(
         except ValueError as error:
             raise PlanError(f"padding='image': {error}") from None
         return value, Sweep(dim, dim, [layout], part.grid)
-    layouts = window_layouts(part.map, size, extent, stride, padding, holes)
+    layouts = window_passes(part.map, size, extent, stride, padding, holes)
     least = min(layout.outputs for layout in layouts)
     if least * costs.WORTH > layouts[0].map.size:
         return own_arrays(value, part.grid), None
     return value, Sweep(dim, dim, layouts, part.grid)
 
 
-def cost(layouts: Sequence[Layout], each: float) -> float:
+def cost(layouts: Sequence[WindowPasses], each: float) -> float:
     """Of windows over these axes, in operations; ``each`` for one output position."""
     area = math.prod(layout.outputs for layout in layouts)
     passes = math.prod(len(layout.segments) for layout in layouts)
@@ -73,7 +73,7 @@ def cost(layouts: Sequence[Layout], each: float) -> float:
     return area * each * costs.WORTH**moved + passes * costs.PASS
 
 
-def least(sweeps: Sequence[Sweep], each: float) -> tuple[Layout, ...]:
+def least(sweeps: Sequence[Sweep], each: float) -> tuple[WindowPasses, ...]:
     """Return the layouts that cost least, one for each axis."""
     ways = itertools.product(*(sweep.layouts for sweep in sweeps))
     return min(ways, key=functools.partial(cost, each=each))
@@ -81,12 +81,12 @@ def least(sweeps: Sequence[Sweep], each: float) -> tuple[Layout, ...]:
 
 def swept(
     run: Callable[[Any, Mapping[int, int]], Any],
-    value: Value,
+    value: CropArray,
     eqn: Any,
     sweeps: Sequence[Sweep],
     each: float,
     fill: Any,
-) -> Value:
+) -> CropArray:
     """Run windows over shared axes, laid out in the way that costs least.
 
     Args:
@@ -114,7 +114,7 @@ def swept(
 def passes(
     run: Callable[[Any], Any],
     data: Any,
-    todo: Sequence[tuple[Sweep, Layout]],
+    todo: Sequence[tuple[Sweep, WindowPasses]],
     fill: Any,
 ) -> Any:
     """Run windows over axes that are laid out, and join their results."""
@@ -138,12 +138,12 @@ def passes(
 
 
 def _mapped(
-    run: Callable[[Any], Any], value: Value, eqn: Any, shared: dict[int, Part]
-) -> Value:
+    run: Callable[[Any], Any], value: CropArray, eqn: Any, shared: dict[int, Part]
+) -> CropArray:
     """Run a function of one array of parts on each crop's own."""
     for _ in value.fronts:
         run = jax.vmap(run)
     data = run(value.data)
     shape = eqn.outvars[0].aval.shape
     parts = [shared.get(dim, Part(size)) for dim, size in enumerate(shape)]
-    return Value(data, value.fronts, tuple(parts), (1,) * len(parts))
+    return CropArray(data, value.fronts, tuple(parts), (1,) * len(parts))

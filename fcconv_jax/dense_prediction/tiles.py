@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..messages.progress import ProgressOption, shown
-from .resume import Record, identity
+from .resume import FinishedTiles, identity
 
 # A program holds a few arrays at once; the largest is what can be told beforehand.
 _ALIVE = 3
@@ -56,7 +56,7 @@ def write_tiles(
     record = None
     if resume is not None:
         run = identity(grid, before, kwargs, images, crop, tile)
-        record = Record(Path(resume), run, len(places))
+        record = FinishedTiles(Path(resume), run, len(places))
     with shown(progress) as tell:
         # Finished tiles are compared with the record before any other is computed.
         finished = () if record is None else sorted(record.tiles)

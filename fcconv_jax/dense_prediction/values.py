@@ -52,7 +52,7 @@ class Part:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Value:
+class CropArray:
     """An array of every crop.
 
     Args:
@@ -69,7 +69,7 @@ class Value:
     ranks: tuple[int, ...]
 
     @classmethod
-    def plain(cls, array: Any) -> Value:
+    def plain(cls, array: Any) -> CropArray:
         """Return an array that is the same for all crops."""
         parts = tuple(Part(size) for size in np.shape(array))
         return cls(array, (), parts, (1,) * len(parts))
@@ -100,17 +100,17 @@ class Value:
         stored = sum(not part.uniform for part in self.parts[:index])
         return len(self.fronts) + stored
 
-    def replace(self, **changes: Any) -> Value:
+    def replace(self, **changes: Any) -> CropArray:
         """Return the value with some of its fields changed."""
         return dataclasses.replace(self, **changes)
 
-    def with_groups(self, groups: Sequence[Sequence[Part]], data: Any) -> Value:
+    def with_groups(self, groups: Sequence[Sequence[Part]], data: Any) -> CropArray:
         """Other data with other parts."""
         parts = tuple(part for group in groups for part in group)
-        return Value(data, self.fronts, parts, tuple(map(len, groups)))
+        return CropArray(data, self.fronts, parts, tuple(map(len, groups)))
 
 
-Rule = Callable[[Any, Sequence[Value]], list[Value]]
+SlideRule = Callable[[Any, Sequence[CropArray]], list[CropArray]]
 
 
 def take(data: Any, places: Any, axis: int) -> Any:
@@ -145,7 +145,7 @@ def take_padded(data: Any, places: Map, axis: int, padding: Any) -> Any:
     return take(extended, np.where(outside, data.shape[axis], places), axis)
 
 
-def own_arrays(value: Value, grid: Grid) -> Value:
+def own_arrays(value: CropArray, grid: Grid) -> CropArray:
     """Return the value with an array for each crop along one of the image's axes."""
     index = next((i for i, p in enumerate(value.parts) if p.grid == grid), None)
     if index is None:
@@ -158,17 +158,17 @@ def own_arrays(value: Value, grid: Grid) -> Value:
     data = jnp.moveaxis(data, axis, fronts.index(grid))
     parts = list(value.parts)
     parts[index] = Part(part.size)
-    return Value(data, fronts, tuple(parts), value.ranks)
+    return CropArray(data, fronts, tuple(parts), value.ranks)
 
 
-def all_own(value: Value) -> Value:
+def all_own(value: CropArray) -> CropArray:
     """Return the value with an array for each crop."""
     for grid in sorted(value.shared):
         value = own_arrays(value, grid)
     return value
 
 
-def stored(value: Value, index: int) -> Value:
+def stored(value: CropArray, index: int) -> CropArray:
     """Return the value with a part stored that was uniform."""
     part = value.parts[index]
     if not part.uniform:
@@ -182,7 +182,7 @@ def stored(value: Value, index: int) -> Value:
     return value.replace(data=data, parts=tuple(parts))
 
 
-def merged(value: Value, dim: int) -> Value:
+def merged(value: CropArray, dim: int) -> CropArray:
     """Return the value with an axis that is one part.
 
     Raises:
@@ -205,7 +205,7 @@ def merged(value: Value, dim: int) -> Value:
     return value.with_groups(groups, data)
 
 
-def _merged_map(value: Value, dim: int) -> Value:
+def _merged_map(value: CropArray, dim: int) -> CropArray:
     """The value with a shared part and its neighbours in the same axis as one part."""
     group = value.groups[dim]
     if sum(part.map is not None for part in group) > 1:
@@ -246,7 +246,7 @@ def _merged_map(value: Value, dim: int) -> Value:
     return value.with_groups(groups, data)
 
 
-def array_of(value: Value) -> Any:
+def array_of(value: CropArray) -> Any:
     """Return the arrays of all crops: the axes of ``fronts``, then the array's own."""
     value = all_own(value)
     for dim in range(len(value.ranks)):
@@ -254,7 +254,7 @@ def array_of(value: Value) -> Any:
     return value.data
 
 
-def split_part(value: Value, index: int, sizes: Sequence[int]) -> Value:
+def split_part(value: CropArray, index: int, sizes: Sequence[int]) -> CropArray:
     """Split a part into factors; those of a shared one are windows of it."""
     part = value.parts[index]
     if part.uniform:
@@ -276,16 +276,18 @@ def split_part(value: Value, index: int, sizes: Sequence[int]) -> Value:
     return _with_parts(value, index, [*new, *rest], data)
 
 
-def _with_parts(value: Value, index: int, new: Sequence[Part], data: Any) -> Value:
+def _with_parts(
+    value: CropArray, index: int, new: Sequence[Part], data: Any
+) -> CropArray:
     ends = np.cumsum(value.ranks)
     dim = int(np.searchsorted(ends, index, side="right"))
     ranks = list(value.ranks)
     ranks[dim] += len(new) - 1
     parts = (*value.parts[:index], *new, *value.parts[index + 1 :])
-    return Value(data, value.fronts, parts, tuple(ranks))
+    return CropArray(data, value.fronts, parts, tuple(ranks))
 
 
-def reshaped(value: Value, shape: Sequence[int]) -> Value:
+def reshaped(value: CropArray, shape: Sequence[int]) -> CropArray:
     """Return the value with other axes over the same entries.
 
     Raises:
@@ -313,7 +315,7 @@ def reshaped(value: Value, shape: Sequence[int]) -> Value:
     if rest and not ranks:
         if any(part.map is not None for part in value.parts):
             raise NotSharedError("a reshape to one number")
-        return Value(
+        return CropArray(
             value.data.reshape(value.data.shape[: len(value.fronts)]),
             value.fronts,
             (),

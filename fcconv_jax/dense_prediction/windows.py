@@ -13,10 +13,10 @@ import numpy as np
 from jax import lax
 
 from .sweeps import Sweep, lay_out, swept
-from .values import NotSharedError, Rule, Value, array_of, merged
+from .values import CropArray, NotSharedError, SlideRule, array_of, merged
 
 
-def _convolution(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _convolution(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     value, kernel = values
     p = eqn.params
     spec = p["dimension_numbers"]
@@ -97,7 +97,7 @@ _POOL_PADDING = {
 }
 
 
-def _pool(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def _pool(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     (value,) = values
     p = dict(eqn.params)
     padding = [(low, high) for low, high in p["padding"]]
@@ -124,7 +124,7 @@ def _pool(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return [swept(run, value, eqn, sweeps, each, fill)]
 
 
-RULES: dict[str, Rule] = {
+RULES: dict[str, SlideRule] = {
     **dict.fromkeys(_POOL_PADDING, _pool),
     "conv_general_dilated": _convolution,
 }

@@ -12,7 +12,7 @@ from fcconv_jax.dense_prediction.maps import (
     full_window_layouts,
     join,
     whole_layout,
-    window_layouts,
+    window_passes,
 )
 
 
@@ -60,7 +60,7 @@ def windows(draw):
 def test_every_way_computes_the_windows_of_every_crop(case):
     map_, size, window, stride, padding, holes = case
     want = seen_by_each_crop(map_, window, stride, padding, holes)
-    ways = window_layouts(map_, size, window, stride, padding, holes)
+    ways = window_passes(map_, size, window, stride, padding, holes)
     assert ways
     for layout in ways:
         np.testing.assert_array_equal(laid_out(layout, window)[layout.map], want)
@@ -71,7 +71,7 @@ def test_every_way_computes_the_windows_of_every_crop(case):
 def test_no_way_computes_more_than_the_crops(case):
     map_, size, window, stride, padding, holes = case
     every = seen_by_each_crop(map_, window, stride, padding, holes).reshape(-1, window)
-    by_length = window_layouts(map_, size, window, stride, padding, holes)[-1]
+    by_length = window_passes(map_, size, window, stride, padding, holes)[-1]
     if len(by_length.segments) > 1:  # nothing lies across two chains
         assert by_length.outputs == len(np.unique(every, axis=0))
 

@@ -11,10 +11,10 @@ from fcconv_jax.dense_prediction import costs
 from fcconv_jax.dense_prediction.maps import crops
 from fcconv_jax.dense_prediction.rules import RULES
 from fcconv_jax.dense_prediction.values import (
+    CropArray,
     Grid,
     NotSharedError,
     Part,
-    Value,
     array_of,
 )
 
@@ -35,7 +35,7 @@ def _all_that_can_be_shared(monkeypatch):
 
 def image():
     parts = (Part(2), Part(6, MAPS[0], ROWS), Part(8, MAPS[1], COLUMNS), Part(3))
-    return Value(jnp.asarray(PIXELS), (), parts, (1,) * 4)
+    return CropArray(jnp.asarray(PIXELS), (), parts, (1,) * 4)
 
 
 def run(function, value):
@@ -43,10 +43,10 @@ def run(function, value):
     jaxpr = jax.make_jaxpr(function)(EVERY[0, 0])
     *before, eqn = jaxpr.jaxpr.eqns
     assert not before, "expected a function of one primitive"
-    known = dict(zip(jaxpr.jaxpr.constvars, map(Value.plain, jaxpr.consts)))
+    known = dict(zip(jaxpr.jaxpr.constvars, map(CropArray.plain, jaxpr.consts)))
     known[jaxpr.jaxpr.invars[0]] = value
     values = [
-        Value.plain(atom.val) if isinstance(atom, Literal) else known[atom]
+        CropArray.plain(atom.val) if isinstance(atom, Literal) else known[atom]
         for atom in eqn.invars
     ]
     return RULES[eqn.primitive.name](eqn, values)

@@ -6,10 +6,10 @@ import pytest
 
 from fcconv_jax.dense_prediction.maps import crops
 from fcconv_jax.dense_prediction.values import (
+    CropArray,
     Grid,
     NotSharedError,
     Part,
-    Value,
     all_own,
     array_of,
     classes_of,
@@ -30,7 +30,7 @@ def image(pixels=PIXELS, window=(4, 6), stride=(1, 3)):
     """Crops of images, moving along two axes, and all of them written out."""
     maps = [crops(n, w, s) for n, w, s in zip(pixels.shape[1:3], window, stride)]
     parts = (Part(2), Part(4, maps[0], ROWS), Part(6, maps[1], COLUMNS), Part(3))
-    value = Value(jnp.asarray(pixels), (), parts, (1,) * 4)
+    value = CropArray(jnp.asarray(pixels), (), parts, (1,) * 4)
     every = [
         [pixels[:, rows][:, :, columns] for columns in maps[1]] for rows in maps[0]
     ]
@@ -111,7 +111,9 @@ def test_the_factors_of_a_shared_axis_are_windows_of_it():
 
 
 def test_uniform_parts_are_stored_once_asked_for():
-    value = Value(jnp.asarray([1.0, 2.0]), (), (Part(2), Part(5, uniform=True)), (1, 1))
+    value = CropArray(
+        jnp.asarray([1.0, 2.0]), (), (Part(2), Part(5, uniform=True)), (1, 1)
+    )
     assert value.shape == (2, 5)
     whole = stored(value, 1)
     assert whole.data.shape == (2, 5)
@@ -120,7 +122,7 @@ def test_uniform_parts_are_stored_once_asked_for():
 
 
 def test_plain_arrays_are_the_same_for_all_crops():
-    value = Value.plain(PIXELS)
+    value = CropArray.plain(PIXELS)
     assert not value.differs
     assert value.shape == PIXELS.shape
     np.testing.assert_array_equal(array_of(value), PIXELS)
