@@ -93,7 +93,7 @@ def _name(dtype: np.dtype) -> str:
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class ConversionRecord:
     """The record of its conversion that a checkpoint stores.
 
     Args:
@@ -110,7 +110,7 @@ class Record:
         return {PLAN_KEY: self.plan.to_json(), LEAVES_KEY: json.dumps(shapes)}
 
     @classmethod
-    def take(cls, entries: dict[str, Any], path: Path) -> Record | None:
+    def take(cls, entries: dict[str, Any], path: Path) -> ConversionRecord | None:
         """Extract the record from metadata entries; None if missing.
 
         Raises:
@@ -138,7 +138,7 @@ class Record:
 
 
 @dataclasses.dataclass(frozen=True)
-class OrbaxLayout:
+class OrbaxItems:
     """Where in an Orbax directory the trees lie.
 
     Args:
@@ -152,7 +152,7 @@ class OrbaxLayout:
 
 
 @dataclasses.dataclass(frozen=True)
-class FolderLayout:
+class FolderFiles:
     """Which files of a folder hold the weights.
 
     Args:
@@ -177,15 +177,15 @@ class Checkpoint:
       metadata: its other metadata, as the format keeps it.
       path: where it was read from; the other items of an Orbax step are copied
         from there.
-      layout: how it lies in its directory.
+      contents: which entries of its directory hold it.
     """
 
     format: str
     tree: Any
-    record: Record | None = None
+    record: ConversionRecord | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     path: Path | None = None
-    layout: OrbaxLayout | FolderLayout = OrbaxLayout()
+    contents: OrbaxItems | FolderFiles = OrbaxItems()
 
     @property
     def plan(self) -> Plan | None:
@@ -203,15 +203,15 @@ class CheckpointInfo:
       leaves: its leaves in the order of the file.
       record: what its conversion left in it, or None.
       metadata: its other metadata.
-      layout: how it lies in its directory.
+      contents: which entries of its directory hold it.
     """
 
     path: Path
     format: str
     leaves: tuple[LeafInfo, ...]
-    record: Record | None = None
+    record: ConversionRecord | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    layout: OrbaxLayout | FolderLayout = OrbaxLayout()
+    contents: OrbaxItems | FolderFiles = OrbaxItems()
 
     @property
     def plan(self) -> Plan | None:
@@ -224,7 +224,7 @@ class CheckpointInfo:
         return sum(leaf.nbytes for leaf in self.leaves)
 
     def __str__(self) -> str:
-        step = getattr(self.layout, "step", None)
+        step = getattr(self.contents, "step", None)
         where = f" step {step}" if step else ""
         plan = "never converted" if self.plan is None else f"converted, {self.plan}"
         rows = [

@@ -12,8 +12,8 @@ from ..plan import Plan, in_words
 from .checkpoint import (
     Checkpoint,
     CheckpointReport,
-    FolderLayout,
-    Record,
+    ConversionRecord,
+    FolderFiles,
     iter_leaves,
 )
 from .content import ContentReport, differences
@@ -264,7 +264,7 @@ def verify_checkpoint(
     found = merged(found)
     job = make_job(source, plan or Plan("conv"), False, prefixes, found.format)
     meant = merged(job.meant)
-    if isinstance(source.layout, FolderLayout) or FORMATS[found.format].flat:
+    if isinstance(source.contents, FolderFiles) or FORMATS[found.format].flat:
         meant, found = (split_tree(checkpoint) for checkpoint in (meant, found))
     with named(Path(dst)), shown(progress) as tell:
         telling = Teller(tell, job.nbytes).telling("comparing")
@@ -302,7 +302,9 @@ def _plan_of_the_run(src: PathLike) -> tuple[Plan, str]:
     return next(iter(plans.items()))
 
 
-def _require_same_leaves(source: Checkpoint, record: Record, src: PathLike) -> None:
+def _require_same_leaves(
+    source: Checkpoint, record: ConversionRecord, src: PathLike
+) -> None:
     found = shapes_of(source)
     for name, shape in record.shapes.items():
         if name not in found:

@@ -10,9 +10,9 @@ from ..messages.errors import CheckpointError
 from .checkpoint import (
     Checkpoint,
     CheckpointInfo,
-    FolderLayout,
+    FolderFiles,
     LeafInfo,
-    OrbaxLayout,
+    OrbaxItems,
     iter_leaves,
     step_number,
     with_leaves,
@@ -66,7 +66,7 @@ def carried(checkpoint: Checkpoint) -> dict[Path, Path]:
 
 def _container(checkpoint: Checkpoint) -> FileFormat | FolderFormat:
     """Return the format that keeps a checkpoint: a folder of weights is one, too."""
-    if isinstance(checkpoint.layout, FolderLayout):
+    if isinstance(checkpoint.contents, FolderFiles):
         return FOLDER
     return FORMATS[checkpoint.format]
 
@@ -129,7 +129,7 @@ def described(checkpoint: Checkpoint) -> CheckpointInfo:
         leaves,
         checkpoint.record,
         checkpoint.metadata,
-        checkpoint.layout,
+        checkpoint.contents,
     )
 
 
@@ -139,7 +139,7 @@ def merged(checkpoint: Checkpoint) -> Checkpoint:
     Raises:
       CheckpointError: two files hold a leaf of one name.
     """
-    if not isinstance(checkpoint.layout, FolderLayout):
+    if not isinstance(checkpoint.contents, FolderFiles):
         return checkpoint
     tree: dict[str, Any] = {}
     for name, part in checkpoint.tree.items():
@@ -151,7 +151,7 @@ def merged(checkpoint: Checkpoint) -> Checkpoint:
                 )
             tree[key] = node
     return dataclasses.replace(
-        checkpoint, tree=tree, layout=OrbaxLayout(), metadata={}, path=None
+        checkpoint, tree=tree, contents=OrbaxItems(), metadata={}, path=None
     )
 
 
@@ -186,7 +186,7 @@ def write_checkpoint(
 
 
 def write_one(fresh: Path, checkpoint: Checkpoint, tell: Tell = silent) -> None:
-    """Write a checkpoint where nothing is, in its format and layout.
+    """Write a checkpoint where nothing is, in its format, with the same file names.
 
     Raises:
       CheckpointError: a leaf does not fit the format.
@@ -196,10 +196,10 @@ def write_one(fresh: Path, checkpoint: Checkpoint, tell: Tell = silent) -> None:
 
 def step_of(checkpoint: Checkpoint) -> str | None:
     """Return the name of a checkpoint's step, if its directory holds several."""
-    layout = checkpoint.layout
-    if isinstance(layout, OrbaxLayout):
-        return layout.step
-    (name, *more) = layout.files
+    contents = checkpoint.contents
+    if isinstance(contents, OrbaxItems):
+        return contents.step
+    (name, *more) = contents.files
     return None if more or Path(name).suffix in FILES else name
 
 

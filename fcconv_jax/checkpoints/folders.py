@@ -16,7 +16,7 @@ from typing import Any
 
 from ..files.strict_json import loads
 from ..messages.errors import CheckpointError
-from .checkpoint import Checkpoint, FolderLayout, Record, iter_leaves
+from .checkpoint import Checkpoint, ConversionRecord, FolderFiles, iter_leaves
 from .extents import File, Tell
 from .formats import FILES, FORMATS, FolderFormat
 from .nesting import fit_nested
@@ -51,9 +51,9 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
     if steps:
         name = step or steps[-1]
         part = _STEPS.open(path / name)
-        layout = FolderLayout((name,), tuple(n for n in steps if n != name))
+        contents = FolderFiles((name,), tuple(n for n in steps if n != name))
         return dataclasses.replace(
-            part, tree={name: part.tree}, metadata={}, path=path, layout=layout
+            part, tree={name: part.tree}, metadata={}, path=path, contents=contents
         )
     names = sorted(e.name for e in path.iterdir() if e.suffix in FILES)
     formats = {Path(name).suffix for name in names}
@@ -87,10 +87,10 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
     return Checkpoint(
         next(iter(opened.values())).format,
         {name: part.tree for name, part in opened.items()},
-        Record(plan, MappingProxyType(shapes)) if plan else None,
+        ConversionRecord(plan, MappingProxyType(shapes)) if plan else None,
         {name: part.metadata for name, part in opened.items()},
         path,
-        FolderLayout(tuple(names)),
+        FolderFiles(tuple(names)),
     )
 
 
@@ -119,10 +119,10 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
 
 def companions(checkpoint: Checkpoint) -> Mapping[Path, Path]:
     """Return the other files, such as ``config.json``; links are copied as files."""
-    path, layout = checkpoint.path, checkpoint.layout
-    if path is None or not isinstance(layout, FolderLayout):
+    path, contents = checkpoint.path, checkpoint.contents
+    if path is None or not isinstance(contents, FolderFiles):
         return {}
-    return regular_files(path, {*layout.files, *layout.left})
+    return regular_files(path, {*contents.files, *contents.left})
 
 
 def owns(path: Path) -> Callable[[Path], bool]:
@@ -149,12 +149,12 @@ def step_names(path: Path) -> list[str]:
     return sorted(found, key=found.__getitem__)
 
 
-def _part(record: Record | None, tree: Any) -> Record | None:
+def _part(record: ConversionRecord | None, tree: Any) -> ConversionRecord | None:
     if record is None:
         return None
     names = {"/".join(parts) for parts, _ in iter_leaves(tree)}
     shapes = {name: shape for name, shape in record.shapes.items() if name in names}
-    return Record(record.plan, shapes)
+    return ConversionRecord(record.plan, shapes)
 
 
 def _listed(index: Path) -> set[str]:

@@ -13,8 +13,8 @@ from ..params.move import Leaf, Move
 from ..plan import Plan
 from .checkpoint import (
     Checkpoint,
-    FolderLayout,
-    Record,
+    ConversionRecord,
+    FolderFiles,
     is_array,
     iter_leaves,
     with_leaves,
@@ -53,7 +53,7 @@ def make_job(
     file = str(source.path)
     leaves = list(iter_leaves(source.tree))
     # The files of a folder aren't a level of the tree.
-    lead = 1 if isinstance(source.layout, FolderLayout) else 0
+    lead = 1 if isinstance(source.contents, FolderFiles) else 0
     paths = [parts[lead:] for parts, _ in leaves]
     separator = "/"
     if FORMATS[source.format].flat:
@@ -92,7 +92,9 @@ def make_job(
         meant = Checkpoint(format, format_named(format).fit(tree, file))
     nbytes = sum(leaf.nbytes for leaf in out if is_array(leaf))
     if keep:
-        meant = dataclasses.replace(meant, record=Record(plan, shapes_of(meant)))
+        meant = dataclasses.replace(
+            meant, record=ConversionRecord(plan, shapes_of(meant))
+        )
     return Job(source, meant, tuple(converted), nbytes)
 
 

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 
 from ..messages.errors import CheckpointError
-from .checkpoint import Checkpoint, FolderLayout
+from .checkpoint import Checkpoint, FolderFiles
 from .walk import regular_files
 
 
@@ -50,10 +50,10 @@ class Stamp:
 
 
 def _places(checkpoint: Checkpoint, root: Path) -> list[Path]:
-    layout = checkpoint.layout
-    if isinstance(layout, FolderLayout):
-        return [root / name for name in layout.files]
-    return [root / layout.step if layout.step else root]
+    contents = checkpoint.contents
+    if isinstance(contents, FolderFiles):
+        return [root / name for name in contents.files]
+    return [root / contents.step if contents.step else root]
 
 
 def _look(places: list[Path]) -> dict[Path, tuple[int, int, int]]:

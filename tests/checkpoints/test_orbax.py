@@ -17,7 +17,7 @@ from fcconv_jax.checkpoints import (
     restore_checkpoint,
     verify_checkpoint,
 )
-from fcconv_jax.checkpoints.checkpoint import OrbaxLayout
+from fcconv_jax.checkpoints.checkpoint import OrbaxItems
 from fcconv_jax.checkpoints.formats import orbax
 from fcconv_jax.messages.errors import CheckpointError
 
@@ -114,7 +114,7 @@ def test_a_manager_directory_gives_its_latest_step_as_a_manager_directory(
             )
         manager.wait_until_finished()
     info = inspect_checkpoint(tmp_path / "dense")
-    assert info.layout == OrbaxLayout("10", ("state",))
+    assert info.contents == OrbaxItems("10", ("state",))
     convert_checkpoint(tmp_path / "dense", tmp_path / "conv", case.plan)
     like = jax.tree.map(jnp.zeros_like, converted)
     with ocp.CheckpointManager(tmp_path / "conv") as manager:

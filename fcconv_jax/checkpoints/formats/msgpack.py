@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from ...messages.errors import CheckpointError
-from ..checkpoint import Checkpoint, Record, is_array
+from ..checkpoint import Checkpoint, ConversionRecord, is_array
 from ..entries import Moved
 from ..extents import Extent, File, Tell
 from ..nesting import fit_nested
@@ -48,7 +48,7 @@ def open_(path: Path) -> Checkpoint:
             f"{path}: no valid Flax msgpack file: {error}; it is truncated or damaged, "
             "get another copy"
         ) from None
-    record = Record.take(reader.record, path)
+    record = ConversionRecord.take(reader.record, path)
     return Checkpoint("msgpack", tree, record, path=path)
 
 
@@ -145,7 +145,7 @@ class _Writer:
 
 
 def _packed(
-    node: Any, record: Record | None, keeper: Any
+    node: Any, record: ConversionRecord | None, keeper: Any
 ) -> Iterator[bytes | tuple[Moved, int]]:
     """Yield the bytes of a tree; for entries, the leaf and its number of bytes."""
     import msgpack

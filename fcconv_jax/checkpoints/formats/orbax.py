@@ -19,8 +19,8 @@ from ...files.strict_json import loads
 from ...messages.errors import CheckpointError
 from ..checkpoint import (
     Checkpoint,
-    OrbaxLayout,
-    Record,
+    ConversionRecord,
+    OrbaxItems,
     is_array,
     iter_leaves,
     with_leaves,
@@ -29,7 +29,7 @@ from ..entries import Moved, raw_dtype
 from ..extents import LARGE, File, Tell, give_back_memory
 from ..nesting import fit_nested
 from .base import FolderFormat
-from .orbax_layout import STEP, companions, locate, looks_like, owns, step_names
+from .orbax_folder import STEP, companions, locate, looks_like, owns, step_names
 from .tensorstore import Storage, damaged, is_stored
 
 
@@ -47,12 +47,12 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
       CheckpointError: no Orbax directory, an unfinished save, no such step, or damaged
         metadata.
     """
-    layout, directories = locate(path, step)
+    contents, directories = locate(path, step)
     trees = {item: _open_tree(directory) for item, directory in directories.items()}
-    metadata = _custom(path, layout)
-    record = Record.take(metadata, path)
+    metadata = _custom(path, contents)
+    record = ConversionRecord.take(metadata, path)
     tree = trees if len(trees) > 1 else next(iter(trees.values()))
-    return Checkpoint("orbax", tree, record, metadata, path, layout)
+    return Checkpoint("orbax", tree, record, metadata, path, contents)
 
 
 def _open_tree(directory: Path) -> Any:
@@ -87,7 +87,7 @@ def _open_tree(directory: Path) -> Any:
 
 
 def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
-    """Write a directory of the layout that the checkpoint was read from.
+    """Write a directory with the contents that the checkpoint was read from.
 
     What opened the original opens this one: one tree, a step with its items, or a
     manager's directory with that one step. Other items of the step are copied. Arrays
@@ -104,18 +104,18 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     """
     import orbax.checkpoint as ocp
 
-    layout = checkpoint.layout
-    if not isinstance(layout, OrbaxLayout):
-        layout = OrbaxLayout()
+    contents = checkpoint.contents
+    if not isinstance(contents, OrbaxItems):
+        contents = OrbaxItems()
     record = checkpoint.record.entries() if checkpoint.record else {}
     custom = {
         **checkpoint.metadata,
         **{key: json.loads(value) for key, value in record.items()},
     }
-    target = path / layout.step if layout.step else path
+    target = path / contents.step if contents.step else path
     scratch = path.parent
-    one = len(layout.items) < 2
-    trees = {(*layout.items, "")[0]: checkpoint.tree} if one else checkpoint.tree
+    one = len(contents.items) < 2
+    trees = {(*contents.items, "")[0]: checkpoint.tree} if one else checkpoint.tree
     for item, tree in trees.items():
         _check_names(tree, path, item)
     saves = {
@@ -126,9 +126,9 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     }
     like = Storage()
     if checkpoint.path is not None:
-        like = Storage.of(_directory(checkpoint.path, layout))
+        like = Storage.of(_directory(checkpoint.path, contents))
     handler, args = _handler(scratch, like, tell), next(iter(saves.values()))
-    if layout.items:
+    if contents.items:
         handlers = {item: _handler(scratch, like, tell) for item in saves}
         handler = ocp.CompositeCheckpointHandler(**handlers)
         args = ocp.args.Composite(**saves)
@@ -144,8 +144,8 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
         (path / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path / inside)
     # Orbax rewrites this file with the items that it gets.
-    described = _step_file(checkpoint.path, layout) if checkpoint.path else None
-    if layout.items and described and described.exists():
+    described = _step_file(checkpoint.path, contents) if checkpoint.path else None
+    if contents.items and described and described.exists():
         content = loads(File.read(described).content())
         content["custom_metadata"] = custom
         (target / STEP).write_text(json.dumps(content))
@@ -164,9 +164,9 @@ def _check_names(tree: Any, path: Path, item: str) -> None:
         seen[stored] = name
 
 
-def _directory(path: Path, layout: OrbaxLayout) -> Path:
-    """Return where the first tree of a layout lies."""
-    return path.joinpath(*filter(None, (layout.step, *layout.items[:1])))
+def _directory(path: Path, contents: OrbaxItems) -> Path:
+    """Return where the first tree lies."""
+    return path.joinpath(*filter(None, (contents.step, *contents.items[:1])))
 
 
 def _as_lazy(leaf: Any) -> Any:
@@ -245,8 +245,8 @@ def _materialised(leaf: Moved, scratch: Path) -> np.ndarray:
     return array.reshape(leaf.shape)
 
 
-def _step_file(path: Path, layout: OrbaxLayout) -> Path:
-    return path / (layout.step or "") / STEP
+def _step_file(path: Path, contents: OrbaxItems) -> Path:
+    return path / (contents.step or "") / STEP
 
 
 def _describe(directory: Path) -> Any:
@@ -261,11 +261,11 @@ def _describe(directory: Path) -> Any:
         raise CheckpointError(damaged(directory, None, error)) from None
 
 
-def _custom(path: Path, layout: OrbaxLayout) -> dict[str, Any]:
+def _custom(path: Path, contents: OrbaxItems) -> dict[str, Any]:
     """Return the custom metadata; for an item, that of the step it lies in."""
-    root = path / layout.step if layout.step else path
+    root = path / contents.step if contents.step else path
     places = [root / STEP]
-    if not layout.items and not places[0].exists():
+    if not contents.items and not places[0].exists():
         places.append(root.parent / STEP)
     for place in places:
         if place.exists():

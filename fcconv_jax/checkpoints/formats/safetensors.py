@@ -14,7 +14,7 @@ import numpy as np
 
 from ...files.strict_json import loads, whole_numbers
 from ...messages.errors import CheckpointError
-from ..checkpoint import Checkpoint, Record, is_array
+from ..checkpoint import Checkpoint, ConversionRecord, is_array
 from ..entries import Filed, Moved
 from ..extents import BLOCK, Extent, File, Tell, copy
 from ..nesting import fit_flat
@@ -78,7 +78,7 @@ def open_(path: Path) -> Checkpoint:
         itemsize = 0 if isinstance(known, str) else known.itemsize
         extent = file.extent(start + begin, start + end)
         tree[name] = Moved(Filed(shape, itemsize, extent), known)
-    record = Record.take(metadata, path)
+    record = ConversionRecord.take(metadata, path)
     return Checkpoint("safetensors", tree, record, metadata, path)
 
 

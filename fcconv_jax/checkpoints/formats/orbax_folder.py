@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from ...messages.errors import CheckpointError
-from ..checkpoint import Checkpoint, OrbaxLayout, step_number
+from ..checkpoint import Checkpoint, OrbaxItems, step_number
 from ..walk import regular_files
 from .tensorstore import TREE
 
@@ -17,14 +17,14 @@ _UNFINISHED = ".orbax-checkpoint-tmp"
 
 def companions(checkpoint: Checkpoint) -> Mapping[Path, Path]:
     """Everything but trees: other items, metrics, and the manager's own files."""
-    path, layout = checkpoint.path, checkpoint.layout
-    if path is None or not isinstance(layout, OrbaxLayout):
+    path, contents = checkpoint.path, checkpoint.contents
+    if path is None or not isinstance(contents, OrbaxItems):
         return {}
     found: dict[Path, Path] = {}
-    if layout.step:
+    if contents.step:
         found |= _beside(path, Path(), {step.name for step in _steps(path)})
-    if layout.items:
-        found |= _beside(path, Path(layout.step or ""), {*layout.items, STEP})
+    if contents.items:
+        found |= _beside(path, Path(contents.step or ""), {*contents.items, STEP})
     return found
 
 
@@ -75,13 +75,13 @@ def owns(path: Path) -> Callable[[Path], bool]:
     return is_own
 
 
-def locate(path: Path, step: str | None = None) -> tuple[OrbaxLayout, dict[str, Path]]:
-    """Return the layout of a directory, and where each of its trees lies."""
+def locate(path: Path, step: str | None = None) -> tuple[OrbaxItems, dict[str, Path]]:
+    """Return the contents of a directory, and where each of its trees lies."""
     if step is None and (path / TREE).exists():
-        return OrbaxLayout(), {"": path}
+        return OrbaxItems(), {"": path}
     items = _items(path)
     if step is None and items:
-        return OrbaxLayout(None, tuple(items)), items
+        return OrbaxItems(None, tuple(items)), items
     names = step_names(path)
     if step is not None and step not in names:
         there = f"it has the steps {names}" if names else "it has no steps"
@@ -89,7 +89,7 @@ def locate(path: Path, step: str | None = None) -> tuple[OrbaxLayout, dict[str, 
     if names:
         directory = path / (step or names[-1])
         items = {"": directory} if (directory / TREE).exists() else _items(directory)
-        return OrbaxLayout(directory.name, tuple(filter(None, items))), items
+        return OrbaxItems(directory.name, tuple(filter(None, items))), items
     names = sorted(entry.name for entry in path.iterdir())
     if any(_UNFINISHED in name for name in names):
         raise CheckpointError(
