@@ -12,10 +12,10 @@ from collections.abc import Callable, Sequence
 from typing import Literal
 
 from ..messages.errors import ExportError
+from ..plan import Form
 from .layers import Layer
 
 How = Literal["run", "read", "inferred"]
-Form = Literal["conv", "dense"]
 # Where a layer may sit: a window on its stride, one window on all of its input, tokens
 # (several rows) or a head (one row for each example).
 Place = Literal["patchify", "full_window", "tokens", "head"]

@@ -23,10 +23,10 @@ from ..tracing.default_settings import default_settings
 from ..verification.agreement import named_leaves
 from .chips import Chip, chip_of
 from .fingerprint import BLANK, seal
-from .forms import FORMS, Form, plan_of_form
+from .forms import FORMS, FileForm, plan_of_form
 from .graph import Graph, Source
 from .layers import (
-    Record,
+    FileRecord,
     computed_values,
     constants_of,
     digest_of,
@@ -39,7 +39,7 @@ from .passes.fold import fold_norms
 from .passes.simplify import simplify
 from .proof import (
     Proof,
-    Reference,
+    ReferenceOutputs,
     is_random_key,
     parameter_leaves,
     prove,
@@ -60,7 +60,7 @@ def export(
     *inputs: Any,
     path: str | Path,
     runtime: str | None = None,
-    to: Form = "conv",
+    to: FileForm = "conv",
     plan: Plan | None = None,
     chip: str | None = None,
     rules: Iterable[Rule | str] = (),
@@ -170,8 +170,8 @@ def export(
         written = call.write(plan, form, first)  # refuses what it cannot, at once
         reference, notes = reference_of(call.bound)
         proof, figures = call.check(written, reference, tell)
-        made: dict[Form, tuple[Written, FormFigures]] = {form: (written, figures)}
-        chosen: list[Form] = ["dense", "conv"]
+        made: dict[FileForm, tuple[Written, FormFigures]] = {form: (written, figures)}
+        chosen: list[FileForm] = ["dense", "conv"]
         if made_for is not None:
             chosen.append("mix")
         for other in chosen if compare else ():
@@ -235,7 +235,7 @@ class _Call:
             for name in input_names(bound.args, bound.kwargs)
         ]
 
-    def plan(self, form: Form, rules: Sequence[Rule]) -> Plan:
+    def plan(self, form: FileForm, rules: Sequence[Rule]) -> Plan:
         """The plan of a form."""
         return plan_of_form(self.bound, form, rules, self.runtime, self.chip)
 
@@ -246,7 +246,7 @@ class _Call:
         graph = self._lowered(changed, leaves)
         layers = tuple(layers_of(graph))
         folded = sorted({leaf for x in layers if x.folded for leaf in x.folded.leaves})
-        record = Record(
+        record = FileRecord(
             layers,
             plan,
             form,
@@ -307,7 +307,7 @@ class _Call:
         return graph
 
     def check(
-        self, written: Written, reference: Reference | None, tell: Progress
+        self, written: Written, reference: ReferenceOutputs | None, tell: Progress
     ) -> tuple[Proof, FormFigures]:
         """Proves a file."""
         shipped = self.runtime.open(written.path)
@@ -319,7 +319,9 @@ class _Call:
         errors = [error.converted for error in proof.outputs]
         return proof, self._figures(written, max(errors, default=None))
 
-    def figures(self, written: Written, reference: Reference | None) -> FormFigures:
+    def figures(
+        self, written: Written, reference: ReferenceOutputs | None
+    ) -> FormFigures:
         """The figures of a file, without its proof."""
         shipped = self.runtime.open(written.path)
         error = None

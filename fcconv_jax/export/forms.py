@@ -16,13 +16,13 @@ from .chips import Chip, Place
 from .layers import Layer
 from .runtimes import Runtime
 
-Form = Literal["conv", "dense", "mix"]
-FORMS: tuple[str, ...] = get_args(Form)
+FileForm = Literal["conv", "dense", "mix"]
+FORMS: tuple[str, ...] = get_args(FileForm)
 
 
 def plan_of_form(
     bound: BoundModel,
-    form: Form,
+    form: FileForm,
     rules: Sequence[Rule],
     runtime: Runtime,
     chip: Chip | None,

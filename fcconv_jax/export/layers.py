@@ -115,7 +115,7 @@ def _layer(node: Node) -> Layer:
 
 
 @dataclasses.dataclass(frozen=True)
-class Record:
+class FileRecord:
     """The record that a file carries about itself.
 
     Args:
@@ -156,7 +156,7 @@ class Record:
         )
 
     @classmethod
-    def from_json(cls, text: str | bytes) -> Record:
+    def from_json(cls, text: str | bytes) -> FileRecord:
         """Read what :meth:`to_json` wrote.
 
         Raises:

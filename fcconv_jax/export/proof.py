@@ -26,7 +26,7 @@ from ..verification.moved import MOVED, moved_by_an_ulp
 from ..verification.obstacles import obstacles
 from ..verification.reading import Reading
 from ..verification.reference import free_memory
-from .layers import Layer, Record, compute, digest_of, expected
+from .layers import FileRecord, Layer, compute, digest_of, expected
 from .probes import probes, small_probes
 from .shipped import Shipped, ShippedLayer
 
@@ -95,7 +95,7 @@ class Proof:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Reference:
+class ReferenceOutputs:
     """A model's outputs in float64, and as JAX computes them.
 
     Args:
@@ -109,7 +109,7 @@ class Reference:
     inputs: Sequence[np.ndarray]
 
 
-def reference_of(bound: BoundModel) -> tuple[Reference | None, list[str]]:
+def reference_of(bound: BoundModel) -> tuple[ReferenceOutputs | None, list[str]]:
     """Return a model on its inputs, in float64 and in its own precision.
 
     Returns:
@@ -133,7 +133,7 @@ def reference_of(bound: BoundModel) -> tuple[Reference | None, list[str]]:
         own.append(run({**variables, "params": params}, arrays))
     inputs = [np.asarray(x) for x in arrays]
     leaves = [jax.tree.leaves(each) for each in own]
-    return Reference(list(zip(names, outs)), leaves, inputs), []
+    return ReferenceOutputs(list(zip(names, outs)), leaves, inputs), []
 
 
 def is_random_key(leaf: Any) -> bool:
@@ -153,11 +153,11 @@ def parameter_leaves(tree: Any) -> dict[str, np.ndarray]:
 
 def prove(
     shipped: Shipped,
-    record: Record,
+    record: FileRecord,
     leaves: Mapping[str, np.ndarray],
     tell: Progress,
     computed: Mapping[str, np.ndarray] | None = None,
-    reference: Reference | None = None,
+    reference: ReferenceOutputs | None = None,
     names: Sequence[str] = (),
 ) -> Proof:
     """Verify a file.
@@ -214,7 +214,7 @@ def prove(
 
 
 def _not_finite(
-    record: Record, leaves: Mapping[str, np.ndarray]
+    record: FileRecord, leaves: Mapping[str, np.ndarray]
 ) -> tuple[list[str], list[str]]:
     """A failure where no number of the parameters is finite, a note where some are not.
 
@@ -348,7 +348,7 @@ def _difference(want: np.ndarray, got: np.ndarray) -> str | None:
     )
 
 
-def _other_folded(record: Record, leaves: Mapping[str, np.ndarray]) -> list[str]:
+def _other_folded(record: FileRecord, leaves: Mapping[str, np.ndarray]) -> list[str]:
     """The parameters that are not those that were folded into the file's weights."""
     found = []
     for name, digest in record.digests:
@@ -360,7 +360,7 @@ def _other_folded(record: Record, leaves: Mapping[str, np.ndarray]) -> list[str]
 
 
 def _other_constants(
-    shipped: Shipped, record: Record, leaves: Mapping[str, np.ndarray]
+    shipped: Shipped, record: FileRecord, leaves: Mapping[str, np.ndarray]
 ) -> tuple[list[str], int]:
     """The parameters besides kernels and biases, as some constant of the file."""
     have = {np.ascontiguousarray(x).tobytes() for x in shipped.constants()}
@@ -379,7 +379,7 @@ def _other_constants(
 
 
 def whole_errors(
-    shipped: Shipped, reference: Reference, names: Sequence[str] = ()
+    shipped: Shipped, reference: ReferenceOutputs, names: Sequence[str] = ()
 ) -> tuple[WorkingError, ...]:
     """The errors of a file's outputs, and the model's own, against the reference.
 
@@ -403,7 +403,9 @@ def whole_errors(
     )
 
 
-def whole_error(shipped: Any, reference: Reference, names: Sequence[str]) -> float:
+def whole_error(
+    shipped: Any, reference: ReferenceOutputs, names: Sequence[str]
+) -> float:
     """Return the largest error of a file against the reference."""
     errors = whole_errors(shipped, reference, names)
     return max((error.converted for error in errors), default=0.0)

@@ -14,7 +14,7 @@ from ..messages.progress import Progress
 from ..plan import Plan
 from ..plan.rules import Rule
 from . import vela
-from .forms import Form
+from .forms import FileForm
 from .report import FormFigures
 from .size import size_of
 from .written import Call, Written
@@ -36,7 +36,7 @@ def fewest_cycles(
         return plan
     arrays = [np.asarray(x) for x in call.bound.arrays]
     candidates: dict[Plan, int] = {}
-    forms: tuple[Form, ...] = ("mix", "dense", "conv")
+    forms: tuple[FileForm, ...] = ("mix", "dense", "conv")
     for done, form in enumerate(forms):
         tell("planning: Vela's cycles", done, len(forms))
         each = plan if form == "mix" else call.plan(form, rules)
@@ -55,9 +55,9 @@ def fewest_cycles(
 
 def quantized(
     call: Call,
-    made: Mapping[Form, tuple[Written, FormFigures]],
+    made: Mapping[FileForm, tuple[Written, FormFigures]],
     calibrate: Sequence[Any] | None,
-    form: Form,
+    form: FileForm,
     path: Path,
     tell: Progress,
 ) -> dict[str, Any]:
@@ -78,7 +78,7 @@ def quantized(
     examples = [arrays]
     if calibrate is not None:
         examples = quantizer.batches(calibrate, [x.shape for x in arrays])
-    contents: dict[Form, bytes] = {}
+    contents: dict[FileForm, bytes] = {}
     rows: list[FormFigures] = []
     notes: list[str] = []
     for each, (written, figures) in made.items():

@@ -12,7 +12,7 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..messages.errors import ExportError, FcconvError
-from .layers import Layer, Record
+from .layers import FileRecord, Layer
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -48,7 +48,7 @@ class Shipped(abc.ABC):
     moving: ClassVar[tuple[str, str]] = ("Transpose", "Reshape")
 
     @abc.abstractmethod
-    def record(self) -> Record | None:
+    def record(self) -> FileRecord | None:
         """Return the file's own record; None if another tool wrote the file."""
 
     @abc.abstractmethod
@@ -114,7 +114,7 @@ class Shipped(abc.ABC):
         """What differs in a layer's geometry, where it is read and not run."""
         return []
 
-    def remarks(self, record: Record) -> Sequence[str]:
+    def remarks(self, record: FileRecord) -> Sequence[str]:
         """What else there is to know about the proof of the file."""
         return []
 

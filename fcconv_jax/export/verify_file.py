@@ -15,8 +15,8 @@ from ..messages.errors import ExportError, FcconvError
 from ..messages.progress import Progress, ProgressOption, shown
 from ..params.trees import convert_params
 from ..tracing.default_settings import default_settings
-from .layers import Record
-from .proof import Proof, Reference, parameter_leaves, prove, reference_of
+from .layers import FileRecord
+from .proof import Proof, ReferenceOutputs, parameter_leaves, prove, reference_of
 from .report import ExportReport, FormFigures
 from .runtimes import Runtime, runtime_of
 from .shipped import Shipped, reading
@@ -123,10 +123,10 @@ def verify_file(
 def _prove(
     shipped: Shipped,
     quantizer: Any,
-    record: Record,
+    record: FileRecord,
     leaves: Mapping[str, np.ndarray],
     tell: Progress,
-    reference: Reference | None,
+    reference: ReferenceOutputs | None,
     names: Sequence[str],
 ) -> Proof:
     rounded = any(layer.kernel.dtype == np.int8 for layer in shipped.layers())
@@ -150,7 +150,7 @@ def _report(
     path: Path,
     runtime: Runtime,
     shipped: Shipped,
-    record: Record,
+    record: FileRecord,
     proof: Proof,
     notes: Sequence[str],
 ) -> ExportReport:

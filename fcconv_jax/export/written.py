@@ -13,9 +13,9 @@ from ..frontends.bound import BoundModel
 from ..plan import Plan
 from ..plan.rules import Rule
 from .chips import Chip
-from .forms import Form
+from .forms import FileForm
 from .graph import Graph
-from .layers import Record
+from .layers import FileRecord
 from .runtimes import Runtime
 
 
@@ -27,7 +27,7 @@ class Written:
     form: str
     plan: Plan
     graph: Graph
-    record: Record
+    record: FileRecord
     leaves: Mapping[str, np.ndarray]
     computed: Mapping[str, np.ndarray]
 
@@ -40,7 +40,7 @@ class Call(Protocol):
     bound: BoundModel
     input_names: list[str]
 
-    def plan(self, form: Form, rules: Sequence[Rule]) -> Plan:
+    def plan(self, form: FileForm, rules: Sequence[Rule]) -> Plan:
         """Return the plan of a form."""
         ...
 

@@ -9,15 +9,15 @@ import numpy as np
 
 from ..graph import Node, Value
 
-Rule = Callable[..., Value | Sequence[Value]]
+LoweringRule = Callable[..., Value | Sequence[Value]]
 
-RULES: dict[str, Rule] = {}
+RULES: dict[str, LoweringRule] = {}
 
 
-def rule(*names: str) -> Callable[[Rule], Rule]:
+def rule(*names: str) -> Callable[[LoweringRule], LoweringRule]:
     """Register a function as the rule of these primitives."""
 
-    def register(function: Rule) -> Rule:
+    def register(function: LoweringRule) -> LoweringRule:
         RULES.update(dict.fromkeys(names, function))
         return function
 

@@ -16,7 +16,7 @@ from typing import Any, Literal
 
 from ...messages.errors import ExportError
 from ..graph import Graph
-from ..layers import Record
+from ..layers import FileRecord
 from ..shipped import Shipped
 
 
@@ -48,7 +48,7 @@ class Runtime:
     suffix: str
     extra: str
     open: Callable[[Path], Shipped]
-    write: Callable[[Graph, Record, Path], None] | None = None
+    write: Callable[[Graph, FileRecord, Path], None] | None = None
     write_program: Callable[..., list[str]] | None = None
     images: Literal["last", "first"] = "last"
     executed: bool = True

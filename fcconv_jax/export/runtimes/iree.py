@@ -24,7 +24,7 @@ from safetensors.numpy import save_file
 from ...messages.errors import ExportError
 from ...messages.extras import require
 from ..fingerprint import digest
-from ..layers import Layer, Record, expected
+from ..layers import FileRecord, Layer, expected
 from ..proof import parameter_leaves
 from ..shipped import Shipped, ShippedLayer
 from . import Runtime
@@ -37,7 +37,7 @@ def write_program(
     variables: Any,
     arrays: Sequence[Any],
     names: Sequence[str],
-    record: Record,
+    record: FileRecord,
     path: Path,
 ) -> list[str]:
     """Compile a model for this machine's processor, its params as arguments.
@@ -135,10 +135,10 @@ class IreeFile(Shipped):
         """Load the module in IREE."""
         loaded(self.content)
 
-    def record(self) -> Record | None:
+    def record(self) -> FileRecord | None:
         """Return the file's own record."""
         text = self.about.get("record")
-        return None if text is None else Record.from_json(text)
+        return None if text is None else FileRecord.from_json(text)
 
     def fingerprint(self) -> str:
         """Of the module, and of the params and what order it takes them in."""
@@ -192,7 +192,7 @@ class IreeFile(Shipped):
         run, params = loaded(self.content), list(self.params.values())
         return lambda: run(*params, *inputs)
 
-    def remarks(self, record: Record) -> list[str]:
+    def remarks(self, record: FileRecord) -> list[str]:
         """Return how the layers are run."""
         return ["IREE's layers are compiled again, alone, to be run on integers"]
 

@@ -23,7 +23,7 @@ from ...messages.errors import ExportError
 from ...messages.extras import require
 from ..fingerprint import digest
 from ..graph import FUSED, Graph
-from ..layers import Layer, Record, compute
+from ..layers import FileRecord, Layer, compute
 from ..probes import probes
 from ..shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
 from . import Runtime
@@ -49,7 +49,7 @@ def _openvino() -> Any:
         del sys.modules[name]
 
 
-def write(graph: Graph, record: Record, path: Path) -> None:
+def write(graph: Graph, record: FileRecord, path: Path) -> None:
     """Write a graph as an .xml file and the .bin with its weights beside it.
 
     Args:
@@ -105,11 +105,11 @@ class OpenVinoFile(Shipped):
         """Compile the file in OpenVINO."""
         self.core.compile_model(self.model, "CPU", self.config)
 
-    def record(self) -> Record | None:
+    def record(self) -> FileRecord | None:
         """Return the file's own record."""
         if not self.model.has_rt_info([RECORD]):
             return None
-        return Record.from_json(self.model.get_rt_info([RECORD]).value)
+        return FileRecord.from_json(self.model.get_rt_info([RECORD]).value)
 
     def fingerprint(self) -> str:
         """Of the .xml without what it says about itself, and of the .bin."""
@@ -245,7 +245,7 @@ class OpenVinoFile(Shipped):
         """Run the whole file."""
         return self._run(self.model, inputs)
 
-    def remarks(self, record: Record) -> list[str]:
+    def remarks(self, record: FileRecord) -> list[str]:
         """Return whether the runtime lowers the precision if it is left to itself."""
         own = OpenVinoFile(self.path, hint=None)
         half = {x.name for x in self.layers() if x.kernel.dtype.itemsize < 4}

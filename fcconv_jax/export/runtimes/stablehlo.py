@@ -21,7 +21,7 @@ from jax import export as jax_export
 from ...messages.errors import ExportError
 from ...messages.extras import require
 from ..fingerprint import digest
-from ..layers import Record
+from ..layers import FileRecord
 from ..shipped import Shipped, ShippedLayer
 from . import Runtime
 
@@ -46,7 +46,7 @@ def write_program(
     variables: Any,
     arrays: Sequence[Any],
     names: Sequence[str],
-    record: Record,
+    record: FileRecord,
     path: Path,
 ) -> list[str]:
     """Write a model with its params as constants.
@@ -130,10 +130,10 @@ class StableHloFile(Shipped):
     def load(self) -> None:
         """Nothing more: JAX has read the whole file already."""
 
-    def record(self) -> Record | None:
+    def record(self) -> FileRecord | None:
         """Return the file's own record."""
         text = self.about.get("record")
-        return None if text is None else Record.from_json(text)
+        return None if text is None else FileRecord.from_json(text)
 
     def fingerprint(self) -> str:
         """Of what JAX wrote, and of the outputs' names."""
@@ -173,7 +173,7 @@ class StableHloFile(Shipped):
         run = jax.jit(self.exported.call)
         return lambda: run(*inputs)
 
-    def remarks(self, record: Record) -> list[str]:
+    def remarks(self, record: FileRecord) -> list[str]:
         """Return how the layers are compared instead."""
         return [
             "layers are not cut out of StableHLO, which JAX itself writes: fcconv "

@@ -14,7 +14,7 @@ import numpy as np
 from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...fingerprint import digest
-from ...layers import Layer, Record
+from ...layers import FileRecord, Layer
 from ...shipped import Shipped, ShippedLayer, canonical_conv
 
 RECORD = "fcconv_jax"
@@ -63,10 +63,10 @@ class CoreMlFile(Shipped):
     def load(self) -> None:
         """Nothing more: Core ML does not run here, coremltools has read the package."""
 
-    def record(self) -> Record | None:
+    def record(self) -> FileRecord | None:
         """Return the file's own record."""
         text = self.model.user_defined_metadata.get(RECORD)
-        return None if text is None else Record.from_json(text)
+        return None if text is None else FileRecord.from_json(text)
 
     def fingerprint(self) -> str:
         """Of the program without what it says about itself, and of the weights."""

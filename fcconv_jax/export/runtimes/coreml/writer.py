@@ -19,7 +19,7 @@ import numpy as np
 from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...graph import Graph, Node, Value
-from ...layers import Record
+from ...layers import FileRecord
 from ...passes.nchw import to_nchw
 from ...shipped import arrange_conv
 from .reader import RECORD, coremltools
@@ -67,7 +67,7 @@ _REDUCTIONS = {
 }
 
 
-def write(graph: Graph, record: Record, path: Path) -> None:
+def write(graph: Graph, record: FileRecord, path: Path) -> None:
     """Write a graph as an .mlpackage, its images channel-first.
 
     Args:

@@ -15,8 +15,8 @@ import numpy as np
 from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...fingerprint import resealed
-from ...layers import Record, expected
-from ...proof import LayerProof, Reference, on_integers
+from ...layers import FileRecord, expected
+from ...proof import LayerProof, ReferenceOutputs, on_integers
 from .reader import LiteRTFile, run
 
 
@@ -121,7 +121,7 @@ class Int8Check:
 def check(
     quantized: bytes,
     float_content: bytes,
-    record: Record,
+    record: FileRecord,
     leaves: Mapping[str, np.ndarray],
     examples: Sequence[Sequence[np.ndarray]],
 ) -> Int8Check:
@@ -147,7 +147,7 @@ def check(
 
 
 def difference(
-    file: LiteRTFile, reference: Reference, names: Sequence[str] = ()
+    file: LiteRTFile, reference: ReferenceOutputs, names: Sequence[str] = ()
 ) -> float:
     """How far an int8 file is from its model in float64, as a part of the outputs.
 
@@ -165,7 +165,7 @@ def difference(
 
 
 def prove_weights(
-    file: LiteRTFile, record: Record, leaves: Mapping[str, np.ndarray]
+    file: LiteRTFile, record: FileRecord, leaves: Mapping[str, np.ndarray]
 ) -> tuple[LayerProof, ...]:
     """Hold each layer's integers, times their scales, against the parameters.
 

@@ -14,7 +14,7 @@ import numpy as np
 from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...fingerprint import digest, plain
-from ...layers import Layer, Record
+from ...layers import FileRecord, Layer
 from ...shipped import (
     Shipped,
     ShippedLayer,
@@ -135,13 +135,13 @@ class LiteRTFile(Shipped):
             )
         interpreter(self.content)
 
-    def record(self) -> Record | None:
+    def record(self) -> FileRecord | None:
         """Return the file's own record."""
         for entry in self.model.metadata or ():
             name = entry.name.decode() if isinstance(entry.name, bytes) else entry.name
             if name == RECORD:
                 data = np.asarray(self.model.buffers[entry.buffer].data, np.uint8)
-                return Record.from_json(data.tobytes())
+                return FileRecord.from_json(data.tobytes())
         return None
 
     def fingerprint(self) -> str:

@@ -12,14 +12,14 @@ from typing import Any
 import numpy as np
 
 from ...graph import Graph, Node, Value
-from ...layers import Record
+from ...layers import FileRecord
 from .operators import Emitter
 from .schema import RECORD, pack, schema
 
 _FUSED = {"relu": "RELU", "relu6": "RELU6"}
 
 
-def write(graph: Graph, record: Record, path: Path) -> None:
+def write(graph: Graph, record: FileRecord, path: Path) -> None:
     """Write a graph as a .tflite file.
 
     Args:
@@ -33,7 +33,7 @@ def write(graph: Graph, record: Record, path: Path) -> None:
     path.write_bytes(pack(model(graph, record)))
 
 
-def model(graph: Graph, record: Record) -> Any:
+def model(graph: Graph, record: FileRecord) -> Any:
     """Return the model of a graph, as the schema's object."""
     s = schema()
     out = Emitter(s)

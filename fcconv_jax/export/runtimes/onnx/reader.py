@@ -14,7 +14,7 @@ import numpy as np
 from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...fingerprint import digest
-from ...layers import Layer, Record
+from ...layers import FileRecord, Layer
 from ...shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
 from .writer import RECORD
 
@@ -51,11 +51,11 @@ class OnnxFile(Shipped):
         """Load the file in ONNX Runtime."""
         session(self.content)
 
-    def record(self) -> Record | None:
+    def record(self) -> FileRecord | None:
         """Return the file's own record."""
         for entry in self.model.metadata_props:
             if entry.key == RECORD:
-                return Record.from_json(entry.value)
+                return FileRecord.from_json(entry.value)
         return None
 
     def fingerprint(self) -> str:

@@ -11,7 +11,7 @@ import numpy as np
 from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...graph import Graph, Node, Value, same_content
-from ...layers import Record
+from ...layers import FileRecord
 from ...passes.nchw import to_nchw
 from ...shipped import arrange_conv
 
@@ -62,7 +62,7 @@ _REDUCTIONS = {
 }
 
 
-def write(graph: Graph, record: Record, path: Path, gemm: bool = True) -> None:
+def write(graph: Graph, record: FileRecord, path: Path, gemm: bool = True) -> None:
     """Write a graph as an .onnx file, its images channel-first.
 
     Args:
@@ -90,7 +90,7 @@ class _Writer:
         self.known: dict[Any, str] = {}
         self.names: dict[str, int] = {}
 
-    def model(self, graph: Graph, record: Record) -> Any:
+    def model(self, graph: Graph, record: FileRecord) -> Any:
         inputs = [
             self.info(value, self.name(value, name))
             for value, name in zip(graph.inputs, graph.input_names)
