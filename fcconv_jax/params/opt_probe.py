@@ -27,7 +27,7 @@ _LIMIT = 2**30  # bytes of random numbers in the place of an abstract state
 # found by trying, because optax.chain hides the signatures of its parts.
 _EXTRAS = (("value", "grad"), ("value",), ("grad",), ())
 
-Move = Callable[[Any], Any]
+Convert = Callable[[Any], Any]
 
 
 class ProbeError(Exception):
@@ -38,8 +38,8 @@ def different_update(
     tx: Any,
     opt_state: Any,
     params: Any,
-    move_state: Move,
-    move_params: Move,
+    move_state: Convert,
+    move_params: Convert,
     kwargs: Mapping[str, Any],
 ) -> str:
     """What differs between the updates of both forms, in words; empty if nothing does.
@@ -84,7 +84,9 @@ def different_update(
             raise ProbeError(f"{type(error).__name__}: {error}") from error
 
 
-def _compare(tx: Any, trees: Any, moves: tuple[Move, Move], threshold: float) -> str:
+def _compare(
+    tx: Any, trees: Any, moves: tuple[Convert, Convert], threshold: float
+) -> str:
     error = None
     for extras in _EXTRAS:
         try:
@@ -99,7 +101,7 @@ def _compare_with(
     extras: Sequence[str],
     tx: Any,
     trees: Any,
-    moves: tuple[Move, Move],
+    moves: tuple[Convert, Convert],
     threshold: float,
 ) -> str:
     import optax

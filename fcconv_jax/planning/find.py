@@ -31,9 +31,9 @@ from .factors import Axis, regroup, reversed_axis, size
 from .matmul import (
     ACTIVE,
     NUMBER,
+    Analysis,
     Matmul,
     Other,
-    Program,
     Tag,
     Use,
     Weight,
@@ -45,7 +45,7 @@ _KEPT = ROUNDING | {"neg"}
 _UNIFORM = ENTRYWISE | MOVES | REDUCTIONS
 
 
-Memo = dict[Hashable, Program]
+Memo = dict[Hashable, Analysis]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,7 +66,7 @@ def analyse(
     tags: Sequence[Tag],
     context: _Context = _Context(),
     memo: Memo | None = None,
-) -> Program:
+) -> Analysis:
     """Tag every value of a jaxpr.
 
     Args:
@@ -78,13 +78,13 @@ def analyse(
     Example:
       >>> import jax, jax.numpy as jnp
       >>> jaxpr = jax.make_jaxpr(lambda w, x: x @ w.T)(jnp.ones((3, 4)), jnp.ones(4))
-      >>> program = analyse(jaxpr, [Weight.leaf("w", (3, 4)), ACTIVE])
-      >>> [found.weight.axes for _, found in program.walk()]
+      >>> analysis = analyse(jaxpr, [Weight.leaf("w", (3, 4)), ACTIVE])
+      >>> [found.weight.axes for _, found in analysis.walk()]
       [(((1, 4),), ((4, 3),))]
     """
     memo = {} if memo is None else memo
     body, consts = opened(jaxpr)
-    program = Program(jaxpr)
+    analysis = Analysis(jaxpr)
     known: dict[Any, Tag] = dict(zip(body.constvars, map(_constant, consts)))
     known.update(zip(body.invars, tags, strict=True))
 
@@ -96,10 +96,10 @@ def analyse(
         here = context
         if context.derivative != "backward" and (found := derivative_pass(eqn)):
             here = dataclasses.replace(context, derivative=found)
-        outs = _visit(program, eqn, ins, here, memo)
+        outs = _visit(analysis, eqn, ins, here, memo)
         known.update(zip(eqn.outvars, outs, strict=True))
-    program.outs = [tag(atom) for atom in body.outvars]
-    return program
+    analysis.outs = [tag(atom) for atom in body.outvars]
+    return analysis
 
 
 def _constant(value: Any) -> Other:
@@ -107,19 +107,19 @@ def _constant(value: Any) -> Other:
 
 
 def _visit(
-    program: Program, eqn: Any, ins: list[Tag], context: _Context, memo: Memo
+    analysis: Analysis, eqn: Any, ins: list[Tag], context: _Context, memo: Memo
 ) -> Sequence[Tag]:
     name = eqn.primitive.name
     if name in MATMULS:
-        return [_matmul(program, eqn, ins, context)]
+        return [_matmul(analysis, eqn, ins, context)]
     if bodies(eqn):
         if name in CUSTOM_VJPS:
             obstacle = "inside a custom_vjp, whose rule expects it as it is"
             context = dataclasses.replace(context, obstacle=obstacle)
-        return _enter(program, eqn, ins, context, memo)
+        return _enter(analysis, eqn, ins, context, memo)
     if any(True for _ in subjaxprs(eqn)):
         reason = f"handed to a {name}, which runs code of its own on it"
-        return _elsewhere(program, eqn, ins, context, reason, telling=True)
+        return _elsewhere(analysis, eqn, ins, context, reason, telling=True)
     kept = _kept(eqn, ins)
     if kept is not None:
         return kept
@@ -130,11 +130,11 @@ def _visit(
         reason = "a stack picked from by index" if several else "looked up by index"
     # Matmuls of other kinds: ragged_dot_general, scaled_dot, ...
     telling = looked_up or "dot" in name
-    return _elsewhere(program, eqn, ins, context, reason, telling)
+    return _elsewhere(analysis, eqn, ins, context, reason, telling)
 
 
 def _elsewhere(
-    program: Program,
+    analysis: Analysis,
     eqn: Any,
     ins: Sequence[Tag],
     context: _Context,
@@ -148,7 +148,7 @@ def _elsewhere(
     for tag in ins:
         if isinstance(tag, Weight):
             use = Use(tag.path, reason, telling, name, tag.reader is not None, gradient)
-            program.uses.append(use)
+            analysis.uses.append(use)
     return [_mixed(ins, name)] * len(eqn.outvars)
 
 
@@ -232,17 +232,17 @@ def _one_step(weight: Weight, shape: Sequence[int]) -> Weight | None:
     )
 
 
-def _matmul(program: Program, eqn: Any, ins: Sequence[Tag], context: _Context) -> Tag:
+def _matmul(analysis: Analysis, eqn: Any, ins: Sequence[Tag], context: _Context) -> Tag:
     """Record a matmul and return the tag of its result."""
     name = eqn.primitive.name
     weights = [i for i, tag in enumerate(ins) if isinstance(tag, Weight)]
     active = [i for i, tag in enumerate(ins) if tag == ACTIVE]
     if len(active) == 2:
-        program.unweighted[id(eqn)] = f"a matmul of two activations, {_shapes(eqn)}"
+        analysis.unweighted[id(eqn)] = f"a matmul of two activations, {_shapes(eqn)}"
     elif len(weights) == len(active) == 1:
         weight: Any = ins[weights[0]]
         obstacle = context.obstacle or _obstacle(eqn, weights[0])
-        program.matmuls[id(eqn)] = Matmul(
+        analysis.matmuls[id(eqn)] = Matmul(
             eqn, weight, weights[0], obstacle, context.derivative == "backward"
         )
         return ACTIVE
@@ -252,16 +252,16 @@ def _matmul(program: Program, eqn: Any, ins: Sequence[Tag], context: _Context) -
             # Forward, too: the tangents that a Hessian begins with are constants.
             gradient = context.derivative is not None
             use = Use(tag.path, reason, True, name, tag.reader is not None, gradient)
-            program.uses.append(use)
+            analysis.uses.append(use)
         elif tag.made_of and active:
             for path, how in sorted(tag.made_of):
                 kind = "matmul" if name == "dot_general" else "convolution"
                 reason = f"changed by {how!r} on the way to its {kind}"
                 backward = context.derivative == "backward"
                 use = Use(path, reason, True, how, gradient=backward)
-                program.uses.append(use)
+                analysis.uses.append(use)
         elif active and not tag.active:
-            program.unweighted[id(eqn)] = (
+            analysis.unweighted[id(eqn)] = (
                 f"a matmul with a constant of the program, {_shapes(eqn)}: no "
                 "parameter holds it; hand it over in params"
             )
@@ -301,11 +301,11 @@ def _known_precision(precision: Any) -> bool:
 
 
 def _enter(
-    program: Program, eqn: Any, ins: list[Tag], context: _Context, memo: Memo
+    analysis: Analysis, eqn: Any, ins: list[Tag], context: _Context, memo: Memo
 ) -> list[Tag]:
     """Go into the bodies of a call, a loop or a branch."""
 
-    def analysed(body: Any, tags: Sequence[Tag]) -> Program:
+    def analysed(body: Any, tags: Sequence[Tag]) -> Analysis:
         return _analysed(body, tags, context, memo)
 
     name, p = eqn.primitive.name, eqn.params
@@ -317,39 +317,41 @@ def _enter(
         for tag in xs:
             steps.append(tag.drop(0) if isinstance(tag, Weight) else tag)
 
-        def step(carry: list[Tag]) -> list[Program]:
+        def step(carry: list[Tag]) -> list[Analysis]:
             return [analysed(p["jaxpr"], [*consts, *carry, *steps])]
 
-        inner, carry = _settle(program, step, carry, name)
+        inner, carry = _settle(analysis, step, carry, name)
         stacked = inner[0].outs[len(carry) :]
-        outs = [*carry, *_elsewhere_each(program, stacked, name)]
+        outs = [*carry, *_elsewhere_each(analysis, stacked, name)]
     elif name == "while":
         first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]
         test, consts, carry = ins[:first], ins[first:second], ins[second:]
 
-        def step(carry: list[Tag]) -> list[Program]:
+        def step(carry: list[Tag]) -> list[Analysis]:
             return [
                 analysed(p["body_jaxpr"], [*consts, *carry]),
                 analysed(p["cond_jaxpr"], [*test, *carry]),
             ]
 
-        inner, outs = _settle(program, step, carry, name)
+        inner, outs = _settle(analysis, step, carry, name)
         inner = inner[::-1]
     elif name == "cond":
         inner = [analysed(b, ins[1:]) for b in bodies(eqn)]
-        outs = [_joined(program, tags, name) for tags in zip(*(p.outs for p in inner))]
+        outs = [_joined(analysis, tags, name) for tags in zip(*(p.outs for p in inner))]
         if ins[0] == ACTIVE:
             outs = [ACTIVE if t == Other() or t == NUMBER else t for t in outs]
     else:
         inner = [analysed(b, ins) for b in bodies(eqn)]
         outs = inner[0].outs
-    program.inner[id(eqn)] = inner
+    analysis.inner[id(eqn)] = inner
     for each in inner:
-        program.uses += each.uses
+        analysis.uses += each.uses
     return outs
 
 
-def _analysed(body: Any, tags: Sequence[Tag], context: _Context, memo: Memo) -> Program:
+def _analysed(
+    body: Any, tags: Sequence[Tag], context: _Context, memo: Memo
+) -> Analysis:
     """Return a body in the context of one call; analysed once for alike operands.
 
     A function that is called for one layer after the other is one jaxpr: each further
@@ -370,31 +372,31 @@ def _analysed(body: Any, tags: Sequence[Tag], context: _Context, memo: Memo) -> 
 
 
 def _settle(
-    program: Program, step: Any, carry: list[Tag], name: str
-) -> tuple[list[Program], list[Tag]]:
+    analysis: Analysis, step: Any, carry: list[Tag], name: str
+) -> tuple[list[Analysis], list[Tag]]:
     """Run the body of a loop until the tags of what it carries stay the same."""
     while True:
         inner = step(carry)
         after = inner[0].outs[: len(carry)]
-        joined = [_joined(program, pair, name) for pair in zip(carry, after)]
+        joined = [_joined(analysis, pair, name) for pair in zip(carry, after)]
         if joined == carry:
             return inner, carry
         carry = joined
 
 
-def _joined(program: Program, tags: Sequence[Tag], name: str) -> Tag:
+def _joined(analysis: Analysis, tags: Sequence[Tag], name: str) -> Tag:
     """Return the tag of a value that may be any of several."""
     if all(tag == tags[0] for tag in tags):
         return tags[0]
-    return _mixed(_elsewhere_each(program, tags, name), name)
+    return _mixed(_elsewhere_each(analysis, tags, name), name)
 
 
-def _elsewhere_each(program: Program, tags: Sequence[Tag], name: str) -> list[Tag]:
+def _elsewhere_each(analysis: Analysis, tags: Sequence[Tag], name: str) -> list[Tag]:
     outs: list[Tag] = []
     for tag in tags:
         if isinstance(tag, Weight):
             reason = f"used by {name!r}"
-            program.uses.append(
+            analysis.uses.append(
                 Use(tag.path, reason, False, name, tag.reader is not None)
             )
             tag = _mixed([tag], name)

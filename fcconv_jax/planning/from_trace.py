@@ -21,8 +21,8 @@ from .as_layer import (
 )
 from .decide import Call, LeftError, plan_layers
 from .layers import Layer, layer_call
-from .matmul import Matmul, Program
-from .trace import Traced
+from .matmul import Analysis, Matmul
+from .trace import TracedModel
 
 _TWO_ROLES = (
     "it is multiplied in two roles: what is input features in one matmul is output "
@@ -48,7 +48,7 @@ class Own:
 
 
 def plan_trace(
-    traced: Traced,
+    traced: TracedModel,
     to: Form,
     rules: Sequence[Rule],
     layers: Mapping[str, Layer],
@@ -112,7 +112,7 @@ def plan_trace(
         for path, each in matmuls.items()
     }
     mapped = {call.number: call.mapped for each in calls.values() for call in each}
-    inputs = _inputs(traced.program, Frame.of(traced.program.jaxpr), numbers, mapped)
+    inputs = _inputs(traced.analysis, Frame.of(traced.analysis.jaxpr), numbers, mapped)
 
     def stacked(path: str, _: Call) -> tuple[int, ...]:
         if path in layers:
@@ -181,10 +181,10 @@ def _forward(matmuls: list[Matmul]) -> list[Matmul]:
     return [matmul for matmul in matmuls if not matmul.backward] or matmuls
 
 
-def _tables(traced: Traced, own: Mapping[str, Own]) -> dict[str, str]:
+def _tables(traced: TracedModel, own: Mapping[str, Own]) -> dict[str, str]:
     """Return the tables of Embeds that are looked up by index, with the reason."""
     tables = {}
-    for use in traced.program.uses:
+    for use in traced.analysis.uses:
         if use.how == "gather" and use.path in own and own[use.path].embed:
             tables[use.path] = (
                 f"the table of an Embed, {traced.shapes[use.path]}: looked up by "
@@ -193,9 +193,9 @@ def _tables(traced: Traced, own: Mapping[str, Own]) -> dict[str, str]:
     return tables
 
 
-def _why_not_seen(traced: Traced, layer: Layer) -> str:
+def _why_not_seen(traced: TracedModel, layer: Layer) -> str:
     """Return why a layer makes no matmul that reads its kernel as it is stored."""
-    uses = [use for use in traced.program.uses if use.path == layer.kernel]
+    uses = [use for use in traced.analysis.uses if use.path == layer.kernel]
     for use in uses:
         if use.telling:
             return f"its kernel is {use.reason}"
@@ -205,11 +205,11 @@ def _why_not_seen(traced: Traced, layer: Layer) -> str:
 
 
 def _other_uses(
-    traced: Traced, matmuls: Mapping[str, Sequence[Matmul]], to: Form
+    traced: TracedModel, matmuls: Mapping[str, Sequence[Matmul]], to: Form
 ) -> dict[str, str]:
     """For each parameter, what else happens to it than its matmuls."""
     reasons = {}
-    for use in traced.program.uses:
+    for use in traced.analysis.uses:
         if use.path in matmuls and not use.gradient:
             reasons[use.path] = f"also {use.reason}"
     for path, each in traced.matmuls().items():
@@ -220,18 +220,18 @@ def _other_uses(
 
 
 def _untouched(
-    traced: Traced, matmuls: Mapping[str, object], own: Mapping[str, Own]
+    traced: TracedModel, matmuls: Mapping[str, object], own: Mapping[str, Own]
 ) -> dict[str, str]:
     """Parameters that come near a matmul, or are tables, without being a layer's."""
     return {
         use.path: f"it is {use.reason}"
-        for use in traced.program.uses
+        for use in traced.analysis.uses
         if use.telling and use.path in own and use.path not in matmuls
     }
 
 
 def _inputs(
-    program: Program,
+    analysis: Analysis,
     frame: Frame,
     numbers: Mapping[int, int],
     mapped: Mapping[int, int],
@@ -239,20 +239,20 @@ def _inputs(
     """Yield where the activations of matmuls are in a trace.
 
     Args:
-      program: what was found in a trace.
+      analysis: what was found in a trace.
       frame: the trace.
       numbers: by the identity of the matmul.
       mapped: by the number of the calls that are planned, the axes that they don't see.
     """
     for eqn in frame.jaxpr.eqns:
-        matmul = program.matmuls.get(id(eqn))
+        matmul = analysis.matmuls.get(id(eqn))
         number = -1 if matmul is None else numbers[id(matmul)]
         if matmul is not None and number in mapped and form_of(matmul) == "dense":
             axes = dense_axes(matmul)
             var = eqn.invars[1 - matmul.side]
             lead = len(axes.lead)
             yield LayerInput(number, frame, var, axes.contracted, lead, mapped[number])
-        for inner in program.inner.get(id(eqn), ()):
+        for inner in analysis.inner.get(id(eqn), ()):
             yield from _inputs(inner, frame.enter(eqn, inner.jaxpr), numbers, mapped)
 
 

@@ -130,7 +130,7 @@ class Use:
 
 
 @dataclasses.dataclass(eq=False)
-class Program:
+class Analysis:
     """A jaxpr in the context of one call, with what was found in it.
 
     Args:
@@ -138,7 +138,7 @@ class Program:
       outs: the tags of its outputs.
       matmuls: by identity of the equation.
       unweighted: matmuls of no weight with the reason, by identity of the equation.
-      inner: the programs of the bodies of an equation, by its identity.
+      inner: the analyses of the bodies of an equation, by its identity.
       uses: other uses of parameters, here and below.
     """
 
@@ -146,7 +146,7 @@ class Program:
     outs: list[Tag] = dataclasses.field(default_factory=list)
     matmuls: dict[int, Matmul] = dataclasses.field(default_factory=dict)
     unweighted: dict[int, str] = dataclasses.field(default_factory=dict)
-    inner: dict[int, list[Program]] = dataclasses.field(default_factory=dict)
+    inner: dict[int, list[Analysis]] = dataclasses.field(default_factory=dict)
     uses: list[Use] = dataclasses.field(default_factory=list)
 
     def walk(self) -> Iterator[tuple[Any, Matmul | str]]:
@@ -157,14 +157,14 @@ class Program:
                 yield eqn, self.matmuls[key]
             elif key in self.unweighted:
                 yield eqn, self.unweighted[key]
-            for program in self.inner.get(key, ()):
-                yield from program.walk()
+            for analysis in self.inner.get(key, ()):
+                yield from analysis.walk()
 
-    def renamed(self, names: Mapping[str, str]) -> Program:
-        """Return the same program on parameters of other names."""
+    def renamed(self, names: Mapping[str, str]) -> Analysis:
+        """Return the same analysis on parameters of other names."""
         if not names:
             return self
-        return Program(
+        return Analysis(
             self.jaxpr,
             [tag.renamed(names) for tag in self.outs],
             {
@@ -178,7 +178,7 @@ class Program:
 
 
 def rewrite(
-    program: Program,
+    analysis: Analysis,
     operands: Sequence[Any],
     wanted: Callable[[Matmul], bool],
     replace: Callable[[Matmul, Sequence[Any]], Any],
@@ -189,7 +189,7 @@ def rewrite(
     """Run a program with other code in place of some of its matmuls.
 
     Args:
-      program: what :func:`analyse` found.
+      analysis: what :func:`analyse` found.
       operands: one value for each input.
       wanted: whether to replace a matmul.
       replace: gives the result of a matmul from its operands.
@@ -206,7 +206,7 @@ def rewrite(
     """
     made = {} if bodies is None else bodies
 
-    def body(inner: Program, names: Any) -> Callable[[Sequence[Any]], list[Any]]:
+    def body(inner: Analysis, names: Any) -> Callable[[Sequence[Any]], list[Any]]:
         found = tuple(
             (id(eqn), alike(matmul))
             for eqn, matmul in inner.walk()
@@ -219,7 +219,7 @@ def rewrite(
         return made.setdefault((id(inner.jaxpr), found, id(names)), run)
 
     def visit(eqn: Any, ins: list[Any]) -> Sequence[Any]:
-        matmul = program.matmuls.get(id(eqn))
+        matmul = analysis.matmuls.get(id(eqn))
         if matmul is not None and wanted(matmul):
             y = replace(matmul, ins)
             if saved is not None:
@@ -227,7 +227,7 @@ def rewrite(
                 saved[name] = eqn
                 y = checkpoint_name(y, name)
             return [y]
-        inner = program.inner.get(id(eqn), [])
+        inner = analysis.inner.get(id(eqn), [])
         if any(_holds(each, wanted) for each in inner):
             policy = policy_of(eqn)
             if policy is None:
@@ -237,7 +237,7 @@ def rewrite(
             return rerun(eqn, ins, runs, _asking_about(names, policy))
         return bind(eqn, ins)
 
-    return evaluate(program.jaxpr, operands, visit)
+    return evaluate(analysis.jaxpr, operands, visit)
 
 
 def _asking_about(saved: dict[str, Any], policy: Callable[..., Any]) -> Any:
@@ -257,7 +257,7 @@ def _asking_about(saved: dict[str, Any], policy: Callable[..., Any]) -> Any:
     return ask
 
 
-def _holds(program: Program, wanted: Callable[[Matmul], bool]) -> bool:
+def _holds(analysis: Analysis, wanted: Callable[[Matmul], bool]) -> bool:
     return any(
-        isinstance(found, Matmul) and wanted(found) for _, found in program.walk()
+        isinstance(found, Matmul) and wanted(found) for _, found in analysis.walk()
     )

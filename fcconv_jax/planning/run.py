@@ -79,7 +79,7 @@ def run_rewritten(
         weight = matmul.weight
         return weight.shape, weight.axes, weight.stack, kernels[weight.path][1]
 
-    outs = rewrite(traced.program, traced.operands, wanted, replace, alike)
+    outs = rewrite(traced.analysis, traced.operands, wanted, replace, alike)
     return jax.tree.unflatten(traced.out_tree, outs)
 
 

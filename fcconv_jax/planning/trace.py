@@ -12,21 +12,21 @@ from ..messages.errors import PlanError
 from ..params.leaves import flatten_with_path
 from ..tracing import arguments
 from .find import analyse
-from .matmul import ACTIVE, Matmul, Program, Tag, Weight
+from .matmul import ACTIVE, Analysis, Matmul, Tag, Weight
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Traced:
+class TracedModel:
     """A function's trace.
 
     Args:
-      program: what was found in it.
+      analysis: what was found in it.
       operands: one array for each input of the trace, params first.
       out_tree: the structure of what the function returns.
       shapes: of the params, by path.
     """
 
-    program: Program
+    analysis: Analysis
     operands: list[Any]
     out_tree: Any
     shapes: Mapping[str, tuple[int, ...]]
@@ -34,7 +34,7 @@ class Traced:
     def matmuls(self) -> dict[str, list[Matmul]]:
         """By the path of the parameter, its matmuls in program order."""
         found: dict[str, list[Matmul]] = {}
-        for _, matmul in self.program.walk():
+        for _, matmul in self.analysis.walk():
             if isinstance(matmul, Matmul):
                 found.setdefault(matmul.weight.path, []).append(matmul)
         return found
@@ -42,7 +42,7 @@ class Traced:
 
 def trace(
     function: Callable[..., Any], inputs: Sequence[Any], kwargs: Mapping[str, Any]
-) -> Traced:
+) -> TracedModel:
     """Trace a function once, on arrays or abstract arrays.
 
     Args:
@@ -64,7 +64,7 @@ def trace(
     shapes = parameter_paths(params)
     tags: list[Tag] = [Weight.leaf(path, shape) for path, shape in shapes.items()]
     tags += [ACTIVE] * (len(arrays) - len(shapes))
-    return Traced(analyse(jaxpr, tags), arrays, jax.tree.structure(out), shapes)
+    return TracedModel(analyse(jaxpr, tags), arrays, jax.tree.structure(out), shapes)
 
 
 def parameter_paths(params: Any) -> dict[str, tuple[int, ...]]:

@@ -18,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-Form = Literal["dot", "conv"]
+Contraction = Literal["dot", "conv"]
 
 _REDUCTION = 256  # long enough for the blocked and vectorised paths
 _WIDTH = 32
@@ -79,7 +79,7 @@ def unit_roundoff(dtype: Any) -> float:
 def measure_precision(
     dtype: Any,
     *,
-    form: Form = "dot",
+    form: Contraction = "dot",
     precision: Any = None,
     device: Any = None,
     out: Any = None,

@@ -40,7 +40,7 @@ import numpy as np
 from ..tracing import jaxprs
 from .arithmetic import (
     Arithmetic,
-    Form,
+    Contraction,
     measure_precision,
     unit_roundoff,
 )
@@ -244,7 +244,7 @@ class Certificate:
 class _Matmul:
     """The products that a form needs of a dot or a convolution."""
 
-    form: Form
+    form: Contraction
     operands: tuple[Any, ...]
     out: Any
     precision: Any
@@ -252,7 +252,10 @@ class _Matmul:
 
 def _matmuls(jaxpr: Any) -> Iterator[_Matmul]:
     """Yield the dots and convolutions of a trace, wherever they are."""
-    forms: dict[str, Form] = {"dot_general": "dot", "conv_general_dilated": "conv"}
+    forms: dict[str, Contraction] = {
+        "dot_general": "dot",
+        "conv_general_dilated": "conv",
+    }
     for eqn in jaxprs.opened(jaxpr)[0].eqns:
         form = forms.get(eqn.primitive.name)
         if form is not None:
@@ -272,7 +275,7 @@ def _arithmetic(
     """Return the worst of what the matmuls of both forms do, measured on the device."""
     found = Arithmetic(0.0, 0.0, unit_roundoff(out))
     if not matmuls:  # none of lax's own: take it for either
-        forms: tuple[Form, ...] = ("dot", "conv")
+        forms: tuple[Contraction, ...] = ("dot", "conv")
         matmuls = [_Matmul(form, (x,), x, precision) for form in forms]
     for matmul in dict.fromkeys(matmuls):
         measured = measure_precision(

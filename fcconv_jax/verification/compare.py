@@ -32,7 +32,7 @@ from .gradients import Gradients, trace_gradients
 from .interface import interface_differences
 from .moved import MOVED, moved_by_an_ulp
 from .parting import parting
-from .reference import Read, Reference, Traced, float64_seconds
+from .reference import Read, Reference, TracedProgram, float64_seconds
 from .rounding import ByKind, Pair, agreements, all_passed, explain, key_bits
 
 Arrays = tuple[list[np.ndarray], list[np.ndarray]]
@@ -142,13 +142,13 @@ def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
         raise AssertionError(f"{found.verdict}\n" + "\n".join(found.failures))
 
 
-def _trace(bound: BoundModel) -> Traced:
+def _trace(bound: BoundModel) -> TracedProgram:
     """Return the trace of a call, with its modules named."""
 
     def named(variables: Any, arrays: Any) -> Any:
         return bound.named(variables, arrays, lambda path: True)
 
-    return Traced.of(named, *bound.program().args)
+    return TracedProgram.of(named, *bound.program().args)
 
 
 def _compare(
@@ -284,7 +284,7 @@ def _unread(
 
 
 def _trace_gradients(
-    first: BoundModel, second: BoundModel, trace: Traced, wanted: bool | None
+    first: BoundModel, second: BoundModel, trace: TracedProgram, wanted: bool | None
 ) -> tuple[Gradients, list[str]]:
     """Both programs' gradients, if they are wanted or cheap."""
     none = Gradients(None, (), ())

@@ -28,7 +28,7 @@ from .arithmetic import unit_roundoff
 from .compiling import BackgroundProgram
 from .layer_certificates import layer_certificates
 from .moved import MOVED, moved_by_an_ulp
-from .reference import Reference, Traced
+from .reference import Reference, TracedProgram
 from .report import Execution
 from .teacher_forcing import ForcedLayer, compare_layers
 from .training_step import TrainingStep, has_gradients
@@ -65,7 +65,9 @@ class Equality:
         tell("float64: tracing", 0, 2)
         wanted = set(plan).__contains__
         traces = [
-            Traced.of(functools.partial(program.named, wanted=wanted), v, p.arrays)
+            TracedProgram.of(
+                functools.partial(program.named, wanted=wanted), v, p.arrays
+            )
             for program, v, p in (
                 (original, pair.variables, original),
                 (changed, pair.other, changed),
@@ -80,8 +82,8 @@ class Equality:
             self.training = TrainingStep(pair, tx)
             forward, other = self.training.gradients
             backward = Reference(
-                Traced.of(forward, pair.variables, original.arrays),
-                Traced.of(other, pair.other, changed.arrays),
+                TracedProgram.of(forward, pair.variables, original.arrays),
+                TracedProgram.of(other, pair.other, changed.arrays),
                 "gradients",
             )
         tell("float64: tracing", 2, 2)
@@ -111,8 +113,10 @@ class Equality:
         )
         mine, theirs = self.training.steps
         step = Reference(
-            Traced.of(mine, pair.variables["params"], self.training.state, self.given),
-            Traced.of(
+            TracedProgram.of(
+                mine, pair.variables["params"], self.training.state, self.given
+            ),
+            TracedProgram.of(
                 theirs, pair.other["params"], self.training.other_state, self.given
             ),
             "one step",

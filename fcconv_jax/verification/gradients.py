@@ -12,7 +12,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from .agreement import named_leaves
-from .reference import Traced
+from .reference import TracedProgram
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -25,7 +25,7 @@ class Gradients:
       notes: what has no gradient, and why.
     """
 
-    traces: tuple[Traced, Traced] | None
+    traces: tuple[TracedProgram, TracedProgram] | None
     names: tuple[str, ...]
     notes: tuple[str, ...]
 
@@ -51,7 +51,7 @@ def trace_gradients(
     traces, notes = [], []
     for call, given, which in zip(calls, args, zip(*pairs)):
         try:
-            traces.append(Traced.of(_gradient(call, which), *given))
+            traces.append(TracedProgram.of(_gradient(call, which), *given))
         except Exception as error:  # the user's code, and what JAX cannot differentiate
             order = "first" if call is calls[0] else "second"
             first, *_ = str(error).splitlines() or [""]

@@ -9,13 +9,13 @@ import jax
 
 from ..tracing.jaxprs import opened
 from .agreement import named_leaves
-from .reference import Traced
+from .reference import TracedProgram
 
 _LISTED = 4  # names in a message
 
 
 def interface_differences(
-    first: Traced, second: Traced, values_only: bool = False
+    first: TracedProgram, second: TracedProgram, values_only: bool = False
 ) -> list[str]:
     """Name what differs between the outputs of two traces before any is computed.
 
@@ -29,8 +29,9 @@ def interface_differences(
 
     Example:
       >>> import jax.numpy as jnp
-      >>> row = Traced.of(lambda x: {"y": x.sum(0)}, jnp.ones((2, 3)))
-      >>> kept = Traced.of(lambda x: {"y": x.sum(0, keepdims=True)}, jnp.ones((2, 3)))
+      >>> x = jnp.ones((2, 3))
+      >>> row = TracedProgram.of(lambda x: {"y": x.sum(0)}, x)
+      >>> kept = TracedProgram.of(lambda x: {"y": x.sum(0, keepdims=True)}, x)
       >>> interface_differences(row, kept)
       ["'output/y': expected float32 of shape (3,), got float32 of shape (1, 3)"]
       >>> interface_differences(row, kept, values_only=True)
@@ -56,7 +57,7 @@ def interface_differences(
     ]
 
 
-def _outputs(trace: Traced) -> list[tuple[str, Any]]:
+def _outputs(trace: TracedProgram) -> list[tuple[str, Any]]:
     avals = [var.aval for var in opened(trace.jaxpr)[0].outvars]
     return named_leaves(jax.tree.unflatten(trace.treedef, avals), "output")
 

@@ -23,7 +23,7 @@ _LONG = 60.0  # seconds; longer work is announced
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Traced:
+class TracedProgram:
     """A program's trace, with the arrays that it was traced on.
 
     Attributes:
@@ -37,7 +37,7 @@ class Traced:
     treedef: Any
 
     @classmethod
-    def of(cls, function: Callable[..., Any], *args: Any) -> Traced:
+    def of(cls, function: Callable[..., Any], *args: Any) -> TracedProgram:
         """Trace a function on arrays."""
         jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
         return cls(jaxpr, jax.tree.leaves(args), jax.tree.structure(out))
@@ -63,7 +63,7 @@ class Reference:
       unread: why no reference could be made; empty if it was.
     """
 
-    def __init__(self, original: Traced, converted: Traced, what: str):
+    def __init__(self, original: TracedProgram, converted: TracedProgram, what: str):
         self._traces, self._what = (original, converted), what
         found = [name for trace in self._traces for name in obstacles(trace.jaxpr)]
         self.unread = list(dict.fromkeys(found))
@@ -94,13 +94,13 @@ class Reference:
         tell(row, len(found), len(found))
         return found[0], found[1]
 
-    def rerun(self, first: Traced, second: Traced) -> tuple[Read, Read]:
+    def rerun(self, first: TracedProgram, second: TracedProgram) -> tuple[Read, Read]:
         """Run both again, on other operands."""
         mine, theirs = self._readings
         return _read(first, mine), _read(second, theirs)
 
 
-def _read(trace: Traced, reading: Reading) -> Read:
+def _read(trace: TracedProgram, reading: Reading) -> Read:
     outputs, named = reading(trace.operands)
     return Read(jax.tree.unflatten(trace.treedef, outputs), named)
 

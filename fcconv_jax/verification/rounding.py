@@ -23,7 +23,7 @@ from .agreement import THRESHOLD, Agreement, Kind, agree, is_key
 from .arithmetic import unit_roundoff
 from .nudges import SMALL, Constant, constants, half_ulp, is_floating
 from .reading import Reading
-from .reference import Traced
+from .reference import TracedProgram
 
 # The norm of all constants' moves, in half ulps, up to which they are called rounding.
 # A constant that is rounded once moves by at most 1, one that was computed by a few
@@ -64,7 +64,7 @@ class Pair:
     """
 
     kind: Kind
-    traces: tuple[Traced, Traced]
+    traces: tuple[TracedProgram, TracedProgram]
     names: Sequence[str]
 
 

@@ -25,7 +25,7 @@ from ..plan.paths import join_path
 from ..tracing.marks import named_inputs, named_outputs
 from .arithmetic import Arithmetic, measure_precision
 from .reading import Reading
-from .reference import Traced
+from .reference import TracedProgram
 
 
 @dataclasses.dataclass(frozen=True)
@@ -53,7 +53,7 @@ class ForcedLayer:
 
 
 def compare_layers(
-    trace: Traced, variables: Mapping[str, Any], plan: Plan
+    trace: TracedProgram, variables: Mapping[str, Any], plan: Plan
 ) -> tuple[dict[str, ForcedLayer], list[str]]:
     """Compares the layers of a plan on the inputs that the original gives them.
 

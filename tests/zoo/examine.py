@@ -116,16 +116,16 @@ def weight_matmuls(
     Also a parameter that is changed on its way to one. Matmuls of two activations,
     such as attention scores, do not count.
     """
-    program = trace(run, (params, *inputs), kwargs).program
+    analysis = trace(run, (params, *inputs), kwargs).analysis
     paths = [
         found.weight.path
-        for _, found in program.walk()
+        for _, found in analysis.walk()
         if isinstance(found, Matmul) and form_of(found) == "dense"
     ]
     shapes = parameter_paths(params)
     changed = [
         use.path
-        for use in program.uses
+        for use in analysis.uses
         # A vector on the way, such as the scale of a weight norm, is no matrix.
         if use.reason.endswith("to its matmul") and len(shapes[use.path]) > 1
     ]

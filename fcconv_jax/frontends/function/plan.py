@@ -8,7 +8,7 @@ from typing import Any
 from ...plan import Form, Plan
 from ...plan.rules import Rule
 from ...planning.from_trace import Own, plan_trace
-from ...planning.trace import Traced, trace
+from ...planning.trace import TracedModel, trace
 
 
 def plan_function(
@@ -31,12 +31,12 @@ def plan_function(
     return Plan(to, tuple(planned.items()), tuple(left.items()))
 
 
-def _unweighted(traced: Traced, to: Form) -> dict[str, str]:
+def _unweighted(traced: TracedModel, to: Form) -> dict[str, str]:
     """Return the matmuls of no parameter, numbered in the order of the program."""
     kind = "dot_general" if to == "conv" else "conv_general_dilated"
     left: dict[str, str] = {}
     counts: dict[str, int] = {}
-    for eqn, found in traced.program.walk():
+    for eqn, found in traced.analysis.walk():
         name = eqn.primitive.name
         number = counts[name] = counts.get(name, -1) + 1
         if isinstance(found, str) and name == kind:

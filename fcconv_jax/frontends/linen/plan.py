@@ -16,7 +16,7 @@ from ...plan import Form, Plan
 from ...plan.rules import Rule
 from ...planning.from_trace import Own, plan_trace
 from ...planning.layers import Layer
-from ...planning.trace import Traced, trace
+from ...planning.trace import TracedModel, trace
 from ...tracing import arguments
 from .interception import intercepting
 from .layers import (
@@ -197,7 +197,7 @@ def _trace(
     variables: Mapping[str, Any],
     inputs: tuple[Sequence[Any], Mapping[str, Any]],
     rngs: Any,
-) -> Traced:
+) -> TracedModel:
     """The trace of ``apply`` with fixed params; all other collections may change.
 
     Raises:

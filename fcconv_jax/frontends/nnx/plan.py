@@ -16,7 +16,7 @@ from ...plan.paths import join_path
 from ...plan.rules import Rule
 from ...planning.from_trace import UNCALLED_REASON, Own, plan_trace
 from ...planning.layers import Layer
-from ...planning.trace import Traced, trace
+from ...planning.trace import TracedModel, trace
 from ...tracing import arguments
 from ...tracing.marks import name_parameter
 from ...versions import graph_mode, holds_reference, value_of
@@ -135,7 +135,7 @@ def _trace(
     inputs: Sequence[Any],
     method: Any,
     kwargs: Mapping[str, Any],
-) -> tuple[set[str], Traced]:
+) -> tuple[set[str], TracedModel]:
     """The layers that a call of the model calls, and its trace as a function of params.
 
     Params are the ``nnx.Param``s and what layers have as kernel or bias.
@@ -222,7 +222,7 @@ def _left(
 def _own(
     modules: Mapping[str, Any],
     variables: Mapping[str, nnx.Variable],
-    traced: Traced,
+    traced: TracedModel,
     free: Mapping[str, Layer],
     left: Mapping[str, str],
 ) -> dict[str, Own]:

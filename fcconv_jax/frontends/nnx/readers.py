@@ -12,7 +12,7 @@ from ...planning.as_layer import stack_axes
 from ...planning.decide import LeftError
 from ...planning.layers import Layer, layer_call
 from ...planning.matmul import Matmul
-from ...planning.trace import Traced
+from ...planning.trace import TracedModel
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class Readers:
     @classmethod
     def of(
         cls,
-        traced: Traced,
+        traced: TracedModel,
         layers: Mapping[str, Layer],
         variables: Mapping[str, nnx.Variable],
         to: Form,
@@ -47,7 +47,7 @@ class Readers:
             reads[path] = [
                 (m.eqn.primitive.name, m.weight.reader is not None) for m in each
             ]
-        for use in traced.program.uses:
+        for use in traced.analysis.uses:
             reads.setdefault(use.path, []).append((use.how, use.named))
         return cls(
             {path: layer for path, layer in layers.items() if layer.form != to},
