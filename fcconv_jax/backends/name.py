@@ -14,7 +14,7 @@ Platform = Literal["cpu", "cuda", "rocm", "tpu"]
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class Generation:
     """A generation of accelerators.
 
     Attributes:
@@ -28,23 +28,23 @@ class Kind:
     topology: str = ""
 
 
-KINDS: dict[str, dict[str, Kind]] = {
+GENERATIONS: dict[str, dict[str, Generation]] = {
     "cpu": {},
     "cuda": {
-        "a100": Kind(("NVIDIA A100",)),
-        "h100": Kind(("NVIDIA H100",)),
-        "h200": Kind(("NVIDIA H200",)),
-        "b200": Kind(("NVIDIA B200",)),
+        "a100": Generation(("NVIDIA A100",)),
+        "h100": Generation(("NVIDIA H100",)),
+        "h200": Generation(("NVIDIA H200",)),
+        "b200": Generation(("NVIDIA B200",)),
     },
     "rocm": {},
     "tpu": {
-        "v2": Kind(("TPU v2",), "v2", "2x2"),
-        "v3": Kind(("TPU v3",), "v3", "2x2"),
-        "v4": Kind(("TPU v4",), "v4", "2x2x1"),
-        "v5e": Kind(("TPU v5 lite", "TPU v5e"), "v5e", "2x2"),
-        "v5p": Kind(("TPU v5p", "TPU v5"), "v5p", "2x2x1"),
-        "v6e": Kind(("TPU v6 lite", "TPU v6e"), "v6e", "2x2"),
-        "7x": Kind(("TPU7x",), "tpu7x", "2x2x1"),
+        "v2": Generation(("TPU v2",), "v2", "2x2"),
+        "v3": Generation(("TPU v3",), "v3", "2x2"),
+        "v4": Generation(("TPU v4",), "v4", "2x2x1"),
+        "v5e": Generation(("TPU v5 lite", "TPU v5e"), "v5e", "2x2"),
+        "v5p": Generation(("TPU v5p", "TPU v5"), "v5p", "2x2x1"),
+        "v6e": Generation(("TPU v6 lite", "TPU v6e"), "v6e", "2x2"),
+        "7x": Generation(("TPU7x",), "tpu7x", "2x2x1"),
     },
 }
 # What a platform alone stands for where it has to be compiled for ahead of time.
@@ -84,9 +84,9 @@ class Backend:
             return text
         name, *rest = text.strip().lower().split(":")
         platform: Any = _ALIASES.get(name, name)
-        if platform not in KINDS:
+        if platform not in GENERATIONS:
             raise _unknown(text)
-        kinds = KINDS[platform]
+        kinds = GENERATIONS[platform]
         if not rest:
             return cls(platform)
         kind, *rest = rest
@@ -118,7 +118,7 @@ class Backend:
 
     def libtpu_topology(self) -> str:
         """Return the topology by libtpu's name, such as ``'v5e:2x2'``."""
-        kind = KINDS["tpu"][self.target.kind or ""]
+        kind = GENERATIONS["tpu"][self.target.kind or ""]
         return f"{kind.libtpu}:{self.topology or kind.topology}"
 
     def describes(self, device: Any) -> bool:
@@ -139,7 +139,7 @@ class Backend:
             name: max(
                 (len(k) for k in kind.device_kinds if found.startswith(k)), default=0
             )
-            for name, kind in KINDS[self.platform].items()
+            for name, kind in GENERATIONS[self.platform].items()
         }
         return matches[self.kind] > 0 and matches[self.kind] == max(matches.values())
 
@@ -166,7 +166,7 @@ def names() -> tuple[str, ...]:
     """
     return tuple(
         name
-        for platform, kinds in KINDS.items()
+        for platform, kinds in GENERATIONS.items()
         for name in (platform, *(f"{platform}:{kind}" for kind in kinds))
     )
 

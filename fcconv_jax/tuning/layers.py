@@ -27,7 +27,7 @@ _TOO_SLOW = 1.5
 
 
 @dataclasses.dataclass(frozen=True)
-class Kind:
+class AlikeLayers:
     """Layers that are alike, measured alone.
 
     Attributes:
@@ -76,7 +76,7 @@ def choose_alone(
     seconds: float,
     tell: Callable[[str, int, int], None],
     training: bool = False,
-) -> list[Kind]:
+) -> list[AlikeLayers]:
     """Measure each layer of a plan in both forms; layers that are alike once.
 
     Args:
@@ -105,9 +105,9 @@ def choose_alone(
     costly = sorted(kinds.items(), key=lambda kind: -_work(kind[0][0]) * len(kind[1]))
     end = time.monotonic() + seconds
 
-    def passed(paths: Sequence[str], why: str) -> Kind:
+    def passed(paths: Sequence[str], why: str) -> AlikeLayers:
         row = TunedLayer(tuple(paths), _in_words(*alike[paths[0]]), (), why)
-        return Kind({path: plan[path] for path in paths}, {}, row)
+        return AlikeLayers({path: plan[path] for path in paths}, {}, row)
 
     found = [passed([path], "tied to a layer unlike it") for path in sorted(bound)]
     for number, ((layer, dtype), paths) in enumerate(costly):
@@ -137,7 +137,7 @@ def choose_alone(
         layouts: dict[str, Layout | None] = {
             n: layout for n, (layout, _) in ways.items()
         }
-        found.append(Kind({path: plan[path] for path in paths}, layouts, row))
+        found.append(AlikeLayers({path: plan[path] for path in paths}, layouts, row))
     return found
 
 

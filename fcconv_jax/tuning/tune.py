@@ -27,7 +27,7 @@ from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules
 from ..plan.tuning import Figure, Objective, Tuning
 from ..tracing.default_settings import default_settings
-from .layers import Kind, choose_alone
+from .layers import AlikeLayers, choose_alone
 from .meters import Candidate, Meter, Options
 from .timings import Timings
 from .training import Loss, model_step
@@ -41,7 +41,7 @@ _NOTHING_BETTER = "the model as it is: nothing is better beyond the noise"
 
 
 @dataclasses.dataclass(frozen=True)
-class _Form:
+class _Variant:
     """A form of the whole model: a plan, and options to compile it with."""
 
     plan: Plan
@@ -172,12 +172,12 @@ def tune(
             )
             forms |= _whole_forms(every, kinds[each], each)
 
-        def program(form: _Form) -> Candidate:
+        def program(form: _Variant) -> Candidate:
             # Without layers the model's own, as it is: not even its jit is another.
             changed = bound.convert(form.plan) if form.plan else bound
             return Candidate(changed.program(), form.options)
 
-        def step(form: _Form) -> Candidate:
+        def step(form: _Variant) -> Candidate:
             each = program(form)
             return Candidate(model_step(each.program, loss), each.options)
 
@@ -288,8 +288,8 @@ def _options(chosen: Resolution) -> list[Options]:
 
 
 def _whole_forms(
-    every: Plan, kinds: Sequence[Kind], options: Options
-) -> dict[str, _Form]:
+    every: Plan, kinds: Sequence[AlikeLayers], options: Options
+) -> dict[str, _Variant]:
     """Forms of the whole model that are tried, by name."""
     found: dict[str, Any] = {"as it is": {}}
     for form in _FORMS:
@@ -298,7 +298,7 @@ def _whole_forms(
     best = [kind.run_by(kind.row.choice) for kind in kinds]
     alone = {path: layer for layers in best for path, layer in layers.items()}
     found["layer by layer"] = alone
-    forms: dict[str, _Form] = {}
+    forms: dict[str, _Variant] = {}
     for name, layers in found.items():
         form = _form(every, layers, options)
         if all(form.plan.layers != f.plan.layers for f in forms.values()):
@@ -310,11 +310,11 @@ def _suffix(options: Options) -> str:
     return "".join(f", {name}={value!r}" for name, value in options)
 
 
-def _form(every: Plan, layers: Mapping[str, LayerPlan], options: Options) -> _Form:
+def _form(every: Plan, layers: Mapping[str, LayerPlan], options: Options) -> _Variant:
     """Return the form of the whole model that converts some layers."""
     ordered = tuple((path, layers[path]) for path in every if path in layers)
     left = tuple((p, "as good or better as it is") for p in every if p not in layers)
-    return _Form(Plan(direction(layers), ordered, (*every.left, *left)), options)
+    return _Variant(Plan(direction(layers), ordered, (*every.left, *left)), options)
 
 
 class _Race:
@@ -335,8 +335,8 @@ class _Race:
 
     def __init__(
         self,
-        forms: Mapping[str, _Form],
-        program: Callable[[_Form], Candidate],
+        forms: Mapping[str, _Variant],
+        program: Callable[[_Variant], Candidate],
         meter: Meter,
         tell: Progress,
     ):
@@ -346,7 +346,7 @@ class _Race:
         self._program, self._meter, self._tell = program, meter, tell
 
     def _measure(
-        self, forms: Mapping[str, _Form], seconds: float, again: str = ""
+        self, forms: Mapping[str, _Variant], seconds: float, again: str = ""
     ) -> dict[str, Figure]:
         candidates = {name: self._program(form) for name, form in forms.items()}
         return self._meter.measure(candidates, seconds, again)
@@ -361,7 +361,7 @@ class _Race:
         if self.figures[choice].beats(self.figures[self.original]):
             self.choice = choice
 
-    def refine(self, every: Plan, kinds: Sequence[Kind], seconds: float) -> None:
+    def refine(self, every: Plan, kinds: Sequence[AlikeLayers], seconds: float) -> None:
         """Run layers that are alike in other ways, in the company of all others.
 
         Ways that gain more than the noise are kept. The most expensive layers come

@@ -56,7 +56,9 @@ class Meter:
 def choose(first, again=None, plainness=None):
     order = plainness or range(len(first))
     forms = {
-        name: tune._Form(Plan("conv"), tuple((f"option{i}", 1) for i in range(options)))
+        name: tune._Variant(
+            Plan("conv"), tuple((f"option{i}", 1) for i in range(options))
+        )
         for name, options in zip(first, order)
     }
     meter = Meter(first, again)
