@@ -1,6 +1,7 @@
 from .checkpoints import convert_checkpoint as convert_checkpoint
 from .checkpoints import restore_checkpoint as restore_checkpoint
 from .checkpoints import verify_checkpoint as verify_checkpoint
+from .dense_prediction.images import open_image as open_image
 from .dense_prediction.report import SlideReport as SlideReport
 from .dense_prediction.slide import Slide as Slide
 from .dense_prediction.slide import slide as slide
@@ -21,6 +22,7 @@ from .messages.errors import BackendError as BackendError
 from .messages.errors import CheckpointError as CheckpointError
 from .messages.errors import ExportError as ExportError
 from .messages.errors import FcconvError as FcconvError
+from .messages.errors import ImageError as ImageError
 from .messages.errors import PlanError as PlanError
 from .params.opt_state import convert_opt_state as convert_opt_state
 from .params.trees import convert_params as convert_params

@@ -1,8 +1,9 @@
-"""Images on the command line: read as arrays, and heat maps over them."""
+"""Images on the command line: opened, scaled, and heat maps over them."""
 
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import io
 import math
 from collections.abc import Iterator, Sequence
@@ -11,110 +12,178 @@ from typing import Any
 
 import numpy as np
 
+from ..dense_prediction.images import open_image
+from ..dense_prediction.images.base import Image
 from ..files.install import replacing
+from ..messages.errors import ImageError
 from ..messages.extras import require
 from .inputs import ArgumentError
 
+# What JAX takes unchanged; other numbers, such as int64, it would cut.
+_KEPT = ("bool", "uint8", "int8", "uint16", "int16", "float16", "float32")
 
-def read_image(file: Path, mode: str | None = None) -> np.ndarray[Any, Any]:
-    """Read an image as ``(height, width, channels)`` in its own dtype.
+
+def open_images(
+    files: Sequence[Path],
+    level: int,
+    region: str | None,
+    bands: str | None,
+    mode: str | None,
+) -> list[Image]:
+    """Open images of one shape and dtype.
 
     Args:
-      file: a ``.npy`` file, which is mapped into memory, or one that Pillow reads.
-      mode: a Pillow mode to convert to, such as ``"RGB"``; None for the file's own.
+      files: their paths.
+      level: of their pyramids.
+      region: ``ROW,COLUMN,HEIGHT,WIDTH`` in the level.
+      bands: numbers of channels, from 1.
+      mode: a Pillow mode to convert to.
 
     Raises:
-      ArgumentError: the file isn't an image, or can't be converted.
+      ArgumentError: a file isn't an image, or they differ.
     """
-    if not file.is_file():
-        raise ArgumentError(f"{file}: no such file")
-    if file.suffix == ".npy":
-        try:
-            array = np.load(file, mmap_mode="r", allow_pickle=False)
-        except (OSError, ValueError) as error:
-            raise ArgumentError(f"{file}: not a .npy array ({error})") from None
-    else:
-        array = _read_by_pillow(file, mode)
-    array = array[..., None] if array.ndim == 2 else array
-    if array.ndim != 3:
-        raise ArgumentError(
-            f"{file}: expected an image (height, width, channels), got {array.shape}"
-        )
-    if array.dtype.kind not in "uifb":
-        raise ArgumentError(f"{file}: expected numbers, got {array.dtype}")
-    return array
-
-
-def _read_by_pillow(file: Path, mode: str | None) -> np.ndarray[Any, Any]:
-    pillow = _pillow()
-    # Pillow refuses 179 megapixels as an attack; here the user names the file.
-    limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
+    box = None if region is None else _ints("--region", region)
+    channels = None if bands is None else _ints("--bands", bands)
     try:
-        with pillow.open(file) as image:
-            if mode is not None and image.mode.startswith(("I", "F")):
-                # Pillow would clip 16 bits to 8.
-                raise ArgumentError(
-                    f"{file}: --mode {mode}: expected 8 bits a channel, got mode "
-                    f"{image.mode!r}. Leave --mode out, or convert the file."
-                )
-            if mode is None and image.mode == "P":
-                # The pixels of a palette image are numbers of colours.
-                mode = "RGBA" if "transparency" in image.info else "RGB"
-            return np.asarray(image if mode is None else image.convert(mode))
-    except (OSError, SyntaxError) as error:
-        raise ArgumentError(f"{file}: Pillow cannot read it ({error})") from None
-    except ValueError as error:
-        raise ArgumentError(f"{file}: --mode {mode}: {error}") from None
-    finally:
-        pillow.MAX_IMAGE_PIXELS = limit
+        found = [
+            open_image(file, level=level, region=box, bands=channels, mode=mode)
+            for file in files
+        ]
+    except ImageError as error:
+        raise ArgumentError(str(error)) from None
+    for what in ("shape", "dtype"):
+        kinds = sorted({str(getattr(image, what)) for image in found})
+        if len(kinds) > 1:
+            raise ArgumentError(
+                f"expected images of one {what}, got {' and '.join(kinds)}. Run the "
+                "command for each"
+            )
+    return found
 
 
-def default_scale(dtype: np.dtype[Any]) -> float:
-    """Return what pixels are divided by, so that they run from 0 to 1.
+def _ints(option: str, text: str) -> list[int]:
+    try:
+        return [int(each) for each in text.split(",")]
+    except ValueError:
+        raise ArgumentError(
+            f"{option}: expected numbers separated by commas, got {text!r}"
+        ) from None
 
-    Raises:
-      ArgumentError: the dtype doesn't show their range.
+
+@dataclasses.dataclass(frozen=True)
+class Scaling:
+    """The map from pixels to what a model was trained on.
+
+    Args:
+      scale: pixels are divided by it first.
+      mean: is subtracted then: one number, or one for each channel.
+      std: the rest is divided by it, likewise.
 
     Example:
-      >>> default_scale(np.dtype(np.uint8)), default_scale(np.dtype(np.uint16))
-      (255.0, 65535.0)
-      >>> default_scale(np.dtype(np.float32))
-      1.0
+      >>> Scaling(255.0, (0.5, 0.2), (1.0, 2.0))(np.full((1, 1, 2), 51, np.uint8))
+      Array([[[-0.3,  0. ]]], dtype=float32)
     """
-    if dtype in (np.uint8, np.uint16):
-        return float(np.iinfo(dtype).max)
-    if dtype.kind in "fb":
-        return 1.0
-    raise ArgumentError(
-        f"the range of {dtype} pixels isn't known. Pass --scale, such as --scale 4095 "
-        "for 12 bits"
-    )
+
+    scale: float
+    mean: tuple[float, ...] = (0.0,)
+    std: tuple[float, ...] = (1.0,)
+    channel_axis: int = -1
+
+    @classmethod
+    def parse(
+        cls,
+        image: Image,
+        scale: float | None,
+        mean: str | None,
+        std: str | None,
+        channel_axis: int,
+    ) -> Scaling:
+        """Read the options of a command.
+
+        Raises:
+          ArgumentError: they aren't numbers for each channel, or the range of the
+            pixels isn't known.
+        """
+        if scale is None:
+            scale = image.largest
+        if scale is None:
+            raise ArgumentError(
+                f"the range of {image.dtype} pixels isn't known. Pass --scale, such as "
+                "--scale 4095 for 12 bits"
+            )
+        numbers: list[tuple[float, ...]] = []
+        for option, text, otherwise in (("--mean", mean, 0.0), ("--std", std, 1.0)):
+            try:
+                found = [float(each) for each in text.split(",")] if text else []
+            except ValueError:
+                found = [math.nan]
+            bad = not all(map(math.isfinite, found))
+            bad |= option == "--std" and not all(each > 0 for each in found)
+            if bad or len(found) not in (0, 1, image.shape[3]):
+                raise ArgumentError(
+                    f"{option}: expected one number, or {image.shape[3]} separated by "
+                    f"commas, one for each channel, got {text!r}"
+                )
+            numbers.append(tuple(found) or (otherwise,))
+        return cls(scale, numbers[0], numbers[1], channel_axis)
+
+    def __call__(self, pixels: Any) -> Any:
+        """Map pixels; traced with the model, so that bytes are sent to the device."""
+        import jax.numpy as jnp
+
+        shape = [1] * pixels.ndim
+        shape[self.channel_axis] = -1
+        out = pixels.astype(jnp.float32) / self.scale
+        if any(self.mean):
+            out = out - jnp.array(self.mean, jnp.float32).reshape(shape)
+        if set(self.std) != {1.0}:
+            out = out / jnp.array(self.std, jnp.float32).reshape(shape)
+        return out
+
+    def __str__(self) -> str:
+        said = f"divided by {self.scale:g}"
+        said += f", mean {_listed(self.mean)}" if any(self.mean) else ""
+        return said + (f", std {_listed(self.std)}" if set(self.std) != {1.0} else "")
+
+
+def _listed(numbers: Sequence[float]) -> str:
+    return ",".join(f"{each:g}" for each in numbers)
 
 
 class Pixels:
-    """Images of one size as one array of floats, scaled where they are read.
+    """Images of one size as one array, read by the part.
 
     Args:
-      images: ``(height, width, channels)`` each.
-      scale: what they are divided by.
+      images: ``(1, height, width, channels)`` each.
+      channels_first: whether the array is ``(N, channels, height, width)``.
 
     Example:
-      >>> pixels = Pixels([np.full((4, 5, 1), 51, np.uint8)], 255.0)
-      >>> pixels.shape, pixels[:, 1:2, :2].tolist()
-      ((1, 4, 5, 1), [[[[0.20000000298023224], [0.20000000298023224]]]])
+      >>> import tempfile
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.save(f"{folder}/a.npy", np.arange(6.0).reshape(2, 3))
+      ...     image = open_image(f"{folder}/a.npy")
+      >>> pixels = Pixels([image, image], channels_first=True)
+      >>> pixels.shape, pixels[:, :, 1:, :1].tolist()
+      ((2, 1, 2, 3), [[[[3.0]]], [[[3.0]]]])
     """
 
-    dtype = np.dtype(np.float32)
-
-    def __init__(self, images: Sequence[np.ndarray[Any, Any]], scale: float):
-        self.images = images
-        self.scale = np.float32(scale)
-        self.shape = (len(images), *images[0].shape)
+    def __init__(self, images: Sequence[Image], channels_first: bool = False):
+        self.images, self._first = images, channels_first
+        _, height, width, channels = images[0].shape
+        size = (height, width)
+        self.shape = (
+            len(images),
+            *((channels, *size) if self._first else (*size, channels)),
+        )
+        kept = images[0].dtype.name in _KEPT
+        self.dtype = images[0].dtype if kept else np.dtype(np.float32)
 
     def __getitem__(self, where: tuple[slice, ...]) -> np.ndarray[Any, Any]:
         batch, *inner = where
-        chosen = [image[tuple(inner)] for image in self.images[batch]]
-        return np.stack(chosen).astype(np.float32) / self.scale
+        rows, columns, channels = [*inner[1:], inner[0]] if self._first else inner
+        chosen = [image[:, rows, columns, channels] for image in self.images[batch]]
+        pixels = np.concatenate(chosen).astype(self.dtype)
+        return np.moveaxis(pixels, -1, 1) if self._first else pixels
 
 
 @contextlib.contextmanager
@@ -156,7 +225,7 @@ _MOST_PIXELS = 4096
 def write_heatmap(
     file: Path,
     scores: np.ndarray[Any, Any],
-    image: np.ndarray[Any, Any],
+    image: Image,
     scale: float,
 ) -> None:
     """Write the largest output at each place as a picture over the image.
@@ -164,19 +233,18 @@ def write_heatmap(
     Args:
       file: in any format that Pillow writes.
       scores: ``(rows, columns, ...)``.
-      image: ``(height, width, channels)``.
+      image: what lies under it.
       scale: its largest value.
     """
     heat = scores.reshape(*scores.shape[:2], -1).max(-1).astype(np.float64)
     low, high = float(heat.min()), float(heat.max())
     heat = (heat - low) / max(high - low, 1e-30)
-    step = -(-max(image.shape[:2]) // _MOST_PIXELS)
-    image = image[::step, ::step].astype(np.float32) / scale
-    height, width = image.shape[:2]
+    picture = image.thumbnail(_MOST_PIXELS).astype(np.float32) / scale
+    height, width = picture.shape[:2]
     rows = np.arange(height) * heat.shape[0] // height
     columns = np.arange(width) * heat.shape[1] // width
     large = heat[rows[:, None], columns]
-    gray = np.clip(image.mean(-1), 0, 1)
+    gray = np.clip(picture.mean(-1), 0, 1)
     red = 0.5 * gray + 0.5 * large
     rest = 0.5 * gray + 0.5 * gray * (1 - large)
     pixels = np.stack([red, rest, rest], -1)

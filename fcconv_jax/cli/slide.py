@@ -5,12 +5,12 @@ from __future__ import annotations
 import contextlib
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
 from .app import app, examples
-from .inputs import ArgumentError, parse_input, parse_sizes
+from .inputs import ArgumentError, load_model, parse_input, parse_sizes
 from .options import Kwargs, Method, ModelName
 from .output import check_destination, start_jax
 from .steps import read_model
@@ -30,7 +30,9 @@ def slide(
     images: Annotated[
         list[Path],
         typer.Argument(
-            metavar="IMAGE...", help="Images that Pillow reads, or .npy arrays (H,W,C)."
+            metavar="IMAGE...",
+            help="Images: TIFF, OME-TIFF, SVS or NDPI (extra tiff), GeoTIFF (extra "
+            "geotiff), what Pillow reads, or .npy arrays (H,W,C).",
         ),
     ],
     window: Annotated[
@@ -67,6 +69,33 @@ def slide(
             max=1e30,
         ),
     ] = None,
+    mean: Annotated[
+        str | None,
+        typer.Option(
+            help="Subtract this from scaled pixels: one number, or one for each "
+            "channel, such as 0.485,0.456,0.406."
+        ),
+    ] = None,
+    std: Annotated[
+        str | None, typer.Option(help="Divide by this afterwards, likewise.")
+    ] = None,
+    level: Annotated[
+        int,
+        typer.Option(help="Level of the file's pyramid; 0 is the largest.", min=0),
+    ] = 0,
+    region: Annotated[
+        str | None,
+        typer.Option(
+            metavar="ROW,COLUMN,HEIGHT,WIDTH",
+            help="Use this part only, in pixels of the level.",
+        ),
+    ] = None,
+    bands: Annotated[
+        str | None,
+        typer.Option(
+            help="Channels to use, in this order, counted from 1, such as 4,3,2."
+        ),
+    ] = None,
     mode: Annotated[
         str | None,
         typer.Option(help="Convert images to this Pillow mode first: RGB, L, ..."),
@@ -87,12 +116,13 @@ def slide(
     import numpy as np
 
     from ..dense_prediction.slide import slide as make_grid
+    from ..frontends.bind import bind_crops, frontend_of
     from .images import (
         Pixels,
+        Scaling,
         check_picture,
-        default_scale,
         grid_file,
-        read_image,
+        open_images,
         write_heatmap,
     )
 
@@ -102,31 +132,33 @@ def slide(
         check_picture("--heatmap", heatmap)
     sizes = _sizes("--window", window)
     steps = None if stride is None else _sizes("--stride", stride)
-    batch = [read_image(file, mode) for file in images]
-    for what in ("shape", "dtype"):
-        found = sorted({str(getattr(image, what)) for image in batch})
-        if len(found) > 1:
-            raise ArgumentError(
-                f"expected images of one {what}, got {' and '.join(found)}. Run the "
-                "command for each"
-            )
-    height, width, channels = batch[0].shape
+    batch = open_images(images, level, region, bands, mode)
+    _, height, width, channels = batch[0].shape
     if height < sizes[0] or width < sizes[1]:
         raise ArgumentError(
             f"--window: expected at most {height}x{width}, the size of {images[0]}, "
             f"got {sizes[0]}x{sizes[1]}"
         )
-    pixels = Pixels(batch, default_scale(batch[0].dtype) if scale is None else scale)
-    typer.echo(f"{batch[0].dtype} pixels, divided by {pixels.scale:g}", err=True)
+    first = frontend_of(load_model(model).model).first_spatial_axis
+    scaling = Scaling.parse(batch[0], scale, mean, std, 1 if first == 2 else -1)
+    pixels = Pixels(batch, channels_first=first == 2)
+    typer.echo(f"{batch[0].dtype} pixels, {scaling}", err=True)
 
-    bound = read_model(model, [_crop(sizes, channels)], kwargs, method)
-    grid = make_grid(
-        _with_params(bound, params, images[0], sizes, channels), sizes, steps
-    )
-    report = grid.report(jax.ShapeDtypeStruct(pixels.shape, pixels.dtype))
+    bound = read_model(model, [_crop(sizes, channels, first)], kwargs, method)
+    bound = _with_params(bound, params, images[0], sizes, channels)
+    on_crops = bind_crops(bound)
+
+    def scaled(variables: Any, crops: Any) -> Any:
+        return on_crops.function(variables, scaling(crops))
+
+    (variables,) = on_crops.complete(())
+    grid = make_grid(scaled, sizes, steps, axes=(first, first + 1))
+    like = jax.ShapeDtypeStruct(pixels.shape, pixels.dtype)
+    report = grid.report(variables, like)
     typer.echo(str(report), err=True)
-    one = jax.ShapeDtypeStruct((len(batch), *sizes, channels), pixels.dtype)
-    each = grid.eval_shape(one)
+    one = list(pixels.shape)
+    one[first : first + 2] = sizes
+    each = grid.eval_shape(variables, jax.ShapeDtypeStruct(tuple(one), pixels.dtype))
     if not isinstance(each, jax.ShapeDtypeStruct):
         raise ArgumentError("the model returns several arrays: use fcconv_jax.slide")
     shape = (len(batch), *report.positions, *each.shape[3:])
@@ -138,11 +170,11 @@ def slide(
             result = np.empty(shape, dtype)
         else:
             result = stack.enter_context(grid_file(out, shape, dtype))
-        grid.write(pixels, out=result, memory=memory << 20)
+        grid.write(variables, pixels, out=result, memory=memory << 20)
     if out is not None:
         typer.echo(f"wrote {out}: {shape}", err=True)
     if heatmap is not None:
-        write_heatmap(heatmap, result[0], batch[0], float(pixels.scale))
+        write_heatmap(heatmap, result[0], batch[0], scaling.scale)
         typer.echo(f"wrote {heatmap}", err=True)
     for file, scores in zip(images, result.reshape(len(batch), -1)):
         *place, label = np.unravel_index(int(scores.argmax()), shape[1:])
@@ -174,9 +206,8 @@ def _with_params(
         # A checkpoint that fits other images is right, and the image isn't.
         for other, name in ((1, "L"), (3, "RGB"), (4, "RGBA")):
             try:
-                load_variables(
-                    bound.with_arrays([parse_input(_crop(sizes, other))]), params
-                )
+                crop = parse_input(_crop(sizes, other, bound.first_spatial_axis))
+                load_variables(bound.with_arrays([crop]), params)
             except Exception:  # a model may refuse these channels in any way
                 continue
             raise ArgumentError(
@@ -186,8 +217,10 @@ def _with_params(
         raise
 
 
-def _crop(sizes: Sequence[int], channels: int) -> str:
-    return ",".join(map(str, (1, *sizes, channels)))
+def _crop(sizes: Sequence[int], channels: int, first_spatial_axis: int) -> str:
+    shape = [1, *sizes]
+    shape.insert(1 if first_spatial_axis == 2 else 3, channels)
+    return ",".join(map(str, shape))
 
 
 def _sizes(option: str, text: str) -> tuple[int, int]:

@@ -16,6 +16,10 @@ class CheckpointError(FcconvError, ValueError):
     """
 
 
+class ImageError(FcconvError, ValueError):
+    """An image cannot be read, or a result cannot be written as one; names the file."""
+
+
 class ExportError(FcconvError, ValueError):
     """A model cannot be exported, or an exported file cannot be read."""
 

@@ -217,6 +217,112 @@ def test_a_full_disk_leaves_what_was_there(monkeypatch):
     assert not list(Path().glob(".grid*"))
 
 
+TORCH = """
+import torch
+
+class Net(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = torch.nn.Conv2d(3, 4, 3, 2)
+        self.head = torch.nn.Linear(36, 3)
+
+    def forward(self, x):
+        return self.head(torch.relu(self.conv(x)).flatten(1))
+
+def make():
+    torch.manual_seed(0)
+    return Net().eval()
+"""
+EQUINOX = """
+import equinox as eqx
+import jax
+
+class Net(eqx.Module):
+    conv: eqx.nn.Conv2d
+    head: eqx.nn.Linear
+
+    def __init__(self):
+        self.conv = eqx.nn.Conv2d(3, 4, 3, 2, key=jax.random.key(0))
+        self.head = eqx.nn.Linear(36, 3, key=jax.random.key(1))
+
+    def __call__(self, x):
+        return self.head(jax.nn.relu(self.conv(x)).reshape(-1))
+
+def make():
+    return eqx.filter_vmap(Net())
+"""
+FUNCTION = """
+import jax.numpy as jnp
+
+def make():
+    def f(params, x):
+        return jnp.tanh(x.mean((1, 2)) @ params["w"])
+    return f, {"w": jnp.arange(6.0).reshape(3, 2)}
+"""
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("code", "needs"),
+    [(TORCH, "torchax"), (EQUINOX, "equinox"), (FUNCTION, "jax")],
+    ids=["torch", "equinox", "function"],
+)
+def test_models_of_other_libraries(code, needs):
+    pytest.importorskip(needs)
+    Path("other.py").write_text(code)
+    space: dict = {}
+    exec(code, space)
+    pixels = np.load("second.npy").astype(np.float32)[None] / 255
+    run("other.py:make second.npy --window 8 --stride 4 --out grid.npy")
+    first = code != FUNCTION
+    pixels = np.moveaxis(pixels, -1, 1) if first else pixels
+    rows, columns = (2, 3) if first else (1, 2)
+    model, args = space["make"](), ()
+    if not first:
+        model, args = model[0], model[1:]
+    for i, j in ((0, 0), (3, 5), (2, 1)):
+        crop = np.take(pixels, range(4 * i, 4 * i + 8), rows)
+        crop = np.take(crop, range(4 * j, 4 * j + 8), columns)
+        if needs == "torchax":
+            import torch
+
+            want = model(torch.tensor(crop)).detach().numpy()
+        else:
+            want = model(*args, crop)
+        np.testing.assert_allclose(np.load("grid.npy")[:, i, j], want, atol=1e-5)
+
+
+def test_levels_regions_bands_and_scaling(folder):
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.load("second.npy")
+    large = np.repeat(np.repeat(pixels, 2, 0), 2, 1)
+    with tifffile.TiffWriter("scan.tif") as tif:
+        tif.write(large, tile=(16, 16), subifds=1, photometric="rgb")
+        tif.write(pixels, tile=(16, 16), subfiletype=1, photometric="rgb")
+    options = "--params ckpt.msgpack --window 8 --stride 2 --out grid.npy"
+    run(f"model.py:Net scan.tif --level 1 {options}")
+    np.testing.assert_allclose(np.load("grid.npy"), folder[1:], atol=1e-5)
+    run(f"model.py:Net scan.tif --level 1 --region 2,4,14,20 {options}")
+    np.testing.assert_allclose(np.load("grid.npy"), folder[1:, 1:5, 2:9], atol=1e-5)
+    # Written with its bands reversed, scaled and shifted; the options undo it.
+    other = np.float32([0.5, 0.25, 2]) * pixels[..., ::-1] / 255 + np.float32([1, 2, 3])
+    np.save("other.npy", 10 * other.astype(np.float32))
+    undo = "--bands 3,2,1 --scale 10 --mean 3,2,1 --std 2,0.25,0.5"
+    said = run(f"model.py:Net other.npy {undo} {options}").stderr
+    np.testing.assert_allclose(np.load("grid.npy"), folder[1:], atol=1e-5)
+    assert "float32 pixels, divided by 10, mean 3,2,1, std 2,0.25,0.5" in said
+    for wrong, message in (
+        ("--level 2", "scan.tif: expected one of its levels (0: 40x56, 1: 20x28)"),
+        ("--region 0,0,41,5", "scan.tif: expected a region"),
+        ("--region 0,x", "--region: expected numbers separated by commas, got '0,x'"),
+        ("--bands 4", "scan.tif: expected bands from 1 to 3"),
+        ("--mean 1,2", "--mean: expected one number, or 3 separated by commas"),
+        ("--std 0", "--std: expected one number, or 3"),
+        ("--std nan", "--std: expected one number, or 3"),
+    ):
+        assert message in run(f"model.py:Net scan.tif {wrong} {options}", 2).stderr
+
+
 @pytest.mark.usefixtures("folder")
 def test_models_that_hold_their_params(folder):
     Path("holds.py").write_text(NNX)

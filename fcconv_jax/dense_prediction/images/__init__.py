@@ -1,0 +1,78 @@
+"""Images in files, read by the part; every module here with a ``FORMAT`` adds one."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import importlib.util
+import pkgutil
+from collections.abc import Sequence
+from pathlib import Path
+
+from ...messages.errors import ImageError
+from .base import Format, Image
+
+
+@functools.cache
+def formats() -> tuple[Format, ...]:
+    """Return every format, in the order in which they are asked.
+
+    Example:
+      >>> [each.name for each in formats()]
+      ['npy', 'geotiff', 'tiff', 'pillow']
+    """
+    names = [module.name for module in pkgutil.iter_modules(__path__)]
+    modules = [importlib.import_module(f".{name}", __name__) for name in names]
+    found = [module.FORMAT for module in modules if hasattr(module, "FORMAT")]
+    return tuple(sorted(found, key=lambda each: each.rank))
+
+
+def open_image(
+    file: str | Path,
+    *,
+    level: int = 0,
+    region: Sequence[int] | None = None,
+    bands: Sequence[int] | None = None,
+    mode: str | None = None,
+) -> Image:
+    """Open an image in a file; its pixels are read when they are sliced.
+
+    A TIFF, OME-TIFF, SVS or NDPI is read by tifffile (extra ``tiff``), a GeoTIFF by
+    rasterio (extra ``geotiff``), both by the tiles of the file. Other images are read
+    whole by Pillow (extra ``images``), and ``.npy`` files are mapped into memory.
+
+    Args:
+      file: its path.
+      level: of the file's pyramid, counted from the largest, 0.
+      region: ``(row, column, height, width)`` in pixels of the level.
+      bands: numbers of the channels, counted from 1 as in GDAL; all by default.
+      mode: a Pillow mode to convert to, such as ``"RGB"``; Pillow reads the file then.
+
+    Returns:
+      An :class:`Image` of shape ``(1, height, width, channels)``, for
+      :meth:`fcconv_jax.Slide.write`.
+
+    Raises:
+      ImageError: the file isn't an image, is truncated or damaged, or lacks the level,
+        region or band; names the file.
+      MissingExtraError: the library that reads it isn't installed.
+
+    Source:
+      Adobe, *TIFF Revision 6.0* (1992); OGC, *GeoTIFF Standard 1.1* (2019).
+
+    Example:
+      >>> import tempfile, numpy as np
+      >>> with tempfile.TemporaryDirectory() as folder:
+      ...     np.save(f"{folder}/scan.npy", np.arange(24).reshape(4, 6))
+      ...     image = open_image(f"{folder}/scan.npy", region=(1, 2, 2, 3))
+      ...     image.shape, image[:, :1, :, 0]
+      ((1, 2, 3, 1), array([[[ 8,  9, 10]]]))
+    """
+    file = Path(file)
+    if not file.is_file():
+        raise ImageError(f"{file}: no such file")
+    able = [each for each in formats() if each.takes(file, mode)]
+    present = [each for each in able if importlib.util.find_spec(each.library)]
+    # The first one's error has the line that installs it.
+    chosen = (present or able)[0]
+    return Image(file, chosen.open(file, level, mode), region, bands)

@@ -1,0 +1,281 @@
+"""An image in a file, as its format opens it and as models see it."""
+
+from __future__ import annotations
+
+import dataclasses
+import operator
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ...messages.errors import ImageError
+
+Pixels = np.ndarray[Any, Any]
+
+
+class Box(NamedTuple):
+    """A part of an image, in pixels."""
+
+    row: int
+    column: int
+    height: int
+    width: int
+
+
+class Affine(NamedTuple):
+    """A map from ``(column, row)`` to ``(x, y)``: ``x = a * column + b * row + c``.
+
+    The fields are in the order of rasterio and GDAL's worldfiles. A pixel's centre is
+    half a pixel from its corner.
+
+    Example:
+      >>> Affine(10, 0, 500, 0, -10, 900).at(2, 3)
+      (520.0, 870.0)
+      >>> Affine(10, 0, 500, 0, -10, 900).part(2, 3, 4, 5)
+      Affine(a=40.0, b=0.0, c=520.0, d=0.0, e=-50.0, f=870.0)
+    """
+
+    a: float = 1.0
+    b: float = 0.0
+    c: float = 0.0
+    d: float = 0.0
+    e: float = 1.0
+    f: float = 0.0
+
+    def at(self, column: float, row: float) -> tuple[float, float]:
+        """Return the coordinates of a place."""
+        x = self.a * column + self.b * row + self.c
+        return float(x), float(self.d * column + self.e * row + self.f)
+
+    def part(self, column: float, row: float, columns: float, rows: float) -> Affine:
+        """Return the map of a grid whose corner is at a place, with larger pixels."""
+        x, y = self.at(column, row)
+        a, b, d, e = self.a * columns, self.b * rows, self.d * columns, self.e * rows
+        return Affine(float(a), float(b), x, float(d), float(e), y)
+
+    def grid(self, window: Sequence[int], stride: Sequence[int]) -> Affine:
+        """Return the map of a grid of windows: each place is at its window's centre.
+
+        Args:
+          window: rows and columns of a window.
+          stride: rows and columns from one to the next.
+        """
+        (height, width), (down, right) = window, stride
+        return self.part((width - right) / 2, (height - down) / 2, right, down)
+
+
+_PIXELS = Affine()
+
+
+@dataclasses.dataclass(frozen=True, eq=False)
+class Source:
+    """One level of an image, as its format opened it.
+
+    Args:
+      shape: ``(height, width, channels)``.
+      dtype: of the pixels, in the machine's byte order.
+      read: the pixels of a box, of the channels with these numbers from 0.
+      transform: from pixels to the coordinates of the file; without coordinates of its
+        own, to the pixels of its largest level.
+      crs: what these coordinates are, as WKT.
+      bits: of integer pixels that use fewer than their dtype has.
+      valid: which pixels of a box hold data; None if the file has no nodata value.
+    """
+
+    shape: tuple[int, int, int]
+    dtype: np.dtype[Any]
+    read: Callable[[Box, Sequence[int]], Pixels]
+    transform: Affine = _PIXELS
+    crs: str | None = None
+    bits: int | None = None
+    valid: Callable[[Box], Pixels] | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Format:
+    """A library that reads images.
+
+    Its module is imported to list the formats, so it imports the library only inside
+    its functions.
+
+    Args:
+      name: of the format.
+      rank: formats of a lower rank are asked first.
+      library: the module to import.
+      takes: whether a file, with the ``mode`` of :func:`open_image`, is for it.
+      open: opens a level of a file in a mode.
+    """
+
+    name: str
+    rank: int
+    library: str
+    takes: Callable[[Path, str | None], bool]
+    open: Callable[[Path, int, str | None], Source]
+
+
+class Image:
+    """An image in a file, ``(1, height, width, channels)``, read when it is sliced.
+
+    Made by :func:`fcconv_jax.open_image`.
+
+    Attributes:
+      file: its path.
+      shape: ``(1, height, width, channels)`` of the region and bands.
+      dtype: of its pixels.
+      region: its box in its level.
+      level_shape: height and width of the level.
+      transform: from its pixels to coordinates: those of a georeferenced file, or else
+        pixels of the file's largest level.
+      crs: the coordinates' reference system as WKT; None without georeference.
+    """
+
+    def __init__(
+        self,
+        file: Path,
+        source: Source,
+        region: Sequence[int] | None = None,
+        bands: Sequence[int] | None = None,
+    ):
+        self.file, self._source = file, source
+        height, width, channels = source.shape
+        self.level_shape = height, width
+        self.region = _region(file, region, self.level_shape)
+        self._bands = _bands(file, bands, channels)
+        self.shape = (1, self.region.height, self.region.width, len(self._bands))
+        self.dtype = source.dtype
+        self.crs = source.crs
+        left, top = self.region.column, self.region.row
+        self.transform = source.transform.part(left, top, 1, 1)
+
+    @property
+    def has_nodata(self) -> bool:
+        """Whether the file marks pixels that hold no data."""
+        return self._source.valid is not None
+
+    @property
+    def largest(self) -> float | None:
+        """The largest value of its pixels; None if the file doesn't show it."""
+        if self.dtype in (np.uint8, np.uint16):
+            return float(2 ** (self._source.bits or 8 * self.dtype.itemsize) - 1)
+        return 1.0 if self.dtype.kind in "fb" else None
+
+    def __getitem__(self, where: Any) -> Pixels:
+        """Read a part; slices without steps are read alone, others from within one."""
+        where = where if isinstance(where, tuple) else (where,)
+        free = (slice(None),) * (4 - sum(each is not Ellipsis for each in where))
+        at = where.index(Ellipsis) if Ellipsis in where else len(where)
+        batch, rows, columns, channels = (*where[:at], *free, *where[at + 1 :])
+        row, height, rows = _span(rows, self.shape[1])
+        column, width, columns = _span(columns, self.shape[2])
+        box = Box(self.region.row + row, self.region.column + column, height, width)
+        pixels = self._source.read(box, self._bands)
+        return pixels[rows, columns][..., channels][None][batch]
+
+    def thumbnail(self, most: int) -> Pixels:
+        """Return every n-th pixel, ``(rows, columns, channels)``, by bands of rows.
+
+        Args:
+          most: rows and columns at most; they decide n.
+        """
+        step = -(-max(self.shape[1:3]) // most)
+        rows = step * max(1, 256 // step)
+        bands = [
+            self[0, start : start + rows : step, ::step]
+            for start in range(0, self.shape[1], rows)
+        ]
+        return np.concatenate(bands)
+
+    def valid(self, rows: slice, columns: slice) -> Pixels:
+        """Return which pixels hold data, as ``(height, width)`` booleans."""
+        row, height, _ = _span(rows, self.shape[1])
+        column, width, _ = _span(columns, self.shape[2])
+        box = Box(self.region.row + row, self.region.column + column, height, width)
+        if self._source.valid is None:
+            return np.ones((height, width), bool)
+        return self._source.valid(box)
+
+
+def check_level(
+    file: Path, level: int, sizes: Sequence[tuple[int, int]]
+) -> tuple[int, int]:
+    """Return the size of a level.
+
+    Raises:
+      ImageError: the file doesn't have it.
+    """
+    if 0 <= level < len(sizes):
+        return sizes[level]
+    shown = ", ".join(
+        f"{n}: {height}x{width}" for n, (height, width) in enumerate(sizes)
+    )
+    raise ImageError(
+        f"{file}: expected one of its levels ({shown}), got level {level}. Pass one of "
+        "these numbers"
+    )
+
+
+def whole(file: Path, pixels: Pixels, level: int, bits: int | None = None) -> Source:
+    """Return the source of an array ``(height, width[, channels])``.
+
+    Raises:
+      ImageError: it isn't an image of numbers, or another level is wanted.
+    """
+    pixels = pixels[..., None] if pixels.ndim == 2 else pixels
+    if pixels.ndim != 3:
+        raise ImageError(
+            f"{file}: expected an image (height, width, channels), got {pixels.shape}"
+        )
+    if pixels.dtype.kind not in "uifb":
+        raise ImageError(f"{file}: expected numbers, got {pixels.dtype}")
+    check_level(file, level, [pixels.shape[:2]])
+
+    def read(box: Box, bands: Sequence[int]) -> Pixels:
+        rows = slice(box.row, box.row + box.height)
+        part = pixels[rows, box.column : box.column + box.width]
+        everything = list(bands) == list(range(pixels.shape[2]))
+        return np.asarray(part if everything else part[..., list(bands)])
+
+    dtype = pixels.dtype.newbyteorder("=")
+    return Source(pixels.shape, dtype, read, bits=bits)
+
+
+def _span(where: Any, size: int) -> tuple[int, int, Any]:
+    """Return the start and length to read, and the index into what was read."""
+    if not isinstance(where, slice):
+        index = operator.index(where)
+        if not -size <= index < size:
+            raise IndexError(f"Expected an index below {size}, got {index}.")
+        return index % size, 1, 0
+    places = range(size)[where]
+    if not places:
+        return 0, 0, slice(0, 0)
+    first, last = min(places[0], places[-1]), max(places[0], places[-1])
+    inner = slice(None, None, where.step) if places.step != 1 else slice(None)
+    return first, last - first + 1, inner
+
+
+def _region(file: Path, region: Sequence[int] | None, size: tuple[int, int]) -> Box:
+    if region is None:
+        return Box(0, 0, *size)
+    fits = len(region) == 4 and all(
+        min(start, length - 1) >= 0 and start + length <= most
+        for start, length, most in zip(region[:2], region[2:], size)
+    )
+    if not fits:
+        raise ImageError(
+            f"{file}: expected a region (row, column, height, width) inside "
+            f"{size[0]}x{size[1]} pixels, got {tuple(region)}"
+        )
+    return Box(*map(operator.index, region))
+
+
+def _bands(file: Path, bands: Sequence[int] | None, count: int) -> tuple[int, ...]:
+    if bands is None:
+        return tuple(range(count))
+    if not bands or not all(1 <= band <= count for band in bands):
+        raise ImageError(
+            f"{file}: expected bands from 1 to {count}, got {tuple(bands)}"
+        )
+    return tuple(band - 1 for band in bands)

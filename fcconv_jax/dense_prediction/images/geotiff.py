@@ -1,0 +1,110 @@
+"""GeoTIFF, COG and JPEG 2000 by rasterio: by the tile, with coordinates and nodata."""
+
+from __future__ import annotations
+
+import threading
+import weakref
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ...messages.errors import ImageError
+from ...messages.extras import require
+from .base import Affine, Box, Format, Pixels, Source, check_level
+from .tiff import tags_of
+
+# ModelPixelScale, ModelTransformation, GeoKeyDirectory; GDAL's nodata.
+_GEOGRAPHIC = frozenset({33550, 34264, 34735, 42113})
+_DRIVERS = {".jp2": "JP2OpenJPEG"}
+
+
+def _takes(file: Path, mode: str | None) -> bool:
+    if mode is not None:
+        return False
+    tags = tags_of(file)
+    return file.suffix.lower() in _DRIVERS or bool(tags and tags & _GEOGRAPHIC)
+
+
+def open_(file: Path, level: int, mode: str | None) -> Source:
+    """Open a level: the image itself, or one of its overviews.
+
+    Raises:
+      ImageError: GDAL can't read the file.
+    """
+    rasterio: Any = require("rasterio", "geotiff", "Reading GeoTIFFs")
+    # By name, because GDAL would also open files that refer to others.
+    driver = _DRIVERS.get(file.suffix.lower(), "GTiff")
+    try:
+        dataset = rasterio.open(file, driver=driver)
+        sizes = [(dataset.height, dataset.width)]
+        sizes += [
+            (-(-dataset.height // factor), -(-dataset.width // factor))
+            for factor in dataset.overviews(1)
+        ]
+        height, width = check_level(file, level, sizes)
+        if level:
+            dataset.close()
+            dataset = rasterio.open(file, driver=driver, overview_level=level - 1)
+            height, width = dataset.height, dataset.width
+    except rasterio.errors.RasterioError as error:
+        raise _damaged(file, error) from None
+    if len(set(dataset.dtypes)) > 1:
+        raise ImageError(
+            f"{file}: expected bands of one type, got {', '.join(dataset.dtypes)}. "
+            "Convert it: gdal_translate -ot Float32"
+        )
+    dtype = np.dtype(dataset.dtypes[0])
+    if dtype.kind not in "uifb":
+        raise ImageError(f"{file}: expected numbers, got {dtype}")
+    lock = threading.Lock()  # GDAL's datasets are for one thread at a time
+
+    def read(box: Box, bands: Sequence[int]) -> Pixels:
+        if not box.height or not box.width:
+            return np.zeros((box.height, box.width, len(bands)), dtype)
+        numbers = [band + 1 for band in bands]
+        try:
+            with lock:
+                pixels = dataset.read(numbers, window=_window(rasterio, box))
+        except rasterio.errors.RasterioError as error:
+            raise _damaged(file, error) from None
+        return np.moveaxis(pixels, 0, -1)
+
+    def valid(box: Box) -> Pixels:
+        try:
+            with lock:
+                return dataset.dataset_mask(window=_window(rasterio, box)) > 0
+        except rasterio.errors.RasterioError as error:
+            raise _damaged(file, error) from None
+
+    flags = rasterio.enums.MaskFlags.all_valid
+    everywhere = all(flags in each for each in dataset.mask_flag_enums)
+    # Where a channel has less than 8 or 16 bits.
+    bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
+    source = Source(
+        (height, width, dataset.count),
+        dtype,
+        read,
+        Affine(*dataset.transform[:6]),
+        dataset.crs.to_wkt() if dataset.crs else None,
+        int(bits) if bits else None,
+        None if everywhere else valid,
+    )
+    weakref.finalize(read, dataset.close)
+    return source
+
+
+def _window(rasterio: Any, box: Box) -> Any:
+    return rasterio.windows.Window(box.column, box.row, box.width, box.height)
+
+
+def _damaged(file: Path, error: Exception) -> ImageError:
+    cause = error.__cause__ or error  # GDAL's own words are in the cause
+    said = (str(cause) or type(cause).__name__).splitlines()[0]
+    return ImageError(
+        f"{file}: rasterio cannot read it ({said}). Get another copy, or convert it"
+    )
+
+
+FORMAT = Format("geotiff", 1, "rasterio", _takes, open_)

@@ -1,0 +1,28 @@
+"""Arrays in ``.npy`` files, mapped into memory."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ...messages.errors import ImageError
+from .base import Format, Source, whole
+
+
+def open_(file: Path, level: int, mode: str | None) -> Source:
+    """Map an array into memory.
+
+    Raises:
+      ImageError: the file isn't one, or it is shorter than its header says.
+    """
+    if mode is not None:
+        raise ImageError(f"{file}: expected no mode for an array. Pass bands=")
+    try:
+        array = np.load(file, mmap_mode="r", allow_pickle=False)
+    except (OSError, ValueError, EOFError, OverflowError) as error:
+        raise ImageError(f"{file}: not a .npy array ({error})") from None
+    return whole(file, array, level)
+
+
+FORMAT = Format("npy", 0, "numpy", lambda file, _: file.suffix == ".npy", open_)

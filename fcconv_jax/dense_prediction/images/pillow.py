@@ -1,0 +1,46 @@
+"""Images that Pillow reads, which are decoded whole."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+
+from ...messages.errors import ImageError
+from ...messages.extras import require
+from .base import Format, Source, whole
+
+
+def open_(file: Path, level: int, mode: str | None) -> Source:
+    """Decode an image.
+
+    Raises:
+      ImageError: Pillow can't read it, or convert it to the mode.
+    """
+    pillow = require("PIL.Image", "images", "Reading images other than .npy and TIFF")
+    # Pillow refuses 179 megapixels as an attack; here the user names the file.
+    limit, pillow.MAX_IMAGE_PIXELS = pillow.MAX_IMAGE_PIXELS, None
+    try:
+        with pillow.open(file) as image:
+            if mode is not None and image.mode.startswith(("I", "F")):
+                # Pillow would clip 16 bits to 8.
+                raise ImageError(
+                    f"{file}: --mode {mode}: expected 8 bits a channel, got mode "
+                    f"{image.mode!r}. Leave --mode out, or convert the file."
+                )
+            if mode is None and image.mode == "P":
+                # The pixels of a palette image are numbers of colours.
+                mode = "RGBA" if "transparency" in image.info else "RGB"
+            pixels = np.asarray(image if mode is None else image.convert(mode))
+    except ImageError:
+        raise
+    except (OSError, SyntaxError) as error:
+        raise ImageError(f"{file}: Pillow cannot read it ({error})") from None
+    except ValueError as error:
+        raise ImageError(f"{file}: --mode {mode}: {error}") from None
+    finally:
+        pillow.MAX_IMAGE_PIXELS = limit
+    return whole(file, pixels, level)
+
+
+FORMAT = Format("pillow", 9, "PIL", lambda *_: True, open_)
