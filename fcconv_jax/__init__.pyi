@@ -6,6 +6,7 @@ from .dense_prediction.report import SlideReport as SlideReport
 from .dense_prediction.slide import Slide as Slide
 from .dense_prediction.slide import slide as slide
 from .export.export import export as export
+from .export.fold_norms import fold_norms as fold_norms
 from .export.report import ExportReport as ExportReport
 from .export.verify_file import verify_file as verify_file
 from .frontends.convert_model import convert_model as convert_model

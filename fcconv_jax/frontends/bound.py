@@ -193,11 +193,7 @@ class BoundModel(abc.ABC):
     @functools.cached_property
     def reads(self) -> list[bool]:
         """Whether the output depends on each array of the variables, in their order."""
-
-        def call(variables: Any, arrays: Any) -> Any:
-            return self._call(variables, *self._arguments(arrays))
-
-        return inputs_read(jax.make_jaxpr(call)(self.shapes, self.arrays))
+        return inputs_read(jax.make_jaxpr(self.output)(self.shapes, self.arrays))
 
     def with_variables(self, variables: Mapping[str, Any]) -> BoundModel:
         """The same call with other variables."""
@@ -257,6 +253,10 @@ class BoundModel(abc.ABC):
           variables: in the place of the model's.
           arrays: in the place of those among the inputs; None for the same.
         """
+        return self._call(variables, *self._arguments(arrays))
+
+    def output(self, variables: Any, arrays: Any = None) -> Any:
+        """Return the output of a call alone; arguments as for :meth:`call`."""
         return self._call(variables, *self._arguments(arrays))
 
     def named(self, variables: Any, arrays: Any, wanted: Callable[[str], bool]) -> Any:

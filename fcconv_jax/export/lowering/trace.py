@@ -8,7 +8,7 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import jax
@@ -71,20 +71,20 @@ class Lowering(Builder):
         # The rules of these move a constant's entries, and remember how.
         moved = name in SAME | MOVES and not keys
         if name == "random_bits":
-            raise _refusal(eqn)
+            raise refusal(eqn)
         if known and not moved and name not in ("scan", "while", "cond"):
-            return _computed(eqn, values)
+            return computed(eqn, values)
         if name == "scan" and 0 < eqn.params["length"] <= self.unroll:
             return self._unrolled(eqn, values)
         if name in ("scan", "while", "cond") and known:
-            return _computed(eqn, values)
+            return computed(eqn, values)
         if name == "cond" and values[0].data is not None:
             branches = eqn.params["branches"]
             which = min(max(int(values[0].data), 0), len(branches) - 1)
             return self.run(branches[which], values[1:])
         rule = RULES.get(name)
         if rule is None:
-            raise _refusal(eqn)
+            raise refusal(eqn)
         made = rule(self, eqn, *values)
         return [made] if isinstance(made, Value) else list(made)
 
@@ -157,15 +157,7 @@ def lower(
         Value(tuple(map(int, var.aval.shape)), np.dtype(var.aval.dtype))
         for var in body.invars[count:]
     ]
-    params = []
-    for path, leaf in leaves:
-        array = np.asarray(leaf)
-        params.append(
-            Value(
-                *(tuple(array.shape), array.dtype, array, Source(path)),
-                frozenset({path}),
-            )
-        )
+    params = parameters(leaves)
     lowering = Lowering(unroll)
     outs = lowering.run(jaxpr, [*params, *inputs])
     names = list(output_names)
@@ -187,6 +179,19 @@ def lower(
     )
 
 
+def parameters(leaves: Iterable[tuple[str, Any]]) -> list[Value]:
+    """Return a constant for each parameter, which remembers its path."""
+    made = []
+    for path, leaf in leaves:
+        if _is_key(leaf):
+            made.append(as_value(leaf))
+            continue
+        array = np.asarray(leaf)
+        known = Source(path), frozenset({path})
+        made.append(Value(tuple(array.shape), array.dtype, array, *known))
+    return made
+
+
 def as_value(operand: Any) -> Value:
     """Return a value, or a number of the trace as one."""
     if isinstance(operand, Value):
@@ -201,8 +206,8 @@ def _is_key(array: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
-def _computed(eqn: Any, values: Sequence[Value]) -> list[Value]:
-    """Compute an equation of constants."""
+def computed(eqn: Any, values: Sequence[Value]) -> list[Value]:
+    """Return what an equation of constants makes."""
     with jax.default_device(jax.devices("cpu")[0]):
         outs = bind(eqn, [value.data for value in values])
     leaves = frozenset[str]().union(*(value.leaves for value in values))
@@ -221,7 +226,8 @@ def _computed(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return found
 
 
-def _refusal(eqn: Any) -> ExportError:
+def refusal(eqn: Any) -> ExportError:
+    """Return the error for an equation that no file takes, with a fix."""
     name = eqn.primitive.name
     what = _REFUSED.get(name) or next(
         (text for key, text in _REFUSED.items() if name.startswith(key)), None

@@ -1,15 +1,17 @@
 """Folds per-channel affines, such as BatchNorm at inference, into linear layers.
 
 A norm behind a layer scales the layer's columns; one in front of a layer scales its
-rows, where no padding is between. The kernel and the bias are computed in float64 from
-the graph's constants and rounded once.
+rows. Zeros of a padding between keep their value under a scale, not under a shift. The
+kernel and the bias are computed in float64 from the graph's constants and rounded once.
 """
 
 from __future__ import annotations
 
+import math
+
 import numpy as np
 
-from ..graph import Folded, Graph, Node, Value
+from ..graph import VIEWS, Folded, Graph, Node, Value
 
 _AFFINE = ("add", "sub", "mul", "div")
 
@@ -33,20 +35,17 @@ def _fold_one(graph: Graph, changed: dict[Node, Folded]) -> bool:
             found = _affine(node)
             if found is None:
                 continue
-            x, scale, shift = found
+            x, axis, scale, shift = found
             leaves = frozenset[str]().union(*(v.leaves for v in node.inputs))
             if behind:
-                layer = _layer_before(x, scale.size == shift.size == 1, makers, uses)
+                layer = _layer_before(x, axis, makers, uses)
             else:
-                layer = _layer_after(node.out, readers, uses)
+                layer = _layer_after(node.out, axis, bool(shift.any()), readers, uses)
             if layer is None or layer.weight is None:
                 continue
             inner, features = layer.weight.shape[-2:]
             size = features if behind else inner
             if {scale.size, shift.size} - {1, size}:
-                continue
-            padded = layer.op == "conv" and any(map(any, layer.attrs["padding"]))
-            if not behind and padded and shift.any():
                 continue
             scale, shift = (np.broadcast_to(a, size) for a in (scale, shift))
             old = changed.get(layer) or Folded.identity(inner, features)
@@ -58,59 +57,97 @@ def _fold_one(graph: Graph, changed: dict[Node, Folded]) -> bool:
     return False
 
 
-def _affine(node: Node) -> tuple[Value, np.ndarray, np.ndarray] | None:
-    """The operand, scale and shift of ``x * scale + shift``, along the last axis."""
+def _affine(
+    node: Node,
+) -> tuple[Value, int | None, np.ndarray, np.ndarray] | None:
+    """The operand of ``x * scale + shift``, its axis (None of numbers), the factors."""
     if node.op not in _AFFINE or node.out.dtype.kind != "f":
         return None
     for x, by in (node.inputs, node.inputs[::-1]):
         if by.data is None or x.data is not None or x.shape != node.out.shape:
             continue
-        if by.size != 1 and by.shape[-1:] != (by.size,):
+        axes = [i - len(by.shape) for i, n in enumerate(by.shape) if n > 1]
+        if len(axes) > 1:
             continue
+        axis = len(x.shape) + axes[0] if axes else None
         number = by.data.astype(np.float64).reshape(-1)
         one, zero = np.ones(1), np.zeros(1)
         first = x is node.inputs[0]
         if node.op == "add":
-            return x, one, number
+            return x, axis, one, number
         if node.op == "sub":
-            return (x, one, -number) if first else (x, -one, number)
+            scaled = (one, -number) if first else (-one, number)
+            return x, axis, *scaled
         if node.op == "mul":
-            return x, number, zero
+            return x, axis, number, zero
         if first and number.all():
-            return x, 1 / number, zero
+            return x, axis, 1 / number, zero
     return None
 
 
 def _layer_before(
-    value: Value, scalar: bool, makers: dict[Value, Node], uses: dict[Value, int]
+    value: Value, axis: int | None, makers: dict[Value, Node], uses: dict[Value, int]
 ) -> Node | None:
-    """The layer whose output a value is, but for views that keep its last axis."""
+    """The layer whose features an axis of a value is, but for views between."""
     while uses[value] == 1 and (maker := makers.get(value)):
         if maker.op in ("conv", "dense"):
-            return maker
-        if maker.op == "reshape" and (scalar or _same_last(maker)):
-            value = maker.inputs[0]
-        else:
+            return maker if axis in (None, _features(maker, maker.out)) else None
+        (value, *more), view = maker.inputs, maker
+        if view.op not in VIEWS or more:
             break
+        if axis is not None and view.op == "transpose":
+            axis = view.attrs["perm"][axis]
+        elif axis is not None:
+            axis = _same_axis(view.out.shape, axis, value.shape)
+            if axis is None:
+                break
     return None
 
 
 def _layer_after(
-    value: Value, readers: dict[Value, Node], uses: dict[Value, int]
+    value: Value,
+    axis: int | None,
+    shifted: bool,
+    readers: dict[Value, Node],
+    uses: dict[Value, int],
 ) -> Node | None:
+    """The layer that sums over an axis of a value, but for views and pads between."""
     while uses[value] == 1 and (reader := readers.get(value)):
-        if reader.op == "dense" and reader.inputs[0] is value:
-            return reader
-        if reader.op == "conv" and reader.inputs[0] is value:
-            return reader if reader.attrs["groups"] == 1 else None
-        if reader.op != "reshape" or not _same_last(reader):
+        if reader.inputs[0] is not value:
             break
+        if reader.op in ("conv", "dense"):
+            plain = reader.attrs.get("groups", 1) == 1
+            padded = any(map(any, reader.attrs.get("padding", ())))
+            mine = axis in (None, _features(reader, value))
+            return reader if plain and mine and not (padded and shifted) else None
+        if reader.op == "pad":
+            if shifted or reader.attrs["value"]:
+                break
+        elif reader.op not in VIEWS:
+            break
+        elif axis is not None and reader.op == "transpose":
+            axis = reader.attrs["perm"].index(axis)
+        elif axis is not None:
+            axis = _same_axis(value.shape, axis, reader.out.shape)
+            if axis is None:
+                break
         value = reader.out
     return None
 
 
-def _same_last(view: Node) -> bool:
-    return view.inputs[0].shape[-1:] == view.out.shape[-1:]
+def _features(layer: Node, value: Value) -> int:
+    """The axis of a layer's features, which comes last but in programs of JAX."""
+    side = "before" if value is layer.inputs[0] else "after"
+    return layer.attrs.get(side, len(value.shape) - 1)
+
+
+def _same_axis(shape: tuple[int, ...], axis: int, other: tuple[int, ...]) -> int | None:
+    """Where a reshape has an axis, if it keeps it."""
+    before = math.prod(shape[:axis])
+    for i, n in enumerate(other):
+        if n == shape[axis] and math.prod(other[:i]) == before:
+            return i
+    return None
 
 
 def _round(node: Node, folded: Folded) -> None:
