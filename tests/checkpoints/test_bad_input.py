@@ -34,9 +34,9 @@ def test_what_once_did_harm(file, tmp_path):
 
 @pytest.mark.filterwarnings("ignore::RuntimeWarning")
 @pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
-def test_some_thousand_fresh_cases():
-    counts, taken = fuzz.run(4000, seed=1)
-    assert sum(counts.values()) >= 4000
+def test_two_thousand_fresh_cases():
+    counts, taken = fuzz.run(2000, seed=1)
+    assert sum(counts.values()) >= 2000
     # Neither is everything refused nor everything taken.
     for kind in ("safetensors", "msgpack", "plan"):
         assert 0 < taken[kind] < counts[kind] / 2

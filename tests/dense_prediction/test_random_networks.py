@@ -10,7 +10,7 @@ import fcconv_jax as fc
 from fcconv_jax.dense_prediction import costs
 from fcconv_jax.versions import enable_x64
 
-EACH = 10
+EACH = 6
 
 
 def check(seed, rank, layers=None, heads=None):
