@@ -184,11 +184,18 @@ def image_value(
 def own_stride(
     jaxpr: Any, leaves: Any, crop: jax.ShapeDtypeStruct, axes: Sequence[int]
 ) -> tuple[int, ...]:
-    """Return the smallest step at which crops share the last layer of a function."""
-    found = _last_maps(jaxpr, leaves, crop, axes, _LOOKED_AT, 1, False)
+    """Return the network's total stride, or the crop's size where that is less."""
+    try:
+        total = image_stride(jaxpr, leaves, crop, axes, None)
+    except PlanError:  # it can't be padded around the image, so it can't be told so
+        found = _last_maps(jaxpr, leaves, crop, axes, _LOOKED_AT, 1, False)
+        total = tuple(
+            0 if map_ is None else _first_shared(map_, crop.shape[axis])
+            for axis, map_ in zip(axes, found)
+        )
     return tuple(
-        crop.shape[axis] if map_ is None else _first_shared(map_, crop.shape[axis])
-        for axis, map_ in zip(axes, found)
+        min(step or crop.shape[axis], crop.shape[axis])
+        for axis, step in zip(axes, total)
     )
 
 

@@ -53,8 +53,8 @@ def slide(
       window: spatial size of a crop, such as ``(224, 224)``: one number for each axis
         that slides; one alone is the length of a 1-D crop (audio).
       stride: step between crops in pixels; an int holds for all axes. None takes the
-        network's own total stride: the smallest step at which crops share its last
-        layer.
+        network's total stride, the product of the strides of its layers, or the window
+        where that is smaller.
       axes: the axes of the image that slide; those behind the batch by default.
       padding: where the zeros of padded layers lie: around each of the ``"crops"``, as
         the function has them, or around the ``"image"`` alone, as a network has that is

@@ -45,6 +45,7 @@ class NnxNet(nnx.Module):
         return self.head(x.reshape(x.shape[0], -1))
 
 
+_IMAGES = ("NHWC", "HWIO", "NHWC")
 WINDOW, STRIDE = (12, 10), (2, 4)
 IMAGES = jax.random.normal(jax.random.key(0), (2, 30, 31, 2))
 
@@ -195,6 +196,14 @@ def test_one_trace_a_shape():
     assert count == [(2, 12, 10, 2)]
 
 
+def pooled(x):
+    """A padded convolution 5x5 of one channel and a pool."""
+    x = jax.lax.conv_general_dilated(
+        x, jnp.ones((5, 5, 1, 1)), (1, 1), "SAME", dimension_numbers=_IMAGES
+    )
+    return nn.max_pool(x, (2, 2), (2, 2))
+
+
 @pytest.mark.parametrize(("padding", "expected"), [("VALID", 4), ("SAME", 4)])
 def test_the_networks_own_stride(padding, expected):
     model = Net(padding)
@@ -203,6 +212,9 @@ def test_the_networks_own_stride(padding, expected):
     grid = fc.slide(model, (20, 20))
     assert grid.report(variables, x).stride == (expected, expected)
     assert grid(variables, x).shape == (1, 2, 3, 5)
+    # All entries of its last map see the crop's border, so crops share none of them.
+    deep = fc.slide(lambda x: pooled(pooled(pooled(x))), (16, 16))
+    assert deep.report(jnp.ones((1, 40, 40, 1))).stride == (8, 8)
     nothing = fc.slide(lambda x: x[:, :1, :1, 0] * x[:, -1:, -1:, 0], (9, 9))
     assert nothing(jnp.ones((1, 30, 30, 1))).shape[0] == 1
 
