@@ -119,21 +119,29 @@ class FinishedTiles:
             raise _not_a_record(file)
         self.tiles = tiles
 
-    def check(self, number: int, pixels: Any, written: Sequence[Any]) -> None:
+    def check(
+        self, number: int, evidence: Sequence[Any], written: Sequence[Any]
+    ) -> None:
         """Compare a finished tile with the image and the output as they are now.
+
+        Args:
+          number: of the tile.
+          evidence: the pixels that it reads, and its part of the mask, if there is one.
+          written: its part of each output.
 
         Raises:
           ValueError: the image or the output is another one.
         """
         read, made = self.tiles[number]
-        if digest([_bytes(pixels)]) != read:
-            self._refuse(["image"])
+        if digest(map(_bytes, evidence)) != read:
+            self._refuse(["image" if len(evidence) == 1 else "image or mask"])
         if digest(map(_bytes, written)) != made:
             self._refuse(["output (out=)"])
 
-    def add(self, number: int, pixels: Any, written: Sequence[Any]) -> None:
+    def add(self, number: int, evidence: Sequence[Any], written: Sequence[Any]) -> None:
         """Note that a tile is written; the result must be on disk by now."""
-        self.tiles[number] = digest([_bytes(pixels)]), digest(map(_bytes, written))
+        made = digest(map(_bytes, written))
+        self.tiles[number] = digest(map(_bytes, evidence)), made
         kept = {"format": _FIELD, "run": self._run, "tiles": self.tiles}
         with replacing(self.file) as fresh:
             fresh.write_text(json.dumps(kept), encoding="utf-8")

@@ -25,7 +25,8 @@ from .program import (
     reaches_matmul_as_integer,
 )
 from .report import SlideReport
-from .tiles import dtype_of, write_tiles
+from .tiles import dtype_of
+from .write import TilesWritten, WriteOptions, write_tiles
 
 
 def slide(
@@ -187,22 +188,36 @@ class Slide:
         memory: int = 2**30,
         resume: str | Path | None = None,
         progress: ProgressOption = None,
+        mask: Any = None,
+        mesh: jax.sharding.Mesh | None = None,
         **kwargs: Any,
-    ) -> None:
+    ) -> TilesWritten:
         """Run over images of any size, a tile of positions at a time.
+
+        While a tile is computed, the next is read and the last is written, in threads.
 
         Args:
           *args: as in a call; the images may be anything that has a ``shape`` and
             ``dtype`` and is read by slices: a ``numpy.memmap``, an array of zarr, h5py,
             dask or TensorStore. Only the pixels of one tile are read at a time.
           out: where the result is written as it comes: an array, or a PyTree of arrays,
-            of the result's shape, likewise.
+            of the result's shape, likewise. Where it is stored in chunks or shards, a
+            tile covers whole ones, unless it is smaller than one.
           memory: bytes that a tile may take; an estimate decides its size.
           resume: a file that records the finished tiles, with digests of what they were
             made from. A stopped run continues from there, and removes it at its end.
           progress: called with what is done, how many tiles are, and of how many; None
             for a bar on stderr, False for none.
+          mask: where to look: an array over the axes that slide, of the images' size or
+            smaller, nonzero where the image is of interest. Positions whose window
+            holds no pixel of it are NaN; tiles of such positions aren't computed.
+          mesh: devices that share the tiles, one each; the default device by default.
+            With devices of several processes (``jax.distributed``), every process makes
+            this call, and writes its own tiles. No two write the same chunk or shard.
           **kwargs: as in a call.
+
+        Returns:
+          How many tiles there are, and how many were skipped or resumed.
 
         Raises:
           ValueError: ``out`` can't hold the result, a window alone takes more than
@@ -211,7 +226,8 @@ class Slide:
         """
         plain = Slide(self.function, self.window, self.stride, self.axes, self.padding)
         given = self._complete(args)
-        write_tiles(plain, given, kwargs, out, memory, resume, progress)
+        options = WriteOptions(memory, resume, progress, mask, mesh)
+        return write_tiles(plain, given, kwargs, out, options)
 
     def report(self, *args: Any, **kwargs: Any) -> SlideReport:
         """Report what crops would share; no computation runs.

@@ -1,112 +1,148 @@
-"""Images that are too large for one program: a tile of positions at a time."""
+"""Tiles of positions: their sizes, places and writers."""
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 
-from ..messages.progress import ProgressOption, shown
-from .resume import FinishedTiles, identity
-
 # A program holds a few arrays at once; the largest is what can be told beforehand.
 _ALIVE = 3
 
 
-def write_tiles(
-    grid: Any,
-    args: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    out: Any,
-    memory: int,
-    resume: str | Path | None,
-    progress: ProgressOption,
-) -> None:
-    """Write the result of :meth:`fcconv_jax.Slide.write`, whose arguments these are.
+class Place(NamedTuple):
+    """A tile's slices: of the image, of the output, and of its own result."""
+
+    read: tuple[slice, ...]
+    new: tuple[slice, ...]
+    inner: tuple[slice, ...]
+    first: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Tiles:
+    """Tiles of one size that cover all positions.
 
     A tile's crops are those of the whole image: their windows lie inside the part of
     the image that is read for it. Tiles are of one size, so that one program serves
     all; the last ones overlap those before them, and write what is new.
+
+    Args:
+      window: size of a crop along the axes that slide.
+      stride: step along each.
+      axes: those axes of the images.
+      rank: of the images.
+      counts: positions along each axis.
+      tile: positions of a tile, likewise.
     """
-    *before, images = args
-    if grid.padding != "crops":
-        raise ValueError(
-            "padding='image' can't be written by tiles: their borders would count as "
-            "the image's. Pass padding='crops', which is exact."
-        )
-    crop = _one_window(grid, images)
-    stride = grid.report(*before, crop, **kwargs).stride
-    grid = type(grid)(grid.function, grid.window, stride, grid.axes, grid.padding)
-    counts = [
+
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    axes: tuple[int, ...]
+    rank: int
+    counts: tuple[int, ...]
+    tile: tuple[int, ...]
+
+    @functools.cached_property
+    def starts(self) -> list[tuple[int, ...]]:
+        """Where each tile's new positions begin."""
+        along = [range(0, n, size) for n, size in zip(self.counts, self.tile)]
+        return list(itertools.product(*along))
+
+    def place(self, number: int) -> Place:
+        """Return the slices of a tile."""
+        read = [slice(None)] * self.rank
+        new, inner, first = [slice(None)], [slice(None)], []
+        for axis, fresh, n, count, size, step in zip(
+            *(self.axes, self.starts[number], self.counts),
+            *(self.tile, self.window, self.stride),
+        ):
+            begin = min(fresh, n - count)
+            read[axis] = slice(begin * step, (begin + count - 1) * step + size)
+            new.append(slice(fresh, begin + count))
+            inner.append(slice(fresh - begin, None))
+            first.append(begin)
+        return Place(tuple(read), tuple(new), tuple(inner), tuple(first))
+
+    def of_writer(self, shard: Sequence[int], writer: int, writers: int) -> list[int]:
+        """Return the tiles of one of several writers, none of which share a shard.
+
+        Args:
+          shard: positions that the output stores as one, along each axis.
+          writer: counted from 0.
+          writers: how many there are.
+
+        Example:
+          >>> tiles = Tiles((1,), (1,), (1,), 3, (10,), (2,))
+          >>> tiles.of_writer((4,), 0, 2), tiles.of_writer((4,), 1, 2)
+          ([0, 1, 4], [2, 3])
+        """
+        blocks: dict[tuple[int, ...], int] = {}
+        found = []
+        for number, start in enumerate(self.starts):
+            # Shards and tiles begin together at these places.
+            block = tuple(
+                at // math.lcm(size, whole)
+                for at, size, whole in zip(start, self.tile, shard)
+            )
+            if blocks.setdefault(block, len(blocks)) % writers == writer:
+                found.append(number)
+        return found
+
+
+def tiles_of(
+    grid: Any,
+    before: Sequence[Any],
+    images: Any,
+    kwargs: Mapping[str, Any],
+    out: Any,
+    memory: int,
+) -> Tiles:
+    """Return the tiles of a run of :meth:`fcconv_jax.Slide.write`.
+
+    Raises:
+      ValueError: the output can't hold the result, or a window takes more memory.
+    """
+    crop = one_window(grid, images)
+    counts = tuple(
         (images.shape[axis] - size) // step + 1
-        for axis, size, step in zip(grid.axes, grid.window, stride)
-    ]
+        for axis, size, step in zip(grid.axes, grid.window, grid.stride)
+    )
     one = grid.eval_shape(*before, crop, **kwargs)
     _check_out(jax.tree.leaves(one), out, counts)
-    tile = _tile(grid, before, images, kwargs, stride, counts, memory)
-    places = list(_places(counts, tile))
-    slices = functools.partial(_slices, grid, stride, tile, len(images.shape))
-    record = None
-    if resume is not None:
-        run = identity(grid, before, kwargs, images, crop, tile)
-        record = FinishedTiles(Path(resume), run, len(places))
-    with shown(progress) as tell:
-        # Finished tiles are compared with the record before any other is computed.
-        finished = () if record is None else sorted(record.tiles)
-        for number in finished:
-            read, new, _ = slices(places[number])
-            assert record is not None
-            record.check(number, _read(images, read), _written(out, new))
-        todo = [n for n in range(len(places)) if n not in finished]
-        for done, number in enumerate(todo, len(finished)):
-            tell("tiles", done, len(places))
-            read, new, inner = slices(places[number])
-            pixels = _read(images, read)
-            part = grid(*before, pixels, **kwargs)
-            for target, values in zip(jax.tree.leaves(out), jax.tree.leaves(part)):
-                target[new] = np.asarray(values[inner])
-            if record is not None:
-                for target in jax.tree.leaves(out):
-                    if hasattr(target, "flush"):
-                        target.flush()
-                record.add(number, pixels, _written(out, new))
-        tell("tiles", len(places), len(places))
-    if record is not None:
-        record.remove()
+    tile = _tile(grid, before, images, kwargs, counts, memory)
+    # A shard of the output that is written in two parts would be read in between.
+    tile = [
+        size // shard * shard or size
+        for size, shard in zip(tile, shard_of(out, len(counts)))
+    ]
+    rank = len(images.shape)
+    return Tiles(grid.window, grid.stride, grid.axes, rank, counts, tuple(tile))
 
 
-def _slices(
-    grid: Any,
-    stride: Sequence[int],
-    tile: Sequence[int],
-    rank: int,
-    place: Sequence[tuple[int, int]],
-) -> tuple[list[slice], tuple[slice, ...], tuple[slice, ...]]:
-    """Return a tile's slices of the image, of the output, and of its own result."""
-    read = [slice(None)] * rank
-    new, inner = [slice(None)], [slice(None)]
-    for axis, (first, fresh), count, size, step in zip(
-        grid.axes, place, tile, grid.window, stride
-    ):
-        start = first * step
-        read[axis] = slice(start, start + (count - 1) * step + size)
-        new.append(slice(fresh, first + count))
-        inner.append(slice(fresh - first, None))
-    return read, tuple(new), tuple(inner)
+def shard_of(out: Any, rank: int) -> tuple[int, ...]:
+    """Return how many positions an output stores as one, along each axis."""
+    sizes = [1] * rank
+    for target in jax.tree.leaves(out):
+        layout = getattr(target, "chunk_layout", None)  # TensorStore
+        found = getattr(getattr(layout, "write_chunk", None), "shape", None)
+        found = found or getattr(target, "shards", None)  # zarr
+        found = found or getattr(target, "chunks", None)  # zarr, h5py
+        if found and all(isinstance(each, int) for each in found):
+            along = found[1 : 1 + rank]
+            sizes = [math.lcm(*pair) for pair in zip(sizes, along)]
+    return tuple(sizes)
 
 
-def _written(out: Any, where: tuple[slice, ...]) -> list[Any]:
-    return [_read(target, where) for target in jax.tree.leaves(out)]
-
-
-def _one_window(grid: Any, images: Any) -> jax.ShapeDtypeStruct:
+def one_window(grid: Any, images: Any) -> jax.ShapeDtypeStruct:
+    """Return one crop of the images, abstract."""
     shape = list(images.shape)
     for axis, size in zip(grid.axes, grid.window):
         shape[axis] = size
@@ -150,7 +186,6 @@ def _tile(
     before: Sequence[Any],
     images: Any,
     kwargs: Mapping[str, Any],
-    stride: Sequence[int],
     counts: Sequence[int],
     memory: int,
 ) -> list[int]:
@@ -159,7 +194,7 @@ def _tile(
     while True:
         needed = 0
         shape = list(images.shape)
-        for axis, count, size, step in zip(grid.axes, tile, grid.window, stride):
+        for axis, count, size, step in zip(grid.axes, tile, grid.window, grid.stride):
             shape[axis] = (count - 1) * step + size
         part = jax.ShapeDtypeStruct(tuple(shape), dtype_of(images))
         # A guess from the image alone keeps the maps of a huge one from being made.
@@ -179,24 +214,13 @@ def _tile(
         tile[longest] = -(-tile[longest] // 2)
 
 
-def _places(
-    counts: Sequence[int], tile: Sequence[int]
-) -> Iterator[tuple[tuple[int, int], ...]]:
-    """Where each tile begins along each axis, and where its new positions begin."""
-    return itertools.product(
-        *(
-            [(min(start, count - size), start) for start in range(0, count, size)]
-            for count, size in zip(counts, tile)
-        )
-    )
-
-
 def dtype_of(images: Any) -> np.dtype[Any]:
     """Return an array's dtype as NumPy has it; TensorStore has its own."""
     return np.dtype(getattr(images.dtype, "numpy_dtype", images.dtype))
 
 
-def _read(images: Any, where: Sequence[slice]) -> Any:
+def read_part(images: Any, where: Sequence[slice]) -> Any:
+    """Read a part of an array, which may be in a file."""
     part: Any = images[tuple(where)]
     reader: Any = getattr(part, "read", None)
     if callable(reader):  # TensorStore

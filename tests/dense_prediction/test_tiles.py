@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.dense_prediction.tiles import _places
+from fcconv_jax.dense_prediction.tiles import Tiles
 
 WINDOW, STRIDE = (12, 10), (2, 4)
 IMAGES = np.random.default_rng(0).normal(size=(1, 90, 70, 2)).astype(np.float32)
@@ -54,8 +54,13 @@ def stopped(tmp_path, out=None):
 
 
 def test_each_position_is_written_once():
-    places = list(_places([7, 5], [3, 5]))
-    assert places == [((0, 0), (0, 0)), ((3, 3), (0, 0)), ((4, 6), (0, 0))]
+    tiles = Tiles((12, 10), (2, 4), (1, 2), 4, (7, 5), (3, 5))
+    places = [tiles.place(number) for number in range(len(tiles.starts))]
+    assert [each.first for each in places] == [(0, 0), (3, 0), (4, 0)]
+    assert [each.new[1] for each in places] == [slice(0, 3), slice(3, 6), slice(6, 7)]
+    assert [each.read[1] for each in places] == [
+        *(slice(0, 16), slice(6, 22), slice(8, 24)),
+    ]
 
 
 def test_tiles_write_what_one_call_returns(tmp_path):
@@ -118,7 +123,7 @@ def test_a_stopped_run_goes_on(tmp_path):
     GRID.write(
         W, IMAGES, **options(out, tmp_path, progress=lambda *done: seen.append(done[1]))
     )
-    assert seen[0] == 3
+    assert seen[0] >= 3  # those that waited to be written are finished, too
     assert not (tmp_path / "state").exists()
     chex.assert_trees_all_close(out, WANT, atol=1e-6)
 
@@ -241,3 +246,99 @@ def test_zarr_arrays_in_and_out(tmp_path):
         made("images", images, images.shape), out=out, memory=60_000, progress=False
     )
     chex.assert_trees_all_close(np.asarray(out.read().result()), want, atol=1e-6)
+
+
+def held(mask, row, column):
+    """Whether a window holds a pixel of a mask, by looking at each of its pixels."""
+    height, width = IMAGES.shape[1:3]
+    rows = np.arange(row, row + WINDOW[0]) * mask.shape[0] // height
+    columns = np.arange(column, column + WINDOW[1]) * mask.shape[1] // width
+    return mask[rows[:, None], columns].any()
+
+
+@pytest.mark.parametrize("shape", [(90, 70), (9, 7), (13, 11), (1, 1)])
+@pytest.mark.parametrize("memory", [60_000, 2**30])
+def test_positions_without_any_of_the_mask_are_nan(shape, memory):
+    mask = np.zeros(shape, np.uint8)
+    mask[shape[0] // 3, shape[1] // 2] = 3
+    mask[-1, -1] = 1
+    want = WANT.copy()
+    for i, j in np.ndindex(want.shape[1:3]):
+        if not held(mask, i * STRIDE[0], j * STRIDE[1]):
+            want[:, i, j] = np.nan
+    out = np.zeros_like(WANT)
+    found = GRID.write(
+        W, IMAGES, out=out, memory=memory, progress=False, mask=Lazy(mask)
+    )
+    np.testing.assert_allclose(out, want, atol=1e-5)
+    assert (found.skipped > 0) == (memory < 2**30 and shape != (1, 1))
+    assert found.skipped < found.tiles
+
+
+def test_masks_that_cannot_be():
+    grid = fc.slide(lambda x: (x > 0).any((1, 2)), WINDOW, STRIDE)
+    out = np.zeros((*WANT.shape[:-1], 2), bool)
+    with pytest.raises(ValueError, match="mask: expected an output of floats"):
+        grid.write(IMAGES, out=out, mask=np.ones((9, 7)), progress=False)
+    for wrong in (np.ones((90, 70, 2)), np.ones((91, 70)), np.ones((0, 7)), 3):
+        with pytest.raises(ValueError, match="mask: expected an array of the images'"):
+            GRID.write(W, IMAGES, out=np.zeros_like(WANT), mask=wrong, progress=False)
+
+
+def test_another_mask_is_another_run(tmp_path):
+    out, mask = np.zeros_like(WANT), np.ones((9, 7))
+    with pytest.raises(StopError):
+        GRID.write(W, IMAGES, **options(out, tmp_path, progress=stop, mask=mask))
+    other = mask.copy()
+    other[:2, :2] = 0
+    with pytest.raises(ValueError, match="another run, with other image or mask"):
+        GRID.write(W, IMAGES, **options(out, tmp_path, mask=other))
+    found = GRID.write(W, IMAGES, **options(out, tmp_path, mask=mask))
+    assert found.resumed >= 3
+    chex.assert_trees_all_close(out, WANT, atol=1e-6)
+
+
+@pytest.mark.parametrize("fails", ["read", "write"])
+def test_errors_of_files_end_the_run_and_it_goes_on(tmp_path, fails):
+    class Broken(Lazy):
+        count = 0
+
+        def fail(self):
+            self.count += 1
+            if self.count == 4:
+                raise OSError("the disk is gone")
+
+    class Source(Broken):
+        def __getitem__(self, where):
+            self.fail()
+            return super().__getitem__(where)
+
+    class Target(Broken):
+        def __setitem__(self, where, values):
+            self.fail()
+            super().__setitem__(where, values)
+
+    images = Source(IMAGES) if fails == "read" else IMAGES
+    whole = np.zeros_like(WANT)
+    out = Target(whole) if fails == "write" else whole
+    with pytest.raises(OSError, match="the disk is gone"):
+        GRID.write(W, images, **options(out, tmp_path))
+    found = GRID.write(W, images, **options(whole, tmp_path))
+    assert 1 <= found.resumed <= 6  # some wait to be written, in either order
+    chex.assert_trees_all_close(whole, WANT, atol=1e-5)
+
+
+def test_tiles_cover_whole_chunks_of_the_output():
+    class Chunked(Lazy):
+        chunks = (1, 4, 2, 3)
+        parts = ()
+
+        def __setitem__(self, where, values):
+            self.parts = (*self.parts, where)
+            super().__setitem__(where, values)
+
+    out = Chunked(np.zeros_like(WANT))
+    GRID.write(W, IMAGES, out=out, memory=60_000, progress=False)
+    chex.assert_trees_all_close(out.array, WANT, atol=1e-5)
+    assert len(out.parts) > 4
+    assert all(part[1].start % 4 == part[2].start % 2 == 0 for part in out.parts)

@@ -1,0 +1,58 @@
+"""Where to look: windows that hold no pixel of a mask are left out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from .tiles import Place, Tiles, read_part
+
+
+class Mask:
+    """A mask of the images, in their size or any other.
+
+    A pixel of a smaller mask, such as a thumbnail, stands for the pixels of the image
+    that it covers. The answer for a position doesn't depend on its tile.
+
+    Args:
+      mask: an array over the axes that slide, read by slices; nonzero is where to look.
+      sizes: of the images along these axes.
+      tiles: the tiles.
+
+    Raises:
+      ValueError: it has another number of axes, or is larger than the images.
+    """
+
+    def __init__(self, mask: Any, sizes: Sequence[int], tiles: Tiles):
+        shape = tuple(getattr(mask, "shape", ()))
+        if len(shape) != len(sizes) or not all(
+            0 < size <= most for size, most in zip(shape, sizes)
+        ):
+            raise ValueError(
+                f"mask: expected an array of the images' size {tuple(sizes)}, or a "
+                f"smaller one with as many axes, got shape {shape}."
+            )
+        self._mask, self._sizes, self._tiles = mask, tuple(sizes), tiles
+
+    def wanted(self, place: Place) -> np.ndarray[Any, Any]:
+        """Return at which of a tile's positions the window holds a pixel of the mask.
+
+        Counts come from running sums, as of a summed-area table (Crow 1984).
+        """
+        spans = []
+        for axis, first in enumerate(place.first):
+            at = first + np.arange(self._tiles.tile[axis])
+            begin = at * self._tiles.stride[axis]
+            last = begin + self._tiles.window[axis] - 1
+            size, cells = self._sizes[axis], self._mask.shape[axis]
+            spans.append((begin * cells // size, last * cells // size + 1))
+        where = [slice(int(low[0]), int(high[-1])) for low, high in spans]
+        counts = (read_part(self._mask, where) != 0).astype(np.int64)
+        for axis, (low, high) in enumerate(spans):
+            start = low[0]
+            first = np.zeros_like(counts.take([0], axis))
+            sums = np.concatenate([first, counts.cumsum(axis)], axis)
+            counts = sums.take(high - start, axis) - sums.take(low - start, axis)
+        return counts > 0
