@@ -1,5 +1,6 @@
 """What converts and how: immutable plans, their rules, and what tuning recorded."""
 
+from .plan import UNCALLED_REASON as UNCALLED_REASON
 from .plan import Case as Case
 from .plan import Direction as Direction
 from .plan import Form as Form

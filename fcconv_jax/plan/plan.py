@@ -23,6 +23,9 @@ Direction = Literal["conv", "dense", "mix"]
 Layout = Literal["fold", "keep", "flat"]
 KernelLayout = Literal["HWIO", "OHWI"]
 
+# Of layers in plan.skipped; others there are called, and stay for another reason.
+UNCALLED_REASON = "the trace of these inputs does not call it"
+
 FORMAT = "fcconv_jax.plan"
 VERSION = 3
 
@@ -300,6 +303,31 @@ class Plan(Mapping[str, LayerPlan]):
             tuple((path, why) for path, why in left.items() if path not in layers),
             self.options or other.options,
         )
+
+    def moved(self, module: str, to: str) -> Plan:
+        """Return the plan of one module's layers for its copy under another path.
+
+        For copies that the planned call doesn't use, such as a target network:
+        ``plan | plan.moved("online", "target")`` converts both.
+
+        Args:
+          module: path of a module with layers that the plan converts.
+          to: path of the copy, a module of the same class and shapes.
+
+        Raises:
+          PlanError: the plan converts no layer of the module.
+        """
+        layers = tuple(
+            (to + path.removeprefix(module), layer)
+            for path, layer in self.layers
+            if path == module or path.startswith(f"{module}/")
+        )
+        if not layers:
+            raise PlanError(
+                "Expected a module with layers that the plan converts, got "
+                f"{module!r}. Pass a path above one of {list(self)[:5]}."
+            )
+        return Plan(self.to, layers, options=self.options)
 
     def to_json(self) -> str:
         """Return the plan as JSON text, with a format name and a version number."""

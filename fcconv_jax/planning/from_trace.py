@@ -6,7 +6,7 @@ import dataclasses
 import math
 from collections.abc import Iterator, Mapping, Sequence
 
-from ..plan import Form, LayerPlan
+from ..plan import UNCALLED_REASON, Form, LayerPlan
 from ..plan.rules import Rule, match_rules
 from ..tracing.flatten import LayerInput
 from ..tracing.frames import Frame
@@ -28,7 +28,6 @@ _TWO_ROLES = (
     "it is multiplied in two roles: what is input features in one matmul is output "
     "features in another, so no one kernel serves both"
 )
-UNCALLED_REASON = "the trace of these inputs does not call it"
 
 
 @dataclasses.dataclass(frozen=True)

@@ -34,6 +34,7 @@ class BoundNnx(BoundModel):
     """
 
     library = "nnx"
+    mixes_variables = True
     more_options = ("method",)
     takes_options = False  # Users jit NNX models themselves.
 

@@ -26,6 +26,7 @@ from ...plan.paths import inner_shape
 from ...versions import graph_mode
 from . import layers as nnx_layers
 from .matmuls import converted_matmuls, set_classes
+from .twins import warn_of_twins
 
 Model = TypeVar("Model", bound=nnx.Module)
 
@@ -50,6 +51,7 @@ def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
             _check_matmul(path, variables[path], layer, matmuls)
         else:
             _check(path, modules[path], layer)
+    warn_of_twins(modules, variables, plan)
     moved: set[int] = set()
     new: dict[int, LayerPlan] = {}
     for path, layer in plan.items():

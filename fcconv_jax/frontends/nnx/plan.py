@@ -11,10 +11,10 @@ import jax
 from flax import nnx
 
 from ...params.variables import is_variable
-from ...plan import Form, LayerPlan, Plan
+from ...plan import UNCALLED_REASON, Form, LayerPlan, Plan
 from ...plan.paths import join_path
 from ...plan.rules import Rule
-from ...planning.from_trace import UNCALLED_REASON, Own, plan_trace
+from ...planning.from_trace import Own, plan_trace
 from ...planning.layers import Layer
 from ...planning.trace import TracedModel, trace
 from ...tracing import arguments
