@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import operator
 from collections.abc import Sequence
 from typing import Literal, get_args
 
@@ -17,6 +16,7 @@ from .windows import (
     named_padding,
     padding_pairs,
     per_dimension,
+    single,
     times,
     transposed_padding,
 )
@@ -128,9 +128,8 @@ def resolve_geometry(
         )
     else:
         pads = padding_pairs(padding, rank)
-    return ConvGeometry(
-        sizes, kernel, steps, pads, mode, holes, spread, operator.index(groups)
-    )
+    count = single("groups", groups)
+    return ConvGeometry(sizes, kernel, steps, pads, mode, holes, spread, count)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,6 +14,7 @@ from jax.core import Tracer
 from jaxtyping import Shaped
 
 from .meshes import reshape
+from .windows import per_dimension, single
 
 # The kind that goes in comes out: NumPy arrays go through NumPy, others through JAX.
 Array = TypeVar("Array", np.ndarray, jax.Array)
@@ -156,11 +157,8 @@ def kernel_rearrangement(
       (2, 2, 3, 5)
     """
     dense_shape = tuple(dense_shape)
-    window = (kernel_size,) if isinstance(kernel_size, int) else tuple(kernel_size)
-    if not window or min(window) < 1:
-        raise ValueError(f"kernel_size: needs positive sizes, got {kernel_size}")
-    if groups < 1:
-        raise ValueError(f"groups: must be at least 1, got {groups}")
+    window = per_dimension("kernel_size", kernel_size, None)
+    groups = single("groups", groups)
     inner = ("C", "F") if transposed else ("F", "O")
     lead = ()
     if groups > 1:

@@ -71,7 +71,7 @@ def padding_pairs(
     hint = f"give an int, {rank} ints, {rank} (low, high) pairs, or a name"
     if not isinstance(padding, Sequence):
         try:
-            both = operator.index(padding)
+            both = whole_number(padding)
         except TypeError:
             raise ValueError(f"padding: got {padding!r}; {hint}") from None
         return ((both, both),) * rank
@@ -120,6 +120,25 @@ def per_dimension(
     return numbers
 
 
+def single(name: str, value: int) -> int:
+    """Read a positive int.
+
+    Raises:
+      ValueError: it isn't one.
+
+    Example:
+      >>> single("groups", 2)
+      2
+    """
+    try:
+        number = whole_number(value)
+    except TypeError:
+        raise ValueError(f"{name}: got {value!r}; give an int") from None
+    if number < 1:
+        raise ValueError(f"{name}: must be at least 1, got {number}")
+    return number
+
+
 def check_sizes(name: str, numbers: tuple[int, ...], rank: int) -> None:
     """Raise a ValueError that names the argument unless all are positive sizes."""
     if rank < 1:
@@ -138,8 +157,24 @@ def is_symbolic(size: Any) -> bool:
     return not isinstance(size, int) and export.is_symbolic_dim(size)
 
 
+def whole_number(value: Any) -> int:
+    """Return an integer of any type as an int.
+
+    Raises:
+      TypeError: it isn't one; True and False, which Python counts as 1 and 0, aren't.
+
+    Example:
+      >>> import numpy as np
+      >>> whole_number(np.int64(3))
+      3
+    """
+    if isinstance(value, bool):
+        raise TypeError(f"Expected an int, got {value}.")
+    return operator.index(value)
+
+
 def _size(entry: Any) -> int:
-    return entry if is_symbolic(entry) else operator.index(entry)
+    return entry if is_symbolic(entry) else whole_number(entry)
 
 
 def times(sizes: Iterable[int]) -> str:
