@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import Counter
+from collections.abc import Collection, Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
+
+import typer
 
 if TYPE_CHECKING:
     from ..checkpoints import Checkpoint
     from ..frontends.bound import BoundModel
+    from ..params.move import Parts
 
 
 class Found(NamedTuple):
@@ -30,7 +34,8 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
     """The variables of a model, found in a checkpoint's tree.
 
     All params are required, and all other variables that the call reads, such as the
-    statistics of a BatchNorm. What the call does not read may be missing.
+    statistics of a BatchNorm. What the call does not read may be missing. What the
+    checkpoint has and the call does not read is listed on stderr.
 
     Args:
       checkpoint: as read; the variables may lie below other levels (``params``,
@@ -85,17 +90,51 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
                     f"{leaf.shape}"
                 )
         values.append(value)
-    known = set(names)
     top = prefix if bare else (*prefix, "params")
-    for path in found:
-        if path[: len(top)] == top and path[len(prefix) :] not in known:
+    unread = {prefix + name for name, read in zip(names, bound.reads) if not read}
+    more = found.keys() - {prefix + name for name in names}
+    for path in sorted(more):
+        if path[: len(top)] == top and _is_param(path[len(prefix) :], names, bound):
             raise CheckpointError(
-                f"{other}it has the leaf {'/'.join(path)!r}, which the model lacks"
+                f"{other}it has the leaf {'/'.join(path)!r}, which the model lacks. "
+                "Pass the model that these params are of"
             )
+    _list_unread(file, found, found.keys() & (unread | more))
     variables = jax.tree.unflatten(treedef, values)
     if checkpoint.plan is None:
         return Found(variables, None)
     return Found(restore_params(variables, checkpoint.plan), variables)
+
+
+def _is_param(path: Parts, names: Collection[Parts], bound: BoundModel) -> bool:
+    """Whether a leaf below a model's params may be one that the model lacks.
+
+    NNX keeps other variables there, too, such as values that a module has sown. These
+    stand beside the params of a module that the model has.
+    """
+    if not bound.mixes_variables or path[-1] in (
+        "kernel",
+        "bias",
+        "scale",
+        "embedding",
+    ):
+        return True
+    return all(path[:-1] != name[:-1] for name in names)
+
+
+def _list_unread(file: str, paths: Iterable[Parts], unread: Collection[Parts]) -> None:
+    """List the leaves of a checkpoint that a call does not read, by level."""
+    read = {p[:n] for p in paths if p not in unread for n in range(len(p) + 1)}
+    groups: Counter[str] = Counter()
+    for path in sorted(unread):
+        # The outermost level of which nothing is read stands for all below it.
+        above = next(n for n in range(1, len(path) + 1) if path[:n] not in read)
+        groups["/".join(path[:above])] += 1
+    shown = [f"{name} ({n} leaves)" if n > 1 else name for name, n in groups.items()]
+    if len(shown) > 8:
+        shown = [*shown[:8], f"and {len(shown) - 8} more"]
+    if shown:
+        typer.echo(f"note: of {file}, the call reads no {', '.join(shown)}", err=True)
 
 
 def checkpoint_leaves(checkpoint: Checkpoint) -> dict[tuple[str, ...], Any]:

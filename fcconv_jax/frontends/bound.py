@@ -74,6 +74,8 @@ class BoundModel(abc.ABC):
     first_spatial_axis: ClassVar[int] = 1
     # Whether checkpoints hold the names of collections above those of the leaves.
     stores_collections: ClassVar[bool] = False
+    # Whether they hold other variables among the params, such as sown values.
+    mixes_variables: ClassVar[bool] = False
 
     # How the library's models are recognised, and called.
 
