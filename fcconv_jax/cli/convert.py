@@ -26,6 +26,7 @@ from .options import (
     Target,
     ToForm,
 )
+from .output import start_jax
 from .steps import (
     PlanOptions,
     plan_checkpoint,
@@ -83,6 +84,7 @@ def convert(
     written to a temporary name and renamed in one step: whenever the command
     ends, DST is either unchanged or complete.
     """
+    start_jax()
     from ..checkpoints import check_target, convert_checkpoint
     from ..checkpoints.formats import format_named
 

@@ -11,7 +11,7 @@ import typer
 from .app import app, examples
 from .inputs import ArgumentError
 from .options import AsJson, Inputs, Kwargs, Method, ModelName, Params, Rules
-from .output import check_destination, show_report
+from .output import check_destination, show_report, start_jax
 from .steps import read_model, read_plan, with_random_inputs
 
 if TYPE_CHECKING:
@@ -200,6 +200,7 @@ def verify_exported(
     if model is not None:
         bound = load_variables(read_model(model, inputs, kwargs, method), against)
         return verify_file(file, model=with_random_inputs(bound, seed))
+    start_jax()
     saved = read_checkpoint(against)
     tree = tree_of(_below_params(checkpoint_leaves(saved)))
     if saved.plan is not None:

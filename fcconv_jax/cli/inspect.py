@@ -14,7 +14,7 @@ import typer
 from .app import app, examples
 from .inputs import ArgumentError
 from .options import AsJson, Source, Step
-from .output import human, print_plan, print_table
+from .output import human, print_plan, print_table, start_jax
 
 if TYPE_CHECKING:
     from ..checkpoints import LeafInfo
@@ -43,6 +43,7 @@ def inspect_(
     Leaves are grouped by the first part of their path, with the size of each group. A
     summary follows.
     """
+    start_jax()
     from ..checkpoints import inspect_checkpoint
 
     info = inspect_checkpoint(src, step)

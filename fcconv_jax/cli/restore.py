@@ -19,6 +19,7 @@ from .options import (
     Step,
     Target,
 )
+from .output import start_jax
 from .steps import read_plan
 
 
@@ -53,6 +54,7 @@ def restore(
     after the conversion do not hold it: they take that of an earlier step in
     the same folder, or --plan.
     """
+    start_jax()
     from ..checkpoints import restore_checkpoint
 
     report = restore_checkpoint(

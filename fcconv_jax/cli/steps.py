@@ -171,6 +171,7 @@ def compare_checkpoints(
     src: Path, dst: Path, step: str | None, prefixes: Sequence[str] | None
 ) -> ContentReport:
     """The report on two checkpoints, by what they hold."""
+    start_jax()
     from ..checkpoints import verify_checkpoint
 
     return verify_checkpoint(src, dst, step=step, prefix=prefixes or ())
