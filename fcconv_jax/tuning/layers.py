@@ -120,7 +120,7 @@ def choose_alone(
             continue
         ways = _ways(layer, dtype)
         candidates = {name: Candidate(way[1], options) for name, way in ways.items()}
-        share = min(1.0, left / (len(costly) - number))
+        share = min(1.0, max(left, 0) / (len(costly) - number))
         forward: dict[str, Figure] = {}
         if training:
             share /= 2
@@ -130,6 +130,7 @@ def choose_alone(
                 for name, each in candidates.items()
             }
         figures = meter.measure(candidates, share)
+        meter.timings.finish(known)
         what, best = _in_words(layer, dtype), _best(figures)
         row = TunedLayer(
             tuple(paths), what, tuple(figures.items()), best, tuple(forward.items())

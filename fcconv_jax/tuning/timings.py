@@ -41,6 +41,7 @@ class Timings:
         self._device = f"{objective} on {device}"
         self._known: dict[str, Figure] = {}
         self._passed: set[str] = set()
+        self._measured: set[str] = set()
         if self._file is not None:
             if not self._file.parent.is_dir():
                 raise PlanError(
@@ -60,16 +61,25 @@ class Timings:
     def passes_over(self, what: str, left: float) -> bool:
         """Return whether time for something is out, or was out in an earlier run.
 
-        It is recorded, and passed over again in the next run.
+        It is recorded, and passed over again in the next run. What was measured in an
+        earlier run takes no time, and is never passed over.
 
         Args:
           what: the layers or the program to be measured.
           left: the seconds that are left.
         """
+        if what in self._measured:
+            return False
         if left <= 0 and what not in self._passed:
             self._passed.add(what)
             self._write()
         return what in self._passed
+
+    def finish(self, what: str) -> None:
+        """Note that all figures of something are known."""
+        if what not in self._measured:
+            self._measured.add(what)
+            self._write()
 
     def _write(self) -> None:
         if self._file is None:
@@ -92,7 +102,8 @@ class Timings:
             "version": 1,
             "device": self._device,
             "figures": {key: dataclasses.asdict(figure) for key, figure in known},
-            "no time for": sorted(self._passed),
+            "no time for": sorted(self._passed - self._measured),
+            "measured": sorted(self._measured),
         }
 
     def _merge(self, file: Path) -> None:
@@ -108,7 +119,9 @@ class Timings:
                 raise ValueError("another format or version")
             entries, passed = content["figures"].items(), content["no time for"]
             figures = {key: _figure(entry, self._objective) for key, entry in entries}
-            if not all(isinstance(each, str) for each in [*passed, content["device"]]):
+            measured = content.get("measured", [])  # files of earlier versions lack it
+            texts = [*passed, *measured, content["device"]]
+            if not all(isinstance(each, str) for each in texts):
                 raise TypeError("expected text")
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise PlanError(
@@ -123,6 +136,7 @@ class Timings:
             )
         self._known |= figures
         self._passed |= set(passed)
+        self._measured |= set(measured)
 
 
 def _figure(entry: Any, objective: Objective) -> Figure:

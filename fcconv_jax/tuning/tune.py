@@ -390,8 +390,9 @@ class _Race:
             self._tell(f"in the model: {left:.0f} s left, {path}", number, len(kinds))
             if self._meter.timings.passes_over(known, left):
                 continue
-            share = left / (2 * (len(kinds) - number))
+            share = max(left, 0) / (2 * (len(kinds) - number))
             figures = self._measure({"": now} | tried, share, again=f"beside {path}")
+            self._meter.timings.finish(known)
             best = min(tried, key=lambda way: figures[way].median)
             found, before = figures[best], figures[""]
             if found.beats(before) and before.median >= _WORTH * found.median:

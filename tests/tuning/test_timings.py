@@ -37,6 +37,15 @@ def test_figures_are_read_again_in_any_run(known):
     assert not again.passes_over("the rest", 1.0)
 
 
+def test_what_was_measured_is_never_passed_over(known):
+    again = Timings(known, "latency", "cpu")
+    assert again.passes_over("the head", 0.0)
+    Timings(known, "latency", "cpu").finish("the head")
+    later = Timings(known, "latency", "cpu")
+    assert not later.passes_over("the head", 0.0)
+    assert later.passes_over("the rest", 0.0)
+
+
 def test_two_runs_at_once_keep_the_figures_of_both(file):
     first, second = (Timings(file, "latency", "cpu") for _ in range(2))
     first.add({"a": ONE})

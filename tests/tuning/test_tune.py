@@ -364,6 +364,17 @@ def test_what_cannot_be_measured_is_refused(variables):
         fc.tune(Net(), variables, abstract, progress=False)
 
 
+def test_layers_measured_before_need_no_time(rigged, variables, tmp_path):
+    options = {"timings": tmp_path / "t.json", "progress": False}
+    first = fc.tune(Net(), variables, X, budget=60.0, **options)
+    later = fc.tune(Net(), variables, X, budget=0.0, **options)
+    assert first.tuning is not None
+    assert later.tuning is not None
+    assert [row.figures for row in later.tuning.layers] == [
+        row.figures for row in first.tuning.layers
+    ]
+
+
 def test_the_costly_layers_come_first_when_time_is_short(rigged, variables):
     told = []
     plan = fc.tune(
