@@ -1,72 +1,139 @@
 """Differences between versions of JAX and Flax, back to Colab's 0.7.2 and 0.11.2.
 
-Each entry names the version whose lower bound lets it be deleted. With Colab's,
-functions and linen models are planned; NNX models are not yet, since Flax 0.11 lacks
-``Variable.get_raw_value``. The declared bounds are therefore higher.
+Each entry starts with the version whose lower bound lets it be deleted, and with what
+then stands in its place.
 """
 
 from __future__ import annotations
 
 import functools
 import inspect
-from collections.abc import Mapping
+import types
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
+import jax.core
+import jax.experimental
 
-# jax 0.10.1: import them from jax.errors and jax.extend.core, and use jax.enable_x64.
-if hasattr(jax.errors, "InconclusiveDimensionOperation"):
-    from jax.errors import InconclusiveDimensionOperation
+# jax 0.10.1: jax.errors.InconclusiveDimensionOperation.
+InconclusiveDimensionOperation: Any = vars(jax.errors).get(
+    "InconclusiveDimensionOperation",
+    vars(jax.core).get("InconclusiveDimensionOperation"),
+)
+
+# jax 0.10.0: jax.extend.core.get_opaque_trace_state.
+try:
     from jax.extend.core import get_opaque_trace_state
-
-    enable_x64 = jax.enable_x64
-else:
-    import jax.core
-    import jax.experimental
-
-    InconclusiveDimensionOperation: Any = vars(jax.core)[
-        "InconclusiveDimensionOperation"
-    ]
+except ImportError:
     get_opaque_trace_state: Any = functools.partial(
         vars(jax.core)["get_opaque_trace_state"], convention="nnx"
     )
-    enable_x64: Any = vars(jax.experimental)["enable_x64"]
+
+# jax 0.8.0: jax.enable_x64.
+enable_x64: Any = vars(jax).get("enable_x64", vars(jax.experimental).get("enable_x64"))
+
+# jax 0.8.0: True. Earlier, XLA reuses a donated array only for one of its shape.
+DONATES_RESHAPED = jax.__version_info__ >= (0, 8)
+
+# flax 0.12.4: "out_sharding", the only key of an nnx.Variable's metadata for it.
+SHARDING_KEYS = ("out_sharding", "sharding_names")
 
 
 @functools.cache
 def graph_mode() -> Mapping[str, Any]:
-    """Options of ``nnx.split`` and the like, under which shared modules stay shared.
-
-    flax 0.12.8: always ``graph=True``. Earlier versions have only that mode.
-    """
+    """Flax 0.12.5: ``graph=True``, under which ``nnx.split`` keeps sharing."""
     from flax import nnx
 
     known = "graph" in inspect.signature(nnx.split).parameters
     return {"graph": True} if known else {}
 
 
-def holds_reference(variable: Any) -> bool:
-    """Whether an ``nnx.Variable`` holds a mutable reference, whose shape is fixed.
+def iter_graph(node: Any) -> Iterator[tuple[Any, Any]]:
+    """Flax 0.12.5: ``nnx.iter_graph(node, graph=True)``; earlier, tied ones repeat."""
+    from flax import nnx
 
-    flax 0.12.8: ``variable.ref or variable.hijax``. Earlier, ``has_ref``.
-    """
+    seen: set[int] = set()
+    for path, each in nnx.iter_graph(node, **graph_mode()):
+        if not isinstance(each, nnx.Variable) or id(each) not in seen:
+            seen.add(id(each))
+            yield path, each
+
+
+def holds_reference(variable: Any) -> bool:
+    """Flax 0.12.3: ``variable.ref or variable.hijax``."""
     if hasattr(type(variable), "has_ref"):
         return variable.has_ref
     return bool(variable.ref or variable.hijax)
 
 
 def value_of(variable: Any) -> Any:
-    """The value of an ``nnx.Variable``; flax 0.12.8: ``variable.get_value()``."""
-    get = getattr(variable, "get_value", None)
-    return variable.value if get is None else get()
+    """Flax 0.12.1: ``variable.get_value()``."""
+    new = hasattr(type(variable), "get_value")
+    return variable.get_value() if new else variable.value
+
+
+def raw_value(variable: Any) -> Any:
+    """Flax 0.12.1: ``variable.get_raw_value()``."""
+    new = hasattr(type(variable), "get_raw_value")
+    return variable.get_raw_value() if new else variable.raw_value
+
+
+def set_raw_value(variable: Any, value: Any) -> None:
+    """Flax 0.12.1: ``variable.set_raw_value(value)``."""
+    if hasattr(type(variable), "set_raw_value"):
+        variable.set_raw_value(value)
+    else:
+        variable.raw_value = value
+
+
+def set_metadata(variable: Any, updates: Mapping[str, Any]) -> None:
+    """Flax 0.12.0: ``variable.set_metadata(**updates)``."""
+    if hasattr(type(variable), "set_metadata"):
+        variable.set_metadata(**updates)
+    else:
+        variable.get_metadata().update(updates)
 
 
 def changes_when_read(variable: Any) -> bool:
-    """Whether the class of an ``nnx.Variable`` has its own way to read its value.
-
-    flax 0.12.8: ``get_value``. Earlier, the property ``value``.
-    """
+    """Flax 0.12.1: whether a subclass overrides ``get_value``; earlier, ``value``."""
     from flax import nnx
 
     name = "get_value" if hasattr(nnx.Variable, "get_value") else "value"
     return getattr(type(variable), name) is not getattr(nnx.Variable, name)
+
+
+@functools.cache
+def containers() -> tuple[type, ...]:
+    """Flax 0.12.0: ``(nnx.List, nnx.Dict)``."""
+    from flax import nnx
+
+    return tuple(vars(nnx)[name] for name in ("List", "Dict") if hasattr(nnx, name))
+
+
+@functools.cache
+def linear_settings() -> tuple[str, ...]:
+    """Flax 0.12.0: ``("preferred_element_type",)`` of ``nnx.Linear`` and the like."""
+    from flax import nnx
+
+    known = inspect.signature(nnx.Linear.__init__).parameters
+    return tuple(name for name in ("preferred_element_type",) if name in known)
+
+
+def as_kernel(value: Any) -> Any:
+    """Flax 0.12.1: the value itself, which layers then read as ``self.kernel[...]``."""
+    from flax import nnx
+
+    new = hasattr(nnx.Variable, "get_value")
+    return value if new else types.SimpleNamespace(value=value)
+
+
+def is_data(nodes: Any, name: str) -> bool:
+    """Flax 0.12.0: ``nodes.get(name, False)``, of ``module._pytree__nodes``."""
+    return name in nodes if isinstance(nodes, frozenset) else nodes.get(name, False)
+
+
+def pytree_option(cls: Any) -> Mapping[str, Any]:
+    """Flax 0.12.0: ``pytree=cls._pytree__is_pytree``, for a subclass."""
+    known = hasattr(cls, "_pytree__is_pytree")
+    return {"pytree": cls._pytree__is_pytree} if known else {}

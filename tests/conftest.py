@@ -1,5 +1,6 @@
 import collections
 import dataclasses
+import importlib.metadata
 import os
 from pathlib import Path
 from typing import Any
@@ -27,6 +28,13 @@ VERSIONS = (
     "test_strict_switches.py",
     "tracing/test_jaxprs.py",
 )
+
+
+def needs(package, version):
+    """Skips a test on earlier versions of a package, which lack what it is about."""
+    have = importlib.metadata.version(package)
+    older = tuple(map(int, have.split(".")[:3])) < tuple(map(int, version.split(".")))
+    return pytest.mark.skipif(older, reason=f"needs {package} {version}, got {have}")
 
 
 def pytest_configure(config):

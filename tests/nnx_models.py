@@ -1,4 +1,4 @@
-"""What the tests of NNX models share."""
+"""Models and helpers for the tests of NNX."""
 
 import jax
 import jax.numpy as jnp
@@ -14,6 +14,31 @@ def assert_same(want, got):
             a, b = jax.random.key_data(a), jax.random.key_data(b)
         assert (a.shape, a.dtype) == (b.shape, b.dtype)
         np.testing.assert_array_equal(np.asarray(a), np.asarray(b))
+
+
+def module_list(modules):
+    """``nnx.List(modules)``; before Flax 0.12, lists did."""
+    return nnx.List(modules) if hasattr(nnx, "List") else list(modules)
+
+
+def references():
+    """Options under which a Variable holds a mutable reference, one for each kind."""
+    new = hasattr(nnx.Variable, "hijax")
+    return ({"ref": True}, {"hijax": True}) if new else ({"use_ref": True},)
+
+
+def named(axes):
+    """Metadata of a Variable that names its axes."""
+    new = hasattr(nnx.Variable, "set_metadata")
+    return (
+        {"out_sharding": axes, "eager_sharding": False} if new else {"sharding": axes}
+    )
+
+
+def axis_names(variable):
+    """What :func:`named` set."""
+    metadata = variable.get_metadata()
+    return metadata.get("out_sharding", metadata.get("sharding_names"))
 
 
 class Stacked(nnx.Module):

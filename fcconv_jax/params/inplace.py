@@ -13,6 +13,7 @@ from jax import lax
 from jax.core import Tracer
 
 from ..geometry.kernels import Rearrangement
+from ..versions import DONATES_RESHAPED, raw_value, set_raw_value
 from .leaves import convert_leaf
 
 # Arrays of fewer bytes are copied: they hardly count, and compiling takes its time.
@@ -30,7 +31,7 @@ def convert_in_place(
     rearranged piece by piece within its memory, so that at no time there are two of
     it. An array that something else holds as well is copied, and stays as it is there.
     What shares only its buffer (``jax.device_put`` to the device where it is, a shard)
-    finds it deleted, as after any donation.
+    finds it deleted, as after any donation. Before JAX 0.8 every array is copied.
 
     Args:
       variable: its value is ``move.source`` with the stack axes added.
@@ -39,19 +40,19 @@ def convert_in_place(
     """
     within = _within(variable, move, stack_axes)
     if within is None:
-        value = convert_leaf(move, variable.get_raw_value(), stack_axes)
+        value = convert_leaf(move, raw_value(variable), stack_axes)
     else:
-        value = _rearrange(within, variable.get_raw_value())
-    variable.set_raw_value(value)
+        value = _rearrange(within, raw_value(variable))
+    set_raw_value(variable, value)
 
 
 def _within(
     variable: nnx.Variable[Any], move: Rearrangement, stack_axes: Sequence[int]
 ) -> Rearrangement | None:
     """Return the move of the whole stack, if it may free the Variable's array."""
-    if sys.getrefcount(variable.get_raw_value()) > _held_once():
+    if not DONATES_RESHAPED or sys.getrefcount(raw_value(variable)) > _held_once():
         return None
-    array = variable.get_raw_value()
+    array = raw_value(variable)
     if (
         move.is_reshape
         or not isinstance(array, jax.Array)
@@ -76,7 +77,7 @@ def _within(
 def _held_once() -> int:
     """What :func:`sys.getrefcount` says of a value that only its Variable holds."""
     variable = nnx.Variable(object())
-    return sys.getrefcount(variable.get_raw_value())
+    return sys.getrefcount(raw_value(variable))
 
 
 @functools.partial(jax.jit, static_argnums=0, donate_argnums=1)

@@ -13,6 +13,7 @@ from jax.sharding import PartitionSpec, Sharding
 
 from ..geometry.kernels import Rearrangement
 from ..geometry.meshes import over_mesh
+from ..versions import SHARDING_KEYS, raw_value
 from .axis_names import move_names, move_sharding
 from .tensors import is_tensor, move_tensor
 from .variables import is_variable
@@ -34,7 +35,7 @@ def convert_leaf(
     if is_tensor(leaf):
         return move_tensor(lambda x: _on_stack(rearrange, x, stack_axes), leaf)
     if is_variable(leaf):
-        value = convert_leaf(rearrange, leaf.get_raw_value(), stack_axes)
+        value = convert_leaf(rearrange, raw_value(leaf), stack_axes)
         return leaf.replace(value, **move_metadata(rearrange, leaf, stack_axes))
     if isinstance(leaf, meta.AxisMetadata):
         boxed: Any = leaf
@@ -99,12 +100,14 @@ def move_metadata(
     Raises:
       ValueError: the names of two axes would have to merge.
     """
-    names = variable.get_metadata("out_sharding", None)
-    if not names:
-        return {}
-    moved = move_names(rearrange, tuple(names), stack_axes)
-    spec = isinstance(names, PartitionSpec)
-    return {"out_sharding": PartitionSpec(*moved) if spec else moved}
+    updates: dict[str, Any] = {}
+    metadata = variable.get_metadata()
+    for key in SHARDING_KEYS:
+        if names := metadata.get(key):
+            moved = move_names(rearrange, tuple(names), stack_axes)
+            spec = isinstance(names, PartitionSpec)
+            updates[key] = PartitionSpec(*moved) if spec else moved
+    return updates
 
 
 def leaf_path(path: Sequence[Any]) -> str:

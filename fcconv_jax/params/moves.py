@@ -15,6 +15,7 @@ from ..geometry.meshes import over_mesh
 from ..messages.errors import PlanError
 from ..plan import Plan
 from ..plan.paths import inner_shape, join_path
+from ..versions import raw_value
 from .leaves import AxisNames, convert_leaf, flatten_with_path
 from .matching import find_moves, planned_moves
 from .move import Leaf, Move, Parts
@@ -67,7 +68,7 @@ def _parts(path: str) -> Parts:
 def _shape(leaf: Any) -> Any:
     """Return the shape of a leaf; ``...`` if it has none to show, as a sharding."""
     if is_variable(leaf):
-        leaf = leaf.get_raw_value()
+        leaf = raw_value(leaf)
     leaf = meta.unbox(leaf)
     if isinstance(leaf, AxisNames | PartitionSpec | Sharding):
         return ...

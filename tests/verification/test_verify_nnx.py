@@ -3,6 +3,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
+from nnx_models import module_list
 
 import fcconv_jax as fc
 from fcconv_jax.frontends.bind import bind
@@ -14,7 +15,7 @@ class Net(nnx.Module):
     def __init__(self):
         rngs = nnx.Rngs(0)
         self.fc1 = nnx.Linear(3 * 2 * 2, 4, rngs=rngs)
-        self.fc2 = nnx.List([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
+        self.fc2 = module_list([nnx.Linear(4, 4, rngs=rngs) for _ in range(2)])
         self.fc2[1].kernel = self.fc2[0].kernel
 
     def __call__(self, x):

@@ -10,7 +10,7 @@ from flax.nnx.nn.dtypes import promote_dtype
 from jax import lax
 
 from ...planning.layer_axes import DenseAxes
-from ...versions import changes_when_read, graph_mode, holds_reference, value_of
+from ...versions import changes_when_read, holds_reference, iter_graph, value_of
 
 KINDS: dict[str, type[nnx.Module]] = {
     "Linear": nnx.Linear,
@@ -32,7 +32,7 @@ def path_text(path: tuple[Any, ...]) -> str:
 
 def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
     """Yield every module below and including the model, once, with its first path."""
-    for path, node in nnx.iter_graph(model, **graph_mode()):
+    for path, node in iter_graph(model):
         if isinstance(node, nnx.Module):
             yield path_text(path), node
 
@@ -41,7 +41,7 @@ def variables(model: Any) -> dict[str, nnx.Variable]:
     """Return every Variable of a model once, by its first path, as its state has it."""
     return {
         path_text(path): node
-        for path, node in nnx.iter_graph(model, **graph_mode())
+        for path, node in iter_graph(model)
         if isinstance(node, nnx.Variable)
     }
 

@@ -21,7 +21,15 @@ from ...params.trees import restore_params
 from ...plan import LayerPlan, Plan, direction
 from ...plan.paths import inner_shape
 from ...tracing import arguments
-from ...versions import graph_mode
+from ...versions import (
+    containers,
+    graph_mode,
+    iter_graph,
+    pytree_option,
+    raw_value,
+    set_metadata,
+    set_raw_value,
+)
 from ..function.model import run_rewritten
 from . import layers as nnx_layers
 from .nodes import (
@@ -58,7 +66,7 @@ def set_classes(
       new: parameters that have been converted, as :func:`converted_matmuls` has them.
     """
     for _, module in nnx_layers.modules(model):
-        if not isinstance(module, nnx.List | nnx.Dict):
+        if not isinstance(module, containers()):
             matmuls = {**_matmuls_of(module), **new}
             _set_matmuls(module, {k: p for k, p in matmuls.items() if k not in gone})
 
@@ -105,9 +113,8 @@ def _rewritten_class(cls: type[nnx.Module], plan: Plan) -> type[nnx.Module]:
     methods = {
         name: _rewritten_method(name, value) for name, value in _methods(cls).items()
     }
-    is_pytree = cls._pytree__is_pytree
     make: Any = type(cls)
-    return make(cls.__name__, (cls,), {**names, **methods}, pytree=is_pytree)
+    return make(cls.__name__, (cls,), {**names, **methods}, **pytree_option(cls))
 
 
 # Special methods that make, show, compare or store an object: none computes with it.
@@ -214,7 +221,7 @@ def _call_method(
     if ended.changed:
         variables = nnx_layers.variables((module, *nodes))
         for path, value in ended.changed.items():
-            variables[path].set_raw_value(value)
+            set_raw_value(variables[path], value)
     out = with_nodes(ended.static.value.merge(ended.arrays), found)
     return iter(out.each) if isinstance(out, Steps) else out
 
@@ -268,7 +275,7 @@ class _Call:
     def run(self, state: Any, arrays: Sequence[Any]) -> _Ended:
         """Runs it, rewritten."""
         stored = {
-            nnx_layers.path_text(path[1:]): variable.get_raw_value()
+            nnx_layers.path_text(path[1:]): raw_value(variable)
             for path, variable in nnx.to_flat_state(state)
             if path[0] == 0 and isinstance(variable, nnx.Variable)
         }
@@ -311,7 +318,7 @@ class _Call:
             _set_matmuls(each, rest)
         there = {}
         for path, layer in plan.inverse().items():
-            there[path] = before[f"0/{path}"].get_raw_value()
+            there[path] = raw_value(before[f"0/{path}"])
             _set(before[f"0/{path}"], params[path], layer)
         values = _values(before)
         out = getattr(module, self.name)
@@ -377,8 +384,8 @@ def _as_present(path: str, layer: LayerPlan, value: Any) -> LayerPlan:
 def _set(variable: nnx.Variable, value: Any, layer: LayerPlan) -> None:
     """Puts a value that has moved into a Variable, and moves its metadata."""
     if updates := move_metadata(layer.kernel, variable, layer.stack_axes):
-        variable.set_metadata(**updates)
-    variable.set_raw_value(value)
+        set_metadata(variable, updates)
+    set_raw_value(variable, value)
 
 
 def _set_class(module: Any, cls: type[nnx.Module]) -> None:
@@ -388,16 +395,14 @@ def _set_class(module: Any, cls: type[nnx.Module]) -> None:
 def _objects(nodes: Any) -> dict[str, Any]:
     """All objects of a graph, by their first path."""
     return {
-        nnx_layers.path_text(path): node
-        for path, node in nnx.iter_graph(nodes, **graph_mode())
-        if path
+        nnx_layers.path_text(path): node for path, node in iter_graph(nodes) if path
     }
 
 
 def _values(objects: Mapping[str, Any]) -> dict[str, tuple[list[Any], Any]]:
     """The values of the Variables, flat: one may be changed in place."""
     return {
-        path: jax.tree.flatten(node.get_raw_value())
+        path: jax.tree.flatten(raw_value(node))
         for path, node in objects.items()
         if isinstance(node, nnx.Variable)
     }

@@ -23,7 +23,14 @@ from ...params.leaves import convert_leaf, move_metadata
 from ...plan import Form, LayerPlan, Plan
 from ...plan import layer_forms as forms
 from ...plan.paths import inner_shape
-from ...versions import graph_mode
+from ...versions import (
+    graph_mode,
+    is_data,
+    linear_settings,
+    raw_value,
+    set_metadata,
+    set_raw_value,
+)
 from . import layers as nnx_layers
 from .matmuls import converted_matmuls, set_classes
 from .twins import warn_of_twins
@@ -197,10 +204,8 @@ def _call_other_form(layer: Any, to: Form, x: jax.Array, out_sharding: Any) -> A
     """Runs a converted layer, with the settings that it has as an NNX layer."""
     kernel, bias = layer.kernel[...], nnx_layers.bias_of(layer)
     x, kernel, bias = layer.promote_dtype((x, kernel, bias), dtype=layer.dtype)
-    settings = {
-        "precision": layer.precision,
-        "preferred_element_type": layer.preferred_element_type,
-    }
+    names = ("precision", *linear_settings())
+    settings = {name: getattr(layer, name) for name in names}
     _, converted = forms.pair_of_forms(layer._layer, to, **settings)
     return converted(x, kernel, bias, out_sharding)
 
@@ -316,12 +321,12 @@ def _convert_layer(
 def _move(variable: Any, move: Rearrangement, layer: LayerPlan, inplace: bool) -> None:
     """Moves the entries of one parameter, and its metadata."""
     if updates := move_metadata(move, variable, layer.stack_axes):
-        variable.set_metadata(**updates)
+        set_metadata(variable, updates)
     if inplace:
         convert_in_place(variable, move, layer.stack_axes)
         return
-    value = convert_leaf(move, variable.get_raw_value(), layer.stack_axes)
-    variable.set_raw_value(value)
+    value = convert_leaf(move, raw_value(variable), layer.stack_axes)
+    set_raw_value(variable, value)
 
 
 def _settings(old: Any, layer: LayerPlan) -> tuple[type[nnx.Module], dict[str, Any]]:
@@ -329,8 +334,8 @@ def _settings(old: Any, layer: LayerPlan) -> tuple[type[nnx.Module], dict[str, A
     shape = layer.kernel.target
     *_, inner, features = layer.channels_last(shape)
     same = ("use_bias", "dtype", "param_dtype", "precision", "promote_dtype")
+    same += linear_settings()
     settings = {name: getattr(old, name) for name in same}
-    settings["preferred_element_type"] = old.preferred_element_type
     if layer.to == "conv":
         return Conv, settings | {
             "in_features": inner * layer.groups,
@@ -367,5 +372,5 @@ def _become(module: Any, cls: type[nnx.Module], settings: dict[str, Any]) -> Non
     vars(module)["_pytree__state"] = old["_pytree__state"]
     object.__setattr__(module, "__class__", cls)
     for name, value in (settings | kept).items():
-        data = name in kept and nodes.get(name, False)
+        data = name in kept and is_data(nodes, name)
         setattr(module, name, nnx.data(value) if data else value)

@@ -19,7 +19,7 @@ from ...planning.layers import Layer
 from ...planning.trace import TracedModel, trace
 from ...tracing import arguments
 from ...tracing.marks import name_parameter
-from ...versions import graph_mode, holds_reference, value_of
+from ...versions import as_kernel, graph_mode, holds_reference, raw_value, value_of
 from . import layers as nnx_layers
 from .readers import Readers
 
@@ -46,11 +46,12 @@ def _named_call(self: Any, inputs: Any, out_sharding: Any = None) -> Any:
     path = getattr(self, _PATH)
     getattr(self, _CALLED).paths.add(path)
     shadow = types.SimpleNamespace(**vars(self))
-    shadow.kernel = name_parameter(path, value_of(self.kernel))
+    shadow.kernel = as_kernel(name_parameter(path, value_of(self.kernel)))
     bias = nnx_layers.bias_of(self)
-    shadow.bias = None if bias is None else name_parameter(path, bias)
+    shadow.bias = None if bias is None else as_kernel(name_parameter(path, bias))
     method: Any = type(self).__mro__[1].__call__
-    return method(shadow, inputs, out_sharding=out_sharding)
+    options = {} if out_sharding is None else {"out_sharding": out_sharding}
+    return method(shadow, inputs, **options)
 
 
 # Subclasses with one base each: Python lets an object of the base become one.
@@ -153,7 +154,7 @@ def _trace(
         path
         for path, variable in nnx_layers.variables(twin).items()
         if isinstance(variable, nnx.Param) or id(variable) in held
-        if arguments.is_array(variable.get_raw_value())
+        if arguments.is_array(raw_value(variable))
     }
     graphdef, state, rest = nnx.split(
         twin, lambda path, _: nnx_layers.path_text(path) in params, ..., **graph_mode()

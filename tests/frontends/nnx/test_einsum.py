@@ -1,6 +1,7 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conftest import needs
 from flax import nnx
 
 import fcconv_jax as fc
@@ -104,6 +105,7 @@ def test_what_is_no_matmul_of_input_and_kernel_is_left():
     assert "excluded by rule" in plan.skipped["q/kernel"]
 
 
+@needs("flax", "0.12.4")
 def test_an_einsum_keeps_its_out_sharding():
     mesh = jax.make_mesh((1, 1), ("x", "y"), (jax.sharding.AxisType.Explicit,) * 2)
     model = integers(nnx.Einsum("btc,cd->btd", (4, 6), rngs=nnx.Rngs(0)))

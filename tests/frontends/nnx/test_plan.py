@@ -5,7 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import needs
 from flax import linen, nnx
+from nnx_models import references
 
 import fcconv_jax as fc
 
@@ -92,6 +94,7 @@ def test_planning_does_not_count_on_the_models_rngs():
     jax.tree.map(np.testing.assert_array_equal, before, after)
 
 
+@needs("flax", "0.12.0")
 def test_containers_give_paths_of_the_graph():
     class Stack(nnx.Module):
         def __init__(self):
@@ -191,9 +194,10 @@ def test_a_layer_with_a_matmul_of_its_own_is_left():
     }
 
 
-@pytest.mark.parametrize("kind", ["ref", "hijax"])
+@pytest.mark.parametrize("kind", references())
 def test_mutable_references_are_left(kind):
-    layer = linear(4, 3, kernel_metadata={kind: True})
+    layer = linear(4, 3)
+    layer.kernel = nnx.Param(layer.kernel[...], **kind)
     plan = fc.make_plan(layer, np.ones((2, 4), np.float32))
     assert "mutable references" in plan.skipped[""]
 
@@ -227,6 +231,7 @@ def test_flags_and_rngs_of_the_call():
     assert int(rngs.dropout.count[...]) == 0
 
 
+@needs("flax", "0.12.1")
 def test_weight_norm_is_left():
     model = nnx.WeightNorm(linear(4, 3), rngs=nnx.Rngs(0))
     plan = fc.make_plan(model, np.ones((2, 4), np.float32))
