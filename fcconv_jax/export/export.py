@@ -212,7 +212,7 @@ def _outputs(bound: BoundModel) -> Any:
             "Expected the params after the model, got None. Pass the variables that "
             "model.init returns, {} for a model without params."
         )
-    return jax.eval_shape(bound.call, bound.variables, bound.arrays)
+    return bound.traced[1]
 
 
 class _Call:

@@ -76,16 +76,15 @@ def _draws(
     summed = (limit - size) // (size * other)
     axis = _summed_axis(layer)
     features = layer.input_shape[axis]
-    window = max(1, terms // features) if layer.op == "conv" else 1
-    groups = layer.options.get("groups", 1) if layer.op == "conv" else 1
-    if groups > 1:
-        window = max(1, terms * groups // features)
-    together = max(1, min(features, summed // window))
+    # A sum goes over the features of one group.
+    inner = features // (layer.options["groups"] if layer.op == "conv" else 1)
+    window = terms // inner if layer.op == "conv" else 1
+    together = max(1, min(inner, summed // window))
     sizes = {"kernel": (other, size), "input": (size, other)}[large]
-    for first in range(0, features, together):
+    places = np.arange(features) % inner
+    for first in range(0, inner, together):
         x = integers(rng, layer.input_shape, sizes[0])
-        mask = np.zeros(features, np.int64)
-        mask[first : first + together] = 1
+        mask = ((places >= first) & (places < first + together)).astype(np.int64)
         shape = [1] * x.ndim
         shape[axis] = features
         kernel = integers(rng, layer.kernel_shape, sizes[1])

@@ -21,6 +21,7 @@ from ..frontends.bound import BoundModel
 from ..messages.errors import ExportError
 from ..messages.progress import Progress
 from ..params.leaves import flatten_with_path
+from ..tracing.jaxprs import evaluate
 from ..verification.agreement import WorkingError, named_leaves, working_errors
 from ..verification.moved import MOVED, moved_by_an_ulp
 from ..verification.obstacles import obstacles
@@ -116,7 +117,7 @@ def reference_of(bound: BoundModel) -> tuple[ReferenceOutputs | None, list[str]]
       The reference, or None and the reasons why there is none.
     """
     variables, arrays = bound.variables, bound.arrays
-    jaxpr = jax.make_jaxpr(bound.call)(variables, arrays)
+    jaxpr, tree = bound.traced
     why = obstacles(jaxpr)
     if why:
         return None, [f"no float64 reference: {reason}" for reason in why]
@@ -124,15 +125,14 @@ def reference_of(bound: BoundModel) -> tuple[ReferenceOutputs | None, list[str]]
     if reading.bytes > free_memory():
         return None, ["no float64 reference: it needs more memory than is free"]
     outs, _ = reading(jax.tree.leaves((variables, arrays)))
-    run = jax.jit(bound.call)
-    tree = jax.eval_shape(bound.call, variables, arrays)
     names = [path for path, _ in named_leaves(tree, "output")]
-    own = [run(variables, arrays)]
+    # Of the trace: tracing a model takes far longer than what it computes.
+    run = jax.jit(lambda *flat: evaluate(jaxpr, flat))
+    leaves = [run(*jax.tree.leaves((variables, arrays)))]
     for seed in range(MOVED):
         params = moved_by_an_ulp(variables["params"], seed)
-        own.append(run({**variables, "params": params}, arrays))
+        leaves.append(run(*jax.tree.leaves(({**variables, "params": params}, arrays))))
     inputs = [np.asarray(x) for x in arrays]
-    leaves = [jax.tree.leaves(each) for each in own]
     return ReferenceOutputs(list(zip(names, outs)), leaves, inputs), []
 
 

@@ -197,6 +197,12 @@ class BoundModel(abc.ABC):
         """Whether the output depends on each array of the variables, in their order."""
         return inputs_read(jax.make_jaxpr(self.output)(self.shapes, self.arrays))
 
+    @functools.cached_property
+    def traced(self) -> tuple[Any, Any]:
+        """The trace of :meth:`call`, and the shapes of what it returns."""
+        trace = jax.make_jaxpr(self.call, return_shape=True)
+        return trace(self.variables, self.arrays)
+
     def with_variables(self, variables: Mapping[str, Any]) -> BoundModel:
         """The same call with other variables."""
         return dataclasses.replace(self, given=variables)

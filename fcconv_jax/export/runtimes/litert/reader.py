@@ -114,7 +114,7 @@ class LiteRTFile(Shipped):
         if dtype is None:
             return None
         shape = () if tensor.shape is None else tuple(tensor.shape)
-        return np.frombuffer(np.asarray(data, np.uint8).tobytes(), dtype).reshape(shape)
+        return np.ascontiguousarray(data, np.uint8).view(dtype).reshape(shape)
 
     def load(self) -> None:
         """Load the file in LiteRT.
