@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from ..backends.name import Backend
     from ..checkpoints import ContentReport
     from ..frontends.bound import BoundModel
-    from ..plan import Plan
+    from ..plan import Form, Plan
     from ..verification.report import VerifyReport
 
 
@@ -28,6 +28,16 @@ class PlanOptions:
     to: To | None = None
     rules: Sequence[str] | None = None
     backend: str | None = None
+
+    @property
+    def form(self) -> Form:
+        """``--to``, or else the form that all rules agree on; ``"conv"`` by default."""
+        from ..plan.rules import as_rules
+
+        forms = {rule.to for rule in as_rules(self.rules or ()) if not rule.skip}
+        if self.to is None and forms == {"dense"}:
+            return "dense"
+        return "dense" if self.to == To.DENSE else "conv"
 
     @property
     def any(self) -> bool:
@@ -67,8 +77,9 @@ def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
     if plan_options.backend not in (None, "any"):
         parse_backends([plan_options.backend], "--for")
     try:
-        to = (plan_options.to or To.CONV).value
-        return bound.plan(to, plan_options.rules or (), plan_options.backend)
+        return bound.plan(
+            plan_options.form, plan_options.rules or (), plan_options.backend
+        )
     except PlanError:
         raise
     except Exception as error:
@@ -98,10 +109,12 @@ def plan_checkpoint(
     if info.plan is not None:
         return info.plan  # convert_checkpoint says that it is converted already
     shapes = {leaf.path: leaf.shape for leaf in info.leaves}
-    if info.format == "safetensors":
+    if info.format == "safetensors" and any(key.endswith("kernel") for key in shapes):
+        # Flax's levels; PyTorch's names stay whole.
         shapes = {"/".join(split_key(key, shapes)): shapes[key] for key in shapes}
-    to = (plan_options.to or To.CONV).value
-    made = plan_from_params(shapes, plan_options.rules or (), to, plan_options.backend)
+    made = plan_from_params(
+        shapes, plan_options.rules or (), plan_options.form, plan_options.backend
+    )
     if made:
         print_plan(made, err=True)
     return made

@@ -10,7 +10,7 @@ from typing import Any, Literal, get_args
 from ..frontends.bound import BoundModel
 from ..messages.errors import PlanError
 from ..plan import LayerPlan, Plan, direction
-from ..plan.layer_forms import output_positions
+from ..plan.layer_forms import canonical_layer, output_positions
 from ..plan.rules import Rule
 from .chips import Chip, Place
 from .layers import Layer
@@ -142,8 +142,10 @@ def as_layer(path: str, layer: LayerPlan, form: str) -> Layer:
 
 
 def _features(layer: LayerPlan) -> int:
-    kernel = layer.kernel.target if layer.to == "conv" else layer.kernel.source
-    return layer.channels_last(kernel)[-1]
+    if layer.to == "conv":
+        return layer.canonical_target[-1]
+    layer = canonical_layer(layer) if layer.is_matmul else layer
+    return layer.channels_last(layer.kernel.source)[-1]
 
 
 def _dense_shapes(layer: LayerPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:

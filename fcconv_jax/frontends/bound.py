@@ -16,8 +16,8 @@ from ..backends.compilation import Program
 from ..messages.errors import PlanError
 from ..params.leaves import flatten_with_path
 from ..params.trees import convert_params
-from ..plan import Form, Plan
-from ..plan.rules import Rule, as_rules
+from ..plan import Form, KernelLayout, Plan
+from ..plan.rules import Rule, as_rules, require_traceable
 from ..planning.layouts import lay_out
 from ..planning.mesh_layouts import for_mesh
 from ..tracing import arguments
@@ -72,6 +72,8 @@ class BoundModel(abc.ABC):
     takes_options: ClassVar[bool] = True
     # Behind the batch, or behind the batch and the channels.
     first_spatial_axis: ClassVar[int] = 1
+    # How the library stores kernels.
+    kernel_layout: ClassVar[KernelLayout] = "HWIO"
     # Whether checkpoints hold the names of collections above those of the leaves.
     stores_collections: ClassVar[bool] = False
     # Whether they hold other variables among the params, such as sown values.
@@ -234,6 +236,7 @@ class BoundModel(abc.ABC):
         if to not in ("conv", "dense"):
             raise PlanError(f"Expected to='conv' or to='dense', got {to!r}.")
         chosen = as_rules(rules)
+        require_traceable(chosen, to)
         with explained():
             try:
                 plan = self._plan(to, chosen)
@@ -241,7 +244,7 @@ class BoundModel(abc.ABC):
                 _refuse_shapes(self.args, error)
                 raise
         arrays = (self.held, self.args)
-        plan = lay_out(plan, chosen, backend, arrays)
+        plan = lay_out(plan, chosen, backend, arrays, self.kernel_layout)
         return for_mesh(plan, arrays, self.args, chosen)
 
     @abc.abstractmethod

@@ -25,6 +25,7 @@ class BoundTorch(BoundHeld):
 
     library = "torch"
     first_spatial_axis = 2
+    kernel_layout = "OIHW"
 
     def __post_init__(self) -> None:
         """Takes tensors among the inputs as arrays."""

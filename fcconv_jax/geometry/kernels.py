@@ -340,25 +340,43 @@ class Rearrangement:
             tuple(n + axis for axis in self.flip),
         )
 
-    def last_axis_first(self) -> Rearrangement:
-        """This rearrangement with the last axis of the target moved to the front.
+    def permuted(self, axes: Sequence[int]) -> Rearrangement:
+        """Return this rearrangement with the axes of its target in another order.
 
         Raises:
-          ValueError: the transpose does not end in the entries of that axis.
+          ValueError: a target axis cuts through a transposed one.
 
         Example:
-          >>> kernel_rearrangement((12, 5), (2, 2)).last_axis_first().target
-          (5, 2, 2, 3)
+          >>> kernel_rearrangement((12, 5), (2, 2)).permuted((3, 2, 0, 1)).target
+          (5, 3, 2, 2)
         """
-        last, at, size = self.target[-1], len(self.perm), 1
-        while size < last:
-            at -= 1
-            size *= self.split[self.perm[at]]
-        if size != last:
-            raise ValueError(f"{self}: the last axis is a part of a transposed one")
-        perm = (*self.perm[at:], *self.perm[:at])
-        target = (last, *self.target[:-1])
-        return Rearrangement(self.source, self.split, perm, target, self.flip)
+        target = tuple(self.target[axis] for axis in axes)
+        if not math.prod(self.target):
+            return Rearrangement.reshape(self.source, target)
+        pieces: dict[int, list[int]] = {axis: [] for axis in self.perm}
+        groups: list[list[tuple[int, int]]] = []
+        left, waiting = 1, iter(self.perm)
+        axis = -1
+        for size in self.target:
+            groups.append([])
+            while size > 1:
+                while left == 1:
+                    axis = next(waiting)
+                    left = self.split[axis]
+                step = math.gcd(size, left)
+                if step not in (size, left):
+                    raise ValueError(f"{self}: axis {size} is a part of {left}")
+                groups[-1].append((axis, len(pieces[axis])))
+                pieces[axis].append(step)
+                size, left = size // step, left // step
+        named = [(axis, i) for axis in sorted(pieces) for i in range(len(pieces[axis]))]
+        return Rearrangement(
+            self.source,
+            tuple(pieces[axis][i] for axis, i in named),
+            tuple(named.index(piece) for at in axes for piece in groups[at]),
+            target,
+            tuple(n for n, (axis, _) in enumerate(named) if axis in self.flip),
+        )
 
     def __call__(self, array: Any) -> Any:
         """Rearrange ``array`` of shape ``source`` into shape ``target``.

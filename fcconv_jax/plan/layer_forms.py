@@ -359,28 +359,33 @@ def convolve(
       ``(N, *positions, O)``.
     """
     strides, ones = layer.strides, x.shape[1:-1]
+    stored = layer.kernel_layout
     if layer.layout == "flat":
+        if stored == "OIHW":
+            kernel, stored = kernel.transpose(*range(2, kernel.ndim), 1, 0), "HWIO"
         # One position only: the window and the channels are one axis of features.
         ones = (1,) * len(ones)
         x = reshape(x, (x.shape[0], 1, math.prod(x.shape[1:])))
-        out = kernel.shape[-1 if layer.kernel_layout == "HWIO" else 0]
+        out = kernel.shape[-1 if stored == "HWIO" else 0]
         inner = kernel.size // out
-        flat = (1, inner, out) if layer.kernel_layout == "HWIO" else (out, 1, inner)
+        flat = (1, inner, out) if stored == "HWIO" else (out, 1, inner)
         kernel, strides = reshape(kernel, flat), (1,)
         shape = (x.shape[0], *ones, out)
         out_sharding = respec(out_sharding, shape, (x.shape[0], 1, out))
     last = x.ndim - 1
     lhs = (0, last, *range(1, last))
-    rhs = (last, last - 1, *range(last - 1))
+    specs = {
+        "HWIO": (last, last - 1, *range(last - 1)),
+        "OHWI": lhs,
+        "OIHW": tuple(range(x.ndim)),
+    }
     y = lax.conv_general_dilated(
         x,
         kernel,
         (1,) * len(strides) if layer.transposed else strides,
         [(k - 1, k - 1) for k in strides] if layer.transposed else "VALID",
         lhs_dilation=strides if layer.transposed else None,
-        dimension_numbers=lax.ConvDimensionNumbers(
-            lhs, rhs if layer.kernel_layout == "HWIO" else lhs, lhs
-        ),
+        dimension_numbers=lax.ConvDimensionNumbers(lhs, specs[stored], lhs),
         feature_group_count=layer.groups,
         out_sharding=out_sharding,
         **settings,
@@ -414,7 +419,7 @@ def _gathered(
         for part, wanted in zip(
             parts(mine, kernel.ndim),
             [made, *[summed] * (kernel.ndim - 1)]
-            if layer.kernel_layout == "OHWI"
+            if layer.kernel_layout != "HWIO"
             else [*[summed] * (kernel.ndim - 1), made],
         )
     ]
@@ -476,7 +481,7 @@ def canonical_layer(layer: LayerPlan) -> LayerPlan:
     The plan moves the parameter as it is stored, such as ``(out, in)``; the matmul
     sees it in the canonical order, whatever lies between.
     """
-    *window, rows, out = layer.channels_last(layer.kernel.target)
+    *window, rows, out = layer.canonical_target
     taps = math.prod(window)
     if layer.transposed:
         if layer.to == "conv":
@@ -492,4 +497,7 @@ def canonical_layer(layer: LayerPlan) -> LayerPlan:
         transposed=layer.transposed,
     )
     kernel = layer.lay_out(kernel) if layer.to == "conv" else kernel.inverse()
-    return dataclasses.replace(layer, leaves=(("kernel", kernel),))
+    stored = layer.kernel_layout if layer.to == "conv" else "HWIO"
+    return dataclasses.replace(
+        layer, leaves=(("kernel", kernel),), kernel_layout=stored
+    )

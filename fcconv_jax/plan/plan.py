@@ -21,7 +21,7 @@ Form = Literal["conv", "dense"]
 # Of a plan as a whole: "mix" where some layers go to conv and some to dense.
 Direction = Literal["conv", "dense", "mix"]
 Layout = Literal["fold", "keep", "flat"]
-KernelLayout = Literal["HWIO", "OHWI"]
+KernelLayout = Literal["HWIO", "OHWI", "OIHW"]
 
 # Of layers in plan.skipped; others there are called, and stay for another reason.
 UNCALLED_REASON = "the trace of these inputs does not call it"
@@ -55,8 +55,9 @@ class LayerPlan:
         a 1-D convolution 1x1 over the window and channels in one axis.
       tied: names of the leaves that a tree holds only once, under another layer's
         path.
-      kernel_layout: how a kernel that goes to conv is stored: ``"HWIO"``, as Flax
-        has it (for one dimension WIO, for three DHWIO), or ``"OHWI"``.
+      kernel_layout: how the converted kernel is stored: ``"HWIO"``, as Flax has it
+        (for one dimension WIO, for three DHWIO; a dense one ``(in, out)``); a conv one
+        as ``"OHWI"``; or ``"OIHW"``, as PyTorch has it (a dense one ``(out, in)``).
       to: the form that the layer goes to.
 
     Raises:
@@ -151,8 +152,18 @@ class LayerPlan:
         return not self.leaves[0][0]
 
     def lay_out(self, move: Rearrangement) -> Rearrangement:
-        """Return a rearrangement to ``(*window, in, out)`` in the stored order."""
-        return move.last_axis_first() if self.kernel_layout == "OHWI" else move
+        """Return a rearrangement to the converted kernel in the stored order.
+
+        Args:
+          move: to ``(*window, in, out)``, or to ``([groups,] in, out)``.
+        """
+        *lead, inner, out = range(len(move.target))
+        if self.kernel_layout == "OIHW":
+            axes = (out, inner, *lead) if self.to == "conv" else (*lead, out, inner)
+            return move.permuted(axes)
+        if self.kernel_layout == "OHWI" and self.to == "conv":
+            return move.permuted((out, *lead, inner))
+        return move
 
     def channels_last(self, stored: Sequence[Any]) -> tuple[Any, ...]:
         """Return a stored conv kernel's shape as ``(*window, in, out)``.
@@ -161,14 +172,26 @@ class LayerPlan:
         """
         if self.kernel_layout == "OHWI":
             return (*stored[1:], stored[0])
+        if self.kernel_layout == "OIHW":
+            return (*stored[2:], stored[1], stored[0])
         return tuple(stored)
+
+    @property
+    def canonical_target(self) -> tuple[int, ...]:
+        """Shape of the converted kernel, ``(*window, in, out)`` or a dense one's."""
+        target = self.kernel.target
+        if self.to == "conv":
+            return self.channels_last(target)
+        if self.kernel_layout == "OIHW":
+            return (*target[:-2], target[-1], target[-2])
+        return target
 
     def dense_input_shape(self) -> tuple[int, ...]:
         """Shape of the dense form's input ``(*lead, [groups,] in)``, of a plan to conv.
 
         As the layer had it when the plan was made, with all its features in one axis.
         """
-        *window, channels, _ = self.channels_last(self.kernel.target)
+        *window, channels, _ = self.canonical_target
         features = channels if self.transposed else math.prod(window) * channels
         total = features * self.groups
         lead = self.input_shape

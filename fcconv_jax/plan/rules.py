@@ -11,12 +11,13 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from ..messages.errors import PlanError
-from .plan import KernelLayout, LayerPlan, Layout
+from .plan import Form, KernelLayout, LayerPlan, Layout
 
 _SYNTAX = (
-    "PATTERN=skip, PATTERN=auto or PATTERN=WINDOW[:ORDER][:LAYOUT], such as "
-    "'head=7x7', 'head=7x7:CHW', '*=keep' or 'fc*=1x1:OHWI:flat'; PATTERN<SIZE is for "
-    "kernels of fewer entries, as in '*<10000=skip'"
+    "PATTERN=skip, PATTERN=auto or PATTERN=[FORM][:WINDOW][:ORDER][:LAYOUT][:groupsN], "
+    "such as 'head=7x7', 'head=7x7:CHW', 'patch_embed.proj=dense', '*=keep' or "
+    "'fc*=1x1:OHWI:flat'; PATTERN<SIZE is for kernels of fewer entries, as in "
+    "'*<10000=skip'"
 )
 
 
@@ -36,6 +37,8 @@ class Rule:
       skip: leave the layer as it is.
       kernel_layout: as ``layout``.
       below: if given, the rule is only for kernels of fewer entries.
+      to: the form to convert to; None for that of the whole plan.
+      groups: of the conv form, for :func:`fcconv_jax.plan_from_params`; None for one.
 
     Example:
       >>> rule = Rule.parse("head/fc6=7x7:CHW:keep")
@@ -52,6 +55,8 @@ class Rule:
     skip: bool = False
     kernel_layout: KernelLayout | None = None
     below: int | None = None
+    to: Form | None = None
+    groups: int | None = None
 
     @classmethod
     def parse(cls, text: str) -> Rule:
@@ -59,8 +64,9 @@ class Rule:
 
         Args:
           text: ``PATTERN=skip``; ``PATTERN=auto``, for what the trace says; or
-            ``PATTERN=`` and a window, an order and layouts, all optional, between
-            colons. ``PATTERN<SIZE`` is for kernels of fewer entries.
+            ``PATTERN=`` and a form, a window, an order, layouts and a number of
+            groups, all optional, between colons. ``PATTERN<SIZE`` is for kernels of
+            fewer entries.
 
         Raises:
           PlanError: the text has another form.
@@ -76,8 +82,11 @@ class Rule:
             name = _meaning(word)
             if not pattern or name is None or name in found:
                 raise PlanError(f"rule {text!r} is not of the form {_SYNTAX}")
-            window = name == "window"
-            found[name] = tuple(map(int, word.split("x"))) if window else word
+            found[name] = word
+            if name == "window":
+                found[name] = tuple(map(int, word.split("x")))
+            elif name == "groups":
+                found[name] = int(word.removeprefix("groups"))
         return cls(pattern, **found, below=below)
 
     def __str__(self) -> str:
@@ -132,11 +141,35 @@ def first_match(rules: Sequence[Rule], path: str, layer: LayerPlan) -> Rule:
     A rule for the matmuls of a layer's kernel may name the layer.
     """
     size = math.prod(layer.kernel.source)
-    names = {path, path.removesuffix("/kernel") if layer.is_matmul else path}
+    names = {path, module_of(path) if layer.is_matmul else path}
     for rule in rules:
         if any(rule.matches(name, size) for name in names):
             return rule
     return Rule(path)
+
+
+def module_of(path: str) -> str:
+    """Return the path of the module that a kernel of Flax or PyTorch belongs to."""
+    return re.sub(r"(/kernel|[./]weight)$", "", path)
+
+
+def require_traceable(rules: Iterable[Rule], to: Form) -> None:
+    """Refuse rules for what a trace decides.
+
+    Raises:
+      PlanError: a rule states groups, or another form than the plan's.
+    """
+    for rule in rules:
+        if rule.to not in (None, to):
+            raise PlanError(
+                f"Expected rules for to={to!r}, got rule {rule.pattern!r} to "
+                f"{rule.to!r}. Pass to={rule.to!r} (--to {rule.to})."
+            )
+        if rule.groups is not None:
+            raise PlanError(
+                f"Expected a rule without groups, got groups{rule.groups} for "
+                f"{rule.pattern!r}. Drop it: the model's trace shows them."
+            )
 
 
 def _meaning(word: str) -> str | None:
@@ -147,4 +180,8 @@ def _meaning(word: str) -> str | None:
         return "layout"
     if word in get_args(KernelLayout):
         return "kernel_layout"
+    if word in get_args(Form):
+        return "to"
+    if re.fullmatch(r"groups[1-9]\d*", word):
+        return "groups"
     return "order" if re.fullmatch("[A-Z]+", word) else None

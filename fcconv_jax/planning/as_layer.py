@@ -90,6 +90,12 @@ def conv_arguments(matmul: Matmul) -> Mapping[str, Any]:
     }
 
 
+def channels_first(matmul: Matmul) -> bool:
+    """Return whether a convolution reads images with their channels first."""
+    images, _, _ = _specs(matmul)
+    return images[1] < min(images[2:], default=0)
+
+
 def stack_axes(matmul: Matmul) -> tuple[int, ...] | None:
     """Return the axes of the parameter along which the matmul sees one step at a time.
 

@@ -40,6 +40,8 @@ class Call:
       geometry: of a convolution, as :func:`fcconv_jax.classify` takes it.
       obstacle: why it does not convert, if so.
       mapped: how many axes of the input in the trace the layer does not see.
+      channels_first: whether a convolution's images have their channels before their
+        spatial axes.
     """
 
     kind: str
@@ -51,6 +53,7 @@ class Call:
     geometry: Mapping[str, Any] | None
     obstacle: str | None
     mapped: int = 0
+    channels_first: bool = False
 
 
 def plan_layers(
@@ -153,7 +156,10 @@ def _plan_conv(
             f"{window}"
         )
     _check_order(rule, len(window))
-    order = (rule.order if rule else None) or channel_last(len(window))
+    # Patches of such images are flattened in this order by F.unfold and nn.Flatten.
+    letters = channel_last(len(window))
+    order = "C" + letters[:-1] if call.channels_first else letters
+    order = (rule.order if rule else None) or order
     transposed = cases == ["unpatchify"]
     taps, rows, out = math.prod(window), call.kernel[-2], call.kernel[-1] // groups
     canonical = (rows, taps * out) if transposed else (taps * rows, out)

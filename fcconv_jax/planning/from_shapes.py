@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -12,7 +14,7 @@ from flax.core import meta
 from ..geometry.kernels import bias_rearrangement, channel_last, kernel_rearrangement
 from ..messages.errors import PlanError
 from ..params.leaves import leaf_path
-from ..plan import Form, LayerPlan, Plan
+from ..plan import Form, KernelLayout, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules
 from .layouts import lay_out
 
@@ -35,20 +37,30 @@ def plan_from_params(
     """Plan the layers that rules name, from the shapes of their parameters.
 
     Nothing but shapes and names is known here, so nothing is guessed: only layers that
-    a rule matches convert, the rule's window is taken at its word, and what may be
-    something else than a Dense or a Conv is refused. Planning from the model
+    a rule matches convert, the rule is taken at its word, and what may be something
+    else than a Dense or a Conv is refused. Planning from the model
     (:func:`fcconv_jax.make_plan`) sees the window and the order, and needs no rule.
 
+    Kernels called ``kernel`` are Flax's. In a tree without them, those called
+    ``weight`` are PyTorch's: a Conv's ``(out, in/groups, *window)`` and a Linear's
+    ``(out, in)``, flattened as ``nn.Flatten`` and ``F.unfold`` do unless the rule gives
+    another order. What comes out loads into the module whose layer was swapped
+    (``load_state_dict(strict=True)``). Grouped, it is ``(groups, out/groups, in)``, for
+    ``torch.einsum("...gi,goi->...go", x, weight)``; biases stay ``(out,)``.
+
     Args:
-      params: a tree of params or variables (arrays or abstract), or a dict from leaf
-        path (``"fc/kernel"``) to array, ``jax.ShapeDtypeStruct`` or shape. Where there
-        is a level ``params``, only what is below the outermost one counts.
-      rules: :class:`Rule` or text such as ``"head=7x7"``; the first that matches a
-        module path counts. To ``"conv"`` the window is that of the new kernel, all
-        ones for a pointwise convolution; to ``"dense"`` it must be the one that the
-        kernel has, and says that strides and padding are those of a Dense (see
-        :func:`fcconv_jax.classify`) and that there is one group.
-      to: the form to go to.
+      params: a tree of params or variables (arrays or abstract), a PyTorch
+        ``state_dict``, or a dict from leaf path (``"fc/kernel"``) to array,
+        ``jax.ShapeDtypeStruct`` or shape. Where there is a level ``params``, only what
+        is below the outermost one counts.
+      rules: :class:`Rule` or text such as ``"head=7x7"`` or
+        ``"patch_embed.proj=dense"``; the first that matches a module path counts. To
+        ``"conv"`` the window is that of the new kernel, all ones for a pointwise
+        convolution. To ``"dense"`` the rule states that strides and padding are those
+        of a Dense (see :func:`fcconv_jax.classify`); it repeats the kernel's window,
+        or says ``dense``. One group is assumed unless it says, for example,
+        ``groups4`` (PyTorch only).
+      to: the form to go to, of rules that do not give it.
       backend: as in :func:`fcconv_jax.make_plan`.
 
     Returns:
@@ -68,13 +80,16 @@ def plan_from_params(
       >>> plan = plan_from_params(shapes, ["fc=2x2:HWC"])
       >>> plan["fc"].kernel.target
       (2, 2, 3, 5)
+      >>> plan = plan_from_params({"proj.weight": (8, 3, 4, 4)}, ["proj=dense"])
+      >>> plan["proj.weight"].kernel.target
+      (8, 48)
       >>> plan_from_params({"attend": {"kernel": (8, 2, 4)}}, ["*=1"])
       Traceback (most recent call last):
       ...
       fcconv_jax.messages.errors.PlanError: leaf 'attend/kernel' of shape ...
     """
     if to not in ("conv", "dense"):
-        raise PlanError(f"to={to!r}: it is 'conv' or 'dense'")
+        raise PlanError(f"Expected to='conv' or to='dense', got {to!r}.")
     rules = as_rules(rules)
     if not rules:
         raise PlanError(
@@ -82,48 +97,153 @@ def plan_from_params(
             "such as 'head=7x7', or plan from the model's code (make_plan, or --model)"
         )
     shapes = _below_params(dict(_shapes(params)))
-    kernels = {
-        path.rpartition("/")[0]: shape
-        for path, shape in shapes.items()
-        if path.rpartition("/")[2] == "kernel" and len(shape) > 1
-    }
-    if not kernels:
+    for library in (_FLAX, _TORCH):
+        kernels = {
+            found[1] or "": name
+            for name, shape in shapes.items()
+            if (found := library.kernel.fullmatch(name)) and len(shape) > 1
+        }
+        if kernels:
+            break
+    else:
         raise PlanError(
-            "no leaf called 'kernel' with two axes or more: only the layers of Flax "
-            f"are known by their names; there are: {list(shapes)[:10]}"
+            "no leaf called 'kernel' (Flax) or 'weight' (PyTorch) with two axes or "
+            f"more: only their layers are known by name; there are: {list(shapes)[:10]}"
         )
     chosen = match_rules(
-        rules, {path: math.prod(shape) for path, shape in kernels.items()}
+        rules, {path: math.prod(shapes[name]) for path, name in kernels.items()}
     )
     layers, left = {}, {}
-    for path, kernel in kernels.items():
+    for path, name in kernels.items():
         rule = chosen[path]
+        # As a Module's plan does, a plan of PyTorch's layers names their weights.
+        key = path if library is _FLAX else name
         if rule is None:
-            left[path] = f"no rule matches it (its kernel is {kernel})"
+            left[key] = f"no rule matches it (its kernel is {shapes[name]})"
         elif rule.skip:
-            left[path] = f"excluded by rule {str(rule)!r}"
+            left[key] = f"excluded by rule {str(rule)!r}"
         else:
-            layers[path] = _layer(path, shapes, rule, to)
+            layers[key] = _layer(library, path, name, shapes, rule, rule.to or to)
+    known = {*kernels.values(), *(_beside(name) for name in kernels.values())}
     for name, shape in shapes.items():
-        path, _, last = name.rpartition("/")
-        if len(shape) > 1 and not (path in kernels and last in ("kernel", "bias")):
-            left[name] = f"called {last!r} {shape}, not 'kernel': no rule can match it"
-    plan = Plan(to, tuple(layers.items()), tuple(left.items()))
-    return lay_out(plan, rules, backend)
+        if len(shape) > 1 and name not in known:
+            last, word = re.split("[./]", name)[-1], library.word
+            left[name] = f"called {last!r} {shape}, not {word!r}: no rule can match it"
+    to_form = direction(layers) if layers else to
+    plan = Plan(to_form, tuple(layers.items()), tuple(left.items()))
+    return lay_out(plan, rules, backend, stored=library.stored)
 
 
-def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> LayerPlan:
+@dataclasses.dataclass(frozen=True)
+class _Library:
+    """How a library calls and stores its kernels."""
+
+    word: str
+    kernel: re.Pattern[str]
+    stored: KernelLayout
+
+    def canonical(self, shape: Shape) -> tuple[int, ...]:
+        """Return the axes of a stored kernel in the order in which Flax has them."""
+        first, second, *rest = range(len(shape))
+        if self.stored == "HWIO":
+            return first, second, *rest
+        return *rest, second, first
+
+
+_FLAX = _Library("kernel", re.compile("(?:(.*)/)?kernel"), "HWIO")
+# Equinox's arrays have these names and layouts, too, with other separators.
+_TORCH = _Library("weight", re.compile("(?:(.*)[./])?weight"), "OIHW")
+
+
+def _layer(
+    library: _Library,
+    path: str,
+    name: str,
+    shapes: Mapping[str, Shape],
+    rule: Rule,
+    to: Form,
+) -> LayerPlan:
     """Return the plan of one layer that a rule matches."""
-    name, kernel = _join(path, "kernel"), shapes[_join(path, "kernel")]
+    stored, groups = shapes[name], rule.groups or 1
+    _refuse_others(path, name, shapes)
+    if library is _TORCH:
+        _refuse_unclear(name, shapes, rule, to)
+    elif groups > 1:
+        raise PlanError(
+            f"Expected one group for {name!r}, got groups{groups}. Plan grouped layers "
+            f"of Flax from the model's code (make_plan, or --model)."
+        )
+    grouped_dense = to == "conv" and groups > 1
+    axes = (0, 2, 1) if grouped_dense else library.canonical(stored)
+    kernel = tuple(stored[axis] for axis in axes if axis < len(stored))
     window = rule.window
+    if window is None and rule.to == "dense" and len(kernel) > 2:
+        window = kernel[:-2]
     if window is None:
         raise PlanError(
-            f"rule {rule.pattern!r} has no window, and the shape {kernel} of {name!r} "
+            f"rule {rule.pattern!r} has no window, and the shape {stored} of {name!r} "
             f"does not tell it; write it as '{rule.pattern}=7x7'"
         )
-    start = f"{path}/" if path else ""
-    siblings = [p.removeprefix(start) for p in shapes if p.startswith(start)]
-    others = [p for p in siblings if p not in ("kernel", "bias")]
+    if grouped_dense:
+        dense = _grouped_dense_shape(name, stored, groups)
+    else:
+        dense = _dense_shape(name, kernel, stored, window, path, to)
+    if to == "dense" and groups > 1:
+        dense = (groups, dense[0], dense[1] // groups)
+    rest, order = len(window), rule.order
+    try:
+        last = channel_last(rest)
+        order = order or (last if library is _FLAX else "C" + last[:-1])
+        forward = kernel_rearrangement(dense, window, order=order, groups=groups)
+    except ValueError as error:
+        raise PlanError(f"rule {rule.pattern!r}, leaf {name!r}: {error}") from None
+    features = dense[-1] * groups
+    bias = shapes.get(_beside(name))
+    # Equinox's have the window's axes behind.
+    ones = (1,) * (len(bias or ()) - 1 if library is _TORCH else 0)
+    if bias not in (None, (features, *ones)):
+        raise PlanError(
+            f"leaf {_beside(name)!r} has shape {bias}, the kernel {stored} "
+            f"beside it is of a layer with the bias {(features,)}; {_way_out(path)}"
+        )
+    if library is _FLAX and to == "conv" and not rule.order:
+        _require_order(rule, name, window, dense[0])
+    move = forward if to == "conv" else forward.inverse()
+    if library is _TORCH:  # from the kernel as PyTorch stores it
+        move = move.inverse().permuted(_inverse(axes)).inverse()
+    leaves = [("" if library is _TORCH else "kernel", move)]
+    if library is _FLAX and bias is not None:
+        leaves.append(("bias", bias_rearrangement(bias)))
+    channels = forward.target[-2] * groups
+    # The strides of a patch embedding; on one window alone they change nothing.
+    patches = library is _TORCH and to == "dense" and math.prod(window) > 1
+    whole = "patchify" if patches else "full_window"
+    kinds = ("Dense", "Conv") if library is _FLAX else ("Linear", f"Conv{rest}d")
+    return LayerPlan(
+        base="pointwise" if math.prod(window) == 1 else whole,
+        layer=kinds[to == "dense"],
+        window=window,
+        order=order,
+        leaves=tuple(leaves),
+        input_shape=(
+            (1, math.prod(window) * channels)
+            if to == "conv"
+            else (1, *window, channels)
+        ),
+        strides=window if patches else (1,) * rest,
+        groups=groups,
+        to=to,
+    )
+
+
+def _refuse_others(path: str, name: str, shapes: Mapping[str, Shape]) -> None:
+    """Refuse a layer with more than a kernel and a bias."""
+    start = name.removesuffix(re.split("[./]", name)[-1])
+    others = [
+        p.removeprefix(start)
+        for p in shapes
+        if p.startswith(start) and p not in (name, _beside(name))
+    ]
     parent, _, last = path.rpartition("/")
     # nn.WeightNorm stands beside its layer and names its scales after the kernel.
     others += [
@@ -135,53 +255,82 @@ def _layer(path: str, shapes: Mapping[str, Shape], rule: Rule, to: Form) -> Laye
             "be adapted (LoRA), normalised or quantised, and its kernel alone is not "
             f"the layer; {_way_out(path)}"
         )
-    dense = _dense_shape(name, kernel, window, path, to)
-    rest, order = len(window), rule.order
-    try:
-        order = order or channel_last(rest)
-        forward = kernel_rearrangement(dense, window, order=order)
-    except ValueError as error:
-        raise PlanError(f"rule {rule.pattern!r}, leaf {name!r}: {error}") from None
-    moves = [("kernel", forward)]
-    bias = shapes.get(_join(path, "bias"))
-    if bias is not None:
-        if bias != dense[-1:]:
-            raise PlanError(
-                f"leaf {_join(path, 'bias')!r} has shape {bias}, the kernel {kernel} "
-                f"beside it is of a layer with the bias {dense[-1:]}; {_way_out(path)}"
-            )
-        moves.append(("bias", bias_rearrangement(bias)))
-    if to == "conv" and rule.order is None and dense[0] > math.prod(window) > 1:
+
+
+def _refuse_unclear(
+    name: str, shapes: Mapping[str, Shape], rule: Rule, to: Form
+) -> None:
+    """Refuse a weight of PyTorch that may be another layer's than the rule states."""
+    shape, groups = shapes[name], rule.groups or 1
+    out, inner, *window = shape
+    bias = shapes.get(_beside(name))
+    depthwise = to == "dense" and window and out > inner == 1
+    if depthwise and rule.groups is None:
+        raise PlanError(
+            f"leaf {name!r} of shape {shape} may be a depthwise convolution's, or one "
+            f"on images of one channel. Write '{rule.pattern}=dense:groups{out}' "
+            f"or '{rule.pattern}=dense:groups1'."
+        )
+    if to == "dense" and out % groups:
+        raise PlanError(
+            f"Expected groups that divide the {out} output channels of {name!r}, "
+            f"got groups{groups}. Pass the groups of the module."
+        )
+    if bias is not None and to == "dense" and bias[:1] != (out,):
+        raise PlanError(
+            f"leaf {_beside(name)!r} has shape {bias}, the weight {shape} beside it is "
+            f"not a convolution's; it may be a transposed one's; {_way_out(name)}"
+        )
+    wide = any(letter in rule.pattern for letter in "*?[")
+    if to == "conv" and len(shape) == 2 and bias is None and wide:
+        raise PlanError(
+            f"leaf {name!r} of shape {shape} has no bias: it may be an Embedding's, "
+            f"which has no conv form. Name it in full instead of {rule.pattern!r}, or "
+            "skip it with a rule before."
+        )
+
+
+def _grouped_dense_shape(name: str, stored: Shape, groups: int) -> Shape:
+    """Shape ``(groups, in, out)`` of a grouped Linear's weight."""
+    if len(stored) != 3 or stored[0] != groups:
+        raise PlanError(
+            f"Expected the weight {name!r} as ({groups}, out/{groups}, in), got shape "
+            f"{stored}. Pass the groups of the layer."
+        )
+    return groups, stored[2], stored[1]
+
+
+def _require_order(rule: Rule, name: str, window: Shape, features: int) -> None:
+    """Refuse a rule that leaves open how Flax's layer gets the window."""
+    if features > math.prod(window) > 1:
         said = f"{rule.pattern}={'x'.join(map(str, window))}"
-        last = channel_last(rest)
+        last = channel_last(len(window))
         raise PlanError(
             f"rule {said!r} leaves open in which order {name!r} gets the window and "
-            f"its {dense[0] // math.prod(window)} channels; shapes cannot tell. Write "
+            f"its {features // math.prod(window)} channels; shapes cannot tell. Write "
             f"'{said}:{last}' for channels last, as Flax's images are flattened, or "
             f"'{said}:C{last[:-1]}' for channels first, as those of PyTorch are"
         )
-    if to == "dense":
-        moves = [(leaf, move.inverse()) for leaf, move in moves]
-    channels = forward.target[-2]
-    return LayerPlan(
-        base="pointwise" if math.prod(window) == 1 else "full_window",
-        layer="Dense" if to == "conv" else "Conv",
-        window=window,
-        order=order,
-        leaves=tuple(moves),
-        input_shape=(1, dense[0]) if to == "conv" else (1, *window, channels),
-        strides=(1,) * rest,
-        to=to,
-    )
 
 
-def _dense_shape(name: str, kernel: Shape, window: Shape, path: str, to: Form) -> Shape:
+def _beside(name: str) -> str:
+    """Return the name of the bias beside a kernel."""
+    return re.sub(r"[^./]+$", "bias", name)
+
+
+def _inverse(axes: Sequence[int]) -> tuple[int, ...]:
+    return tuple(sorted(range(len(axes)), key=axes.__getitem__))
+
+
+def _dense_shape(
+    name: str, kernel: Shape, stored: Shape, window: Shape, path: str, to: Form
+) -> Shape:
     """Shape ``(in, out)`` of the dense kernel; the error names other readings."""
     if to == "conv":
         if len(kernel) == 2:
             return kernel
         raise PlanError(
-            f"leaf {name!r} of shape {kernel} is ambiguous: a Dense has a kernel of "
+            f"leaf {name!r} of shape {stored} is ambiguous: a Dense has a kernel of "
             f"two axes, this may be {_guesses(len(kernel))}; {_way_out(path)}"
         )
     size = "x".join(map(str, window))
@@ -192,13 +341,13 @@ def _dense_shape(name: str, kernel: Shape, window: Shape, path: str, to: Form) -
             else f"a Conv of another rank, or {_guesses(len(kernel), conv=False)}"
         )
         raise PlanError(
-            f"leaf {name!r} of shape {kernel} is ambiguous: the kernel of a Conv with "
+            f"leaf {name!r} of shape {stored} is ambiguous: the kernel of a Conv with "
             f"the window {size} has {len(window) + 2} axes, this may be {what}; "
             f"{_way_out(path)}"
         )
     if kernel[:-2] != window:
         raise PlanError(
-            f"leaf {name!r} of shape {kernel} has the window "
+            f"leaf {name!r} of shape {stored} has the window "
             f"{'x'.join(map(str, kernel[:-2]))}, the rule says {size}; correct the rule"
         )
     return (math.prod(kernel[:-1]), kernel[-1])

@@ -7,10 +7,11 @@ import math
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..plan import UNCALLED_REASON, Form, LayerPlan
-from ..plan.rules import Rule, match_rules
+from ..plan.rules import Rule, match_rules, module_of
 from ..tracing.flatten import LayerInput
 from ..tracing.frames import Frame
 from .as_layer import (
+    channels_first,
     conv_arguments,
     dense_axes,
     form_of,
@@ -154,6 +155,7 @@ def as_call(matmul: Matmul, number: int, elsewhere: str | None = None) -> Call:
         axes=dense_axes(matmul) if dense else None,
         geometry=None if dense or not readable else conv_arguments(matmul),
         obstacle=obstacle and f"it is {obstacle}",
+        channels_first=not dense and channels_first(matmul),
     )
 
 
@@ -167,10 +169,10 @@ def _chosen(
     sizes = {path: math.prod(layer.own_shape) for path, layer in layers.items()}
     for path, each in matmuls.items():
         kernel: int = each[0].eqn.invars[each[0].side].aval.size
-        sizes |= dict.fromkeys((path, *own[path].layers), kernel)
+        sizes |= dict.fromkeys((path, module_of(path), *own[path].layers), kernel)
     chosen = dict(match_rules(rules, sizes))
     for path in matmuls:
-        named = [chosen[p] for p in (path, *own[path].layers)]
+        named = [chosen[p] for p in (path, module_of(path), *own[path].layers)]
         chosen[path] = min(filter(None, named), key=rules.index, default=None)
     return chosen
 

@@ -26,7 +26,11 @@ _TPU_ROWS = 8
 
 
 def lay_out(
-    plan: Plan, rules: Sequence[Rule], backend: str | None, arrays: Any = ()
+    plan: Plan,
+    rules: Sequence[Rule],
+    backend: str | None,
+    arrays: Any = (),
+    stored: KernelLayout = "HWIO",
 ) -> Plan:
     """Return the plan with the layout of each layer: from its rule, else the backend's.
 
@@ -36,6 +40,7 @@ def lay_out(
       backend: such as ``"cpu"``, ``"cuda:h100"`` or ``"tpu:v5e"``; ``"any"`` for the
         layout that runs everywhere; None for the current backend.
       arrays: the arrays that were planned with; they are on the current backend.
+      stored: how the model's library stores kernels.
 
     Raises:
       PlanError: the backend is unknown.
@@ -52,12 +57,12 @@ def lay_out(
     layers = []
     for path, layer in plan.items():
         if layer.to == "dense":
-            layers.append((path, layer))
+            layers.append((path, _with_layout(layer, layer.layout, stored)))
             continue
         rule = first_match(rules, path, layer)
         layout, kernel_layout = _default(layer, platform)
-        if backend is None:
-            kernel_layout = "HWIO"
+        if backend is None or stored != "HWIO":
+            kernel_layout = "HWIO" if layer.transposed else stored
         layers.append(
             (
                 path,

@@ -122,10 +122,8 @@ def _same_map(matmul: Matmul, layer: LayerPlan) -> bool:
     """Whether the kernel goes from the parameter to the matmul as it was planned."""
     if groups_of(matmul) == layer.groups:
         move = leaf_rearrangement(matmul, layer)
-        if move is not None:
-            move = layer.lay_out(move) if form_of(matmul) == "dense" else move
-            if move.normal() == layer.kernel.normal():
-                return True
+        if move is not None and layer.lay_out(move).normal() == layer.kernel.normal():
+            return True
     # A stack under vmap is multiplied at once: its matmuls side by side, as groups.
     dense = layer.kernel.source if form_of(matmul) == "conv" else layer.kernel.target
     *inner, _ = layer.channels_last(dense)

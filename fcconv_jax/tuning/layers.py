@@ -16,6 +16,7 @@ from jax import lax
 from ..backends.compilation import Program
 from ..backends.layer_programs import layer_forms
 from ..plan import LayerPlan, Layout, Plan, other_form
+from ..plan.layer_forms import canonical_layer
 from ..plan.tuning import Figure, TunedLayer
 from .meters import Candidate, Meter, Options
 from .training import layer_step
@@ -187,8 +188,10 @@ def _work(layer: LayerPlan) -> float:
     """Multiplications of a call."""
     entries = math.prod(layer.kernel.source)
     rows = math.prod(layer.input_shape) * layer.groups
-    *window, channels, _ = layer.channels_last(
-        layer.kernel.target if layer.to == "conv" else layer.kernel.source
+    *window, channels, _ = (
+        layer.canonical_target
+        if layer.to == "conv"
+        else (canonical_layer(layer) if layer.is_matmul else layer).kernel.source
     )
     return rows / max(math.prod(window) * channels, 1) * entries
 

@@ -90,7 +90,7 @@ def _compare(path: str, layer: LayerPlan, inputs: Any, arrays: Any) -> ForcedLay
     moved = [move(array) for (_, move), array in zip(layer.leaves, arrays)]
     dtype = kernel.dtype
     worst, bound, reason = 0.0, 0.0, ""
-    terms = kernel.size // layer.channels_last(layer.kernel.target)[-1]
+    terms = kernel.size // layer.canonical_target[-1]
     arithmetic = measure_precision(dtype, form="dot").worse(
         measure_precision(dtype, form="conv")
     )

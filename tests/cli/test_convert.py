@@ -193,3 +193,25 @@ def test_back_after_training_on(params):
     line = "convert run_conv back4 --plan plan.json"
     fails(line, "in this form already.*fcconv restore --plan")
     fails(f"{line} --to dense", "has decided.*fcconv restore --plan", status=2)
+
+
+def test_a_state_dict_of_pytorch():
+    rng = np.random.default_rng(0)
+    state = {
+        "patch_embed.proj.weight": rng.normal(size=(6, 3, 4, 2)),
+        "patch_embed.proj.bias": rng.normal(size=6),
+        "norm.weight": np.ones(6),
+        "head.weight": rng.normal(size=(5, 6)),
+    }
+    safetensors.numpy.save_file(state, "model.safetensors")
+    by_hand = "convert model.safetensors new.safetensors --rule patch_embed.proj=dense"
+    assert "1 of 4 leaves converted" in run(by_hand).stdout
+    new = safetensors.numpy.load_file("new.safetensors")
+    weight = state["patch_embed.proj.weight"]
+    np.testing.assert_array_equal(new["patch_embed.proj.weight"], weight.reshape(6, 24))
+    run("restore new.safetensors back.safetensors")
+    again = Path("back.safetensors").read_bytes()
+    assert again == Path("model.safetensors").read_bytes()
+    run("convert model.safetensors both.safetensors --rule *proj=dense --rule head=1x1")
+    both = safetensors.numpy.load_file("both.safetensors")
+    assert both["head.weight"].shape == (5, 6, 1, 1)

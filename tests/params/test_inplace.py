@@ -65,7 +65,7 @@ def test_what_else_holds_the_array_keeps_it(holder):
 
 
 def test_other_moves_are_copies():
-    to_ohwi = BEHIND_CHW.last_axis_first()  # the features do not stay last
+    to_ohwi = BEHIND_CHW.permuted((3, 0, 1, 2))  # the features do not stay last
     reshape = Rearrangement.reshape((1120, 515), (5, 7, 32, 515))
     for move in (to_ohwi, reshape):
         there = variable(move)

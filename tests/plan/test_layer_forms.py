@@ -30,8 +30,11 @@ def layer_plan(
     kernel = kernel_rearrangement(
         dense, window, order=order, groups=groups, transposed=transposed
     )
+    *axes, out = range(len(window) + 2)
     if stored == "OHWI":
-        kernel = kernel.last_axis_first()
+        kernel = kernel.permuted((out, *axes))
+    if stored == "OIHW":
+        kernel = kernel.permuted((out, axes[-1], *axes[:-1]))
     leaves = (("kernel", kernel), ("bias", bias_rearrangement(bias)))
     strides = window if base in ("patchify", "unpatchify") else (1,) * len(window)
     return fc.LayerPlan(
@@ -63,7 +66,7 @@ def layers(draw):
     groups, channels = draw(st.integers(1, 3)), draw(st.integers(1, 3))
     flat = ["flat"] if groups == 1 or base == "pointwise" else []
     layout = draw(st.sampled_from(["fold", "keep", *flat]))
-    stored = draw(st.sampled_from(["HWIO", "OHWI"]))
+    stored = draw(st.sampled_from(["HWIO", "OHWI", "OIHW"]))
     layer = layer_plan(base, window, channels, 2, groups, order, layout, stored)
     return layer, channels
 

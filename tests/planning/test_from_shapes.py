@@ -159,7 +159,7 @@ REFUSED = {
     "dense already": ({"f/kernel": (8, 4)}, ["f=2"], "dense", "a Dense already"),
     "other rank": ({"f/kernel": (2, 2, 8, 4)}, ["f=2"], "dense", "another rank"),
     "other window": ({"f/kernel": (2, 8, 4)}, ["f=3"], "dense", "window 2.*says 3"),
-    "direction": ({"f/kernel": (8, 4)}, ["f=2"], "back", "to='back'"),
+    "direction": ({"f/kernel": (8, 4)}, ["f=2"], "back", "got 'back'"),
 }
 
 

@@ -45,7 +45,7 @@ def test_a_state_dict_comes_back_to_the_bit(net, dtype):
     plan = fc.make_plan(net, X)
     state = {name: x.clone() for name, x in net.to(dtype).state_dict().items()}
     moved = fc.convert_params(state, plan)
-    assert moved["head.weight"].shape == (4, 6, 3, 5)
+    assert moved["head.weight"].shape == (5, 3, 4, 6)  # as nn.Conv2d loads it
     assert moved["head.weight"].dtype == dtype
     back = fc.restore_params(moved, plan)
     fresh = Net().to(dtype)
