@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
-import io
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -186,36 +184,86 @@ class Pixels:
         return np.moveaxis(pixels, -1, 1) if self._first else pixels
 
 
-@contextlib.contextmanager
-def grid_file(
-    file: Path, shape: tuple[int, ...], dtype: np.dtype[Any]
-) -> Iterator[np.ndarray[Any, Any]]:
-    """Yield an array in a ``.npy`` file that replaces another when it is finished.
+class MaskImage:
+    """A mask in a file, as an array of the size of the images' region.
 
-    Its blocks are allocated first: on a full disk, writing to mapped memory would end
-    the process.
+    A pixel of a smaller mask stands for those of the image that it covers.
+
+    Args:
+      mask: the mask; nonzero in any band is where to look.
+      image: what it is of; the mask is of its whole level.
 
     Raises:
-      ArgumentError: it can't be written; what was there is unchanged.
+      ArgumentError: it is of another image.
     """
-    header = io.BytesIO()
-    described = np.lib.format.dtype_to_descr(dtype)
-    np.lib.format.write_array_header_2_0(
-        header, {"descr": described, "fortran_order": False, "shape": shape}
-    )
-    start = header.getbuffer().nbytes
-    nbytes = start + math.prod(shape) * dtype.itemsize
-    try:
-        with replacing(file, nbytes=nbytes) as fresh:
-            with fresh.open("r+b") as opened:
-                opened.write(header.getbuffer())
-            grid = np.memmap(fresh, dtype, "r+", start, shape)
-            yield grid
-            grid.flush()
-    except OSError as error:
+
+    def __init__(self, mask: Image, image: Image):
+        self._mask, self._region = mask, image.region
+        self._level = image.level_shape
+        self.shape = image.shape[1:3]
+        (height, width), (rows, columns) = self._level, mask.shape[1:3]
+        # A thumbnail's sides are rounded.
+        same = abs(rows * width - columns * height) <= max(height, width)
+        if not same or rows > height or columns > width:
+            raise ArgumentError(
+                f"--mask: expected a mask of {image.file}, {height}x{width} pixels or "
+                f"fewer of the same proportions, got {rows}x{columns} in {mask.file}"
+            )
+
+    def __getitem__(self, where: tuple[slice, slice]) -> np.ndarray[Any, Any]:
+        spans = []
+        for part, start, size, most, cells in zip(
+            where, self._region[:2], self.shape, self._level, self._mask.shape[1:3]
+        ):
+            at = np.arange(start, start + size)[part] * cells // most
+            spans.append((slice(int(at[0]), int(at[-1]) + 1), at - at[0]))
+        (rows, i), (columns, j) = spans
+        pixels = self._mask[0, rows, columns] != 0
+        if pixels.shape[-1] in (2, 4):  # the last is alpha: opaque isn't wanted
+            pixels = pixels[..., :-1] & pixels[..., -1:]
+        return pixels.any(-1)[i[:, None], j]
+
+
+class DataMask:
+    """Where an image has data, as an array of its size.
+
+    Args:
+      image: with a nodata value, or alpha.
+
+    Raises:
+      ArgumentError: the file has neither.
+    """
+
+    def __init__(self, image: Image):
+        if not image.has_nodata:
+            raise ArgumentError(
+                f"--mask nodata: expected a GeoTIFF with a nodata value, got "
+                f"{image.file}. Pass --mask FILE"
+            )
+        self._image, self.shape = image, image.shape[1:3]
+
+    def __getitem__(self, where: tuple[slice, slice]) -> np.ndarray[Any, Any]:
+        return self._image.valid(*where)
+
+
+def open_mask(mask: str | None, images: Sequence[Image]) -> MaskImage | DataMask | None:
+    """Open the mask of an image: ``nodata``, or a file.
+
+    Raises:
+      ArgumentError: it isn't one of this image, or there are several images.
+    """
+    if mask is None:
+        return None
+    if len(images) > 1:
         raise ArgumentError(
-            f"{file}: {nbytes} bytes can't be written ({error.strerror})"
-        ) from None
+            f"--mask: expected one image, got {len(images)}. Run the command for each"
+        )
+    if mask == "nodata":
+        return DataMask(images[0])
+    try:
+        return MaskImage(open_image(mask), images[0])
+    except ImageError as error:
+        raise ArgumentError(f"--mask: {error}") from None
 
 
 # A heat map is a picture to look at; those of larger images are reduced.

@@ -54,11 +54,34 @@ def slide(
     ] = None,
     out: Annotated[
         Path | None,
-        typer.Option(help="Write the result as .npy: (N, rows, columns, ...)."),
+        typer.Option(
+            help="Write the result, (N, rows, columns, ...), as .npy, .zarr, or a "
+            "tiled TIFF with coordinates (.tif, extra geotiff)."
+        ),
     ] = None,
+    resume: Annotated[
+        bool,
+        typer.Option(
+            "--resume", help="Go on with what a stopped run to --out left, if anything."
+        ),
+    ] = False,
     heatmap: Annotated[
         Path | None,
         typer.Option(help="Write a picture of the largest output at each place."),
+    ] = None,
+    top: Annotated[
+        int,
+        typer.Option(
+            help="Print this many places of the largest outputs, a window apart.", min=1
+        ),
+    ] = 1,
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|nodata",
+            help="Where to look: an image of the same proportions, nonzero there, or "
+            "nodata for where a GeoTIFF has data. The result is NaN elsewhere.",
+        ),
     ] = None,
     scale: Annotated[
         float | None,
@@ -117,16 +140,21 @@ def slide(
 
     from ..dense_prediction.slide import slide as make_grid
     from ..frontends.bind import bind_crops, frontend_of
+    from .grid_files import SUFFIXES, Grid, grid_file, is_zarr
     from .images import (
         Pixels,
         Scaling,
         check_picture,
-        grid_file,
         open_images,
+        open_mask,
         write_heatmap,
     )
+    from .places import largest_places, place_text
 
-    check_destination("--out", out, (".npy",))
+    if out is None or not (out.suffix.lower() == ".zarr" and is_zarr(out)):
+        check_destination("--out", out, SUFFIXES)
+    if resume and out is None:
+        raise ArgumentError("--resume: expected --out, the file to go on with")
     check_destination("--heatmap", heatmap)
     if heatmap is not None:
         check_picture("--heatmap", heatmap)
@@ -139,6 +167,7 @@ def slide(
             f"--window: expected at most {height}x{width}, the size of {images[0]}, "
             f"got {sizes[0]}x{sizes[1]}"
         )
+    where = open_mask(mask, batch)
     first = frontend_of(load_model(model).model).first_spatial_axis
     scaling = Scaling.parse(batch[0], scale, mean, std, 1 if first == 2 else -1)
     pixels = Pixels(batch, channels_first=first == 2)
@@ -165,21 +194,52 @@ def slide(
     # .npy files have no name for bfloat16.
     known = np.dtype(each.dtype).isbuiltin == 1
     dtype = np.dtype(each.dtype if known else np.float32)
+    if where is not None and dtype.kind != "f":
+        raise ArgumentError(f"--mask: expected outputs of floats for NaN, got {dtype}")
+    transform = batch[0].transform.grid(sizes, report.stride)
+    described = Grid(shape, dtype, sizes, report.stride, transform, batch[0].crs)
+    mesh = None
+    if jax.local_device_count() > 1:
+        mesh = jax.sharding.Mesh(jax.local_devices(), ("tiles",))
     with contextlib.ExitStack() as stack:
-        if out is None:
-            result = np.empty(shape, dtype)
-        else:
-            result = stack.enter_context(grid_file(out, shape, dtype))
-        grid.write(variables, pixels, out=result, memory=memory << 20)
+        result, record = np.empty(shape, dtype), None
+        if out is not None:
+            result, record = stack.enter_context(grid_file(out, described, resume))
+        try:
+            done = grid.write(
+                variables,
+                pixels,
+                out=result,
+                memory=memory << 20,
+                resume=record,
+                mask=where,
+                mesh=mesh,
+            )
+        except KeyboardInterrupt:
+            if out is not None:
+                typer.echo(
+                    f"stopped: the finished tiles are in {out}.part. Run the same "
+                    "command with --resume to go on",
+                    err=True,
+                )
+            raise typer.Exit(130) from None
+        if done.resumed:
+            typer.echo(f"{done.resumed} of {done.tiles} tiles were finished", err=True)
+        if where is not None:
+            typer.echo(
+                f"skipped {done.skipped} of {done.tiles} tiles without any of the mask",
+                err=True,
+            )
+        for number, (file, image) in enumerate(zip(images, batch)):
+            for place in largest_places(result, number, top, sizes, report.stride):
+                text = place_text(place, image, sizes, report.stride)
+                typer.echo(f"{file}: {text}")
+        if heatmap is not None:
+            whole = result if isinstance(result, np.ndarray) else result.read().result()
+            write_heatmap(heatmap, whole[0], batch[0], scaling.scale)
+            typer.echo(f"wrote {heatmap}", err=True)
     if out is not None:
         typer.echo(f"wrote {out}: {shape}", err=True)
-    if heatmap is not None:
-        write_heatmap(heatmap, result[0], batch[0], scaling.scale)
-        typer.echo(f"wrote {heatmap}", err=True)
-    for file, scores in zip(images, result.reshape(len(batch), -1)):
-        *place, label = np.unravel_index(int(scores.argmax()), shape[1:])
-        y, x = (int(p) * s for p, s in zip(place, report.stride))
-        typer.echo(f"{file}: largest output {label}, {scores.max():.4g}, at {y},{x}")
 
 
 def _with_params(

@@ -20,6 +20,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..files.install import replacing
+from ..messages.errors import ImageError
 from ..tracing.jaxprs import opened, subjaxprs
 
 _FIELD = "fcconv_jax.slide"
@@ -100,7 +101,7 @@ class FinishedTiles:
       count: how many tiles the run has.
 
     Raises:
-      ValueError: the file is of another run, or isn't such a record.
+      ImageError: the file is of another run, or isn't such a record.
     """
 
     def __init__(self, file: Path, run: Mapping[str, str], count: int):
@@ -108,7 +109,7 @@ class FinishedTiles:
         self._run = dict(run)
         self.tiles: dict[int, Tile] = {}
         if not file.parent.is_dir():
-            raise ValueError(f"resume: {file.parent} doesn't exist. Make it first.")
+            raise ImageError(f"resume: {file.parent} doesn't exist. Make it first.")
         if not file.exists():
             return
         found, tiles = _parsed(file)
@@ -130,7 +131,7 @@ class FinishedTiles:
           written: its part of each output.
 
         Raises:
-          ValueError: the image or the output is another one.
+          ImageError: the image or the output is another one.
         """
         read, made = self.tiles[number]
         if digest(map(_bytes, evidence)) != read:
@@ -151,7 +152,7 @@ class FinishedTiles:
         self.file.unlink(missing_ok=True)
 
     def _refuse(self, other: Sequence[str]) -> None:
-        raise ValueError(
+        raise ImageError(
             f"resume: {self.file} is the record of another run, with other "
             f"{', '.join(other)}. Pass what that run had, or remove the file to start "
             "again."
@@ -175,8 +176,8 @@ def _parsed(file: Path) -> tuple[dict[str, str], dict[int, Tile]]:
     return run, tiles
 
 
-def _not_a_record(file: Path) -> ValueError:
-    return ValueError(
+def _not_a_record(file: Path) -> ImageError:
+    return ImageError(
         f"resume: expected {file} to be the record of a stopped run, got something "
         "else. Pass another path, or remove it."
     )

@@ -13,6 +13,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..messages.errors import PlanError
+
 # A program holds a few arrays at once; the largest is what can be told beforehand.
 _ALIVE = 3
 
@@ -205,7 +207,7 @@ def _tile(
             if _ALIVE * needed <= memory:
                 return tile
         if max(tile) == 1:
-            raise ValueError(
+            raise PlanError(
                 "memory: expected room for one window, which takes some "
                 f"{max(_ALIVE * needed, least)} bytes, got {memory}. "
                 "Pass more, or fewer images at once"
@@ -219,7 +221,7 @@ def dtype_of(images: Any) -> np.dtype[Any]:
     return np.dtype(getattr(images.dtype, "numpy_dtype", images.dtype))
 
 
-def read_part(images: Any, where: Sequence[slice]) -> Any:
+def read_part(images: Any, where: Sequence[slice | int]) -> Any:
     """Read a part of an array, which may be in a file."""
     part: Any = images[tuple(where)]
     reader: Any = getattr(part, "read", None)

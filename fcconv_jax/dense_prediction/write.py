@@ -27,7 +27,7 @@ _AHEAD = 2
 
 
 class TilesWritten(NamedTuple):
-    """What a run of :meth:`fcconv_jax.Slide.write` did.
+    """Counts of the tiles of a run of :meth:`fcconv_jax.Slide.write`.
 
     Attributes:
       tiles: how many this process wrote, or found written.

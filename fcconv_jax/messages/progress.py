@@ -44,18 +44,28 @@ def shown(progress: ProgressOption) -> Iterator[Progress]:
     from rich.progress import (
         BarColumn,
         MofNCompleteColumn,
+        ProgressColumn,
+        Task,
         TaskID,
         TextColumn,
         TimeElapsedColumn,
+        TimeRemainingColumn,
     )
     from rich.progress import Progress as Bars
+    from rich.text import Text
+
+    class Rate(ProgressColumn):
+        def render(self, task: Task) -> Text:
+            return Text(rate(task.speed))
 
     console = Console(stderr=True)
     columns = (
         TextColumn("{task.description}", markup=False),
         BarColumn(),
         MofNCompleteColumn(),
+        Rate(),
         TimeElapsedColumn(),
+        TimeRemainingColumn(),
     )
     # In a notebook rich draws bars with ipywidgets, and warns if it isn't installed.
     widgets = importlib.util.find_spec("ipywidgets") is not None
@@ -74,3 +84,15 @@ def shown(progress: ProgressOption) -> Iterator[Progress]:
                 console.print(what, markup=False)
 
         yield tell
+
+
+def rate(speed: float | None) -> str:
+    """Return a speed in steps a second as people read it.
+
+    Example:
+      >>> rate(12.34), rate(0.05), rate(None)
+      ('12.3/s', '20 s each', '')
+    """
+    if not speed:
+        return ""
+    return f"{speed:.3g}/s" if speed >= 1 else f"{1 / speed:.3g} s each"

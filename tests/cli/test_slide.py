@@ -117,7 +117,12 @@ def net():
         ("--window 8 --scale nan", "--scale", 2),
         ("--window 8 --scale inf", "--scale", 2),
         ("--window 8 --heatmap heat.xyz", "--heatmap: expected a picture's name", 2),
-        ("--window 8 --out grid.zarr", "--out: expected a file that ends in .npy", 2),
+        ("--window 8 --out grid.h5", "--out: expected a file that ends in .npy,", 2),
+        ("--window 8 --resume", "--resume: expected --out", 2),
+        ("--window 8 --top 0", "--top", 2),
+        ("--window 8 --mask none.png", "--mask: none.png: no such file", 2),
+        ("--window 8 --mask nodata", "--mask nodata: expected a GeoTIFF with", 2),
+        ("--window 8 --mask second.npy second.npy", "--mask: expected one image", 2),
         ("--window 12x12", "not a checkpoint of this", 1),
     ],
 )

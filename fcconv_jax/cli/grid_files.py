@@ -1,0 +1,251 @@
+"""Results of ``fcconv slide``: files that a stopped run leaves, and others finish.
+
+While a run works on ``grid.npy``, its tiles are in ``grid.npy.part``, and the record of
+the finished ones in ``grid.npy.part.json``. At the end the part becomes the file.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import io
+import json
+import math
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..dense_prediction.images.base import Affine
+from ..dense_prediction.tiles import read_part
+from ..files.install import allocate, install, is_file, replacing, sync
+from ..messages.extras import require
+from .inputs import ArgumentError
+
+try:
+    import fcntl
+except ImportError:  # Windows: two runs to one file aren't told apart
+    fcntl = None
+
+SUFFIXES = (".npy", ".zarr", ".tif", ".tiff")
+# Positions of a chunk of a zarr, along each axis.
+_CHUNK = 256
+
+
+@dataclasses.dataclass(frozen=True)
+class Grid:
+    """Shape and coordinates of a grid of results.
+
+    Args:
+      shape: ``(N, rows, columns, ...)``.
+      dtype: of the results.
+      window: rows and columns of a crop.
+      stride: rows and columns from one to the next.
+      transform: from columns and rows of the grid to coordinates.
+      crs: the coordinates' reference system, as WKT.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype[Any]
+    window: tuple[int, ...]
+    stride: tuple[int, ...]
+    transform: Affine
+    crs: str | None
+
+    @property
+    def attributes(self) -> dict[str, Any]:
+        """The same for the metadata of a file."""
+        found = {"window": self.window, "stride": self.stride, "crs": self.crs}
+        return {**found, "transform": list(self.transform)}
+
+
+@contextlib.contextmanager
+def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]]:
+    """Yield the array to write to, and the path of the record; then finish the file.
+
+    If the body raises, what is written stays for a run with ``resume``.
+
+    Args:
+      file: the destination; its suffix decides the format.
+      grid: what it is to hold.
+      resume: whether to go on with what a stopped run left, if it left anything.
+
+    Raises:
+      ArgumentError: it can't be written, or another run is writing it; what was there
+        is unchanged.
+    """
+    part = file.with_name(f"{file.name}.part")
+    record = file.with_name(f"{file.name}.part.json")
+    as_zarr = file.suffix.lower() == ".zarr"
+    if file.suffix.lower() in (".tif", ".tiff"):
+        _check_tiff(file, grid)
+    try:
+        with _locked(file):
+            if not resume or not part.exists() or not record.exists():
+                record.unlink(missing_ok=True)
+                shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
+            opened = _open_zarr if as_zarr else _open_npy
+            array = opened(part, grid)
+            yield array, record
+            if not as_zarr:
+                array.flush()
+            if file.suffix.lower() in (".tif", ".tiff"):
+                _write_tiff(file, array, grid)
+                part.unlink()
+            else:
+                sync(part)
+                install(part, file, is_zarr if as_zarr else is_file)
+                if part.is_dir():  # holds what was replaced
+                    shutil.rmtree(part)
+                part.unlink(missing_ok=True)
+    except OSError as error:
+        nbytes = math.prod(grid.shape) * grid.dtype.itemsize
+        raise ArgumentError(
+            f"{file}: {nbytes} bytes can't be written ({error.strerror or error})"
+        ) from None
+
+
+def is_zarr(folder: Path) -> bool:
+    """Return whether a folder is a zarr, which a new one may replace."""
+    return (folder / "zarr.json").is_file() or (folder / ".zarray").is_file()
+
+
+@contextlib.contextmanager
+def _locked(file: Path) -> Iterator[None]:
+    """Hold off another run to the same file; the lock ends with the process."""
+    lock = file.with_name(f"{file.name}.part.lock")
+    with lock.open("w") as opened:
+        try:
+            if fcntl is not None:
+                fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ArgumentError(
+                f"{file}: another run is writing it. Wait for it, or pass another name"
+            ) from None
+        try:
+            yield
+        finally:
+            lock.unlink(missing_ok=True)
+
+
+def _open_npy(part: Path, grid: Grid) -> Any:
+    """Open or create a ``.npy`` array.
+
+    Its blocks are allocated first: on a full disk, writing to mapped memory would end
+    the process.
+    """
+    if part.exists():
+        try:
+            array = np.load(part, mmap_mode="r+", allow_pickle=False)
+        except (OSError, ValueError, EOFError) as error:
+            raise _other_run(part, str(error)) from None
+        if (array.shape, array.dtype) != (grid.shape, grid.dtype):
+            raise _other_run(part, f"{array.dtype} of shape {array.shape}")
+        return array
+    header = io.BytesIO()
+    described = np.lib.format.dtype_to_descr(grid.dtype)
+    np.lib.format.write_array_header_2_0(
+        header, {"descr": described, "fortran_order": False, "shape": grid.shape}
+    )
+    start = header.getbuffer().nbytes
+    with part.open("w+b") as opened:
+        try:
+            allocate(
+                opened.fileno(), start + math.prod(grid.shape) * grid.dtype.itemsize
+            )
+        except OSError:
+            part.unlink()
+            raise
+        opened.write(header.getbuffer())
+    return np.memmap(part, grid.dtype, "r+", start, grid.shape)
+
+
+def _open_zarr(part: Path, grid: Grid) -> Any:
+    """Open or create a zarr (version 3) with the grid's attributes."""
+    import tensorstore
+
+    chunks = [1, *(min(_CHUNK, size) for size in grid.shape[1:3]), *grid.shape[3:]]
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(part)},
+        "metadata": {
+            "shape": list(grid.shape),
+            "data_type": grid.dtype.name,
+            "chunk_grid": {"name": "regular", "configuration": {"chunk_shape": chunks}},
+            "attributes": {"fcconv_jax": grid.attributes},
+        },
+    }
+    try:
+        opened: Any = tensorstore.open(spec, open=True, create=True)
+        return opened.result()
+    except ValueError as error:
+        raise _other_run(part, str(error).splitlines()[0]) from None
+
+
+def _other_run(part: Path, what: str) -> ArgumentError:
+    return ArgumentError(
+        f"--resume: expected the part of this run in {part}, got that of another "
+        f"({what}). Leave --resume out to start again"
+    )
+
+
+def _check_tiff(file: Path, grid: Grid) -> None:
+    """Refuse grids that can't be a TIFF, before any work.
+
+    Raises:
+      ArgumentError: there are several images, or rasterio isn't installed.
+    """
+    require("rasterio", "geotiff", "Writing TIFF files")
+    if grid.shape[0] > 1:
+        raise ArgumentError(
+            f"{file}: expected one image for a TIFF, got {grid.shape[0]}. Run the "
+            "command for each, or pass --out grid.npy"
+        )
+
+
+def _write_tiff(file: Path, array: Any, grid: Grid) -> None:
+    """Write a tiled TIFF whose pixels are the positions and bands the outputs."""
+    rasterio: Any = require("rasterio", "geotiff", "Writing TIFF files")
+    _, rows, columns, *rest = grid.shape
+    bands = math.prod(rest)
+    array = array.reshape(rows, columns, bands)
+    dtype = {"bool": "uint8", "float16": "float32"}.get(
+        grid.dtype.name, grid.dtype.name
+    )
+    floats = dtype.startswith("float")
+    options = {
+        "driver": "GTiff",
+        "dtype": dtype,
+        "count": bands,
+        "height": rows,
+        "width": columns,
+        "crs": grid.crs,
+        "transform": rasterio.Affine(*grid.transform),
+        "nodata": math.nan if floats else None,
+        "compress": "deflate",
+        "predictor": 3 if floats else 1,
+        "interleave": "band",
+        "bigtiff": "if_safer",
+        "tiled": True,
+        "blockxsize": _CHUNK,
+        "blockysize": _CHUNK,
+    }
+    try:
+        with replacing(file) as fresh, rasterio.open(fresh, "w", **options) as dataset:
+            dataset.update_tags(fcconv_jax=json.dumps(grid.attributes))
+            for top in range(0, rows, _CHUNK):
+                for left in range(0, columns, _CHUNK):
+                    part = array[top : top + _CHUNK, left : left + _CHUNK]
+                    window = rasterio.windows.Window(left, top, *part.shape[1::-1])
+                    values = np.moveaxis(np.asarray(part), -1, 0).astype(dtype)
+                    dataset.write(values, window=window)
+    except rasterio.errors.RasterioError as error:
+        raise ArgumentError(f"{file}: can't be written ({error})") from None
+
+
+def rows_of(array: Any, image: int, start: int, stop: int) -> np.ndarray[Any, Any]:
+    """Read rows of one image's results, ``(rows, columns, outputs)``."""
+    part = read_part(array, (image, slice(start, min(stop, array.shape[1]))))
+    return part.reshape(*part.shape[:2], -1)

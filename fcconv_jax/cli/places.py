@@ -1,0 +1,85 @@
+"""The places of a grid where outputs are largest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from ..dense_prediction.images.base import Image
+from .grid_files import rows_of
+
+# Rows of results that are read at a time.
+_ROWS = 256
+
+
+class FoundPlace(NamedTuple):
+    """A position, its largest output and which one that is."""
+
+    row: int
+    column: int
+    label: int
+    value: float
+
+
+def largest_places(
+    grid: Any, image: int, count: int, window: Sequence[int], stride: Sequence[int]
+) -> list[FoundPlace]:
+    """Return the places of the largest outputs, none in the window of a larger one.
+
+    Args:
+      grid: ``(N, rows, columns, ...)``, read by rows; NaN where nothing was computed.
+      image: which of the N.
+      count: how many places at most.
+      window: rows and columns of a window.
+      stride: rows and columns from one to the next.
+
+    Example:
+      >>> grid = np.zeros((1, 4, 5, 2))
+      >>> grid[0, 1, 1, 1], grid[0, 1, 2, 1], grid[0, 3, 4, 0] = 3, 2, 1
+      >>> [place[:3] for place in largest_places(grid, 0, 2, (2, 2), (1, 1))]
+      [(1, 1, 1), (3, 4, 0)]
+    """
+    heat = np.concatenate(
+        [
+            np.nan_to_num(rows_of(grid, image, start, start + _ROWS), nan=-np.inf).max(
+                -1
+            )
+            for start in range(0, grid.shape[1], _ROWS)
+        ]
+    )
+    heat = heat.astype(np.float64)
+    reach = [-(-size // step) for size, step in zip(window, stride)]
+    found = []
+    for _ in range(count):
+        row, column = map(int, np.unravel_index(int(heat.argmax()), heat.shape))
+        if heat[row, column] == -np.inf:
+            break
+        outputs = rows_of(grid, image, row, row + 1)[0, column]
+        label = int(_known(outputs).argmax())
+        found.append(FoundPlace(row, column, label, float(heat[row, column])))
+        rows = slice(max(row - reach[0] + 1, 0), row + reach[0])
+        heat[rows, max(column - reach[1] + 1, 0) : column + reach[1]] = -np.inf
+    return found
+
+
+def _known(outputs: np.ndarray[Any, Any]) -> np.ndarray[Any, Any]:
+    """Return outputs with NaN below all others."""
+    return np.where(np.isnan(outputs), -np.inf, outputs)
+
+
+def place_text(
+    place: FoundPlace, image: Image, window: Sequence[int], stride: Sequence[int]
+) -> str:
+    """Return a line on a place: its corner in pixels, and its centre's coordinates."""
+    y = image.region.row + place.row * stride[0]
+    x = image.region.column + place.column * stride[1]
+    text = f"largest output {place.label}, {place.value:.4g}, at {y},{x}"
+    own = image.crs is not None or image.transform[0] != 1
+    if not own:
+        return text
+    grid = image.transform.grid(window, stride)
+    east, north = grid.at(place.column + 0.5, place.row + 0.5)
+    what = "coordinates" if image.crs is not None else "pixels of the largest level"
+    return f"{text}; centre at x={east:.10g}, y={north:.10g} ({what})"
