@@ -34,13 +34,12 @@ from fcconv_jax.backends.compilation import (
     Program,
     compile_present,
 )
-from fcconv_jax.backends.layer_comparison import mebibytes
-from fcconv_jax.backends.layer_programs import layer_forms
 from fcconv_jax.backends.resolution import Resolution, resolve
 from fcconv_jax.messages.errors import BackendError
 from fcconv_jax.messages.progress import shown
 from fcconv_jax.messages.reports import aligned
 from fcconv_jax.plan import KernelLayout, Layout
+from fcconv_jax.tuning.layer_programs import layer_forms
 
 BACKENDS = (*TPUS, "cuda:a100", "cuda:h100")
 # A model of one layer, the shape of its input, and the rules that it is planned with.
@@ -93,7 +92,7 @@ class Found:
     def show(self, dense: Found) -> str:
         """The cost, with its ratio to the dense form's."""
         if self.quantity == "scratch memory":
-            return mebibytes(self.cost)
+            return f"{self.cost / 2**20:.3g} MiB"
         known = f"{self.cost:,.3g}" if self.quantity[0] == "m" else f"{self.cost:,.0f}"
         return known if self is dense else f"{known} ({self.cost / dense.cost:.2f}x)"
 

@@ -17,8 +17,8 @@ from ..messages.errors import BackendError
 from . import processes
 from .census import HLO_CYCLES, OpCounts, count_hlo, count_stablehlo
 from .name import Backend
+from .relayout import relayout_bytes
 from .resolution import Resolution, resolve
-from .steps import relayout_bytes
 from .worker import describe
 
 TIMEOUT = 600.0

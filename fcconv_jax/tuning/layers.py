@@ -14,10 +14,10 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..backends.compilation import Program
-from ..backends.layer_programs import layer_forms
 from ..plan import LayerPlan, Layout, Plan, other_form
 from ..plan.layer_forms import canonical_layer
 from ..plan.tuning import Figure, TunedLayer
+from .layer_programs import layer_forms
 from .meters import Candidate, Meter, Options
 from .training import layer_step
 

@@ -22,7 +22,6 @@ from ..frontends.bound import BoundModel
 from ..frontends.options import check_options
 from ..messages.errors import BackendError, PlanError
 from ..messages.progress import Progress, ProgressOption, shown
-from ..params.layer_dtypes import layer_dtypes
 from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules
 from ..plan.tuning import Figure, Objective, Tuning
@@ -162,7 +161,7 @@ def tune(
         sets: list[Options] = [()]
         if chosen.how == "executed" and bound.takes_options:
             sets += _options(chosen)
-        dtypes = layer_dtypes(bound.variables, every)
+        dtypes = bound.layer_dtypes(every)
         forms, kinds = {}, {}
         end = time.monotonic() + budget / 4
         for number, each in enumerate(sets):
