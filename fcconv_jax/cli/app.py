@@ -50,7 +50,7 @@ def _shown(text: str) -> str:
 def _in_one_line(error: Exception) -> str | None:
     """Return this package's message, or the user's line with its error."""
     from ..messages.errors import FcconvError
-    from ..tracing.user_code import users_line, way_out
+    from ..messages.user_code import users_line, way_out
 
     if isinstance(error, FcconvError):
         return str(error).partition("\n--------------------\n")[0]

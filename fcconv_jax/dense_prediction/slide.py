@@ -15,8 +15,8 @@ from ..backends.options import convolution_options
 from ..frontends.bind import bind_crops
 from ..frontends.jitted import Jitted
 from ..messages.progress import ProgressOption
+from ..messages.user_code import explained
 from ..tracing import arguments
-from ..tracing.user_code import explained
 from .program import (
     AllCrops,
     crop_sharding,

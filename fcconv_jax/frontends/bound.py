@@ -11,18 +11,21 @@ from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
+from flax.core import meta
 
 from ..backends.compilation import Program
 from ..messages.errors import PlanError
-from ..params.leaves import flatten_with_path
-from ..params.trees import convert_params
+from ..messages.user_code import explained
+from ..params.leaves import flatten_with_path, leaf_path
+from ..params.moves import map_leaves
 from ..plan import Form, KernelLayout, Plan
+from ..plan.paths import join_path
 from ..plan.rules import Rule, as_rules, require_traceable
 from ..planning.layouts import lay_out
 from ..planning.mesh_layouts import for_mesh
 from ..tracing import arguments
 from ..tracing.inputs_read import inputs_read
-from ..tracing.user_code import explained
 
 
 def as_given(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -78,6 +81,9 @@ class BoundModel(abc.ABC):
     stores_collections: ClassVar[bool] = False
     # Whether they hold other variables among the params, such as sown values.
     mixes_variables: ClassVar[bool] = False
+
+    # What to pass where a tree of params is wanted and the model is none; else empty.
+    params_of: ClassVar[str] = ""
 
     # How the library's models are recognised, and called.
 
@@ -194,6 +200,20 @@ class BoundModel(abc.ABC):
             return paths
         return [path.partition("/")[2] for path in paths]
 
+    def layer_dtypes(self, plan: Plan) -> dict[str, Any]:
+        """Return the dtype of each layer of a plan: that of its kernel."""
+        variables = self.variables
+        tree = meta.unbox(variables.get("params", variables))
+        leaves, _ = jax.tree_util.tree_flatten_with_path(tree)
+        dtypes = {leaf_path(path): jnp.result_type(leaf) for path, leaf in leaves}
+        # A tied kernel is stored under another path, in the dtype of its model.
+        other = next(iter(dtypes.values()), None)
+        kernels = {path: layer.leaves[0][0] for path, layer in plan.items()}
+        return {
+            path: dtypes.get(join_path(path, kernel), other)
+            for path, kernel in kernels.items()
+        }
+
     @functools.cached_property
     def reads(self) -> list[bool]:
         """Whether the output depends on each array of the variables, in their order."""
@@ -254,7 +274,7 @@ class BoundModel(abc.ABC):
         """The same call of the converted model, with converted variables."""
         model = self.convert_model(self.model, plan)
         return dataclasses.replace(
-            self, model=model, given=convert_params(self.variables, plan)
+            self, model=model, given=map_leaves(self.variables, plan)
         )
 
     def call(self, variables: Any, arrays: Any = None) -> Any:

@@ -10,8 +10,8 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from ..messages.user_code import explained
 from ..tracing import arguments
-from ..tracing.user_code import explained
 from ..versions import get_opaque_trace_state
 
 

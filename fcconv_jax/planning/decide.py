@@ -14,8 +14,8 @@ from ..messages.errors import PlanError
 from ..plan import Form, LayerPlan, is_order
 from ..plan.layer_forms import holds
 from ..plan.rules import Rule
-from ..tracing.flatten import Flatten, LayerInput, find_flattens
 from ..versions import InconclusiveDimensionOperation
+from .flatten import Flatten, LayerInput, find_flattens
 from .layer_axes import DenseAxes
 
 # Stands for a symbolic size in the input_shape of a plan.

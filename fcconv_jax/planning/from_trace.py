@@ -8,7 +8,6 @@ from collections.abc import Iterator, Mapping, Sequence
 
 from ..plan import UNCALLED_REASON, Form, LayerPlan
 from ..plan.rules import Rule, match_rules, module_of
-from ..tracing.flatten import LayerInput
 from ..tracing.frames import Frame
 from .as_layer import (
     channels_first,
@@ -21,6 +20,7 @@ from .as_layer import (
     stack_axes,
 )
 from .decide import Call, LeftError, plan_layers
+from .flatten import LayerInput
 from .layers import Layer, layer_call
 from .matmul import Analysis, Matmul
 from .trace import TracedModel

@@ -198,7 +198,7 @@ def execute(
       tell: takes the progress.
     """
     name = resolution.backend
-    proofs = layer_certificates(pair.variables, pair.plan)
+    proofs = layer_certificates(pair.plan, pair.original.layer_dtypes(pair.plan))
     training = equality.training if "gradients" in equality.references else None
     backward = None
     if training is not None:

@@ -12,7 +12,6 @@ import jax.numpy as jnp
 import numpy as np
 
 from ..messages.errors import PlanError
-from ..params.layer_dtypes import layer_dtypes
 from ..plan import Form, LayerPlan, Plan
 from ..plan.layer_forms import canonical_layer, pair_of_forms
 from .certificate import Certificate, prepare_certificate
@@ -22,10 +21,9 @@ _ROWS = 4
 
 
 def layer_certificates(
-    variables: Mapping[str, Any], plan: Plan
+    plan: Plan, dtypes: Mapping[str, Any]
 ) -> dict[str, Callable[[], Certificate]]:
     """What gives the certificate of each layer; layers that are alike share one."""
-    dtypes = layer_dtypes(variables, plan)
     known: dict[Any, Callable[[], Certificate]] = {}
     found = {}
     for path, layer in plan.items():

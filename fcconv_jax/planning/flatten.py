@@ -8,9 +8,9 @@ from collections.abc import Iterable, Sequence
 from typing import Any
 
 from ..geometry.kernels import channel_last, window_letters
-from .frames import Frame
-from .jaxprs import Literal, call_body, scan_parts
-from .primitives import ENTRYWISE, MATMULS, POOLS, SAME, SCANS
+from ..tracing.frames import Frame
+from ..tracing.jaxprs import Literal, call_body, scan_parts
+from ..tracing.primitives import ENTRYWISE, MATMULS, POOLS, SAME, SCANS
 
 
 @dataclasses.dataclass(frozen=True)
