@@ -10,6 +10,8 @@ from .export.fold_norms import fold_norms as fold_norms
 from .export.report import ExportReport as ExportReport
 from .export.verify_file import verify_file as verify_file
 from .frontends.convert_model import convert_model as convert_model
+from .frontends.convert_params import convert_params as convert_params
+from .frontends.convert_params import restore_params as restore_params
 from .frontends.make_plan import make_plan as make_plan
 from .frontends.train_state import convert_train_state as convert_train_state
 from .frontends.train_state import restore_train_state as restore_train_state
@@ -26,8 +28,6 @@ from .messages.errors import FcconvError as FcconvError
 from .messages.errors import ImageError as ImageError
 from .messages.errors import PlanError as PlanError
 from .params.opt_state import convert_opt_state as convert_opt_state
-from .params.trees import convert_params as convert_params
-from .params.trees import restore_params as restore_params
 from .plan import LayerPlan as LayerPlan
 from .plan import Plan as Plan
 from .plan.rules import Rule as Rule

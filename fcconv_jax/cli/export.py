@@ -189,7 +189,7 @@ def verify_exported(
     """
     from ..checkpoints import read_checkpoint
     from ..export.verify_file import tree_of, verify_file
-    from ..params.trees import restore_params
+    from ..params.moves import map_leaves
     from .variables import checkpoint_leaves, load_variables
 
     if against is None:
@@ -204,7 +204,7 @@ def verify_exported(
     saved = read_checkpoint(against)
     tree = tree_of(_below_params(checkpoint_leaves(saved)))
     if saved.plan is not None:
-        tree = restore_params(tree, saved.plan)
+        tree = map_leaves(tree, saved.plan.inverse())
     return verify_file(file, tree)
 
 

@@ -52,11 +52,11 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
 
     from ..messages.errors import CheckpointError
     from ..params.matching import ranked_prefixes
-    from ..params.trees import convert_params, restore_params
+    from ..params.moves import map_leaves
 
     wanted = bound.shapes
     if checkpoint.plan is not None:
-        wanted = convert_params(wanted, checkpoint.plan)
+        wanted = map_leaves(wanted, checkpoint.plan)
     names = [tuple(name.split("/")) for name in bound.stored_paths(wanted)]
     leaves, treedef = jax.tree.flatten(wanted)
     # Params alone need not stand below a level called "params".
@@ -103,7 +103,7 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
     variables = jax.tree.unflatten(treedef, values)
     if checkpoint.plan is None:
         return Found(variables, None)
-    return Found(restore_params(variables, checkpoint.plan), variables)
+    return Found(map_leaves(variables, checkpoint.plan.inverse()), variables)
 
 
 def _is_param(path: Parts, names: Collection[Parts], bound: BoundModel) -> bool:

@@ -13,7 +13,7 @@ from ..frontends.bind import bind
 from ..frontends.options import check_options
 from ..messages.errors import ExportError, FcconvError
 from ..messages.progress import Progress, ProgressOption, shown
-from ..params.trees import convert_params
+from ..params.moves import map_leaves
 from ..tracing.default_settings import default_settings
 from .layers import FileRecord
 from .proof import Proof, ReferenceOutputs, parameter_leaves, prove, reference_of
@@ -99,7 +99,7 @@ def verify_file(
         else:
             notes.append("the whole file was not compared: that needs its model")
         with reading(path):
-            leaves = parameter_leaves(convert_params(variables, record.plan))
+            leaves = parameter_leaves(map_leaves(variables, record.plan))
             if model is None:
                 # A checkpoint may hold a model's state among its params, as NNX does.
                 names = {f"state/{n.removeprefix('params/')}": n for n in leaves}

@@ -123,9 +123,14 @@ def frontend_of(model: Any) -> type[BoundModel]:
     return BoundFunction
 
 
+def frontend_of_instance(value: Any) -> type[BoundModel] | None:
+    """The front end of a library's model; None for another value, and for functions."""
+    return next((x for x in _imported() if isinstance(value, x.classes())), None)
+
+
 def is_model(value: Any) -> bool:
     """Whether a value is a model of a library: functions are none."""
-    return any(isinstance(value, each.classes()) for each in _imported())
+    return frontend_of_instance(value) is not None
 
 
 def frontend_of_class(value: Any) -> type[BoundModel] | None:

@@ -11,7 +11,7 @@ from typing import Any
 import haiku as hk
 import jax
 
-from ..params.trees import convert_params
+from ..params.moves import map_leaves
 from ..plan import Plan
 from ..plan.rules import Rule
 from .bound import BoundModel, OnCrops
@@ -27,6 +27,7 @@ class BoundHaiku(BoundModel):
     """
 
     library = "haiku"
+    params_of = "the params that its init returns"
     more_options = ("rng",)
 
     @classmethod
@@ -53,7 +54,7 @@ class BoundHaiku(BoundModel):
             raise TypeError("Expected an NNX model for inplace=True. Drop inplace.")
 
         def init(*args: Any, **kwargs: Any) -> Any:
-            return convert_params(model.init(*args, **kwargs), plan)
+            return map_leaves(model.init(*args, **kwargs), plan)
 
         return type(model)(init, ConvertedFunction(model.apply, plan))
 

@@ -12,7 +12,7 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from ..params.trees import convert_params
+from ..params.moves import map_leaves
 from ..plan import Plan
 from ..plan.rules import Rule
 from .bound import BoundModel, OnCrops
@@ -97,7 +97,7 @@ class BoundHeld(BoundModel):
             )
         function, variables = cls.split(model)
         converted = ConvertedFunction(function, plan)
-        moved = convert_params(variables, plan)
+        moved = map_leaves(variables, plan)
         return ConvertedModel(cls, converted, moved, type(model).__name__)
 
     @functools.cached_property

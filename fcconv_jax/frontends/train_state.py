@@ -2,12 +2,15 @@
 
 from __future__ import annotations
 
-from typing import TypeVar
+from collections.abc import Sequence
+from typing import Any, TypeVar
 
 import flax.linen as nn
 from flax.training.train_state import TrainState
 
-from ..params.trees import map_train_state
+from ..params.move import Parts
+from ..params.moves import map_leaves
+from ..params.opt_state import convert_opt_state
 from ..plan import Plan
 from .convert_model import convert_model
 
@@ -84,3 +87,20 @@ def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
       (4, 3)
     """
     return map_train_state(state, plan.inverse()).replace(apply_fn=model.apply)
+
+
+def is_train_state(tree: Any) -> bool:
+    """Return whether a tree is a ``TrainState``, or has the same parts."""
+    return all(hasattr(tree, name) for name in ("params", "opt_state", "tx", "replace"))
+
+
+def map_train_state(
+    state: Any, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
+) -> Any:
+    """Return a TrainState in the plan's form; its ``apply_fn`` stays."""
+    opt_state = convert_opt_state(
+        state.opt_state, plan, tx=state.tx, params=state.params
+    )
+    # Only the optimizer knows which of its leaves follow a parameter.
+    rest = map_leaves(state.replace(opt_state=None), plan, strict, prefixes)
+    return rest.replace(opt_state=opt_state)

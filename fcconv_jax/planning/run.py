@@ -10,7 +10,7 @@ import jax
 
 from ..geometry.classify import classify
 from ..messages.errors import PlanError
-from ..params.trees import restore_params
+from ..params.moves import map_leaves
 from ..plan import LayerPlan, Plan
 from ..plan.layer_forms import holds
 from ..plan.paths import join_path
@@ -61,7 +61,7 @@ def run_rewritten(
         convolution has an input on which the two forms differ.
     """
     params, *rest = inputs
-    traced = trace(function, (restore_params(params, plan), *rest), kwargs)
+    traced = trace(function, (map_leaves(params, plan.inverse()), *rest), kwargs)
     kernels = kernels_of(plan)
     known: dict[int, bool] = {}
 

@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from ..frontends.bound import BothForms
+from ..params.moves import map_leaves
 from ..params.opt_state import convert_opt_state
-from ..params.trees import convert_params, restore_params
 from .gradients import random_projection
 
 
@@ -42,15 +42,15 @@ class TrainingStep:
             return optax.apply_updates(params, updates)
 
         def converted_step(params: Any, state: Any, gradients: Any) -> Any:
-            after = stepped(params, state, convert_params(gradients, plan))
-            return restore_params(after, plan)
+            after = stepped(params, state, map_leaves(gradients, plan))
+            return map_leaves(after, plan.inverse())
 
         def gradients(variables: Any, arrays: Any) -> Any:
             return gradient(pair.original.call, variables, arrays)
 
         def converted_gradients(variables: Any, arrays: Any) -> Any:
             found = gradient(pair.changed.call, variables, arrays)
-            return restore_params(found, plan)
+            return map_leaves(found, plan.inverse())
 
         self.gradients: tuple[Callable[..., Any], Callable[..., Any]]
         self.gradients = gradients, converted_gradients

@@ -20,7 +20,7 @@ from ..frontends.bound import BothForms, BoundModel
 from ..frontends.options import check_options
 from ..messages.errors import BackendError
 from ..messages.progress import Progress, ProgressOption, shown
-from ..params.trees import restore_params
+from ..params.moves import map_leaves
 from ..plan import Form, Plan
 from ..tracing.default_settings import default_settings
 from .bits import different_bits
@@ -208,7 +208,7 @@ def _both_forms(
         changed = dataclasses.replace(changed, params=converted_params, given=None)
     failures = different_bits(expected, changed.variables)
     if not failures:
-        restored = restore_params(changed.variables, plan)
+        restored = map_leaves(changed.variables, plan.inverse())
         failures = different_bits(bound.variables, restored)
     return BothForms(plan, bound, changed), failures
 

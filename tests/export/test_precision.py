@@ -38,9 +38,9 @@ def test_draws_that_a_lower_precision_changes(name, bits, terms, side):
 
 def test_openvinos_bfloat16(tmp_path):
     needs("openvino")
+    from fcconv_jax import convert_params
     from fcconv_jax.export.proof import parameter_leaves
     from fcconv_jax.export.runtimes.openvino import OpenVinoFile, _openvino
-    from fcconv_jax.params.trees import convert_params
 
     capabilities = _openvino().Core().get_property("CPU", "OPTIMIZATION_CAPABILITIES")
     if "BF16" not in capabilities:

@@ -154,7 +154,7 @@ def test_a_model_that_is_converted_already():
 def test_a_model_in_the_place_of_its_params():
     x = jnp.ones((2, 4))
     linen, held = nn.Dense(3), nnx.Linear(4, 3, rngs=nnx.Rngs(0))
-    for model, fix in ((linen, "its variables"), (held, r"its nnx.state\(model\)")):
+    for model, fix in ((linen, "its variables"), (held, r"nnx.state\(model\)")):
         plan = fc.make_plan(model, x)
         with pytest.raises(fc.PlanError, match=f"the model .*Pass {fix}, or convert"):
             fc.convert_params(model, plan)

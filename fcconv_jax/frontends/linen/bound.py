@@ -28,6 +28,7 @@ class BoundLinen(BoundModel):
     """A ``flax.linen`` Module, or one that :func:`convert_model` returned."""
 
     library = "linen"
+    params_of = "its variables"
     more_options = ("rngs", "method", *_APPLY_ONLY)
     stores_collections = True
 

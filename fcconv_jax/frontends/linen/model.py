@@ -13,8 +13,7 @@ from flax.errors import ScopeParamShapeError
 from ...backends.options import known_options
 from ...messages.errors import PlanError
 from ...params.leaves import flatten_with_path
-from ...params.moves import check_converted
-from ...params.trees import convert_params
+from ...params.moves import check_converted, map_leaves
 from ...plan import Plan
 from ...planning.run import run_rewritten
 from ..jitted import Jitted
@@ -42,16 +41,16 @@ class ConvertedLinen:
 
     def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Initialize variables as the converted ones of the model, bit for bit."""
-        return convert_params(self.model.init(rngs, *args, **kwargs), self.plan)
+        return map_leaves(self.model.init(rngs, *args, **kwargs), self.plan)
 
     def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Initialises variables and returns them behind the model's output."""
         out, variables = self.model.init_with_output(rngs, *args, **kwargs)
-        return out, convert_params(variables, self.plan)
+        return out, map_leaves(variables, self.plan)
 
     def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
         """Initialises variables from shapes, as ``model.lazy_init`` does."""
-        return convert_params(self.model.lazy_init(rngs, *args, **kwargs), self.plan)
+        return map_leaves(self.model.lazy_init(rngs, *args, **kwargs), self.plan)
 
     @functools.cached_property
     def apply(self) -> Jitted:
@@ -116,7 +115,7 @@ class ConvertedLinen:
             return out
         y, updated = out
         if "params" in updated:
-            updated = convert_params(updated, self.plan)
+            updated = map_leaves(updated, self.plan)
         return y, updated
 
     def _run(self, params: Any, state: Any, args: Any, kwargs: Any) -> Any:

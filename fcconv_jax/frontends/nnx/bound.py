@@ -35,6 +35,7 @@ class BoundNnx(BoundModel):
 
     library = "nnx"
     mixes_variables = True
+    params_of = "nnx.state(model)"
     more_options = ("method",)
     takes_options = False  # Users jit NNX models themselves.
 

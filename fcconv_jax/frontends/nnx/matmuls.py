@@ -17,7 +17,7 @@ from flax import nnx
 
 from ...messages.errors import PlanError
 from ...params.leaves import convert_leaf, move_metadata
-from ...params.trees import restore_params
+from ...params.moves import map_leaves
 from ...plan import LayerPlan, Plan, direction
 from ...plan.paths import inner_shape
 from ...tracing import arguments
@@ -287,7 +287,7 @@ class _Call:
         plan = Plan(self.plan.to, layers)
         follow = functools.partial(self._follow, plan)
         if not self.traced:
-            return follow(restore_params(params, plan), state, list(arrays))
+            return follow(map_leaves(params, plan.inverse()), state, list(arrays))
         return run_rewritten(follow, plan, (params, state, list(arrays)), {})
 
     def _follow(self, plan: Plan, params: Any, state: Any, arrays: Any) -> _Ended:

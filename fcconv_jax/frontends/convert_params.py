@@ -5,14 +5,11 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
-import flax.linen as nn
-
 from ..messages.errors import PlanError
+from ..params.moves import map_leaves
 from ..plan import Plan
-from .move import Parts
-from .moves import map_leaves
-from .opt_state import convert_opt_state
-from .variables import is_nnx_module
+from .bind import frontend_of_instance
+from .train_state import is_train_state, map_train_state
 
 Tree = TypeVar("Tree")
 
@@ -69,7 +66,7 @@ def convert_params(
     _refuse_model(params)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
     parts = [tuple(filter(None, each.split("/"))) for each in prefixes]
-    if _is_train_state(params):
+    if is_train_state(params):
         _refuse_apply(getattr(params, "apply_fn", None))
         return map_train_state(params, plan, strict, parts)
     return map_leaves(params, plan, strict, parts)
@@ -114,32 +111,16 @@ def _refuse_model(params: Any) -> None:
 
     An NNX model is a tree, too, but its layers would keep the class of the other form.
     """
-    if isinstance(params, nn.Module) or is_nnx_module(params):
-        fix = "variables" if isinstance(params, nn.Module) else "nnx.state(model)"
+    frontend = frontend_of_instance(params)
+    if frontend is not None and frontend.params_of:
         raise PlanError(
             f"Expected a tree of params, got the model {type(params).__name__}. Pass "
-            f"its {fix}, or convert it with convert_model(model, plan)."
+            f"{frontend.params_of}, or convert it with convert_model(model, plan)."
         )
 
 
-def _is_train_state(tree: Any) -> bool:
-    return all(hasattr(tree, name) for name in ("params", "opt_state", "tx", "replace"))
-
-
-def map_train_state(
-    state: Any, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
-) -> Any:
-    """A TrainState in the plan's form; its ``apply_fn`` stays."""
-    opt_state = convert_opt_state(
-        state.opt_state, plan, tx=state.tx, params=state.params
-    )
-    # Only the optimizer knows which of its leaves follow a parameter.
-    rest = map_leaves(state.replace(opt_state=None), plan, strict, prefixes)
-    return rest.replace(opt_state=opt_state)
-
-
 def _refuse_apply(apply_fn: Any) -> None:
-    """Refuses the ``apply`` of a model: it fails on params in the other form."""
+    """Refuse the ``apply`` of a model: it fails on params in the other form."""
     while not _is_of_a_model(apply_fn):
         # jax.jit and functools.wraps, functools.partial, a converted model's apply.
         inner = "__wrapped__", "func"
@@ -156,6 +137,5 @@ def _refuse_apply(apply_fn: Any) -> None:
 
 def _is_of_a_model(function: Any) -> bool:
     owner = getattr(function, "__self__", None)
-    return isinstance(owner, nn.Module) or isinstance(
-        getattr(owner, "plan", None), Plan
-    )
+    is_converted = isinstance(getattr(owner, "plan", None), Plan)
+    return is_converted or frontend_of_instance(owner) is not None
