@@ -135,8 +135,21 @@ class BoundModel(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def convert_model(cls, model: Any, plan: Plan, inplace: bool = False) -> Any:
+    def convert_model(cls, model: Any, plan: Plan) -> Any:
         """The model in the plan's form."""
+
+    @classmethod
+    def convert_in_place(cls, model: Any, plan: Plan) -> Any:
+        """Convert a model that holds its params, layer by layer.
+
+        Raises:
+          TypeError: models of this library can't be changed.
+        """
+        del plan
+        raise TypeError(
+            f"Expected an NNX model for inplace=True, got a {type(model).__name__}. "
+            "Drop inplace: params that keep their order are not copied."
+        )
 
     # Keyword arguments of a call that the library adds to those of the model.
     more_options: ClassVar[tuple[str, ...]] = ()

@@ -53,7 +53,7 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
     Raises:
       PlanError: the model is converted already, or an NNX model is not the one that
         was planned.
-      TypeError: the model is of another kind, or a linen Module with ``inplace``.
+      TypeError: the model is of another kind, or not an NNX model with ``inplace``.
 
     Source:
       ``flax.linen.intercept_methods``, and JAX's guide to interpreters of jaxprs.
@@ -86,4 +86,7 @@ def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
             "the plan's form. Pass the model that was planned; "
             "restore_params(params, plan) gives its params back."
         )
-    return frontend_of(model).convert_model(model, plan, inplace)
+    frontend = frontend_of(model)
+    if inplace:
+        return frontend.convert_in_place(model, plan)
+    return frontend.convert_model(model, plan)

@@ -45,13 +45,13 @@ class BoundHaiku(BoundModel):
     @classmethod
     def on_crops(cls, model: Any) -> OnCrops:
         """``apply``, with all that it takes before the crops; outputs alone."""
-        return OnCrops(_outputs_of(model))
+        if not isinstance(model, hk.TransformedWithState):
+            return OnCrops(model.apply)
+        return OnCrops(lambda *args, **kwargs: model.apply(*args, **kwargs)[0])
 
     @classmethod
-    def convert_model(cls, model: Any, plan: Plan, inplace: bool = False) -> Any:
+    def convert_model(cls, model: Any, plan: Plan) -> Any:
         """The pair of ``init`` and ``apply`` in the plan's form."""
-        if inplace:
-            raise TypeError("Expected an NNX model for inplace=True. Drop inplace.")
 
         def init(*args: Any, **kwargs: Any) -> Any:
             return map_leaves(model.init(*args, **kwargs), plan)
@@ -63,12 +63,7 @@ class BoundHaiku(BoundModel):
         return getattr(self.model.apply, "function", self.model.apply)
 
     def _variables(self) -> Mapping[str, Any]:
-        if self.params is None:
-            return self.shapes
-        if isinstance(self.model, hk.TransformedWithState):
-            params, state = self.params
-            return {"params": params, "state": state}
-        return {"params": self.params}
+        return self.shapes if self.params is None else self._named(self.params)
 
     @functools.cached_property
     def shapes(self) -> Mapping[str, Any]:
@@ -80,9 +75,12 @@ class BoundHaiku(BoundModel):
         return self.with_variables(self._init(jax.random.key(seed), *self.args))
 
     def _init(self, rng: Any, *args: Any) -> dict[str, Any]:
-        found = self.model.init(rng, *args, **self._options())
+        return self._named(self.model.init(rng, *args, **self._options()))
+
+    def _named(self, found: Any) -> dict[str, Any]:
+        """The params, or the pair of params and state, by collection."""
         pair = found if isinstance(self.model, hk.TransformedWithState) else (found,)
-        return dict(zip(("params", "state"), pair))
+        return dict(zip(("params", "state"), pair, strict=False))
 
     def _options(self) -> dict[str, Any]:
         return {name: x for name, x in self.kwargs.items() if name != "rng"}
@@ -100,16 +98,9 @@ class BoundHaiku(BoundModel):
         """What ``apply`` takes before the inputs."""
         lead = [variables[name] for name in ("params", "state") if name in variables]
         # hk.without_apply_rng leaves a function without this argument.
-        apply = getattr(self.model.apply, "function", self.model.apply)
-        if "rng" in inspect.signature(apply).parameters:
+        if "rng" in inspect.signature(self.call_of()).parameters:
             lead.append(kwargs.get("rng"))
         return lead
-
-
-def _outputs_of(model: Any) -> Callable[..., Any]:
-    if not isinstance(model, hk.TransformedWithState):
-        return model.apply
-    return lambda *args, **kwargs: model.apply(*args, **kwargs)[0]
 
 
 FRONTEND = BoundHaiku

@@ -84,17 +84,8 @@ class BoundHeld(BoundModel):
         return OnCrops(call, complete, cls.first_spatial_axis)
 
     @classmethod
-    def convert_model(cls, model: Any, plan: Plan, inplace: bool = False) -> Any:
-        """Return the model in the plan's form, with its params.
-
-        Raises:
-          TypeError: ``inplace``.
-        """
-        if inplace:
-            raise TypeError(
-                f"Expected an NNX model for inplace=True, got a {type(model).__name__}."
-                " Drop inplace: params that keep their order are not copied."
-            )
+    def convert_model(cls, model: Any, plan: Plan) -> Any:
+        """Return the model in the plan's form, with its params."""
         function, variables = cls.split(model)
         converted = ConvertedFunction(function, plan)
         moved = map_leaves(variables, plan)

@@ -158,3 +158,13 @@ def test_a_model_in_the_place_of_its_params():
         plan = fc.make_plan(model, x)
         with pytest.raises(fc.PlanError, match=f"the model .*Pass {fix}, or convert"):
             fc.convert_params(model, plan)
+
+
+@pytest.mark.parametrize("model", [nn.Dense(3), lambda params, x: x @ params])
+def test_only_nnx_models_convert_in_place(model):
+    x = jnp.ones((2, 4))
+    args = (x,) if isinstance(model, nn.Module) else (jnp.ones((4, 3)), x)
+    plan = fc.make_plan(model, *args)
+    name = type(model).__name__
+    with pytest.raises(TypeError, match=f"NNX model for inplace=True, got a {name}"):
+        fc.convert_model(model, plan, inplace=True)

@@ -43,19 +43,8 @@ class BoundFunction(BoundModel):
         return OnCrops(model)
 
     @classmethod
-    def convert_model(
-        cls, model: Any, plan: Plan, inplace: bool = False
-    ) -> ConvertedFunction:
-        """Return the function in the plan's form.
-
-        Raises:
-          TypeError: ``inplace``: a function holds no parameters.
-        """
-        if inplace:
-            raise TypeError(
-                f"{type(model).__name__} holds no parameters. Pass inplace=True for "
-                "NNX models only."
-            )
+    def convert_model(cls, model: Any, plan: Plan) -> ConvertedFunction:
+        """Return the function in the plan's form."""
         return ConvertedFunction(model, plan)
 
     @property

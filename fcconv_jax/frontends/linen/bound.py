@@ -77,19 +77,8 @@ class BoundLinen(BoundModel):
         return OnCrops(apply)
 
     @classmethod
-    def convert_model(
-        cls, model: Any, plan: Plan, inplace: bool = False
-    ) -> ConvertedLinen:
-        """The Module in the plan's form.
-
-        Raises:
-          TypeError: ``inplace``: a linen Module holds no parameters.
-        """
-        if inplace:
-            raise TypeError(
-                f"{type(model).__name__} holds no parameters. Pass inplace=True for "
-                "NNX models only."
-            )
+    def convert_model(cls, model: Any, plan: Plan) -> ConvertedLinen:
+        """The Module in the plan's form."""
         return ConvertedLinen(model, plan)
 
     def call_of(self) -> Callable[..., Any]:

@@ -53,9 +53,14 @@ class BoundNnx(BoundModel):
         return {"rngs": nnx.Rngs(0)} if takes else {}
 
     @classmethod
-    def convert_model(cls, model: Any, plan: Plan, inplace: bool = False) -> Any:
-        """A converted clone, or the model itself, converted in place."""
-        return convert_nnx(model, plan, inplace=inplace)
+    def convert_model(cls, model: Any, plan: Plan) -> Any:
+        """A converted clone."""
+        return convert_nnx(model, plan)
+
+    @classmethod
+    def convert_in_place(cls, model: Any, plan: Plan) -> Any:
+        """The model itself, converted."""
+        return convert_nnx(model, plan, inplace=True)
 
     @classmethod
     def on_crops(cls, model: Any) -> OnCrops:
