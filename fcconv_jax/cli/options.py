@@ -51,9 +51,9 @@ Rules = Annotated[
         "--rule",
         metavar="PATTERN=WINDOW[:ORDER]",
         help="A rule for the layers whose path matches PATTERN: a window (head=7x7, "
-        "'block_*=1x1', head=7x7:CHW), a layout ('*=keep'), skip, or auto, which "
-        "keeps the planner's choice. 'PATTERN<SIZE=...' matches kernels with fewer "
-        "entries. The first match wins.",
+        "'block_*=1x1', head=7x7:CHW), a layout ('*=keep'), skip, phases (for "
+        "transposed convolutions), or auto, which keeps the planner's choice. "
+        "'PATTERN<SIZE=...' matches kernels with fewer entries. The first match wins.",
     ),
 ]
 BackendFor = Annotated[

@@ -22,7 +22,13 @@ from .windows import (
 )
 
 Case = Literal[
-    "pointwise", "full_window", "patchify", "unpatchify", "grouped", "unrolled"
+    "pointwise",
+    "full_window",
+    "patchify",
+    "unpatchify",
+    "phases",
+    "grouped",
+    "unrolled",
 ]
 
 _PADDING_NAMES = ("VALID", "SAME", "SAME_LOWER", "CIRCULAR", "REFLECT", "CAUSAL")

@@ -11,6 +11,11 @@ from .windows import Dimension, times
 _NO_FIX = (
     "Or opt in to unroll_conv: one Dense for this input size, its entries repeated."
 )
+# In the fix of every transposed convolution that has no dense form.
+PHASES = (
+    "Or opt in to phases ('PATH=phases'): one plain convolution for each residue of "
+    "the strides, with the same kernel."
+)
 
 
 def why_it_holds(geometry: ConvGeometry) -> str:
@@ -97,21 +102,20 @@ def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
             return (
                 f"Kernel dilation {d.spread} spreads the taps of dimension {i}, so the "
                 "outputs of one input are not adjacent.",
-                f"Use kernel_dilation 1. {_NO_FIX}",
+                f"Use kernel_dilation 1. {PHASES}",
             )
         if steps[i] > d.kernel:
             return (
                 f"Stride {steps[i]} in dimension {i} is larger than the kernel "
                 f"{d.kernel}: no input reaches the outputs in between.",
-                f"{equal}. {_NO_FIX}",
+                f"{equal}. {PHASES}",
             )
         if steps[i] < d.kernel:
             return (
                 f"Stride {steps[i]} in dimension {i} is smaller than the kernel "
                 f"{d.kernel}: windows of outputs overlap, so an output adds up several "
                 "inputs.",
-                f"{equal}. Or run it as one plain convolution for each residue of the "
-                f"stride (phases): same parameters, no zeros between inputs. {_NO_FIX}",
+                f"{equal}. {PHASES}",
             )
     i, d = next(
         (i, d) for i, d in enumerate(geometry.dimensions) if not d.writes_in_order
@@ -123,7 +127,7 @@ def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
         f"dimension {i}: it has {d.output} entries, the windows fill "
         f"{d.size * d.kernel}.",
         f"Use padding VALID, which is {(need, need)} here, and slice or pad the "
-        f"output. {_NO_FIX}",
+        f"output. {PHASES}",
     )
 
 

@@ -23,6 +23,7 @@ from ..geometry.kernels import channel_last, kernel_rearrangement, window_letter
 from ..geometry.meshes import parts, reshape, respec, typed_sharding, with_mesh
 from ..messages.errors import PlanError
 from . import Form, LayerPlan
+from .phases import canonical_phases, check_no_mesh, phases_of
 
 Array = jax.Array
 FormFn = Callable[..., Array]
@@ -152,6 +153,8 @@ def holds(layer: LayerPlan, found: Equivalence) -> bool:
     is never read on one input and is read on another.
     """
     spatial = found.geometry.input_shape
+    if layer.base == "phases":
+        return found.geometry.transposed
     return (
         found.same_parameters
         and (layer.base != "full_window" or spatial == layer.window)
@@ -217,6 +220,9 @@ def pair_of_forms(
     }
     dense = functools.partial(_dense, layer, settings)
     conv = functools.partial(_conv, layer, settings)
+    if layer.base == "phases":
+        phases = functools.partial(phases_of, layer, settings)
+        return (conv, phases) if to == "dense" else (phases, conv)
     if to == "conv":
 
         def as_conv(
@@ -225,7 +231,7 @@ def pair_of_forms(
             lead = x.shape[: -2 if layer.groups > 1 else -1]
             sharding = with_mesh(out_sharding, x, kernel)
             if layer.transposed:
-                _check_no_mesh(sharding, x, kernel)
+                check_no_mesh(sharding, x, kernel)
                 return conv_output(
                     layer, conv(conv_input(layer, x), kernel, bias), lead
                 )
@@ -250,7 +256,7 @@ def pair_of_forms(
         rows = dense_input(layer, x)
         sharding = with_mesh(out_sharding, x, kernel)
         if layer.transposed:
-            _check_no_mesh(sharding, x, kernel)
+            check_no_mesh(sharding, x, kernel)
         inner = sharding
         if layer.groups > 1:
             *lead, groups, fan_in = rows.shape
@@ -260,20 +266,6 @@ def pair_of_forms(
         return dense_output(layer, dense(rows, kernel, bias, inner), sharding)
 
     return conv, as_dense
-
-
-def _check_no_mesh(sharding: Any, *arrays: Array) -> None:
-    """Refuse a transposed layer on a mesh with explicit axes.
-
-    Depth-to-space would split a sharded axis, which JAX does not infer.
-    """
-    found = [typed_sharding(array) for array in arrays]
-    if sharding is not None or any(s is not None and any(s.spec) for s in found):
-        raise PlanError(
-            "Expected a transposed convolution without explicitly sharded axes, got "
-            f"{', '.join(str(jax.typeof(array)) for array in arrays)}. Leave the layer "
-            "out with a rule, or use a mesh with automatic axes."
-        )
 
 
 def _dense(
@@ -383,7 +375,7 @@ def convolve(
         x,
         kernel,
         (1,) * len(strides) if layer.transposed else strides,
-        [(k - 1, k - 1) for k in strides] if layer.transposed else "VALID",
+        [(k - 1, k - 1) for k in layer.window] if layer.transposed else "VALID",
         lhs_dilation=strides if layer.transposed else None,
         dimension_numbers=lax.ConvDimensionNumbers(lhs, specs[stored], lhs),
         feature_group_count=layer.groups,
@@ -481,6 +473,8 @@ def canonical_layer(layer: LayerPlan) -> LayerPlan:
     The plan moves the parameter as it is stored, such as ``(out, in)``; the matmul
     sees it in the canonical order, whatever lies between.
     """
+    if layer.base == "phases":
+        return canonical_phases(layer)
     *window, rows, out = layer.canonical_target
     taps = math.prod(window)
     if layer.transposed:

@@ -46,7 +46,7 @@ class LayerPlan:
         move; the name is ``""`` where the plan's key is the leaf's own path.
       input_shape: shape of the layer's input when the plan was made; an example of
         it where sizes were symbolic.
-      strides: strides of the conv form; for ``"unpatchify"`` outputs per input.
+      strides: strides of the conv form; of a transposed one outputs per input.
       groups: feature groups of the conv form.
       stack_axes: axes that ``nn.scan`` and ``nn.vmap`` add to the stored parameters,
         innermost first, as Flax numbers them.
@@ -97,8 +97,10 @@ class LayerPlan:
             problem = f"kernel_layout {self.kernel_layout!r}"
         elif self.layout == "flat" and self.groups > 1 and math.prod(self.window) > 1:
             problem = "layout 'flat' for a window of several groups"
-        elif self.transposed and (self.layout != "fold" or self.strides != self.window):
-            problem = f"unpatchify with layout {self.layout}, strides {self.strides}"
+        elif self.transposed and self.layout != "fold":
+            problem = f"{self.base} with layout {self.layout!r}"
+        elif self.base == "unpatchify" and self.strides != self.window:
+            problem = f"unpatchify of {self.window} with strides {self.strides}"
         elif self.to not in get_args(Form):
             problem = f"to {self.to!r}"
         elif any(type(n) is not int or n < 1 for n in sizes):
@@ -131,7 +133,7 @@ class LayerPlan:
     @property
     def transposed(self) -> bool:
         """Whether the conv form is a transposed convolution."""
-        return self.base == "unpatchify"
+        return self.base in ("unpatchify", "phases")
 
     @property
     def kernel(self) -> Rearrangement:
@@ -157,6 +159,8 @@ class LayerPlan:
         Args:
           move: to ``(*window, in, out)``, or to ``([groups,] in, out)``.
         """
+        if self.base == "phases":  # which leave the kernel as it is
+            return move
         *lead, inner, out = range(len(move.target))
         if self.kernel_layout == "OIHW":
             axes = (out, inner, *lead) if self.to == "conv" else (*lead, out, inner)
@@ -190,7 +194,10 @@ class LayerPlan:
         """Shape of the dense form's input ``(*lead, [groups,] in)``, of a plan to conv.
 
         As the layer had it when the plan was made, with all its features in one axis.
+        Phases read the convolution's own input.
         """
+        if self.base == "phases":
+            return self.input_shape
         *window, channels, _ = self.canonical_target
         features = channels if self.transposed else math.prod(window) * channels
         total = features * self.groups

@@ -14,10 +14,10 @@ from ..messages.errors import PlanError
 from .plan import Form, KernelLayout, LayerPlan, Layout
 
 _SYNTAX = (
-    "PATTERN=skip, PATTERN=auto or PATTERN=[FORM][:WINDOW][:ORDER][:LAYOUT][:groupsN], "
-    "such as 'head=7x7', 'head=7x7:CHW', 'patch_embed.proj=dense', '*=keep' or "
-    "'fc*=1x1:OHWI:flat'; PATTERN<SIZE is for kernels of fewer entries, as in "
-    "'*<10000=skip'"
+    "PATTERN=skip, =auto, =phases or PATTERN=[FORM][:WINDOW][:ORDER][:LAYOUT]"
+    "[:groupsN], such as 'head=7x7', 'head=7x7:CHW', 'patch_embed.proj=dense', "
+    "'*=keep' or 'fc*=1x1:OHWI:flat'; PATTERN<SIZE is for kernels of fewer entries, as "
+    "in '*<10000=skip'"
 )
 
 
@@ -39,6 +39,8 @@ class Rule:
       below: if given, the rule is only for kernels of fewer entries.
       to: the form to convert to; None for that of the whole plan.
       groups: of the conv form, for :func:`fcconv_jax.plan_from_params`; None for one.
+      phases: run transposed convolutions that have no dense form as one plain
+        convolution for each residue of their strides; the rest is left to the trace.
 
     Example:
       >>> rule = Rule.parse("head/fc6=7x7:CHW:keep")
@@ -57,16 +59,17 @@ class Rule:
     below: int | None = None
     to: Form | None = None
     groups: int | None = None
+    phases: bool = False
 
     @classmethod
     def parse(cls, text: str) -> Rule:
         """Read a rule as it is written on the command line.
 
         Args:
-          text: ``PATTERN=skip``; ``PATTERN=auto``, for what the trace says; or
-            ``PATTERN=`` and a form, a window, an order, layouts and a number of
-            groups, all optional, between colons. ``PATTERN<SIZE`` is for kernels of
-            fewer entries.
+          text: ``PATTERN=skip``; ``PATTERN=auto``, for what the trace says;
+            ``PATTERN=phases``; or ``PATTERN=`` and a form, a window, an order, layouts
+            and a number of groups, all optional, between colons. ``PATTERN<SIZE`` is
+            for kernels of fewer entries.
 
         Raises:
           PlanError: the text has another form.
@@ -75,8 +78,9 @@ class Rule:
         if limited := re.fullmatch(r"(.+)<(\d+)", pattern):
             pattern = limited[1]
         below = int(limited[2]) if limited else None
-        if pattern and value in ("skip", "auto"):
-            return cls(pattern, skip=value == "skip", below=below)
+        if pattern and value in ("skip", "auto", "phases"):
+            skip, phases = value == "skip", value == "phases"
+            return cls(pattern, skip=skip, below=below, phases=phases)
         found: dict[str, Any] = {}
         for word in value.split(":"):
             name = _meaning(word)

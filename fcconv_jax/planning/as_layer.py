@@ -14,6 +14,7 @@ from ..geometry.kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..geometry.meshes import permuted, reshape
 from ..plan import Form, LayerPlan
 from ..plan.layer_forms import pair_of_forms
+from ..plan.phases import check_no_mesh, in_phases
 from .factors import rearrangement, regroup, reversed_axis, stacked_axes
 from .layer_axes import DenseAxes
 from .matmul import Matmul
@@ -123,6 +124,8 @@ def leaf_rearrangement(matmul: Matmul, layer: LayerPlan) -> Rearrangement | None
     if dropped is None:
         return None
     source = [n for i, n in enumerate(weight.shape) if i not in dropped]
+    if layer.base == "phases":
+        return Rearrangement.reshape(source, source)
     letters, taps, groups = (
         channel_last(len(layer.window)),
         math.prod(layer.window),
@@ -174,6 +177,8 @@ def run_other_form(matmul: Matmul, layer: LayerPlan, operands: Sequence[Any]) ->
     a planned parameter on its way back, XLA folds the two.
     """
     p = matmul.eqn.params
+    if layer.base == "phases":
+        return _conv_in_phases(matmul, *operands)
     other: Form = "conv" if form_of(matmul) == "dense" else "dense"
     layer = _grouped_as(matmul, layer)
     _, converted = pair_of_forms(
@@ -248,6 +253,23 @@ def _conv_as_dot(
     sharding = permuted(matmul.eqn.params["out_sharding"], order)
     y = dense(x.transpose(_channel_last(lhs)), kernel, None, sharding)
     return y.transpose([order.index(axis) for axis in range(y.ndim)])
+
+
+def _conv_in_phases(matmul: Matmul, x: Array, kernel: Array) -> Array:
+    p = matmul.eqn.params
+    check_no_mesh(p["out_sharding"], x, kernel)
+    lhs, _, out = _specs(matmul)
+    y = in_phases(
+        x.transpose(_channel_last(lhs)),
+        kernel.transpose(kernel_axes_of_conv(matmul)),
+        *(p["lhs_dilation"], p["padding"], p["rhs_dilation"]),
+        p["feature_group_count"],
+        precision=p["precision"],
+        preferred_element_type=p["preferred_element_type"],
+    )
+    order = _channel_last(out)
+    y = y.transpose([order.index(axis) for axis in range(y.ndim)])
+    return lax.convert_element_type(y, matmul.eqn.outvars[0].aval.dtype)
 
 
 def kernel_axes_of_dot(

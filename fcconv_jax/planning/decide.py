@@ -143,9 +143,12 @@ def _plan_conv(
     call = calls[0]
     _check_calls(calls, rule)
     found = [_classify(each) for each in calls]
-    for each in found:
-        if not each.same_parameters:
-            raise LeftError(f"{each.reason} {each.fix}".strip())
+    failed = [each for each in found if not each.same_parameters]
+    phases = rule is not None and rule.phases
+    if failed and phases and all(each.geometry.transposed for each in found):
+        return _plan_phases(call, found[0], stack_axes)
+    for each in failed:
+        raise LeftError(f"{each.reason} {each.fix}".strip())
     cases = sorted({each.base for each in found})
     if len(cases) > 1:
         raise LeftError(f"called in several cases: {', '.join(cases)}")
@@ -189,6 +192,25 @@ def _plan_conv(
             f"it reads each input once only by its padding or dilation: {found[0]}"
         )
     return plan
+
+
+def _plan_phases(
+    call: Call, found: Equivalence, stack_axes: tuple[int, ...]
+) -> LayerPlan:
+    """Plan a transposed convolution that runs in phases, with the same kernel."""
+    window = found.geometry.kernel_size
+    return LayerPlan(
+        base="phases",
+        layer="conv_transpose",
+        window=window,
+        order=channel_last(len(window)),
+        leaves=(("kernel", Rearrangement.reshape(call.kernel, call.kernel)),),
+        input_shape=_example(call.shape, window),
+        strides=found.geometry.input_dilation,
+        groups=found.geometry.groups,
+        stack_axes=stack_axes,
+        to="dense",
+    )
 
 
 def _classify(call: Call) -> Equivalence:

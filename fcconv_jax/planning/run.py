@@ -87,6 +87,8 @@ def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool
     """Whether a matmul with a planned kernel is the one that was planned."""
     if form_of(matmul) == layer.to or matmul.obstacle:
         return False
+    if layer.base == "phases" and matmul.backward:
+        return False
     if not _same_map(matmul, layer):
         # Its kernel, read elsewhere by the model's own code; or a gradient inside it.
         if not layer.is_matmul or matmul.backward:

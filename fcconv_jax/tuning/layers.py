@@ -164,6 +164,7 @@ def _ways(layer: LayerPlan, dtype: Any) -> dict[str, tuple[Layout | None, Progra
         forms = layer_forms(laid, dtype)
         ways.setdefault(source, (None, _in_context(forms[source], layer)))
         name = f"{layer.to} {layout}" if layer.to == "conv" else layer.to
+        name = layer.base if layer.base == "phases" else name
         ways[name] = (layout, _in_context(forms[layer.to], layer))
     return ways
 

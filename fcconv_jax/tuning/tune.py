@@ -20,6 +20,7 @@ from ..backends.resolution import Resolution, resolve, resolve_default
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
 from ..frontends.options import check_options
+from ..geometry.reasons import PHASES
 from ..messages.errors import BackendError, PlanError
 from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Form, LayerPlan, Plan, direction
@@ -264,13 +265,17 @@ def _both_ways(
         return bound.plan(form, rules, backend)
 
     plans = {form: planned(form, ()) for form in _FORMS}
+    # What has no dense form may still run in phases.
+    overlapping = [p for p, why in plans["dense"].skipped.items() if PHASES in why]
     own: dict[Form, list[Rule]] = {form: [] for form in _FORMS}
+    own["dense"] = [Rule(glob.escape(path), phases=True) for path in overlapping]
     if chosen := as_rules(rules):
         paths = {form: {*plan, *plan.skipped} for form, plan in plans.items()}
         match_rules(chosen, dict.fromkeys(set().union(*paths.values()), 1))
         for form in _FORMS:  # a rule may match layers that have one direction
-            own[form] = [r for r in chosen if any(r.matches(p, 0) for p in paths[form])]
-            plans[form] = planned(form, own[form])
+            mine = [r for r in chosen if any(r.matches(p, 0) for p in paths[form])]
+            own[form] = mine + own[form]
+    plans |= {form: planned(form, own[form]) for form in _FORMS if own[form]}
     every = plans["conv"] | plans["dense"]
     ties = []
     for path, layer in every.items():

@@ -253,3 +253,126 @@ def test_a_lost_flip_is_seen():
         *(model, variables, X), plan=plan, converted_params=dense, progress=False
     )
     assert not report.passed
+
+
+class Overlapping(nn.Module):
+    """A step up whose windows overlap, between layers that have other forms."""
+
+    groups: int = 1
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.ConvTranspose(5, (2, 2), (2, 2), name="apart")(x)
+        return nn.ConvTranspose(4, (4, 3), (2, 2), name="up")(nn.relu(x))
+
+
+def test_a_rule_runs_overlapping_windows_in_phases():
+    model = Overlapping()
+    variables = model.init(jax.random.key(1), X)
+    plan = fc.make_plan(model, X, to="dense", rules=["*=phases"])
+    assert converted(plan) == {
+        "apart/kernel": ("unpatchify", "conv_transpose"),
+        "up/kernel": ("phases", "conv_transpose"),
+    }
+    assert fc.Plan.from_json(plan.to_json()) == plan
+    moved = fc.convert_params(variables, plan)
+    assert same_bits(moved["params"]["up"], variables["params"]["up"])
+    assert same_bits(fc.restore_params(moved, plan), variables)
+    run = fc.convert_model(model, plan).apply
+    assert "lhs_dilation=(2" not in str(jax.make_jaxpr(run)(moved, X))
+    assert fc.verify(model, variables, X, plan=plan, progress=False).passed
+    # Of other sizes, too, down to one input.
+    for shape in ((1, 5, 2, 6), (1, 1, 1, 6)):
+        x = integers(np.zeros(shape, "f4"))
+        np.testing.assert_allclose(
+            run(moved, x), model.apply(variables, x), rtol=1e-5, atol=1e-5
+        )
+
+
+def test_nnx_layers_run_in_phases_and_back():
+    model = nnx.ConvTranspose(6, 5, (3, 4), (2, 3), padding="VALID", rngs=nnx.Rngs(0))
+    plan = fc.make_plan(model, X, to="dense", rules=["*=phases"])
+    assert [layer.base for layer in plan.values()] == ["phases"]
+    phased = fc.convert_model(model, plan)
+    np.testing.assert_allclose(phased(X), model(X), rtol=1e-5, atol=1e-5)
+    back = fc.convert_model(phased, plan.inverse())
+    assert same_bits(nnx.state(back), nnx.state(model))
+    assert fc.verify(model, None, X, plan=plan, progress=False).passed
+
+
+def test_phases_of_functions_with_groups_layouts_and_dilations():
+    params = {"w": integers(np.zeros((6, 2, 3, 4), "f4"), seed=1)}
+    x = integers(np.zeros((2, 6, 5, 4), "f4"))
+
+    def up(params, x):
+        return jax.lax.conv_general_dilated(
+            *(x, params["w"][..., ::-1], (1, 1), [(2, 3), (4, 1)]),
+            lhs_dilation=(2, 3),
+            rhs_dilation=(3, 1),
+            dimension_numbers=("NCHW", "OIHW", "NCHW"),
+            feature_group_count=3,
+        )
+
+    plan = fc.make_plan(up, params, x, to="dense", rules=["w=phases"])
+    assert [(layer.case, layer.base) for layer in plan.values()] == [
+        ("grouped", "phases")
+    ]
+    got = fc.convert_model(up, plan)(fc.convert_params(params, plan), x)
+    np.testing.assert_array_equal(got, up(params, x))
+    assert fc.verify(up, params, x, plan=plan, progress=False).passed
+
+
+def test_a_rule_of_phases_leaves_other_layers_to_the_trace():
+    model = nn.Conv(3, (2, 2))
+    plan = fc.make_plan(model, X, to="dense", rules=["*=phases"])
+    assert len(plan) == 0
+    assert "phases" not in next(iter(plan.skipped.values()))
+
+
+def test_gradients_of_convolutions_are_not_layers():
+    """A strided convolution's gradient is a transposed one, with the same kernel."""
+    params = {"w": integers(np.zeros((3, 3, 6, 4), "f4"))}
+
+    def energy(params, x):
+        y = jax.lax.conv_general_dilated(
+            *(x, params["w"], (2, 2), "SAME"),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+        return (y**2).sum()
+
+    def force(params, x):
+        return jax.grad(energy, 1)(params, x)
+
+    assert "lhs_dilation=(2" in str(jax.make_jaxpr(force)(params, X))
+    plan = fc.make_plan(force, params, X, to="dense", rules=["w=phases"])
+    assert len(plan) == 0
+    assert "Padding" in plan.skipped["w"]
+
+    def pull(params, x):
+        """The gradient of a transposed convolution, beside the layer itself."""
+
+        def up(x):
+            return jax.lax.conv_transpose(x, params["w"][:, :, :4], (2, 2), "SAME")
+
+        y, back = jax.vjp(up, x)
+        return back(y * y)[0]
+
+    small = {"w": integers(np.zeros((3, 3, 4, 6), "f4"))}
+    x = integers(np.zeros((2, 3, 5, 4), "f4"))
+    plan = fc.make_plan(pull, small, x, to="dense", rules=["w=phases"])
+    assert [layer.base for layer in plan.values()] == ["phases"]
+    got = fc.convert_model(pull, plan)(fc.convert_params(small, plan), x)
+    np.testing.assert_array_equal(got, pull(small, x))
+
+
+def test_an_explicit_mesh_refuses_transposed_layers_by_name():
+    mesh = jax.make_mesh((1,), ("batch",), axis_types=(jax.sharding.AxisType.Explicit,))
+    for window in (2, 3):
+        model = nn.ConvTranspose(4, (window, window), (2, 2), use_bias=False)
+        variables = model.init(jax.random.key(1), X)
+        plan = fc.make_plan(model, X, to="dense", rules=["*=phases"])
+        moved = fc.convert_params(variables, plan)
+        with jax.set_mesh(mesh):
+            x = jax.device_put(X, jax.P("batch"))
+            with pytest.raises(fc.PlanError, match="without explicitly sharded axes"):
+                fc.convert_model(model, plan).apply(moved, x)

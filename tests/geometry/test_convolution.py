@@ -265,7 +265,7 @@ def test_transposed_geometry_is_the_one_of_lax(sizes, padding, spread):
         ((4, 2, 2), "unpatchify", "its own window of outputs, 2", ""),
         (((1, 1), (3, 2), 1, "VALID"), "unpatchify", "The only input", ""),
         (((3, 4), 1), "pointwise", "reads each input alone", ""),
-        ((4, 4, 2), "unrolled", "windows of outputs overlap", "(phases)"),
+        ((4, 4, 2), "unrolled", "windows of outputs overlap", "opt in to phases"),
         ((4, 2, 3), "unrolled", "no input reaches", "strides equal to the kernel"),
         (
             (4, 2, 2, 0),
