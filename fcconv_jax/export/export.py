@@ -291,7 +291,8 @@ class _Call:
         jaxpr = jax.make_jaxpr(call)([flat[i] for i in stored], bound.arrays)
         pairs = list(leaves.items())
         try:
-            graph = lower(jaxpr, pairs, self.input_names, self.outputs, self.unroll)
+            names = self.input_names, self.outputs
+            graph = lower(jaxpr, pairs, *names, self.unroll, self.runtime.fused)
         except ExportError as error:
             if self.runtime.write is not None:
                 raise

@@ -12,8 +12,10 @@ operations in its own way. Images are channel-last, kernels ``(*window, in, out)
 elementwise    neg, exp, tanh, relu, ..., add, mul, max, ..., select, cast, clip, gelu
 ``reduce_*``   sum, mean, max, min, prod; axes, keepdims
 ``pool_*``     max, mean: window, strides, padding of the spatial axes
+``resize``     of the spatial axes: mode nearest or linear, half-pixel; size
 movement       reshape, transpose, broadcast, concat, slice, pad, reverse, gather
-``softmax``    over the last axis;  ``argmax``, ``argmin``, ``cumsum`` over ``axis``
+``softmax``    over the last axis, and ``log_softmax``
+``argmax``     over ``axis``, and ``argmin``, ``cumsum``
 =============  ====================================================================
 """
 
@@ -39,7 +41,9 @@ BINARY = frozenset(
     """add and div eq ge gt le lt max min mul ne or pow rem sub""".split()
 )
 # Activations that JAX writes in several operations, and runtimes in one.
-FUSED = frozenset("elu gelu hard_sigmoid hard_swish leaky_relu".split())
+FUSED = frozenset("elu gelu hard_sigmoid hard_swish leaky_relu prelu".split())
+# What else some runtimes have one operation for.
+WHOLE = frozenset("log_softmax resize".split())
 ELEMENTWISE = UNARY | BINARY | FUSED | {"cast", "select"}
 # Bytes from which equal constants are worth looking for.
 _LARGE = 1024

@@ -23,6 +23,7 @@ from ..graph import Graph, Source, Value, constant
 # Each module registers its rules when it is imported.
 from . import elementwise, linear, movement, reductions  # noqa: F401
 from .builder import RULES, Builder
+from .resize import resize
 
 # Primitives that these graphs lack, and what to do instead.
 _REFUSED = {
@@ -54,17 +55,22 @@ class Lowering(Builder):
 
     Args:
       unroll: loops of up to this many steps are written out.
+      whole: what the runtime has as one operation.
     """
 
-    def __init__(self, unroll: int = 0):
+    def __init__(self, unroll: int = 0, whole: frozenset[str] = frozenset()):
         super().__init__()
-        self.unroll = unroll
+        self.unroll, self.whole = unroll, whole
 
     def visit(self, eqn: Any, operands: Sequence[Any]) -> list[Value]:
         """What one equation makes."""
         values = [as_value(operand) for operand in operands]
         body = call_body(eqn)
         if body is not None:
+            if eqn.params.get("name") == "_resize" and "resize" in self.whole:
+                made = resize(self, body, values[0])
+                if made is not None:
+                    return [made]
             return self.run(body, values)
         name = eqn.primitive.name
         known = all(value.data is not None for value in values)
@@ -127,6 +133,7 @@ def lower(
     input_names: Sequence[str],
     output_names: Sequence[str],
     unroll: int = 0,
+    whole: frozenset[str] = frozenset(),
 ) -> Graph:
     """Return the graph of a closed jaxpr.
 
@@ -136,6 +143,7 @@ def lower(
       input_names: one for each input.
       output_names: one for each output.
       unroll: loops of up to this many steps are written out.
+      whole: what the runtime has as one operation.
 
     Raises:
       ExportError: no runtime supports the program; names the primitive and a fix.
@@ -160,7 +168,7 @@ def lower(
         for var in body.invars[count:]
     ]
     params = parameters(leaves)
-    lowering = Lowering(unroll)
+    lowering = Lowering(unroll, whole)
     outs = lowering.run(jaxpr, [*params, *inputs])
     names = list(output_names)
     constant_ones = [n for n, v in zip(names, outs) if v.data is not None]

@@ -11,11 +11,17 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..graph import ELEMENTWISE, Graph, Node, Value
-from .views import drop_broadcasts, join_views, keep_dims, share_views
+from .views import (
+    delay_views,
+    drop_broadcasts,
+    join_views,
+    keep_dims,
+    share_views,
+)
 
 _TO = (0, 3, 1, 2)
 _BACK = (0, 2, 3, 1)
-_IMAGES = ("conv", "pool_max", "pool_mean")
+_IMAGES = ("conv", "pool_max", "pool_mean", "resize")
 
 
 def to_nchw(graph: Graph) -> Graph:
@@ -26,6 +32,7 @@ def to_nchw(graph: Graph) -> Graph:
         join_views,
         share_views,
         sink_transposes,
+        delay_views,
         drop_broadcasts,
         keep_dims,
     )
@@ -152,7 +159,7 @@ def _moved(
         if not attrs["keepdims"]:
             left = [p for p in perm if p not in attrs["axes"]]
             order = [sorted(left).index(p) for p in left]
-    elif op == "softmax":
+    elif op in ("softmax", "log_softmax"):
         attrs["axis"] = perm[attrs.get("axis", rank - 1)]
     elif op == "concat":
         attrs["axis"] = perm[attrs["axis"]]

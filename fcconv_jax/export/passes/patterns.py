@@ -11,7 +11,7 @@ import numpy as np
 from ..graph import FUSED, Graph, Node, Value
 
 Makers = dict[Value, Node]
-Match = tuple[Value, dict[str, Any]]
+Match = tuple[Value | list[Value], dict[str, Any]]
 
 
 def find_activations(graph: Graph) -> bool:
@@ -67,36 +67,21 @@ def find_means(graph: Graph) -> bool:
 def find_softmax(graph: Graph) -> bool:
     """``exp(x - max(x)) / sum(exp(x - max(x)))`` over the last axis."""
     makers, changed = graph.producers(), False
-
-    def made(value: Value, op: str) -> Node | None:
-        node = makers.get(value)
-        while (
-            node is not None and node.op in ("reshape", "broadcast") and op != node.op
-        ):
-            node = makers.get(node.inputs[0])
-        return node if node is not None and node.op == op else None
-
     for node in graph.nodes:
         if node.op != "div":
             continue
-        top, total = makers.get(node.inputs[0]), made(node.inputs[1], "reduce_sum")
+        top = makers.get(node.inputs[0])
+        total = _behind_views(node.inputs[1], makers)
         if top is None or top.op != "exp" or total is None:
             continue
-        last = len(node.out.shape) - 1
-        if total.inputs[0] is not top.out or total.attrs["axes"] != (last,):
+        last = (len(node.out.shape) - 1,)
+        if total.op != "reduce_sum" or total.inputs[0] is not top.out:
             continue
         shifted = makers.get(top.inputs[0])
-        if shifted is None or shifted.op != "sub":
+        if total.attrs["axes"] != last or shifted is None or shifted.op != "sub":
             continue
         x = shifted.inputs[0]
-        peak = made(shifted.inputs[1], "reduce_max")
-        floor = made(shifted.inputs[1], "max")  # jnp.max(..., initial=-inf)
-        if peak is None and floor is not None:
-            low = [v for v in floor.inputs if v.data is not None]
-            rest = [v for v in floor.inputs if v.data is None]
-            if len(low) == 1 and len(rest) == 1 and _lowest(low[0]):
-                peak = made(rest[0], "reduce_max")
-        if peak is None or peak.inputs[0] is not x or peak.attrs["axes"] != (last,):
+        if _peak(shifted.inputs[1], makers, last) is not x:
             continue
         if shifted.out.shape != node.out.shape:
             continue
@@ -116,15 +101,105 @@ def find_fused(graph: Graph, names: frozenset[str] = FUSED) -> bool:
     for node in graph.nodes:
         for name, find in _ACTIVATIONS.items():
             found = find(node, makers) if name in names and node.op != name else None
-            if found is not None and found[0].shape == node.out.shape:
-                node.op, node.inputs, node.attrs = name, [found[0]], found[1]
+            if found is None:
+                continue
+            inputs = found[0] if isinstance(found[0], list) else [found[0]]
+            if inputs[0].shape == node.out.shape:
+                node.op, node.inputs, node.attrs = name, inputs, found[1]
                 changed = True
                 break
     return changed
 
 
+def find_log_softmax(graph: Graph) -> bool:
+    """``x - max(x) - log(sum(exp(x - max(x))))`` over the last axis."""
+    makers, changed = graph.producers(), False
+    for node in graph.nodes:
+        if node.op != "sub":
+            continue
+        shifted, log = makers.get(node.inputs[0]), _behind_views(node.inputs[1], makers)
+        if log is None or log.op != "log" or shifted is None or shifted.op != "sub":
+            continue
+        total = _behind_views(log.inputs[0], makers)
+        top = (
+            makers.get(total.inputs[0]) if total and total.op == "reduce_sum" else None
+        )
+        last = (len(node.out.shape) - 1,)
+        if top is None or top.op != "exp" or top.inputs[0] is not node.inputs[0]:
+            continue
+        x = shifted.inputs[0]
+        if total is None or total.attrs["axes"] != last or x.shape != node.out.shape:
+            continue
+        if _peak(shifted.inputs[1], makers, last) is x:
+            node.op, node.inputs = "log_softmax", [x]
+            changed = True
+    return changed
+
+
+def _behind_views(value: Value, makers: Makers) -> Node | None:
+    node = makers.get(value)
+    while node is not None and node.op in ("reshape", "broadcast"):
+        node = makers.get(node.inputs[0])
+    return node
+
+
+def _peak(value: Value, makers: Makers, axes: tuple[int, ...]) -> Value | None:
+    """The x of ``max(x)`` over these axes, or of ``jnp.max(x, initial=-inf)``."""
+    node = _behind_views(value, makers)
+    if node is not None and node.op == "max":
+        low = [v for v in node.inputs if v.data is not None]
+        rest = [v for v in node.inputs if v.data is None]
+        if len(low) != 1 or len(rest) != 1 or not _lowest(low[0]):
+            return None
+        node = _behind_views(rest[0], makers)
+    if node is None or node.op != "reduce_max" or node.attrs["axes"] != axes:
+        return None
+    return node.inputs[0]
+
+
 def _gelu(node: Node, makers: Makers) -> Match | None:
-    """``0.5 x (1 - erf(-x / sqrt 2))``."""
+    """``0.5 x (1 - erf(-x / sqrt 2))``, or with the tanh of a cubic."""
+    return _gelu_tanh(node, makers) or _gelu_erf(node, makers)
+
+
+def _gelu_tanh(node: Node, makers: Makers) -> Match | None:
+    """``0.5 x (1 + tanh(sqrt(2 / pi) (x + 0.044715 x^3)))``."""
+    number, values = _factors(node, makers)
+    if len(values) != 2 or not _close(number, 0.5):
+        return None
+    for x, other in (values, values[::-1]):
+        tanh = _plus(other, 1, makers)
+        tanh = makers.get(tanh) if tanh is not None else None
+        if tanh is None or tanh.op != "tanh":
+            continue
+        inner = makers.get(tanh.inputs[0])
+        scaled, sums = _factors(inner, makers) if inner else (1.0, [])
+        total = makers.get(sums[0]) if len(sums) == 1 else None
+        if (
+            total is None
+            or total.op != "add"
+            or not _close(scaled, (2 / math.pi) ** 0.5)
+        ):
+            continue
+        for first, cubic in (total.inputs, total.inputs[::-1]):
+            maker = makers.get(cubic)
+            factor, powers = _factors(maker, makers) if maker else (1.0, [])
+            alike = [power is x for power in (first, *powers)]
+            if alike == [True] * 4 and _close(factor, 0.044715):
+                return x, {"approximate": True}
+    return None
+
+
+def _plus(value: Value, number: float, makers: Makers) -> Value | None:
+    """The other term of a sum with this number."""
+    node = makers.get(value)
+    if node is None or node.op != "add":
+        return None
+    pairs = (node.inputs, node.inputs[::-1])
+    return next((x for x, by in pairs if _is(by, number)), None)
+
+
+def _gelu_erf(node: Node, makers: Makers) -> Match | None:
     if node.op != "mul" or not _two(node):
         return None
     half, rest = (makers.get(value) for value in node.inputs)
@@ -154,6 +229,19 @@ def _leaky_relu(node: Node, makers: Makers) -> Match | None:
         number = _number(slope)
         if value is x and number is not None and not slope.leaves:
             return x, {"alpha": number}
+    return None
+
+
+def _prelu(node: Node, makers: Makers) -> Match | None:
+    """``where(x >= 0, x, slope * x)``, its slope a parameter, one for each feature."""
+    x = _positive(node, makers)
+    product = makers.get(node.inputs[2]) if x is not None else None
+    if x is None or node.inputs[1] is not x or not product or product.op != "mul":
+        return None
+    for value, slope in (product.inputs, product.inputs[::-1]):
+        flat = slope.size == 1 or slope.shape[-1:] == (slope.size,)
+        if value is x and slope.data is not None and slope.leaves and flat:
+            return [x, slope.moved("reshape", (slope.size,))], {}
     return None
 
 
@@ -202,6 +290,7 @@ _ACTIVATIONS: dict[str, Callable[[Node, Makers], Match | None]] = {
     "elu": _elu,
     "gelu": _gelu,
     "leaky_relu": _leaky_relu,
+    "prelu": _prelu,
     "hard_swish": _hard_swish,
     "hard_sigmoid": _hard_sigmoid,
 }
@@ -220,11 +309,9 @@ def _positive(node: Node, makers: Makers) -> Value | None:
 def _shifted_relu6(value: Value, makers: Makers) -> Value | None:
     """The x of ``relu6(x + 3)``."""
     relu6 = makers.get(value)
-    total = makers.get(relu6.inputs[0]) if relu6 and relu6.op == "relu6" else None
-    if total is None or total.op != "add":
+    if relu6 is None or relu6.op != "relu6":
         return None
-    pairs = (total.inputs, total.inputs[::-1])
-    return next((x for x, by in pairs if _is(by, 3)), None)
+    return _plus(relu6.inputs[0], 3, makers)
 
 
 def _factors(node: Node, makers: Makers) -> tuple[float, list[Value]]:

@@ -7,7 +7,13 @@ import math
 from collections.abc import Callable
 
 from ..graph import FUSED, Graph
-from .patterns import find_activations, find_fused, find_means, find_softmax
+from .patterns import (
+    find_activations,
+    find_fused,
+    find_log_softmax,
+    find_means,
+    find_softmax,
+)
 from .views import delay_views, drop_broadcasts, join_views, keep_dims, share_views
 
 
@@ -25,6 +31,8 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
         find_softmax,
         functools.partial(find_fused, names=fused),
     )
+    if "log_softmax" in fused:
+        passes += (find_log_softmax,)
     changed = True
     while changed:
         changed = False

@@ -140,7 +140,7 @@ def delay_views(graph: Graph) -> bool:
     """Put relu and its like before a view: next to the layer that they follow."""
     makers, uses, changed = graph.producers(), graph.uses(), False
     for node in graph.nodes:
-        if node.op not in UNARY | FUSED:
+        if node.op not in UNARY | FUSED or len(node.inputs) > 1:
             continue
         view = makers.get(node.inputs[0])
         if view is None or view.op not in VIEWS or uses[view.out] > 1:

@@ -39,7 +39,7 @@ class Runtime:
       images: which axis of an image its channels are.
       executed: whether the runtime runs here.
       layers: whether single layers of a file can be run.
-      fused: the activations that it has as one operation, of ``FUSED``.
+      fused: what it has as one operation, of ``FUSED`` and ``WHOLE``.
       int8: the module with what quantizes its files and checks them, if there is one.
     """
 

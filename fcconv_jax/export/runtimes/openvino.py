@@ -22,7 +22,7 @@ import numpy as np
 from ...messages.errors import ExportError
 from ...messages.extras import require
 from ..fingerprint import digest
-from ..graph import FUSED, Graph
+from ..graph import FUSED, WHOLE, Graph
 from ..layers import FileRecord, Layer, compute
 from ..probes import probes
 from ..shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
@@ -334,5 +334,5 @@ def _label(op: Any) -> str:
 RUNTIME = Runtime(
     *("openvino", "OpenVINO", ".xml", "openvino", OpenVinoFile, write),
     images="first",
-    fused=FUSED,
+    fused=FUSED | WHOLE,
 )

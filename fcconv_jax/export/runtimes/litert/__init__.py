@@ -1,5 +1,6 @@
 """LiteRT: writes and reads .tflite files, in float32 and in int8."""
 
+from ...graph import FUSED, WHOLE
 from .. import Runtime
 from . import int8
 from .reader import LiteRTFile, run
@@ -9,6 +10,6 @@ __all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
 
 RUNTIME = Runtime(
     *("litert", "LiteRT", ".tflite", "litert", LiteRTFile, write),
-    fused=frozenset({"elu", "gelu", "hard_swish", "leaky_relu"}),
+    fused=(FUSED | WHOLE) - {"hard_sigmoid"},
     int8=int8,
 )

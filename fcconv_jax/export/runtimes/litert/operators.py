@@ -241,6 +241,20 @@ class Emitter(Builder):
         x = self.tensor(node.inputs[0])
         self.op("SOFTMAX", [x], node.outputs, "SoftmaxOptions", beta=1.0)
 
+    def _log_softmax(self, node: Node, fused: str) -> None:
+        x = self.tensor(node.inputs[0])
+        self.op("LOG_SOFTMAX", [x], node.outputs, "LogSoftmaxOptions")
+
+    def _prelu(self, node: Node, fused: str) -> None:
+        self.op("PRELU", [self.tensor(v) for v in node.inputs], node.outputs)
+
+    def _resize(self, node: Node, fused: str) -> None:
+        inputs = [self.tensor(node.inputs[0]), self.constant(node.attrs["size"])]
+        name, kind = "RESIZE_BILINEAR", "ResizeBilinearOptions"
+        if node.attrs["mode"] == "nearest":
+            name, kind = "RESIZE_NEAREST_NEIGHBOR", "ResizeNearestNeighborOptions"
+        self.op(name, inputs, node.outputs, kind, halfPixelCenters=True)
+
     def _gelu(self, node: Node, fused: str) -> None:
         self.op(
             *("GELU", [self.tensor(node.inputs[0])], node.outputs, "GeluOptions"),

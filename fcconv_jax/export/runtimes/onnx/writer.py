@@ -13,6 +13,7 @@ from ....messages.extras import require
 from ...graph import Graph, Node, Value, same_content
 from ...layers import FileRecord
 from ...passes.nchw import to_nchw
+from ...passes.norms import find_batch_norms
 from ...shipped import arrange_conv
 
 RECORD = "fcconv_jax"
@@ -75,7 +76,9 @@ def write(graph: Graph, record: FileRecord, path: Path, gemm: bool = True) -> No
       ExportError: ONNX Runtime has no such operation or dtype.
     """
     onnx = require("onnx", "onnx", "an ONNX file")
-    model = _Writer(onnx, gemm).model(to_nchw(graph), record)
+    to_nchw(graph)
+    find_batch_norms(graph)
+    model = _Writer(onnx, gemm).model(graph, record)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
 
@@ -288,6 +291,26 @@ class _Writer:
     def _softmax(self, node: Node, out: str) -> None:
         axis = node.attrs.get("axis", -1)
         self.add("Softmax", [self.name(node.inputs[0])], out, axis=axis)
+
+    def _log_softmax(self, node: Node, out: str) -> None:
+        axis = node.attrs.get("axis", -1)
+        self.add("LogSoftmax", [self.name(node.inputs[0])], out, axis=axis)
+
+    def _prelu(self, node: Node, out: str) -> None:
+        self.add("PRelu", [self.name(v) for v in node.inputs], out)
+
+    def _resize(self, node: Node, out: str) -> None:
+        sizes = self.ints(node.out.shape)
+        self.add(
+            *("Resize", [self.name(node.inputs[0]), "", "", sizes], out),
+            mode=node.attrs["mode"],
+            coordinate_transformation_mode="half_pixel",
+            nearest_mode="round_prefer_ceil",
+        )
+
+    def _batch_norm(self, node: Node, out: str) -> None:
+        inputs = [self.name(value) for value in node.inputs]
+        self.add("BatchNormalization", inputs, out, epsilon=0.0)
 
     def _gelu(self, node: Node, out: str) -> None:
         how = "tanh" if node.attrs["approximate"] else "none"
