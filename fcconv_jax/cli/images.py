@@ -1,4 +1,4 @@
-"""Images on the command line: opened, scaled, and heat maps over them."""
+"""Images on the command line: opened and scaled."""
 
 from __future__ import annotations
 
@@ -12,9 +12,7 @@ import numpy as np
 
 from ..dense_prediction.images import open_image
 from ..dense_prediction.images.base import Image
-from ..files.install import replacing
 from ..messages.errors import ImageError
-from ..messages.extras import require
 from .inputs import ArgumentError
 
 # What JAX takes unchanged; other numbers, such as int64, it would cut.
@@ -264,60 +262,3 @@ def open_mask(mask: str | None, images: Sequence[Image]) -> MaskImage | DataMask
         return MaskImage(open_image(mask), images[0])
     except ImageError as error:
         raise ArgumentError(f"--mask: {error}") from None
-
-
-# A heat map is a picture to look at; those of larger images are reduced.
-_MOST_PIXELS = 4096
-
-
-def write_heatmap(
-    file: Path,
-    scores: np.ndarray[Any, Any],
-    image: Image,
-    scale: float,
-) -> None:
-    """Write the largest output at each place as a picture over the image.
-
-    Args:
-      file: in any format that Pillow writes.
-      scores: ``(rows, columns, ...)``.
-      image: what lies under it.
-      scale: its largest value.
-    """
-    heat = scores.reshape(*scores.shape[:2], -1).max(-1).astype(np.float64)
-    low, high = float(heat.min()), float(heat.max())
-    heat = (heat - low) / max(high - low, 1e-30)
-    picture = image.thumbnail(_MOST_PIXELS).astype(np.float32) / scale
-    height, width = picture.shape[:2]
-    rows = np.arange(height) * heat.shape[0] // height
-    columns = np.arange(width) * heat.shape[1] // width
-    large = heat[rows[:, None], columns]
-    gray = np.clip(picture.mean(-1), 0, 1)
-    red = 0.5 * gray + 0.5 * large
-    rest = 0.5 * gray + 0.5 * gray * (1 - large)
-    pixels = np.stack([red, rest, rest], -1)
-    picture = _pillow().fromarray((255 * pixels).round().astype(np.uint8))
-    try:
-        with replacing(file) as fresh:
-            picture.save(fresh)
-    except OSError as error:
-        raise ArgumentError(f"{file}: can't be written ({error})") from None
-
-
-def check_picture(option: str, file: Path) -> None:
-    """Check that Pillow writes files of this suffix.
-
-    Raises:
-      ArgumentError: it doesn't.
-    """
-    pillow = _pillow()
-    format_ = pillow.registered_extensions().get(file.suffix.lower())
-    if format_ not in pillow.SAVE:
-        raise ArgumentError(
-            f"{option}: expected a picture's name such as heat.png or heat.jpg, got "
-            f"{file.name}"
-        )
-
-
-def _pillow() -> Any:
-    return require("PIL.Image", "images", "Reading or writing other than .npy")

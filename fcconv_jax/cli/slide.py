@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 @app.command(
     epilog=examples(
         "slide model.py:Net --params ckpt --window 8x8 --stride 2 canvas.png"
-        " --out grid.npy --heatmap heat.png",
+        " --out grid.npy --heatmap heat.png --class 3 --softmax",
     )
 )
 def slide(
@@ -67,8 +67,24 @@ def slide(
     ] = False,
     heatmap: Annotated[
         Path | None,
-        typer.Option(help="Write a picture of the largest output at each place."),
+        typer.Option(
+            help="Write a picture of the outputs over the image, with a legend: the "
+            "largest at each position, or those of --class."
+        ),
     ] = None,
+    label: Annotated[
+        int | None,
+        typer.Option(
+            "--class", help="The class that the heat map shows, from 0.", min=0
+        ),
+    ] = None,
+    softmax: Annotated[
+        bool,
+        typer.Option(
+            "--softmax/--raw",
+            help="Show the softmax of the outputs in the heat map, or the raw outputs.",
+        ),
+    ] = False,
     top: Annotated[
         int,
         typer.Option(
@@ -141,13 +157,12 @@ def slide(
     from ..dense_prediction.slide import slide as make_grid
     from ..frontends.bind import bind_crops, frontend_of
     from .grid_files import SUFFIXES, Grid, grid_file, is_zarr
+    from .heatmap import Heat, check_class, check_heatmap, write_heatmap
     from .images import (
         Pixels,
         Scaling,
-        check_picture,
         open_images,
         open_mask,
-        write_heatmap,
     )
     from .places import largest_places, place_text
 
@@ -156,8 +171,7 @@ def slide(
     if resume and out is None:
         raise ArgumentError("--resume: expected --out, the file to go on with")
     check_destination("--heatmap", heatmap)
-    if heatmap is not None:
-        check_picture("--heatmap", heatmap)
+    check_heatmap(heatmap, label, softmax)
     sizes = _sizes("--window", window)
     steps = None if stride is None else _sizes("--stride", stride)
     batch = open_images(images, level, region, bands, mode)
@@ -190,6 +204,7 @@ def slide(
     each = grid.eval_shape(variables, jax.ShapeDtypeStruct(tuple(one), pixels.dtype))
     if not isinstance(each, jax.ShapeDtypeStruct):
         raise ArgumentError("the model returns several arrays: use fcconv_jax.slide")
+    check_class(label, softmax, each.shape[3:])
     shape = (len(batch), *report.positions, *each.shape[3:])
     # .npy files have no name for bfloat16.
     known = np.dtype(each.dtype).isbuiltin == 1
@@ -236,8 +251,10 @@ def slide(
                 typer.echo(f"{file}: {text}")
         if heatmap is not None:
             whole = result if isinstance(result, np.ndarray) else result.read().result()
-            write_heatmap(heatmap, whole[0], batch[0], scaling.scale)
+            heat = Heat.of(whole[0], label, softmax)
+            write_heatmap(heatmap, heat, batch[0], scaling.scale)
             typer.echo(f"wrote {heatmap}", err=True)
+            typer.echo(f"{images[0]}: {heat.summary(report.stride, sizes)}")
     if out is not None:
         typer.echo(f"wrote {out}: {shape}", err=True)
 

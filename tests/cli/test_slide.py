@@ -15,6 +15,7 @@ from typer.testing import CliRunner
 
 import fcconv_jax as fc
 from fcconv_jax.cli import app
+from fcconv_jax.cli.heatmap import Heat
 
 MODEL = """
 import flax.linen as nn
@@ -81,7 +82,40 @@ def test_images_to_an_array_and_a_heat_map(folder):
         assert f"first.png: largest output {place[2]}, " in result.stdout
         assert f", at {y},{x}" in result.stdout
         with Image.open("heat.png") as picture:
-            assert picture.size == (28, 20)
+            assert picture.size == (360, 20 + 56)  # with its legend
+
+
+def test_a_heat_map_of_a_class(folder):
+    start = f"{START} --window 8x8 --stride 2 --heatmap heat.png"
+    told = run(f"{start} --class 2").stdout
+    values = folder[0, ..., 2]
+    y, x = (2 * int(p) for p in np.unravel_index(values.argmax(), values.shape))
+    assert "heat map of class 2, raw outputs: from " in told
+    assert (
+        f"{values.max():.4g}, highest in the 8x8 crop at row {y}, column {x};" in told
+    )
+    with Image.open("heat.png") as picture:
+        raw = np.asarray(picture)
+    told = run(f"{start} --class 2 --softmax").stdout
+    shares = np.exp(folder[0]) / np.exp(folder[0]).sum(-1, keepdims=True)
+    assert f"class 2, softmax: from {shares[..., 2].min():.4g} to " in told
+    with Image.open("heat.png") as picture:
+        soft = np.asarray(picture)
+    # The hottest position is red, and the legend has the words.
+    assert (raw[:20, :28] != soft[:20, :28]).any()
+    assert (raw[20:] != soft[20:]).any()
+    count = folder.shape[-1]
+    message = f"--class: expected 0 to {count - 1}, the model's classes, got {count}"
+    assert message in run(f"{start} --class {count}", 2).stderr
+    without = f"{START} --window 8x8 --class 1"
+    assert "--class and --softmax need --heatmap" in run(without, 2).stderr
+
+
+def test_a_heat_map_where_nothing_was_computed():
+    values = np.array([[[0.5, 2.0], [np.nan, np.nan]]])
+    heat = Heat.of(values, 1, softmax=False)
+    assert heat.summary((2, 2), (8, 8)).endswith("; 1 positions have no finite value")
+    assert "no finite" in Heat.of(values[:, 1:], None, True).summary((2, 2), (8, 8))
 
 
 def one_channel(folder_name, model):

@@ -1,0 +1,176 @@
+"""Heat maps: a class's output at each position, over the image, with a legend."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ..dense_prediction.images.base import Image
+from ..files.install import replacing
+from ..messages.extras import require
+from .inputs import ArgumentError
+
+# A heat map is a picture to look at; those of larger images are reduced.
+_MOST_PIXELS = 4096
+# The legend below it, which is legible beside a small image, too.
+_LEGEND_WIDTH, _LEGEND_HEIGHT, _MARGIN = 360, 56, 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Heat:
+    """Values of a heat map, and their name.
+
+    Args:
+      values: ``(rows, columns)``; NaN where nothing was computed.
+      what: the values in words, such as ``"class 3, softmax"``.
+    """
+
+    values: np.ndarray[Any, Any]
+    what: str
+
+    @classmethod
+    def of(cls, scores: np.ndarray[Any, Any], label: int | None, softmax: bool) -> Heat:
+        """Choose what to show of a grid of outputs.
+
+        Args:
+          scores: ``(rows, columns, classes)``, or ``(rows, columns)``.
+          label: the class; None for the largest output at each position.
+          softmax: whether to show shares of 1 instead of the raw outputs.
+
+        Example:
+          >>> Heat.of(np.zeros((1, 1, 4)), 2, softmax=True)
+          Heat(values=array([[0.25]]), what='class 2, softmax')
+        """
+        scores = scores.reshape(*scores.shape[:2], -1).astype(np.float64)
+        if softmax:
+            scores = np.exp(scores - scores.max(-1, keepdims=True))
+            scores /= scores.sum(-1, keepdims=True)
+        values = scores.max(-1) if label is None else scores[..., label]
+        what = "largest output" if label is None else f"class {label}"
+        return cls(values, f"{what}, {'softmax' if softmax else 'raw outputs'}")
+
+    def summary(self, stride: Sequence[int], window: Sequence[int]) -> str:
+        """Describe the values in a sentence."""
+        known = np.isfinite(self.values)
+        if not known.any():
+            return f"heat map of {self.what}: no finite value"
+        values = np.where(known, self.values, -np.inf)
+        row, column = np.unravel_index(int(values.argmax()), values.shape)
+        high, low = self.values[known].max(), self.values[known].min()
+        half = (values[known] > (low + high) / 2).mean()
+        text = (
+            f"heat map of {self.what}: from {low:.4g} to {high:.4g}, highest in the "
+            f"{'x'.join(map(str, window))} crop at row {int(row) * stride[0]}, column "
+            f"{int(column) * stride[1]}; above the middle at {half:.0%} of the "
+            "positions"
+        )
+        missing = int((~known).sum())
+        return text + (f"; {missing} positions have no finite value" * (missing > 0))
+
+
+def check_heatmap(file: Path | None, label: int | None, softmax: bool) -> None:
+    """Check the options of a heat map before any work.
+
+    Raises:
+      ArgumentError: Pillow writes no such file, or options lack ``--heatmap``.
+    """
+    if file is None:
+        if label is not None or softmax:
+            raise ArgumentError("--class and --softmax need --heatmap FILE")
+        return
+    pillow = _pillow("Image")
+    format_ = pillow.registered_extensions().get(file.suffix.lower())
+    if format_ not in pillow.SAVE:
+        raise ArgumentError(
+            f"--heatmap: expected a picture's name such as heat.png or heat.jpg, got "
+            f"{file.name}"
+        )
+
+
+def check_class(label: int | None, softmax: bool, outputs: Sequence[int]) -> None:
+    """Check that a model has a class.
+
+    Args:
+      label: the class, from 0.
+      softmax: whether shares of all classes are asked for.
+      outputs: shape of a crop's outputs.
+
+    Raises:
+      ArgumentError: it has not.
+    """
+    if (label is not None or softmax) and len(outputs) != 1:
+        raise ArgumentError(
+            "--class and --softmax: expected a model with one output for each class, "
+            f"got outputs of shape {tuple(outputs)} for a crop"
+        )
+    if label is not None and label >= outputs[0]:
+        raise ArgumentError(
+            f"--class: expected 0 to {outputs[0] - 1}, the model's classes, got {label}"
+        )
+
+
+def write_heatmap(file: Path, heat: Heat, image: Image, scale: float) -> None:
+    """Write a picture of the values over the image, with a legend below.
+
+    Args:
+      file: in any format that Pillow writes.
+      heat: the values.
+      image: what lies under them.
+      scale: its largest value.
+
+    Raises:
+      ArgumentError: the file can't be written.
+    """
+    known = np.isfinite(heat.values)
+    low, high = (
+        (heat.values[known].min(), heat.values[known].max()) if known.any() else (0, 0)
+    )
+    shares = (np.where(known, heat.values, low) - low) / max(high - low, 1e-30)
+    picture = image.thumbnail(_MOST_PIXELS).astype(np.float32) / scale
+    height, width = picture.shape[:2]
+    rows = np.arange(height) * shares.shape[0] // height
+    columns = np.arange(width) * shares.shape[1] // width
+    gray = np.clip(picture.mean(-1), 0, 1)
+    over = _colored(gray, shares[rows[:, None], columns])
+    Pillow = _pillow("Image")
+    canvas = Pillow.new(
+        "RGB", (max(width, _LEGEND_WIDTH), height + _LEGEND_HEIGHT), "white"
+    )
+    canvas.paste(Pillow.fromarray(over), (0, 0))
+    legend = _legend(heat.what, low, high, canvas.width)
+    canvas.paste(legend, (0, height))
+    try:
+        with replacing(file) as fresh:
+            canvas.save(fresh)
+    except OSError as error:
+        raise ArgumentError(f"{file}: can't be written ({error})") from None
+
+
+def _legend(what: str, low: float, high: float, width: int) -> Any:
+    """Draw the colors from the lowest value to the highest, with their numbers."""
+    Pillow = _pillow("Image")
+    strip = Pillow.new("RGB", (width, _LEGEND_HEIGHT), "white")
+    draw = _pillow("ImageDraw").Draw(strip)
+    length = min(width, _LEGEND_WIDTH) - 2 * _MARGIN
+    ramp = np.broadcast_to(np.linspace(0, 1, length), (12, length))
+    strip.paste(Pillow.fromarray(_colored(np.full_like(ramp, 0.7), ramp)), (_MARGIN, 6))
+    draw.text((_MARGIN, 20), f"{low:.4g}", fill="black")
+    right = f"{high:.4g}"
+    draw.text((_MARGIN + length - draw.textlength(right), 20), right, fill="black")
+    draw.text((_MARGIN, 38), what, fill="black")
+    return strip
+
+
+def _colored(gray: np.ndarray[Any, Any], shares: np.ndarray[Any, Any]) -> Any:
+    """Return RGB bytes: gray without heat, red with all of it."""
+    red = gray + 0.75 * shares * (1 - gray)
+    rest = gray * (1 - 0.75 * shares)
+    return (255 * np.stack([red, rest, rest], -1)).round().astype(np.uint8)
+
+
+def _pillow(module: str) -> Any:
+    return require(f"PIL.{module}", "images", "Reading or writing other than .npy")
