@@ -10,8 +10,7 @@ from typing import Any
 import jax
 
 # XLA's CPU backend (jaxlib 0.10) can hand parts of a program to a library (YNNPACK).
-# Convolutions are slower there, and a pool behind a broadcast addition comes out wrong:
-# jax.jit(lambda y, b: max_pool((y[0] + b)[None])) on (1, 236, 236, 8).
+# Convolutions are slower there, and some pools come out wrong (faults.POOL).
 _PLAIN_CPU = (("xla_cpu_experimental_ynn_fusion_type", ""),)
 
 

@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Shaped
 
+from ..versions import check_bits
 from .meshes import reshape
 from .windows import per_dimension, single
 
@@ -386,7 +387,8 @@ class Rearrangement:
         concrete ``jax.Array`` on one CPU device shares its memory with the result.
 
         Raises:
-          ValueError: the array's shape is not ``source``.
+          ValueError: the array's shape is not ``source``, or JAX cannot move its
+            dtype.
         """
         if tuple(array.shape) != self.source:
             raise ValueError(f"expected shape {self.source}, got {tuple(array.shape)}")
@@ -395,6 +397,8 @@ class Rearrangement:
         if self.is_reshape:
             return _reshape(array, self.target)
         xp = np if isinstance(array, np.ndarray) else jnp
+        if xp is jnp:
+            check_bits(array.dtype)
         split = _reshape(array, self.split)
         if self.flip:
             split = xp.flip(split, self.flip)

@@ -19,6 +19,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Shaped
 
+from ..versions import check_bits
 from .convolution import ConvGeometry, resolve_geometry
 from .kernels import Array, conv_kernel_axes
 from .windows import PaddingLike
@@ -180,6 +181,7 @@ def roll_dense(
 def _unroll(kernel: Any, geometry: ConvGeometry) -> Any:
     if isinstance(kernel, np.ndarray):
         return _place(kernel, geometry, np)
+    check_bits(kernel.dtype)
     kernel = jnp.asarray(kernel)
     if jnp.issubdtype(kernel.dtype, jnp.floating) and kernel.dtype.itemsize < 4:
         return _unroll_small_float(kernel, geometry)

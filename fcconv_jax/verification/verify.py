@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from ..backends.compilation import TIMEOUT, Compiling, compile_present
+from ..backends.faults import cpu_notes
 from ..backends.name import Backend
 from ..backends.report import BackendReport
 from ..backends.resolution import Resolution, resolve, resolve_default
@@ -180,6 +181,8 @@ def verify(
             reports[resolution.backend] = _absent(resolution, outcome)
         if equality is not None:
             equality.conclude(executions)
+    on_cpu = any(each.backend.platform == "cpu" for each in executed)
+    known = cpu_notes() if on_cpu else ()
     return VerifyReport(
         to=plan.to,
         failed_params=tuple(failures),
@@ -187,7 +190,7 @@ def verify(
         arrays=equality.arrays if equality else (),
         executions=tuple(executions),
         skipped=tuple(plan.skipped.items()),
-        notes=tuple(equality.notes) if equality else (),
+        notes=(*(equality.notes if equality else ()), *known),
         jax_version=jax.__version__,
         planned=len(plan),
         abstract=abstract,

@@ -7,6 +7,7 @@ reads. The leading axis of the inputs stays symbolic where the model allows it.
 
 from __future__ import annotations
 
+import datetime
 import json
 import re
 from collections import Counter
@@ -73,7 +74,7 @@ def write_program(
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]
     exporting = jax_export.export(jax.jit(run), platforms=PLATFORMS)
-    notes = []
+    notes = [lifetime(datetime.date.today())]
     try:
         made = exporting(*_symbolic(shapes))
         notes.append("the leading axis of its inputs is symbolic: any batch")
@@ -86,6 +87,27 @@ def write_program(
     size = len(about).to_bytes(8, "little")
     path.write_bytes(content + about + size + _MARK)
     return notes
+
+
+def lifetime(written: datetime.date) -> str:
+    """Return until when JAX promises to read a file, and how to renew it.
+
+    Source:
+      JAX's documentation, *Exporting and serializing*: compatibility guarantees.
+
+    Example:
+      >>> lifetime(datetime.date(2026, 8, 31))[:51]
+      'JAX releases until 2027-02-28 can read this file (6'
+    """
+    month = written.month + 6
+    year, month = written.year + (month > 12), (month - 1) % 12 + 1
+    days = (datetime.date(year + month // 12, month % 12 + 1, 1)).toordinal() - 1
+    last = min(datetime.date(year, month, 1).toordinal() + written.day - 1, days)
+    return (
+        f"JAX releases until {datetime.date.fromordinal(last)} can read this file (6 "
+        "months, as jax.export promises): export the model again with a newer JAX "
+        "before that"
+    )
 
 
 def _symbolic(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:

@@ -1,0 +1,70 @@
+"""The table of XLA's known faults agrees with the version that is installed."""
+
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import jaxlib.version
+import numpy as np
+import pytest
+from flax import linen as nn
+from jax import lax
+
+import fcconv_jax as fc
+from fcconv_jax.backends.faults import FAULTS, POOL, TWO_BITS, cpu_notes
+from fcconv_jax.versions import check_bits
+
+ROOT = Path(__file__).parents[2]
+HERE = jaxlib.version.__version__
+cpu = pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA's CPU backend")
+
+
+def test_each_fault_names_a_test():
+    for fault in FAULTS:
+        path, _, name = fault.test.partition("::")
+        assert f"def {name}(" in (ROOT / path).read_text()
+        assert fault.fixed is None or fault.first < fault.fixed
+
+
+def test_versions():
+    assert POOL.is_in("0.10.2")
+    assert not POOL.is_in("0.9.2")
+    assert not POOL.is_in("0.12.0.1")
+    assert TWO_BITS.is_in("0.7.2")
+    assert not TWO_BITS.is_in("0.8.0")
+    assert "int2" in cpu_notes("0.7.2")[0]
+
+
+@cpu
+def test_a_pool_behind_an_addition():
+    def pool(y, b):
+        window = (1, 2, 2, 1)
+        return lax.reduce_window(
+            (y[0] + b)[None], -jnp.inf, lax.max, window, window, "VALID"
+        )
+
+    y = np.random.default_rng(0).standard_normal((1, 236, 236, 8), np.float32)
+    b = np.arange(8, dtype=np.float32)
+    wrong = not np.array_equal(jax.jit(pool)(y, b), pool(jnp.asarray(y), b))
+    assert wrong == POOL.is_in(HERE), "update POOL's versions in backends/faults.py"
+
+
+def test_integers_of_two_bits():
+    dtype = jnp.dtype("int2")
+    if TWO_BITS.is_in(HERE):
+        with pytest.raises(ValueError, match="upgrade to jaxlib"):
+            check_bits(dtype)
+        check_bits(jnp.dtype("int4"))
+        return
+    check_bits(dtype)
+    array = np.random.default_rng(0).integers(0, 2, (33, 1000)).astype(dtype)
+    np.testing.assert_array_equal(jax.jit(jnp.transpose)(array), array.T)
+
+
+@cpu
+def test_verify_names_them():
+    x = jnp.ones((2, 4))
+    model = nn.Dense(3)
+    params = model.init(jax.random.key(0), x)
+    report = fc.verify(model, params, x, gradients=False, progress=False)
+    assert set(cpu_notes()) <= set(report.notes)
