@@ -167,6 +167,10 @@ def test_options_that_cannot_be(options, message, status):
 @pytest.mark.usefixtures("folder")
 def test_files_that_are_no_images():
     Path("broken.npy").write_bytes(b"\x93NUMPY\x01\x00")
+    header = b"{'descr': ('<f4', 'shape': (2, 2), }"  # which tokenize refuses
+    Path("header.npy").write_bytes(
+        b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
+    )
     np.save("text.npy", np.array([["a"]]))
     np.save("small.npy", np.zeros((9, 9, 3), np.uint8))
     np.save("signed.npy", np.zeros((20, 28, 3), np.int32))
@@ -174,6 +178,7 @@ def test_files_that_are_no_images():
         ("none.png", "no such file"),
         ("model.py", "Pillow cannot read it"),
         ("broken.npy", "not a .npy array"),
+        ("header.npy", "not a .npy array"),
         ("text.npy", "expected numbers"),
         ("first.png small.npy", "expected images of one shape"),
         ("first.png signed.npy", "expected images of one dtype"),
