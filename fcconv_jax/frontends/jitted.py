@@ -89,8 +89,10 @@ class Jitted:
         try:
             return getattr(jitted, method)(*args, **kwargs)
         except (_StaticError, TypeError) as error:
-            jitted = self._apart(types, args, kwargs, error)
-        return getattr(jitted, method)(*args, **kwargs)
+            with explained():
+                jitted = self._apart(types, args, kwargs, error)
+        with explained():
+            return getattr(jitted, method)(*args, **kwargs)
 
     def _jit(
         self, types: Hashable, args: Sequence[Any], kwargs: Mapping[str, Any]

@@ -43,6 +43,13 @@ def way_out(error: BaseException) -> str | None:
             "decides as a static value (a flag, a number or a string in the call), or "
             "choose with jax.lax.cond or jnp.where"
         )
+    # JAX's own limit: of any jitted function that is differentiated from outside.
+    if isinstance(error, TypeError) and "constant handler for type" in str(error):
+        return (
+            "the rule of a custom_jvp reads an array from around it, which JAX can't "
+            "differentiate through jit, and a converted model is jitted. Pass the "
+            "array, such as a layer's params, to the custom_jvp function as an argument"
+        )
     return None
 
 

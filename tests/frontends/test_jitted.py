@@ -195,3 +195,26 @@ def test_a_value_after_calls_on_arrays_only_is_static(value, where):
         assert all(isinstance(each, Tracer) for each in found)
     else:
         assert [each for each in found if not isinstance(each, Tracer)] == [value]
+
+
+def test_a_rule_that_reads_params_from_around_it():
+    def function(params, x):
+        @jax.custom_jvp
+        def act(x):
+            return jnp.tanh(x @ params["w"])
+
+        @act.defjvp
+        def _(primals, tangents):
+            y = jnp.tanh(primals[0] @ params["w"])
+            return y, (1 - y**2) * (tangents[0] @ params["w"])
+
+        return act(x)
+
+    params, x = {"w": jnp.ones((4, 3))}, jnp.ones((2, 4))
+    plan = fc.make_plan(function, params, x)
+    conv = fc.convert_model(function, plan)
+    moved = fc.convert_params(params, plan)
+    assert (conv(moved, x) == function(params, x)).all()
+    with pytest.raises(TypeError, match="constant handler") as caught:
+        jax.grad(lambda x: conv(moved, x).sum())(x)
+    assert "Pass the array, such as a layer's" in "".join(caught.value.__notes__)
