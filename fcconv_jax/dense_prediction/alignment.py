@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 
 from . import costs
+from .blocks import blockwise, retaken, segments_along
 from .maps import join
 from .values import (
     CropArray,
@@ -19,7 +20,6 @@ from .values import (
     classes_of,
     own_arrays,
     split_part,
-    take,
 )
 
 
@@ -70,7 +70,7 @@ def stretched(value: CropArray, shape: Sequence[int]) -> CropArray:
             value = without_ones(value, dim)
             groups = value.groups
             groups[dim] = (*groups[dim], Part(size, uniform=True))
-            value = value.with_groups(groups, value.data)
+            value = value.with_groups(groups, value.held)
     return value
 
 
@@ -111,7 +111,7 @@ def _with_ones(value: CropArray, dim: int, count: int) -> CropArray:
     groups = value.groups
     missing = count - len(groups[dim])
     groups[dim] = (*groups[dim], *(Part(1, uniform=True),) * missing)
-    return value.with_groups(groups, value.data)
+    return value.with_groups(groups, value.held)
 
 
 def _split_axis(value: CropArray, dim: int, sizes: Sequence[int]) -> CropArray:
@@ -135,9 +135,9 @@ def without_ones(value: CropArray, dim: int) -> CropArray:
         part = value.parts[index]
         if part.size != 1 or part.map is not None:
             continue
-        data = value.data
+        data = value.held
         if not part.uniform:
-            data = jnp.squeeze(data, value.axis(index))
+            data = jnp.squeeze(value.data, value.axis(index))
         ranks = list(value.ranks)
         ranks[dim] -= 1
         parts = (*value.parts[:index], *value.parts[index + 1 :])
@@ -165,7 +165,7 @@ def _joined(values: list[CropArray], index: int) -> tuple[list[CropArray], Part]
             continue
         map_, source = part.map, None
         if map_ is None:
-            known = classes_of(value.data, value.axis(index))
+            known = classes_of(value.held, value.axis(index))
             ids = np.arange(part.size) if known is None else known[0]
             source = None if known is None else known[1]
             map_ = np.broadcast_to(ids, like.shape)
@@ -177,10 +177,17 @@ def _joined(values: list[CropArray], index: int) -> tuple[list[CropArray], Part]
     if grown and len(places[0]) * costs.WORTH > map_.size:
         return _joined([own_along(value, {grid}) for value in values], index)
     values = list(values)
+    segments = None
+    for i, place in zip(who, places):
+        found = segments_along(values[i].held, values[i].axis(index))
+        if found and np.array_equal(place, np.arange(len(place))):
+            segments = found
     for i, place, source in zip(who, places, sources):
         axis = values[i].axis(index)
         place = place if source is None else source[place]
-        values[i] = values[i].replace(data=take(values[i].data, place, axis))
+        values[i] = values[i].replace(
+            held=retaken(values[i].held, place, axis, segments)
+        )
     values = [_one_axis(value, index) for value in values]
     return values, Part(shared[0].size, map_, grid)
 
@@ -197,6 +204,8 @@ def _one_axis(value: CropArray, index: int) -> CropArray:
 
 def _with_fronts(value: CropArray, fronts: tuple[Grid, ...]) -> CropArray:
     missing = [i for i, grid in enumerate(fronts) if grid not in value.fronts]
+    if not missing:
+        return value
     return value.replace(data=jnp.expand_dims(value.data, missing), fronts=fronts)
 
 
@@ -204,3 +213,18 @@ def broadcast_data(values: Sequence[CropArray]) -> list[Any]:
     """Return the data of aligned values, in one shape."""
     shape = np.broadcast_shapes(*(value.data.shape for value in values))
     return [jnp.broadcast_to(value.data, shape) for value in values]
+
+
+def combined(run: Callable[..., Any], values: Sequence[CropArray]) -> Any:
+    """Run a function of arrays of one shape on aligned values, block by block.
+
+    Args:
+      run: entry by entry; it returns one array or several.
+      values: aligned.
+    """
+
+    def each(arrays: Sequence[Any]) -> Any:
+        shape = np.broadcast_shapes(*(array.shape for array in arrays))
+        return run(*(jnp.broadcast_to(array, shape) for array in arrays))
+
+    return blockwise(each, [value.held for value in values])

@@ -30,10 +30,10 @@ from ..tracing.primitives import (
     ROUNDING,
     SAME,
 )
-from .alignment import aligned, broadcast_data
+from .alignment import aligned, broadcast_data, combined
 from .maps import Map
 from .rules import RULES
-from .values import CropArray, Grid, NotSharedError, all_own, array_of
+from .values import CropArray, Grid, NotSharedError, Part, all_own, array_of
 
 # A scan of more steps is not written out: it runs on each crop's own arrays.
 UNROLL = 64
@@ -195,23 +195,30 @@ class Interpreter:
     ) -> list[CropArray]:
         """An elementwise function with a derivative rule of its own, which is kept."""
         together, parts, ranks = aligned(values)
-        datas = broadcast_data(together)
-        like = CropArray(datas[0], together[0].fronts, parts, ranks)
         shape = next(
             (v.aval.shape for v in eqn.invars if getattr(v.aval, "shape", ())), ()
         )
 
+        # An axis of crops stands for each axis that an array has in front.
+        plain = tuple(Part(part.size, uniform=part.uniform) for part in parts)
+        inner = sum(not part.uniform for part in plain)
+
         @jax.custom_jvp
-        def call(*datas: Any) -> list[Any]:
-            outs = self.run(body, [like.replace(data=data) for data in datas])
-            (outs, *_) = aligned([*outs, like])
+        def call(*arrays: Any) -> list[Any]:
+            fronts = tuple(map(Grid, range(arrays[0].ndim - inner)))
+            values = [CropArray(array, fronts, plain, ranks) for array in arrays]
+            if not fronts:
+                values = [value.replace(parts=parts) for value in values]
+            (outs, *_) = aligned([*self.run(body, values), values[0]])
             return broadcast_data(outs)[:-1]
 
         @call.defjvp
         def _(primals: Any, tangents: Any) -> Any:
             return jax.jvp(lambda *x: _in_blocks(eqn, shape, x), primals, tangents)
 
-        return [like.replace(data=out) for out in call(*datas)]
+        fronts = together[0].fronts
+        outs = combined(call, together)
+        return [CropArray(out, fronts, parts, ranks) for out in outs]
 
 
 def _in_blocks(eqn: Any, shape: Sequence[int], operands: Sequence[Any]) -> list[Any]:

@@ -67,10 +67,11 @@ class WindowPasses:
     stride: int
 
     @functools.cached_property
-    def in_order(self) -> bool:
-        """Whether the axis is read as it is."""
-        places = np.concatenate([segment.reshape(-1) for segment in self.segments])
-        return bool((np.diff(places) == 1).all())
+    def in_place(self) -> int:
+        """How much is read as it is: the longest stretch, if it is of the axis."""
+        first = self.segments[0]
+        inside = first[first != PADDING]
+        return inside.size if (np.diff(inside) == 1).all() else 0
 
 
 def window_passes(
@@ -110,7 +111,7 @@ def window_passes(
     found, ids = distinct(windows.reshape(-1, window))
     ids = ids.reshape(len(map_), count)
     chains = _chains(ids, found, stride)
-    # What no window reads may be anything that is there: its outputs are not used.
+    # What no window reads may be anything that is there: nothing of it is used.
     fill = int(map_.max()) if map_.size else size - 1
     ways = _ways(found, ids, chains, stride, fill)
     if stride > 1 and (np.diff(found, axis=1) == 1).all() and (found >= 0).all():
@@ -230,8 +231,9 @@ def _side_by_side(
     begin = np.concatenate([[0], np.cumsum(room)[:-1]])
     place = begin[chains.chain] + chains.rank * stride
     total = int(begin[-1] + (lengths[-1] - 1) * stride + window)
-    take = np.full(total, fill, np.int64)
+    take = np.full(total, _UNREAD, np.int64)
     take[place[:, None] + np.arange(window)] = found
+    take = _filled(take[None], fill)[0]
     outputs = (total - window) // stride + 1
     return WindowPasses((take[None],), (place // stride)[ids], outputs, stride)
 
@@ -240,19 +242,36 @@ def _by_length(
     found: Map, ids: Map, chains: _Chains, lengths: Map, stride: int, fill: int
 ) -> WindowPasses:
     window = found.shape[1]
+    heads = np.empty(len(lengths), np.int64)
+    heads[chains.chain[chains.rank == 0]] = np.flatnonzero(chains.rank == 0)
     segments, place, offset = [], np.empty(len(found), np.int64), 0
     for length in np.unique(lengths)[::-1]:
         members = np.flatnonzero(lengths == length)
+        # Alike strips of all crops lie together, so that they are read by slices.
+        members = members[np.lexsort(found[heads[members]].T[::-1])]
         row = np.full(len(lengths), -1)
         row[members] = np.arange(len(members))
         mine = np.flatnonzero(lengths[chains.chain] == length)
         rows, ranks = row[chains.chain[mine]], chains.rank[mine]
-        read = np.full((len(members), (length - 1) * stride + window), fill, np.int64)
+        size = (length - 1) * stride + window
+        read = np.full((len(members), size), _UNREAD, np.int64)
         read[rows[:, None], (ranks * stride)[:, None] + np.arange(window)] = found[mine]
-        segments.append(read)
+        segments.append(_filled(read, fill))
         place[mine] = offset + rows * length + ranks
         offset += len(members) * int(length)
     return WindowPasses(tuple(segments), place[ids], offset, stride)
+
+
+_UNREAD = -2
+
+
+def _filled(read: Map, fill: int) -> Map:
+    """Let what no window reads go on from what is in front of it."""
+    for column in range(read.shape[1]):
+        after = np.minimum(read[:, column - 1] + 1, fill) if column else fill
+        unread = read[:, column] == _UNREAD
+        read[:, column] = np.where(unread, after, read[:, column])
+    return read
 
 
 def _padded(map_: Map, padding: tuple[int, int], holes: int) -> Map:

@@ -11,6 +11,7 @@ import numpy as np
 from jax import lax
 
 from .alignment import aligned, own_along, stretched, without_ones
+from .blocks import take
 from .maps import Map
 from .values import (
     CropArray,
@@ -22,7 +23,6 @@ from .values import (
     own_arrays,
     reshaped,
     stored,
-    take,
 )
 
 
@@ -40,7 +40,7 @@ def _broadcast(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     groups: list[tuple[Part, ...]] = [(Part(size, uniform=True),) for size in shape]
     for out, group in zip(where, value.groups):
         groups[out] = group
-    return [value.with_groups(groups, value.data)]
+    return [value.with_groups(groups, value.held)]
 
 
 def _transpose(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
@@ -65,7 +65,7 @@ def _without_axes(value: CropArray, gone: Sequence[int]) -> CropArray:
                 value = own_arrays(value, part.grid)
         value = without_ones(value, dim)
     groups = [group for dim, group in enumerate(value.groups) if dim not in gone]
-    return value.with_groups(groups, value.data)
+    return value.with_groups(groups, value.held)
 
 
 def _expand(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
@@ -78,7 +78,7 @@ def _expand(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
 def _with_new_axis(value: CropArray, dim: int) -> CropArray:
     groups: list[tuple[Part, ...]] = value.groups
     groups.insert(dim, ())
-    return value.with_groups(groups, value.data)
+    return value.with_groups(groups, value.held)
 
 
 def _slice(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:

@@ -14,6 +14,7 @@ from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
 from . import costs
+from .blocks import array_from, take
 from .maps import full_window_layouts
 from .sweeps import Sweep, cost, least, passes
 from .values import (
@@ -26,7 +27,6 @@ from .values import (
     merged,
     own_arrays,
     stored,
-    take,
 )
 
 
@@ -136,15 +136,18 @@ def _full_window(
         if not layouts:
             return None
         sweeps.append(Sweep(1 + k, 1 + k, layouts, part.grid))
+    ends = weights.shape[len(contracted) :]
     moved = {value.axis(i) for i in contracted}
     left = [axis for axis in range(data.ndim) if axis not in moved]
-    ends = weights.shape[len(contracted) :]
     kept = [data.shape[axis] for axis in left]
+    entries = data.size / math.prod(data.shape[value.axis(i)] for i in shared)
     each = 2 * weights.size * math.prod(kept)
-    chosen = least(sweeps, each)
+    chosen = least(sweeps, each, entries)
     rows = [len(layout.map) for layout in chosen]
+    # Arrays of the crops' own have each entry once for each crop that sees it.
+    read = math.prod(np.size(value.parts[i].map) for i in shared) * entries
     most = math.prod(rows) * each * costs.WORTH ** (count + 1) + costs.PASS
-    if not sweeps or cost(chosen, each) > most:
+    if not sweeps or cost(chosen, each, entries) > most + read * costs.MOVE:
         return None
     order = [value.axis(i) for i in (*shared, *summed)]
     places = [contracted.index(i) for i in (*shared, *summed)]
@@ -184,7 +187,7 @@ def _full_window(
             dimension_numbers=spec,
             **types,
         )
-        y = passes(convolve, x, list(zip(sweeps, chosen)), 0)
+        y = array_from(passes(convolve, x, list(zip(sweeps, chosen)), 0))
         for sweep, layout in zip(sweeps, chosen):
             y = take(y, layout.map[:, 0], sweep.out)
         y = y.reshape(*kept, *rows, *ends)

@@ -72,6 +72,11 @@ class AllCrops:
         )
         count = math.prod(positions)
         one, whole = flops(self.jaxpr), flops(jaxpr)
+        pixels = math.prod(self.images.shape) / math.prod(
+            self.images.shape[axis] / size for axis, size in zip(self.axes, self.window)
+        )
+        batch = costs.work(self.jaxpr, count) + costs.MOVE * pixels * count
+        gain = batch / max(costs.work(jaxpr), 1.0)
         return SlideReport(
             window=self.window,
             stride=self.stride,
@@ -81,9 +86,30 @@ class AllCrops:
             crop_bytes=largest(self.jaxpr) * count,
             bytes=largest(jaxpr),
             left=tuple(left.items()),
-            shares=self.padded_outside or one * count >= costs.WORTH_WHOLE * whole,
+            shares=self.padded_outside or gain >= costs.WORTH_WHOLE,
+            gain=gain,
+            copied=int(costs.copied(jaxpr)),
             exact=not self.padded_outside,
         )
+
+    @property
+    def image_flops(self) -> float | None:
+        """FLOPs with zeros around the image alone; None where the step forbids it."""
+        try:
+            around = dataclasses.replace(self, padded_outside=True)
+            image_stride(self.jaxpr, self.leaves, self._crop, self.axes, self.stride)
+            return around.report.flops
+        except PlanError:
+            return None
+
+    @property
+    def _crop(self) -> jax.ShapeDtypeStruct:
+        shape = list(self.images.shape)
+        for axis, size in zip(self.axes, self.window):
+            shape[axis] = size
+        sharding = crop_sharding(self.images, self.axes)
+        dtype = self.images.dtype
+        return jax.ShapeDtypeStruct(tuple(shape), dtype, sharding=sharding)
 
     @functools.cached_property
     def _shared(self) -> tuple[Any, Counter[str]]:

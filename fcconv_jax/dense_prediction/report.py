@@ -23,10 +23,16 @@ class SlideReport(Report):
       bytes: largest array of the shared program.
       left: why crops stopped sharing, and how often.
       shares: whether the shared program is taken; else a batch of crops.
+      gain: how many times less time it is estimated to take than that batch.
+      copied: entries that it copies, to lay out what crops share.
       exact: whether it is the function of each crop; not with ``padding="image"``.
+      image_flops: of the other function that ``padding="image"`` gives; the rest is due
+        to entries near each crop's border. None where the stride forbids it.
 
     Example:
-      >>> SlideReport((8, 8), (4, 4), (3, 5), 100.0, 500.0, 64, 32, (), True).ratio
+      >>> size, positions = (8, 8), (3, 5)
+      >>> flops = 100.0, 500.0
+      >>> SlideReport(size, (4, 4), positions, *flops, 64, 32, (), True, 2.5, 9).ratio
       3.0
     """
 
@@ -39,7 +45,10 @@ class SlideReport(Report):
     bytes: int
     left: tuple[tuple[str, int], ...]
     shares: bool
+    gain: float
+    copied: int
     exact: bool = True
+    image_flops: float | None = None
 
     @property
     def ratio(self) -> float:
@@ -64,8 +73,14 @@ class SlideReport(Report):
         if self.shares:
             yield (
                 f"shared: {_short(self.flops)} FLOPs instead of {_short(every)}: "
-                f"{self.ratio:.1f}x less"
+                f"{self.ratio:.1f}x less; estimated speedup {self.gain:.1f}x"
             )
+            if self.image_flops is not None:
+                borders = self.flops / max(self.image_flops, 1.0)
+                yield (
+                    f"borders of crops: {borders:.1f}x the FLOPs of padding='image'; "
+                    f"{_short(self.copied)} entries copied"
+                )
             yield (
                 f"largest array: {_short(self.bytes)}B instead of "
                 f"{_short(self.crop_bytes)}B"
@@ -73,7 +88,7 @@ class SlideReport(Report):
         else:
             yield (
                 f"a batch of crops: sharing would take {_short(self.flops)} FLOPs "
-                f"instead of {_short(every)}"
+                f"instead of {_short(every)}, estimated speedup {self.gain:.2f}x"
             )
         if not self.exact:
             yield "padded around the image: not what the crops give alone"

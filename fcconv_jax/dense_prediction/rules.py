@@ -13,7 +13,7 @@ from typing import Any
 from ..tracing.jaxprs import bind
 from ..tracing.primitives import ELEMENTWISE, ROUNDING, SAME
 from . import moves, products, reductions, windows
-from .alignment import aligned, broadcast_data
+from .alignment import aligned, combined
 from .values import CropArray, SlideRule
 
 
@@ -25,7 +25,7 @@ def _same(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
 def _elementwise(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     """Evaluate an elementwise equation."""
     together, parts, ranks = aligned(values)
-    outs = bind(eqn, broadcast_data(together))
+    outs = combined(lambda *arrays: bind(eqn, list(arrays)), together)
     return [CropArray(out, together[0].fronts, parts, ranks) for out in outs]
 
 

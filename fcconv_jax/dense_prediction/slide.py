@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import operator
 import warnings
 from collections.abc import Sequence
@@ -239,7 +240,9 @@ class Slide:
         *before, images = self._complete(args)
         if _is_lazy(images):
             images = jax.ShapeDtypeStruct(images.shape, dtype_of(images))
-        return self._program([*before, images], kwargs).report
+        program = self._program([*before, images], kwargs)
+        around = program.image_flops if self.padding == "crops" else None
+        return dataclasses.replace(program.report, image_flops=around)
 
     def __repr__(self) -> str:
         window = "x".join(map(str, self.window))

@@ -10,12 +10,13 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
-from jax import lax
+import numpy as np
 
 from ..messages.errors import PlanError
 from . import costs
+from .blocks import Blocks, array_from, as_blocks, cut, reread, segments_along, simplest
 from .maps import WindowPasses, whole_layout, window_passes
-from .values import CropArray, Grid, Part, merged, own_arrays, take_padded
+from .values import CropArray, Grid, Part, merged, own_arrays
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,12 +52,17 @@ def lay_out(
     axis = value.axis(sum(value.ranks[:dim]))
     assert part.map is not None
     assert part.grid is not None
-    size = value.data.shape[axis]
+    size = value.held.shape[axis]
     if part.grid.padded_outside:
         try:
             layout = whole_layout(part.map, size, extent, stride, padding, holes)
         except ValueError as error:
             raise PlanError(f"padding='image': {error}") from None
+        return value, Sweep(dim, dim, [layout], part.grid)
+    cuts = segments_along(value.held, axis)
+    if cuts and (extent, stride, padding, holes) == (1, 1, (0, 0), 1):
+        read = tuple(cut(np.arange(size), cuts))
+        layout = WindowPasses(read, part.map, size, 1)
         return value, Sweep(dim, dim, [layout], part.grid)
     layouts = window_passes(part.map, size, extent, stride, padding, holes)
     least = min(layout.outputs for layout in layouts)
@@ -65,18 +71,30 @@ def lay_out(
     return value, Sweep(dim, dim, layouts, part.grid)
 
 
-def cost(layouts: Sequence[WindowPasses], each: float) -> float:
-    """Of windows over these axes, in operations; ``each`` for one output position."""
+def cost(layouts: Sequence[WindowPasses], each: float, entries: float) -> float:
+    """Return what windows over these axes cost, in floating point operations.
+
+    Args:
+      layouts: one for each axis.
+      each: floating point operations of one output position.
+      entries: of one position of the operand.
+    """
     area = math.prod(layout.outputs for layout in layouts)
     passes = math.prod(len(layout.segments) for layout in layouts)
-    moved = sum(not layout.in_order for layout in layouts)
-    return area * each * costs.WORTH**moved + passes * costs.PASS
+    read = math.prod(sum(s.size for s in layout.segments) for layout in layouts)
+    kept = math.prod(layout.in_place for layout in layouts)
+    # A single pass copies along each axis.
+    copies = 1 if passes > 1 else sum(not layout.in_place for layout in layouts)
+    moved = (read - kept) * entries * copies
+    return area * each + moved * costs.MOVE + passes * costs.PASS
 
 
-def least(sweeps: Sequence[Sweep], each: float) -> tuple[WindowPasses, ...]:
+def least(
+    sweeps: Sequence[Sweep], each: float, entries: float
+) -> tuple[WindowPasses, ...]:
     """Return the layouts that cost least, one for each axis."""
     ways = itertools.product(*(sweep.layouts for sweep in sweeps))
-    return min(ways, key=functools.partial(cost, each=each))
+    return min(ways, key=functools.partial(cost, each=each, entries=entries))
 
 
 def swept(
@@ -98,52 +116,46 @@ def swept(
       each: floating point operations of one output position.
       fill: what padding holds.
     """
-    todo = list(zip(sweeps, least(sweeps, each)))
+    shape = value.held.shape[len(value.fronts) :]
+    entries = math.prod(shape) / math.prod(shape[sweep.axis] for sweep in sweeps)
+    todo = list(zip(sweeps, least(sweeps, each, entries)))
     parts = {
         sweep.out: Part(layout.map.shape[1], layout.map, sweep.grid)
         for sweep, layout in todo
     }
     changed = {sweep.axis: layout.stride for sweep, layout in todo}
 
-    def one(data: Any) -> Any:
-        return passes(lambda x: run(x, changed), data, todo, fill)
+    def one(held: Any) -> Any:
+        return passes(lambda x: run(x, changed), held, todo, fill)
 
-    return _mapped(one, value, eqn, parts)
+    shape = eqn.outvars[0].aval.shape
+    new = tuple(parts.get(dim, Part(size)) for dim, size in enumerate(shape))
+    held = value.held
+    if value.fronts:
+        held = value.data
+        run_one, one = one, lambda held: array_from(run_one(held))
+        for _ in value.fronts:
+            one = jax.vmap(one)
+    return CropArray(one(held), value.fronts, new, (1,) * len(new))
 
 
 def passes(
     run: Callable[[Any], Any],
-    data: Any,
+    held: Any,
     todo: Sequence[tuple[Sweep, WindowPasses]],
     fill: Any,
 ) -> Any:
-    """Run windows over axes that are laid out, and join their results."""
+    """Run windows over axes that are laid out; the results stay in blocks."""
     if not todo:
-        return run(data)
-    (sweep, layout), *rest = todo
-    one = functools.partial(passes, run, todo=rest, fill=fill)
-    outs = []
-    for places in layout.segments:
-        x = take_padded(data, places.reshape(-1), sweep.axis, fill)
-        if len(places) == 1:
-            outs.append(one(x))
-            continue
-        shape = list(x.shape)
-        shape[sweep.axis : sweep.axis + 1] = places.shape
-        y = jax.vmap(one, sweep.axis, sweep.out)(x.reshape(shape))
-        shape = list(y.shape)
-        shape[sweep.out : sweep.out + 2] = [-1]
-        outs.append(y.reshape(shape))
-    return lax.concatenate(outs, sweep.out) if len(outs) > 1 else outs[0]
-
-
-def _mapped(
-    run: Callable[[Any], Any], value: CropArray, eqn: Any, shared: dict[int, Part]
-) -> CropArray:
-    """Run a function of one array of parts on each crop's own."""
-    for _ in value.fronts:
+        return run(array_from(held))
+    blocks = as_blocks(held, [sweep.axis for sweep, _ in todo])
+    for k, (_, layout) in enumerate(todo):
+        blocks = reread(blocks, k, layout.segments, fill)
         run = jax.vmap(run)
-    data = run(value.data)
-    shape = eqn.outvars[0].aval.shape
-    parts = [shared.get(dim, Part(size)) for dim, size in enumerate(shape)]
-    return CropArray(data, value.fronts, tuple(parts), (1,) * len(parts))
+    outs = {key: run(array) for key, array in blocks.arrays.items()}
+    axes = tuple(sweep.out for sweep, _ in todo)
+    segments = [list(each) for each in blocks.segments]
+    for key, out in outs.items():
+        for k, (i, axis) in enumerate(zip(key, axes)):
+            segments[k][i] = (segments[k][i][0], out.shape[len(axes) + axis])
+    return simplest(Blocks(axes, tuple(map(tuple, segments)), outs))

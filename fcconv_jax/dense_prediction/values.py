@@ -8,12 +8,12 @@ import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .maps import PADDING, Map, distinct
+from .blocks import Blocks, array_from, take
+from .maps import Map, distinct
 
 
 class NotSharedError(Exception):
@@ -56,14 +56,14 @@ class CropArray:
     """An array of every crop.
 
     Args:
-      data: first an axis of crops for each of ``fronts``, then one for each part that
-        is not uniform.
+      held: an array, or one in blocks: first an axis of crops for each of ``fronts``,
+        then one for each part that is not uniform.
       fronts: the image's axes along which each crop has an array of its own, sorted.
       parts: from the outermost axis to the innermost.
       ranks: how many parts make up each axis of the array; none for a size of 1.
     """
 
-    data: Any
+    held: Any
     fronts: tuple[Grid, ...]
     parts: tuple[Part, ...]
     ranks: tuple[int, ...]
@@ -73,6 +73,11 @@ class CropArray:
         """Return an array that is the same for all crops."""
         parts = tuple(Part(size) for size in np.shape(array))
         return cls(array, (), parts, (1,) * len(parts))
+
+    @property
+    def data(self) -> Any:
+        """The array, whole."""
+        return array_from(self.held)
 
     @property
     def groups(self) -> list[tuple[Part, ...]]:
@@ -102,6 +107,8 @@ class CropArray:
 
     def replace(self, **changes: Any) -> CropArray:
         """Return the value with some of its fields changed."""
+        if "data" in changes:
+            changes["held"] = changes.pop("data")
         return dataclasses.replace(self, **changes)
 
     def with_groups(self, groups: Sequence[Sequence[Part]], data: Any) -> CropArray:
@@ -111,38 +118,6 @@ class CropArray:
 
 
 SlideRule = Callable[[Any, Sequence[CropArray]], list[CropArray]]
-
-
-def take(data: Any, places: Any, axis: int) -> Any:
-    """Read an axis at places known beforehand; a slice where they are in a row."""
-    places = np.asarray(places)
-    size = data.shape[axis]
-    if places.ndim == 1 and len(places):
-        first = int(places[0])
-        if (places == np.arange(first, first + len(places))).all():
-            if len(places) == size:
-                return data
-            return jax.lax.slice_in_dim(data, first, first + len(places), axis=axis)
-    if isinstance(data, np.ndarray):
-        return np.take(data, places, axis)
-    return jnp.take(data, places, axis=axis, mode="clip")
-
-
-def take_padded(data: Any, places: Map, axis: int, padding: Any) -> Any:
-    """Read an axis at places, with a value where they are padding."""
-    outside = places == PADDING
-    if not outside.any():
-        return take(data, places, axis)
-    inside = np.flatnonzero(~outside)
-    low, high = int(inside[0]), len(places) - 1 - int(inside[-1])
-    widths = [(0, 0, 0)] * data.ndim
-    fill = jnp.asarray(padding, data.dtype)
-    if not outside[inside[0] : inside[-1] + 1].any():
-        widths[axis] = (low, high, 0)
-        return jax.lax.pad(take(data, places[inside], axis), fill, widths)
-    widths[axis] = (0, 1, 0)
-    extended = jax.lax.pad(data, fill, widths)
-    return take(extended, np.where(outside, data.shape[axis], places), axis)
 
 
 def own_arrays(value: CropArray, grid: Grid) -> CropArray:
@@ -336,7 +311,7 @@ def classes_of(data: Any, axis: int) -> tuple[Map, Map] | None:
     Returns:
       The class of each slice, and a slice of each class; None while they are traced.
     """
-    if isinstance(data, Tracer) or data.size > _KNOWN:
+    if isinstance(data, Tracer | Blocks) or data.size > _KNOWN:
         return None
     rows = np.moveaxis(np.asarray(data), axis, 0)
     rows = np.ascontiguousarray(rows.reshape(len(rows), -1))

@@ -39,6 +39,7 @@ def sharing(request, monkeypatch):
     if request.param == "all that can be":
         monkeypatch.setattr(costs, "WORTH", 0.5)
         monkeypatch.setattr(costs, "PASS", 0.0)
+        monkeypatch.setattr(costs, "MOVE", 1e9)  # so that strips and interior part
         monkeypatch.setattr(costs, "WORTH_WHOLE", 0.0)
 
 

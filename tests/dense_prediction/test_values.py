@@ -19,7 +19,6 @@ from fcconv_jax.dense_prediction.values import (
     split_part,
     stored,
     take,
-    take_padded,
 )
 
 ROWS, COLUMNS = Grid(0), Grid(1)
@@ -134,16 +133,6 @@ def test_take(kind, places):
     places = np.array(places)
     data = kind(PIXELS[0, :3])
     np.testing.assert_array_equal(take(data, places, 0), PIXELS[0, :3][places])
-
-
-@pytest.mark.parametrize(
-    "places", [[-1, 0, 1, 2, -1, -1], [0, 1, 2], [2, -1, 0], [-1, 1, 0, -1, 2]]
-)
-def test_take_padded(places):
-    places = np.array(places)
-    found = take_padded(jnp.asarray(PIXELS[0, :3]), places, 0, 5.0)
-    want = np.where((places == -1)[:, None, None], 5.0, PIXELS[0, :3][places])
-    np.testing.assert_array_equal(found, want.astype(np.float32))
 
 
 def test_slices_that_are_the_same_are_one_class():
