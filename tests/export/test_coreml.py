@@ -2,6 +2,7 @@
 
 import importlib.util
 
+import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -87,3 +88,18 @@ def test_planted_geometry(changes, tmp_path):
     for name, value in changes.items():
         what = f"layer 'conv2': expected {name} "
         assert any(what in x and f"has {value}" in x for x in again.failures)
+
+
+@pytest.mark.parametrize(
+    ("approximate", "mode"), [(True, b"TANH_APPROXIMATION"), (False, b"EXACT")]
+)
+def test_both_gelus(approximate, mode, tmp_path):
+    fc.export(
+        lambda params, x: nn.gelu(x @ params["w"], approximate=approximate),
+        {"w": jnp.ones((4, 3))},
+        jnp.ones((2, 4)),
+        path=tmp_path / "m.mlpackage",
+        progress=False,
+    )
+    (file,) = tmp_path.rglob("*.mlmodel")
+    assert mode in file.read_bytes()

@@ -251,7 +251,8 @@ class _Writer:
         return self.mb.softmax(x=self.value(node.inputs[0]), axis=axis, name=name)
 
     def _gelu(self, node: Node, name: str) -> Any:
-        return self.mb.gelu(x=self.value(node.inputs[0]), mode="EXACT", name=name)
+        mode = "TANH_APPROXIMATION" if node.attrs["approximate"] else "EXACT"
+        return self.mb.gelu(x=self.value(node.inputs[0]), mode=mode, name=name)
 
     def _leaky_relu(self, node: Node, name: str) -> Any:
         x, alpha = self.value(node.inputs[0]), node.attrs["alpha"]
