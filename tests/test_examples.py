@@ -70,11 +70,14 @@ def test_detect_digits(tmp_path):
 
 def test_resume_training(tmp_path):
     pytest.importorskip("sklearn")
-    done = run("resume_training.py", "--steps", "100", "--out", tmp_path / "run")
+    out = tmp_path / "run"
+    done = run("resume_training.py", "--steps", "30", "--budget", "0", "--out", out)
     assert done.returncode == 0, done.stderr
     rows = [" ".join(line.split()) for line in done.stdout.splitlines()]
-    assert "opt_state/0/nu/fc1/kernel (256, 64) -> (4, 4, 16, 64)" in rows
-    assert "optimizer/opt_state/0/nu/fc1/kernel (256, 64) -> (4, 4, 16, 64)" in rows
+    assert "opt_state/0/nu/conv/kernel (2, 2, 1, 32) -> (4, 32)" in rows
+    assert "optimizer/opt_state/0/nu/conv/kernel (2, 2, 1, 32) -> (4, 32)" in rows
+    assert sum("ms per step" in row for row in rows) == 4
+    assert any(row.startswith("given back: outputs") for row in rows)
     for name in ("linen, TrainState", "NNX, nnx.Optimizer"):
         (row,) = (row for row in rows if re.match(rf"{name} \d", row))
         first, last, apart = map(float, row.split()[-3:])
