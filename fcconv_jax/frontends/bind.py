@@ -7,10 +7,11 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from ..params.tensors import is_tensor
 from ..tracing.arguments import is_array
 from .bound import BoundModel, OnCrops
 from .function.bound import BoundFunction
-from .held import ConvertedModel
+from .held import BoundHeld, ConvertedModel
 
 # The package that defines a library's models, and the module here that binds them. A
 # model cannot exist before its package is imported, so nothing is imported for it.
@@ -30,7 +31,8 @@ def bind(model: Any, params: Any = None, *inputs: Any, **kwargs: Any) -> BoundMo
     Args:
       model: a model of a known library, converted or not, a function
         ``f(params, *inputs)``, or a bound model, which is returned as it is.
-      params: params or variables; None for those that the model holds.
+      params: params or variables; None for those that the model holds. Models of
+        Equinox, Keras and PyTorch hold them: an array here is the first input.
       *inputs: what the model is called with.
       **kwargs: keyword arguments of the call.
 
@@ -47,6 +49,9 @@ def bind(model: Any, params: Any = None, *inputs: Any, **kwargs: Any) -> BoundMo
     if isinstance(model, BoundModel):
         return _alone(model, (*inputs, *kwargs), params)
     frontend = frontend_of(model)
+    if issubclass(frontend, BoundHeld) and (is_array(params) or is_tensor(params)):
+        # Such a model holds its params, and an array is none: it is the first input.
+        params, inputs = None, (params, *inputs)
     if frontend is not BoundFunction and is_array(params):
         raise TypeError(
             f"Expected params as a tree of arrays, got {params.dtype} of shape "

@@ -1,4 +1,3 @@
-import jax
 import numpy as np
 import pytest
 from frontends.library_checks import check_held, check_model, check_slide
@@ -68,19 +67,106 @@ def test_training_mode_is_refused(net):
         fc.make_plan(net, X)
 
 
-def test_tied_weights(net):
-    class Tied(torch.nn.Module):
-        def __init__(self):
-            super().__init__()
-            self.table = torch.nn.Embedding(7, 4)
-            self.head = torch.nn.Linear(4, 7, bias=False)
-            self.head.weight = self.table.weight
+class Tied(torch.nn.Module):
+    def __init__(self, clone=False):
+        super().__init__()
+        self.table = torch.nn.Embedding(7, 4)
+        self.head = torch.nn.Linear(4, 7, bias=False)
+        weight = self.table.weight
+        self.head.weight = torch.nn.Parameter(weight.clone()) if clone else weight
 
-        def forward(self, ids):
-            return self.head(self.table(ids))
+    def forward(self, ids):
+        return self.head(self.table(ids))
 
-    ids = np.array([[1, 2, 3]], np.int32)
-    model = Tied().eval()
-    report = fc.verify(model, None, jax.numpy.asarray(ids), progress=False)
+
+def test_weights_tied_to_a_table_stay_until_they_are_untied():
+    ids = torch.tensor([[1, 2, 3]])
+    plan = fc.make_plan(Tied().eval(), ids)
+    assert not plan
+    assert "tied to 'table.weight'" in plan.skipped["head.weight"]
+    report = fc.verify(Tied(clone=True).eval(), ids, progress=False)
     assert report.passed
     assert report.planned == 1
+
+
+def test_weights_that_two_layers_share_convert_alike():
+    class Shared(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.first, self.second = torch.nn.Linear(4, 4), torch.nn.Linear(4, 4)
+            self.second.weight = self.first.weight
+
+        def forward(self, x):
+            return self.second(torch.tanh(self.first(x)))
+
+    model = Shared().eval()
+    plan = fc.make_plan(model, torch.randn(2, 4))
+    assert list(plan) == ["first.weight", "second.weight"]
+    moved = fc.convert_params(model.state_dict(), plan)
+    assert torch.equal(moved["first.weight"], moved["second.weight"])
+    Shared().load_state_dict(fc.restore_params(moved, plan), strict=True)
+
+
+def test_to_dense_in_the_order_of_unfold():
+    conv = torch.nn.Conv2d(3, 8, (2, 4), (2, 4)).eval()
+    x = torch.randn(2, 3, 6, 8)
+    plan = fc.make_plan(conv, x, to="dense")
+    assert (plan["weight"].case, plan["weight"].order) == ("patchify", "CHW")
+    linear = torch.nn.Linear(24, 8)
+    linear.load_state_dict(fc.convert_params(conv.state_dict(), plan), strict=True)
+    rows = torch.nn.functional.unfold(x, (2, 4), stride=(2, 4)).transpose(1, 2)
+    torch.testing.assert_close(linear(rows), conv(x).flatten(2).transpose(1, 2))
+    hwc = fc.make_plan(conv, x, to="dense", rules=["*=dense:HWC"])
+    assert fc.verify(conv, x, plan=hwc, progress=False).passed
+
+
+def test_grouped_convolutions_go_to_dense():
+    conv = torch.nn.Conv2d(4, 6, 2, 2, groups=2).eval()
+    x = torch.randn(2, 4, 6, 8)
+    plan = fc.make_plan(conv, x, to="dense")
+    assert plan["weight"].kernel.target == (2, 3, 8)
+    assert plan["weight"].leaves == (
+        fc.plan_from_params(conv.state_dict(), ["*=dense:groups2"])["weight"].leaves
+    )
+    assert fc.verify(conv, x, plan=plan, progress=False).passed
+
+
+def test_the_input_may_stand_where_params_would(net, tmp_path):
+    assert fc.verify(net, X, progress=False).passed
+    file = fc.export(net, X, path=tmp_path / "net.stablehlo", progress=False)
+    assert file.passed
+
+
+def test_a_module_in_the_place_of_its_params(net):
+    with pytest.raises(fc.PlanError, match=r"Pass its state_dict\(\)"):
+        fc.convert_params(net, fc.make_plan(net, X))
+
+
+def test_outputs_by_name():
+    class Named(Net):
+        def forward(self, x):
+            return {"y": (super().forward(x), None), "none": None}
+
+    model = Named().eval()
+    y = fc.convert_model(model, fc.make_plan(model, X))(X)
+    assert list(y) == ["y"]
+    np.testing.assert_allclose(y["y"][0], model(X)["y"][0].detach(), atol=1e-5)
+
+
+def test_operations_that_torchax_lacks_are_named():
+    class Airy(Net):
+        def forward(self, x):
+            return torch.special.airy_ai(super().forward(x))
+
+    with pytest.raises(fc.PlanError, match=r"special_airy_ai in Airy.*torch\.export"):
+        fc.make_plan(Airy().eval(), X)
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # torch.export's own
+def test_an_exported_module(net):
+    exported = torch.export.export(net, (X,)).run_decompositions().module()
+    plan = fc.make_plan(exported, X)
+    assert list(plan) == ["head.weight"]
+    np.testing.assert_allclose(
+        fc.convert_model(exported, plan)(X), net(X).detach(), atol=1e-5
+    )
