@@ -24,14 +24,15 @@ PLANNED = {
     "BERT": (7, 0),
     "CLIP vision": (6, 1),
     "Whisper encoder": (6, 0),
-    "SegFormer": (15, 0),
+    "SegFormer": (14, 3),
     "DINOv2": (7, 1),
 }
 
 
 def close(got, want):
+    want = want.detach()
     scale = float(want.abs().max())
-    np.testing.assert_allclose(np.asarray(got), want.detach(), atol=1e-5 * scale)
+    np.testing.assert_allclose(np.asarray(got), want, atol=1e-5 * scale)
 
 
 @pytest.mark.parametrize("name", CASES)
