@@ -1,7 +1,7 @@
 """How much quicker one pass is than crops, on this machine, against bounds.
 
     python benchmarks/slide.py [NAME ...]
-    python benchmarks/slide.py large
+    python benchmarks/slide.py large [--size 40000]
 
 Each network runs on every crop of an image by ``fc.slide``, and crop by crop in three
 ways: all in one batch, ten at a time, and one at a time (``jax.lax.map``). Calls are
@@ -15,17 +15,15 @@ from __future__ import annotations
 import argparse
 import functools
 import sys
-import tempfile
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import networks
-import numpy as np
+import scans
 from running import race
 
 import fcconv_jax as fc
@@ -202,66 +200,23 @@ def measure(name: str) -> bool:
     return holds
 
 
-def large(size: int = 20_000) -> bool:
-    """An image that is in a file, tile by tile; whether memory stays below 2 GiB."""
-    model, crop, step = Pools("VALID"), 128, 32
-    variables = jax.jit(model.init)(jax.random.key(1), jnp.zeros((1, crop, crop, 3)))
-
-    def scores(variables: Any, x: jax.Array) -> Any:
-        return model.apply(variables, x.astype(jnp.float32) / 255)
-
-    grid = fc.slide(scores, (crop, crop), step)
-    side = (size - crop) // step + 1
-    with tempfile.TemporaryDirectory() as folder:
-        shape = (1, size, size, 3)
-        image = np.lib.format.open_memmap(f"{folder}/image.npy", "w+", np.uint8, shape)
-        rng = np.random.default_rng(0)
-        for row in range(0, size, 1000):
-            some = (1, min(1000, size - row), size, 3)
-            image[:, row : row + 1000] = rng.integers(0, 256, some, np.uint8)
-        image.flush()
-        del image  # and its pages
-        image = np.load(f"{folder}/image.npy", mmap_mode="r")
-        out = np.lib.format.open_memmap(
-            f"{folder}/out.npy", "w+", np.float32, (1, side, side, 10)
-        )
-        Path("/proc/self/clear_refs").write_text("5", encoding="ascii")  # resets VmHWM
-        start = time.perf_counter()
-        grid.write(variables, image, out=out, memory=2**28, progress=False)
-        seconds = time.perf_counter() - start
-        most = _most_memory()
-        places = [(i, j) for i in (0, side // 2, side - 1) for j in (0, side // 3)]
-        error = 0.0
-        for i, j in places:
-            y, x = i * step, j * step
-            one = scores(variables, jnp.asarray(image[:, y : y + crop, x : x + crop]))
-            error = max(error, float(abs(out[0, i, j] - one[0]).max() / abs(one).max()))
-    holds = most < 2 and error < 1e-5
-    print(
-        f"large: {side}x{side} crops of {crop} from {size}x{size}: {seconds:.0f} s, "
-        f"{most:.2f} GiB at most with the file's pages; largest error {error:.0e}; "
-        f"bound 2 GiB: {'holds' if holds else 'MISSED'}",
-        flush=True,
-    )
-    return holds
-
-
-def _most_memory() -> float:
-    """GiB that this process held at most."""
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    return int(text.partition("VmHWM:")[2].split()[0]) / 2**20
-
-
 def main() -> int:
     """Measures the cases that are named; all but the slowest without names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "names", nargs="*", choices=[[], "large", *CASES], metavar="NAME"
     )
+    parser.add_argument("--size", type=int, default=40_000, help="side of the scan")
+    parser.add_argument("--width", type=int, default=16, help="of the scan's network")
     options = parser.parse_args()
     names = options.names or [n for n in CASES if n not in ("vgg16", "valid-step1")]
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    results = [large() if name == "large" else measure(name) for name in names]
+    results = [
+        scans.large(Pools("VALID", options.width), options.size, 128, 8, 2**28)
+        if name == "large"
+        else measure(name)
+        for name in names
+    ]
     return 0 if all(results) else 1
 
 
