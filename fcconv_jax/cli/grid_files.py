@@ -249,3 +249,9 @@ def rows_of(array: Any, image: int, start: int, stop: int) -> np.ndarray[Any, An
     """Read rows of one image's results, ``(rows, columns, outputs)``."""
     part = read_part(array, (image, slice(start, min(stop, array.shape[1]))))
     return part.reshape(*part.shape[:2], -1)
+
+
+def bands_of(array: Any, image: int) -> Iterator[np.ndarray[Any, Any]]:
+    """Read one image's results by bands of rows, ``(rows, columns, outputs)`` each."""
+    for start in range(0, array.shape[1], _CHUNK):
+        yield rows_of(array, image, start, start + _CHUNK)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +31,18 @@ class Heat:
 
     values: np.ndarray[Any, Any]
     what: str
+
+    @classmethod
+    def of_rows(cls, scores: Iterable[Any], label: int | None, softmax: bool) -> Heat:
+        """Choose what to show, from bands of rows, so that one is in memory at a time.
+
+        Args:
+          scores: ``(rows, columns, classes)`` each.
+          label: as for :meth:`of`.
+          softmax: likewise.
+        """
+        parts = [cls.of(each, label, softmax) for each in scores]
+        return cls(np.concatenate([each.values for each in parts]), parts[0].what)
 
     @classmethod
     def of(cls, scores: np.ndarray[Any, Any], label: int | None, softmax: bool) -> Heat:
@@ -113,14 +125,25 @@ def check_class(label: int | None, softmax: bool, outputs: Sequence[int]) -> Non
         )
 
 
-def write_heatmap(file: Path, heat: Heat, image: Image, scale: float) -> None:
+def write_heatmap(
+    file: Path,
+    heat: Heat,
+    image: Image,
+    scale: float,
+    window: Sequence[int],
+    stride: Sequence[int],
+) -> None:
     """Write a picture of the values over the image, with a legend below.
+
+    A value is drawn around the centre of its window; those at the border reach it.
 
     Args:
       file: in any format that Pillow writes.
       heat: the values.
       image: what lies under them.
       scale: its largest value.
+      window: rows and columns of a window.
+      stride: rows and columns from one to the next.
 
     Raises:
       ArgumentError: the file can't be written.
@@ -132,8 +155,14 @@ def write_heatmap(file: Path, heat: Heat, image: Image, scale: float) -> None:
     shares = (np.where(known, heat.values, low) - low) / max(high - low, 1e-30)
     picture = image.thumbnail(_MOST_PIXELS).astype(np.float32) / scale
     height, width = picture.shape[:2]
-    rows = np.arange(height) * shares.shape[0] // height
-    columns = np.arange(width) * shares.shape[1] // width
+    rows, columns = (
+        np.clip(((at + 0.5) * size / len(at) - (across - step) / 2) // step, 0, n - 1)
+        for at, size, across, step, n in zip(
+            *((np.arange(height), np.arange(width)), image.shape[1:3]),
+            *(window, stride, shares.shape),
+        )
+    )
+    rows, columns = rows.astype(int), columns.astype(int)
     gray = np.clip(picture.mean(-1), 0, 1)
     over = _colored(gray, shares[rows[:, None], columns])
     Pillow = _pillow("Image")

@@ -8,10 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ..dense_prediction.images.base import Image
-from .grid_files import rows_of
-
-# Rows of results that are read at a time.
-_ROWS = 256
+from .grid_files import bands_of, rows_of
 
 
 class FoundPlace(NamedTuple):
@@ -41,14 +38,7 @@ def largest_places(
       >>> [place[:3] for place in largest_places(grid, 0, 2, (2, 2), (1, 1))]
       [(1, 1, 1), (3, 4, 0)]
     """
-    heat = np.concatenate(
-        [
-            np.nan_to_num(rows_of(grid, image, start, start + _ROWS), nan=-np.inf).max(
-                -1
-            )
-            for start in range(0, grid.shape[1], _ROWS)
-        ]
-    )
+    heat = np.concatenate([_known(rows).max(-1) for rows in bands_of(grid, image)])
     heat = heat.astype(np.float64)
     reach = [-(-size // step) for size, step in zip(window, stride)]
     found = []

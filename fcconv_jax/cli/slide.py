@@ -156,7 +156,7 @@ def slide(
 
     from ..dense_prediction.slide import slide as make_grid
     from ..frontends.bind import bind_crops, frontend_of
-    from .grid_files import SUFFIXES, Grid, grid_file, is_zarr
+    from .grid_files import SUFFIXES, Grid, bands_of, grid_file, is_zarr
     from .heatmap import Heat, check_class, check_heatmap, write_heatmap
     from .images import (
         Pixels,
@@ -250,9 +250,10 @@ def slide(
                 text = place_text(place, image, sizes, report.stride)
                 typer.echo(f"{file}: {text}")
         if heatmap is not None:
-            whole = result if isinstance(result, np.ndarray) else result.read().result()
-            heat = Heat.of(whole[0], label, softmax)
-            write_heatmap(heatmap, heat, batch[0], scaling.scale)
+            heat = Heat.of_rows(bands_of(result, 0), label, softmax)
+            write_heatmap(
+                *(heatmap, heat, batch[0], scaling.scale, sizes, report.stride)
+            )
             typer.echo(f"wrote {heatmap}", err=True)
             typer.echo(f"{images[0]}: {heat.summary(report.stride, sizes)}")
     if out is not None:

@@ -51,7 +51,8 @@ def test_a_missing_folder_is_made(command):
         ),
         (
             "slide late.py:Net canvas.npy --params ckpt --window 8x8 --out grid.txt",
-            "--out: expected a file that ends in .npy, .zarr, .tif, .tiff, got grid.txt",
+            "--out: expected a file that ends in .npy, .zarr, .tif, .tiff, got "
+            "grid.txt",
         ),
         (
             "slide late.py:Net canvas.npy --params ckpt --window 8x8 --heatmap place",

@@ -189,6 +189,19 @@ def test_pixels_without_data_are_left_out(want):
     assert "--mask nodata: expected a GeoTIFF with a nodata value" in said
 
 
+def test_heat_lies_at_the_centre_of_its_window(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    Path("model.py").write_text(MODEL)
+    pixels = np.zeros((60, 90, 2), np.float32)
+    pixels[40:48, 60:72, 0] = 1  # one window, at its row 10 and column 30
+    np.save("image.npy", pixels)
+    run("image.npy --window 8x12 --stride 8x12 --heatmap heat.png")
+    with Image.open("heat.png") as picture:
+        red, green, _ = np.moveaxis(np.asarray(picture)[:60, :90].astype(int), -1, 0)
+    rows, columns = np.nonzero(red - green > 60)
+    assert (rows.min(), rows.max(), columns.min(), columns.max()) == (40, 47, 60, 71)
+
+
 MEAN = """
 import jax.numpy as jnp
 

@@ -91,6 +91,17 @@ def test_levels_regions_and_bands(tmp_path):
             fc.open_image(tmp_path / "a.svs", **options)
 
 
+def test_thumbnails_are_of_the_coarsest_level_that_has_enough_pixels(tmp_path):
+    pyramid(tmp_path / "a.tif", RGB, compression="zlib")
+    for most, step in ((90, 1), (45, 2), (30, 4), (23, 4), (12, 8)):
+        found = fc.open_image(tmp_path / "a.tif").thumbnail(most)
+        np.testing.assert_array_equal(found, RGB[::step, ::step])
+    part = fc.open_image(tmp_path / "a.tif", region=(8, 16, 64, 32), bands=(2,))
+    np.testing.assert_array_equal(part.thumbnail(16), RGB[8:72:4, 16:48:4, 1:2])
+    second = fc.open_image(tmp_path / "a.tif", level=1)
+    np.testing.assert_array_equal(second.thumbnail(23), RGB[::4, ::4])
+
+
 def test_jpeg_tiles_are_those_that_tifffile_decodes(tmp_path):
     tifffile = pytest.importorskip("tifffile")
     pytest.importorskip("imagecodecs")

@@ -82,6 +82,8 @@ class Source:
       crs: what these coordinates are, as WKT.
       bits: of integer pixels that use fewer than their dtype has.
       valid: which pixels of a box hold data; None if the file has no nodata value.
+      levels: height and width of each level of the file.
+      open_level: opens another of them.
     """
 
     shape: tuple[int, int, int]
@@ -91,6 +93,8 @@ class Source:
     crs: str | None = None
     bits: int | None = None
     valid: Callable[[Box], Pixels] | None = None
+    levels: Sequence[tuple[int, int]] = ()
+    open_level: Callable[[int], Source] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -176,9 +180,28 @@ class Image:
     def thumbnail(self, most: int) -> Pixels:
         """Return every n-th pixel, ``(rows, columns, channels)``, by bands of rows.
 
+        They are of the coarsest level of the file that has as many.
+
         Args:
           most: rows and columns at most; they decide n.
         """
+        wanted = max(1.0, max(self.shape[1:3]) / most)
+        (height, width), image = self.level_shape, self
+        for level, (rows, columns) in enumerate(self._source.levels):
+            if self._source.open_level and 1 < height / rows <= wanted:
+                top, left, *size = (
+                    int(each * there / here)
+                    for each, there, here in zip(
+                        self.region, (rows, columns) * 2, (height, width) * 2
+                    )
+                )
+                box = (top, left, *(max(each, 1) for each in size))
+                bands = [band + 1 for band in self._bands]
+                coarser = self._source.open_level(level)
+                image = Image(self.file, coarser, box, bands)
+        return image._sampled(most)
+
+    def _sampled(self, most: int) -> Pixels:
         step = -(-max(self.shape[1:3]) // most)
         rows = step * max(1, 256 // step)
         bands = [

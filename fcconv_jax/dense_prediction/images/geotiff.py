@@ -90,6 +90,8 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
         dataset.crs.to_wkt() if dataset.crs else None,
         int(bits) if bits else None,
         None if everywhere else valid,
+        sizes,
+        lambda level: open_(file, level, None),
     )
     weakref.finalize(read, dataset.close)
     return source

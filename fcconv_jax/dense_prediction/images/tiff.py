@@ -122,6 +122,8 @@ def _opened(file: Path, tif: Any, level: int) -> Source:
         read,
         Affine(a=top_width / width, e=top_height / height),
         bits=page.bitspersample if dtype.kind == "u" else None,
+        levels=sizes,
+        open_level=lambda level: open_(file, level, None),
     )
 
 
