@@ -130,15 +130,13 @@ class AllCrops:
 
         def run(*operands: Any) -> list[Any]:
             *leaves, images = operands
-            value = image_value(
-                images, self.window, self.stride, self.axes, self.padded_outside
-            )
+            make = _batch_of_crops if own else image_value
+            outside = not own and self.padded_outside
+            value = make(images, self.window, self.stride, self.axes, outside)
             interpreter = Interpreter(
                 Counter() if left is None else left, placed=mesh is None
             )
-            outs = interpreter.run(
-                self.jaxpr, [*leaves, all_own(value) if own else value]
-            )
+            outs = interpreter.run(self.jaxpr, [*leaves, value])
             return [_on_all(out, counts) for out in outs]
 
         shardings = [
@@ -205,6 +203,35 @@ def image_value(
         map_ = crops(images.shape[axis], size, step)
         parts[axis] = Part(size, map_, Grid(index, padded_outside))
     return CropArray(images, (), tuple(parts), (1,) * len(parts))
+
+
+def _batch_of_crops(
+    images: Any,
+    window: Sequence[int],
+    stride: Sequence[int],
+    axes: Sequence[int],
+    padded_outside: bool = False,
+) -> CropArray:
+    """Return the crops of images, copied in one step, as a user would."""
+    shape = list(images.shape)
+    for axis, size in zip(axes, window):
+        shape[axis] = size
+
+    def at(*starts: Any) -> Any:
+        first = [0] * images.ndim
+        for axis, start in zip(axes, starts):
+            first[axis] = start
+        return jax.lax.dynamic_slice(images, first, shape)
+
+    for k in reversed(range(len(axes))):
+        at = jax.vmap(at, [0 if i == k else None for i in range(len(axes))])
+    starts = [
+        np.arange(0, images.shape[axis] - size + 1, step)
+        for axis, size, step in zip(axes, window, stride)
+    ]
+    fronts = tuple(Grid(index, padded_outside) for index in range(len(axes)))
+    parts = tuple(map(Part, shape))
+    return CropArray(at(*starts), fronts, parts, (1,) * len(parts))
 
 
 def own_stride(

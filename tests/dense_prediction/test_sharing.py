@@ -1,0 +1,87 @@
+"""How deep crops share, to the bit, and when a batch of crops is chosen."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_networks import crops_one_by_one
+
+import fcconv_jax as fc
+from fcconv_jax.dense_prediction import costs
+
+
+class Vgg(nn.Module):
+    """Four stages of two padded convolutions and a pool: a total stride of 16."""
+
+    widths: tuple[int, ...] = (16, 32, 64, 64)
+
+    @nn.compact
+    def __call__(self, x):
+        for width in self.widths:
+            for _ in range(2):
+                x = nn.relu(nn.Conv(width, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
+
+
+def abstract(model, size):
+    x = jax.ShapeDtypeStruct((1, size, size, 3), jnp.float32)
+    crop = jax.ShapeDtypeStruct((1, 64, 64, 3), jnp.float32)
+    return jax.eval_shape(model.init, jax.random.key(0), crop), x
+
+
+@pytest.mark.parametrize(("step", "shares"), [(8, True), (24, True), (64, False)])
+def test_a_step_shares_the_maps_whose_strides_divide_it(step, shares):
+    report = fc.slide(Vgg(), (64, 64), step).report(*abstract(Vgg(), 256))
+    assert report.shares == shares
+    assert (report.gain >= costs.WORTH_WHOLE) == shares
+    assert "estimated speedup" in str(report)
+    assert report.copied > 0
+
+
+def test_the_report_splits_what_borders_cost():
+    grid = fc.slide(Vgg(), (64, 64), 16)
+    report = grid.report(*abstract(Vgg(), 128))
+    around = fc.slide(Vgg(), (64, 64), 16, padding="image")
+    assert report.image_flops == around.report(*abstract(Vgg(), 128)).flops
+    assert f"{report.flops / report.image_flops:.1f}x the FLOPs of padding" in str(
+        report
+    )
+    odd = fc.slide(Vgg(), (64, 64), 24).report(*abstract(Vgg(), 136))
+    assert odd.image_flops is None
+
+
+def integers(rng, *shape):
+    return jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)
+
+
+@pytest.mark.parametrize("way", ["estimated", "in blocks", "a batch of crops"])
+@pytest.mark.parametrize("stride", [(4, 8), (6, 2)])
+def test_integers_are_those_of_each_crop_to_the_bit(way, stride, monkeypatch):
+    if way == "in blocks":
+        monkeypatch.setattr(costs, "PASS", 0.0)
+        monkeypatch.setattr(costs, "MOVE", 1e9)
+        monkeypatch.setattr(costs, "WORTH_WHOLE", 0.0)
+    if way == "a batch of crops":
+        monkeypatch.setattr(costs, "WORTH_WHOLE", np.inf)
+    rng = np.random.default_rng(0)
+    kernels = [integers(rng, 3, 3, a, b) for a, b in ((2, 4), (4, 3), (3, 5))]
+    head = integers(rng, 5 * 5 * 4, 3)
+
+    def net(params, x):
+        kernels, head = params
+        for i, kernel in enumerate(kernels):
+            y = jax.lax.conv_general_dilated(
+                *(x, kernel, (1, 1), "SAME"), dimension_numbers=("NHWC", "HWIO", "NHWC")
+            )
+            x = jax.nn.relu(y) + y if i else y
+            if i:
+                x = nn.max_pool(x, (2, 2), (2, 2))
+        return x.reshape(x.shape[0], -1) @ head
+
+    images = integers(rng, 2, 36, 40, 2)
+    params = kernels, head
+    got = fc.slide(net, (20, 16), stride)(params, images)
+    want = crops_one_by_one(lambda x: net(params, x), images, (20, 16), stride)
+    np.testing.assert_array_equal(got, want)
