@@ -86,6 +86,10 @@ def export(
             help="Fold norms into the layers; without, every weight keeps its bits.",
         ),
     ] = True,
+    any_batch: Annotated[
+        bool,
+        typer.Option("--any-batch", help="Leave the batch size open (LiteRT, ONNX)."),
+    ] = False,
     compare: Annotated[
         bool, typer.Option("--compare", help="Make the other forms too, for figures.")
     ] = False,
@@ -141,6 +145,7 @@ def export(
         rules=rules or (),
         unroll=unroll,
         fold=fold,
+        any_batch=any_batch,
         calibrate=data,
         compare=compare,
     )

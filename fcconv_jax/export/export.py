@@ -21,6 +21,7 @@ from ..plan import Plan
 from ..plan.rules import Rule, as_rules
 from ..tracing.default_settings import default_settings
 from ..verification.agreement import named_leaves
+from .batches import SIZES, tried, with_batch
 from .chips import Chip, chip_of
 from .fingerprint import BLANK, seal
 from .forms import FORMS, FileForm, plan_of_form
@@ -66,6 +67,7 @@ def export(
     rules: Iterable[Rule | str] = (),
     unroll: int = 0,
     fold: bool = True,
+    any_batch: bool = False,
     calibrate: Sequence[Any] | None = None,
     compare: bool = False,
     progress: ProgressOption = None,
@@ -98,6 +100,9 @@ def export(
         layers before or behind them. They are folded in float64 and rounded once, and
         the file's error must stay within twice the model's own; False keeps the bits of
         every parameter. IREE and StableHLO files, JAX's own program, fold nothing.
+      any_batch: whether the file takes inputs of any batch size, their first axis:
+        resizable in LiteRT, symbolic in ONNX. It is run with three sizes. StableHLO
+        files always do.
       calibrate: for an int8 file: arrays of inputs, one for each positional input, with
         examples along the first axis.
       compare: whether to write the other forms as well, for the report's figures.
@@ -147,10 +152,16 @@ def export(
             f"Expected a .tflite path for an int8 file, got {path}: the quantizer is "
             "LiteRT's. Drop calibrate= for a file in float32."
         )
+    if any_batch and (target.any_batch is None or calibrate is not None):
+        raise ExportError(
+            "Expected a .tflite or .onnx file in float32 for any_batch=True, got "
+            f"{path}{'' if calibrate is None else ' in int8'}. Drop any_batch=True; a "
+            ".stablehlo file takes any batch size."
+        )
     bound = bind(model, params, *inputs, **kwargs)
     check_options(export, bound)
     bound.check_inference()
-    call = _Call(bound, target, made_for, unroll, fold)
+    call = _Call(bound, target, made_for, unroll, fold, any_batch)
     with (
         default_settings(),
         shown(progress) as tell,
@@ -225,9 +236,10 @@ class _Call:
         chip: Chip | None,
         unroll: int,
         fold: bool,
+        any_batch: bool,
     ):
         self.bound, self.runtime, self.chip = bound, runtime, chip
-        self.unroll, self.fold = unroll, fold
+        self.unroll, self.fold, self.any_batch = unroll, fold, any_batch
         tree = _outputs(bound)
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
         self.input_names = [
@@ -243,7 +255,10 @@ class _Call:
         """Writes a file."""
         changed = self.bound.convert(plan)
         leaves = parameter_leaves(changed.variables)
-        graph = self._lowered(changed, leaves)
+        first, *more = [changed]
+        if self.any_batch:
+            first, *more = [with_batch(changed, size) for size in SIZES]
+        graph = self._lowered(first, leaves)
         layers = tuple(layers_of(graph))
         folded = sorted({leaf for x in layers if x.folded for leaf in x.folded.leaves})
         record = FileRecord(
@@ -263,6 +278,13 @@ class _Call:
         }
         if self.runtime.write is not None:
             self.runtime.write(graph, record, path)
+            for each in more:
+                assert self.runtime.any_batch is not None
+                with tempfile.TemporaryDirectory() as folder:
+                    other = Path(folder) / path.name
+                    self.runtime.write(self._lowered(each, leaves), record, other)
+                    batch = np.shape(self.bound.arrays[0])[0]
+                    self.runtime.any_batch(path, other, batch)
         else:
             assert self.runtime.write_program is not None
             if not self.runtime.layers:
@@ -317,6 +339,9 @@ class _Call:
             reference,
             written.graph.output_names,
         )
+        if self.any_batch and reference is not None:
+            names = written.graph.output_names
+            proof = tried(self.bound, shipped, names, proof)
         errors = [error.converted for error in proof.outputs]
         return proof, self._figures(written, max(errors, default=None))
 

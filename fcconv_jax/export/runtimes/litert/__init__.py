@@ -3,6 +3,7 @@
 from ...graph import FUSED, WHOLE
 from .. import Runtime
 from . import int8
+from .batches import any_batch
 from .reader import LiteRTFile, run
 from .writer import write
 
@@ -11,5 +12,6 @@ __all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
 RUNTIME = Runtime(
     *("litert", "LiteRT", ".tflite", "litert", LiteRTFile, write),
     fused=(FUSED | WHOLE) - {"hard_sigmoid"},
+    any_batch=any_batch,
     int8=int8,
 )

@@ -256,7 +256,7 @@ class LiteRTFile(Shipped):
             # Padding that the operator cannot say itself is part of it, if the model's
             # input is what comes before.
             inner = self.graph.tensors[before.inputs[0]].shape
-            if tuple(inner) == layer.input_shape:
+            if tuple(inner)[1:] == layer.input_shape[1:]:
                 chain.insert(0, before)
                 entering = before.inputs[0]
         new = {operator.inputs[side]: stored.astype(np.float32)}
@@ -367,7 +367,13 @@ def run(
 
 
 def _feed(runner: Any, inputs: Sequence[np.ndarray]) -> None:
-    for detail, x in zip(runner.get_input_details(), inputs, strict=True):
+    details = runner.get_input_details()
+    shapes = [(d, np.shape(x)) for d, x in zip(details, inputs, strict=True)]
+    if any(tuple(detail["shape"]) != shape for detail, shape in shapes):
+        for detail, shape in shapes:  # another batch size
+            runner.resize_tensor_input(detail["index"], shape)
+        runner.allocate_tensors()
+    for detail, x in zip(details, inputs):
         scale, zero = detail["quantization"]
         if scale and np.issubdtype(np.asarray(x).dtype, np.floating):
             info = np.iinfo(detail["dtype"])

@@ -2,11 +2,13 @@
 
 from ...graph import FUSED, WHOLE
 from .. import Runtime
+from .batches import any_batch
 from .reader import OnnxFile
 from .writer import write
 
 RUNTIME = Runtime(
     *("onnx", "ONNX", ".onnx", "onnx", OnnxFile, write),
     images="first",
+    any_batch=any_batch,
     fused=FUSED | WHOLE,
 )

@@ -166,6 +166,9 @@ class _Writer:
         data = np.asarray(numbers, np.int64)
         return self.array((data.shape, data.tobytes()), data, "numbers")
 
+    def floats(self, numbers: np.ndarray) -> str:
+        return self.array((numbers.shape, numbers.tobytes()), numbers, "scales")
+
     def add(
         self,
         op: str,
@@ -300,9 +303,11 @@ class _Writer:
         self.add("PRelu", [self.name(v) for v in node.inputs], out)
 
     def _resize(self, node: Node, out: str) -> None:
-        sizes = self.ints(node.out.shape)
+        # By scales, not sizes: those would contain the batch.
+        inner = node.inputs[0].shape[2:]
+        scales = np.asarray([1, 1, *map(_scale, inner, node.attrs["size"])], np.float32)
         self.add(
-            *("Resize", [self.name(node.inputs[0]), "", "", sizes], out),
+            *("Resize", [self.name(node.inputs[0]), "", self.floats(scales)], out),
             mode=node.attrs["mode"],
             coordinate_transformation_mode="half_pixel",
             nearest_mode="round_prefer_ceil",
@@ -363,3 +368,11 @@ class _Writer:
     def _rem(self, node: Node, out: str) -> None:
         inputs = [self.name(value) for value in node.inputs]
         self.add("Mod", inputs, out, fmod=1)
+
+
+def _scale(inner: int, outer: int) -> np.float32:
+    """The least scale of at least outer / inner at which a size is not rounded down."""
+    scale = np.float32(outer / inner)
+    while np.floor(np.float32(inner) * scale) < outer:
+        scale = np.nextafter(scale, np.float32(np.inf))
+    return scale

@@ -1,0 +1,68 @@
+"""Files for any batch size: run with sizes that the model was not exported with."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import pytest
+
+import fcconv_jax as fc
+
+from .models import _made, normal
+from .test_files import SUFFIX, needs
+
+
+class Net(nn.Module):
+    """Moves, a resize, a full window, a broadcast and a head, all behind a batch."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.relu(nn.Conv(6, (3, 3), (2, 1))(x))
+        x = jax.image.resize(x, (x.shape[0], 7, 8, 6), "bilinear")
+        x = nn.relu(nn.Conv(6, (3, 3))(x))
+        x = x.transpose(0, 3, 1, 2).reshape(x.shape[0], -1)
+        x = nn.relu(nn.Dense(6)(x))[:, 1:]
+        return nn.softmax(nn.Dense(4)(x.reshape(-1, 5)))
+
+
+@pytest.fixture(params=["litert", "onnx"])
+def to(request):
+    needs(request.param)
+    return request.param
+
+
+@pytest.mark.parametrize("form", ["conv", "dense"])
+def test_other_sizes(form, to, tmp_path):
+    model, params, (x,) = _made(Net(), normal(1, 6, 6, 3))
+    path = tmp_path / f"net.{SUFFIX[to]}"
+    options = {"path": path, "to": form, "any_batch": True, "progress": False}
+    report = fc.export(model, params, x, **options)
+    assert report.passed, report.failures
+    assert "for any batch size; run with (1, 3, 5)" in str(report)
+    assert {e.path for e in report.proof.outputs} > {"output, batch size 5"}
+    assert fc.verify_file(path, params, model=model, inputs=[x], progress=False).passed
+    other = normal(4, 6, 6, 3)
+    again = fc.verify_file(path, params, model=model, inputs=[other], progress=False)
+    assert again.passed, again.failures
+
+
+@pytest.mark.parametrize(
+    ("function", "what"),
+    [
+        (lambda p, x: jnp.tanh(x)[:-1] @ p["w"], "depends on the size"),
+        (lambda p, x: jnp.tanh(x) @ p["w"] / x.shape[0], "depends on the size"),
+    ],
+)
+def test_what_depends_on_the_size(function, what, to, tmp_path):
+    path = tmp_path / f"net.{SUFFIX[to]}"
+    options = {"path": path, "any_batch": True, "progress": False}
+    with pytest.raises(fc.ExportError, match=what):
+        fc.export(function, {"w": normal(4, 3)}, normal(2, 4), **options)
+
+
+def test_a_dense_predictor(to, tmp_path):
+    """What ``slide`` makes of a classifier is a model, too."""
+    model, params, _ = _made(Net(), normal(1, 6, 6, 3))
+    path = tmp_path / f"net.{SUFFIX[to]}"
+    grid = fc.slide(model, window=(6, 6), stride=2)
+    report = fc.export(grid, params, normal(1, 8, 10, 3), path=path, progress=False)
+    assert report.passed, report.failures
