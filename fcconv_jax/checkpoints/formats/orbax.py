@@ -5,11 +5,15 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import dataclasses
+import gc
 import inspect
 import json
 import logging
 import shutil
-from collections.abc import Iterator, Sequence
+import sys
+import traceback
+import warnings
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -63,8 +67,7 @@ def _open_tree(directory: Path) -> Any:
     described = _describe(directory)
     storage = Storage.of(directory)
     storage.check(described)
-    # What TensorStore has is not read by Orbax: when one of its reads fails, the others
-    # end later and print "Event loop is closed".
+    # What TensorStore has is not read by Orbax: see _forget_reads.
     placeholders = with_leaves(
         described,
         (... if is_stored(leaf) else leaf for _, leaf in iter_leaves(described)),
@@ -75,6 +78,7 @@ def _open_tree(directory: Path) -> Any:
         with _quiet(), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             tree = handler.restore(epath.Path(directory), args=restore)
     except Exception as error:  # whatever damaged files make TensorStore raise
+        _forget_reads(error)
         raise CheckpointError(damaged(directory, described, error)) from None
     pairs = zip(iter_leaves(described), iter_leaves(tree), strict=True)
     return with_leaves(
@@ -258,6 +262,7 @@ def _describe(directory: Path) -> Any:
         with _quiet(), contextlib.closing(ocp.PyTreeCheckpointHandler()) as handler:
             return handler.metadata(epath.Path(directory)).tree
     except Exception as error:  # damaged JSON, missing files, TensorStore's errors
+        _forget_reads(error)
         raise CheckpointError(damaged(directory, None, error)) from None
 
 
@@ -291,6 +296,40 @@ def _quiet() -> Iterator[None]:
         yield
     finally:
         logger.setLevel(level)
+
+
+def _forget_reads(error: Exception) -> None:
+    """Silence the reads that Orbax abandons when another one fails.
+
+    Those that have begun end later, report to an event loop that is closed by then, and
+    CPython prints that; coroutines that have not begun warn when they are freed.
+    """
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "coroutine .* was never awaited")
+        traceback.clear_frames(error.__traceback__)
+        gc.collect()
+    before = sys.unraisablehook
+    if isinstance(before, _LateReads):
+        return
+    sys.unraisablehook = _LateReads(before)
+
+
+@dataclasses.dataclass(frozen=True)
+class _LateReads:
+    """A ``sys.unraisablehook`` that hides the end of an abandoned read.
+
+    Args:
+      before: the hook that gets everything else.
+    """
+
+    before: Callable[[Any], object]
+
+    def __call__(self, unraisable: Any) -> None:
+        late = unraisable.object is None and str(unraisable.exc_value) == (
+            "Event loop is closed"
+        )
+        if not late:
+            self.before(unraisable)
 
 
 FORMAT = FolderFormat(
