@@ -31,7 +31,7 @@ from .compiling import BackgroundProgram
 from .gradients import Gradients, trace_gradients
 from .interface import interface_differences
 from .moved import MOVED, moved_by_an_ulp
-from .parting import parting
+from .parting import parting, porting_mistakes
 from .reference import Read, Reference, TracedProgram, float64_seconds
 from .rounding import ByKind, Pair, agreements, all_passed, explain, key_bits
 
@@ -226,11 +226,14 @@ def _compare(
             distance=explained.distance,
             rounded_tables=explained.tables,
         )
-    return _judged(found, read, gradients)
+    return _judged(found, read, gradients, (first, second))
 
 
 def _judged(
-    found: Comparison, read: tuple[Read, Read], gradients: bool | None
+    found: Comparison,
+    read: tuple[Read, Read],
+    gradients: bool | None,
+    models: tuple[BoundModel, BoundModel],
 ) -> Comparison:
     """Return the comparison with its verdict."""
     failed = [array for array in found.arrays if not array.passed]
@@ -238,7 +241,10 @@ def _judged(
         parts_at = None
         if any(array.kind == "outputs" for array in failed):
             named = [named_outputs(each.named) for each in read]
-            parts_at = parting(*named)
+            ported = models[0].library != models[1].library
+            parts_at = parting(*named, ported=ported)
+            if mistakes := porting_mistakes(*models):
+                parts_at = ": ".join(filter(None, (parts_at, "; ".join(mistakes))))
         return dataclasses.replace(
             found, verdict="different functions", errors=(), parts_at=parts_at
         )
