@@ -214,10 +214,12 @@ def test_a_computed_kernel_is_listed(run):
         (lambda params, x: x.at[0].set(1.0), "'scatter'.*jnp.concatenate"),
         (lambda params, x: x.astype(jnp.bfloat16), "bfloat16"),
         (
-            lambda params, x: lax.conv_transpose(
-                x, jnp.ones((2, 2, 5, 3)), (2, 2), "SAME"
+            lambda params, x: lax.conv_general_dilated(
+                *(x, jnp.ones((2, 2, 5, 3)), (2, 2), [(0, 0)] * 2),
+                lhs_dilation=(3, 3),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
             ),
-            "transposed convolution",
+            "strides over spaced inputs",
         ),
         (lambda params, x: lax.conv(x, x, (1, 1), "VALID"), "kernel depends on"),
         (

@@ -9,20 +9,25 @@ from typing import Any
 from ...messages.errors import ExportError
 from ..graph import Value
 from .builder import Builder, rule
+from .transposed import as_plain_convolutions
 
 
 @rule("conv_general_dilated")
-def _conv(low: Builder, eqn: Any, x: Value, kernel: Value) -> Value:
+def _conv(low: Any, eqn: Any, x: Value, kernel: Value) -> Value:
     p, out = eqn.params, eqn.outvars[0].aval
     if kernel.data is None:
         raise ExportError(
             "the model has a convolution whose kernel depends on its inputs; edge "
             "runtimes take constants"
         )
-    if set(p["lhs_dilation"]) - {1}:
+    spaced = set(p["lhs_dilation"]) - {1}
+    if spaced and set(p["window_strides"]) == {1} and p["batch_group_count"] == 1:
+        return low.run(as_plain_convolutions(eqn), [x, kernel])[0]
+    if spaced:
         raise ExportError(
-            "the model has a transposed convolution (lhs_dilation "
-            f"{tuple(p['lhs_dilation'])}). Use a resize and a convolution"
+            "the model has a convolution with strides over spaced inputs (lhs_dilation "
+            f"{tuple(p['lhs_dilation'])}), which edge runtimes lack. Slice the output "
+            "of one with strides of 1"
         )
     if p["batch_group_count"] != 1 or any(a < 0 or b < 0 for a, b in p["padding"]):
         raise ExportError(
