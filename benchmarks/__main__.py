@@ -25,12 +25,14 @@ import costs
 import cycles
 import layers
 import models
+import training
 from running import TPUS, Case, alone, holds, measure, show, write
 
 GROUPS: dict[str, dict[str, Case]] = {
     "layers": layers.CASES,
     "models": models.CASES,
     "costs": costs.CASES,
+    "training": training.CASES,
     "cycles": cycles.CASES,
 }
 _ALL = {case: run for group in GROUPS.values() for case, run in group.items()}

@@ -10,7 +10,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import os
-import sys
 from collections.abc import Callable
 from typing import Any
 
@@ -149,7 +148,7 @@ def measure_loop(
     forms = tuned(function, params, x)
 
     def make(torch: Any) -> dict[str, _Torch]:
-        w = _tensor(torch, params["w"])
+        w = to_tensor(torch, params["w"])
         convolve = {3: torch.nn.functional.conv1d, 4: torch.nn.functional.conv2d}
         each = w if w.ndim > x.ndim else (w, w)
 
@@ -158,7 +157,7 @@ def measure_loop(
                 x = convolve[x.ndim](x, kernel)
             return x
 
-        return {f"PyTorch Conv{x.ndim - 2}d": (steps, _tensor(torch, x), _as_it_is)}
+        return {f"PyTorch Conv{x.ndim - 2}d": (steps, to_tensor(torch, x), _as_it_is)}
 
     return _beside(forms, forms.runs, "original", {"tuned": _LOOPED}, make)
 
@@ -186,8 +185,8 @@ def _beside(
     shape = jax.eval_shape(runs[original]).shape
     known, left_out = {}, {}
     runs = dict(runs)
-    for name, (eager, x, order) in _in_torch(make, left_out).items():
-        torch = sys.modules["torch"]
+    torch = find_torch(left_out)
+    for name, (eager, x, order) in (make(torch) if torch else {}).items():
         for title, call in ((name, eager), (f"{name}, compiled", torch.compile(eager))):
             run = torch.inference_mode()(functools.partial(call, x))
             try:
@@ -205,17 +204,15 @@ def _beside(
     }
 
 
-def _in_torch(
-    make: Callable[[Any], dict[str, _Torch]], left_out: dict[str, str]
-) -> dict[str, _Torch]:
-    """PyTorch's forms on all cores; none where it is not installed."""
+def find_torch(left_out: dict[str, str]) -> Any:
+    """Return PyTorch, on all cores; None where it is not installed."""
     try:
         import torch  # pyright: ignore[reportMissingImports]
     except ImportError:
         left_out["PyTorch"] = "not installed"
-        return {}
+        return None
     torch.set_num_threads(os.cpu_count() or 1)
-    return make(torch)
+    return torch
 
 
 def _torch_layer(
@@ -224,9 +221,9 @@ def _torch_layer(
     """A layer on rows of features, copied in the run unless a view does; on images."""
     k, features = layer.window, layer.features
     n, (height, width, channels) = x.shape[0], layer.image
-    kernel = _tensor(torch, params["kernel"]).reshape(k, k, channels, features)
-    images = _tensor(torch, x).reshape(n, height, width, channels)
-    bias = _tensor(torch, params["bias"]) if layer.bias else None
+    kernel = to_tensor(torch, params["kernel"]).reshape(k, k, channels, features)
+    images = to_tensor(torch, x).reshape(n, height, width, channels)
+    bias = to_tensor(torch, params["bias"]) if layer.bias else None
     weight = kernel.reshape(-1, features).T.contiguous()
     filters = kernel.permute(3, 2, 0, 1).contiguous()
 
@@ -253,7 +250,7 @@ def _torch_layer(
     }
 
 
-def _tensor(torch: Any, array: jax.Array) -> Any:
+def to_tensor(torch: Any, array: jax.Array) -> Any:
     """The same numbers in PyTorch; through float32, for NumPy has no bfloat16."""
     wide = torch.from_numpy(np.array(array, np.float32))
     return wide.to(getattr(torch, array.dtype.name))

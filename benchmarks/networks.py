@@ -60,7 +60,9 @@ class Vit(nn.Module):
 
 
 class Resnet(nn.Module):
-    """ResNet-50, at inference."""
+    """ResNet-50, at inference or in training."""
+
+    train: bool = False
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
@@ -68,7 +70,7 @@ class Resnet(nn.Module):
 
         def conv(x: jax.Array, features: int, size: int, stride: int = 1) -> jax.Array:
             layer = nn.Conv(features, (size, size), (stride, stride), use_bias=False)
-            return nn.BatchNorm(use_running_average=True)(layer(x))
+            return nn.BatchNorm(use_running_average=not self.train)(layer(x))
 
         x = nn.max_pool(nn.relu(conv(x, 64, 7, 2)), (3, 3), (2, 2), "SAME")
         for stage, blocks in enumerate((3, 4, 6, 3)):
@@ -169,3 +171,53 @@ class Mobilenet(nn.Module):
             x = conv(x, x.shape[-1], 3, stride, groups=x.shape[-1])
             x = conv(x, width, 1)
         return nn.Dense(1000, name="head")(x.mean((1, 2)))
+
+
+class Unet(nn.Module):
+    """A U-Net with transposed convolutions 2x2, as published, its widths halved."""
+
+    width: int = 32
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps images ``(N, H, W, 3)`` to logits ``(N, H, W, 2)``."""
+
+        def convs(x: jax.Array, width: int) -> jax.Array:
+            for _ in range(2):
+                x = nn.relu(nn.Conv(width, (3, 3))(x))
+            return x
+
+        skips = []
+        for level in range(4):
+            x = convs(x, self.width << level)
+            skips.append(x)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        x = convs(x, self.width << 4)
+        for level, skip in reversed(list(enumerate(skips))):
+            x = nn.ConvTranspose(self.width << level, (2, 2), (2, 2))(x)
+            x = convs(jnp.concatenate([skip, x], axis=-1), self.width << level)
+        return nn.Conv(2, (1, 1), padding="VALID")(x)
+
+
+class MaeDecoder(nn.Module):
+    """The decoder of a masked autoencoder, which ends in a transposed convolution."""
+
+    layers: int = 8
+    width: int = 512
+    window: int = 16
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps tokens ``(N, H, W, 1024)`` to images ``(N, 16 H, 16 W, 3)``."""
+        n, height, width, _ = x.shape
+        x = nn.Dense(self.width, name="embed")(x.reshape(n, height * width, -1))
+        zero = nn.initializers.zeros
+        x = x + self.param("positions", zero, (1, x.shape[1], self.width))
+        for _ in range(self.layers):
+            y = nn.LayerNorm()(x)
+            x = x + nn.MultiHeadDotProductAttention(16)(y, y)
+            y = nn.gelu(nn.Dense(4 * self.width)(nn.LayerNorm()(x)))
+            x = x + nn.Dense(self.width)(y)
+        x = nn.LayerNorm()(x).reshape(n, height, width, self.width)
+        window = (self.window, self.window)
+        return nn.ConvTranspose(3, window, window, name="pixels")(x)

@@ -50,6 +50,15 @@ _WORDS = {
     "call-function": "call a function",
     "verify-digits-everywhere": "verify a small classifier on eight backends",
     "verify-vit-b-tpu": "verify ViT-B/16 for a TPU",
+    "step-pointwise": "1x1 convolution, 64 to 256 channels, 56x56",
+    "step-patchify": "16x16 patches, 3 to 384 channels, 224x224",
+    "step-unpatchify-2": "transposed 2x2, stride 2, 64 to 32 channels, 32x32",
+    "step-unpatchify-16": "transposed 16x16, stride 16, 192 to 3 channels, 14x14",
+    "step-phases-4": "transposed 4x4, stride 2, 64 to 32 channels, 32x32",
+    "step-resnet50": "ResNet-50",
+    "step-vit-b": "ViT-B/16",
+    "step-unet": "U-Net, half the published widths, 64x64",
+    "step-mae-decoder": "MAE's decoder",
     "verify-digits": "verify a small classifier",
     "verify-vit": "verify a ViT of 4 blocks",
     "verify-bert": "verify BERT-base",
@@ -148,6 +157,21 @@ def _layers(results: Sequence[Found]) -> str:
     return _times("layer, batch", results, sorted(names, key=_place))
 
 
+def _training(results: Sequence[Found]) -> str:
+    names = list(dict.fromkeys(n for found in results for n in found["milliseconds"]))
+    rows = [["step", *names, "other form / original", "bound"]]
+    for found in results:
+        forward = found.get("forward", {})
+        cells = []
+        for name in names:
+            cell = _time(found, name) if name in found["milliseconds"] else ""
+            if name in forward:
+                cell += f" (forward {forward[name]:,.3g} ms)"
+            cells.append(cell)
+        rows.append([words(found["case"]), *cells, *_bound(found["bounds"][0])])
+    return _markdown(rows)
+
+
 def _place(name: str) -> tuple[bool, bool, bool]:
     """Sort key: the original, the other forms, tuned, then PyTorch's."""
     return name.startswith("PyTorch"), name == "tuned", name != "original"
@@ -233,4 +257,5 @@ _TABLES = {
     "layers": (lambda f: f["group"] == "layers" and not _is_loop(f), _layers),
     "loops": (_is_loop, _layers),
     "costs": (lambda found: found["group"] == "costs", _costs),
+    "training": (lambda found: found["group"] == "training", _training),
 }
