@@ -16,6 +16,7 @@ elementwise    neg, exp, tanh, relu, ..., add, mul, max, ..., select, cast, clip
 movement       reshape, transpose, broadcast, concat, slice, pad, reverse, gather
 ``softmax``    over the last axis, and ``log_softmax``
 ``argmax``     over ``axis``, and ``argmin``, ``cumsum``
+``top_k``      values and indices, the last axis
 =============  ====================================================================
 """
 

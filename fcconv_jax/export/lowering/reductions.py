@@ -5,8 +5,10 @@ from __future__ import annotations
 import math
 from typing import Any
 
+import numpy as np
+
 from ...messages.errors import ExportError
-from ..graph import Value, constant
+from ..graph import Node, Value, constant
 from .builder import Builder, rule
 
 
@@ -26,6 +28,20 @@ def _arg(low: Builder, eqn: Any, x: Value) -> Value:
     out = eqn.outvars[0].aval
     name = eqn.primitive.name
     return low.add(name, [x], out.shape, out.dtype, axis=axis)
+
+
+@rule("top_k")
+def _top_k(low: Builder, eqn: Any, x: Value) -> list[Value]:
+    axis, last = eqn.params.get("axis", -1), len(x.shape) - 1
+    if axis % len(x.shape) != last:
+        raise ExportError(
+            f"the model takes a top-k over axis {axis}; edge runtimes have the last. "
+            "Transpose before it"
+        )
+    low.notes.append("top-k: JAX puts 0.0 before -0.0, runtimes take them as equal")
+    outs = [Value(tuple(v.aval.shape), np.dtype(v.aval.dtype)) for v in eqn.outvars]
+    low.nodes.append(Node("top_k", [x], outs, {"k": outs[0].shape[-1]}))
+    return outs
 
 
 @rule("cumsum")

@@ -32,7 +32,6 @@ _REFUSED = {
     "scan": "a loop over steps. Pass unroll=N to write out loops of up to N steps",
     "cond": "a branch that depends on the inputs. Use jnp.where, which runs both sides",
     "sort": "a sort. Return what is to be sorted and sort on the host",
-    "top_k": "a top-k. Return what is to be sorted and sort on the host",
     "random_bits": "random numbers. Call the model as in inference: train=False or "
     "deterministic=True",
     "random_seed": "random numbers. Call the model as in inference: train=False or "

@@ -288,6 +288,10 @@ class Emitter(Builder):
 
     _argmin = _argmax
 
+    def _top_k(self, node: Node, fused: str) -> None:
+        inputs = [self.tensor(node.inputs[0]), self.constant(np.int32(node.attrs["k"]))]
+        self.op("TOPK_V2", inputs, node.outputs, "TopKV2Options")
+
     def _cumsum(self, node: Node, fused: str) -> None:
         inputs = [self.tensor(node.inputs[0]), self.constant(node.attrs["axis"])]
         back = node.attrs["reverse"]

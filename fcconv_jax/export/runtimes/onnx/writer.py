@@ -343,6 +343,14 @@ class _Writer:
 
     _argmin = _argmax
 
+    def _top_k(self, node: Node, out: str) -> None:
+        x, k = self.name(node.inputs[0]), self.ints([node.attrs["k"]])
+        wide, indices = self.unique("index"), self.known[node.outputs[1]]
+        self.add("TopK", [x, k], out)
+        self.nodes[-1].output.append(wide)
+        to = self.helper.np_dtype_to_tensor_dtype(node.outputs[1].dtype)
+        self.add("Cast", [wide], indices, to=to)
+
     def _cumsum(self, node: Node, out: str) -> None:
         axis = self.array(
             ("axis", node.attrs["axis"]), np.int64(node.attrs["axis"]), "axis"
