@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..backends.default_settings import default_settings
 from ..backends.timing import milliseconds
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
@@ -19,7 +20,6 @@ from ..messages.errors import ExportError
 from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
-from ..tracing.default_settings import default_settings
 from ..verification.agreement import named_leaves
 from .batches import SIZES, tried, with_batch
 from .chips import Chip, chip_of

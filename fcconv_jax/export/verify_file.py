@@ -9,12 +9,12 @@ from typing import Any
 
 import numpy as np
 
+from ..backends.default_settings import default_settings
 from ..frontends.bind import bind
 from ..frontends.options import check_options
 from ..messages.errors import ExportError, FcconvError
 from ..messages.progress import Progress, ProgressOption, shown
 from ..params.moves import map_leaves
-from ..tracing.default_settings import default_settings
 from .layers import FileRecord
 from .proof import Proof, ReferenceOutputs, parameter_leaves, prove, reference_of
 from .report import ExportReport, FormFigures

@@ -11,7 +11,7 @@ import numpy as np
 from flax.core import meta
 from jax.core import Tracer
 
-from ..tracing.default_settings import default_settings
+from ..backends.default_settings import default_settings
 from ..versions import enable_x64
 from .leaves import flatten_with_path
 

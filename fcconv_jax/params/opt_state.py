@@ -9,9 +9,9 @@ from typing import Any
 import jax
 import numpy as np
 
+from ..backends.default_settings import default_settings
 from ..messages.errors import PlanError
 from ..plan import Plan
-from ..tracing.default_settings import default_settings
 from .leaves import flatten_with_path, is_leaf_node
 from .move import Move
 from .moves import map_leaves, moved, tree_moves

@@ -14,6 +14,7 @@ import jax
 import jaxlib.version
 
 from ..backends.compilation import TIMEOUT
+from ..backends.default_settings import default_settings
 from ..backends.name import Backend
 from ..backends.options import convolution_options
 from ..backends.resolution import Resolution, resolve, resolve_default
@@ -26,7 +27,6 @@ from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules
 from ..plan.tuning import Figure, Objective, Tuning
-from ..tracing.default_settings import default_settings
 from .layers import AlikeLayers, choose_alone
 from .meters import Candidate, Meter, Options
 from .timings import Timings

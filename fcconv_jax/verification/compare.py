@@ -11,10 +11,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..backends.default_settings import default_settings
 from ..frontends.bind import bind_called
 from ..frontends.bound import BoundModel
 from ..messages.progress import Progress, ProgressOption, shown
-from ..tracing.default_settings import default_settings
 from ..tracing.jaxprs import opened
 from ..tracing.marks import named_outputs
 from .agreement import (

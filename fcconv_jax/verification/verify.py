@@ -11,6 +11,7 @@ from typing import Any
 import jax
 
 from ..backends.compilation import TIMEOUT, Compiling, compile_present
+from ..backends.default_settings import default_settings
 from ..backends.faults import cpu_notes
 from ..backends.name import Backend
 from ..backends.report import BackendReport
@@ -23,7 +24,6 @@ from ..messages.errors import BackendError
 from ..messages.progress import Progress, ProgressOption, shown
 from ..params.moves import map_leaves
 from ..plan import Form, Plan
-from ..tracing.default_settings import default_settings
 from .bits import different_bits
 from .equality import Equality, execute
 from .report import Execution, LayerReport, VerifyReport

@@ -16,13 +16,12 @@ from flax.core.frozen_dict import FrozenDict
 from flax.nnx import reprlib
 from jax import lax
 
-from ...geometry.kernels import Rearrangement
 from ...messages.errors import PlanError
 from ...params.inplace import convert_in_place
 from ...params.leaves import convert_leaf, move_metadata
+from ...params.move import Move
 from ...plan import Form, LayerPlan, Plan
 from ...plan import layer_forms as forms
-from ...plan.paths import inner_shape
 from ...versions import (
     graph_mode,
     is_data,
@@ -65,7 +64,7 @@ def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
         if not layer.is_matmul:
             _convert_layer(modules[path], layer, moved, inplace)
             continue
-        _move(variables[path], layer.kernel, layer, inplace)
+        _move(variables[path], Move(layer.kernel, layer.stack_axes), inplace)
         new[id(variables[path])] = layer
     set_classes(model, new.keys() & matmuls.keys(), new)
     return model
@@ -245,7 +244,7 @@ def _check(path: str, module: Any, layer: LayerPlan) -> None:
         variable = getattr(module, name)
         if variable is None:
             raise PlanError(f"{path!r} has no {name}, which the plan converts")
-        _check_move(f"the {name} of {path!r}", variable, move, layer)
+        _check_move(f"the {name} of {path!r}", variable, Move(move, layer.stack_axes))
 
 
 def _check_matmul(
@@ -277,21 +276,18 @@ def _check_matmul(
             f"the plan takes {path!r} to {layer.to}, and other parameters of the model "
             f"went to {forms[0]} before; go back with that plan's inverse() first"
         )
-    _check_move(repr(path), variable, layer.kernel, layer)
+    _check_move(repr(path), variable, Move(layer.kernel, layer.stack_axes))
 
 
-def _check_move(
-    what: str, variable: Any, move: Rearrangement, layer: LayerPlan
-) -> None:
-    """Refuses a parameter whose shape or names do not move as planned."""
-    shape = tuple(variable.shape)
-    if (inner_shape(shape, layer.stack_axes, move.source) or shape) != move.source:
+def _check_move(what: str, variable: Any, move: Move) -> None:
+    """Refuse a parameter whose shape or names do not move as planned."""
+    if not move.fits(tuple(variable.shape)):
         raise PlanError(
             f"{what} has shape {tuple(variable.shape)}, the plan is for "
-            f"{move.source}: pass the model that was planned"
+            f"{move.rearrange.source}: pass the model that was planned"
         )
     try:
-        move_metadata(move, variable, layer.stack_axes)
+        move_metadata(move.rearrange, variable, move.stack_axes)
     except ValueError as error:
         raise PlanError(f"{what}: {error}") from None
 
@@ -304,7 +300,7 @@ def _convert_layer(
         variable = getattr(module, name)
         if id(variable) not in moved:  # a tied one
             moved.add(id(variable))
-            _move(variable, move, layer, inplace)
+            _move(variable, Move(move, layer.stack_axes), inplace)
     if isinstance(module, _SWAPPED):
         origin = module._origin
         _become(module, origin.cls, dict(origin.settings))
@@ -318,14 +314,14 @@ def _convert_layer(
     module._layer, module._origin = layer, origin
 
 
-def _move(variable: Any, move: Rearrangement, layer: LayerPlan, inplace: bool) -> None:
-    """Moves the entries of one parameter, and its metadata."""
-    if updates := move_metadata(move, variable, layer.stack_axes):
+def _move(variable: Any, move: Move, inplace: bool) -> None:
+    """Move the entries of one parameter, and its metadata."""
+    if updates := move_metadata(move.rearrange, variable, move.stack_axes):
         set_metadata(variable, updates)
     if inplace:
-        convert_in_place(variable, move, layer.stack_axes)
+        convert_in_place(variable, move.rearrange, move.stack_axes)
         return
-    value = convert_leaf(move, raw_value(variable), layer.stack_axes)
+    value = convert_leaf(move.rearrange, raw_value(variable), move.stack_axes)
     set_raw_value(variable, value)
 
 
