@@ -7,7 +7,8 @@ from typing import Annotated
 import typer
 
 from .app import app, examples
-from .options import AsJson, Inputs, Kwargs, Method, ModelName
+from .options import AsJson, ModelName
+from .records import CallOptions, spread
 from .steps import read_model, with_random_inputs
 
 
@@ -17,13 +18,12 @@ from .steps import read_model, with_random_inputs
         "compare linen_model.py:make nnx_model.py:make --input 2,8,8,1 --json",
     )
 )
+@spread
 def compare(
     first: ModelName,
     second: ModelName,
-    inputs: Inputs = None,
+    call: CallOptions,
     seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
-    kwargs: Kwargs = None,
-    method: Method = None,
     gradients: Annotated[
         bool | None,
         typer.Option(
@@ -52,7 +52,7 @@ def compare(
     """
     from ..verification.compare import compare as compare_programs
 
-    models = [read_model(name, inputs, kwargs, method) for name in (first, second)]
+    models = [read_model(name, call) for name in (first, second)]
     f, g = (with_random_inputs(model, seed).drawn(seed) for model in models)
     found = compare_programs(f, g, gradients=gradients, values_only=values_only)
     typer.echo(found.to_json() if as_json else str(found))

@@ -9,26 +9,10 @@ import typer
 
 from .app import app, examples
 from .inputs import ArgumentError
-from .options import (
-    AllSteps,
-    BackendFor,
-    DryRun,
-    FollowLinks,
-    Inputs,
-    Kwargs,
-    Method,
-    NoCheck,
-    Overwrite,
-    Prefixes,
-    Rules,
-    Source,
-    Step,
-    Target,
-    ToForm,
-)
+from .options import Source, Target
 from .output import start_jax
+from .records import CallOptions, PlanOptions, TransferOptions, given, spread
 from .steps import (
-    PlanOptions,
     plan_checkpoint,
     plan_model,
     read_model,
@@ -46,9 +30,13 @@ from .steps import (
         "convert ckpt conv4 --plan plan.json --dry-run",
     )
 )
+@spread
 def convert(
     src: Source,
     dst: Target,
+    call: CallOptions,
+    plan_options: PlanOptions,
+    transfer: TransferOptions,
     plan_file: Annotated[
         Path | None, typer.Option("--plan", help="A plan from 'fcconv plan --out'.")
     ] = None,
@@ -56,25 +44,12 @@ def convert(
         str | None,
         typer.Option(metavar="MODULE:NAME", help="Plan this model, as 'plan' does."),
     ] = None,
-    inputs: Inputs = None,
-    to: ToForm = None,
-    rules: Rules = None,
-    backend_for: BackendFor = None,
-    kwargs: Kwargs = None,
-    method: Method = None,
-    overwrite: Overwrite = False,
     file_format: Annotated[
         str | None,
         typer.Option(
             "--format", help="Format of DST; by default from its suffix, or SRC's."
         ),
     ] = None,
-    step: Step = None,
-    all_steps: AllSteps = False,
-    prefixes: Prefixes = None,
-    no_check: NoCheck = False,
-    dry_run: DryRun = False,
-    follow_links: FollowLinks = False,
 ) -> None:
     """Convert a checkpoint to the other form, and store the plan in it.
 
@@ -88,40 +63,27 @@ def convert(
     from ..checkpoints import check_target, convert_checkpoint
     from ..checkpoints.formats import format_named
 
-    plan_options = PlanOptions(to, rules, backend_for)
-    if (plan_file is None) == (model is None) and (plan_file or not rules):
+    if (plan_file is None) == (model is None) and (plan_file or not plan_options.rules):
         raise ArgumentError(
             "give one of --plan FILE, --model MODULE:NAME with --input, or --rule alone"
         )
-    if plan_file is not None and plan_options.any:
+    if plan_file is not None and given(plan_options):
         raise ArgumentError(
             "--to, --rule and --for do not go with --plan, which has decided the form "
             "of every layer. To go back by a plan: fcconv restore --plan"
         )
-    if model is None and (inputs or kwargs or method):
+    if model is None and given(call):
         raise ArgumentError("--input, --kwarg and --method need --model")
-    given = None if plan_file is None else read_plan(plan_file)
-    check_target(src, dst, overwrite=overwrite)
+    made = None if plan_file is None else read_plan(plan_file)
+    check_target(src, dst, overwrite=transfer.overwrite)
     if file_format is not None:
         format_named(file_format)
-    if given is not None:
-        made = given
-    elif model is not None:
-        made = plan_model(read_model(model, inputs, kwargs, method), plan_options)
-    else:
-        made = plan_checkpoint(src, plan_options, step)
+    if model is not None:
+        made = plan_model(read_model(model, call), plan_options)
+    elif made is None:
+        made = plan_checkpoint(src, plan_options, transfer.step)
     require_layers(made)
     report = convert_checkpoint(
-        src,
-        dst,
-        made,
-        overwrite=overwrite,
-        format=file_format,
-        step=step,
-        all_steps=all_steps,
-        prefix=prefixes or (),
-        check=not no_check,
-        dry_run=dry_run,
-        follow_links=follow_links,
+        src, dst, made, format=file_format, **transfer.arguments()
     )
     typer.echo(str(report))

@@ -10,8 +10,9 @@ import typer
 
 from .app import app, examples
 from .inputs import ArgumentError
-from .options import AsJson, Inputs, Kwargs, Method, ModelName, Params, Rules
+from .options import AsJson, ModelName, Params, Rules
 from .output import check_destination, show_report, start_jax
+from .records import CallOptions, spread
 from .steps import read_model, read_plan, with_random_inputs
 
 if TYPE_CHECKING:
@@ -35,6 +36,7 @@ class FileForm(StrEnum):
         " --calibrate data.npz --out net.tflite",
     )
 )
+@spread
 def export(
     model: ModelName,
     out: Annotated[
@@ -44,7 +46,7 @@ def export(
             ".xml (OpenVINO), .vmfb (IREE), .mlpackage, .stablehlo."
         ),
     ],
-    inputs: Inputs = None,
+    call: CallOptions,
     params: Params = None,
     to: Annotated[
         FileForm | None,
@@ -98,8 +100,6 @@ def export(
         Path | None,
         typer.Option(help="Write the report here: JSON to *.json, else Markdown."),
     ] = None,
-    kwargs: Kwargs = None,
-    method: Method = None,
     as_json: AsJson = False,
     as_markdown: Annotated[
         bool, typer.Option("--markdown", help="Print Markdown.")
@@ -128,7 +128,7 @@ def export(
     check_destination("--report", report)
     given = None if plan is None else read_plan(plan)
     data = None if calibrate is None else _read_arrays(calibrate)
-    bound = read_model(model, inputs, kwargs, method)
+    bound = read_model(model, call)
     if params is not None:
         bound = load_variables(bound, params)
     bound = with_random_inputs(bound, seed)
@@ -182,9 +182,7 @@ def verify_exported(
     file: str,
     against: Path | None,
     model: str | None,
-    inputs: list[str] | None,
-    kwargs: list[str] | None,
-    method: str | None,
+    call: CallOptions,
     seed: int,
 ) -> ExportReport:
     """Return the report on a file, compared with a checkpoint.
@@ -203,7 +201,7 @@ def verify_exported(
             "and --input the whole file is compared too"
         )
     if model is not None:
-        bound = load_variables(read_model(model, inputs, kwargs, method), against)
+        bound = load_variables(read_model(model, call), against)
         return verify_file(file, model=with_random_inputs(bound, seed))
     start_jax()
     saved = read_checkpoint(against)

@@ -7,17 +7,12 @@ import typer
 from .app import app, examples
 from .options import (
     AsJson,
-    BackendFor,
-    Inputs,
-    Kwargs,
-    Method,
     ModelName,
     PlanOut,
-    Rules,
-    ToForm,
 )
 from .output import check_destination, print_plan, write_text
-from .steps import PlanOptions, plan_model, read_model
+from .records import CallOptions, PlanOptions, spread
+from .steps import plan_model, read_model
 
 
 @app.command(
@@ -29,14 +24,11 @@ from .steps import PlanOptions, plan_model, read_model
         "plan model.py:Net --input 1,8,8,1 --kwarg train=false --json",
     )
 )
+@spread
 def plan(
     model: ModelName,
-    inputs: Inputs = None,
-    to: ToForm = None,
-    rules: Rules = None,
-    backend_for: BackendFor = None,
-    kwargs: Kwargs = None,
-    method: Method = None,
+    call: CallOptions,
+    plan_options: PlanOptions,
     out: PlanOut = None,
     as_json: AsJson = False,
 ) -> None:
@@ -45,8 +37,7 @@ def plan(
     Traces the model on abstract inputs; no computation runs.
     """
     check_destination("--out", out)
-    plan_options = PlanOptions(to, rules, backend_for)
-    made = plan_model(read_model(model, inputs, kwargs, method), plan_options)
+    made = plan_model(read_model(model, call), plan_options)
     if out is not None:
         write_text(out, made.to_json())
     if as_json:

@@ -8,18 +8,9 @@ from typing import Annotated
 import typer
 
 from .app import app, examples
-from .options import (
-    AllSteps,
-    DryRun,
-    FollowLinks,
-    NoCheck,
-    Overwrite,
-    Prefixes,
-    Source,
-    Step,
-    Target,
-)
+from .options import Source, Target
 from .output import start_jax
+from .records import TransferOptions, spread
 from .steps import read_plan
 
 
@@ -31,22 +22,17 @@ from .steps import read_plan
         "restore run_conv run_back2 --plan plan.json",
     )
 )
+@spread
 def restore(
     src: Source,
     dst: Target,
+    transfer: TransferOptions,
     plan_file: Annotated[
         Path | None,
         typer.Option(
             "--plan", help="The plan of the conversion, if SRC does not hold it."
         ),
     ] = None,
-    overwrite: Overwrite = False,
-    step: Step = None,
-    all_steps: AllSteps = False,
-    prefixes: Prefixes = None,
-    no_check: NoCheck = False,
-    dry_run: DryRun = False,
-    follow_links: FollowLinks = False,
 ) -> None:
     """Undo a conversion, bit for bit.
 
@@ -57,16 +43,6 @@ def restore(
     start_jax()
     from ..checkpoints import restore_checkpoint
 
-    report = restore_checkpoint(
-        src,
-        dst,
-        None if plan_file is None else read_plan(plan_file),
-        overwrite=overwrite,
-        step=step,
-        all_steps=all_steps,
-        prefix=prefixes or (),
-        check=not no_check,
-        dry_run=dry_run,
-        follow_links=follow_links,
-    )
+    made = None if plan_file is None else read_plan(plan_file)
+    report = restore_checkpoint(src, dst, made, **transfer.arguments())
     typer.echo(str(report))

@@ -13,6 +13,7 @@ from .app import app, examples
 from .inputs import ArgumentError, load_model, parse_input, parse_sizes
 from .options import Kwargs, Method, ModelName
 from .output import check_destination, start_jax
+from .records import CallOptions
 from .steps import read_model
 
 if TYPE_CHECKING:
@@ -187,7 +188,9 @@ def slide(
     pixels = Pixels(batch, channels_first=first == 2)
     typer.echo(f"{batch[0].dtype} pixels, {scaling}", err=True)
 
-    bound = read_model(model, [_crop(sizes, channels, first)], kwargs, method)
+    bound = read_model(
+        model, CallOptions([_crop(sizes, channels, first)], kwargs, method)
+    )
     bound = _with_params(bound, params, images[0], sizes, channels)
     on_crops = bind_crops(bound)
 

@@ -12,60 +12,30 @@ import typer
 from .inputs import ArgumentError, load_model, parse_input, parse_kwargs, random_inputs
 from .options import To
 from .output import print_plan, start_jax
+from .records import CallOptions, PlanOptions, given
 
 if TYPE_CHECKING:
     from ..backends.name import Backend
     from ..checkpoints import ContentReport
     from ..frontends.bound import BoundModel
-    from ..plan import Form, Plan
+    from ..plan import Plan
     from ..verification.report import VerifyReport
 
 
-@dataclasses.dataclass(frozen=True)
-class PlanOptions:
-    """The options of a command about the plan, where it makes one."""
-
-    to: To | None = None
-    rules: Sequence[str] | None = None
-    backend: str | None = None
-
-    @property
-    def form(self) -> Form:
-        """``--to``, or else the form that all rules agree on; ``"conv"`` by default."""
-        from ..plan.rules import as_rules
-
-        forms = {rule.to for rule in as_rules(self.rules or ()) if not rule.skip}
-        if self.to is None and forms == {"dense"}:
-            return "dense"
-        return "dense" if self.to == To.DENSE else "conv"
-
-    @property
-    def any(self) -> bool:
-        """Whether any was given."""
-        return bool(self.to or self.rules or self.backend)
-
-
-def read_model(
-    name: str,
-    inputs: Sequence[str] | None,
-    kwargs: Sequence[str] | None,
-    method: str | None,
-) -> BoundModel:
+def read_model(name: str, call: CallOptions) -> BoundModel:
     """Binds the model MODULE:NAME to the inputs of a command line, which are abstract.
 
     Args:
       name: of the model.
-      inputs: the values of ``--input``.
-      kwargs: those of ``--kwarg``.
-      method: what to call instead of ``__call__``.
+      call: what it is called with.
     """
     start_jax()
     from ..frontends.bind import bind
 
-    specs = tuple(parse_input(text) for text in inputs or ())
-    options = parse_kwargs(kwargs or ())
-    if method is not None:
-        options["method"] = method
+    specs = tuple(parse_input(text) for text in call.inputs or ())
+    options = parse_kwargs(call.kwargs or ())
+    if call.method is not None:
+        options["method"] = call.method
     loaded = load_model(name)
     return bind(loaded.model, loaded.params, *specs, **options)
 
@@ -167,7 +137,7 @@ def verify_checkpoint(
     saved = read_checkpoint(checkpoint, step)
     made = saved.plan or plan_model(bound, plan_options)
     if saved.plan is not None:
-        if plan_options.any:
+        if given(plan_options):
             raise ArgumentError(
                 f"--to, --rule and --for do not go with {checkpoint}: it is converted, "
                 "and holds the plan that decided"

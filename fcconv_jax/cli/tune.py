@@ -10,8 +10,9 @@ from typing import Annotated
 import typer
 
 from .app import app, examples
-from .options import AsJson, Inputs, Kwargs, Method, ModelName, Params, PlanOut, Rules
+from .options import AsJson, ModelName, Params, PlanOut, Rules
 from .output import check_destination, write_text
+from .records import CallOptions, spread
 from .steps import parse_backends, read_model, with_random_inputs
 
 
@@ -32,9 +33,10 @@ class Goal(StrEnum):
         "tune model.py:Net --input 8,8,8,1 --objective training --budget 1",
     )
 )
+@spread
 def tune(
     model: ModelName,
-    inputs: Inputs = None,
+    call: CallOptions,
     params: Params = None,
     backend_for: Annotated[
         str | None,
@@ -65,8 +67,6 @@ def tune(
     ] = None,
     rules: Rules = None,
     seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
-    kwargs: Kwargs = None,
-    method: Method = None,
     out: PlanOut = None,
     as_json: AsJson = False,
 ) -> None:
@@ -86,7 +86,7 @@ def tune(
     check_destination("--timings", timings)
     named = [backend_for] if backend_for else None
     (backend,) = parse_backends(named, "--for") or [None]
-    bound = read_model(model, inputs, kwargs, method)
+    bound = read_model(model, call)
     chosen = resolve_default() if backend is None else resolve(backend)
     if chosen.how == "executed":
         bound = with_random_inputs(bound, seed)

@@ -12,21 +12,15 @@ from .export import is_exported, verify_exported
 from .inputs import ArgumentError
 from .options import (
     AsJson,
-    BackendFor,
     Backends,
-    Inputs,
-    Kwargs,
-    Method,
     ModelName,
     Params,
     Prefixes,
-    Rules,
     Step,
-    ToForm,
 )
 from .output import check_destination, show_report
+from .records import CallOptions, PlanOptions, given, spread
 from .steps import (
-    PlanOptions,
     compare_checkpoints,
     parse_backends,
     plan_model,
@@ -45,8 +39,11 @@ from .steps import (
         "verify ckpt conv",
     )
 )
+@spread
 def verify(
     model: ModelName,
+    call: CallOptions,
+    plan_options: PlanOptions,
     other: Annotated[
         Path | None,
         typer.Argument(
@@ -55,16 +52,10 @@ def verify(
             "entry, through the plan stored in one of them.",
         ),
     ] = None,
-    inputs: Inputs = None,
     params: Params = None,
     step: Step = None,
     prefixes: Prefixes = None,
     seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
-    to: ToForm = None,
-    rules: Rules = None,
-    backend_for: BackendFor = None,
-    kwargs: Kwargs = None,
-    method: Method = None,
     backends: Backends = None,
     timeout: Annotated[
         float,
@@ -125,17 +116,16 @@ def verify(
     check_destination("--out", out)
     on = parse_backends(backends)
     if other is not None:
-        if inputs or params or to or rules or backend_for or kwargs or backends:
+        if params or backends or given(call) or given(plan_options):
             raise ArgumentError("two checkpoints are compared with no other option")
         compared = compare_checkpoints(Path(model), other, step, prefixes)
         show_report(compared, out, as_json, as_markdown)
         return
     if is_exported(model):
-        file = verify_exported(model, against, code, inputs, kwargs, method, seed)
+        file = verify_exported(model, against, code, call, seed)
         show_report(file, out, as_json, as_markdown)
         return
-    plan_options = PlanOptions(to, rules, backend_for)
-    bound = read_model(model, inputs, kwargs, method)
+    bound = read_model(model, call)
     options = {
         "gradients": gradients,
         "backends": on,
