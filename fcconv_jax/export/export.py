@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..backends.timing import milliseconds
@@ -57,8 +58,8 @@ from .written import Written
 
 def export(
     model: Any,
-    params: Any = None,
-    *inputs: Any,
+    params: PyTree | None = None,
+    *inputs: PyTree,
     path: str | Path,
     runtime: str | None = None,
     to: FileForm = "conv",

@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..frontends.bind import bind
@@ -30,7 +31,7 @@ _CHANGED = (
 
 def verify_file(
     path: str | Path,
-    params: Any = None,
+    params: PyTree | None = None,
     *,
     model: Any = None,
     inputs: Sequence[Any] = (),

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from jaxtyping import PyTree
+
 from ..plan import Form, Plan
 from ..plan.rules import Rule
 from .bind import bind_planned
@@ -13,7 +15,7 @@ from .options import check_options
 
 def make_plan(
     model: Any,
-    *inputs: Any,
+    *inputs: PyTree,
     to: Form = "conv",
     rules: Iterable[Rule | str] = (),
     rngs: Any = None,

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..messages.errors import PlanError
@@ -17,13 +18,16 @@ from .move import Move
 from .moves import map_leaves, moved, tree_moves
 from .opt_probe import ProbeError, different_update
 
+if TYPE_CHECKING:
+    import optax
+
 
 def convert_opt_state(
     opt_state: Any,
     plan: Plan,
     *,
-    tx: Any,
-    params: Any,
+    tx: optax.GradientTransformation,
+    params: PyTree,
     check: bool = True,
     probe_kwargs: Mapping[str, Any] | None = None,
 ) -> Any:

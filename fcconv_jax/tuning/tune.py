@@ -12,6 +12,7 @@ from typing import Any, Literal
 
 import jax
 import jaxlib.version
+from jaxtyping import PyTree
 
 from ..backends.compilation import TIMEOUT
 from ..backends.default_settings import default_settings
@@ -55,8 +56,8 @@ class _Variant:
 
 def tune(
     model: Any,
-    params: Any = None,
-    *inputs: Any,
+    params: PyTree | None = None,
+    *inputs: PyTree,
     backend: str | Backend | None = None,
     objective: Objective | Literal["training"] | None = None,
     loss: Loss | None = None,

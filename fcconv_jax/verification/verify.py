@@ -6,9 +6,10 @@ import contextlib
 import dataclasses
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
+from jaxtyping import PyTree
 
 from ..backends.compilation import TIMEOUT, Compiling, compile_present
 from ..backends.default_settings import default_settings
@@ -28,9 +29,16 @@ from .bits import different_bits
 from .equality import Equality, execute
 from .report import Execution, LayerReport, VerifyReport
 
+if TYPE_CHECKING:
+    import optax
+
 
 def assert_equivalent(
-    model: Any, params: Any, *inputs: Any, plan: Plan | None = None, **options: Any
+    model: Any,
+    params: PyTree,
+    *inputs: PyTree,
+    plan: Plan | None = None,
+    **options: Any,
 ) -> None:
     """Asserts that a model and its converted form are the same.
 
@@ -65,14 +73,14 @@ def assert_equivalent(
 
 def verify(
     model: Any,
-    params: Any = None,
-    *inputs: Any,
+    params: PyTree | None = None,
+    *inputs: PyTree,
     plan: Plan | None = None,
     to: Form = "conv",
     backends: Sequence[str | Backend] | None = None,
     converted_model: Any = None,
-    converted_params: Any = None,
-    tx: Any = None,
+    converted_params: PyTree | None = None,
+    tx: optax.GradientTransformation | None = None,
     gradients: bool = True,
     progress: ProgressOption = None,
     timeout: float = TIMEOUT,
