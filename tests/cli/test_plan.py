@@ -115,7 +115,9 @@ def test_wrong_arguments(arguments, message):
 
 def test_wrong_rules():
     fails("plan model.py:wide --input 2,4 --rule f=2", r"'f' matches no.*\['fc'\]")
-    fails("plan model.py:wide --input 2,4 --rule fc", "'fc' is not of the form PATTERN=")
+    fails(
+        "plan model.py:wide --input 2,4 --rule fc", "'fc' is not of the form PATTERN="
+    )
     fails("plan model.py:wide --input 2,4 --rule fc=3", "does not divide the 4")
 
 
