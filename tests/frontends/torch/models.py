@@ -10,17 +10,19 @@ import transformers
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A model, and what is called with.
+    """A model, and what it is called with.
 
     Args:
       make: makes it.
       inputs: by keyword.
       slide: the window, for models whose scores at every position make sense.
+      export: whether the test exports it.
     """
 
     make: Callable[[], Any]
     inputs: dict[str, Any]
     slide: int | None = None
+    export: bool = False
 
 
 _VIT = {
@@ -122,14 +124,15 @@ def _mobilenet() -> Any:
 
 
 CASES = {
-    "ResNet": Case(_resnet, _images(32), slide=32),
+    "ResNet": Case(_resnet, _images(32), slide=32, export=True),
     "ViT": Case(
         lambda: transformers.ViTForImageClassification(
             transformers.ViTConfig(**_VIT, intermediate_size=40, num_labels=5)
         ),
         _images(16),
+        export=True,
     ),
-    "ConvNeXt": Case(_convnext, _images(32), slide=32),
+    "ConvNeXt": Case(_convnext, _images(32), slide=32, export=True),
     "Swin": Case(_swin, _images(16)),
     "MobileNetV2": Case(_mobilenet, _images(32)),
     "BERT": Case(_bert, {"input_ids": torch.tensor([[3, 5, 8, 13, 21, 34, 2]])}),
@@ -146,6 +149,7 @@ CASES = {
             transformers.Dinov2Config(**_VIT, mlp_ratio=2, num_labels=5)
         ),
         _images(16),
+        export=True,
     ),
 }
 

@@ -1,5 +1,8 @@
 """Ten models of transformers 5, planned, converted, verified, slid and exported."""
 
+import re
+from pathlib import Path
+
 import numpy as np
 import pytest
 
@@ -14,18 +17,12 @@ if int(transformers.__version__.split(".")[0]) < 5:
 
 from frontends.torch.models import CASES, made  # noqa: E402
 
-# Layers to conv, layers to dense.
+PAGES = Path(__file__).parents[3] / "docs"
+# Layers to conv, layers to dense: what the gallery says.
 PLANNED = {
-    "ResNet": (1, 0),
-    "ViT": (7, 1),
-    "ConvNeXt": (5, 2),
-    "Swin": (14, 1),
-    "MobileNetV2": (1, 38),
-    "BERT": (7, 0),
-    "CLIP vision": (6, 1),
-    "Whisper encoder": (6, 0),
-    "SegFormer": (14, 3),
-    "DINOv2": (7, 1),
+    row[1]: (int(row[3]), int(row[4]))
+    for line in (PAGES / "gallery/pytorch.md").read_text("utf-8").splitlines()
+    if len(row := [cell.strip() for cell in line.split("|")]) > 5 and row[3].isdigit()
 }
 
 
@@ -79,10 +76,18 @@ def test_slide(name):
         close(grid[:, row, 0], model(image[:, :, 32 * row : 32 * row + size]))
 
 
-@pytest.mark.parametrize("name", ["ResNet", "ViT", "ConvNeXt", "DINOv2"])
+@pytest.mark.parametrize("name", [name for name in CASES if CASES[name].export])
 def test_export(name, tmp_path):
     case = CASES[name]
     model = Logits(made(case)).eval()
     x = case.inputs["pixel_values"]
     file = fc.export(model, x, path=tmp_path / "m.stablehlo", progress=False)
     assert file.passed
+
+
+def test_the_guide_runs(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    text = (PAGES / "howto/pytorch.md").read_text("utf-8")
+    names: dict[str, object] = {}
+    for cell in re.findall(r"```python\n(.*?)```", text, re.S):
+        exec(cell, names)
