@@ -233,7 +233,7 @@ def _on_one_device(
 ) -> tuple[Callable[[Sequence[Any]], Any], Callable[[Any], Any]]:
     to = devices[0] if devices else None
     leaves, static = arguments.split((tuple(before), dict(kwargs)))
-    before, kwargs = static.merge(leaves if to is None else jax.device_put(leaves, to))
+    before, kwargs = static.merge(jax.device_put(leaves, to))  # once, not by the tile
 
     def put(pixels: Sequence[Any]) -> Any:
         return jax.device_put(pixels[0], to)

@@ -330,7 +330,7 @@ def test_errors_of_files_end_the_run_and_it_goes_on(tmp_path, fails):
 
 def test_tiles_cover_whole_chunks_of_the_output():
     class Chunked(Lazy):
-        chunks = (1, 4, 2, 3)
+        chunks = (1, 2, 3, 3)
         parts = ()
 
         def __setitem__(self, where, values):
@@ -338,7 +338,7 @@ def test_tiles_cover_whole_chunks_of_the_output():
             super().__setitem__(where, values)
 
     out = Chunked(np.zeros_like(WANT))
-    GRID.write(W, IMAGES, out=out, memory=60_000, progress=False)
+    GRID.write(W, IMAGES, out=out, memory=100_000, progress=False)
     chex.assert_trees_all_close(out.array, WANT, atol=1e-5)
     assert len(out.parts) > 4
-    assert all(part[1].start % 4 == part[2].start % 2 == 0 for part in out.parts)
+    assert all(part[1].start % 2 == part[2].start % 3 == 0 for part in out.parts)
