@@ -162,7 +162,7 @@ class Pool:
                     running.remove(process)
                     self._add(process.backend, process.result())
                     self._tell(running)
-                time.sleep(_POLL)
+                time.sleep(_POLL)  # polled, to notice a stop and a timeout, too
         finally:
             for process in running:
                 process.kill()
@@ -192,6 +192,7 @@ class _Process:
         self.log = path / "log"
         with self.log.open("wb") as log:
             self.process = subprocess.Popen(
+                # -P: modules beside the worker must not shadow others of their name.
                 [sys.executable, "-P", worker.__file__, str(path)],
                 stdin=subprocess.DEVNULL,
                 stdout=log,

@@ -55,6 +55,8 @@ def relayout_bytes(text: str) -> int:
         if line.op == "fusion":
             (callee,) = _callees(line)
             body = list(_walk(computations, callee, {"fusion"}))
+        # XLA fuses a transpose with what reads it: such a fusion computes, and its
+        # traffic would be there without the transpose.
         ops = {each.op for each, _ in body} - _BESIDE
         if ops <= _MOVES and any(_reorders(*each) for each in body):
             total += _size(line.shape)

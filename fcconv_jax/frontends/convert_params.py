@@ -137,5 +137,6 @@ def _refuse_apply(apply_fn: Any) -> None:
 
 def _is_of_a_model(function: Any) -> bool:
     owner = getattr(function, "__self__", None)
+    # A converted linen model is a class of this package, not the library's.
     is_converted = isinstance(getattr(owner, "plan", None), Plan)
     return is_converted or frontend_of_instance(owner) is not None

@@ -62,6 +62,8 @@ class Jitted:
         if self._of_arrays is not None and not self._context:
             try:
                 return self._of_arrays(*args, **kwargs)
+            # jit raises TypeError for leaves other than arrays. An error of the
+            # function itself comes again below, with its note.
             except (_StaticError, TypeError):
                 self._of_arrays, self._only_arrays = None, False
         return self._on("__call__", args, kwargs)
@@ -139,6 +141,7 @@ class Jitted:
     ) -> Any:
         """The jit for calls whose static values have to be taken out of PyTrees."""
         others = [value for value in (*args, *kwargs.values()) if not _is_static(value)]
+        # With arrays alone there was nothing to refuse: the function's own error.
         if isinstance(error, TypeError) and _all_arrays(others):
             raise error
         self._of_arrays, self._only_arrays = None, False
@@ -249,6 +252,8 @@ def _may_be_static(leaf: Any) -> bool:
     """Whether a traced leaf may have been a Python number, or ``True`` or ``False``."""
     if not isinstance(leaf, Tracer):
         return False
+    # jit makes numbers weakly typed and flags scalars of bool. Arrays that look so
+    # go the longer way, too, which traces them all the same.
     return getattr(leaf.aval, "weak_type", False) or (
         leaf.dtype == bool and not leaf.shape
     )

@@ -70,6 +70,7 @@ def find_moves(
         for path, layer in plan.items()
         for name in layer.tied
     }
+    # A tied kernel may be stored under its owner's path alone.
     for base in bases:
         _require([path for path in wanted if path not in tied], leaves, base, strict)
     while all(path[:1] == ("params",) and len(path) > 1 for path in wanted):

@@ -94,6 +94,7 @@ def analyse(
     for eqn in body.eqns:
         ins = [tag(atom) for atom in eqn.invars]
         here = context
+        # What a backward pass calls is part of it, whatever its own name stack says.
         if context.derivative != "backward" and (found := derivative_pass(eqn)):
             here = dataclasses.replace(context, derivative=found)
         outs = _visit(analysis, eqn, ins, here, memo)
@@ -221,6 +222,7 @@ def _one_step(weight: Weight, shape: Sequence[int]) -> Weight | None:
     axes = []
     stack = list(weight.stack)
     for axis, taken in zip(weight.axes, shape):
+        # Several steps are neither one layer's kernel nor the whole stack.
         if taken not in (1, size(axis)):
             return None
         if taken != size(axis):
@@ -334,10 +336,11 @@ def _enter(
             ]
 
         inner, outs = _settle(analysis, step, carry, name)
-        inner = inner[::-1]
+        inner = inner[::-1]  # in the order of bodies(eqn), the condition first
     elif name == "cond":
         inner = [analysed(b, ins[1:]) for b in bodies(eqn)]
         outs = [_joined(analysis, tags, name) for tags in zip(*(p.outs for p in inner))]
+        # Constants that an activation chooses between depend on the input.
         if ins[0] == ACTIVE:
             outs = [ACTIVE if t == Other() or t == NUMBER else t for t in outs]
     else:
@@ -365,6 +368,7 @@ def _analysed(
             names |= dict.fromkeys(path for path, _ in sorted(tag.made_of))
     numbers = {name: str(number) for number, name in enumerate(names)}
     plain = tuple(tag.renamed(numbers) for tag in tags)
+    # By identity: comparing bodies would cost more than analysing them.
     key = id(body), plain, context
     if key not in memo:
         memo[key] = analyse(body, plain, context, memo)
@@ -375,6 +379,7 @@ def _settle(
     analysis: Analysis, step: Any, carry: list[Tag], name: str
 ) -> tuple[list[Analysis], list[Tag]]:
     """Run the body of a loop until the tags of what it carries stay the same."""
+    # It ends: a tag only ever becomes a more general one.
     while True:
         inner = step(carry)
         after = inner[0].outs[: len(carry)]

@@ -30,6 +30,7 @@ def layer_forms(layer: LayerPlan, dtype: Any) -> dict[Form, Program]:
     moves = [move for _, move in layer.leaves]
     shape = layer.input_shape if to == "dense" else layer.dense_input_shape()
     x = _abstract(shape, dtype)
+    # Without a bias, the forms still take one: None, as layers pass it.
     bias = [] if layer.bias else [None]
     found: dict[Form, Program] = {}
     source = other_form(to)
