@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "fcconv_jax"
-ROOMS = ("geometry/reasons.py", "planning", "frontends")
+ROOMS = ("geometry/reasons.py", "plan", "planning", "frontends")
 _SHORT = 12  # characters; shorter strings are fragments, not reasons
 
 WORKAROUNDS: dict[str, dict[str, str]] = tomllib.loads(

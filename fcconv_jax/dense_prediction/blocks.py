@@ -218,7 +218,7 @@ def _read(pieces: Sequence[Any], k: int, axis: int, target: Map, fill: Any) -> A
     lengths = np.array([piece.shape[axis] for piece in pieces])
     row, column = np.divmod(target - bounds[which], lengths[which])
     row[which < 0] = column[which < 0] = 0
-    # A stretch goes on where the next entry is the next of the same stretch.
+    # A stretch continues where the next entry is the next of the same stretch.
     on = (np.diff(which) == 0) & (np.diff(row) == 0)
     on &= (np.diff(column) == 1) | (which[:, 1:] < 0)
     looks = np.concatenate([which, on], 1)

@@ -38,7 +38,8 @@ def test_ci_has_every_python_that_the_project_names():
 
 def test_all_groups_run_without_arguments():
     (listed,) = re.findall(r"^all=\((.*)\)$", (ROOT / ".ci" / "run").read_text(), re.M)
-    assert listed.split() == groups()
+    # In an order of its own: what fails most often runs first.
+    assert sorted(listed.split()) == sorted(groups())
 
 
 def test_the_marker_of_versions_names_test_files_that_there_are():
@@ -57,7 +58,7 @@ def test_an_unknown_group_is_named():
 
 def test_contributing_tells_every_group():
     text = (ROOT / "CONTRIBUTING.md").read_text()
-    assert re.findall(r"^\| `(\w+)` \|", text, re.M) == groups()
+    assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.M)) == sorted(groups())
 
 
 def test_contributing_names_files_that_there_are():
