@@ -1,0 +1,86 @@
+"""Decoders that end in transposed convolutions, small: U-Net, MAE, DPT."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from conftest import same_bits
+
+import fcconv_jax as fc
+
+
+class Unet(nn.Module):
+    """Two levels down, two up by transposed convolutions, with skips."""
+
+    @nn.compact
+    def __call__(self, x):
+        skips = []
+        for width in (4, 6):
+            x = nn.relu(nn.Conv(width, (3, 3))(x))
+            skips.append(x)
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        for width, skip in zip((6, 4), reversed(skips)):
+            x = nn.ConvTranspose(width, (2, 2), (2, 2))(x)
+            x = nn.relu(nn.Conv(width, (3, 3))(jnp.concatenate([skip, x], -1)))
+        return nn.Conv(2, (1, 1), padding="VALID")(x)
+
+
+class Mae(nn.Module):
+    """A masked autoencoder: patches, some of them masked, and pixels again."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(12, (4, 4), (4, 4), padding="VALID")(x)
+        n, height, width, features = x.shape
+        x = x.reshape(n, -1, features)
+        mask = self.param("mask", nn.initializers.normal(), (features,))
+        x = jnp.where(jnp.arange(height * width)[:, None] % 3 == 1, mask, x)
+        x = x + nn.MultiHeadDotProductAttention(3)(nn.LayerNorm()(x))
+        x = x + nn.Dense(12)(nn.gelu(nn.Dense(20)(nn.LayerNorm()(x))))
+        x = x.reshape(n, height, width, features)
+        return nn.ConvTranspose(3, (4, 4), (4, 4), name="pixels")(x)
+
+
+class Dpt(nn.Module):
+    """DPT's reassembling: tokens to maps of several sizes, fused on the way up."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (4, 4), (4, 4), padding="VALID")(x)
+        large = nn.ConvTranspose(6, (4, 4), (4, 4))(nn.Conv(5, (1, 1))(x))
+        middle = nn.ConvTranspose(6, (2, 2), (2, 2))(nn.Conv(5, (1, 1))(x))
+        small = nn.Conv(6, (1, 1))(x)
+        for finer in (middle, large):
+            small = nn.ConvTranspose(6, (3, 3), (2, 2))(nn.relu(small)) + finer
+        return nn.Conv(1, (3, 3))(small)
+
+
+# A model, and how many of its layers are of each case.
+DECODERS = {
+    "unet": (Unet(), {"unpatchify": 2, "pointwise": 1}),
+    "mae": (Mae(), {"patchify": 1, "unpatchify": 1}),
+    "dpt": (Dpt(), {"patchify": 1, "pointwise": 3, "unpatchify": 2, "phases": 2}),
+}
+
+
+@pytest.mark.parametrize("name", DECODERS)
+def test_a_decoder_is_the_same_function_in_the_other_form(name):
+    model, wanted = DECODERS[name]
+    x = jax.random.normal(jax.random.key(0), (2, 8, 12, 3))
+    variables = jax.jit(model.init)(jax.random.key(1), x)
+    plan = fc.make_plan(model, x, to="dense", rules=["*=phases"])
+    cases = [layer.case for layer in plan.values()]
+    assert {case: cases.count(case) for case in cases} == wanted
+    moved = fc.convert_params(variables, plan)
+    assert same_bits(fc.restore_params(moved, plan), variables)
+
+    def step(apply):
+        return jax.jit(jax.value_and_grad(lambda v: jnp.mean(apply(v, x) ** 2)))
+
+    value, gradients = step(model.apply)(variables)
+    other, converted = step(fc.convert_model(model, plan).apply)(moved)
+    back = fc.restore_params(converted, plan)
+    np.testing.assert_allclose(other, value, rtol=1e-5)
+    for mine, theirs in zip(jax.tree.leaves(back), jax.tree.leaves(gradients)):
+        np.testing.assert_allclose(mine, theirs, rtol=1e-3, atol=1e-6)
