@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
 from ..messages.errors import PlanError
-from .plan import Form, KernelLayout, LayerPlan, Layout
+from .layer import Form, KernelLayout, LayerPlan, Layout
 
 _SYNTAX = (
     "PATTERN=skip, =auto, =phases or PATTERN=[FORM][:WINDOW][:ORDER][:LAYOUT]"
