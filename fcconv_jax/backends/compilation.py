@@ -17,6 +17,7 @@ from ..messages.errors import BackendError
 from . import processes
 from .census import HLO_CYCLES, OpCounts, count_hlo, count_stablehlo
 from .name import Backend
+from .options import correct_options
 from .relayout import relayout_bytes
 from .resolution import Resolution, resolve
 from .worker import describe
@@ -125,7 +126,8 @@ def compile_present(program: Program, resolution: Resolution) -> Compilation:
     args = jax.tree.map(lambda leaf: abstract(leaf, one), program.args)
     lowered = jax.jit(program.function).trace(*args).lower()
     started = time.perf_counter()
-    compiled = lowered.compile()
+    options = correct_options(resolution.device.platform)
+    compiled = lowered.compile(compiler_options=options or None)
     seconds = time.perf_counter() - started
     return _compilation(
         resolution,

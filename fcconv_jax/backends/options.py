@@ -8,10 +8,28 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jaxlib.version
+
+from .faults import STALE
 
 # XLA's CPU backend (jaxlib 0.10) can hand parts of a program to a library (YNNPACK).
 # Convolutions are slower there, and some pools come out wrong (faults.POOL).
 _PLAIN_CPU = (("xla_cpu_experimental_ynn_fusion_type", ""),)
+
+
+# Works around faults.STALE.
+_CORRECT_CPU = (("xla_cpu_use_xnnpack", False),)
+
+
+def correct_options(backend: str) -> dict[str, Any]:
+    """Return options without which this XLA computes wrong results; often none.
+
+    Example:
+      >>> correct_options("tpu")
+      {}
+    """
+    stale = backend == "cpu" and STALE.is_in(jaxlib.version.__version__)
+    return dict(_CORRECT_CPU) if stale else {}
 
 
 def convolution_options(backend: str) -> dict[str, Any]:
@@ -24,7 +42,8 @@ def convolution_options(backend: str) -> dict[str, Any]:
       >>> convolution_options("tpu")
       {}
     """
-    return dict(_PLAIN_CPU) if backend == "cpu" and _is_known(_PLAIN_CPU) else {}
+    plain = backend == "cpu" and _is_known(_PLAIN_CPU)
+    return correct_options(backend) | (dict(_PLAIN_CPU) if plain else {})
 
 
 def known_options(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:

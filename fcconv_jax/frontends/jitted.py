@@ -10,6 +10,7 @@ from typing import Any
 import jax
 from jax.core import Tracer
 
+from ..backends.options import correct_options
 from ..messages.user_code import explained
 from ..tracing import arguments
 from ..versions import get_opaque_trace_state
@@ -159,9 +160,10 @@ class Jitted:
 
 def _with_options(make: Callable[..., Any], options: Mapping[str, Any]) -> Any:
     """Return a jit that has options where it is the outermost."""
+    options = correct_options(jax.default_backend()) | dict(options)
     if not options:
         return make()
-    return _Outermost(make(), make(compiler_options=dict(options)))
+    return _Outermost(make(), make(compiler_options=options))
 
 
 @functools.cache

@@ -17,6 +17,7 @@ import jax
 import numpy as np
 
 from ..backends.compilation import Compiling, Program, abstract
+from ..backends.options import correct_options
 from ..backends.resolution import Resolution
 from ..backends.timing import seconds_of
 from ..messages.errors import BackendError
@@ -111,11 +112,13 @@ class Meter:
         seconds: float,
     ) -> dict[str, Figure]:
         same = {key: key.partition(" ")[0] for key in candidates}  # measured again
+        correct = correct_options(jax.default_backend())
         # XLA compiles outside of Python's lock, on two cores more than half as long.
         with ThreadPoolExecutor(2) as pool:
             compiling = {
                 same[key]: pool.submit(
-                    lowered[key].compile, compiler_options=dict(candidate.options)
+                    lowered[key].compile,
+                    compiler_options=correct | dict(candidate.options),
                 )
                 for key, candidate in candidates.items()
                 if same[key] not in self._compiled

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 
+from ..backends.options import correct_options
+
 # For programs on the CPU that run a few times: their compile time is what counts.
 _QUICK = {
     "xla_backend_optimization_level": 0,
@@ -60,10 +62,11 @@ def _pool() -> ThreadPoolExecutor:
 
 
 def _compile(lowered: Any, quick: bool) -> Any:
+    options = correct_options(jax.default_backend())
     if quick:
         try:
-            return lowered.compile(compiler_options=_QUICK)
+            return lowered.compile(compiler_options=_QUICK | options)
         except jax.errors.JaxRuntimeError:
             # Options of another backend, or of another XLA: a true failure comes again.
             pass
-    return lowered.compile()
+    return lowered.compile(compiler_options=options or None)

@@ -11,7 +11,8 @@ from flax import linen as nn
 from jax import lax
 
 import fcconv_jax as fc
-from fcconv_jax.backends.faults import FAULTS, POOL, TWO_BITS, cpu_notes
+from fcconv_jax.backends.faults import FAULTS, POOL, STALE, TWO_BITS, cpu_notes
+from fcconv_jax.backends.options import correct_options
 from fcconv_jax.versions import check_bits
 
 ROOT = Path(__file__).parents[2]
@@ -47,6 +48,32 @@ def test_a_pool_behind_an_addition():
     b = np.arange(8, dtype=np.float32)
     wrong = not np.array_equal(jax.jit(pool)(y, b), pool(jnp.asarray(y), b))
     assert wrong == POOL.is_in(HERE), "update POOL's versions in backends/faults.py"
+
+
+@cpu
+def test_a_matmul_with_another_kernel():
+    def read_patches(x, k):
+        patches = x.reshape(4, 8, 8, 8, 8, 3).transpose(0, 1, 3, 2, 4, 5)
+        return patches.reshape(4, 8, 8, 192) @ k
+
+    shapes = [jax.ShapeDtypeStruct(s, "float32") for s in ((4, 64, 64, 3), (192, 128))]
+    compiled = {
+        name: jax.jit(read_patches).lower(*shapes).compile(compiler_options=options)
+        for name, options in (
+            ("as it is", {"xla_cpu_use_xnnpack": True} if STALE.is_in(HERE) else None),
+            ("corrected", correct_options("cpu") or None),
+        )
+    }
+    wrong = dict.fromkeys(compiled, 0)
+    rng = np.random.default_rng(0)
+    for _ in range(60):
+        x, k = (rng.integers(-9, 9, s.shape).astype(np.float32) for s in shapes)
+        for name, run in compiled.items():
+            y = np.asarray(run(jax.device_put(x), jax.device_put(k)))
+            wrong[name] += not np.array_equal(y, read_patches(x, k))
+    assert wrong["corrected"] == 0
+    if not STALE.is_in(HERE):  # elsewhere it depends on addresses
+        assert wrong["as it is"] == 0, "update STALE's versions in backends/faults.py"
 
 
 def test_integers_of_two_bits():

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import pytest
 from flax import nnx
+from nnx_models import module_list
 
 import fcconv_jax as fc
 
@@ -38,7 +39,7 @@ class Agent(nnx.Module):
     def __init__(self, rngs: nnx.Rngs):
         self.online = Net(5, rngs)
         self.target = Net(5, rngs)
-        self.averages = nnx.List([Net(5, rngs), Net(6, rngs)])
+        self.averages = module_list([Net(5, rngs), Net(6, rngs)])
         self.critic = Other(5, rngs)
         self.average = Average(self.online)
 
