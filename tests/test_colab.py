@@ -55,5 +55,5 @@ def test_lower_bounds_are_colabs():
         (only,) = Requirement(text).specifier
         assert only.operator == ">="
         bounds[Requirement(text).name] = only.version
-    same = ("jax", "flax", "chex", "optax", "orbax-checkpoint")
+    same = ("jax", "flax", "optax", "orbax-checkpoint")
     assert {name: bounds[name] for name in same} == {name: have[name] for name in same}

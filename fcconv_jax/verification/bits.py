@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -21,14 +20,23 @@ def different_bits(expected: Any, got: Any) -> list[str]:
       >>> different_bits({"w": np.zeros(2)}, {"w": np.array([0.0, -0.0])})
       ["parameters: 'w': expected ...0.0... at (1,), got ...-0.0... (the same ...)"]
     """
-    try:
-        chex.assert_trees_all_equal_shapes_and_dtypes(expected, got)
-    except AssertionError as error:
-        return [f"parameters: {error}"]
+    want = dict(jax.tree_util.tree_leaves_with_path(expected))
+    have = dict(jax.tree_util.tree_leaves_with_path(got))
+    if want.keys() != have.keys():
+        missing, more = (
+            sorted(map(leaf_path, one.keys() - other.keys()))
+            for one, other in ((want, have), (have, want))
+        )
+        return [f"parameters: missing {missing}, unexpected {more}"]
     failures = []
-    for (path, a), b in zip(
-        jax.tree_util.tree_leaves_with_path(expected), jax.tree.leaves(got)
-    ):
+    for path, a in want.items():
+        b = have[path]
+        types = [f"{jnp.result_type(leaf)}{list(np.shape(leaf))}" for leaf in (a, b)]
+        if types[0] != types[1]:
+            failures.append(
+                f"parameters: {leaf_path(path)!r}: expected {types[0]}, got {types[1]}"
+            )
+            continue
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in (a, b)):
             continue
         if jnp.issubdtype(jnp.result_type(a), jax.dtypes.prng_key):
