@@ -127,7 +127,9 @@ def tables(folder: Path) -> dict[str, str]:
     if cycles:
         made["cycles"] = _cycles(cycles)
     if (file := folder / "slide.json").exists():
-        made["slide-cpu"] = _slide(json.loads(file.read_text())["slide"])
+        results = json.loads(file.read_text())
+        made["slide-cpu"] = _slide(results["slide"])
+        made["slide-families"] = _families(results.get("families", []))
     return made
 
 
@@ -213,6 +215,17 @@ def _slide(results: Sequence[Found]) -> str:
     for found in results:
         flops = f"{found['flops']:g}x" if found["flops"] else "not counted"
         rows.append([found["network"], flops, f"{found['times']:g}x"])
+    return _markdown(rows)
+
+
+def _families(results: Sequence[Found]) -> str:
+    rows = [["network", "stride", "way", "fewer FLOPs", "speedup", "crops part at"]]
+    for found in results:
+        way = "shared" if found["shares"] else "a batch of crops"
+        left = (found["left"] or "-").partition(":")
+        part = f"`{left[0]}`:{left[2]}" if left[1] else "-"
+        gain = [f"{found[key]:.2g}x" for key in ("flops", "times")]
+        rows.append([found["family"], str(found["stride"]), way, *gain, part])
     return _markdown(rows)
 
 

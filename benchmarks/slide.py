@@ -2,12 +2,14 @@
 
     python benchmarks/slide.py [NAME ...]
     python benchmarks/slide.py large [--size 40000]
+    python benchmarks/slide.py borders
 
 Each network runs on every crop of an image by ``fc.slide``, and crop by crop in three
 ways: all in one batch, ten at a time, and one at a time (``jax.lax.map``). Calls are
 interleaved in one process; medians; float32. Each line ends with the bound on the gain
 over the quickest of the three, and whether it holds; the exit status is 1 if one does
-not.
+not. ``borders`` compares exact results of padded networks with those of zeros around
+the image alone, which is another function: in FLOPs, and in time.
 """
 
 from __future__ import annotations
@@ -44,6 +46,21 @@ class Pools(nn.Module):
                 x = nn.relu(conv(x))
             x = nn.max_pool(x, (2, 2), (2, 2))
         return nn.Dense(10)(nn.relu(nn.Dense(64)(x.reshape(x.shape[0], -1))))
+
+
+class Stages(nn.Module):
+    """Padded convolutions 3x3, a pool behind each stage, and a head."""
+
+    stages: tuple[int, ...]
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps crops ``(N, n, n, 3)`` to scores ``(N, 10)``."""
+        for i, count in enumerate(self.stages):
+            for _ in range(count):
+                x = nn.relu(nn.Conv(min(16 * 2**i, 64), (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(10)(x.reshape(x.shape[0], -1))
 
 
 class Block(nn.Module):
@@ -200,11 +217,43 @@ def measure(name: str) -> bool:
     return holds
 
 
+# Of windows of 64, 16 apart: at most so many times the time of padding="image".
+_BORDERS = {"four convolutions": ((2, 2), 2.5), "VGG of ten": ((2, 2, 3, 3), None)}
+
+
+def borders() -> bool:
+    """Print what the borders of crops cost; return whether bounds hold."""
+    every = True
+    for name, (stages, most) in _BORDERS.items():
+        model = Stages(stages)
+        x = jax.random.normal(jax.random.key(0), (1, 256, 256, 3))
+        variables = jax.jit(model.init)(jax.random.key(1), x[:, :64, :64])
+        exact = fc.slide(model, (64, 64), 16)
+        around = fc.slide(model, (64, 64), 16, padding="image")
+        runs = {
+            key: functools.partial(grid, variables, x)
+            for key, grid in (("exact", exact), ("image", around))
+        }
+        medians = race(runs, _SECONDS, _APART)["milliseconds"]
+        report = exact.report(variables, x)
+        arithmetic = report.flops / (report.image_flops or 1.0)
+        times = medians["exact"] / medians["image"]
+        holds = times <= 1.3 * arithmetic and times <= (most or times)
+        every &= holds
+        print(
+            f"{name}: exact {medians['exact']:.0f} ms, image {medians['image']:.0f} "
+            f"ms: {times:.2f}x, of which FLOPs {arithmetic:.2f}x and execution "
+            f"{times / arithmetic:.2f}x; {'holds' if holds else 'MISSED'}",
+            flush=True,
+        )
+    return every
+
+
 def main() -> int:
     """Measures the cases that are named; all but the slowest without names."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
-        "names", nargs="*", choices=[[], "large", *CASES], metavar="NAME"
+        "names", nargs="*", choices=[[], "large", "borders", *CASES], metavar="NAME"
     )
     parser.add_argument("--size", type=int, default=40_000, help="side of the scan")
     parser.add_argument("--width", type=int, default=16, help="of the scan's network")
@@ -214,7 +263,7 @@ def main() -> int:
     results = [
         scans.large(Pools("VALID", options.width), options.size, 128, 8, 2**28)
         if name == "large"
-        else measure(name)
+        else (borders() if name == "borders" else measure(name))
         for name in names
     ]
     return 0 if all(results) else 1

@@ -145,7 +145,8 @@ def _full_window(
     chosen = least(sweeps, each, entries)
     rows = [len(layout.map) for layout in chosen]
     # Arrays of the crops' own have each entry once for each crop that sees it.
-    read = math.prod(np.size(value.parts[i].map) for i in shared) * entries
+    maps = [value.parts[i].map for i in shared]
+    read = math.prod(map_.size for map_ in maps if map_ is not None) * entries
     most = math.prod(rows) * each * costs.WORTH ** (count + 1) + costs.PASS
     if not sweeps or cost(chosen, each, entries) > most + read * costs.MOVE:
         return None
