@@ -41,8 +41,9 @@ SHARDING_KEYS = ("out_sharding", "sharding_names")
 
 
 def check_bits(dtype: Any) -> None:
-    """Jax 0.8.0: delete. Earlier, XLA's CPU programs write past int2 and uint2."""
-    if jax.__version_info__ < (0, 8) and dtype.name in ("int2", "uint2"):
+    """Jax 0.8.0: delete. Earlier, XLA's CPU programs write past packed entries."""
+    packed = dtype.name.lstrip("u").startswith(("int2", "int4", "float4"))
+    if jax.__version_info__ < (0, 8) and packed:
         raise ValueError(
             f"Expected a dtype that jaxlib {jax.__version__} can rearrange, got "
             f"{dtype.name}. Pass a NumPy array, or upgrade to jaxlib 0.8.0."

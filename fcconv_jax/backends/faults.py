@@ -37,11 +37,11 @@ POOL = Fault(
     "slide compiles its own programs without YNNPACK",
     "tests/backends/test_faults.py::test_a_pool_behind_an_addition",
 )
-TWO_BITS = Fault(
-    "a transpose, pad or gather of int2 or uint2, which writes past its memory",
+PACKED = Fault(
+    "a transpose, pad or gather of entries of 2 or 4 bits, which writes past them",
     *((0, 7), (0, 8)),
     "refused by name",
-    "tests/backends/test_faults.py::test_integers_of_two_bits",
+    "tests/backends/test_faults.py::test_packed_integers",
 )
 STALE = Fault(
     "a matmul in XNNPACK, which reads the previous kernel where the next one lies at "
@@ -50,7 +50,7 @@ STALE = Fault(
     "verify, slide, tune and converted models compile without XNNPACK",
     "tests/backends/test_faults.py::test_a_matmul_with_another_kernel",
 )
-FAULTS = (POOL, TWO_BITS, STALE)
+FAULTS = (POOL, PACKED, STALE)
 
 
 def cpu_notes(version: str = jaxlib.version.__version__) -> list[str]:

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 
 import fcconv_jax as fc
-from fcconv_jax.backends.faults import FAULTS, POOL, STALE, TWO_BITS, cpu_notes
+from fcconv_jax.backends.faults import FAULTS, PACKED, POOL, STALE, cpu_notes
 from fcconv_jax.backends.options import correct_options
 from fcconv_jax.versions import check_bits
 
@@ -31,9 +31,9 @@ def test_versions():
     assert POOL.is_in("0.10.2")
     assert not POOL.is_in("0.9.2")
     assert not POOL.is_in("0.12.0.1")
-    assert TWO_BITS.is_in("0.7.2")
-    assert not TWO_BITS.is_in("0.8.0")
-    assert "int2" in cpu_notes("0.7.2")[0]
+    assert PACKED.is_in("0.7.2")
+    assert not PACKED.is_in("0.8.0")
+    assert "2 or 4 bits" in cpu_notes("0.7.2")[0]
 
 
 @cpu
@@ -76,12 +76,12 @@ def test_a_matmul_with_another_kernel():
         assert wrong["as it is"] == 0, "update STALE's versions in backends/faults.py"
 
 
-def test_integers_of_two_bits():
+def test_packed_integers():
     dtype = jnp.dtype("int2")
-    if TWO_BITS.is_in(HERE):
+    if PACKED.is_in(HERE):
         with pytest.raises(ValueError, match="upgrade to jaxlib"):
             check_bits(dtype)
-        check_bits(jnp.dtype("int4"))
+        check_bits(jnp.dtype("int8"))
         return
     check_bits(dtype)
     array = np.random.default_rng(0).integers(0, 2, (33, 1000)).astype(dtype)

@@ -12,7 +12,7 @@ from flax import linen as nn
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from fcconv_jax.backends.faults import TWO_BITS
+from fcconv_jax.backends.faults import PACKED
 from fcconv_jax.geometry.kernels import (
     Rearrangement,
     bias_rearrangement,
@@ -31,8 +31,12 @@ DTYPES = (
     "float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz "
     "float8_e5m2 float8_e5m2fnuz float8_e8m0fnu float4_e2m1fn"
 ).split()
-if TWO_BITS.is_in(jaxlib.version.__version__):
-    DTYPES = [name for name in DTYPES if name not in ("int2", "uint2")]
+if PACKED.is_in(jaxlib.version.__version__):
+    DTYPES = [
+        name
+        for name in DTYPES
+        if "int2" not in name and "t4_" not in name and "int4" not in name
+    ]
 SUB_BYTE = {"int4": 4, "uint4": 4, "int2": 2, "uint2": 2, "float4_e2m1fn": 4}
 
 

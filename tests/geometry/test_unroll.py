@@ -11,7 +11,7 @@ from flax import linen as nn
 from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
-from fcconv_jax.backends.faults import TWO_BITS
+from fcconv_jax.backends.faults import PACKED
 from fcconv_jax.geometry.classify import classify
 from fcconv_jax.geometry.convolution import resolve_geometry
 from fcconv_jax.geometry.kernels import conv_kernel_to_dense
@@ -25,8 +25,12 @@ DTYPES = (
     "float8_e3m4 float8_e4m3 float8_e4m3b11fnuz float8_e4m3fn float8_e4m3fnuz "
     "float8_e5m2 float8_e5m2fnuz float4_e2m1fn float64 complex128 int64"
 ).split()
-if TWO_BITS.is_in(jaxlib.version.__version__):
-    DTYPES = [name for name in DTYPES if name not in ("int2", "uint2")]
+if PACKED.is_in(jaxlib.version.__version__):
+    DTYPES = [
+        name
+        for name in DTYPES
+        if "int2" not in name and "t4_" not in name and "int4" not in name
+    ]
 
 
 def flax_conv(kernel, x, padding="VALID", groups=1, **options):
