@@ -114,16 +114,16 @@ def _patch_seconds(
     variables: Any, image: Any, out: np.ndarray[Any, Any], crop: int, step: int
 ) -> float:
     """Time one patch of a loop: read a batch, run the same network, as MONAI does."""
-    import torch
-    from torch.nn import functional
+    import torch  # pyright: ignore[reportMissingImports]
 
+    functional: Any = torch.nn.functional
     params = variables["params"]
     weights = {
         name: [torch.tensor(np.asarray(layer[key])) for key in ("kernel", "bias")]
         for name, layer in params.items()
     }
 
-    def network(x: torch.Tensor) -> torch.Tensor:
+    def network(x: Any) -> Any:
         for number in range(6):
             kernel, bias = weights[f"Conv_{number}"]
             x = functional.relu(functional.conv2d(x, kernel.permute(3, 2, 0, 1), bias))

@@ -161,7 +161,8 @@ def _torch_runs(
                 return each(*trained)
 
         try:
-            step(), forward()
+            step()
+            forward()
         except Exception as error:  # of many kinds, such as no C++ compiler
             left_out[title] = f"{type(error).__name__}: {error}".splitlines()[0]
         else:
