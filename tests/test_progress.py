@@ -3,6 +3,7 @@
 import inspect
 
 import numpy as np
+import optax
 import pytest
 
 import fcconv_jax as fc
@@ -31,7 +32,10 @@ def test_every_public_function_takes_the_same_choices():
         value = getattr(fc, name)
         functions = [value] if inspect.isfunction(value) else vars(value).values()
         for function in filter(inspect.isfunction, functions):
-            parameters = inspect.signature(function, eval_str=True).parameters
+            # optax is imported for type checkers only.
+            parameters = inspect.signature(
+                function, eval_str=True, locals={"optax": optax}
+            ).parameters
             if "progress" in parameters:
                 takers.append(name)
                 assert parameters["progress"].annotation == ProgressOption, name

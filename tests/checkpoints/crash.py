@@ -140,12 +140,11 @@ def main() -> None:
     # Orbax makes many calls, at half a second each: every fourth of those that change
     # nothing yet is tried, from another one on in each mode, then all that remain.
     step, ends_wanted = (4, _ENDS) if format == "orbax" else (1, 1)
-    n, ends, outcomes = MODES[how] - step, 0, {"old": 0, "new": 0}
+    first = MODES[how] if step > 1 else 1
+    n, ends, outcomes = first - step, 0, {"old": 0, "new": 0}
     # Threads make a run shorter or longer: the last calls are past when several ended.
     while ends < ends_wanted:
         n += step
-        if n < 1:
-            continue
         shutil.rmtree(root / "place", ignore_errors=True)
         shutil.copytree(root / "made", root / "place")
         scene = Scene(root / "place", overwrite)

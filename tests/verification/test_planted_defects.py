@@ -461,7 +461,7 @@ def test_a_port_from_nnx_to_linen():
     assert right.passed, str(right)
     wrong = fc.compare(model, LinenNet(eps=1e-5), [X], args, progress=False)
     assert wrong.verdict == "different functions"
-    assert wrong.parts_at == "'norm' of the first"
+    assert wrong.parts_at == "'norm' of the first ('LayerNorm_0' of the second)"
 
 
 def test_assert_same_names_the_output_and_the_module():
