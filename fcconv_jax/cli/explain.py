@@ -33,6 +33,7 @@ def explain(
     padding: Annotated[
         str,
         typer.Option(
+            "--padding",  # else, up to Typer 0.27, it is --PADDING, as its metavar
             metavar="PADDING",
             help="VALID, SAME, CIRCULAR, ...; 1; 1,2 per dimension; 0:1,0:1 low:high.",
         ),

@@ -59,6 +59,7 @@ def export(
     chip: Annotated[
         str | None,
         typer.Option(
+            "--chip",  # else, up to Typer 0.27, it is --CHIP, as its metavar
             metavar="CHIP",
             # No list: the names are in export/chips.py, which --help doesn't import.
             help="The chip whose rules decide, such as ethos-u55 or edgetpu; an "

@@ -63,9 +63,10 @@ def widen(leaf: Any) -> Any:
 def widen_literal(atom: Any) -> Any:
     """A constant of the program, in the dtype that its place in the program has."""
     dtype = widened(atom.aval.dtype)
-    if dtype == atom.aval.dtype:
+    if dtype == atom.aval.dtype and not isinstance(atom.val, (int, float, complex)):
         return atom.val
-    # A number of Python may be kept as it was written: the program rounds it.
+    # A number of Python may be kept as it was written: the program rounds it, and up to
+    # JAX 0.7 an int has no dtype, so that it would be an int64 here.
     return np.asarray(np.asarray(atom.val, atom.aval.dtype), dtype)
 
 

@@ -1,6 +1,8 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import pytest
+from conftest import needs
 
 from fcconv_jax.backends.census import (
     OpCounts,
@@ -32,9 +34,14 @@ def test_dense_and_conv_nets():
     dense, conv = (census(_lowered(form)) for form in (False, True))
     assert (dense.stablehlo.dots, dense.stablehlo.convolutions) == (1, 1)
     assert (conv.stablehlo.dots, conv.stablehlo.convolutions) == (0, 2)
-    if jax.default_backend() == "cpu":
-        assert (dense.hlo.dots, dense.hlo.convolutions) == (1, 1)
-        assert (conv.hlo.dots, conv.hlo.convolutions) == (0, 2)
+
+
+@needs("jax", "0.8.0")  # 0.7 compiles a 1x1 convolution as a dot
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA's choice on CPU")
+def test_dense_and_conv_nets_as_compiled():
+    dense, conv = (census(_lowered(form)) for form in (False, True))
+    assert (dense.hlo.dots, dense.hlo.convolutions) == (1, 1)
+    assert (conv.hlo.dots, conv.hlo.convolutions) == (0, 2)
 
 
 def test_every_kind_of_program_is_taken():

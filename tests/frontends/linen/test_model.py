@@ -108,8 +108,9 @@ def flat(x):
 def test_init_with_initializers_that_see_the_shape():
     plan = fc.make_plan(Inits(), X)
     assert len(plan) == 4
-    want = fc.convert_params(jax.jit(Inits().init)(KEY, X), plan)
-    got = jax.jit(fc.convert_model(Inits(), plan).init)(KEY, X)
+    # One operation at a time: fused, JAX 0.7 rounds as the shape suggests.
+    want = fc.convert_params(Inits().init(KEY, X), plan)
+    got = fc.convert_model(Inits(), plan).init(KEY, X)
     assert jax.tree.structure(got) == jax.tree.structure(want)
     assert bits(got) == bits(want)
 
@@ -195,6 +196,8 @@ class Counted(nn.Module):
         return nn.Dense(3)(x)
 
 
+# chex reads jax.lib.xla_extension where it is left.
+@pytest.mark.filterwarnings("ignore:jax.lib.xla_extension:DeprecationWarning")
 def test_one_trace_per_shape():
     count = []
     model = Counted(count.append)
