@@ -128,7 +128,7 @@ def in_phases(
                 found, rows, taps.shape, spread, x.shape[1:-1]
             )
         ]
-        # XLA's CPU convolutions read what negative padding crops (jaxlib 0.10.2).
+        # XLA's CPU convolutions read what negative padding crops (backends/faults.py).
         kept = [
             slice(max(-low, 0), n + min(high, 0))
             for (low, high), n in zip(pads, x.shape[1:-1])

@@ -11,7 +11,7 @@ from flax import linen as nn
 from jax import lax
 
 import fcconv_jax as fc
-from fcconv_jax.backends.faults import FAULTS, PACKED, POOL, STALE, cpu_notes
+from fcconv_jax.backends.faults import CROP, FAULTS, PACKED, POOL, STALE, cpu_notes
 from fcconv_jax.backends.options import correct_options
 from fcconv_jax.versions import check_bits
 
@@ -48,6 +48,22 @@ def test_a_pool_behind_an_addition():
     b = np.arange(8, dtype=np.float32)
     wrong = not np.array_equal(jax.jit(pool)(y, b), pool(jnp.asarray(y), b))
     assert wrong == POOL.is_in(HERE), "update POOL's versions in backends/faults.py"
+
+
+@cpu
+def test_a_convolution_with_negative_padding():
+    rng = np.random.default_rng(0)
+    x = rng.integers(-3, 4, (2, 5, 7, 4)).astype(np.float32)
+    kernel = rng.integers(-3, 4, (1, 2, 4, 1)).astype(np.float32)
+    names = ("NHWC", "HWIO", "NHWC")
+    shifted = ((0, 0), (-1, 1))
+    got = lax.conv_general_dilated(x, kernel, (1, 1), shifted, dimension_numbers=names)
+    moved = np.pad(x[:, :, 1:], ((0, 0), (0, 0), (0, 1), (0, 0)))
+    want = lax.conv_general_dilated(
+        moved, kernel, (1, 1), "VALID", dimension_numbers=names
+    )
+    wrong = not np.array_equal(got, want)
+    assert wrong == CROP.is_in(HERE), "update CROP's versions in backends/faults.py"
 
 
 @cpu

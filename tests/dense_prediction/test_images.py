@@ -243,3 +243,15 @@ def test_slide_reads_an_open_image(tmp_path):
     np.testing.assert_allclose(out, want, rtol=1e-6)
     with pytest.raises(TypeError, match=r"got a Image\. Pass it to grid\.write"):
         grid(image)
+
+
+def test_threads_read_one_file_at_once(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    pytest.importorskip("imagecodecs")
+    pixels = np.random.default_rng(0).integers(0, 256, (512, 512, 3), np.uint8)
+    with tifffile.TiffWriter(tmp_path / "a.tif") as tif:
+        tif.write(pixels, tile=(16, 16), photometric="rgb", compression="jpeg")
+    want = tifffile.imread(tmp_path / "a.tif")
+    for _ in range(20):  # threads met in the first reads of a file
+        image = fc.open_image(tmp_path / "a.tif")
+        np.testing.assert_array_equal(image[0], want)

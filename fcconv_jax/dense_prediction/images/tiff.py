@@ -6,7 +6,6 @@ import functools
 import math
 import os
 import struct
-import threading
 import weakref
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -84,6 +83,8 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
 
 
 def _opened(file: Path, tif: Any, level: int) -> Source:
+    # Several threads read; tifffile itself reads some tags when first asked for them.
+    tif.filehandle.set_lock(True)
     levels = tif.series[0].levels
     sizes = [_size(file, each) for each in levels]
     height, width = check_level(file, level, sizes)
@@ -159,7 +160,6 @@ class _Page:
         if depth != 1:
             raise ImageError(f"{file}: expected one plane, got a depth of {depth}")
         self.channels = planes * samples
-        self._lock = threading.Lock()
         self._offsets = page.dataoffsets
         self._counts = page.databytecounts
         if self._keyframe.is_tiled:
@@ -262,7 +262,7 @@ class _Page:
         if not count:
             return None
         opened = self._page.parent.filehandle
-        with self._lock:
+        with opened.lock:
             opened.seek(self._offsets[index])
             data = opened.read(count)
         options = {

@@ -133,6 +133,7 @@ def test_grouped_convolutions_go_to_dense():
 
 def test_the_input_may_stand_where_params_would(net, tmp_path):
     assert fc.verify(net, X, progress=False).passed
+    pytest.importorskip("flatbuffers", reason=install_command("stablehlo"))
     file = fc.export(net, X, path=tmp_path / "net.stablehlo", progress=False)
     assert file.passed
 

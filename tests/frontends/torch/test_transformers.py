@@ -78,6 +78,7 @@ def test_slide(name):
 
 @pytest.mark.parametrize("name", [name for name in CASES if CASES[name].export])
 def test_export(name, tmp_path):
+    pytest.importorskip("flatbuffers", reason=install_command("stablehlo"))
     case = CASES[name]
     model = Logits(made(case)).eval()
     x = case.inputs["pixel_values"]
