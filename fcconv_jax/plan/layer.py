@@ -9,7 +9,7 @@ from typing import Any, Literal, get_args
 
 from ..files.strict_json import whole_numbers
 from ..geometry.convolution import Case
-from ..geometry.kernels import Rearrangement
+from ..geometry.kernels import Rearrangement, channel_last
 from ..messages.errors import PlanError
 
 Form = Literal["conv", "dense"]
@@ -166,6 +166,11 @@ class LayerPlan:
         if self.kernel_layout == "OIHW":
             return (*stored[2:], stored[1], stored[0])
         return tuple(stored)
+
+    @property
+    def channel_last_order(self) -> str:
+        """Order of a flatten of the window with channels last, such as ``"HWC"``."""
+        return channel_last(len(self.window))
 
     @property
     def canonical_target(self) -> tuple[int, ...]:

@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import fnmatch
+import glob
 import math
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, get_args
 
+from ..geometry.reasons import PHASES
 from ..messages.errors import PlanError
 from .layer import Form, KernelLayout, LayerPlan, Layout
 
@@ -174,6 +176,23 @@ def require_traceable(rules: Iterable[Rule], to: Form) -> None:
                 f"Expected a rule without groups, got groups{rule.groups} for "
                 f"{rule.pattern!r}. Drop it: the model's trace shows them."
             )
+
+
+def phases_rules(skipped: Mapping[str, str]) -> list[Rule]:
+    """Return a rule for each skipped layer that can still run in phases.
+
+    Args:
+      skipped: reasons by path, as a plan to dense has them.
+
+    Example:
+      >>> phases_rules({"head": "it is a table"})
+      []
+    """
+    return [
+        Rule(glob.escape(path), phases=True)
+        for path, reason in skipped.items()
+        if PHASES in reason
+    ]
 
 
 def _meaning(word: str) -> str | None:

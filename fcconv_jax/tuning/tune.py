@@ -22,11 +22,10 @@ from ..backends.resolution import Resolution, resolve, resolve_default
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
 from ..frontends.options import check_options
-from ..geometry.reasons import PHASES
 from ..messages.errors import BackendError, PlanError
 from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Form, LayerPlan, Plan, direction
-from ..plan.rules import Rule, as_rules, match_rules
+from ..plan.rules import Rule, as_rules, match_rules, phases_rules
 from ..plan.tuning import Figure, Objective, Tuning
 from .layers import AlikeLayers, choose_alone
 from .meters import Candidate, Meter, Options
@@ -267,9 +266,8 @@ def _both_ways(
 
     plans = {form: planned(form, ()) for form in _FORMS}
     # What has no dense form may still run in phases.
-    overlapping = [p for p, why in plans["dense"].skipped.items() if PHASES in why]
     own: dict[Form, list[Rule]] = {form: [] for form in _FORMS}
-    own["dense"] = [Rule(glob.escape(path), phases=True) for path in overlapping]
+    own["dense"] = phases_rules(plans["dense"].skipped)
     if chosen := as_rules(rules):
         paths = {form: {*plan, *plan.skipped} for form, plan in plans.items()}
         match_rules(chosen, dict.fromkeys(set().union(*paths.values()), 1))

@@ -8,7 +8,6 @@ from typing import Any
 import numpy as np
 
 from ..frontends.bound import BoundModel
-from ..geometry.kernels import channel_last
 from ..messages.errors import PlanError
 from ..params.leaves import flatten_with_path
 from ..plan import LayerPlan
@@ -104,7 +103,7 @@ def _matrices(
         array = np.asarray(getattr(leaf, "value", leaf))
         stored = layer.kernel(array)
         kernel = stored.transpose(layer.channels_last(range(stored.ndim)))
-        letters = channel_last(len(layer.window))
+        letters = layer.channel_last_order
         order = layer.order if len(layer.order) == len(letters) else letters
         split = kernel.transpose(*(letters.index(a) for a in order), len(letters))
         yield path, layer, split.reshape(-1, kernel.shape[-1]), kernel
