@@ -64,7 +64,7 @@ SAME = 1.02
 
 @dataclasses.dataclass(frozen=True)
 class Found:
-    """What a backend makes of one layer in one layout.
+    """Cost of one layer in one layout on a backend.
 
     Attributes:
       program: as it was compiled.
@@ -84,7 +84,7 @@ class Found:
 
     @property
     def quantity(self) -> str:
-        """What the cost is."""
+        """The cost in words."""
         if self.milliseconds is not None:
             return "milliseconds"
         return "scratch memory" if self.program.cycles is None else "cycles"
@@ -142,7 +142,7 @@ def execute(programs: Mapping[str, Program], there: Resolution) -> dict[str, Fou
 
 
 def measure(backends: Sequence[str]) -> dict[str, dict[str, dict[str, Found]]]:
-    """What each backend makes of each layer, in each layout.
+    """Costs of each layer in each layout, by backend.
 
     Raises:
       BackendError: one cannot be compiled for.

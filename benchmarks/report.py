@@ -114,7 +114,7 @@ def words(case: str, *, batch: bool = True) -> str:
 def tables(folder: Path) -> dict[str, str]:
     """Return all tables by name, such as ``models-cpu`` and ``cycles``.
 
-    Tables of the CPU without results say so.
+    A table of the CPU without results shows a note instead.
     """
     made = {f"{name}-cpu": _NOTHING for name in _TABLES} | {"cycles": _NOTHING}
     cycles = []

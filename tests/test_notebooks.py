@@ -87,7 +87,7 @@ def test_rendered_with_the_same_code(stem):
     text = rendered.read_text()
     for cell in json.loads(path.read_text())["cells"]:
         assert "".join(cell["source"]).strip() in text, (
-            f"{rendered.name} is older than the notebook; CONTRIBUTING.md says how to "
+            f"{rendered.name} is older than the notebook; see CONTRIBUTING.md to "
             "render it"
         )
     assert not re.search(r"/(?:tmp|home|work|root|usr|opt)/", text)

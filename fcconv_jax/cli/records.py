@@ -31,7 +31,7 @@ if TYPE_CHECKING:
 
 @dataclasses.dataclass(frozen=True)
 class CallOptions:
-    """What a model is called with."""
+    """Params, inputs and keyword arguments of a model's call."""
 
     inputs: Inputs = None
     kwargs: Kwargs = None

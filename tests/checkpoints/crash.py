@@ -102,7 +102,7 @@ class Scene:
         convert_checkpoint(self.src, self.dst, PLAN, overwrite=self.overwrite)
 
     def check(self, before: dict[str, bytes], failed: bool) -> None:
-        """What is there is old or new, and the next run mends the rest."""
+        """Check that the place is old or new, and that the next run cleans up."""
         now = listing(self.folder)
         rest = {name for name in now if name.startswith(".dst.fcconv-")}
         assert not (failed and rest), f"left behind: {rest}"

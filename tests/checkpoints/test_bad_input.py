@@ -71,7 +71,7 @@ def test_harm_is_seen(tmp_path, monkeypatch):
 
 
 def _theirs(read, path):
-    """What a library reads, or None where it refuses."""
+    """The tree that a library reads, or None where it refuses."""
     try:
         return read(path)
     except Exception:
@@ -100,7 +100,7 @@ def test_the_formats_own_libraries_refuse_and_read_the_same(
     try:
         got = read_checkpoint(path).tree
     except CheckpointError:
-        # Stricter it may be, where a key is twice or a tree is no tree.
+        # It may be stricter: about repeated keys, and trees that are none.
         return
     assert want is not None, "what the library refuses was taken"
     np.testing.assert_equal(got, want)

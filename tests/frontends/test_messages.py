@@ -1,4 +1,4 @@
-"""What a user is told who calls with something else than is expected."""
+"""Messages on calls with unexpected arguments."""
 
 import flax.linen as nn
 import jax

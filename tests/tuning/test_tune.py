@@ -298,7 +298,7 @@ def test_a_plan_of_options_alone(variables):
         np.testing.assert_allclose(outer(variables, X), got, rtol=1e-5, atol=1e-5)
     gradient = jax.grad(lambda v: converted.apply(v, X).sum())(variables)
     assert jax.tree.structure(gradient) == jax.tree.structure(variables)
-    # JAX says which options a program was compiled with by refusing unknown ones.
+    # JAX shows which options a program was compiled with by refusing unknown ones.
     with pytest.warns(RuntimeWarning, match="xla_no_such_option.*Tune again"):
         assert known_options([("xla_no_such_option", 1)]) == {}
     assert Plan.from_json(plan.to_json()) == plan

@@ -1,4 +1,4 @@
-"""What is checked of every model of the zoo, in one pass."""
+"""Checks of every model of the zoo, in one pass."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from .entry import Subject
 
 @dataclasses.dataclass(frozen=True)
 class Findings:
-    """What came out.
+    """Outcome of the checks.
 
     Args:
       plan: made with no hints.
@@ -126,14 +126,14 @@ def weight_matmuls(
     changed = [
         use.path
         for use in analysis.uses
-        # A vector on the way, such as the scale of a weight norm, is no matrix.
+        # A vector on the way, such as the scale of a weight norm, is not a matrix.
         if use.reason.endswith("to its matmul") and len(shapes[use.path]) > 1
     ]
     return paths + changed
 
 
 def reason(plan: fc.Plan, path: str) -> str | None:
-    """Why a parameter is left alone: the plan may name it, or its layer."""
+    """Why a parameter is not converted: the plan names it or its layer."""
     while path:
         if path in plan.skipped:
             return plan.skipped[path]

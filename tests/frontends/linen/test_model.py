@@ -219,7 +219,7 @@ def test_one_trace_per_shape():
 
 
 def test_what_init_traced_in_one_form_does_not_serve_the_other():
-    """Init takes no params, so only the context tells the two forms apart."""
+    """Init takes no params, so only the context distinguishes the two forms."""
     model = nn.jit(nn.Dense)(4)  # keeps its traces
     plan = fc.make_plan(model, X)
     conv = fc.convert_model(model, plan)
