@@ -20,6 +20,18 @@ def freeze(runtime):
     return {canonicalize_name(name): version for name, version in pairs}
 
 
+def test_the_table_of_versions_is_what_ci_installs():
+    rows = [
+        [cell.strip() for cell in line.strip("|").split("|")]
+        for line in (ROOT / "README.md").read_text().splitlines()
+        if line.startswith(("| | Python", "| oldest", "| Colab"))
+    ]
+    (_, _, *packages), (_, python, *oldest), (_, _, *colab) = rows
+    assert PROJECT["requires-python"] == f">={python}"
+    assert {*map("{}>={}".format, packages, oldest)} <= {*PROJECT["dependencies"]}
+    assert colab == [freeze("tpu")[name] for name in packages]
+
+
 @pytest.mark.parametrize("runtime", ["tpu", "gpu"])
 def test_what_colab_has_is_accepted(runtime):
     """Also by what the requirements require, as far as it is installed here."""
