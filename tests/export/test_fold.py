@@ -12,7 +12,9 @@ from .models import _made, normal
 from .test_files import RUNTIMES, SUFFIX, needs
 
 MEAN, STD = np.array([0.4, 0.5, 0.3], "f4"), np.array([0.2, 0.3, 0.25], "f4")
-NORMS = {"SUB", "MUL", "ADD", "DIV", "Sub", "Mul", "Add", "Div", "Subtract", "Divide"}
+# Additions are left out: OpenVINO adds a bias apart from its layer.
+NORMS = {"SUB", "MUL", "DIV", "Sub", "Mul", "Div", "Subtract", "Multiply", "Divide"}
+NORMS |= {"BatchNormalization", "BatchNormInference"}
 
 
 def norm(x):
@@ -82,18 +84,17 @@ def test_norms_are_folded(model, count, form, to, tmp_path):
     assert report.passed, report.failures
     assert f"folded: {count} norms" in str(report)
     assert all(layer.bits and layer.exact for layer in report.layers)
-    assert norms(report) < norms(plain) - 2
-    if to == "litert":
-        assert norms(report) == 0
+    assert norms(plain) > 2
+    assert norms(report) == 0
     assert fc.verify_file(report.path, params, progress=False).passed
 
 
-@pytest.mark.parametrize(("model", "count"), [(Padded(), 1), (Branched(), 3)])
-def test_norms_that_cannot_be_folded(model, count, to, tmp_path):
+@pytest.mark.parametrize("model", [Padded(), Branched()])
+def test_norms_that_cannot_be_folded(model, to, tmp_path):
     """Zeros of the padding keep their zero when they are scaled, not when shifted."""
     report, _ = export(model, to, tmp_path)
     assert report.passed, report.failures
-    assert norms(report) >= count
+    assert norms(report) >= 1
 
 
 def test_another_norm_is_found_without_the_model(to, tmp_path):
