@@ -215,8 +215,8 @@ def test_ctrl_c_leaves_what_resume_continues(tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.py").write_text(MEAN)
     rng = np.random.default_rng(0)
-    np.save("image.npy", rng.normal(size=(1400, 1400, 2)).astype(np.float32))
-    options = f"--window 100 --stride 20 --memory 1 --out grid.{suffix}"
+    np.save("image.npy", rng.normal(size=(800, 800, 2)).astype(np.float32))
+    options = f"--window 100 --stride 5 --memory 1 --out grid.{suffix}"
     command = [sys.executable, "-m", "fcconv_jax", "slide", "model.py:make"]
     command += ["image.npy", *options.split()]
     started = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
@@ -239,7 +239,7 @@ def test_ctrl_c_leaves_what_resume_continues(tmp_path, monkeypatch, suffix):
     if suffix == "npy":
         image = np.load("image.npy").astype(np.float64)
         sums = np.pad(image.cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
-        at = np.arange(66) * 20
+        at = np.arange(141) * 5
         top, left, low, right = at[:, None], at[None], at[:, None] + 100, at[None] + 100
         total = sums[low, right] - sums[top, right] - sums[low, left] + sums[top, left]
         want = total / 10_000 * [1, -2]
