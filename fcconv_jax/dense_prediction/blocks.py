@@ -262,7 +262,7 @@ def _run(
         return None
     one = lax.squeeze(piece, (k,))
     places = columns[:, None] + np.arange(length)
-    return jnp.moveaxis(_take(one, places, axis - 1), axis - 1, k)
+    return jnp.moveaxis(take(one, places, axis - 1), axis - 1, k)
 
 
 def _gathered(pieces: Sequence[Any], k: int, axis: int, target: Map, fill: Any) -> Any:
@@ -272,11 +272,7 @@ def _gathered(pieces: Sequence[Any], k: int, axis: int, target: Map, fill: Any) 
         widths[axis - 1] = (0, 1, 0)
         target = np.where(target == PADDING, flat.shape[axis - 1], target)
         flat = lax.pad(flat, jnp.asarray(fill, flat.dtype), widths)
-    return jnp.moveaxis(_take(flat, target, axis - 1), axis - 1, k)
-
-
-def _take(array: Any, places: Map, axis: int) -> Any:
-    return jnp.take(array, places, axis, mode="clip")
+    return jnp.moveaxis(take(flat, target, axis - 1), axis - 1, k)
 
 
 def _padding(piece: Any, k: int, axis: int, sizes: tuple[int, int], fill: Any) -> Any:

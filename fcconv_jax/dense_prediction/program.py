@@ -130,13 +130,14 @@ class AllCrops:
 
         def run(*operands: Any) -> list[Any]:
             *leaves, images = operands
-            make = _batch_of_crops if own else image_value
-            outside = not own and self.padded_outside
-            value = make(images, self.window, self.stride, self.axes, outside)
+            outside = self.padded_outside and not own
+            value = image_value(images, self.window, self.stride, self.axes, outside)
             interpreter = Interpreter(
                 Counter() if left is None else left, placed=mesh is None
             )
-            outs = interpreter.run(self.jaxpr, [*leaves, value])
+            outs = interpreter.run(
+                self.jaxpr, [*leaves, all_own(value) if own else value]
+            )
             return [_on_all(out, counts) for out in outs]
 
         shardings = [
@@ -203,29 +204,6 @@ def image_value(
         map_ = crops(images.shape[axis], size, step)
         parts[axis] = Part(size, map_, Grid(index, padded_outside))
     return CropArray(images, (), tuple(parts), (1,) * len(parts))
-
-
-def _batch_of_crops(
-    images: Any,
-    window: Sequence[int],
-    stride: Sequence[int],
-    axes: Sequence[int],
-    padded_outside: bool = False,
-) -> CropArray:
-    """Return the crops of images, copied along one axis after the other.
-
-    Edge runtimes read along one axis only, and what lies between is smaller.
-    """
-    shape = list(images.shape)
-    for k, (axis, size, step) in enumerate(zip(axes, window, stride)):
-        starts = np.arange(0, images.shape[axis + k] - size + 1, step)
-        places = starts[:, None] + np.arange(size)
-        images = jnp.take(images, places, axis + k, mode="clip")
-        images = jnp.moveaxis(images, axis + k, k)
-        shape[axis] = size
-    fronts = tuple(Grid(index, padded_outside) for index in range(len(axes)))
-    parts = tuple(map(Part, shape))
-    return CropArray(images, fronts, parts, (1,) * len(parts))
 
 
 def own_stride(

@@ -1,10 +1,7 @@
 """Arrays spread over processes: each converts its own parts, and saves them."""
 
 import json
-import os
 import pathlib
-import socket
-import subprocess
 import sys
 
 import jax
@@ -17,6 +14,7 @@ from fcconv_jax.checkpoints import convert_checkpoint, verify_checkpoint
 
 sys.path.append(str(pathlib.Path(__file__).parent))
 import processes
+from started import free_port, outputs
 
 PROGRAM = pathlib.Path(processes.__file__)
 
@@ -25,35 +23,8 @@ PROGRAM = pathlib.Path(processes.__file__)
 def run(tmp_path_factory):
     """What two processes with four devices each found, and what they saved."""
     folder = tmp_path_factory.mktemp("processes")
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = free.getsockname()[1]
-    environment = {
-        **os.environ,
-        "JAX_PLATFORMS": "cpu",
-        "XLA_FLAGS": "--xla_force_host_platform_device_count=4",
-    }
-    started = [
-        subprocess.Popen(
-            [sys.executable, str(PROGRAM), str(number), str(port), str(folder)],
-            env=environment,
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(2)
-    ]
-    found = []
-    for process in started:
-        try:
-            out, err = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            for other in started:
-                other.kill()
-            raise
-        assert process.returncode == 0, err[-3000:]
-        found.append(json.loads(out.splitlines()[-1]))
-    return folder, found
+    lines = outputs([str(PROGRAM)], 2, 4, free_port(), str(folder))
+    return folder, [json.loads(line) for line in lines]
 
 
 @pytest.mark.slow

@@ -1,13 +1,11 @@
 """Devices and processes that share the tiles of an image write what one device does."""
 
-import os
-import socket
-import subprocess
-import sys
+import json
 
 import numpy as np
 import pytest
 import tensorstore
+from started import free_port, outputs
 
 PROGRAM = """
 import json, sys
@@ -52,30 +50,10 @@ print(json.dumps(found))
 
 def run(folder, devices, count=1):
     """Write an image in several processes; the tiles of each, and the result."""
-    with socket.socket() as free:
-        free.bind(("localhost", 0))
-        port = str(free.getsockname()[1])
-    flags = f"--xla_force_host_platform_device_count={devices}"
-    started = [
-        subprocess.Popen(
-            [sys.executable, "-c", PROGRAM, str(number), str(count), port, str(folder)],
-            env={**os.environ, "XLA_FLAGS": flags, "JAX_PLATFORMS": "cpu"},
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-        )
-        for number in range(count)
-    ]
-    found = []
-    for process in started:
-        try:
-            out, err = process.communicate(timeout=300)
-        except subprocess.TimeoutExpired:
-            for other in started:
-                other.kill()
-            raise
-        assert process.returncode == 0, err[-3000:]
-        found.append(eval(out.splitlines()[-1]))
+    lines = outputs(
+        ["-c", PROGRAM], count, devices, str(count), free_port(), str(folder)
+    )
+    found = [json.loads(line) for line in lines]
     spec = {"driver": "zarr3", "kvstore": {"driver": "file", "path": str(folder)}}
     return found, np.asarray(tensorstore.open(spec).result().read().result())
 
