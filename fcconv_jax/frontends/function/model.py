@@ -8,7 +8,7 @@ from typing import Any
 from ...backends.options import known_options
 from ...params.moves import check_converted
 from ...plan import Plan, in_words
-from ...planning.run import run_rewritten
+from ...planning.rewritten import run_rewritten
 from ...planning.trace import parameter_paths
 from ..jitted import Jitted
 

@@ -15,7 +15,7 @@ from ...messages.errors import PlanError
 from ...params.leaves import flatten_with_path
 from ...params.moves import check_converted, map_leaves
 from ...plan import Plan
-from ...planning.run import run_rewritten
+from ...planning.rewritten import run_rewritten
 from ..jitted import Jitted
 from .interception import active
 
