@@ -49,6 +49,7 @@ class Equality:
       forced: layers that were compared on their own, without a reference.
       notes: what could not be compared, and why.
       training: the training step, if it is compared.
+      programs: the traces of both forward passes.
       references: by kind, path and array of the original form in float64.
     """
 
@@ -73,6 +74,7 @@ class Equality:
                 (changed, pair.other, changed),
             )
         ]
+        self.programs = [trace.jaxpr for trace in traces]
         outputs = Reference(traces[0], traces[1], "outputs")
         backward = None
         if gradients and not has_gradients(pair.variables["params"]):

@@ -190,7 +190,7 @@ def verify(
         if equality is not None:
             equality.conclude(executions)
     on_cpu = any(each.backend.platform == "cpu" for each in executed)
-    known = cpu_notes() if on_cpu else ()
+    known = cpu_notes(equality.programs) if equality and on_cpu else ()
     return VerifyReport(
         to=plan.to,
         failed_params=tuple(failures),

@@ -33,17 +33,58 @@ def test_versions():
     assert not POOL.is_in("0.12.0.1")
     assert PACKED.is_in("0.7.2")
     assert not PACKED.is_in("0.8.0")
-    assert "2 or 4 bits" in cpu_notes("0.7.2")[0]
+
+
+def pool(y, b):
+    window = (1, 2, 2, 1)
+    return lax.reduce_window(
+        (y[0] + b)[None], -jnp.inf, lax.max, window, window, "VALID"
+    )
+
+
+def common(y, b):
+    """A convolution with a bias, a relu, a residual and a max pool."""
+    z = nn.relu(lax.conv(y, jnp.ones((4, 4, 1, 1)), (1, 1), "SAME") + b)
+    return nn.max_pool(z + y, (2, 2))
+
+
+def shifted(x, k):
+    return jax.jit(lax.conv_general_dilated, static_argnums=(2, 3))(
+        *(x, k, (1, 1), ((0, 0), (-1, 1)))
+    )
+
+
+IMAGE = jax.ShapeDtypeStruct((1, 4, 6, 5), jnp.float32)
+PROGRAMS = {
+    "0.10.2 pool": (pool, IMAGE, jnp.ones(5)),
+    "0.10.2 common": (common, IMAGE, jnp.ones((4, 1, 1))),
+    "0.9.2 pool": (pool, IMAGE, jnp.ones(5)),
+    "0.12.0 shifted": (shifted, IMAGE, jnp.ones((2, 4, 1, 2))),
+    "0.7.2 packed": (jnp.transpose, jax.ShapeDtypeStruct((2, 3), "int4")),
+    "0.7.2 matmul": (jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4))),
+    "0.8.3 matmul": (jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4))),
+}
+SHOWN = {
+    "0.10.2 pool": POOL,
+    "0.12.0 shifted": CROP,
+    "0.7.2 packed": PACKED,
+    "0.7.2 matmul": STALE,
+}
+
+
+@pytest.mark.parametrize("case", PROGRAMS)
+def test_notes_are_of_programs_that_may_show_a_fault(case):
+    function, *args = PROGRAMS[case]
+    program = jax.make_jaxpr(function)(*args)
+    notes = cpu_notes([program], case.split()[0])
+    wanted = [SHOWN[case].what] if case in SHOWN else []
+    assert [note.partition("wrongly: ")[2].partition(" (")[0] for note in notes] == (
+        wanted
+    )
 
 
 @cpu
 def test_a_pool_behind_an_addition():
-    def pool(y, b):
-        window = (1, 2, 2, 1)
-        return lax.reduce_window(
-            (y[0] + b)[None], -jnp.inf, lax.max, window, window, "VALID"
-        )
-
     y = np.random.default_rng(0).standard_normal((1, 236, 236, 8), np.float32)
     b = np.arange(8, dtype=np.float32)
     wrong = not np.array_equal(jax.jit(pool)(y, b), pool(jnp.asarray(y), b))
@@ -105,9 +146,12 @@ def test_packed_integers():
 
 
 @cpu
-def test_verify_names_them():
-    x = jnp.ones((2, 4))
-    model = nn.Dense(3)
-    params = model.init(jax.random.key(0), x)
-    report = fc.verify(model, params, x, gradients=False, progress=False)
-    assert set(cpu_notes()) <= set(report.notes)
+def test_verify_names_those_of_the_program():
+    def call(params, x):
+        return shifted(x @ params["kernel"], jnp.ones((3, 6, 1, 2))).mean()
+
+    params = {"kernel": jnp.ones((5, 6))}
+    x = jnp.ones((2, 6, 4, 5))
+    report = fc.verify(call, params, x, gradients=False, progress=False)
+    assert any(CROP.what in note for note in report.notes)
+    assert not any(POOL.what in note for note in report.notes)
