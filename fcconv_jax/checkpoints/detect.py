@@ -36,6 +36,11 @@ def full_path(path: PathLike) -> Path:
     Raises:
       CheckpointError: no file can have this name.
     """
+    if not isinstance(path, str | os.PathLike):
+        raise CheckpointError(
+            f"Expected the path of a checkpoint, got {type(path).__name__}. Pass "
+            "(src, dst, plan): two paths and what make_plan returned."
+        )
     if "\0" in os.fspath(path):
         raise CheckpointError(f"{path!r}: a path cannot hold a NUL character")
     path = Path(path).absolute()

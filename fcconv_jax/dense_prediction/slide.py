@@ -228,6 +228,7 @@ class Slide:
         plain = Slide(self.function, self.window, self.stride, self.axes, self.padding)
         given = self._complete(args)
         options = WriteOptions(memory, resume, progress, mask, mesh)
+        options.check()
         return write_tiles(plain, given, kwargs, out, options)
 
     def report(self, *args: Any, **kwargs: Any) -> SlideReport:

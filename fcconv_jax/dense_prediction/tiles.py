@@ -156,6 +156,11 @@ def _check_out(one: Sequence[Any], out: Any, counts: Sequence[int]) -> None:
     rank = len(counts)
     wanted = [(leaf.shape[0], *counts, *leaf.shape[1 + rank :]) for leaf in one]
     targets = jax.tree.leaves(out)
+    if odd := [each for each in targets if not hasattr(each, "shape")]:
+        raise ValueError(
+            f"out: expected arrays of shape {wanted}, got {odd[0]!r}. Pass "
+            "numpy.lib.format.open_memmap(path, 'w+', dtype, shape) to write a file."
+        )
     found = [tuple(target.shape) for target in targets]
     if wanted != found:
         raise ValueError(f"out: expected arrays of shape {wanted}, got {found}.")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -49,6 +50,27 @@ class WriteOptions:
     progress: ProgressOption = None
     mask: Any = None
     mesh: Mesh | None = None
+
+    def check(self) -> None:
+        """Refuse values of another type, before any work.
+
+        Raises:
+          ValueError: names the option.
+        """
+        kinds = {
+            "memory": (int, np.integer),
+            "resume": (str, os.PathLike, type(None)),
+            "mesh": (Mesh, type(None)),
+        }
+        meant = {
+            "memory": "a number of bytes, such as 2**30",
+            "resume": "the path of a file",
+            "mesh": "a jax.sharding.Mesh",
+        }
+        for name, kind in kinds.items():
+            value = getattr(self, name)
+            if not isinstance(value, kind) or isinstance(value, bool):
+                raise ValueError(f"{name}: expected {meant[name]}, got {value!r}.")
 
 
 class _Read(NamedTuple):

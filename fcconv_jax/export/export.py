@@ -131,6 +131,11 @@ def export(
       fcconv_jax.messages.errors.ExportError: Expected a path that ends in one of ...
     """
     form = to
+    if not isinstance(path, str | Path) or "\0" in str(path):
+        raise ExportError(
+            f"Expected path= as the path of a file, got {path!r}. Pass "
+            "path='model.tflite'."
+        )
     target = runtime_of(Path(path), runtime)
     if "int8" in kwargs:
         raise ExportError(

@@ -158,6 +158,11 @@ class BoundModel(abc.ABC):
         """Names of the call's parameters, and whether it takes any keyword."""
         method = self.kwargs.get("method")
         if isinstance(method, str):
+            if not hasattr(self.model, method):
+                raise PlanError(
+                    "Expected method= as a method's name of "
+                    f"{type(self.model).__name__}, got {method!r}. Drop it to call it."
+                )
             method = getattr(self.model, method)
         try:
             found = inspect.signature(method or self.call_of()).parameters.values()
@@ -274,11 +279,38 @@ class BoundModel(abc.ABC):
             try:
                 plan = self._plan(to, chosen)
             except Exception as error:
-                _refuse_shapes(self.args, error)
+                self._explain_inputs(error)
                 raise
         arrays = (self.held, self.args)
         plan = lay_out(plan, chosen, backend, arrays, self.kernel_layout)
         return for_mesh(plan, arrays, self.args, chosen)
+
+    def _explain_inputs(self, error: Exception) -> None:
+        """Explain the failure of a call on what can't be its inputs."""
+        if not self.args and isinstance(error, TypeError):
+            raise PlanError(
+                f"Expected the inputs of the call, got none ({error}). Pass arrays or "
+                "abstract arrays: make_plan(model, *inputs)."
+            ) from error
+        for arg in self.args:
+            if isinstance(arg, tuple) and arg and all(type(n) is int for n in arg):
+                raise PlanError(
+                    f"Expected arrays or abstract arrays as inputs, got the tuple "
+                    f"{arg}. Pass jax.ShapeDtypeStruct({arg}, jnp.float32) for that "
+                    "shape."
+                ) from error
+            if isinstance(arg, str) or not arguments.split(arg)[0]:
+                raise PlanError(
+                    "Expected arrays or abstract arrays as inputs, got a "
+                    f"{type(arg).__name__}. Pass numpy.asarray(...) of it."
+                ) from error
+        if isinstance(error, ZeroDivisionError):
+            name = type(self.model).__name__
+            shapes = ", ".join(str(tuple(array.shape)) for array in self.arrays)
+            raise PlanError(
+                f"A size of 0 comes out of {name} on inputs of shape {shapes}. Pass "
+                "inputs of the shapes that it was written for."
+            ) from error
 
     @abc.abstractmethod
     def _plan(self, to: Form, rules: Sequence[Rule]) -> Plan: ...
@@ -361,13 +393,3 @@ class BothForms:
     def on(self, device: Any) -> BothForms:
         """The same with all arrays on one device."""
         return BothForms(self.plan, self.original.on(device), self.changed.on(device))
-
-
-def _refuse_shapes(args: Sequence[Any], error: Exception) -> None:
-    """Explain the failure of a call on a shape in the place of an array."""
-    for arg in args:
-        if isinstance(arg, tuple) and arg and all(type(size) is int for size in arg):
-            raise PlanError(
-                f"Expected arrays or abstract arrays as inputs, got the tuple {arg}. "
-                f"Pass jax.ShapeDtypeStruct({arg}, jnp.float32) for that shape."
-            ) from error

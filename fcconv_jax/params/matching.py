@@ -61,6 +61,10 @@ def find_moves(
       PlanError: a planned leaf is missing or has another shape; several trees fit the
         plan and are not alike; a leaf may be a copy, but is not one entry by entry.
     """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"Expected a Plan, got {type(plan).__name__}. Pass what make_plan returns."
+        )
     wanted = planned_moves(plan, separator)
     if not wanted:
         return {}

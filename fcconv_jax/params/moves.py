@@ -28,10 +28,6 @@ def map_leaves(
     tree: Any, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
 ) -> Any:
     """Move each planned leaf of a tree; an array held twice moves once."""
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"expected a Plan, got {type(plan).__name__}. Pass what make_plan returns"
-        )
     flat, treedef = flatten_with_path(tree)
     moves = tree_moves(flat, plan, strict, prefixes)
     tied: dict[Any, Any] = {}

@@ -74,6 +74,11 @@ def convert_opt_state(
     """
     import optax
 
+    if not callable(getattr(tx, "init", None)):
+        raise PlanError(
+            f"Expected tx= as an optax.GradientTransformation, got "
+            f"{type(tx).__name__}. Pass the optimizer itself: tx=optax.adam(1e-3)."
+        )
     old = jax.eval_shape(lambda tree: tree, params)
     leaves, treedef = flatten_with_path(old)
     moves = tree_moves(leaves, plan)
@@ -134,7 +139,8 @@ _NOT_ENTRYWISE = (
     "the optimizer state does not follow its parameters entry by entry: {}. Factored "
     "or matrix-wise statistics (adafactor, shampoo, muon, sm3, lbfgs) mean another "
     "thing in the other form; convert the params and start a fresh tx.init, or keep "
-    "training in this form and convert at the end"
+    "training in this form and convert at the end. A state of another optimizer or of "
+    "other params looks alike: pass tx= and params= that made it"
 )
 _ANOTHER_UPDATE = (
     "the optimizer would go on otherwise in the other form: {}. It looks at the rank "

@@ -200,6 +200,11 @@ class Plan(Mapping[str, LayerPlan]):
         Raises:
           PlanError: the text isn't a plan, is damaged, or is of a newer version.
         """
+        if not isinstance(text, str | bytes):
+            raise PlanError(
+                f"Expected the text of a plan, got {type(text).__name__}. Pass what "
+                "to_json returned."
+            )
         try:
             content = loads(text)
         except ValueError as error:

@@ -114,7 +114,18 @@ def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
     """Read rules given as :class:`Rule` or as command-line text."""
     if isinstance(rules, Rule | str):
         rules = (rules,)
-    return tuple(r if isinstance(r, Rule) else Rule.parse(r) for r in rules)
+    found = []
+    for rule in rules:
+        if not isinstance(rule, Rule | str):
+            raise PlanError(
+                f"Expected rules as Rule or text such as 'head=7x7', got {rule!r}."
+            )
+        found.append(Rule.parse(rule) if isinstance(rule, str) else rule)
+        if found[-1].to not in (None, "conv", "dense"):
+            raise PlanError(
+                f"rule {found[-1]}: expected to='conv' or 'dense', got {found[-1].to!r}"
+            )
+    return tuple(found)
 
 
 def match_rules(

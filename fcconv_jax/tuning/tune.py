@@ -132,9 +132,10 @@ def tune(
       >>> plan.tuning.ratio <= 1
       True
     """
-    if not budget >= 0:  # NaN, too
+    number = isinstance(budget, int | float) and not isinstance(budget, bool)
+    if not (number and budget >= 0):  # NaN, too
         raise PlanError(
-            f"Expected a budget of seconds, 0 or more, got {budget}. Pass budget=60."
+            f"Expected a budget of seconds, 0 or more, got {budget!r}. Pass budget=60."
         )
     chosen = resolve_default() if backend is None else resolve(backend)
     if chosen.how == "lowered":

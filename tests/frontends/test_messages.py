@@ -3,6 +3,8 @@
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import numpy as np
+import optax
 import pytest
 from flax import nnx
 
@@ -41,6 +43,10 @@ class NnxBranches(nnx.Module):
 
 def branches(params, x):
     return [x, x @ params][int((x @ params).sum() > 0)]
+
+
+def divides(params, x):
+    return x.shape[0] % (x.shape[1] - 4)
 
 
 MODEL, X = Net(), jnp.ones((2, 4, 3, 2))
@@ -168,3 +174,73 @@ def test_only_nnx_models_convert_in_place(model):
     name = type(model).__name__
     with pytest.raises(TypeError, match=f"NNX model for inplace=True, got a {name}"):
         fc.convert_model(model, plan, inplace=True)
+
+
+TX = optax.adam(1e-3)
+
+
+@pytest.mark.parametrize(
+    ("call", "message"),
+    [
+        (lambda: fc.make_plan(MODEL), r"the inputs of the call, got none .*Pass"),
+        (lambda: fc.make_plan(MODEL, [[1, 2]]), r"got a list\. Pass numpy.asarray"),
+        (lambda: fc.make_plan(MODEL, "2,4"), r"got a str\. Pass numpy.asarray"),
+        (lambda: fc.make_plan(MODEL.apply, X), r"Pass the model itself"),
+        (lambda: fc.make_plan(MODEL, X, method="run"), r"name of Net, got 'run'"),
+        (lambda: fc.make_plan(divides, X, X), r"A size of 0 .*\(2, 4, 3, 2\)"),
+        (lambda: fc.make_plan(MODEL, X, rules=[5]), r"text such as 'head=7x7', got 5"),
+        (
+            lambda: fc.make_plan(MODEL, X, rules=[fc.Rule("head", to="both")]),  # pyright: ignore
+            r"expected to='conv' or 'dense', got 'both'",
+        ),
+        (
+            lambda: fc.convert_opt_state(
+                TX.init(VARIABLES), PLAN, tx="adam", params=VARIABLES
+            ),  # pyright: ignore
+            r"got str\. Pass the optimizer",
+        ),
+        (
+            lambda: fc.convert_opt_state(
+                TX.init(VARIABLES), PLAN, tx=optax.sgd(0.1, 0.9), params=VARIABLES
+            ),
+            r"another optimizer or of other params looks alike: pass tx=",
+        ),
+        (lambda: fc.compare(MODEL, MODEL, [X]), r"Module first, got .*\[variables, x"),
+        (lambda: fc.Plan.from_json(None), r"text of a plan, got None"),  # pyright: ignore
+        (
+            lambda: fc.convert_checkpoint(3, "out", PLAN),
+            r"path of a checkpoint, got int",
+        ),  # pyright: ignore
+        (lambda: fc.open_image(None), r"path of an image, got None"),  # pyright: ignore
+        (lambda: fc.export(MODEL, VARIABLES, X, path=5), r"path of a file, got 5"),  # pyright: ignore
+        (lambda: fc.export(MODEL, VARIABLES, X, path="a\0.onnx"), r"path of a file"),
+        (lambda: fc.tune(MODEL, VARIABLES, X, budget="60"), r"got '60'"),  # pyright: ignore
+    ],
+)
+def test_mistakes_name_the_fix(call, message):
+    with pytest.raises((fc.FcconvError, TypeError), match=message):
+        call()
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("out", "grid.npy"), ("memory", "1GB"), ("resume", True), ("mesh", 2)],
+)
+def test_options_of_slide_write(option, value):
+    grid = fc.slide(lambda x: x.sum((1, 2)), (2, 2), 1)
+    given = {"out": np.zeros((2, 3, 2, 2), np.float32), option: value}
+    with pytest.raises(ValueError, match=f"{option}: expected"):
+        grid.write(X, **given)
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [
+        *(("level", "0"), ("level", True), ("region", (0.5, 0, 2, 2))),
+        *(("region", "0,0,2,2"), ("bands", 1), ("bands", "1"), ("bands", [1.5])),
+    ],
+)
+def test_options_of_open_image(option, value, tmp_path):
+    np.save(tmp_path / "a.npy", np.zeros((4, 5, 2)))
+    with pytest.raises(fc.ImageError, match=r"a\.npy: expected"):
+        fc.open_image(tmp_path / "a.npy", **{option: value})

@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import importlib
 import importlib.util
+import os
 import pkgutil
 from collections.abc import Sequence
 from pathlib import Path
@@ -68,6 +69,11 @@ def open_image(
       ...     image.shape, image[:, :1, :, 0]
       ((1, 2, 3, 1), array([[[ 8,  9, 10]]]))
     """
+    if not isinstance(file, str | os.PathLike):
+        raise ImageError(
+            f"Expected the path of an image, got {type(file).__name__}. Pass an array "
+            "to slide itself."
+        )
     file = Path(file)
     if not file.is_file():
         raise ImageError(f"{file}: no such file")

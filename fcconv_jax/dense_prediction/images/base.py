@@ -228,14 +228,15 @@ def check_level(
     Raises:
       ImageError: the file doesn't have it.
     """
-    if 0 <= level < len(sizes):
+    whole_number = isinstance(level, int | np.integer) and level is not True
+    if whole_number and 0 <= level < len(sizes):
         return sizes[level]
     shown = ", ".join(
         f"{n}: {height}x{width}" for n, (height, width) in enumerate(sizes)
     )
     raise ImageError(
-        f"{file}: expected one of its levels ({shown}), got level {level}. Pass one of "
-        "these numbers"
+        f"{file}: expected one of its levels ({shown}), got level {level!r}. Pass one "
+        "of these numbers"
     )
 
 
@@ -282,23 +283,31 @@ def _span(where: Any, size: int) -> tuple[int, int, Any]:
 def _region(file: Path, region: Sequence[int] | None, size: tuple[int, int]) -> Box:
     if region is None:
         return Box(0, 0, *size)
-    fits = len(region) == 4 and all(
+    fits = _are_ints(region, 4) and all(
         min(start, length - 1) >= 0 and start + length <= most
         for start, length, most in zip(region[:2], region[2:], size)
     )
     if not fits:
         raise ImageError(
             f"{file}: expected a region (row, column, height, width) inside "
-            f"{size[0]}x{size[1]} pixels, got {tuple(region)}"
+            f"{size[0]}x{size[1]} pixels, got {region!r}"
         )
     return Box(*map(operator.index, region))
+
+
+def _are_ints(values: Any, count: int | None = None) -> bool:
+    if not isinstance(values, Sequence | np.ndarray) or len(values) == 0:
+        return False
+    kinds = (isinstance(n, int | np.integer) and type(n) is not bool for n in values)
+    return count in (None, len(values)) and all(kinds)
 
 
 def _bands(file: Path, bands: Sequence[int] | None, count: int) -> tuple[int, ...]:
     if bands is None:
         return tuple(range(count))
-    if not bands or not all(1 <= band <= count for band in bands):
+    if not _are_ints(bands) or not all(1 <= band <= count for band in bands):
         raise ImageError(
-            f"{file}: expected bands from 1 to {count}, got {tuple(bands)}"
+            f"{file}: expected a list of bands from 1 to {count}, got {bands!r}. Pass "
+            "bands=[1] for the first"
         )
     return tuple(band - 1 for band in bands)

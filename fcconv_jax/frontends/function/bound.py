@@ -35,6 +35,12 @@ class BoundFunction(BoundModel):
                 "Expected the params that the function takes first, got no arguments. "
                 "Pass make_plan(f, params, *inputs), arrays or jax.ShapeDtypeStruct."
             )
+        method = getattr(model, "__name__", "")
+        if method in ("apply", "init") and arguments.is_array(args[0]):
+            raise TypeError(
+                f"Expected params first for the function {method}, got an array. Pass "
+                "the model itself: make_plan(model, *inputs)."
+            )
         return cls(model, args[0], tuple(args[1:]), kwargs)
 
     @classmethod

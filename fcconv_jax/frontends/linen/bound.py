@@ -59,6 +59,11 @@ class BoundLinen(BoundModel):
                 "Expected the variables of a linen Module and its inputs, got no "
                 "arguments. Pass what its apply takes."
             )
+        if not isinstance(args[0], Mapping):
+            raise TypeError(
+                "Expected the variables of a linen Module first, got "
+                f"{type(args[0]).__name__}. Pass what its apply takes: [variables, x]."
+            )
         return cls(model, args[0], tuple(args[1:]), kwargs)
 
     @classmethod

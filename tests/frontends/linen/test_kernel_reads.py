@@ -211,7 +211,7 @@ def test_a_plan_of_another_model_is_refused():
     converted = fc.convert_model(other, plan)
     with pytest.raises(fc.PlanError, match=r"leaf 'fc/kernel': expected shape"):
         converted.apply(other.init(KEY, x), x)
-    with pytest.raises(fc.PlanError, match="expected a Plan, got dict"):
+    with pytest.raises(fc.PlanError, match="Expected a Plan, got dict"):
         fc.convert_params(other.init(KEY, x), {})
 
 
