@@ -169,15 +169,15 @@ def measure(backends: Sequence[str]) -> dict[str, dict[str, dict[str, Found]]]:
         for name, program in programs[layer].items()
     }
     found: dict[str, dict[str, dict[str, Found]]] = {}
-    with shown(None) as tell:
+    with shown(None) as show:
         absent = [r for r in chosen if r.how == "compiled"]
-        with Compiling(flat, absent, progress=tell) as compiling:
+        with Compiling(flat, absent, progress=show) as compiling:
             outcomes = compiling.results()
         for backend, there in zip(backends, chosen):
             found[backend] = {}
             for number, layer in enumerate(LAYERS):
                 if there.how == "executed":
-                    tell(f"{backend}: {layer}", number, len(LAYERS))
+                    show(f"{backend}: {layer}", number, len(LAYERS))
                     by_name = execute(programs[layer], there)
                 else:
                     outcome = outcomes[there.backend]

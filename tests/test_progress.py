@@ -13,8 +13,8 @@ from fcconv_jax.messages.progress import ProgressOption, shown
 
 @pytest.mark.parametrize("progress", [None, True, False, lambda *step: None])
 def test_every_choice_gives_a_function_of_what_done_and_total(progress):
-    with shown(progress) as tell:
-        tell("row: step", 1, 2)
+    with shown(progress) as show:
+        show("row: step", 1, 2)
 
 
 @pytest.mark.parametrize("progress", [0, 1, "bars"])

@@ -157,11 +157,11 @@ class Pool:
                 while waiting and len(running) < self._limit:
                     running.append(_Process(*waiting.pop(0)))
                 if len(running) != before:
-                    self._tell(running)
+                    self._show(running)
                 for process in [p for p in running if p.finished(self._timeout)]:
                     running.remove(process)
                     self._add(process.backend, process.result())
-                    self._tell(running)
+                    self._show(running)
                 time.sleep(_POLL)  # polled, to notice a stop and a timeout, too
         finally:
             for process in running:
@@ -176,7 +176,7 @@ class Pool:
         elif not isinstance(known, BackendError):
             known.update(result)
 
-    def _tell(self, running: list[_Process]) -> None:
+    def _show(self, running: list[_Process]) -> None:
         names = ", ".join(dict.fromkeys(str(process.backend) for process in running))
         self._progress(names or "done", self._done, len(self._parts))
 

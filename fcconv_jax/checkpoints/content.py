@@ -15,7 +15,7 @@ from ..messages.reports import Report, Table
 from ..plan import Plan, in_words
 from .checkpoint import Checkpoint, is_array, iter_leaves
 from .entries import Moved
-from .extents import Tell
+from .extents import Advance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -86,7 +86,7 @@ class ContentReport(Report):
 
 
 def differences(
-    meant: Checkpoint, found: Checkpoint, scratch: Path | None, tell: Tell
+    meant: Checkpoint, found: Checkpoint, scratch: Path | None, advance: Advance
 ) -> Iterator[Difference]:
     """Yield the leaves in which one checkpoint is not what another says it should be.
 
@@ -95,7 +95,7 @@ def differences(
       found: of the same names.
       scratch: folder for large arrays that cannot be read in the order wanted; None
         to hold them in memory.
-      tell: called with the number of bytes compared since.
+      advance: called with the number of bytes compared since.
     """
     want = {"/".join(parts): leaf for parts, leaf in iter_leaves(meant.tree)}
     have = {"/".join(parts): leaf for parts, leaf in iter_leaves(found.tree)}
@@ -105,12 +105,12 @@ def differences(
         elif name not in want:
             yield Difference(name, "is not expected")
         else:
-            what = _difference(want[name], have[name], scratch, tell)
+            what = _difference(want[name], have[name], scratch, advance)
             if what:
                 yield Difference(name, what)
 
 
-def _difference(want: Any, have: Any, scratch: Path | None, tell: Tell) -> str:
+def _difference(want: Any, have: Any, scratch: Path | None, advance: Advance) -> str:
     if not isinstance(want, Moved) and not isinstance(have, Moved):
         # Formats keep scalars in ways of their own.
         return "" if _same_value(want, have) else f"{have!r:.60}, expected {want!r:.60}"
@@ -120,7 +120,7 @@ def _difference(want: Any, have: Any, scratch: Path | None, tell: Tell) -> str:
     if (want.shape, want.dtype) != (have.shape, have.dtype):
         return f"{_kind(have)}, expected {_kind(want)}"
     try:
-        differs = want.differs(have.entries, scratch, tell)
+        differs = want.differs(have.entries, scratch, advance)
     except CheckpointError as error:
         return str(error)
     return f"{_kind(have)}: other entries" if differs else ""

@@ -21,7 +21,7 @@ from .detect import PathLike, format_for, named
 from .files import merged, open_checkpoint, step_names
 from .formats import FORMATS
 from .job import Job, make_job, shapes_of, split_tree
-from .rewrite import RewriteOptions, Teller, chosen_steps, rewrite
+from .rewrite import ByteCount, RewriteOptions, chosen_steps, rewrite
 from .stamp import Stamp
 
 
@@ -266,9 +266,9 @@ def verify_checkpoint(
     meant = merged(job.meant)
     if isinstance(source.contents, FolderFiles) or FORMATS[found.format].flat:
         meant, found = (split_tree(checkpoint) for checkpoint in (meant, found))
-    with named(Path(dst)), shown(progress) as tell:
-        telling = Teller(tell, job.nbytes).telling("comparing")
-        different = tuple(differences(meant, found, None, telling))
+    with named(Path(dst)), shown(progress) as show:
+        advance = ByteCount(show, job.nbytes).advancing("comparing")
+        different = tuple(differences(meant, found, None, advance))
     for stamp in stamps:
         stamp.check()
     count = sum(1 for _ in iter_leaves(meant.tree))

@@ -15,9 +15,9 @@ from ..messages.errors import CheckpointError
 from .extents import (
     LARGE,
     PIECE,
+    Advance,
     Extent,
     File,
-    Tell,
     at_once,
     copy,
     give_back_memory,
@@ -185,21 +185,21 @@ class Moved:
         """Whether the bytes stay as they are, as those of a reshape do."""
         return self.move is None or self.move.is_reshape
 
-    def write(self, out: Extent, scratch: Path, tell: Tell = silent) -> None:
+    def write(self, out: Extent, scratch: Path, advance: Advance = silent) -> None:
         """Write the moved entries in row-major order.
 
         Args:
           out: where to, as large as the array.
           scratch: folder for entries that cannot be read in the order wanted.
-          tell: called with the number of bytes written since.
+          advance: called with the number of bytes written since.
         """
         here = landed(self.entries, scratch)
         if self.keeps_order:
             if isinstance(here, Filed):
-                copy(here.extent, out, tell)
+                copy(here.extent, out, advance)
             else:
                 out.write(0, _octets(_opaque(here.array)))
-                tell(here.nbytes)
+                advance(here.nbytes)
             return
 
         shape, perm, flip = self._split()
@@ -213,21 +213,21 @@ class Moved:
             return moved.nbytes
 
         for count in at_once(write, _moved_pieces(here, perm, flip)):
-            tell(count)
+            advance(count)
 
     def differs(
-        self, other: Entries, scratch: Path | None, tell: Tell = silent
+        self, other: Entries, scratch: Path | None, advance: Advance = silent
     ) -> bool:
         """Return whether any moved entry differs from another array's, bit for bit.
 
         Args:
           other: of the shape that the move leads to.
           scratch: folder for entries that cannot be read in the order wanted.
-          tell: called with the number of bytes compared since.
+          advance: called with the number of bytes compared since.
         """
         theirs, mine = landed(other, scratch), landed(self.entries, scratch)
         if self.keeps_order and isinstance(mine, Filed) and isinstance(theirs, Filed):
-            return _bytes_differ(mine.extent, theirs.extent, tell)
+            return _bytes_differ(mine.extent, theirs.extent, advance)
         shape, perm, flip = self._split()
         mine, theirs = mine.reshaped(shape), theirs.reshaped(_permuted(shape, perm))
 
@@ -241,7 +241,7 @@ class Moved:
         for count in at_once(compare, _moved_pieces(mine, perm, flip)):
             if not count:
                 return True
-            tell(count)
+            advance(count)
         return False
 
     def _split(self) -> tuple[Shape, Shape, Shape]:
@@ -332,7 +332,7 @@ def _scatter(out: Extent, shape: Shape, start: Shape, box: np.ndarray) -> None:
         out.write(offset * box.itemsize, _octets(np.ascontiguousarray(box[index])))
 
 
-def _bytes_differ(one: Extent, other: Extent, tell: Tell) -> bool:
+def _bytes_differ(one: Extent, other: Extent, advance: Advance) -> bool:
     def compare(start: int) -> int:
         stop = min(start + PIECE, one.nbytes)
         parts = [np.empty(stop - start, np.uint8) for _ in range(2)]
@@ -345,7 +345,7 @@ def _bytes_differ(one: Extent, other: Extent, tell: Tell) -> bool:
     for count in at_once(compare, range(0, one.nbytes, PIECE)):
         if not count:
             return True
-        tell(count)
+        advance(count)
     return False
 
 

@@ -34,7 +34,7 @@ _BUFFER = 1 << 20
 # From linux/fs.h.
 _FICLONERANGE = 0x4020940D
 # What is called with the number of bytes that were just dealt with.
-Tell = Callable[[int], None]
+Advance = Callable[[int], None]
 
 
 def give_back_memory() -> None:
@@ -192,7 +192,7 @@ def shorter(file: str) -> CheckpointError:
     )
 
 
-def copy(source: Extent, target: Extent, tell: Tell = silent) -> None:
+def copy(source: Extent, target: Extent, advance: Advance = silent) -> None:
     """Copy bytes from file to file; blocks are shared where the file system can.
 
     Raises:
@@ -202,15 +202,15 @@ def copy(source: Extent, target: Extent, tell: Tell = silent) -> None:
     for start, length in source.places(0, source.nbytes):
         for to, count in target.places(done, done + length):
             begin, end = _clone(source.file, start, target.file, to, count)
-            tell(end - begin)
-            _copy_range(source.file, start, target.file, to, begin, tell)
+            advance(end - begin)
+            _copy_range(source.file, start, target.file, to, begin, advance)
             after = start + end, target.file, to + end
-            _copy_range(source.file, *after, count - end, tell)
+            _copy_range(source.file, *after, count - end, advance)
             start, done = start + count, done + count
 
 
 def _copy_range(
-    source: File, start: int, target: File, to: int, count: int, tell: Tell
+    source: File, start: int, target: File, to: int, count: int, advance: Advance
 ) -> None:
     """Copy through a buffer that stays in the processor's cache.
 
@@ -222,7 +222,7 @@ def _copy_range(
         source.extent(start, start + len(part)).read_into(0, part)
         target.extent(to, to + len(part)).write(0, part)
         start, to, count = start + len(part), to + len(part), count - len(part)
-        tell(len(part))
+        advance(len(part))
 
 
 def _clone(

@@ -19,7 +19,7 @@ from .checkpoint import (
 )
 from .detect import PathLike, detect, full_path, named
 from .entries import Moved
-from .extents import Tell, silent
+from .extents import Advance, silent
 from .folders import FOLDER
 from .formats import FILES, FORMATS, FileFormat, FolderFormat
 from .places import check_free, fresh_place, put
@@ -185,13 +185,13 @@ def write_checkpoint(
     return dataclasses.replace(info, path=path)
 
 
-def write_one(fresh: Path, checkpoint: Checkpoint, tell: Tell = silent) -> None:
+def write_one(fresh: Path, checkpoint: Checkpoint, advance: Advance = silent) -> None:
     """Write a checkpoint where nothing is, in its format, with the same file names.
 
     Raises:
       CheckpointError: a leaf does not fit the format.
     """
-    _container(checkpoint).write(fresh, checkpoint, tell)
+    _container(checkpoint).write(fresh, checkpoint, advance)
 
 
 def step_of(checkpoint: Checkpoint) -> str | None:

@@ -17,7 +17,7 @@ from typing import Any
 from ..files.strict_json import loads
 from ..messages.errors import CheckpointError
 from .checkpoint import Checkpoint, ConversionRecord, FolderFiles, iter_leaves
-from .extents import File, Tell
+from .extents import Advance, File
 from .formats import FILES, FORMATS, FolderFormat
 from .nesting import fit_nested
 from .walk import regular_files
@@ -94,13 +94,13 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
     )
 
 
-def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
+def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
     """Write every file of weights, each with its part of the record.
 
     Args:
       path: a new folder.
       checkpoint: what to write.
-      tell: called with the number of bytes written since.
+      advance: called with the number of bytes written since.
     """
     path.mkdir(exist_ok=True)
     for name, tree in checkpoint.tree.items():
@@ -110,7 +110,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
             record=_part(checkpoint.record, tree),
             metadata=checkpoint.metadata.get(name, {}),
         )
-        FORMATS[part.format].write(path / name, part, tell)
+        FORMATS[part.format].write(path / name, part, advance)
     for inside, source in companions(checkpoint).items():
         if not (path / inside).exists():  # a step that was written before
             (path / inside).parent.mkdir(parents=True, exist_ok=True)

@@ -12,7 +12,7 @@ from ..messages.progress import Progress, ProgressOption, shown
 from .checkpoint import Checkpoint, CheckpointReport, iter_leaves
 from .content import Difference, differences
 from .detect import PathLike, full_path, named
-from .extents import Tell
+from .extents import Advance
 from .files import (
     carried,
     described,
@@ -39,7 +39,7 @@ class RewriteOptions:
     follow_links: bool
 
 
-class Teller:
+class ByteCount:
     """Reports progress in bytes.
 
     Args:
@@ -50,14 +50,14 @@ class Teller:
     def __init__(self, progress: Progress, total: int):
         self.progress, self.total, self.done = progress, total, 0
 
-    def telling(self, what: str) -> Tell:
+    def advancing(self, what: str) -> Advance:
         """Return a function that is called with the bytes just done."""
 
-        def tell(count: int) -> None:
+        def advance(count: int) -> None:
             self.done += count
             self.progress(f"checkpoint: {what}", self.done, self.total)
 
-        return tell
+        return advance
 
 
 def chosen_steps(
@@ -119,18 +119,18 @@ def rewrite(
         return dataclasses.replace(report, dry=True, free=free)
     total = report.nbytes * (2 if options.check else 1)
     with named(final), fresh_place(final) as fresh, shown(options.progress) as bars:
-        teller = Teller(bars, total)
+        bytes_done = ByteCount(bars, total)
         _require_room(fresh.parent, report.nbytes, final)
         for job in jobs:
-            write_one(fresh, job.meant, teller.telling("writing"))
+            write_one(fresh, job.meant, bytes_done.advancing("writing"))
         for stamp in stamps:
             stamp.check()
         for job in jobs:
             written = open_checkpoint(fresh, step_of(job.meant))
             require_headers(job.meant, described(written))
             if options.check:
-                tell = teller.telling("checking")
-                _require_content(job.meant, written, fresh.parent, tell)
+                advance = bytes_done.advancing("checking")
+                _require_content(job.meant, written, fresh.parent, advance)
         for stamp in stamps:
             stamp.check()
         put(fresh, final, options.overwrite, beside)
@@ -138,10 +138,10 @@ def rewrite(
 
 
 def _require_content(
-    meant: Checkpoint, written: Checkpoint, scratch: Path, tell: Tell
+    meant: Checkpoint, written: Checkpoint, scratch: Path, advance: Advance
 ) -> None:
     """Compare what was written with its source, entry by entry."""
-    wrong: Difference | None = next(differences(meant, written, scratch, tell), None)
+    wrong: Difference | None = next(differences(meant, written, scratch, advance), None)
     if wrong is not None:
         raise CheckpointError(
             f"{scratch.parent}: leaf {wrong.path!r} reads back as {wrong.what}; "

@@ -227,8 +227,8 @@ def _side_by_side(
 ) -> WindowPasses:
     window = found.shape[1]
     # Rank r of a chain that begins at b reads b + r * stride, ..., + window - 1.
-    room = -(-((lengths - 1) * stride + window) // stride) * stride
-    begin = np.concatenate([[0], np.cumsum(room)[:-1]])
+    extents = -(-((lengths - 1) * stride + window) // stride) * stride
+    begin = np.concatenate([[0], np.cumsum(extents)[:-1]])
     place = begin[chains.chain] + chains.rank * stride
     total = int(begin[-1] + (lengths[-1] - 1) * stride + window)
     take = np.full(total, _UNREAD, np.int64)

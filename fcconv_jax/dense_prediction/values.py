@@ -279,10 +279,10 @@ def reshaped(value: CropArray, shape: Sequence[int]) -> CropArray:
                 raise NotSharedError("a reshape of no entries")
             part = value.parts[index]
             if target % (size * part.size):
-                room = target // size
-                if target % size or part.size % room:
+                outer = target // size
+                if target % size or part.size % outer:
                     raise NotSharedError("a reshape that cuts through an axis")
-                value = split_part(value, index, (room, part.size // room))
+                value = split_part(value, index, (outer, part.size // outer))
                 part = value.parts[index]
             size, index, count = size * part.size, index + 1, count + 1
         ranks.append(count)

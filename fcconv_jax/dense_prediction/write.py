@@ -127,7 +127,7 @@ def write_tiles(
             return _Read(number, place, wanted, None)
         return _Read(number, place, wanted, read_part(images, place.read))
 
-    with shown(options.progress) as tell:
+    with shown(options.progress) as show:
         # Finished tiles are compared with the record before any other is computed.
         finished = [] if record is None else sorted(set(record.tiles) & set(mine))
         for number in finished:
@@ -138,12 +138,12 @@ def write_tiles(
         compute = _compute(grid, before, kwargs, devices)
         writer = _Writer(out, record)
         count, skipped = len(finished), 0
-        tell("tiles", count, len(mine))
+        show("tiles", count, len(mine))
         with _Ahead(read, todo) as parts:
             for tile in _written_behind(compute(parts), writer):
                 count += 1
                 skipped += tile.pixels is None
-                tell("tiles", count, len(mine))
+                show("tiles", count, len(mine))
     if hosts > 1:
         multihost_utils.sync_global_devices("fcconv_jax.slide")
     if record is not None:

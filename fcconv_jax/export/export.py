@@ -170,36 +170,36 @@ def export(
     call = _Call(bound, target, made_for, unroll, fold, any_batch)
     with (
         default_settings(),
-        shown(progress) as tell,
+        shown(progress) as show,
         folder_for(Path(path)) as place,
         tempfile.TemporaryDirectory() as folder,
     ):
-        tell("planning", 0, 1)
+        show("planning", 0, 1)
         if plan is not None:
             form = plan.to
         elif form == "mix" and target.int8 is not None:
-            plan = fewest_cycles(call, as_rules(rules), Path(folder), tell)
+            plan = fewest_cycles(call, as_rules(rules), Path(folder), show)
         else:
             plan = call.plan(form, as_rules(rules))
-        tell("planning", 1, 1)
+        show("planning", 1, 1)
         last = place / Path(path).name
         first = last if calibrate is None else Path(folder) / f"float{target.suffix}"
         written = call.write(plan, form, first)  # refuses what it cannot, at once
         reference, notes = reference_of(call.bound)
-        proof, figures = call.check(written, reference, tell)
+        proof, figures = call.check(written, reference, show)
         made: dict[FileForm, tuple[Written, FormFigures]] = {form: (written, figures)}
         chosen: list[FileForm] = ["dense", "conv"]
         if made_for is not None:
             chosen.append("mix")
         for other in chosen if compare else ():
             if other != form:
-                tell(f"{target.title}: {other} form", 0, 1)
+                show(f"{target.title}: {other} form", 0, 1)
                 there = Path(folder) / f"{other}{target.suffix}"
                 again = call.write(call.plan(other, as_rules(rules)), other, there)
                 made[other] = again, call.figures(again, reference)
         found: Mapping[str, Any] = {}
         if target.int8 is not None:
-            found = quantized(call, made, calibrate, form, last, tell)
+            found = quantized(call, made, calibrate, form, last, show)
         report = call.report(
             *(written, proof, [each for _, each in made.values()], notes)
         )
@@ -336,12 +336,12 @@ class _Call:
         return graph
 
     def check(
-        self, written: Written, reference: ReferenceOutputs | None, tell: Progress
+        self, written: Written, reference: ReferenceOutputs | None, show: Progress
     ) -> tuple[Proof, FormFigures]:
         """Proves a file."""
         shipped = self.runtime.open(written.path)
         proof = prove(
-            *(shipped, written.record, written.leaves, tell, written.computed),
+            *(shipped, written.record, written.leaves, show, written.computed),
             reference,
             written.graph.output_names,
         )

@@ -155,7 +155,7 @@ def prove(
     shipped: Shipped,
     record: FileRecord,
     leaves: Mapping[str, np.ndarray],
-    tell: Progress,
+    show: Progress,
     computed: Mapping[str, np.ndarray] | None = None,
     reference: ReferenceOutputs | None = None,
     names: Sequence[str] = (),
@@ -166,7 +166,7 @@ def prove(
       shipped: the file, read back.
       record: what its layers are to be; of the model if there is one, else its own.
       leaves: the parameters in the file's form, by path.
-      tell: takes the progress.
+      show: takes the progress.
       computed: kernels that are computed from parameters, by layer.
       reference: the model's outputs, for the whole file.
       names: the outputs that the file has, as the reference names them.
@@ -181,11 +181,11 @@ def prove(
         if name not in wanted:
             failures.append(f"the file has a layer {name!r} that the model has not")
     for done, layer in enumerate(record.layers):
-        tell(f"{shipped.runtime}: exact layers", done, len(record.layers))
+        show(f"{shipped.runtime}: exact layers", done, len(record.layers))
         if layer.name in mine:
             found = mine[layer.name]
             proofs.append(_prove_layer(shipped, layer, found, leaves, computed or {}))
-    tell(f"{shipped.runtime}: exact layers", len(record.layers), len(record.layers))
+    show(f"{shipped.runtime}: exact layers", len(record.layers), len(record.layers))
     made_of = sorted({leaf for layer in record.layers for leaf in layer.made_of})
     if made_of:
         notes.append(f"computed from parameters, not their bits: {', '.join(made_of)}")
@@ -199,7 +199,7 @@ def prove(
     failures += lost
     outputs: tuple[WorkingError, ...] = ()
     if reference is not None and shipped.executed:
-        tell(f"{shipped.runtime}: the whole file", 0, 1)
+        show(f"{shipped.runtime}: the whole file", 0, 1)
         try:
             outputs = whole_errors(shipped, reference, names)
             failures += [
@@ -209,7 +209,7 @@ def prove(
             ]
         except (RuntimeError, ValueError) as error:
             failures.append(f"the file does not run: {_first_line(error)}")
-        tell(f"{shipped.runtime}: the whole file", 1, 1)
+        show(f"{shipped.runtime}: the whole file", 1, 1)
     return Proof(tuple(proofs), outputs, count, tuple(failures), tuple(notes))
 
 

@@ -21,7 +21,7 @@ from .written import Call, Written
 
 
 def fewest_cycles(
-    call: Call, rules: Sequence[Rule], folder: Path, tell: Progress
+    call: Call, rules: Sequence[Rule], folder: Path, show: Progress
 ) -> Plan:
     """The chip's mix; where Vela compiles for it, a pure form that Vela finds quicker.
 
@@ -38,7 +38,7 @@ def fewest_cycles(
     candidates: dict[Plan, int] = {}
     forms: tuple[FileForm, ...] = ("mix", "dense", "conv")
     for done, form in enumerate(forms):
-        tell("planning: Vela's cycles", done, len(forms))
+        show("planning: Vela's cycles", done, len(forms))
         each = plan if form == "mix" else call.plan(form, rules)
         if each in candidates:
             continue
@@ -59,7 +59,7 @@ def quantized(
     calibrate: Sequence[Any] | None,
     form: FileForm,
     path: Path,
-    tell: Progress,
+    show: Progress,
 ) -> dict[str, Any]:
     """The int8 files of all forms that were made: written, checked, compiled by Vela.
 
@@ -82,7 +82,7 @@ def quantized(
     rows: list[FormFigures] = []
     notes: list[str] = []
     for each, (written, figures) in made.items():
-        tell(f"int8: {each} form", 0, 1)
+        show(f"int8: {each} form", 0, 1)
         content = written.path.read_bytes()
         try:
             contents[each] = quantizer.quantize(content, names, examples)

@@ -87,7 +87,7 @@ def verify_file(
             f"{path} has no record of its parameters: it was not written by "
             "fcconv_jax. Export the model with fcconv export."
         )
-    with default_settings(), shown(progress) as tell:
+    with default_settings(), shown(progress) as show:
         variables = params
         if not (isinstance(params, Mapping) and "params" in params):
             variables = {"params": params}
@@ -105,7 +105,7 @@ def verify_file(
                 # A checkpoint may hold a model's state among its params, as NNX does.
                 names = {f"state/{n.removeprefix('params/')}": n for n in leaves}
                 leaves |= {new: leaves[n] for new, n in names.items()}
-            given = shipped, runtime.int8, record, leaves, tell, reference
+            given = shipped, runtime.int8, record, leaves, show, reference
             proof = _prove(*given, shipped.output_names())
             if refused is not None:
                 # A fault in a layer names the cause; without one, only this is known.
@@ -126,7 +126,7 @@ def _prove(
     quantizer: Any,
     record: FileRecord,
     leaves: Mapping[str, np.ndarray],
-    tell: Progress,
+    show: Progress,
     reference: ReferenceOutputs | None,
     names: Sequence[str],
 ) -> Proof:
@@ -144,7 +144,7 @@ def _prove(
         failures = [f"the file has a layer {x!r} that the model has not" for x in more]
         layers = quantizer.prove_weights(shipped, record, leaves)
         return Proof(layers, (), 0, tuple(failures), tuple(notes))
-    return prove(shipped, record, leaves, tell, None, reference, names)
+    return prove(shipped, record, leaves, show, None, reference, names)
 
 
 def _report(

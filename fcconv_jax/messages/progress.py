@@ -25,8 +25,8 @@ def shown(progress: ProgressOption) -> Iterator[Progress]:
       TypeError: it is something else.
 
     Example:
-      >>> with shown(lambda what, done, total: print(what, done, total)) as tell:
-      ...     tell("cpu: tracing", 1, 3)
+      >>> with shown(lambda what, done, total: print(what, done, total)) as show:
+      ...     show("cpu: tracing", 1, 3)
       cpu: tracing 1 3
     """
     if progress is False:
@@ -75,7 +75,7 @@ def shown(progress: ProgressOption) -> Iterator[Progress]:
     with contextlib.nullcontext() if hidden else bars:
         rows: dict[str, TaskID] = {}
 
-        def tell(what: str, done: int, total: int) -> None:
+        def show(what: str, done: int, total: int) -> None:
             row = what.partition(":")[0]
             if row not in rows:
                 rows[row] = bars.add_task(what, total=None)
@@ -85,7 +85,7 @@ def shown(progress: ProgressOption) -> Iterator[Progress]:
             ):  # a log should show the reason for a wait, too
                 console.print(what, markup=False)
 
-        yield tell
+        yield show
 
 
 def rate(speed: float | None) -> str:

@@ -75,7 +75,7 @@ def choose_alone(
     meter: Meter,
     options: Options,
     seconds: float,
-    tell: Callable[[str, int, int], None],
+    show: Callable[[str, int, int], None],
     training: bool = False,
 ) -> list[AlikeLayers]:
     """Measure each layer of a plan in both forms; layers that are alike once.
@@ -88,7 +88,7 @@ def choose_alone(
       meter: measures.
       options: that everything is compiled with.
       seconds: for all layers; the costly ones come first, the rest stays as it is.
-      tell: called with a step, how many are done, how many there are.
+      show: called with a step, how many are done, how many there are.
       training: whether to measure value and gradient, and the forward pass beside it.
 
     Returns:
@@ -113,7 +113,7 @@ def choose_alone(
     found = [passed([path], "tied to a layer unlike it") for path in sorted(bound)]
     for number, ((layer, dtype), paths) in enumerate(costly):
         left = end - time.monotonic()
-        tell(f"layers: {left:.0f} s left, {paths[0] or '(root)'}", number, len(costly))
+        show(f"layers: {left:.0f} s left, {paths[0] or '(root)'}", number, len(costly))
         known = f"{hashlib.sha256(repr((layer, dtype)).encode()).hexdigest()} {options}"
         known += " training" * training
         if meter.timings.passes_over(known, left):

@@ -151,8 +151,8 @@ def tune(
     versions = f"jax {jax.__version__}, jaxlib {jaxlib.version.__version__}"
     file = None if timings is None else Path(timings)
     known = Timings(file, goal, f"{device}{', training' * training}, {versions}")
-    with default_settings(), shown(progress) as tell:
-        tell("planning", 0, 1)
+    with default_settings(), shown(progress) as show:
+        show("planning", 0, 1)
         bound = bind(model, params, *inputs, **kwargs)
         check_options(tune, bound)
         _check_arrays(chosen, (bound.variables, bound.arrays))
@@ -169,7 +169,7 @@ def tune(
         for number, each in enumerate(sets):
             seconds = (end - time.monotonic()) / (len(sets) - number)
             kinds[each] = choose_alone(
-                *(every, ties, dtypes, meter, each, seconds, tell, training)
+                *(every, ties, dtypes, meter, each, seconds, show, training)
             )
             forms |= _whole_forms(every, kinds[each], each)
 
@@ -182,14 +182,14 @@ def tune(
             each = program(form)
             return Candidate(model_step(each.program, loss), each.options)
 
-        race = _Race(forms, step if training else program, meter, tell)
+        race = _Race(forms, step if training else program, meter, show)
         race.choose(budget / 3)
         alike = kinds[race.forms[race.choice].options]
         race.refine(every, alike, budget / 4)
         race.confirm(budget / 6)
         forward: dict[str, Figure] = {}
         if training:
-            tell("whole model: forward passes", 0, 1)
+            show("whole model: forward passes", 0, 1)
             shown_forms = {name: program(race.forms[name]) for name in race.figures}
             forward = meter.measure(shown_forms, budget / 6)
     taken = race.forms[race.choice]
@@ -328,7 +328,7 @@ class _Race:
       forms: by name, the original first.
       program: makes the program of a form.
       meter: measures.
-      tell: called with a phase, the steps done and the steps in all.
+      show: called with a phase, the steps done and the steps in all.
 
     Attributes:
       forms: those given, and the refined one.
@@ -342,12 +342,12 @@ class _Race:
         forms: Mapping[str, _Variant],
         program: Callable[[_Variant], Candidate],
         meter: Meter,
-        tell: Progress,
+        show: Progress,
     ):
         self.forms = dict(forms)
         self.figures: dict[str, Figure] = {}
         self.original = self.choice = next(iter(forms))
-        self._program, self._meter, self._tell = program, meter, tell
+        self._program, self._meter, self._show = program, meter, show
 
     def _measure(
         self, forms: Mapping[str, _Variant], seconds: float, again: str = ""
@@ -357,7 +357,7 @@ class _Race:
 
     def choose(self, seconds: float) -> None:
         """Measure all forms, for some seconds."""
-        self._tell(f"whole model: compiling {len(self.forms)} forms", 0, 1)
+        self._show(f"whole model: compiling {len(self.forms)} forms", 0, 1)
         self.figures |= self._measure(self.forms, seconds)
         best = min(figure.median for figure in self.figures.values())
         near = [n for n in self.forms if self.figures[n].median <= _AS_GOOD * best]
@@ -391,7 +391,7 @@ class _Race:
             about = repr((now.plan.layers, self.figures[self.choice], path))
             known = hashlib.sha256(about.encode()).hexdigest()
             left = end - time.monotonic()
-            self._tell(f"in the model: {left:.0f} s left, {path}", number, len(kinds))
+            self._show(f"in the model: {left:.0f} s left, {path}", number, len(kinds))
             if self._meter.timings.passes_over(known, left):
                 continue
             share = max(left, 0) / (2 * (len(kinds) - number))
@@ -408,7 +408,7 @@ class _Race:
         """Measure the choice against the original once more."""
         if self.choice == self.original:
             return
-        self._tell("whole model: once more", 0, 1)
+        self._show("whole model: once more", 0, 1)
         last = {name: self.forms[name] for name in (self.original, self.choice)}
         again = self._measure(last, seconds, again="again")
         found, before = again[self.choice], again[self.original]

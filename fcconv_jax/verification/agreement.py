@@ -14,7 +14,7 @@ import numpy as np
 from ..params.leaves import leaf_path
 from ..plan.paths import join_path
 
-Kind = Literal["outputs", "layers", "gradients", "one step"]
+Quantity = Literal["outputs", "layers", "gradients", "one step"]
 
 # Two forms of one function add the same numbers in another order: in float64 that
 # changes 1e-16 to 5e-15 of the largest value (models of 2 to 50 layers, gradients
@@ -38,7 +38,7 @@ class Agreement:
     """One array of both forms, compared in float64.
 
     Attributes:
-      kind: what it is.
+      quantity: what it is.
       path: which: ``"output"``, ``"fc1"``, ``"params/fc1/kernel"``.
       difference: the largest difference.
       scale: the largest value.
@@ -48,7 +48,7 @@ class Agreement:
       size: all of its entries.
     """
 
-    kind: Kind
+    quantity: Quantity
     path: str
     difference: float
     scale: float
@@ -92,7 +92,7 @@ class WorkingError:
     """The error of each form on one backend, against the float64 reference.
 
     Attributes:
-      kind: what was compared.
+      quantity: what was compared.
       path: which array.
       scale: the largest value.
       original: largest error of the original form, as a part of it.
@@ -101,7 +101,7 @@ class WorkingError:
       reason: what is wrong, where it does not pass.
     """
 
-    kind: Kind
+    quantity: Quantity
     path: str
     scale: float
     original: float
@@ -145,7 +145,7 @@ def named_leaves(tree: Any, root: str) -> list[tuple[str, Any]]:
 
 
 def agree(
-    kind: Kind,
+    quantity: Quantity,
     wanted: Sequence[tuple[str, Any]],
     found: Sequence[tuple[str, Any]],
     magnified: Sequence[float | np.ndarray] | None = None,
@@ -153,7 +153,7 @@ def agree(
     """Compares arrays of both forms that were computed in float64.
 
     Args:
-      kind: what they are.
+      quantity: what they are.
       wanted: path and array of the original form.
       found: those of the converted form, in the same order.
       magnified: for each, the largest difference that the program's own magnifying of
@@ -170,7 +170,7 @@ def agree(
     beside = _BESIDE * max(scales, default=0.0)
     extra = magnified or [0.0] * len(wanted)
     return [
-        _agree(kind, path, want, got, max(scale, beside), more)
+        _agree(quantity, path, want, got, max(scale, beside), more)
         for (path, want), (_, got), scale, more in zip(
             wanted, found, scales, extra, strict=True
         )
@@ -178,7 +178,7 @@ def agree(
 
 
 def _agree(
-    kind: Kind,
+    quantity: Quantity,
     path: str,
     want: Any,
     got: Any,
@@ -190,7 +190,7 @@ def _agree(
     want, got = np.asarray(want), np.asarray(got)
     if want.shape != got.shape:
         shapes = f"expected shape {want.shape}, got {got.shape}"
-        return Agreement(kind, path, math.inf, scale, 0.0, shapes)
+        return Agreement(quantity, path, math.inf, scale, 0.0, shapes)
     if not np.issubdtype(want.dtype, np.inexact):
         far = abs(want.astype(np.float64) - got.astype(np.float64))
         # Whole numbers beyond 2**53 may differ by less than float64 shows.
@@ -201,8 +201,8 @@ def _agree(
         limit = np.broadcast_to(np.maximum(THRESHOLD * scale, extra), off.shape)
     worst, allowed = float(off.max(initial=0.0)), float(limit.max(initial=0.0))
     beyond = off > limit
-    found = Agreement(kind, path, worst, scale, allowed, "", nonfinite, off.size)
-    if found.unseen and kind in ("outputs", "layers"):
+    found = Agreement(quantity, path, worst, scale, allowed, "", nonfinite, off.size)
+    if found.unseen and quantity in ("outputs", "layers"):
         return dataclasses.replace(found, reason="nothing was compared")
     if not beyond.any():
         return found
@@ -237,7 +237,7 @@ def magnified_rounding(error: WorkingError, unit: float) -> float:
 
 
 def working_errors(
-    kind: Kind,
+    quantity: Quantity,
     reference: Sequence[tuple[str, Any]],
     originals: Sequence[Sequence[Any]],
     converted: Sequence[Any],
@@ -245,7 +245,7 @@ def working_errors(
     """Holds both forms, as a backend computed them, against the reference.
 
     Args:
-      kind: what the arrays are.
+      quantity: what the arrays are.
       reference: path and array in float64.
       originals: the original form's arrays: on the inputs, and on inputs and params
         that were moved by an ulp, which separates a lucky error from a typical one.
@@ -261,12 +261,14 @@ def working_errors(
         if is_key(want) or not jnp.issubdtype(mine[0].dtype, jnp.inexact):
             continue  # integers are compared in the reference alone
         got = np.asarray(converted[number])
-        found.append(_working_error(kind, path, np.asarray(want), mine, got, beside))
+        found.append(
+            _working_error(quantity, path, np.asarray(want), mine, got, beside)
+        )
     return found
 
 
 def _working_error(
-    kind: Kind,
+    quantity: Quantity,
     path: str,
     want: np.ndarray,
     mine: Sequence[np.ndarray],
@@ -302,7 +304,7 @@ def _working_error(
             f"original's is {typical:.1e}, in {mine[0].dtype}), got {theirs:.1e}: the "
             "converted form is computed in a lower precision"
         )
-    return WorkingError(kind, path, scale, own, theirs, allowed, reason)
+    return WorkingError(quantity, path, scale, own, theirs, allowed, reason)
 
 
 def _short(value: Any) -> str:

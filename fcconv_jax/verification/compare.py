@@ -19,7 +19,7 @@ from ..tracing.jaxprs import opened
 from ..tracing.marks import named_outputs
 from .agreement import (
     Agreement,
-    Kind,
+    Quantity,
     largest,
     named_leaves,
     unseen,
@@ -33,7 +33,7 @@ from .interface import interface_differences
 from .moved import MOVED, moved_by_an_ulp
 from .parting import parting, porting_mistakes
 from .reference import Read, Reference, TracedProgram, float64_seconds
-from .rounding import ByKind, Pair, agreements, all_passed, explain, key_bits
+from .rounding import ByQuantity, Pair, agreements, all_passed, explain, key_bits
 
 Arrays = tuple[list[np.ndarray], list[np.ndarray]]
 # Gradients in float64 are compared unasked if they take no more seconds than this.
@@ -111,10 +111,10 @@ def compare(
                 f"Expected {name} as a list or tuple of arguments, got "
                 f"{type(given).__name__}. Pass compare(f, g, [params, x])."
             )
-    with default_settings(), shown(progress) as tell:
+    with default_settings(), shown(progress) as show:
         first = bind_called(f, f_args, f_kwargs or {})
         second = bind_called(g, second_args, second_kwargs or {})
-        return _compare(first, second, gradients, values_only, tell)
+        return _compare(first, second, gradients, values_only, show)
 
 
 def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
@@ -156,15 +156,15 @@ def _compare(
     second: BoundModel,
     gradients: bool | None,
     values_only: bool,
-    tell: Progress,
+    show: Progress,
 ) -> Comparison:
     backend = jax.default_backend()
-    tell("float64: tracing", 0, 2)
+    show("float64: tracing", 0, 2)
     traces = _trace(first), _trace(second)
     notes = interface_differences(*traces, values_only=values_only)
     if notes:
         return Comparison("different functions", notes=tuple(notes), backend=backend)
-    tell("float64: tracing", 1, 2)
+    show("float64: tracing", 1, 2)
     slopes, notes = _trace_gradients(first, second, traces[0], gradients)
     outputs = Reference(*traces, "outputs")
     backward = Reference(*slopes.traces, "gradients") if slopes.traces else None
@@ -173,22 +173,22 @@ def _compare(
         BackgroundProgram(first.call, *args),
         BackgroundProgram(second.call, *other_args),
     ]
-    tell("float64: tracing", 2, 2)
-    read = outputs.run(tell)
-    tell(f"{backend}: running", 0, 1)
+    show("float64: tracing", 2, 2)
+    read = outputs.run(show)
+    show(f"{backend}: running", 0, 1)
     mine = [_leaves(programs[0](*args))]
     theirs = _leaves(programs[1](*other_args))
     for seed in range(MOVED):
         mine.append(_leaves(programs[0](*moved_by_an_ulp(args, seed))))
     differences = tuple(map(_difference, mine[0], theirs))
-    tell(f"{backend}: running", 1, 1)
+    show(f"{backend}: running", 1, 1)
     if read is None:
         return _unread(outputs.unread, mine[0], differences, notes, backend)
-    results: dict[Kind, Arrays] = {"outputs": _arrays(read)}
+    results: dict[Quantity, Arrays] = {"outputs": _arrays(read)}
     names = [path for path, _ in named_leaves(read[0].outputs, "output")]
     pairs = [Pair("outputs", traces, names)]
     if backward is not None and slopes.traces is not None:
-        below = backward.run(tell)
+        below = backward.run(show)
         if below is None:
             notes += [f"no float64 gradients: {why}" for why in backward.unread]
         else:
@@ -198,11 +198,11 @@ def _compare(
     explained = None
     if not all_passed(arrays):
         magnified = _magnified(names, results["outputs"], mine, theirs)
-        explained = explain(pairs, results, magnified, tell)
+        explained = explain(pairs, results, magnified, show)
         arrays = explained.arrays
         failed = [array for array in arrays if not array.passed]
-        if backward and failed and all(a.kind == "gradients" for a in failed):
-            arrays, kinks = _beside_kinks(pairs[1], backward, arrays, magnified, tell)
+        if backward and failed and all(a.quantity == "gradients" for a in failed):
+            arrays, kinks = _beside_kinks(pairs[1], backward, arrays, magnified, show)
             notes += kinks
     want, got = results["outputs"]
     if explained is not None and explained.moves:
@@ -239,7 +239,7 @@ def _judged(
     failed = [array for array in found.arrays if not array.passed]
     if any(not array.unseen for array in failed):
         parts_at = None
-        if any(array.kind == "outputs" for array in failed):
+        if any(array.quantity == "outputs" for array in failed):
             named = [named_outputs(each.named) for each in read]
             ported = models[0].library != models[1].library
             parts_at = parting(*named, ported=ported)
@@ -330,7 +330,7 @@ def _beside_kinks(
     backward: Reference,
     arrays: list[Agreement],
     magnified: float,
-    tell: Progress,
+    show: Progress,
 ) -> tuple[list[Agreement], list[str]]:
     """Gradients that differ, compared again where all arrays are moved a little.
 
@@ -342,11 +342,11 @@ def _beside_kinks(
         for trace in pair.traces
     )
     near = dataclasses.replace(pair, traces=(first, second))
-    results: ByKind = {"gradients": _arrays(backward.rerun(first, second))}
-    again = explain([near], results, magnified, tell)
+    results: ByQuantity = {"gradients": _arrays(backward.rerun(first, second))}
+    again = explain([near], results, magnified, show)
     if not again.passed:
         return arrays, []
-    outputs = [array for array in arrays if array.kind == "outputs"]
+    outputs = [array for array in arrays if array.quantity == "outputs"]
     note = (
         "gradients differ at these inputs, and agree where they are moved by 0.1%: a "
         "kink, such as a relu at 0"

@@ -73,12 +73,12 @@ class Comparison(Report):
     @property
     def outputs(self) -> tuple[Agreement, ...]:
         """The outputs in float64."""
-        return tuple(array for array in self.arrays if array.kind == "outputs")
+        return tuple(array for array in self.arrays if array.quantity == "outputs")
 
     @property
     def gradients(self) -> tuple[Agreement, ...]:
         """The gradients in float64; empty where they were not compared."""
-        return tuple(array for array in self.arrays if array.kind == "gradients")
+        return tuple(array for array in self.arrays if array.quantity == "gradients")
 
     @property
     def digits(self) -> float | None:

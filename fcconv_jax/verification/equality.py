@@ -17,7 +17,7 @@ from ..plan import Plan
 from ..tracing.marks import named_outputs
 from .agreement import (
     Agreement,
-    Kind,
+    Quantity,
     WorkingError,
     agree,
     magnified_rounding,
@@ -41,7 +41,7 @@ class Equality:
       pair: the two programs.
       tx: the optimizer of the step; SGD with momentum if None.
       gradients: whether gradients and the step are compared.
-      tell: takes the progress.
+      show: takes the progress.
 
     Attributes:
       arrays: what was compared, once :meth:`conclude` has been called.
@@ -50,20 +50,20 @@ class Equality:
       notes: what could not be compared, and why.
       training: the training step, if it is compared.
       programs: the traces of both forward passes.
-      references: by kind, path and array of the original form in float64.
+      references: by quantity, path and array of the original form in float64.
     """
 
-    def __init__(self, pair: BothForms, tx: Any, gradients: bool, tell: Progress):
+    def __init__(self, pair: BothForms, tx: Any, gradients: bool, show: Progress):
         self.notes: list[str] = []
         self.arrays: tuple[Agreement, ...] = ()
         self.layers: dict[str, list[Agreement]] = {}
         self.forced: dict[str, ForcedLayer] = {}
-        self.references: dict[Kind, list[tuple[str, Any]]] = {}
-        self._found: dict[Kind, list[tuple[str, Any]]] = {}
+        self.references: dict[Quantity, list[tuple[str, Any]]] = {}
+        self._found: dict[Quantity, list[tuple[str, Any]]] = {}
         self.training: TrainingStep | None = None
         plan, original, changed = pair.plan, pair.original, pair.changed
         # All is traced before anything runs: XLA compiles it meanwhile.
-        tell("float64: tracing", 0, 2)
+        show("float64: tracing", 0, 2)
         wanted = set(plan).__contains__
         traces = [
             TracedProgram.of(
@@ -80,7 +80,7 @@ class Equality:
         if gradients and not has_gradients(pair.variables["params"]):
             self.notes.append("no gradients: some params are not floats")
         elif gradients:
-            tell("float64: tracing", 1, 2)
+            show("float64: tracing", 1, 2)
             self.training = TrainingStep(pair, tx)
             forward, other = self.training.gradients
             backward = Reference(
@@ -88,21 +88,21 @@ class Equality:
                 TracedProgram.of(other, pair.other, changed.arrays),
                 "gradients",
             )
-        tell("float64: tracing", 2, 2)
-        read = outputs.run(tell)
+        show("float64: tracing", 2, 2)
+        read = outputs.run(show)
         if read is None:
             self.notes += [f"no float64 reference: {why}" for why in outputs.unread]
-            self._force(traces[0], pair.variables, plan, tell)
+            self._force(traces[0], pair.variables, plan, show)
         else:
             want, got = read
             self._keep("outputs", named_leaves(want.outputs, "output"), got.outputs)
             self._keep_layers(plan, want.named, got.named)
         if backward is not None and self.training is not None:
-            self._train(pair, backward, tell)
+            self._train(pair, backward, show)
 
-    def _train(self, pair: BothForms, backward: Reference, tell: Progress) -> None:
+    def _train(self, pair: BothForms, backward: Reference, show: Progress) -> None:
         assert self.training is not None
-        read = backward.run(tell)
+        read = backward.run(show)
         if read is None:
             self.notes += [f"no float64 gradients: {why}" for why in backward.unread]
             return
@@ -123,20 +123,20 @@ class Equality:
             ),
             "one step",
         )
-        after = step.run(tell)
+        after = step.run(show)
         if after is None:
             self.notes += [f"no float64 step: {why}" for why in step.unread]
             return
         want, got = (found.outputs for found in after)
         self._keep("one step", named_leaves(want, "params"), got)
 
-    def _keep(self, kind: Kind, want: list[tuple[str, Any]], got: Any) -> None:
-        self.references[kind] = want
-        self._found[kind] = named_leaves(got, "")
-        if len(self._found[kind]) != len(want):
+    def _keep(self, quantity: Quantity, want: list[tuple[str, Any]], got: Any) -> None:
+        self.references[quantity] = want
+        self._found[quantity] = named_leaves(got, "")
+        if len(self._found[quantity]) != len(want):
             raise ValueError(
-                f"expected {len(want)} {kind} of the converted model, got "
-                f"{len(self._found[kind])}: {[path for path, _ in want]}"
+                f"expected {len(want)} {quantity} of the converted model, got "
+                f"{len(self._found[quantity])}: {[path for path, _ in want]}"
             )
 
     def _keep_layers(self, plan: Plan, want: Any, got: Any) -> None:
@@ -149,30 +149,30 @@ class Equality:
         self.references["layers"] = [(path, y) for path, y, _ in pairs]
         self._found["layers"] = [(path, z) for path, _, z in pairs]
 
-    def _force(self, trace: Any, variables: Any, plan: Plan, tell: Progress) -> None:
-        tell("layers: on their own inputs", 0, 1)
+    def _force(self, trace: Any, variables: Any, plan: Plan, show: Progress) -> None:
+        show("layers: on their own inputs", 0, 1)
         self.forced, unknown = compare_layers(trace, variables, plan)
         if unknown:
             self.notes.append(
                 f"not compared on the model's own input: {', '.join(unknown)}"
             )
-        tell("layers: on their own inputs", 1, 1)
+        show("layers: on their own inputs", 1, 1)
 
     def conclude(self, executions: Sequence[Execution]) -> None:
         """Compares, knowing how the program magnifies rounding where it was run."""
         arrays = []
-        for kind, want in self.references.items():
+        for quantity, want in self.references.items():
             extra = None
             for execution in executions[:1]:
-                errors = {e.path: e for e in execution.errors if e.kind == kind}
+                errors = {e.path: e for e in execution.errors if e.quantity == quantity}
                 extra = [
                     magnified_rounding(errors[path], execution.unit)
                     if path in errors
                     else 0.0
                     for path, _ in want
                 ]
-            found = agree(kind, want, self._found[kind], extra)
-            if kind == "layers":
+            found = agree(quantity, want, self._found[quantity], extra)
+            if quantity == "layers":
                 for each in found:
                     self.layers.setdefault(each.path, []).append(each)
             else:
@@ -188,7 +188,7 @@ def execute(
     pair: BothForms,
     resolution: Resolution,
     calls: Sequence[Callable[..., Any]],
-    tell: Progress,
+    show: Progress,
 ) -> Execution:
     """Runs both forms on a device, in the precision of the model.
 
@@ -197,7 +197,7 @@ def execute(
       pair: the programs, with their arrays on the device.
       resolution: the device.
       calls: the original and the converted form, compiled.
-      tell: takes the progress.
+      show: takes the progress.
     """
     name = resolution.backend
     proofs = layer_certificates(pair.plan, pair.original.layer_dtypes(pair.plan))
@@ -214,18 +214,18 @@ def execute(
         ]
     certificates = {}
     for done, (path, proof) in enumerate(proofs.items()):
-        tell(f"{name}: exact layers", done, len(proofs))
+        show(f"{name}: exact layers", done, len(proofs))
         certificates[path] = proof()
-    tell(f"{name}: exact layers", len(proofs), len(proofs))
+    show(f"{name}: exact layers", len(proofs), len(proofs))
     errors: list[WorkingError] = []
-    programs: dict[Kind, Sequence[Callable[..., Any]]] = {"outputs": calls}
+    programs: dict[Quantity, Sequence[Callable[..., Any]]] = {"outputs": calls}
     if backward is not None:
         programs["gradients"] = backward
-    for done, (kind, forms) in enumerate(programs.items()):
-        tell(f"{name}: {kind}", done, len(programs))
-        if kind in equality.references:
-            errors += _errors(equality.references[kind], kind, forms, pair)
-    tell(f"{name}: errors", len(programs), len(programs))
+    for done, (quantity, forms) in enumerate(programs.items()):
+        show(f"{name}: {quantity}", done, len(programs))
+        if quantity in equality.references:
+            errors += _errors(equality.references[quantity], quantity, forms, pair)
+    show(f"{name}: errors", len(programs), len(programs))
     if training is not None and "one step" in equality.references:
         errors += _step_errors(equality, training, pair)
     dtypes = {jnp.result_type(x) for x in jax.tree.leaves(pair.variables)}
@@ -242,7 +242,7 @@ def execute(
 
 def _errors(
     reference: Sequence[tuple[str, Any]],
-    kind: Kind,
+    quantity: Quantity,
     forms: Sequence[Callable[..., Any]],
     pair: BothForms,
 ) -> list[WorkingError]:
@@ -254,7 +254,7 @@ def _errors(
         runs.append(original({**pair.variables, "params": params}, arrays))
     got = changed(pair.other, pair.changed.arrays)
     leaves = [jax.tree.leaves(run) for run in runs]
-    return working_errors(kind, reference, leaves, jax.tree.leaves(got))
+    return working_errors(quantity, reference, leaves, jax.tree.leaves(got))
 
 
 def _step_errors(

@@ -71,7 +71,7 @@ class Reference:
             [] if found else [Reading(trace.jaxpr) for trace in self._traces]
         )
 
-    def run(self, tell: Progress) -> tuple[Read, Read] | None:
+    def run(self, show: Progress) -> tuple[Read, Read] | None:
         """Run both; None where that cannot be, see :attr:`unread`."""
         for reading in self._readings:
             wanted, free = reading.bytes, free_memory()
@@ -89,9 +89,9 @@ class Reference:
             row += f", about {math.ceil(seconds / 60)} minutes"
         found: list[Read] = []
         for done, (trace, reading) in enumerate(zip(self._traces, self._readings)):
-            tell(row, done, len(self._readings))
+            show(row, done, len(self._readings))
             found.append(_read(trace, reading))
-        tell(row, len(found), len(found))
+        show(row, len(found), len(found))
         return found[0], found[1]
 
     def rerun(self, first: TracedProgram, second: TracedProgram) -> tuple[Read, Read]:

@@ -9,11 +9,11 @@ from ..backends.census import OpCounts
 from ..backends.report import BackendReport, figures_table
 from ..messages.reports import Report, Table, markdown_table, plain
 from ..plan import Case, Direction, in_words
-from .agreement import Agreement, Kind, WorkingError
+from .agreement import Agreement, Quantity, WorkingError
 from .certificate import Certificate
 from .teacher_forcing import ForcedLayer
 
-_KINDS: tuple[Kind, ...] = ("outputs", "gradients", "one step")
+_QUANTITIES: tuple[Quantity, ...] = ("outputs", "gradients", "one step")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -155,20 +155,20 @@ class VerifyReport(Report):
     @property
     def outputs(self) -> tuple[Agreement, ...]:
         """The model's outputs in float64."""
-        return self._of_kind("outputs")
+        return self._of("outputs")
 
     @property
     def gradients(self) -> tuple[Agreement, ...]:
         """The gradients of the params in float64."""
-        return self._of_kind("gradients")
+        return self._of("gradients")
 
     @property
     def step(self) -> tuple[Agreement, ...]:
         """The params after one optimizer step in float64."""
-        return self._of_kind("one step")
+        return self._of("one step")
 
-    def _of_kind(self, kind: Kind) -> tuple[Agreement, ...]:
-        return tuple(array for array in self.arrays if array.kind == kind)
+    def _of(self, quantity: Quantity) -> tuple[Agreement, ...]:
+        return tuple(array for array in self.arrays if array.quantity == quantity)
 
     @property
     def digits(self) -> float | None:
@@ -271,16 +271,16 @@ class VerifyReport(Report):
         lines = []
         if not self.failed_params and not self.abstract:
             lines.append("parameters: the same bits, rearranged; the way back too")
-        for kind in _KINDS:
-            found = self._of_kind(kind)
+        for quantity in _QUANTITIES:
+            found = self._of(quantity)
             if not found:
                 continue
             verdict = "" if all(c.passed for c in found) else " FAILED"
-            lines.append(f"{kind}: {_agreement(found)}{verdict}")
+            lines.append(f"{quantity}: {_agreement(found)}{verdict}")
             lines += [
                 f"  {execution.backend}: {_errors(errors)}"
                 for execution in self.executions
-                if (errors := [e for e in execution.errors if e.kind == kind])
+                if (errors := [e for e in execution.errors if e.quantity == quantity])
             ]
         for execution in self.executions[1:]:
             proofs = execution.certificates.values()

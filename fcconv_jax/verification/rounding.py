@@ -19,7 +19,7 @@ import numpy as np
 
 from ..messages.progress import Progress
 from ..tracing.jaxprs import opened
-from .agreement import THRESHOLD, Agreement, Kind, agree, is_key
+from .agreement import THRESHOLD, Agreement, Quantity, agree, is_key
 from .arithmetic import unit_roundoff
 from .nudges import SMALL, Constant, constants, half_ulp, is_floating
 from .reading import Reading
@@ -50,20 +50,20 @@ _MOST = 48
 _ENTRIES = 512
 
 Results = list[list[np.ndarray]]  # for each pair, its arrays
-ByKind = Mapping[Kind, tuple[list[np.ndarray], list[np.ndarray]]]
+ByQuantity = Mapping[Quantity, tuple[list[np.ndarray], list[np.ndarray]]]
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
 class Pair:
-    """One kind of results of two programs, in float64.
+    """One quantity of two programs, in float64.
 
     Attributes:
-      kind: what they are.
+      quantity: what they are.
       traces: of both programs.
       names: of the arrays that they return.
     """
 
-    kind: Kind
+    quantity: Quantity
     traces: tuple[TracedProgram, TracedProgram]
     names: Sequence[str]
 
@@ -79,14 +79,14 @@ class Explanation:
       distance: the norm of the moves after which the two agree, even where it is too
         large for rounding; None where no moves of constants make them agree.
       tables: whether arrays of constants differ by their rounding.
-      found: by kind, both programs' arrays as they were compared.
+      found: by quantity, both programs' arrays as they were compared.
     """
 
     arrays: list[Agreement]
     moves: Mapping[Constant, float]
     distance: float | None
     tables: bool
-    found: ByKind
+    found: ByQuantity
 
     @property
     def passed(self) -> bool:
@@ -132,7 +132,7 @@ class _Readings:
 
 
 def explain(
-    pairs: Sequence[Pair], results: ByKind, magnified: float, tell: Progress
+    pairs: Sequence[Pair], results: ByQuantity, magnified: float, show: Progress
 ) -> Explanation:
     """Compare two programs with all that rounding explains taken away.
 
@@ -141,25 +141,25 @@ def explain(
 
     Args:
       pairs: what was run.
-      results: by kind, the arrays of both programs.
+      results: by quantity, the arrays of both programs.
       magnified: the larger error of the two programs in their own precision, in units
         of its roundoff.
-      tell: takes the progress.
+      show: takes the progress.
     """
     arrays = agreements(pairs, results)
-    mine, theirs = ([results[pair.kind][side] for pair in pairs] for side in (0, 1))
-    noise = [[np.zeros(y.shape) for y in kind] for kind in mine]
+    mine, theirs = ([results[pair.quantity][side] for pair in pairs] for side in (0, 1))
+    noise = [[np.zeros(y.shape) for y in quantity] for quantity in mine]
     if not all_passed(arrays) and _off(arrays) < _NOISY * magnified * 2.0**-53:
-        tell("float64: its own rounding", 0, 1)
+        show("float64: its own rounding", 0, 1)
         noise = _noise(pairs, mine)
         arrays = _agree(pairs, mine, theirs, noise)
-        tell("float64: its own rounding", 1, 1)
+        show("float64: its own rounding", 1, 1)
     movable, tables = _constants_of(pairs), _own_tables(pairs)
     dtypes = {dtype for dtype, _ in movable} | set(tables.values())
     unit = max(map(unit_roundoff, dtypes), default=0.0)
     if all_passed(arrays) or not _off(arrays) < _SENSITIVE * LIMIT * unit:
         return Explanation(arrays, {}, None, False, results)
-    tell("float64: constants", 0, 1)
+    show("float64: constants", 0, 1)
     readings = _Readings(pairs, movable, tables)
     found = mine, theirs = readings.run()
     again, distance, steps = arrays, None, np.zeros(len(movable))
@@ -173,11 +173,11 @@ def explain(
     spread = bool(tables) and not all_passed(again)
     if spread:
         again = _agree(pairs, *found, _table_noise(readings, mine, theirs, noise))
-    tell("float64: constants", 1, 1)
+    show("float64: constants", 1, 1)
     if not all_passed(again):
         return Explanation(arrays, {}, distance, False, results)
     moves = {c: float(step) for c, step in zip(movable, steps) if abs(step) > 1e-3}
-    return Explanation(again, moves, distance, spread, _by_kind(pairs, *found))
+    return Explanation(again, moves, distance, spread, _by_quantity(pairs, *found))
 
 
 def _off(arrays: Sequence[Agreement]) -> float:
@@ -199,34 +199,36 @@ def all_passed(arrays: Sequence[Agreement]) -> bool:
 
 def agreements(
     pairs: Sequence[Pair],
-    results: ByKind,
+    results: ByQuantity,
     allowed: Results | None = None,
 ) -> list[Agreement]:
-    """Compare the results of two programs, kind by kind.
+    """Compare the results of two programs, one quantity after the other.
 
     Args:
       pairs: what was run.
-      results: by kind, the arrays of both programs.
-      allowed: by kind, differences of each entry that are rounding.
+      results: by quantity, the arrays of both programs.
+      allowed: by quantity, differences of each entry that are rounding.
     """
     found = []
     for number, pair in enumerate(pairs):
-        mine, theirs = results[pair.kind]
+        mine, theirs = results[pair.quantity]
         theirs = [z.reshape(y.shape) for y, z in zip(mine, theirs, strict=True)]
         more = None if allowed is None else allowed[number]
         wanted, got = (list(zip(pair.names, each)) for each in (mine, theirs))
-        found += agree(pair.kind, wanted, got, more)
+        found += agree(pair.quantity, wanted, got, more)
     return found
 
 
 def _agree(
     pairs: Sequence[Pair], mine: Results, theirs: Results, allowed: Results
 ) -> list[Agreement]:
-    return agreements(pairs, _by_kind(pairs, mine, theirs), allowed)
+    return agreements(pairs, _by_quantity(pairs, mine, theirs), allowed)
 
 
-def _by_kind(pairs: Sequence[Pair], mine: Results, theirs: Results) -> ByKind:
-    return {pair.kind: (y, z) for pair, y, z in zip(pairs, mine, theirs, strict=True)}
+def _by_quantity(pairs: Sequence[Pair], mine: Results, theirs: Results) -> ByQuantity:
+    return {
+        pair.quantity: (y, z) for pair, y, z in zip(pairs, mine, theirs, strict=True)
+    }
 
 
 def key_bits(array: Any) -> np.ndarray:
@@ -238,7 +240,7 @@ def _noise(pairs: Sequence[Pair], like: Results) -> Results:
     """Return how far float64's own rounding may take each entry."""
     readings = _Readings(pairs, noisy=True)
     still = readings.run()
-    worst = [[np.zeros(y.shape) for y in kind] for kind in like]
+    worst = [[np.zeros(y.shape) for y in quantity] for quantity in like]
     for seed in range(1, _DRAWS + 1):
         for side, base in zip(readings.run(seed=seed), still):
             _widen(worst, side, base, np.maximum)
@@ -249,12 +251,12 @@ def _noise(pairs: Sequence[Pair], like: Results) -> Results:
 
 
 def _widen(worst: Results, moved: Results, base: Results, combine: Any) -> None:
-    for number, kind in enumerate(worst):
-        for place, so_far in enumerate(kind):
+    for number, quantity in enumerate(worst):
+        for place, so_far in enumerate(quantity):
             with np.errstate(invalid="ignore"):
                 off = abs(moved[number][place] - 1.0 * base[number][place])
             off = np.where(np.isfinite(off), off, 0.0).reshape(so_far.shape)
-            kind[place] = combine(so_far, off)
+            quantity[place] = combine(so_far, off)
 
 
 def _bounded(off: np.ndarray, scale: float) -> np.ndarray:
@@ -265,12 +267,12 @@ def _bounded(off: np.ndarray, scale: float) -> np.ndarray:
 def _scales(pairs: Sequence[Pair], results: Results) -> list[list[float]]:
     """The size of each array; of one that is nothing but rounding, of what is near."""
     found = []
-    for pair, kind in zip(pairs, results):
+    for pair, quantity in zip(pairs, results):
         given = max(
             (_scale(np.asarray(x)) for x in pair.traces[0].operands if is_floating(x)),
             default=0.0,
         )
-        sizes = [_scale(y) for y in kind]
+        sizes = [_scale(y) for y in quantity]
         least = max([1e-8 * given, *(1e-2 * size for size in sizes)])
         found.append([max(size, least) or 1.0 for size in sizes])
     return found
@@ -380,7 +382,7 @@ def _table_noise(
 ) -> Results:
     """Return the noise, and how far the rounding of tables may take each entry."""
     rng = np.random.default_rng(0)
-    total = [[np.zeros(y.shape) for y in kind] for kind in mine]
+    total = [[np.zeros(y.shape) for y in quantity] for quantity in mine]
     for _ in range(_TABLE_DRAWS):
         for side, base in zip(readings.run(tables=rng), (mine, theirs)):
             _widen(total, side, base, lambda so_far, off: so_far + off**2)

@@ -151,11 +151,11 @@ def verify(
       (True, True)
     """
     chosen = _resolve_all(backends)
-    with default_settings(), shown(progress) as tell:
+    with default_settings(), shown(progress) as show:
         bound = bind(model, params, *inputs, **kwargs)
         check_options(verify, bound)
         if plan is None:
-            tell("planning", 0, 1)
+            show("planning", 0, 1)
             plan = bound.plan(to)
         pair, failures = _both_forms(bound, plan, converted_model, converted_params)
         executed = [r for r in chosen if r.how == "executed"]
@@ -174,13 +174,13 @@ def verify(
             pair.by_form(),
             absent,
             timeout=timeout,
-            progress=lambda what, done, total: tell(f"compilers: {what}", done, total),
+            progress=lambda what, done, total: show(f"compilers: {what}", done, total),
         ) as compiling:
             equality, executions, reports = None, [], {}
             if executed:
-                equality = Equality(pair, tx, gradients, tell)
+                equality = Equality(pair, tx, gradients, show)
             for resolution in executed:
-                report, execution = _execute(equality, pair, resolution, tell)
+                report, execution = _execute(equality, pair, resolution, show)
                 reports[resolution.backend] = report
                 executions.append(execution)
             compiled = compiling.results() if absent else {}
@@ -235,22 +235,22 @@ def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:
 
 
 def _execute(
-    equality: Any, pair: BothForms, resolution: Resolution, tell: Progress
+    equality: Any, pair: BothForms, resolution: Resolution, show: Progress
 ) -> tuple[BackendReport, Execution]:
     """Runs both forms on a device that is present."""
     with contextlib.ExitStack() as stack:
         if resolution.device.platform != jax.default_backend():
             stack.enter_context(jax.default_device(resolution.device))
             pair = pair.on(resolution.device)
-        tell(f"{resolution.backend}: compiling", 0, 1)
+        show(f"{resolution.backend}: compiling", 0, 1)
         programs = pair.by_form()
         compiled = {
             form: compile_present(program, resolution)
             for form, program in programs.items()
         }
         calls = [compiled[form].executable for form in ("original", "converted")]
-        execution = execute(equality, pair, resolution, calls, tell)
-        tell(f"{resolution.backend}: run times", 0, 1)
+        execution = execute(equality, pair, resolution, calls, show)
+        show(f"{resolution.backend}: run times", 0, 1)
         runs: dict[str, Callable[[], Any]] = {
             form: functools.partial(compiled[form].executable, *program.args)
             for form, program in programs.items()
@@ -263,7 +263,7 @@ def _execute(
             converted=compiled["converted"],
             milliseconds=milliseconds(runs),
         )
-        tell(f"{resolution.backend}: run times", 1, 1)
+        show(f"{resolution.backend}: run times", 1, 1)
         return report, execution
 
 

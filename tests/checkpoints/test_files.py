@@ -311,10 +311,10 @@ def test_a_writer_that_drops_a_leaf_is_caught(case, save, tmp_path, monkeypatch)
     src = save(case.dense, "safetensors")
     write = safetensors.write
 
-    def forgetful(path, checkpoint, tell):
+    def forgetful(path, checkpoint, advance):
         tree = dict(checkpoint.tree)
         tree.pop("head.bias")
-        write(path, Checkpoint("safetensors", tree), tell)
+        write(path, Checkpoint("safetensors", tree), advance)
 
     format = dataclasses.replace(safetensors.FORMAT, write=forgetful)
     monkeypatch.setitem(FORMATS_BY_NAME, "safetensors", format)

@@ -84,7 +84,7 @@ def test_json_markdown_and_file():
     command = "verify model.py:wide --input 2,4 --no-gradients"
     report = json.loads(run(f"{command} --json --out report.md").stdout)
     assert report["passed"] is True
-    assert {array["kind"] for array in report["arrays"]} == {"outputs"}
+    assert {array["quantity"] for array in report["arrays"]} == {"outputs"}
     assert Path("report.md").read_text().startswith("**EQUIVALENT")
     assert "| fc | pointwise |" in run(f"{command} --markdown").stdout
     run(f"{command} --out report.json")

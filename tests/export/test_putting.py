@@ -3,7 +3,7 @@
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.export import export as room
+from fcconv_jax.export import export as module
 from fcconv_jax.messages.errors import ExportError
 
 from .models import MODELS
@@ -39,7 +39,7 @@ def test_an_error_leaves_what_was_there(step, to, tmp_path, monkeypatch):
     def fail(*_, **__):
         raise MemoryError
 
-    monkeypatch.setattr(room, step, fail)
+    monkeypatch.setattr(module, step, fail)
     with pytest.raises(MemoryError):
         write("mlp", to, tmp_path, "conv")
     assert content(tmp_path) == before

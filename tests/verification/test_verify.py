@@ -137,7 +137,7 @@ def test_report_as_text_json_and_markdown(report):
     markdown = report.to_markdown().splitlines()
     assert markdown[0].startswith("**EQUIVALENT")
     assert markdown[2].count("|") == markdown[4].count("|") == 6
-    assert content["arrays"][0]["kind"] == "outputs"
+    assert content["arrays"][0]["quantity"] == "outputs"
     assert content["arrays"][0]["digits"] > 14
     error = content["executions"][0]["errors"][0]
     assert 0 <= error["converted"] <= error["allowed"]

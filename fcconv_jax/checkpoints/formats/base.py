@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from ..checkpoint import Checkpoint
-from ..extents import Tell
+from ..extents import Advance
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +31,7 @@ class FileFormat:
     suffix: str
     looks_like: Callable[[bytes], bool]
     open: Callable[[Path], Checkpoint]
-    write: Callable[[Path, Checkpoint, Tell], None]
+    write: Callable[[Path, Checkpoint, Advance], None]
     fit: Callable[[Any, str], Any]
     flat: bool = False
     weak: bool = False
@@ -58,7 +58,7 @@ class FolderFormat:
     name: str
     looks_like: Callable[[Path], bool]
     open: Callable[[Path, str | None], Checkpoint]
-    write: Callable[[Path, Checkpoint, Tell], None]
+    write: Callable[[Path, Checkpoint, Advance], None]
     fit: Callable[[Any, str], Any]
     step_names: Callable[[Path], list[str]]
     companions: Callable[[Checkpoint], Mapping[Path, Path]]

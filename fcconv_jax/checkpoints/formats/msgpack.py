@@ -16,7 +16,7 @@ import numpy as np
 from ...messages.errors import CheckpointError
 from ..checkpoint import Checkpoint, ConversionRecord, is_array
 from ..entries import Moved
-from ..extents import Extent, File, Tell
+from ..extents import Advance, Extent, File
 from ..nesting import fit_nested
 from .base import FileFormat
 from .msgpack_frame import ARRAY, CHUNKED, COMPLEX, SCALAR, FrameError, FrameReader
@@ -52,7 +52,7 @@ def open_(path: Path) -> Checkpoint:
     return Checkpoint("msgpack", tree, record, path=path)
 
 
-def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
+def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
     """Write the tree as Flax does, with the record where Flax does not look.
 
     Flax writes a large array as a dict of chunks, and reads of such a dict what it
@@ -62,7 +62,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     Args:
       path: a new file.
       checkpoint: what to write.
-      tell: called with the number of bytes written since.
+      advance: called with the number of bytes written since.
 
     Raises:
       CheckpointError: a leaf is of a type that Flax does not pack, or no array can
@@ -88,7 +88,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     except (TypeError, ValueError, OverflowError) as error:
         raise CheckpointError(f"{path.name}: Flax cannot pack it: {error}") from None
     out.flush()
-    out.write_entries(path, tell)
+    out.write_entries(path, advance)
 
 
 def _in_dicts(node: Any) -> Iterator[Any]:
@@ -135,13 +135,13 @@ class _Writer:
         extent.write(0, memoryview(content))
         self._waiting, self._from = [], self.at
 
-    def write_entries(self, path: Path, tell: Tell) -> None:
+    def write_entries(self, path: Path, advance: Advance) -> None:
         """Write the entries to where room was left."""
         for leaf, spans in self.leaves:
             if len(spans) == 1:
-                write_leaves([(spans[0][0], leaf)], self.file, path, tell)
+                write_leaves([(spans[0][0], leaf)], self.file, path, advance)
             else:
-                leaf.write(Extent(self.file, tuple(spans)), path.parent, tell)
+                leaf.write(Extent(self.file, tuple(spans)), path.parent, advance)
 
 
 def _packed(

@@ -30,7 +30,7 @@ from ..checkpoint import (
     with_leaves,
 )
 from ..entries import Moved, raw_dtype
-from ..extents import LARGE, File, Tell, give_back_memory
+from ..extents import LARGE, Advance, File, give_back_memory
 from ..nesting import fit_nested
 from .base import FolderFormat
 from .orbax_folder import STEP, companions, locate, looks_like, owns, step_names
@@ -90,7 +90,7 @@ def _open_tree(directory: Path) -> Any:
     )
 
 
-def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
+def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
     """Write a directory with the contents that the checkpoint was read from.
 
     What opened the original opens this one: one tree, a step with its items, or a
@@ -101,7 +101,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     Args:
       path: a new directory.
       checkpoint: what to write.
-      tell: called with the number of bytes written since.
+      advance: called with the number of bytes written since.
 
     Raises:
       CheckpointError: Orbax cannot store a leaf, or would store two under one name.
@@ -131,9 +131,9 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     like = Storage()
     if checkpoint.path is not None:
         like = Storage.of(_directory(checkpoint.path, contents))
-    handler, args = _handler(scratch, like, tell), next(iter(saves.values()))
+    handler, args = _handler(scratch, like, advance), next(iter(saves.values()))
     if contents.items:
-        handlers = {item: _handler(scratch, like, tell) for item in saves}
+        handlers = {item: _handler(scratch, like, advance) for item in saves}
         handler = ocp.CompositeCheckpointHandler(**handlers)
         args = ocp.args.Composite(**saves)
     target.parent.mkdir(exist_ok=True)
@@ -180,7 +180,7 @@ def _as_lazy(leaf: Any) -> Any:
     )
 
 
-def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
+def _handler(scratch: Path, like: Storage, advance: Advance) -> Any:
     """Return a handler that knows arrays whose entries are still to be moved."""
     import orbax.checkpoint as ocp
     from orbax.checkpoint import type_handlers as th
@@ -204,7 +204,7 @@ def _handler(scratch: Path, like: Storage, tell: Tell) -> Any:
                     await asyncio.to_thread(future.result)
                 del arrays
                 give_back_memory()
-                tell(sum(values[i].nbytes for i in batch))
+                advance(sum(values[i].nbytes for i in batch))
             return []
 
     # A copy of each array would double the memory; Orbax before 0.12.5 has no option.

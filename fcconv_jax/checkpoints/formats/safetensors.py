@@ -16,7 +16,7 @@ from ...files.strict_json import loads, whole_numbers
 from ...messages.errors import CheckpointError
 from ..checkpoint import Checkpoint, ConversionRecord, is_array
 from ..entries import Filed, Moved
-from ..extents import BLOCK, Extent, File, Tell, copy
+from ..extents import BLOCK, Advance, Extent, File, copy
 from ..nesting import fit_flat
 from .base import FileFormat
 
@@ -82,7 +82,7 @@ def open_(path: Path) -> Checkpoint:
     return Checkpoint("safetensors", tree, record, metadata, path)
 
 
-def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
+def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
     """Write a flat dict of arrays, in its order, with the record in the metadata.
 
     Entries that keep their order are copied from file to file, many at once; the
@@ -91,7 +91,7 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     Args:
       path: a new file.
       checkpoint: what to write.
-      tell: called with the number of bytes written since.
+      advance: called with the number of bytes written since.
 
     Raises:
       CheckpointError: a leaf isn't an array, or has a dtype that the format lacks.
@@ -128,18 +128,18 @@ def write(path: Path, checkpoint: Checkpoint, tell: Tell) -> None:
     file = File.create(path)
     begin = struct.pack("<Q", len(text)) + text
     file.extent(0, len(begin)).write(0, memoryview(begin))
-    write_leaves([(len(begin) + o, leaf) for o, leaf in leaves], file, path, tell)
+    write_leaves([(len(begin) + o, leaf) for o, leaf in leaves], file, path, advance)
 
 
 def write_leaves(
-    leaves: list[tuple[int, Moved]], file: File, path: Path, tell: Tell
+    leaves: list[tuple[int, Moved]], file: File, path: Path, advance: Advance
 ) -> None:
     """Write leaves to their places in a file, those that lie together at once."""
     waiting: tuple[Extent, Extent] | None = None
     for offset, leaf in leaves:
         out = file.extent(offset, offset + leaf.nbytes)
         if not (leaf.keeps_order and isinstance(leaf.entries, Filed)):
-            leaf.write(out, path.parent, tell)
+            leaf.write(out, path.parent, advance)
             continue
         source = leaf.entries.extent
         joined = waiting and _joined(waiting[0], source), out
@@ -147,10 +147,10 @@ def write_leaves(
             waiting = joined[0], together
             continue
         if waiting:
-            copy(*waiting, tell)
+            copy(*waiting, advance)
         waiting = source, out
     if waiting:
-        copy(*waiting, tell)
+        copy(*waiting, advance)
 
 
 def _joined(one: Extent, other: Extent) -> Extent | None:

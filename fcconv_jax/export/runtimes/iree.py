@@ -89,15 +89,15 @@ def _stablehlo(function: Callable[..., Any], shapes: Sequence[Any]) -> str:
 
 def compiled(text: str) -> bytes:
     """Return a module of a program's StableHLO."""
-    room = require("iree.compiler", "iree", "an IREE module (.vmfb)")
+    compiler = require("iree.compiler", "iree", "an IREE module (.vmfb)")
     try:
-        return room.compile_str(
+        return compiler.compile_str(
             text,
             target_backends=[BACKEND],
             input_type="stablehlo",
             extra_args=["--iree-llvmcpu-target-cpu=host"],
         )
-    except room.CompilerToolError as error:
+    except compiler.CompilerToolError as error:
         said = str(error).strip().splitlines()
         raise ExportError(f"IREE refuses the model: {' '.join(said[:3])}") from None
 
@@ -199,9 +199,9 @@ class IreeFile(Shipped):
 
 def loaded(content: bytes) -> Callable[..., list[np.ndarray]]:
     """Return a module's main function, on NumPy arrays."""
-    room = require("iree.runtime", "iree", "running an IREE module (.vmfb)")
-    context = room.SystemContext(config=room.Config("local-sync"))
-    module = room.VmModule.copy_buffer(context.instance, content)
+    runtime = require("iree.runtime", "iree", "running an IREE module (.vmfb)")
+    context = runtime.SystemContext(config=runtime.Config("local-sync"))
+    module = runtime.VmModule.copy_buffer(context.instance, content)
     context.add_vm_module(module)
     main = context.modules[module.name]["main"]
 

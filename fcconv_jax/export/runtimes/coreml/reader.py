@@ -45,8 +45,8 @@ class CoreMlFile(Shipped):
     def __init__(self, path: Path):
         ct = coremltools()
         self.path = path
-        room = "coremltools.converters.mil.frontend.milproto.load"
-        load = require(room, "coreml", "reading a Core ML package")
+        module = "coremltools.converters.mil.frontend.milproto.load"
+        load = require(module, "coreml", "reading a Core ML package")
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")

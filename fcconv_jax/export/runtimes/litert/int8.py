@@ -34,7 +34,7 @@ def quantize(
       MissingExtraError: the quantizer is not installed.
       ExportError: it cannot take the file.
     """
-    room = require("litert_quantizer.quantizer", "litert", "an int8 LiteRT file")
+    quantizer = require("litert_quantizer.quantizer", "litert", "an int8 LiteRT file")
     recipe = require("litert_quantizer.recipe", "litert", "an int8 LiteRT file")
     data = [dict(zip(names, each, strict=True)) for each in examples]
     with (
@@ -44,7 +44,7 @@ def quantize(
     ):
         # It asks the interpreter to keep every tensor, which warns about memory.
         warnings.simplefilter("ignore")
-        made = room.Quantizer(bytearray(content), recipe.static_wi8_ai8())
+        made = quantizer.Quantizer(bytearray(content), recipe.static_wi8_ai8())
         try:
             ranges = made.calibrate({"serving_default": data}, num_threads=1)
             result = made.quantize(
