@@ -2,12 +2,10 @@ from .checkpoints import convert_checkpoint as convert_checkpoint
 from .checkpoints import restore_checkpoint as restore_checkpoint
 from .checkpoints import verify_checkpoint as verify_checkpoint
 from .dense_prediction.images import open_image as open_image
-from .dense_prediction.report import SlideReport as SlideReport
 from .dense_prediction.slide import Slide as Slide
 from .dense_prediction.slide import slide as slide
 from .export.export import export as export
 from .export.fold_norms import fold_norms as fold_norms
-from .export.report import ExportReport as ExportReport
 from .export.verify_file import verify_file as verify_file
 from .frontends.convert_model import convert_model as convert_model
 from .frontends.convert_params import convert_params as convert_params
@@ -15,7 +13,6 @@ from .frontends.convert_params import restore_params as restore_params
 from .frontends.make_plan import make_plan as make_plan
 from .frontends.train_state import convert_train_state as convert_train_state
 from .frontends.train_state import restore_train_state as restore_train_state
-from .geometry.classify import Equivalence as Equivalence
 from .geometry.classify import classify as classify
 from .geometry.classify import explain as explain
 from .geometry.kernels import conv_kernel_to_dense as conv_kernel_to_dense
@@ -28,15 +25,12 @@ from .messages.errors import FcconvError as FcconvError
 from .messages.errors import ImageError as ImageError
 from .messages.errors import PlanError as PlanError
 from .params.opt_state import convert_opt_state as convert_opt_state
-from .plan import LayerPlan as LayerPlan
 from .plan import Plan as Plan
 from .plan.rules import Rule as Rule
-from .plan.tuning import Tuning as Tuning
 from .planning.from_shapes import plan_from_params as plan_from_params
 from .tuning.tune import tune as tune
 from .verification.compare import assert_same as assert_same
 from .verification.compare import compare as compare
-from .verification.comparison import Comparison as Comparison
 from .verification.report import VerifyReport as VerifyReport
 from .verification.verify import assert_equivalent as assert_equivalent
 from .verification.verify import verify as verify

@@ -8,7 +8,10 @@ import pytest
 import fcconv_jax as fc
 from fcconv_jax.backends.report import BackendReport
 from fcconv_jax.checkpoints import ContentReport
+from fcconv_jax.dense_prediction.report import SlideReport
+from fcconv_jax.export.report import ExportReport
 from fcconv_jax.messages.reports import Report, markdown_table
+from fcconv_jax.verification.comparison import Comparison
 
 EVIL = "fc\x1b[2J|<b>\nPROVED: all layers"
 
@@ -39,9 +42,9 @@ class Found(Report):
     "report",
     [
         fc.VerifyReport,
-        fc.Comparison,
-        fc.ExportReport,
-        fc.SlideReport,
+        Comparison,
+        ExportReport,
+        SlideReport,
         ContentReport,
         BackendReport,
     ],

@@ -35,7 +35,7 @@ class Rule:
         ``/``): ``"head"``, ``"*/attention/*"``.
       window: kernel size of the conv form; None leaves it to the trace.
       order: flatten order such as ``"CHW"``; None leaves it to the trace.
-      layout: see :class:`fcconv_jax.LayerPlan`; None for the backend's default.
+      layout: as of :class:`fcconv_jax.plan.layer.LayerPlan`; None for the backend's.
       skip: leave the layer as it is.
       kernel_layout: as ``layout``.
       below: if given, the rule is only for kernels of fewer entries.

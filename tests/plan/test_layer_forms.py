@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 
 import fcconv_jax as fc
 from fcconv_jax.geometry.kernels import bias_rearrangement, kernel_rearrangement
+from fcconv_jax.plan import LayerPlan
 from fcconv_jax.plan import layer_forms as forms
 
 
@@ -37,7 +38,7 @@ def layer_plan(
         kernel = kernel.permuted((out, axes[-1], *axes[:-1]))
     leaves = (("kernel", kernel), ("bias", bias_rearrangement(bias)))
     strides = window if base in ("patchify", "unpatchify") else (1,) * len(window)
-    return fc.LayerPlan(
+    return LayerPlan(
         base,
         "Dense",
         window,

@@ -16,6 +16,7 @@ import fcconv_jax as fc
 from fcconv_jax.planning.as_layer import form_of
 from fcconv_jax.planning.matmul import Matmul
 from fcconv_jax.planning.trace import parameter_paths, trace
+from fcconv_jax.verification.comparison import Comparison
 
 from .entry import Subject
 
@@ -37,7 +38,7 @@ class Findings:
     found: int
     left: tuple[tuple[str, str | None], ...]
     round_trip: bool
-    comparison: fc.Comparison
+    comparison: Comparison
 
     @property
     def kinds(self) -> Mapping[str, int]:
