@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
+from jaxtyping import PyTree
 
 if TYPE_CHECKING:
     from .verification.report import VerifyReport
@@ -104,7 +105,9 @@ def assert_equivalent(
     Returns the report; ``backends[0].how`` is how far the check got.
     """
 
-    def check(model: Any, params: Any, *inputs: Any, plan: Any, **options: Any) -> Any:
+    def check(
+        model: object, params: PyTree, *inputs: Any, plan: Any, **options: Any
+    ) -> Any:
         from .verification.structure import structure_failures
         from .verification.verify import verify
 

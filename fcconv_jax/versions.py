@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.experimental
+import numpy as np
 
 # jax 0.10.1: jax.errors.InconclusiveDimensionOperation.
 InconclusiveDimensionOperation: Any = vars(jax.errors).get(
@@ -40,7 +41,7 @@ DONATES_RESHAPED = jax.__version_info__ >= (0, 8)
 SHARDING_KEYS = ("out_sharding", "sharding_names")
 
 
-def check_bits(dtype: Any) -> None:
+def check_bits(dtype: np.dtype) -> None:
     """Jax 0.8.0: delete. Earlier, XLA's CPU programs write past packed entries."""
     packed = dtype.name.lstrip("u").startswith(("int2", "int4", "float4"))
     if jax.__version_info__ < (0, 8) and packed:

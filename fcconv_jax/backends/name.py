@@ -6,11 +6,19 @@ import dataclasses
 import difflib
 import math
 import re
-from typing import Any, Literal
+from typing import Any, Literal, Protocol
 
 from ..messages.errors import BackendError
 
 Platform = Literal["cpu", "cuda", "rocm", "tpu"]
+
+
+class Device(Protocol):
+    """A device of JAX, whose own class has no type that checkers accept."""
+
+    platform: str
+    device_kind: str
+    client: Any
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,12 +129,11 @@ class Backend:
         kind = GENERATIONS["tpu"][self.target.kind or ""]
         return f"{kind.libtpu}:{self.topology or kind.topology}"
 
-    def describes(self, device: Any) -> bool:
+    def describes(self, device: Device) -> bool:
         """Return whether a device of JAX matches this backend.
 
         Example:
-          >>> import jax
-          >>> Backend.parse("tpu:v5e").describes(jax.devices("cpu")[0])
+          >>>           >>> Backend.parse("tpu:v5e").describes(jax.devices("cpu")[0])
           False
         """
         if jax_platform(device) != self.platform:
@@ -144,12 +151,11 @@ class Backend:
         return matches[self.kind] > 0 and matches[self.kind] == max(matches.values())
 
 
-def jax_platform(device: Any) -> str:
+def jax_platform(device: Device) -> str:
     """Return the platform of a device, with 'gpu' told apart.
 
     Example:
-      >>> import jax
-      >>> jax_platform(jax.devices("cpu")[0])
+      >>>       >>> jax_platform(jax.devices("cpu")[0])
       'cpu'
     """
     if device.platform not in ("gpu", "cuda", "rocm"):

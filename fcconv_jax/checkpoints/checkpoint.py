@@ -12,6 +12,7 @@ from types import MappingProxyType
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 from ..files.strict_json import loads, whole_numbers
 from ..messages.errors import CheckpointError, PlanError
@@ -24,7 +25,7 @@ PLAN_KEY = "fcconv_plan"
 LEAVES_KEY = "fcconv_leaves"
 
 
-def iter_leaves(tree: Any, path: Parts = ()) -> Iterator[tuple[Parts, Any]]:
+def iter_leaves(tree: PyTree, path: Parts = ()) -> Iterator[tuple[Parts, Any]]:
     """Yield the path and value of each leaf, in the order of the tree.
 
     Dicts, lists and tuples are nodes; everything else, None included, is a leaf.
@@ -39,7 +40,7 @@ def iter_leaves(tree: Any, path: Parts = ()) -> Iterator[tuple[Parts, Any]]:
         yield path, tree
 
 
-def with_leaves(tree: Any, leaves: Iterator[Any]) -> Any:
+def with_leaves(tree: PyTree, leaves: Iterator[Any]) -> Any:
     """Return a tree with the same nodes and keys, and leaves from an iterator."""
     if isinstance(tree, Mapping):
         return {key: with_leaves(node, leaves) for key, node in tree.items()}
@@ -181,7 +182,7 @@ class Checkpoint:
     """
 
     format: str
-    tree: Any
+    tree: PyTree
     record: ConversionRecord | None = None
     metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     path: Path | None = None

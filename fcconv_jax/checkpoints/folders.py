@@ -12,7 +12,8 @@ import shutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any
+
+from jaxtyping import PyTree
 
 from ..files.strict_json import loads
 from ..messages.errors import CheckpointError
@@ -149,7 +150,7 @@ def step_names(path: Path) -> list[str]:
     return sorted(found, key=found.__getitem__)
 
 
-def _part(record: ConversionRecord | None, tree: Any) -> ConversionRecord | None:
+def _part(record: ConversionRecord | None, tree: PyTree) -> ConversionRecord | None:
     if record is None:
         return None
     names = {"/".join(parts) for parts, _ in iter_leaves(tree)}

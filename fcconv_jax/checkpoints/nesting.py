@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+from jaxtyping import PyTree
+
 from ..messages.errors import CheckpointError
 from .checkpoint import Parts, is_array, iter_leaves
 
@@ -87,7 +89,7 @@ def nested(flat: Mapping[str, Any], file: str) -> dict[str, Any]:
     return tree
 
 
-def fit_nested(tree: Any, file: str) -> Any:
+def fit_nested(tree: PyTree, file: str) -> Any:
     """Return a tree of another format, where it is nested dicts with strings for keys.
 
     Raises:
@@ -97,7 +99,7 @@ def fit_nested(tree: Any, file: str) -> Any:
     return tree
 
 
-def fit_flat(tree: Any, file: str) -> dict[str, Any]:
+def fit_flat(tree: PyTree, file: str) -> dict[str, Any]:
     """Return a nested tree as one dict of arrays, levels joined by ``/``.
 
     Raises:
@@ -118,7 +120,7 @@ def fit_flat(tree: Any, file: str) -> dict[str, Any]:
     return dict(sorted(flat.items(), key=lambda item: -item[1].dtype.itemsize))
 
 
-def _check_nodes(tree: Any, file: str, path: str, empty: bool) -> None:
+def _check_nodes(tree: PyTree, file: str, path: str, empty: bool) -> None:
     if isinstance(tree, list | tuple):
         found = f"{path or 'the root'!r} is a list"
     elif not isinstance(tree, Mapping):

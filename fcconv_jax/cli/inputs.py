@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import PyTree
+
 if TYPE_CHECKING:
     import jax
 
@@ -34,7 +36,7 @@ class LoadedModel:
     """
 
     model: Any
-    params: Any = None
+    params: PyTree = None
 
 
 def load_model(text: str) -> LoadedModel:

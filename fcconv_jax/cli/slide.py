@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from jaxtyping import PyTree
 
 from .app import app, examples
 from .inputs import ArgumentError, load_model, parse_input, parse_sizes
@@ -194,7 +195,7 @@ def slide(
     bound = _with_params(bound, params, images[0], sizes, channels)
     on_crops = bind_crops(bound)
 
-    def scaled(variables: Any, crops: Any) -> Any:
+    def scaled(variables: PyTree, crops: Any) -> Any:
         return on_crops.function(variables, scaling(crops))
 
     (variables,) = on_crops.complete(())

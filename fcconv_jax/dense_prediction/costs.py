@@ -10,6 +10,7 @@ from typing import Any
 from ..tracing.cost import flops
 from ..tracing.jaxprs import opened, subjaxprs
 from ..tracing.primitives import MATMULS
+from ..tracing.protocols import Equation
 
 # Sharing an operation along an axis has to save this much.
 WORTH = 1.1
@@ -57,7 +58,7 @@ def _written(jaxpr: Any, copies: float, others: float) -> float:
     return total
 
 
-def _copies(eqn: Any) -> bool:
+def _copies(eqn: Equation) -> bool:
     if eqn.primitive.name == "transpose":
         # Axes of size 1 may be anywhere.
         sizes = eqn.invars[0].aval.shape

@@ -30,6 +30,7 @@ from ..tracing.primitives import (
     ROUNDING,
     SAME,
 )
+from ..tracing.protocols import Equation
 from .alignment import aligned, broadcast_data, combined
 from .maps import Map
 from .rules import RULES
@@ -56,7 +57,7 @@ class Interpreter:
         """Return the outputs of a jaxpr."""
         return list(map(_value, evaluate(jaxpr, operands, self._visit)))
 
-    def _visit(self, eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    def _visit(self, eqn: Equation, operands: Sequence[Any]) -> list[Any]:
         values = list(map(_value, operands))
         name = eqn.primitive.name
         if not self.placed:
@@ -80,7 +81,7 @@ class Interpreter:
                 self.left[f"{name}: {reason}"] += 1
         return self._own(eqn, values)
 
-    def _plain(self, eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+    def _plain(self, eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
         """Evaluate an equation that no crop changes; known numbers stay known."""
         if eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze"):
             try:
@@ -105,7 +106,7 @@ class Interpreter:
         with jax.ensure_compile_time_eval():
             return run()
 
-    def _own(self, eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+    def _own(self, eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
         """Evaluate an equation on each crop's own arrays."""
         fronts = sorted({g for v in values for g in (*v.fronts, *v.shared)})
         values = [all_own(value) for value in values]
@@ -116,7 +117,7 @@ class Interpreter:
         outs = run(*map(array_of, values))
         return [_with_fronts(out, tuple(fronts)) for out in outs]
 
-    def _body(self, eqn: Any, values: Sequence[CropArray]) -> list[Any]:
+    def _body(self, eqn: Equation, values: Sequence[CropArray]) -> list[Any]:
         """Evaluate a call or control flow by running its bodies."""
         name = eqn.primitive.name
         if name == "scan":
@@ -139,7 +140,7 @@ class Interpreter:
             )
         return self.run(body, values)
 
-    def _scan(self, eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+    def _scan(self, eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
         p = eqn.params
         first, carried = scan_parts(eqn)
         consts, carry = values[:first], list(values[first : first + carried])
@@ -164,7 +165,7 @@ class Interpreter:
         ys = [_stack(list(column)) for column in zip(*stacked)]
         return [*carry, *ys]
 
-    def _cond(self, eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+    def _cond(self, eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
         which, *rest = values
         if which.differs:
             raise NotSharedError("a branch that depends on the image")
@@ -191,7 +192,7 @@ class Interpreter:
         return [v.replace(data=out) for v, out in zip(found[-1], outs)]
 
     def _with_rule(
-        self, eqn: Any, body: Any, values: Sequence[CropArray]
+        self, eqn: Equation, body: Any, values: Sequence[CropArray]
     ) -> list[CropArray]:
         """An elementwise function with a derivative rule of its own, which is kept."""
         together, parts, ranks = aligned(values)
@@ -221,7 +222,9 @@ class Interpreter:
         return [CropArray(out, fronts, parts, ranks) for out in outs]
 
 
-def _in_blocks(eqn: Any, shape: Sequence[int], operands: Sequence[Any]) -> list[Any]:
+def _in_blocks(
+    eqn: Equation, shape: Sequence[int], operands: Sequence[Any]
+) -> list[Any]:
     """Run an elementwise equation on arrays of any shape, a block at a time."""
     whole, block = operands[0].shape, max(math.prod(shape), 1)
     size = math.prod(whole)
@@ -266,7 +269,7 @@ def _is_elementwise_within(jaxpr: Any) -> bool:
     )
 
 
-def _entry_by_entry(eqn: Any) -> bool:
+def _entry_by_entry(eqn: Equation) -> bool:
     if eqn.primitive.name == "broadcast_in_dim":
         return eqn.invars[0].aval.shape == ()
     return eqn.primitive.name in ENTRYWISE
@@ -289,7 +292,7 @@ def _through(
     return [v.replace(data=out) for v, out in zip(found, outs)]
 
 
-def _bind(eqn: Any, *operands: Any) -> list[Any]:
+def _bind(eqn: Equation, *operands: Any) -> list[Any]:
     return bind(eqn, operands)
 
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import itertools
 from collections.abc import Sequence
-from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
+from ..tracing.protocols import Equation
 from .alignment import aligned, own_along, stretched, without_ones
 from .blocks import take
 from .maps import Map
@@ -26,13 +26,13 @@ from .values import (
 )
 
 
-def _reshape(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _reshape(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     if eqn.params["dimensions"] is not None:
         raise NotSharedError("a reshape in another order")
     return [reshaped(values[0], eqn.params["new_sizes"])]
 
 
-def _broadcast(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _broadcast(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     shape, where = eqn.params["shape"], eqn.params["broadcast_dimensions"]
     if value.ranks:
@@ -43,7 +43,7 @@ def _broadcast(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [value.with_groups(groups, value.held)]
 
 
-def _transpose(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _transpose(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     permutation = eqn.params["permutation"]
     bounds = np.cumsum((0, *value.ranks)).tolist()
@@ -53,7 +53,7 @@ def _transpose(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [value.with_groups([value.groups[dim] for dim in permutation], data)]
 
 
-def _squeeze(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _squeeze(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     return [_without_axes(values[0], eqn.params["dimensions"])]
 
 
@@ -68,7 +68,7 @@ def _without_axes(value: CropArray, gone: Sequence[int]) -> CropArray:
     return value.with_groups(groups, value.held)
 
 
-def _expand(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _expand(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     for dim in sorted(eqn.params["dimensions"]):
         value = _with_new_axis(value, dim)
@@ -81,7 +81,7 @@ def _with_new_axis(value: CropArray, dim: int) -> CropArray:
     return value.with_groups(groups, value.held)
 
 
-def _slice(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _slice(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     starts, stops = eqn.params["start_indices"], eqn.params["limit_indices"]
     steps = eqn.params["strides"] or (1,) * len(starts)
@@ -92,7 +92,7 @@ def _slice(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [value]
 
 
-def _reverse(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _reverse(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     for dim in eqn.params["dimensions"]:
         value = _picked(value, dim, np.arange(value.shape[dim])[::-1])
@@ -117,7 +117,7 @@ def _picked(value: CropArray, dim: int, places: Map) -> CropArray:
     return value.replace(data=take(value.data, places, axis), parts=tuple(parts))
 
 
-def _pad(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _pad(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     value, fill = values
     if fill.differs:
         raise NotSharedError("padding with a value that is computed from the image")
@@ -150,22 +150,22 @@ def _pad(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [value]
 
 
-def _concatenate(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _concatenate(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     return [_side_by_side(values, eqn.params["dimension"])]
 
 
-def _stack(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _stack(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     dim = eqn.params["axis"]
     return [_side_by_side([_with_new_axis(value, dim) for value in values], dim)]
 
 
-def _split(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _split(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     ends = np.cumsum([0, *eqn.params["sizes"]])
     pieces = itertools.pairwise(ends)
     return [_picked(values[0], eqn.params["axis"], np.arange(*p)) for p in pieces]
 
 
-def _unstack(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _unstack(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     dim = eqn.params["axis"]
     each = [
         _picked(values[0], dim, np.arange(i, i + 1)) for i in range(len(eqn.outvars))
@@ -173,7 +173,7 @@ def _unstack(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [_without_axes(value, [dim]) for value in each]
 
 
-def _tile(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _tile(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     value = values[0]
     for dim, count in enumerate(eqn.params["reps"]):
         if count != 1:

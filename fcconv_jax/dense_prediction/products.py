@@ -13,6 +13,7 @@ import numpy as np
 from jax import lax
 from jax.custom_derivatives import SymbolicZero
 
+from ..tracing.protocols import Equation
 from . import costs
 from .blocks import array_from, take
 from .maps import full_window_layouts
@@ -30,7 +31,7 @@ from .values import (
 )
 
 
-def _dot(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _dot(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     a, b = values
     if a.differs and b.differs:
         raise NotSharedError("a product of two values that are computed from the image")
@@ -107,7 +108,7 @@ def _dot(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
 
 
 def _full_window(
-    eqn: Any, value: CropArray, contracted: Sequence[int], weights: Any
+    eqn: Equation, value: CropArray, contracted: Sequence[int], weights: Any
 ) -> tuple[Any, tuple[Grid, ...]] | None:
     """Return a Dense layer over axes that crops share, as the convolution that it is.
 

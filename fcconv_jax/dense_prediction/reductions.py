@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from ..tracing.primitives import POSITIONS, REDUCTIONS, SCANS
+from ..tracing.protocols import Equation
 from .values import (
     CropArray,
     NotSharedError,
@@ -19,7 +19,7 @@ from .values import (
 )
 
 
-def _reduction(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _reduction(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     (value,) = values
     axes = sorted(eqn.params["axes"])
     p = {k: v for k, v in eqn.params.items() if k != "axes"}
@@ -45,7 +45,7 @@ def _reduction(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [value.with_groups(groups, data)]
 
 
-def _scan(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _scan(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     """Return a cumulative sum or the like."""
     axis = eqn.params["axis"]
     value = _whole(values[0], axis)
@@ -54,7 +54,7 @@ def _scan(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [value.replace(data=eqn.primitive.bind(value.data, **params))]
 
 
-def _position(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _position(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     """``argmax`` and ``argmin``."""
     (axis,) = eqn.params["axes"]
     value = _whole(values[0], axis)

@@ -8,21 +8,21 @@ equation runs on them as it is.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
 
 from ..tracing.jaxprs import bind
 from ..tracing.primitives import ELEMENTWISE, ROUNDING, SAME
+from ..tracing.protocols import Equation
 from . import moves, products, reductions, windows
 from .alignment import aligned, combined
 from .values import CropArray, SlideRule
 
 
-def _same(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _same(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     # A placement speaks of the axes of one crop's array; the shared array has others.
     return list(values)
 
 
-def _elementwise(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _elementwise(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     """Evaluate an elementwise equation."""
     together, parts, ranks = aligned(values)
     outs = combined(lambda *arrays: bind(eqn, list(arrays)), together)

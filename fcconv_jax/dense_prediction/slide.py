@@ -31,7 +31,7 @@ from .write import TilesWritten, WriteOptions, write_tiles
 
 
 def slide(
-    model: Any,
+    model: object,
     window: int | Sequence[int],
     stride: int | Sequence[int] | None = None,
     *,
@@ -128,7 +128,7 @@ class Slide:
 
     def __init__(
         self,
-        model: Any,
+        model: object,
         window: tuple[int, ...],
         stride: tuple[int, ...] | None,
         axes: tuple[int, ...] | None = None,

@@ -13,6 +13,7 @@ import jax
 import numpy as np
 
 from ..messages.errors import PlanError
+from ..tracing.protocols import Equation
 from . import costs
 from .blocks import Blocks, array_from, as_blocks, cut, reread, segments_along, simplest
 from .maps import WindowPasses, whole_layout, window_passes
@@ -100,7 +101,7 @@ def least(
 def swept(
     run: Callable[[Any, Mapping[int, int]], Any],
     value: CropArray,
-    eqn: Any,
+    eqn: Equation,
     sweeps: Sequence[Sweep],
     each: float,
     fill: Any,

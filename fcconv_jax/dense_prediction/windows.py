@@ -11,12 +11,14 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import DTypeLike
 
+from ..tracing.protocols import Equation
 from .sweeps import Sweep, lay_out, swept
 from .values import CropArray, NotSharedError, SlideRule, array_of, merged
 
 
-def _convolution(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _convolution(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     value, kernel = values
     p = eqn.params
     spec = p["dimension_numbers"]
@@ -74,7 +76,7 @@ def _convolution(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
     return [swept(convolve, value, eqn, sweeps, each, 0)]
 
 
-def _lowest(dtype: Any) -> Any:
+def _lowest(dtype: DTypeLike) -> Any:
     if jnp.issubdtype(dtype, jnp.floating):
         return np.asarray(-np.inf, dtype)
     if jnp.issubdtype(dtype, jnp.bool_):
@@ -82,7 +84,7 @@ def _lowest(dtype: Any) -> Any:
     return np.asarray(jnp.iinfo(dtype).min, dtype)
 
 
-def _highest(dtype: Any) -> Any:
+def _highest(dtype: DTypeLike) -> Any:
     if jnp.issubdtype(dtype, jnp.floating):
         return np.asarray(np.inf, dtype)
     if jnp.issubdtype(dtype, jnp.bool_):
@@ -97,7 +99,7 @@ _POOL_PADDING = {
 }
 
 
-def _pool(eqn: Any, values: Sequence[CropArray]) -> list[CropArray]:
+def _pool(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     (value,) = values
     p = dict(eqn.params)
     padding = [(low, high) for low, high in p["padding"]]

@@ -57,7 +57,7 @@ from .written import Written
 
 
 def export(
-    model: Any,
+    model: object,
     params: PyTree | None = None,
     *inputs: PyTree,
     path: str | Path,

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
@@ -15,6 +16,7 @@ from ..frontends.options import check_options
 from ..messages.errors import ExportError
 from ..params.leaves import flatten_with_path
 from ..tracing import jaxprs
+from ..tracing.protocols import Equation
 from .graph import Graph, Node, Value
 from .lowering.trace import Lowering, as_value, computed, parameters, refusal
 from .passes import fold
@@ -23,7 +25,7 @@ Params = dict[str, jax.Array]
 
 
 def fold_norms(
-    model: Any, params: Any = None, *inputs: Any, **kwargs: Any
+    model: object, params: PyTree = None, *inputs: Any, **kwargs: Any
 ) -> tuple[Callable[..., Any], Params]:
     """Return a model as a function of fewer params, its norms folded into its layers.
 
@@ -99,7 +101,7 @@ class _Program:
 
     graph: Graph
     names: Mapping[Value, str]
-    tree: Any
+    tree: PyTree
 
     @property
     def params(self) -> Params:
@@ -185,7 +187,7 @@ def _name(value: Value) -> str:
 class _Equations(Lowering):
     """Keeps JAX's own equations, those of the parameters alone computed."""
 
-    def visit(self, eqn: Any, operands: Sequence[Any]) -> list[Value]:
+    def visit(self, eqn: Equation, operands: Sequence[Any]) -> list[Value]:
         """What one equation makes."""
         values = [as_value(operand) for operand in operands]
         body = jaxprs.call_body(eqn)
@@ -216,7 +218,9 @@ class _Equations(Lowering):
         return outs
 
 
-def _conv(eqn: Any, values: list[Value]) -> tuple[str, list[Value], dict[str, Any]]:
+def _conv(
+    eqn: Equation, values: list[Value]
+) -> tuple[str, list[Value], dict[str, Any]]:
     """A convolution with its kernel's features last, where it can take a norm."""
     p = eqn.params
     if values[1].data is None or p["batch_group_count"] != 1:

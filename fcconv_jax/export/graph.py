@@ -29,6 +29,7 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 Step = tuple[str, tuple[Any, ...]]
 
@@ -135,7 +136,7 @@ def same_content(array: np.ndarray) -> object:
     return array.shape, str(array.dtype), hashlib.sha256(content.data).digest()
 
 
-def constant(data: Any, dtype: Any = None) -> Value:
+def constant(data: Any, dtype: DTypeLike | None = None) -> Value:
     """Return a constant that comes from no parameter."""
     array = np.asarray(data, dtype)
     return Value(tuple(array.shape), array.dtype, array)

@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..frontends.bound import BoundModel
 from ..messages.errors import ExportError
@@ -141,7 +142,7 @@ def is_random_key(leaf: Any) -> bool:
     return jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
 
 
-def parameter_leaves(tree: Any) -> dict[str, np.ndarray]:
+def parameter_leaves(tree: PyTree) -> dict[str, np.ndarray]:
     """Return the arrays of a tree of variables by path."""
     found = {}
     for path, node in flatten_with_path(tree)[0]:

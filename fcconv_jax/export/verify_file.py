@@ -33,7 +33,7 @@ def verify_file(
     path: str | Path,
     params: PyTree | None = None,
     *,
-    model: Any = None,
+    model: object = None,
     inputs: Sequence[Any] = (),
     progress: ProgressOption = None,
     **kwargs: Any,

@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
+from jaxtyping import PyTree
+
 from ..params.tensors import is_tensor
 from ..tracing.arguments import is_array
 from .bound import BoundModel, OnCrops
@@ -25,7 +27,9 @@ _FRONTENDS = {
 }
 
 
-def bind(model: Any, params: Any = None, *inputs: Any, **kwargs: Any) -> BoundModel:
+def bind(
+    model: object, params: PyTree = None, *inputs: Any, **kwargs: Any
+) -> BoundModel:
     """Binds a model to its params, inputs and keyword arguments.
 
     Args:
@@ -61,7 +65,7 @@ def bind(model: Any, params: Any = None, *inputs: Any, **kwargs: Any) -> BoundMo
 
 
 def bind_planned(
-    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: object, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> BoundModel:
     """Binds a model with the arguments that ``make_plan`` takes."""
     if isinstance(model, BoundModel):
@@ -70,7 +74,7 @@ def bind_planned(
 
 
 def bind_called(
-    model: Any, args: Sequence[Any], kwargs: Mapping[str, Any]
+    model: object, args: Sequence[Any], kwargs: Mapping[str, Any]
 ) -> BoundModel:
     """Binds a model with all that a call of it takes, params included."""
     if isinstance(model, BoundModel):
@@ -78,14 +82,14 @@ def bind_called(
     return frontend_of(model).called(model, args, kwargs)
 
 
-def bind_crops(model: Any) -> OnCrops:
+def bind_crops(model: object) -> OnCrops:
     """The model as a function of crops, which a later call passes."""
     if isinstance(model, BoundModel):
         return model.bound_on_crops()
     return frontend_of(model).on_crops(model)
 
 
-def _alone(bound: Any, more: Sequence[Any], params: Any = None) -> BoundModel:
+def _alone(bound: Any, more: Sequence[Any], params: PyTree = None) -> BoundModel:
     if more or params is not None:
         raise TypeError(
             f"Expected a bound model alone, got {len(more) + 1} more arguments. Bind "
@@ -94,7 +98,7 @@ def _alone(bound: Any, more: Sequence[Any], params: Any = None) -> BoundModel:
     return bound
 
 
-def frontend_of(model: Any) -> type[BoundModel]:
+def frontend_of(model: object) -> type[BoundModel]:
     """The front end of a model's library.
 
     Raises:

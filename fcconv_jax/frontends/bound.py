@@ -13,8 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from flax.core import meta
+from jaxtyping import PyTree
 
 from ..backends.compilation import Program
+from ..backends.name import Device
 from ..messages.errors import PlanError
 from ..messages.user_code import explained
 from ..params.leaves import flatten_with_path, leaf_path
@@ -65,7 +67,7 @@ class BoundModel(abc.ABC):
     """
 
     model: Any
-    params: Any = None
+    params: PyTree = None
     args: tuple[Any, ...] = ()
     kwargs: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     given: Mapping[str, Any] | None = None
@@ -93,7 +95,7 @@ class BoundModel(abc.ABC):
         return ()
 
     @classmethod
-    def owns(cls, model: Any) -> bool:
+    def owns(cls, model: object) -> bool:
         """Whether a value is a model of this library, converted ones included.
 
         Raises:
@@ -108,24 +110,24 @@ class BoundModel(abc.ABC):
         return {}
 
     @classmethod
-    def planned(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
+    def planned(cls, model: object, args: Sequence[Any], kwargs: Any) -> BoundModel:
         """The model with the arguments that ``make_plan`` takes: its inputs."""
         return cls(model, None, tuple(args), kwargs)
 
     @classmethod
-    def called(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
+    def called(cls, model: object, args: Sequence[Any], kwargs: Any) -> BoundModel:
         """The model with all that a call takes: its inputs, if it holds params."""
         return cls(model, None, tuple(args), kwargs)
 
     @classmethod
     @abc.abstractmethod
-    def on_crops(cls, model: Any) -> OnCrops:
+    def on_crops(cls, model: object) -> OnCrops:
         """What ``slide`` runs on crops."""
 
     def bound_on_crops(self) -> OnCrops:
         """The same of a bound model, whose variables and keyword arguments stay."""
 
-        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
             return self._call(variables, args, {**self.kwargs, **kwargs})
 
         call.__name__ = type(self.model).__name__
@@ -135,11 +137,11 @@ class BoundModel(abc.ABC):
 
     @classmethod
     @abc.abstractmethod
-    def convert_model(cls, model: Any, plan: Plan) -> Any:
+    def convert_model(cls, model: object, plan: Plan) -> Any:
         """The model in the plan's form."""
 
     @classmethod
-    def convert_in_place(cls, model: Any, plan: Plan) -> Any:
+    def convert_in_place(cls, model: object, plan: Plan) -> Any:
         """Convert a model that holds its params, layer by layer.
 
         Raises:
@@ -257,7 +259,7 @@ class BoundModel(abc.ABC):
         del seed
         return self
 
-    def on(self, device: Any) -> BoundModel:
+    def on(self, device: Device) -> BoundModel:
         """The same call with all arrays on one device."""
         variables, arrays = jax.device_put((self.variables, self.arrays), device)
         return self.with_variables(variables).with_arrays(arrays)
@@ -322,7 +324,7 @@ class BoundModel(abc.ABC):
             self, model=model, given=map_leaves(self.variables, plan)
         )
 
-    def call(self, variables: Any, arrays: Any = None) -> Any:
+    def call(self, variables: PyTree, arrays: Any = None) -> Any:
         """Return the output of a call, with the state that it changes.
 
         Args:
@@ -331,11 +333,13 @@ class BoundModel(abc.ABC):
         """
         return self._call(variables, *self._arguments(arrays))
 
-    def output(self, variables: Any, arrays: Any = None) -> Any:
+    def output(self, variables: PyTree, arrays: Any = None) -> Any:
         """Return the output of a call alone; arguments as for :meth:`call`."""
         return self._call(variables, *self._arguments(arrays))
 
-    def named(self, variables: Any, arrays: Any, wanted: Callable[[str], bool]) -> Any:
+    def named(
+        self, variables: PyTree, arrays: Any, wanted: Callable[[str], bool]
+    ) -> Any:
         """The same, with the outputs of modules named in the trace.
 
         Args:
@@ -347,7 +351,7 @@ class BoundModel(abc.ABC):
         return self.call(variables, arrays)
 
     @abc.abstractmethod
-    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any: ...
+    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any: ...
 
     def _arguments(self, arrays: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._split[1].merge(self.arrays if arrays is None else arrays)
@@ -390,6 +394,6 @@ class BothForms:
             "converted": self.changed.program(),
         }
 
-    def on(self, device: Any) -> BothForms:
+    def on(self, device: Device) -> BothForms:
         """The same with all arrays on one device."""
         return BothForms(self.plan, self.original.on(device), self.changed.on(device))

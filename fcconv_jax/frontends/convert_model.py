@@ -29,7 +29,7 @@ def convert_model(model: NnxModel, plan: Plan, *, inplace: bool = ...) -> NnxMod
 def convert_model(
     model: Callable[..., Any], plan: Plan, *, inplace: Literal[False] = ...
 ) -> ConvertedFunction: ...
-def convert_model(model: Any, plan: Plan, *, inplace: bool = False) -> Any:
+def convert_model(model: object, plan: Plan, *, inplace: bool = False) -> Any:
     """The model in the plan's form: same calls, same numbers, converted parameters.
 
     Args:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, TypeVar
 
+from jaxtyping import PyTree
+
 from ..messages.errors import PlanError
 from ..params.moves import map_leaves
 from ..plan import Plan
@@ -106,7 +108,7 @@ def restore_params(
     return convert_params(params, plan.inverse(), strict=strict, prefix=prefix)
 
 
-def _refuse_model(params: Any) -> None:
+def _refuse_model(params: PyTree) -> None:
     """Refuse a model in the place of its params.
 
     An NNX model is a tree, too, but its layers would keep the class of the other form.

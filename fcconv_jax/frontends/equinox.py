@@ -10,6 +10,7 @@ from collections.abc import Callable
 from typing import Any
 
 import equinox as eqx
+from jaxtyping import PyTree
 
 from .held import BoundHeld
 
@@ -27,19 +28,19 @@ class BoundEquinox(BoundHeld):
         return (eqx.Module,)
 
     @classmethod
-    def split(cls, model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    def split(cls, model: object) -> tuple[Callable[..., Any], dict[str, Any]]:
         """Floats are params, other arrays state, the rest stays in the function."""
         arrays, static = eqx.partition(model, eqx.is_array)
         params, state = eqx.partition(arrays, eqx.is_inexact_array)
 
-        def call(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
             return eqx.combine(params, state, static)(*args, **kwargs)
 
         call.__name__ = type(model).__name__
         return call, {"params": params, "state": state}
 
     @classmethod
-    def split_params(cls, model: Any, params: Any) -> dict[str, Any]:
+    def split_params(cls, model: object, params: PyTree) -> dict[str, Any]:
         """Return the floats of another Module, such as one that was trained."""
         del model
         return {"params": eqx.filter(params, eqx.is_inexact_array)}

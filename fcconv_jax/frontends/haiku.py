@@ -10,6 +10,7 @@ from typing import Any
 
 import haiku as hk
 import jax
+from jaxtyping import PyTree
 
 from ..params.moves import map_leaves
 from ..plan import Plan
@@ -90,11 +91,11 @@ class BoundHaiku(BoundModel):
         inputs = (*lead, *self.args)
         return plan_function(self.model.apply, inputs, to, rules, self._options())
 
-    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
         options = {name: x for name, x in kwargs.items() if name != "rng"}
         return self.model.apply(*self._lead(variables, kwargs), *args, **options)
 
-    def _lead(self, variables: Any, kwargs: Any) -> list[Any]:
+    def _lead(self, variables: PyTree, kwargs: Any) -> list[Any]:
         """What ``apply`` takes before the inputs."""
         lead = [variables[name] for name in ("params", "state") if name in variables]
         # hk.without_apply_rng leaves a function without this argument.

@@ -12,6 +12,8 @@ import functools
 from collections.abc import Callable, Mapping
 from typing import Any
 
+from jaxtyping import PyTree
+
 from ..params.moves import map_leaves
 from ..plan import Plan
 from ..plan.rules import Rule
@@ -60,20 +62,20 @@ class BoundHeld(BoundModel):
 
     @classmethod
     @abc.abstractmethod
-    def split(cls, model: Any) -> tuple[Callable[..., Any], dict[str, Any]]:
+    def split(cls, model: object) -> tuple[Callable[..., Any], dict[str, Any]]:
         """A function of params, state and inputs; and its ``params`` and ``state``."""
 
     @classmethod
-    def split_params(cls, model: Any, params: Any) -> dict[str, Any]:
+    def split_params(cls, model: object, params: PyTree) -> dict[str, Any]:
         """Sort the params that a user passes into ``params`` and ``state``."""
         del model
         return {"params": params}
 
     @classmethod
-    def on_crops(cls, model: Any) -> OnCrops:
+    def on_crops(cls, model: object) -> OnCrops:
         """Read the params at each call."""
 
-        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
             return cls(model)._call(variables, args, kwargs)
 
         def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -84,7 +86,7 @@ class BoundHeld(BoundModel):
         return OnCrops(call, complete, cls.first_spatial_axis)
 
     @classmethod
-    def convert_model(cls, model: Any, plan: Plan) -> Any:
+    def convert_model(cls, model: object, plan: Plan) -> Any:
         """Return the model in the plan's form, with its params."""
         function, variables = cls.split(model)
         converted = ConvertedFunction(function, plan)
@@ -115,8 +117,8 @@ class BoundHeld(BoundModel):
         inputs = (*self._lead(self.variables), *self.args)
         return plan_function(self._parts[0], inputs, to, chosen, self.kwargs)
 
-    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
         return self._parts[0](*self._lead(variables), *args, **kwargs)
 
-    def _lead(self, variables: Any) -> tuple[Any, Any]:
+    def _lead(self, variables: PyTree) -> tuple[Any, Any]:
         return variables["params"], variables["state"]

@@ -7,6 +7,8 @@ from collections.abc import Callable, Mapping
 from importlib import import_module
 from typing import Any
 
+from jaxtyping import PyTree
+
 from .held import BoundHeld
 
 # Type checkers take "import keras" for this very file where Keras is not installed.
@@ -43,7 +45,7 @@ class BoundKeras(BoundHeld):
                 "it once on an input, or build(input_shape)."
             )
 
-        def call(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
             if kwargs.pop("training", None):
                 raise TypeError("Expected training=False, got True. Drop training=.")
             values = {**params, **state}
@@ -63,7 +65,7 @@ class BoundKeras(BoundHeld):
         return call, {"params": params, "state": state}
 
     @classmethod
-    def split_params(cls, model: Any, params: Any) -> dict[str, Any]:
+    def split_params(cls, model: Any, params: PyTree) -> dict[str, Any]:
         """Return the values of all variables, in place of the model's."""
         _, own = cls.split(model)
         if not isinstance(params, Mapping):

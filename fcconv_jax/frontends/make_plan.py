@@ -14,7 +14,7 @@ from .options import check_options
 
 
 def make_plan(
-    model: Any,
+    model: object,
     *inputs: PyTree,
     to: Form = "conv",
     rules: Iterable[Rule | str] = (),

@@ -12,6 +12,7 @@ from importlib import import_module
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
 from ..messages.extras import require
@@ -62,7 +63,7 @@ class BoundTorch(BoundHeld):
         values, run = torchax.extract_jax(model, dedup_parameters=False)
         learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
 
-        def call(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
             with warnings.catch_warnings():
                 # torchax asks for the 64 bits of PyTorch's integers.
                 warnings.filterwarnings("ignore", "Explicitly requested dtype")
@@ -78,7 +79,7 @@ class BoundTorch(BoundHeld):
         return call, {"params": params, "state": state}
 
     @classmethod
-    def split_params(cls, model: Any, params: Any) -> dict[str, Any]:
+    def split_params(cls, model: Any, params: PyTree) -> dict[str, Any]:
         """A ``state_dict``, of tensors or arrays, all of it."""
         _, own = cls.split(model)
         missing = [name for name in model.state_dict() if name not in params]
@@ -113,7 +114,9 @@ class BoundTorch(BoundHeld):
             plan, layers=tuple(layers.items()), left=tuple(left.items())
         )
 
-    def named(self, variables: Any, arrays: Any, wanted: Callable[[str], bool]) -> Any:
+    def named(
+        self, variables: PyTree, arrays: Any, wanted: Callable[[str], bool]
+    ) -> Any:
         """The same call, with the outputs of submodules named by forward hooks."""
         if isinstance(self.model, ConvertedModel):
             return self.call(variables, arrays)
@@ -160,7 +163,7 @@ def _tied(model: Any) -> Iterator[set[str]]:
     yield from (each for each in names.values() if len(each) > 1)
 
 
-def _as_arrays(tree: Any) -> Any:
+def _as_arrays(tree: PyTree) -> Any:
     def as_array(leaf: Any) -> Any:
         if not isinstance(leaf, torch.Tensor):
             return leaf

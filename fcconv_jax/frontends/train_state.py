@@ -7,6 +7,7 @@ from typing import Any, TypeVar
 
 import flax.linen as nn
 from flax.training.train_state import TrainState
+from jaxtyping import PyTree
 
 from ..params.move import Parts
 from ..params.moves import map_leaves
@@ -89,7 +90,7 @@ def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
     return map_train_state(state, plan.inverse()).replace(apply_fn=model.apply)
 
 
-def is_train_state(tree: Any) -> bool:
+def is_train_state(tree: PyTree) -> bool:
     """Return whether a tree is a ``TrainState``, or has the same parts."""
     return all(hasattr(tree, name) for name in ("params", "opt_state", "tx", "replace"))
 

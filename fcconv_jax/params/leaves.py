@@ -10,6 +10,7 @@ from flax.core import meta
 from flax.linen.partitioning import AxisMetadata as AxisNames
 from jax.core import Tracer
 from jax.sharding import PartitionSpec, Sharding
+from jaxtyping import PyTree
 
 from ..geometry.kernels import Rearrangement
 from ..geometry.meshes import over_mesh
@@ -118,7 +119,7 @@ def leaf_path(path: Sequence[Any]) -> str:
     )
 
 
-def flatten_with_path(tree: Any) -> tuple[list[tuple[str, Any]], Any]:
+def flatten_with_path(tree: PyTree) -> tuple[list[tuple[str, Any]], Any]:
     """Leaves with their paths as text, and the structure; boxes count as leaves."""
     leaves, treedef = jax.tree_util.tree_flatten_with_path(tree, is_leaf=is_leaf_node)
     return [(leaf_path(path), leaf) for path, leaf in leaves], treedef

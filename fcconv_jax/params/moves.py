@@ -10,6 +10,7 @@ import jax
 import numpy as np
 from flax.core import meta
 from jax.sharding import PartitionSpec, Sharding
+from jaxtyping import PyTree
 
 from ..geometry.meshes import over_mesh
 from ..messages.errors import PlanError
@@ -25,7 +26,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def map_leaves(
-    tree: Any, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
+    tree: PyTree, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
 ) -> Any:
     """Move each planned leaf of a tree; an array held twice moves once."""
     flat, treedef = flatten_with_path(tree)

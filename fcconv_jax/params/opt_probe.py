@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax.core import meta
 from jax.core import Tracer
+from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..versions import enable_x64
@@ -36,8 +37,8 @@ class ProbeError(Exception):
 
 def different_update(
     tx: Any,
-    opt_state: Any,
-    params: Any,
+    opt_state: PyTree,
+    params: PyTree,
     move_state: Convert,
     move_params: Convert,
     kwargs: Mapping[str, Any],
@@ -163,7 +164,7 @@ def _widen(leaf: Any) -> Any:
     return jnp.asarray(np.asarray(leaf).astype(np.float64))
 
 
-def _random_like(tree: Any, seed: int) -> Any:
+def _random_like(tree: PyTree, seed: int) -> Any:
     """Numbers of order one in the shapes and dtypes of a tree."""
     rng = np.random.default_rng(seed)
 

@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def convert_opt_state(
-    opt_state: Any,
+    opt_state: PyTree,
     plan: Plan,
     *,
     tx: optax.GradientTransformation,

@@ -27,6 +27,7 @@ from ..tracing.primitives import (
     ROUNDING,
     SAME,
 )
+from ..tracing.protocols import Equation
 from .factors import Axis, regroup, reversed_axis, size
 from .matmul import (
     ACTIVE,
@@ -108,7 +109,7 @@ def _constant(value: Any) -> Other:
 
 
 def _visit(
-    analysis: Analysis, eqn: Any, ins: list[Tag], context: _Context, memo: Memo
+    analysis: Analysis, eqn: Equation, ins: list[Tag], context: _Context, memo: Memo
 ) -> Sequence[Tag]:
     name = eqn.primitive.name
     if name in MATMULS:
@@ -136,7 +137,7 @@ def _visit(
 
 def _elsewhere(
     analysis: Analysis,
-    eqn: Any,
+    eqn: Equation,
     ins: Sequence[Tag],
     context: _Context,
     reason: str,
@@ -167,7 +168,7 @@ def _mixed(ins: Sequence[Tag], how: str) -> Other:
     return Other(made_of=frozenset(made_of), uniform=uniform)
 
 
-def _kept(eqn: Any, ins: Sequence[Tag]) -> list[Tag] | None:
+def _kept(eqn: Equation, ins: Sequence[Tag]) -> list[Tag] | None:
     """The outputs of an equation that only moves or scales a weight, else None."""
     name, p = eqn.primitive.name, eqn.params
     reader = layer_of(p["name"]) if name == "name" else None
@@ -234,7 +235,9 @@ def _one_step(weight: Weight, shape: Sequence[int]) -> Weight | None:
     )
 
 
-def _matmul(analysis: Analysis, eqn: Any, ins: Sequence[Tag], context: _Context) -> Tag:
+def _matmul(
+    analysis: Analysis, eqn: Equation, ins: Sequence[Tag], context: _Context
+) -> Tag:
     """Record a matmul and return the tag of its result."""
     name = eqn.primitive.name
     weights = [i for i, tag in enumerate(ins) if isinstance(tag, Weight)]
@@ -270,11 +273,11 @@ def _matmul(analysis: Analysis, eqn: Any, ins: Sequence[Tag], context: _Context)
     return _mixed(ins, name)
 
 
-def _shapes(eqn: Any) -> str:
+def _shapes(eqn: Equation) -> str:
     return " and ".join(str(tuple(v.aval.shape)) for v in eqn.invars)
 
 
-def _obstacle(eqn: Any, side: int) -> str | None:
+def _obstacle(eqn: Equation, side: int) -> str | None:
     """Return why a matmul with a weight cannot take the other form, if so."""
     p = eqn.params
     dtypes = {str(v.aval.dtype) for v in eqn.invars}
@@ -303,7 +306,7 @@ def _known_precision(precision: Any) -> bool:
 
 
 def _enter(
-    analysis: Analysis, eqn: Any, ins: list[Tag], context: _Context, memo: Memo
+    analysis: Analysis, eqn: Equation, ins: list[Tag], context: _Context, memo: Memo
 ) -> list[Tag]:
     """Go into the bodies of a call, a loop or a branch."""
 

@@ -11,6 +11,7 @@ from ..geometry.kernels import channel_last, window_letters
 from ..tracing.frames import Frame
 from ..tracing.jaxprs import Literal, call_body, scan_parts
 from ..tracing.primitives import ENTRYWISE, MATMULS, POOLS, SAME, SCANS
+from ..tracing.protocols import Equation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -213,7 +214,7 @@ def _variables(
     ]
 
 
-def _axes_before(eqn: Any, axes: tuple[int, ...]) -> tuple[int, ...] | None:
+def _axes_before(eqn: Equation, axes: tuple[int, ...]) -> tuple[int, ...] | None:
     """Return the operand's axes of the result's ``axes``; None if it mixes them."""
     name, params = eqn.primitive.name, eqn.params
     if name == "transpose":
@@ -294,7 +295,7 @@ def _unflatten(
     return tuple(source) or None
 
 
-def _unbroadcast(eqn: Any, axes: Sequence[int]) -> tuple[int, ...] | None:
+def _unbroadcast(eqn: Equation, axes: Sequence[int]) -> tuple[int, ...] | None:
     """Return the operand's axes of a broadcast's ``axes``, if none was stretched."""
     placed = {out: i for i, out in enumerate(eqn.params["broadcast_dimensions"])}
     operand, shape = eqn.invars[0], eqn.outvars[0].aval.shape
@@ -326,7 +327,7 @@ def _upstream_rank(frame: Frame, var: Any, mapped: int) -> int:
     return 1
 
 
-def _main_operand(frame: Frame, eqn: Any) -> Any:
+def _main_operand(frame: Frame, eqn: Equation) -> Any:
     """Return the operand that the activations come in by: the left one of a matmul.
 
     Of several the one of the highest rank; not one number everywhere, as the zeros of

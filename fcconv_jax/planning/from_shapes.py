@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax.core import meta
+from jaxtyping import PyTree
 
 from ..geometry.kernels import bias_rearrangement, channel_last, kernel_rearrangement
 from ..messages.errors import PlanError
@@ -29,7 +30,7 @@ _BOXES = ("value", "raw_value")
 
 
 def plan_from_params(
-    params: Any,
+    params: PyTree,
     rules: Iterable[Rule | str],
     to: Form = "conv",
     backend: str | None = None,
@@ -371,7 +372,7 @@ def _join(path: str, name: str) -> str:
     return f"{path}/{name}" if path else name
 
 
-def _shapes(params: Any) -> Iterator[tuple[str, Shape]]:
+def _shapes(params: PyTree) -> Iterator[tuple[str, Shape]]:
     """Path and shape of each leaf, without the boxes that some of them sit in."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: _is_shape(x) or isinstance(x, meta.AxisMetadata)

@@ -34,7 +34,7 @@ class Layer:
       batch: how many leading axes of the kernel the activation has, too.
       features: how many of its last axes are new in the output.
       stack: axes that transforms add to the stored params; see
-        :class:`fcconv_jax.LayerPlan`.
+        :class:`fcconv_jax.plan.layer.LayerPlan`.
       obstacle: why the layer does not convert, if so.
     """
 

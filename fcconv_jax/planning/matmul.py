@@ -16,6 +16,7 @@ from typing import Any
 from jax.ad_checkpoint import checkpoint_name
 
 from ..tracing.jaxprs import bind, evaluate, opened, policy_of, rerun
+from ..tracing.protocols import Equation
 from .factors import Axis, Factor, axes_of
 
 _SAVED = "fcconv_jax.saved:"
@@ -100,7 +101,7 @@ class Matmul:
       backward: whether it is in the backward pass of a gradient inside the program.
     """
 
-    eqn: Any
+    eqn: Equation
     weight: Weight
     side: int
     obstacle: str | None = None
@@ -218,7 +219,7 @@ def rewrite(
 
         return made.setdefault((id(inner.jaxpr), found, id(names)), run)
 
-    def visit(eqn: Any, ins: list[Any]) -> Sequence[Any]:
+    def visit(eqn: Equation, ins: list[Any]) -> Sequence[Any]:
         matmul = analysis.matmuls.get(id(eqn))
         if matmul is not None and wanted(matmul):
             y = replace(matmul, ins)

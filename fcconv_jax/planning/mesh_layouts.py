@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from ..geometry.meshes import over_mesh, parts
 from ..plan import LayerPlan, Layout, Plan
@@ -19,7 +20,9 @@ GROUPED = (
 )
 
 
-def for_mesh(plan: Plan, arrays: Any, activations: Any, rules: Sequence[Rule]) -> Plan:
+def for_mesh(
+    plan: Plan, arrays: Any, activations: PyTree, rules: Sequence[Rule]
+) -> Plan:
     """The plan with the layouts that suit the shardings of what it was made from.
 
     With leading axes sharded beyond the first, folding them into the batch would make

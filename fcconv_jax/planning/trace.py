@@ -7,6 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
 from ..params.leaves import flatten_with_path
@@ -67,7 +68,7 @@ def trace(
     return TracedModel(analyse(jaxpr, tags), arrays, jax.tree.structure(out), shapes)
 
 
-def parameter_paths(params: Any) -> dict[str, tuple[int, ...]]:
+def parameter_paths(params: PyTree) -> dict[str, tuple[int, ...]]:
     """Path and shape of each array among the params, in the order of the tree.
 
     Example:

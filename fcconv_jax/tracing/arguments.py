@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,7 +30,7 @@ class Static:
         return jax.tree.unflatten(self.treedef, leaves)
 
 
-def split(tree: Any) -> tuple[list[Any], Static]:
+def split(tree: PyTree) -> tuple[list[Any], Static]:
     """Return the arrays (also abstract ones) of a PyTree, and everything else.
 
     Example:
@@ -43,7 +44,7 @@ def split(tree: Any) -> tuple[list[Any], Static]:
     return arrays, Static(treedef, static, tuple(map(type, static)))
 
 
-def split_hashable(tree: Any, caller: str) -> tuple[list[Any], Static]:
+def split_hashable(tree: PyTree, caller: str) -> tuple[list[Any], Static]:
     """:func:`split`, for a static argument of ``jax.jit``.
 
     Raises:

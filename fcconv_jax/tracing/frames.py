@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from .jaxprs import opened
+from .protocols import Equation
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -37,7 +38,7 @@ class Frame:
         """Return the frame of a whole trace, as ``jax.make_jaxpr`` returns it."""
         return cls(opened(jaxpr)[0])
 
-    def enter(self, eqn: Any, body: Any) -> Frame:
+    def enter(self, eqn: Equation, body: Any) -> Frame:
         """Return the frame of a jaxpr that an equation of this frame runs."""
         key = (id(eqn), id(body))
         if key not in self.inner:

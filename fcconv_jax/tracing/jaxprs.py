@@ -33,6 +33,7 @@ from jax.extend.core import (
 )
 
 from .primitives import CALLS, PLACES, REMATS
+from .protocols import Equation
 
 __all__ = [
     "ClosedJaxpr",
@@ -75,7 +76,7 @@ def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
     return jaxpr, []
 
 
-def subjaxprs(eqn: Any) -> Iterator[tuple[str, Any]]:
+def subjaxprs(eqn: Equation) -> Iterator[tuple[str, Any]]:
     """Yields ``(parameter name, jaxpr)`` for every jaxpr an equation holds.
 
     ``cond`` holds several under ``branches``; ``while`` one each under ``cond_jaxpr``
@@ -94,7 +95,7 @@ def subjaxprs(eqn: Any) -> Iterator[tuple[str, Any]]:
             yield from ((name, item) for item in value if _is_jaxpr(item))
 
 
-def call_body(eqn: Any) -> Any | None:
+def call_body(eqn: Equation) -> Any | None:
     """The jaxpr a plain call runs (jit, remat, custom_jvp, ...), else None.
 
     The body's inputs and outputs correspond one to one to the equation's.
@@ -113,7 +114,7 @@ def call_body(eqn: Any) -> Any | None:
     return None
 
 
-def bodies(eqn: Any) -> tuple[Any, ...]:
+def bodies(eqn: Equation) -> tuple[Any, ...]:
     """The jaxprs of a call or of control flow, in the order :func:`rerun` counts them.
 
     Those of ``while`` are the condition and the body, those of ``cond`` its branches.
@@ -137,7 +138,7 @@ def bodies(eqn: Any) -> tuple[Any, ...]:
     return () if body is None else (body,)
 
 
-def scan_parts(eqn: Any) -> tuple[int, int]:
+def scan_parts(eqn: Equation) -> tuple[int, int]:
     """How many constants a ``scan`` takes, and how many values it carries.
 
     Its operands are the constants, what it carries, and the arrays that it takes one
@@ -162,7 +163,7 @@ def scan_parts(eqn: Any) -> tuple[int, int]:
     return whole(eqn.invars, body.invars) - carry, carry
 
 
-def derivative_pass(eqn: Any) -> str | None:
+def derivative_pass(eqn: Equation) -> str | None:
     """Which pass of a derivative inside the program made an equation.
 
     The equations of a call in a backward pass don't have this themselves.
@@ -186,7 +187,7 @@ def derivative_pass(eqn: Any) -> str | None:
 
 
 def rerun(
-    eqn: Any,
+    eqn: Equation,
     operands: Sequence[Any],
     runs: Sequence[Callable[[Sequence[Any]], list[Any]]],
     policy: Callable[..., Any] | None = None,
@@ -242,7 +243,7 @@ def rerun(
     return _constrained(inner(ins), p.get("out_shardings"))
 
 
-def policy_of(eqn: Any) -> Callable[..., Any] | None:
+def policy_of(eqn: Equation) -> Callable[..., Any] | None:
     """Return the policy of a remat; None for every other equation.
 
     Example:
@@ -261,7 +262,7 @@ def _named_jit(run: Any, name: str) -> Any:
     return jax.jit(run)
 
 
-def _rerun_scan(eqn: Any, operands: Sequence[Any], run: Any) -> list[Any]:
+def _rerun_scan(eqn: Equation, operands: Sequence[Any], run: Any) -> list[Any]:
     p = eqn.params
     first, carried = scan_parts(eqn)
     second = first + carried
@@ -282,7 +283,7 @@ def _rerun_scan(eqn: Any, operands: Sequence[Any], run: Any) -> list[Any]:
     return [*carry, *ys]
 
 
-def _rerun_custom_jvp(eqn: Any, operands: Sequence[Any], run: Any) -> list[Any]:
+def _rerun_custom_jvp(eqn: Equation, operands: Sequence[Any], run: Any) -> list[Any]:
     @jax.custom_jvp
     def call(*operands: Any) -> list[Any]:
         return list(run(operands))
@@ -307,7 +308,7 @@ def _constrained(values: Sequence[Any], shardings: Any) -> list[Any]:
     ]
 
 
-def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+def bind(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
     """Runs one equation on ``operands`` and returns its outputs as a list.
 
     Example:
@@ -324,7 +325,7 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-def unplaced(eqn: Any) -> Any:
+def unplaced(eqn: Equation) -> Any:
     """An equation that leaves it to the compiler where its result is placed.
 
     Example:

@@ -5,13 +5,14 @@ from __future__ import annotations
 from typing import Any
 
 import jax
+from jax.typing import DTypeLike
 
 from ..backends.compilation import Program
 from ..plan import Form, LayerPlan, other_form
 from ..plan.layer_forms import canonical_layer, pair_of_forms
 
 
-def layer_forms(layer: LayerPlan, dtype: Any) -> dict[Form, Program]:
+def layer_forms(layer: LayerPlan, dtype: DTypeLike) -> dict[Form, Program]:
     """Return both forms of a layer as programs of input, kernel and bias.
 
     Args:
@@ -44,5 +45,5 @@ def layer_forms(layer: LayerPlan, dtype: Any) -> dict[Form, Program]:
     return found
 
 
-def _abstract(shape: Any, dtype: Any) -> jax.ShapeDtypeStruct:
+def _abstract(shape: Any, dtype: DTypeLike) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype)

@@ -12,6 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.typing import DTypeLike
 
 from ..backends.compilation import Program
 from ..plan import LayerPlan, Layout, Plan, other_form
@@ -150,7 +151,9 @@ def _best(figures: Mapping[str, Figure]) -> str:
     return best if figures[best].beats(figures[names[0]]) else names[0]
 
 
-def _ways(layer: LayerPlan, dtype: Any) -> dict[str, tuple[Layout | None, Program]]:
+def _ways(
+    layer: LayerPlan, dtype: DTypeLike
+) -> dict[str, tuple[Layout | None, Program]]:
     """Return the ways to run a layer: name to layout, None for the original."""
     source = other_form(layer.to)
     layouts: tuple[Layout, ...] = (layer.layout,)
@@ -197,7 +200,7 @@ def _work(layer: LayerPlan) -> float:
     return rows / max(math.prod(window) * channels, 1) * entries
 
 
-def _in_words(layer: LayerPlan, dtype: Any) -> str:
+def _in_words(layer: LayerPlan, dtype: DTypeLike) -> str:
     """Return the layer's class, sizes and dtype."""
     where = " in a loop" if layer.stack_axes else ""
     shape = "x".join(map(str, layer.input_shape))

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from ..backends.compilation import Program
 from ..messages.errors import PlanError
@@ -15,7 +16,7 @@ from ..messages.errors import PlanError
 Loss = Callable[[Any], Any]
 
 
-def sum_of_squares(outputs: Any) -> Any:
+def sum_of_squares(outputs: PyTree) -> Any:
     """Return the sum of the squares of all float outputs.
 
     Its gradient depends on every output, so no part of the backward pass is dropped.

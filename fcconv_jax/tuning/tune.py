@@ -54,7 +54,7 @@ class _Variant:
 
 
 def tune(
-    model: Any,
+    model: object,
     params: PyTree | None = None,
     *inputs: PyTree,
     backend: str | Backend | None = None,

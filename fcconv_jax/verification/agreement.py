@@ -10,6 +10,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..params.leaves import leaf_path
 from ..plan.paths import join_path
@@ -133,7 +134,7 @@ def nonfinite_note(path: str, nonfinite: int, size: int) -> str:
     )
 
 
-def named_leaves(tree: Any, root: str) -> list[tuple[str, Any]]:
+def named_leaves(tree: PyTree, root: str) -> list[tuple[str, Any]]:
     """The leaves of a tree with their paths, below ``root``.
 
     Example:

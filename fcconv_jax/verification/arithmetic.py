@@ -17,6 +17,9 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
+
+from ..backends.name import Device
 
 Contraction = Literal["dot", "conv"]
 
@@ -63,7 +66,7 @@ class Arithmetic:
         return Arithmetic(*(max(pair) for pair in pairs))
 
 
-def unit_roundoff(dtype: Any) -> float:
+def unit_roundoff(dtype: DTypeLike) -> float:
     """Half the distance from 1 to the next number; 0 for exact (integer) dtypes.
 
     Example:
@@ -77,11 +80,11 @@ def unit_roundoff(dtype: Any) -> float:
 
 
 def measure_precision(
-    dtype: Any,
+    dtype: DTypeLike,
     *,
     form: Contraction = "dot",
     precision: Any = None,
-    device: Any = None,
+    device: Device | None = None,
     out: Any = None,
 ) -> Arithmetic:
     """Measure the arithmetic of a contraction of two ``dtype`` arrays.
@@ -152,7 +155,7 @@ def _measure(dtype, out, form, precision, device, default, x64) -> Arithmetic:
     return functools.reduce(Arithmetic.worse, found)
 
 
-def _device(device: Any) -> Any:
+def _device(device: Device | None) -> Any:
     return device or jax.config.jax_default_device or jax.devices()[0]  # pyright: ignore
 
 
@@ -208,11 +211,11 @@ def _power_above(error: float) -> float:
     return math.ldexp(1.0, exponent - (mantissa == 0.5))
 
 
-def _bits(dtype: Any) -> int:
+def _bits(dtype: DTypeLike) -> int:
     return round(-math.log2(unit_roundoff(dtype)))
 
 
-def _input_roundoff(run: Any, dtype: Any, out: Any = None) -> float:
+def _input_roundoff(run: Any, dtype: DTypeLike, out: Any = None) -> float:
     bits = _bits(dtype)
     random = np.random.default_rng(0).integers(1 << (bits - 1), 1 << bits, 512)
     probes = np.concatenate(
@@ -239,7 +242,7 @@ def _input_roundoff(run: Any, dtype: Any, out: Any = None) -> float:
     return max(found, _power_above(rest)) if rest > 0 else found
 
 
-def _accumulator_probes(dtype: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
+def _accumulator_probes(dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray, int, int]:
     """Rows to be summed and their sums, in units of 2**top; top, and the reach."""
     info = jnp.finfo(dtype)
     top = min(int(info.maxexp) - 2, 60)
@@ -259,7 +262,7 @@ def _accumulator_probes(dtype: Any) -> tuple[np.ndarray, np.ndarray, int, int]:
     return rows.reshape(-1, _REDUCTION), np.tile(sizes, len(orders)), top, reach
 
 
-def _accumulate_roundoff(run: Any, dtype: Any) -> float:
+def _accumulate_roundoff(run: Any, dtype: DTypeLike) -> float:
     rows, want, top, reach = _accumulator_probes(dtype)
     ones = np.ones((_REDUCTION, _WIDTH))
     worst = math.inf

@@ -37,6 +37,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
+from ..backends.name import Device
 from ..tracing import jaxprs
 from .arithmetic import (
     Arithmetic,
@@ -96,7 +97,7 @@ def prepare_certificate(
     probes: int | None = None,
     precision: Any = None,
     seed: int = 0,
-    device: Any = None,
+    device: Device | None = None,
 ) -> Callable[[], Certificate]:
     """Prepare :func:`certify`: both forms compile in the background.
 
@@ -270,7 +271,7 @@ def _matmuls(jaxpr: Any) -> Iterator[_Matmul]:
 
 
 def _arithmetic(
-    matmuls: Sequence[_Matmul], x: Any, out: Any, precision: Any, device: Any
+    matmuls: Sequence[_Matmul], x: Any, out: Any, precision: Any, device: Device | None
 ) -> Arithmetic:
     """Return the worst of what the matmuls of both forms do, measured on the device."""
     found = Arithmetic(0.0, 0.0, unit_roundoff(out))
@@ -289,7 +290,7 @@ def _arithmetic(
     return found
 
 
-def _placed(shapes: Any, device: Any) -> Any:
+def _placed(shapes: Any, device: Device | None) -> Any:
     if device is None:
         return shapes
     where = jax.sharding.SingleDeviceSharding(device)
@@ -298,7 +299,7 @@ def _placed(shapes: Any, device: Any) -> Any:
     )
 
 
-def _put(values: Any, like: Any, device: Any) -> jax.Array:
+def _put(values: Any, like: Any, device: Device | None) -> jax.Array:
     return jax.device_put(np.asarray(values).astype(like.dtype), device)
 
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..frontends.bind import bind_called
@@ -145,7 +146,7 @@ def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
 def _trace(bound: BoundModel) -> TracedProgram:
     """Return the trace of a call, with its modules named."""
 
-    def named(variables: Any, arrays: Any) -> Any:
+    def named(variables: PyTree, arrays: Any) -> Any:
         return bound.named(variables, arrays, lambda path: True)
 
     return TracedProgram.of(named, *bound.program().args)
@@ -370,7 +371,7 @@ def _arrays(read: tuple[Read, Read]) -> Arrays:
     return first, second
 
 
-def _leaves(tree: Any) -> list[np.ndarray]:
+def _leaves(tree: PyTree) -> list[np.ndarray]:
     return [key_bits(leaf) for leaf in jax.tree.leaves(tree)]
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..backends.resolution import Resolution
 from ..frontends.bound import BothForms
@@ -149,7 +150,7 @@ class Equality:
         self.references["layers"] = [(path, y) for path, y, _ in pairs]
         self._found["layers"] = [(path, z) for path, _, z in pairs]
 
-    def _force(self, trace: Any, variables: Any, plan: Plan, show: Progress) -> None:
+    def _force(self, trace: Any, variables: PyTree, plan: Plan, show: Progress) -> None:
         show("layers: on their own inputs", 0, 1)
         self.forced, unknown = compare_layers(trace, variables, plan)
         if unknown:

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from .agreement import named_leaves
 from .reference import TracedProgram
@@ -66,7 +67,7 @@ def trace_gradients(
     return Gradients(found, tuple(names), tuple(notes))
 
 
-def random_projection(outputs: Any) -> Any:
+def random_projection(outputs: PyTree) -> Any:
     """Return the sum of all float outputs, each entry with a random sign.
 
     The signs depend on the order and the sizes of the outputs alone.

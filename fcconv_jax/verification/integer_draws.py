@@ -13,6 +13,7 @@ from typing import Any
 
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from .arithmetic import Arithmetic
 
@@ -43,7 +44,7 @@ def integers(rng: np.random.Generator, shape: tuple[int, ...], size: int) -> np.
     return rng.integers(-size, size, shape, endpoint=True)
 
 
-def integer_limit(dtype: Any) -> int:
+def integer_limit(dtype: DTypeLike) -> int:
     """Return the largest N such that the dtype holds all integers up to N in size."""
     if jnp.issubdtype(dtype, jnp.integer):
         return int(jnp.iinfo(dtype).max)

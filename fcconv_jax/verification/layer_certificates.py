@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..messages.errors import PlanError
 from ..plan import Form, LayerPlan, Plan
@@ -38,7 +39,7 @@ def layer_certificates(
 def certify_layer(
     layer: LayerPlan,
     to: Form | None = None,
-    dtype: Any = jnp.float32,
+    dtype: DTypeLike = jnp.float32,
     *,
     preferred_element_type: Any = None,
     **options: Any,
@@ -76,7 +77,7 @@ def certify_layer(
 
 def prepare_layer(
     layer: LayerPlan,
-    dtype: Any,
+    dtype: DTypeLike,
     preferred_element_type: Any = None,
     **options: Any,
 ) -> Callable[[], Certificate]:

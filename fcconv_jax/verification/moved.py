@@ -7,12 +7,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 # How often a program is also run with its params moved.
 MOVED = 3
 
 
-def moved_by_an_ulp(tree: Any, seed: int) -> Any:
+def moved_by_an_ulp(tree: PyTree, seed: int) -> Any:
     """Return each float of a tree up or down by one unit in the last place; zeros stay.
 
     Example:

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..tracing.jaxprs import Literal, opened, subjaxprs
 from ..tracing.primitives import JOINS, MOVES, POSITIONS, ROUNDING, SAME
@@ -69,7 +70,7 @@ def literal_array(atom: Any) -> np.ndarray:
     return np.asarray(atom.val, atom.aval.dtype)
 
 
-def _movable(dtype: Any, values: np.ndarray) -> Iterator[Constant]:
+def _movable(dtype: DTypeLike, values: np.ndarray) -> Iterator[Constant]:
     bits = jnp.finfo(dtype).nmant + 1
     for value in values.tolist():
         if not np.isfinite(value) or value == round(value):
@@ -79,7 +80,7 @@ def _movable(dtype: Any, values: np.ndarray) -> Iterator[Constant]:
             yield str(dtype), value
 
 
-def half_ulp(dtype: Any, values: Any) -> np.ndarray:
+def half_ulp(dtype: DTypeLike, values: Any) -> np.ndarray:
     """Half the distance to the next number of a dtype, for each entry.
 
     Example:

@@ -7,8 +7,10 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import DTypeLike
 
 from ..tracing.jaxprs import bodies, opened, subjaxprs
+from ..tracing.protocols import Equation
 from .widening import RESTATED
 
 # What may happen to the bits of a float that come back as a float: JAX's derivative of
@@ -49,7 +51,7 @@ def _obstacles(jaxpr: Any) -> Iterator[str]:
             yield from _obstacles(each)
 
 
-def _looks_at_bits(eqn: Any) -> bool:
+def _looks_at_bits(eqn: Equation) -> bool:
     return (
         eqn.primitive.name == "bitcast_convert_type"
         and _is_float(eqn.invars[0].aval.dtype)
@@ -70,20 +72,20 @@ def _comes_back(body: Any, var: Any) -> bool:
     )
 
 
-def _runs_other_code(eqn: Any) -> bool:
+def _runs_other_code(eqn: Equation) -> bool:
     name = eqn.primitive.name
     if name in RESTATED or name == "custom_linear_solve":
         return False
     return any(True for _ in subjaxprs(eqn)) or "call" in name or name == "shard_map"
 
 
-def _is_float(dtype: Any) -> bool:
+def _is_float(dtype: DTypeLike) -> bool:
     return not jnp.issubdtype(dtype, jax.dtypes.extended) and jnp.issubdtype(
         dtype, jnp.inexact
     )
 
 
-def _decided_by_floats(eqn: Any) -> bool:
+def _decided_by_floats(eqn: Equation) -> bool:
     test, _ = opened(eqn.params["cond_jaxpr"])
     values = (var for each in test.eqns for var in each.invars)
     return any(_is_float(var.aval.dtype) for var in values)

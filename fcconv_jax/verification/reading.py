@@ -31,6 +31,7 @@ from ..tracing.jaxprs import (
     rerun,
     scan_parts,
 )
+from ..tracing.protocols import Equation
 from ..versions import enable_x64
 from .compiling import BackgroundProgram
 from .nudges import Constant, Nudge, literal_array
@@ -191,7 +192,7 @@ class _Reader:
             values.update(zip(eqn.outvars, outs, strict=True))
         return [value(atom) for atom in body.outvars]
 
-    def _visit(self, eqn: Any, ins: list[Any]) -> Sequence[Any]:
+    def _visit(self, eqn: Equation, ins: list[Any]) -> Sequence[Any]:
         name, inner = eqn.primitive.name, bodies(eqn)
         if name == "name":
             if self.named is not None:
@@ -217,7 +218,7 @@ class _Reader:
             ins = self.nudge.operands(name, ins)
         return bind_wide(eqn, ins, _Reader(None, wide=True))
 
-    def _scan(self, eqn: Any, ins: list[Any], named: Named) -> Sequence[Any]:
+    def _scan(self, eqn: Equation, ins: list[Any], named: Named) -> Sequence[Any]:
         """Return a scan that also stacks what its body names."""
         p = eqn.params
         first, carried = scan_parts(eqn)

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from ..messages.progress import Progress
 from ..tracing.cost import flops
@@ -47,7 +48,7 @@ class TracedProgram:
 class Read:
     """Outputs of a program in float64, and the arrays that it names."""
 
-    outputs: Any
+    outputs: PyTree
     named: Named
 
 

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import PyTree
 
 from ..frontends.bound import BothForms
 from ..params.moves import map_leaves
@@ -37,18 +38,18 @@ class TrainingStep:
             self.state, plan, tx=tx, params=params, check=False
         )
 
-        def stepped(params: Any, state: Any, gradients: Any) -> Any:
+        def stepped(params: PyTree, state: Any, gradients: Any) -> Any:
             updates, _ = tx.update(gradients, state, params)
             return optax.apply_updates(params, updates)
 
-        def converted_step(params: Any, state: Any, gradients: Any) -> Any:
+        def converted_step(params: PyTree, state: Any, gradients: Any) -> Any:
             after = stepped(params, state, map_leaves(gradients, plan))
             return map_leaves(after, plan.inverse())
 
-        def gradients(variables: Any, arrays: Any) -> Any:
+        def gradients(variables: PyTree, arrays: Any) -> Any:
             return gradient(pair.original.call, variables, arrays)
 
-        def converted_gradients(variables: Any, arrays: Any) -> Any:
+        def converted_gradients(variables: PyTree, arrays: Any) -> Any:
             found = gradient(pair.changed.call, variables, arrays)
             return map_leaves(found, plan.inverse())
 
@@ -57,7 +58,7 @@ class TrainingStep:
         self.steps = stepped, converted_step
 
 
-def gradient(call: Callable[..., Any], variables: Any, arrays: Any) -> Any:
+def gradient(call: Callable[..., Any], variables: PyTree, arrays: Any) -> Any:
     """Gradient of a fixed random projection of the float outputs.
 
     Args:
@@ -66,14 +67,14 @@ def gradient(call: Callable[..., Any], variables: Any, arrays: Any) -> Any:
       arrays: the inputs.
     """
 
-    def loss(params: Any) -> Any:
+    def loss(params: PyTree) -> Any:
         out = call({**variables, "params": params}, arrays)
         return random_projection(out)
 
     return jax.grad(loss)(variables["params"])
 
 
-def has_gradients(params: Any) -> bool:
+def has_gradients(params: PyTree) -> bool:
     """Return whether all params are floats."""
     dtypes = [jnp.result_type(leaf) for leaf in jax.tree.leaves(params)]
     return all(jnp.issubdtype(dtype, jnp.inexact) for dtype in dtypes)

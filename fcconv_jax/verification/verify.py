@@ -34,7 +34,7 @@ if TYPE_CHECKING:
 
 
 def assert_equivalent(
-    model: Any,
+    model: object,
     params: PyTree,
     *inputs: PyTree,
     plan: Plan | None = None,
@@ -72,13 +72,13 @@ def assert_equivalent(
 
 
 def verify(
-    model: Any,
+    model: object,
     params: PyTree | None = None,
     *inputs: PyTree,
     plan: Plan | None = None,
     to: Form = "conv",
     backends: Sequence[str | Backend] | None = None,
-    converted_model: Any = None,
+    converted_model: object = None,
     converted_params: PyTree | None = None,
     tx: optax.GradientTransformation | None = None,
     gradients: bool = True,
@@ -207,7 +207,7 @@ def verify(
 
 
 def _both_forms(
-    bound: BoundModel, plan: Plan, converted_model: Any, converted_params: Any
+    bound: BoundModel, plan: Plan, converted_model: object, converted_params: Any
 ) -> tuple[BothForms, list[str]]:
     """Both forms, and the parameters that are not the same bits."""
     changed = bound.convert(plan)

@@ -9,9 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
+from jax.typing import DTypeLike
 
 from ..tracing.jaxprs import bind
 from ..tracing.primitives import PLACES, SAME
+from ..tracing.protocols import Equation
 from .float64_convolution import convolve
 
 # Runs a jaxpr in float64.
@@ -34,7 +36,7 @@ _SCATTERS = {
 RESTATED = frozenset({*_SCATTERS, "reduce"})
 
 
-def widened(dtype: Any) -> Any:
+def widened(dtype: DTypeLike) -> Any:
     """Return the dtype in which a dtype is read: float64, complex128, or the same.
 
     Example:
@@ -70,7 +72,7 @@ def widen_literal(atom: Any) -> Any:
     return np.asarray(np.asarray(atom.val, atom.aval.dtype), dtype)
 
 
-def bind_wide(eqn: Any, ins: list[Any], run: Run) -> Sequence[Any]:
+def bind_wide(eqn: Equation, ins: list[Any], run: Run) -> Sequence[Any]:
     """Bind one equation with its floats widened; ``run`` runs what it holds."""
     name = eqn.primitive.name
     if name in SAME or name == "reduce_precision":
@@ -91,7 +93,7 @@ def bind_wide(eqn: Any, ins: list[Any], run: Run) -> Sequence[Any]:
     return bind(_wide_equation(eqn), ins)
 
 
-def _scatter(eqn: Any, ins: list[Any]) -> Any:
+def _scatter(eqn: Equation, ins: list[Any]) -> Any:
     p = eqn.params
     scatter: Any = _SCATTERS[eqn.primitive.name]
     return scatter(
@@ -103,7 +105,7 @@ def _scatter(eqn: Any, ins: list[Any]) -> Any:
     )
 
 
-def _reduce(eqn: Any, ins: list[Any], run: Run) -> Sequence[Any]:
+def _reduce(eqn: Equation, ins: list[Any], run: Run) -> Sequence[Any]:
     """Return a reduction by the program's own code."""
     count = len(ins) // 2
 
@@ -116,13 +118,13 @@ def _reduce(eqn: Any, ins: list[Any], run: Run) -> Sequence[Any]:
     )
 
 
-def _convert(x: Any, dtype: Any) -> Any:
+def _convert(x: Any, dtype: DTypeLike) -> Any:
     if getattr(x, "dtype", None) == dtype:
         return x
     return jax.lax.convert_element_type(x, dtype)
 
 
-def _wide_equation(eqn: Any) -> Any:
+def _wide_equation(eqn: Equation) -> Any:
     params = {key: _wide_param(key, value) for key, value in eqn.params.items()}
     return eqn.replace(params=params)
 

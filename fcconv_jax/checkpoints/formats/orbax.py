@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import PyTree
 
 from ...files.strict_json import loads
 from ...messages.errors import CheckpointError
@@ -155,7 +156,7 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
         (target / STEP).write_text(json.dumps(content))
 
 
-def _check_names(tree: Any, path: Path, item: str) -> None:
+def _check_names(tree: PyTree, path: Path, item: str) -> None:
     """Refuse leaves that Orbax would store under one name: levels are put by dots."""
     seen: dict[str, str] = {}
     for parts, _ in iter_leaves(tree):

@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from ..graph import Node, Value
 
@@ -36,7 +37,7 @@ class Builder:
         op: str,
         inputs: Sequence[Value],
         shape: Sequence[int],
-        dtype: Any = None,
+        dtype: DTypeLike | None = None,
         **attrs: Any,
     ) -> Value:
         """Append an operation and return its output."""

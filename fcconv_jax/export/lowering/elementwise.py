@@ -4,12 +4,12 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 
 from ...messages.errors import ExportError
 from ...tracing.primitives import SAME
+from ...tracing.protocols import Equation
 from ..graph import Value, constant
 from .builder import Builder, rule
 
@@ -21,7 +21,7 @@ _OPERATIONS = """
 
 
 @rule(*_OPERATIONS, "add_any")
-def _elementwise(low: Builder, eqn: Any, *values: Value) -> Value:
+def _elementwise(low: Builder, eqn: Equation, *values: Value) -> Value:
     name = eqn.primitive.name
     out = eqn.outvars[0].aval
     integers = np.issubdtype(values[0].dtype, np.integer)
@@ -45,7 +45,7 @@ def _elementwise(low: Builder, eqn: Any, *values: Value) -> Value:
 
 
 @rule(*SAME, "reduce_precision")
-def _same(low: Builder, eqn: Any, *values: Value) -> Sequence[Value]:
+def _same(low: Builder, eqn: Equation, *values: Value) -> Sequence[Value]:
     if eqn.primitive.name == "reduce_precision":
         info = np.finfo(values[0].dtype)
         if (eqn.params["exponent_bits"], eqn.params["mantissa_bits"]) != (
@@ -57,7 +57,7 @@ def _same(low: Builder, eqn: Any, *values: Value) -> Sequence[Value]:
 
 
 @rule("convert_element_type")
-def _cast(low: Builder, eqn: Any, x: Value) -> Value:
+def _cast(low: Builder, eqn: Equation, x: Value) -> Value:
     out = eqn.outvars[0].aval
     if x.dtype == out.dtype:
         return x
@@ -67,12 +67,12 @@ def _cast(low: Builder, eqn: Any, x: Value) -> Value:
 
 
 @rule("square")
-def _square(low: Builder, eqn: Any, x: Value) -> Value:
+def _square(low: Builder, eqn: Equation, x: Value) -> Value:
     return low.add("mul", [x, x], x.shape)
 
 
 @rule("integer_pow")
-def _integer_pow(low: Builder, eqn: Any, x: Value) -> Value:
+def _integer_pow(low: Builder, eqn: Equation, x: Value) -> Value:
     power = eqn.params["y"]
     out: Value | None = None
     base, left = x, abs(power)
@@ -89,42 +89,42 @@ def _integer_pow(low: Builder, eqn: Any, x: Value) -> Value:
 
 
 @rule("erfc")
-def _erfc(low: Builder, eqn: Any, x: Value) -> Value:
+def _erfc(low: Builder, eqn: Equation, x: Value) -> Value:
     one = constant(np.ones((), x.dtype))
     return low.add("sub", [one, low.add("erf", [x], x.shape)], x.shape)
 
 
 @rule("log1p")
-def _log1p(low: Builder, eqn: Any, x: Value) -> Value:
+def _log1p(low: Builder, eqn: Equation, x: Value) -> Value:
     one = constant(np.ones((), x.dtype))
     return low.add("log", [low.add("add", [x, one], x.shape)], x.shape)
 
 
 @rule("expm1")
-def _expm1(low: Builder, eqn: Any, x: Value) -> Value:
+def _expm1(low: Builder, eqn: Equation, x: Value) -> Value:
     one = constant(np.ones((), x.dtype))
     return low.add("sub", [low.add("exp", [x], x.shape), one], x.shape)
 
 
 @rule("exp2")
-def _exp2(low: Builder, eqn: Any, x: Value) -> Value:
+def _exp2(low: Builder, eqn: Equation, x: Value) -> Value:
     scaled = low.add("mul", [x, constant(math.log(2), x.dtype)], x.shape)
     return low.add("exp", [scaled], x.shape)
 
 
 @rule("is_finite")
-def _is_finite(low: Builder, eqn: Any, x: Value) -> Value:
+def _is_finite(low: Builder, eqn: Equation, x: Value) -> Value:
     largest = constant(np.finfo(x.dtype).max)
     return low.add("le", [low.add("abs", [x], x.shape), largest], x.shape, np.bool_)
 
 
 @rule("clamp")
-def _clamp(low: Builder, eqn: Any, least: Value, x: Value, most: Value) -> Value:
+def _clamp(low: Builder, eqn: Equation, least: Value, x: Value, most: Value) -> Value:
     return low.add("min", [low.add("max", [x, least], x.shape), most], x.shape)
 
 
 @rule("select_n")
-def _select(low: Builder, eqn: Any, which: Value, *cases: Value) -> Value:
+def _select(low: Builder, eqn: Equation, which: Value, *cases: Value) -> Value:
     out = eqn.outvars[0].aval
     if which.dtype != np.bool_ or len(cases) != 2:
         raise ExportError(

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from typing import Any
 
 from ...messages.errors import ExportError
+from ...tracing.protocols import Equation
 from ..graph import Value
 from .builder import Builder, rule
 from .transposed import as_plain_convolutions
 
 
 @rule("conv_general_dilated")
-def _conv(low: Any, eqn: Any, x: Value, kernel: Value) -> Value:
+def _conv(low: Any, eqn: Equation, x: Value, kernel: Value) -> Value:
     p, out = eqn.params, eqn.outvars[0].aval
     if kernel.data is None:
         raise ExportError(
@@ -65,7 +66,7 @@ def _conv(low: Any, eqn: Any, x: Value, kernel: Value) -> Value:
 
 
 @rule("dot_general")
-def _dot(low: Builder, eqn: Any, a: Value, b: Value) -> Value:
+def _dot(low: Builder, eqn: Equation, a: Value, b: Value) -> Value:
     (ca, cb), (ba, bb) = eqn.params["dimension_numbers"]
     out = eqn.outvars[0].aval
     if a.dtype != b.dtype:

@@ -2,35 +2,34 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 
 from ...messages.errors import ExportError
+from ...tracing.protocols import Equation
 from ..graph import Value, constant
 from .builder import Builder, rule
 
 
 @rule("reshape")
-def _reshape(low: Builder, eqn: Any, x: Value) -> Value:
+def _reshape(low: Builder, eqn: Equation, x: Value) -> Value:
     if eqn.params.get("dimensions") is not None:
         x = low.transpose(x, eqn.params["dimensions"])
     return low.reshape(x, eqn.outvars[0].aval.shape)
 
 
 @rule("squeeze", "expand_dims")
-def _squeeze(low: Builder, eqn: Any, x: Value) -> Value:
+def _squeeze(low: Builder, eqn: Equation, x: Value) -> Value:
     return low.reshape(x, eqn.outvars[0].aval.shape)
 
 
 @rule("transpose")
-def _transpose(low: Builder, eqn: Any, x: Value) -> Value:
+def _transpose(low: Builder, eqn: Equation, x: Value) -> Value:
     return low.transpose(x, eqn.params["permutation"])
 
 
 @rule("broadcast_in_dim")
-def _broadcast(low: Builder, eqn: Any, x: Value, *_: Value) -> Value:
+def _broadcast(low: Builder, eqn: Equation, x: Value, *_: Value) -> Value:
     shape = tuple(map(int, eqn.outvars[0].aval.shape))
     beside = [1] * len(shape)
     for axis, size in zip(eqn.params["broadcast_dimensions"], x.shape):
@@ -44,7 +43,7 @@ def _broadcast(low: Builder, eqn: Any, x: Value, *_: Value) -> Value:
 
 
 @rule("rev")
-def _reverse(low: Builder, eqn: Any, x: Value) -> Value:
+def _reverse(low: Builder, eqn: Equation, x: Value) -> Value:
     axes = tuple(eqn.params["dimensions"])
     if x.data is not None:
         return x.moved("reverse", axes)
@@ -52,13 +51,13 @@ def _reverse(low: Builder, eqn: Any, x: Value) -> Value:
 
 
 @rule("slice")
-def _slice(low: Builder, eqn: Any, x: Value) -> Value:
+def _slice(low: Builder, eqn: Equation, x: Value) -> Value:
     p = eqn.params
     return low.slice(x, p["start_indices"], p["limit_indices"], p["strides"])
 
 
 @rule("dynamic_slice")
-def _dynamic_slice(low: Builder, eqn: Any, x: Value, *starts: Value) -> Value:
+def _dynamic_slice(low: Builder, eqn: Equation, x: Value, *starts: Value) -> Value:
     sizes = eqn.params["slice_sizes"]
     if any(start.data is None for start in starts):
         raise ExportError(
@@ -74,13 +73,13 @@ def _dynamic_slice(low: Builder, eqn: Any, x: Value, *starts: Value) -> Value:
 
 
 @rule("concatenate")
-def _concatenate(low: Builder, eqn: Any, *values: Value) -> Value:
+def _concatenate(low: Builder, eqn: Equation, *values: Value) -> Value:
     out = eqn.outvars[0].aval
     return low.add("concat", values, out.shape, axis=eqn.params["dimension"])
 
 
 @rule("stack")
-def _stack(low: Builder, eqn: Any, *values: Value) -> Value:
+def _stack(low: Builder, eqn: Equation, *values: Value) -> Value:
     axis, out = eqn.params["axis"], eqn.outvars[0].aval
     shape = list(values[0].shape)
     shape.insert(axis, 1)
@@ -89,7 +88,7 @@ def _stack(low: Builder, eqn: Any, *values: Value) -> Value:
 
 
 @rule("tile")
-def _tile(low: Builder, eqn: Any, x: Value) -> Value:
+def _tile(low: Builder, eqn: Equation, x: Value) -> Value:
     if x.data is not None:
         return x.repeated(np.tile(x.data, eqn.params["reps"]))
     for axis, count in enumerate(eqn.params["reps"]):
@@ -100,7 +99,7 @@ def _tile(low: Builder, eqn: Any, x: Value) -> Value:
 
 
 @rule("split")
-def _split(low: Builder, eqn: Any, x: Value) -> list[Value]:
+def _split(low: Builder, eqn: Equation, x: Value) -> list[Value]:
     axis, parts, start = eqn.params["axis"], [], 0
     for size in eqn.params["sizes"]:
         first, last = [0] * len(x.shape), list(x.shape)
@@ -111,7 +110,7 @@ def _split(low: Builder, eqn: Any, x: Value) -> list[Value]:
 
 
 @rule("unstack")
-def _unstack(low: Builder, eqn: Any, x: Value) -> list[Value]:
+def _unstack(low: Builder, eqn: Equation, x: Value) -> list[Value]:
     axis, shape = eqn.params["axis"], eqn.outvars[0].aval.shape
     parts = []
     for i in range(x.shape[axis]):
@@ -122,7 +121,7 @@ def _unstack(low: Builder, eqn: Any, x: Value) -> list[Value]:
 
 
 @rule("pad")
-def _pad(low: Builder, eqn: Any, x: Value, fill: Value) -> Value:
+def _pad(low: Builder, eqn: Equation, x: Value, fill: Value) -> Value:
     config = eqn.params["padding_config"]
     if fill.data is None or any(inner for *_, inner in config):
         raise ExportError(
@@ -140,7 +139,7 @@ def _pad(low: Builder, eqn: Any, x: Value, fill: Value) -> Value:
 
 
 @rule("gather")
-def _gather(low: Builder, eqn: Any, x: Value, indices: Value) -> Value:
+def _gather(low: Builder, eqn: Equation, x: Value, indices: Value) -> Value:
     p, out = eqn.params, eqn.outvars[0].aval
     d = p["dimension_numbers"]
     sizes = p["slice_sizes"]
@@ -173,7 +172,7 @@ def _gather(low: Builder, eqn: Any, x: Value, indices: Value) -> Value:
 
 
 @rule("iota")
-def _iota(low: Builder, eqn: Any) -> Value:
+def _iota(low: Builder, eqn: Equation) -> Value:
     p = eqn.params
     data = np.asarray(jax.lax.broadcasted_iota(p["dtype"], p["shape"], p["dimension"]))
     return constant(data)

@@ -8,12 +8,13 @@ from typing import Any
 import numpy as np
 
 from ...messages.errors import ExportError
+from ...tracing.protocols import Equation
 from ..graph import Node, Value, constant
 from .builder import Builder, rule
 
 
 @rule("reduce_sum", "reduce_max", "reduce_min", "reduce_prod")
-def _reduce(low: Builder, eqn: Any, x: Value) -> Value:
+def _reduce(low: Builder, eqn: Equation, x: Value) -> Value:
     axes = tuple(sorted(eqn.params["axes"]))
     out = eqn.outvars[0].aval
     if not axes:
@@ -23,7 +24,7 @@ def _reduce(low: Builder, eqn: Any, x: Value) -> Value:
 
 
 @rule("argmax", "argmin")
-def _arg(low: Builder, eqn: Any, x: Value) -> Value:
+def _arg(low: Builder, eqn: Equation, x: Value) -> Value:
     (axis,) = eqn.params["axes"]
     out = eqn.outvars[0].aval
     name = eqn.primitive.name
@@ -31,7 +32,7 @@ def _arg(low: Builder, eqn: Any, x: Value) -> Value:
 
 
 @rule("top_k")
-def _top_k(low: Builder, eqn: Any, x: Value) -> list[Value]:
+def _top_k(low: Builder, eqn: Equation, x: Value) -> list[Value]:
     axis, last = eqn.params.get("axis", -1), len(x.shape) - 1
     if axis % len(x.shape) != last:
         raise ExportError(
@@ -45,13 +46,13 @@ def _top_k(low: Builder, eqn: Any, x: Value) -> list[Value]:
 
 
 @rule("cumsum")
-def _cumsum(low: Builder, eqn: Any, x: Value) -> Value:
+def _cumsum(low: Builder, eqn: Equation, x: Value) -> Value:
     axis, back = eqn.params["axis"], bool(eqn.params["reverse"])
     return low.add("cumsum", [x], x.shape, axis=axis, reverse=back)
 
 
 @rule("reduce_window_max", "reduce_window_sum")
-def _pool(low: Builder, eqn: Any, x: Value) -> Value:
+def _pool(low: Builder, eqn: Equation, x: Value) -> Value:
     p = eqn.params
     if {*p["base_dilation"], *p["window_dilation"]} - {1}:
         raise ExportError(
@@ -91,7 +92,7 @@ def _pool_axes(
         for n, k, s, pad in zip(sizes, window, strides, padding)
     ]
     shape = (batch, *made, depth)
-    attrs = {"window": window, "strides": strides, "padding": padding}
+    attrs: dict[str, Any] = {"window": window, "strides": strides, "padding": padding}
     if maximum:
         y = low.add("pool_max", [image], shape, **attrs)
     else:

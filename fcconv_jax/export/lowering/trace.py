@@ -18,6 +18,7 @@ import numpy as np
 from ...messages.errors import ExportError
 from ...tracing.jaxprs import bind, call_body, evaluate, opened, scan_parts
 from ...tracing.primitives import MOVES, SAME
+from ...tracing.protocols import Equation
 from ..graph import Graph, Source, Value, constant
 
 # Each module registers its rules when it is imported.
@@ -61,7 +62,7 @@ class Lowering(Builder):
         super().__init__()
         self.unroll, self.whole = unroll, whole
 
-    def visit(self, eqn: Any, operands: Sequence[Any]) -> list[Value]:
+    def visit(self, eqn: Equation, operands: Sequence[Any]) -> list[Value]:
         """What one equation makes."""
         values = [as_value(operand) for operand in operands]
         body = call_body(eqn)
@@ -99,7 +100,7 @@ class Lowering(Builder):
         """Walk a jaxpr."""
         return [as_value(v) for v in evaluate(jaxpr, values, self.visit)]
 
-    def _unrolled(self, eqn: Any, values: Sequence[Value]) -> list[Value]:
+    def _unrolled(self, eqn: Equation, values: Sequence[Value]) -> list[Value]:
         """Unroll a loop."""
         length, jaxpr = eqn.params["length"], eqn.params["jaxpr"]
         consts, carried = scan_parts(eqn)
@@ -215,7 +216,7 @@ def _is_key(array: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
-def computed(eqn: Any, values: Sequence[Value]) -> list[Value]:
+def computed(eqn: Equation, values: Sequence[Value]) -> list[Value]:
     """Return what an equation of constants makes."""
     data = [value.data for value in values]
     function = _ROUNDED_ONCE.get(eqn.primitive.name)
@@ -242,7 +243,7 @@ def computed(eqn: Any, values: Sequence[Value]) -> list[Value]:
     return found
 
 
-def refusal(eqn: Any) -> ExportError:
+def refusal(eqn: Equation) -> ExportError:
     """Return the error for an equation that no file takes, with a fix."""
     name = eqn.primitive.name
     what = _REFUSED.get(name) or next(

@@ -13,11 +13,12 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...plan.phases import in_phases
+from ...tracing.protocols import Equation
 
 Array = jax.Array
 
 
-def as_plain_convolutions(eqn: Any) -> Any:
+def as_plain_convolutions(eqn: Equation) -> Any:
     """Return the jaxpr of a convolution of spaced inputs, without the spacing.
 
     Windows that do not overlap are one pointwise convolution, then depth-to-space;

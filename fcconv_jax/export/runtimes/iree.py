@@ -18,6 +18,7 @@ import jax
 import numpy as np
 from jax import export as jax_export
 from jax import lax
+from jaxtyping import PyTree
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
@@ -34,7 +35,7 @@ BACKEND = "llvm-cpu"
 
 def write_program(
     call: Callable[..., Any],
-    variables: Any,
+    variables: PyTree,
     arrays: Sequence[Any],
     names: Sequence[str],
     record: FileRecord,

@@ -18,6 +18,8 @@ from typing import Any
 import jax
 import numpy as np
 from jax import export as jax_export
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from ...messages.errors import ExportError
 from ...messages.extras import require
@@ -44,7 +46,7 @@ _DTYPES: dict[str, Any] = {
 
 def write_program(
     call: Callable[..., Any],
-    variables: Any,
+    variables: PyTree,
     arrays: Sequence[Any],
     names: Sequence[str],
     record: FileRecord,
@@ -203,7 +205,7 @@ class StableHloFile(Shipped):
         ]
 
 
-def _parsed(data: str, shape: tuple[int, ...], dtype: Any) -> np.ndarray:
+def _parsed(data: str, shape: tuple[int, ...], dtype: DTypeLike) -> np.ndarray:
     """Return the entries of a constant as MLIR prints it."""
     if data.startswith('"0x'):
         array = np.frombuffer(bytes.fromhex(data[3:-1]), dtype)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from ...plan import Form, Plan
 from ...plan.rules import Rule
@@ -74,7 +75,7 @@ class BoundFunction(BoundModel):
         inputs = (self.params, *self.args)
         return plan_function(self.model, inputs, to, rules, self.kwargs)
 
-    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
         return self.model(*variables.values(), *args, **kwargs)
 
 

@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
+from jaxtyping import PyTree
+
 from ...backends.options import known_options
 from ...params.moves import check_converted
 from ...plan import Plan, in_words
@@ -40,6 +42,6 @@ class ConvertedFunction(Jitted):
         layers = f"{len(self.plan)} layers as {in_words(self.plan.to)}"
         return f"<{self.__name__} with {layers}>"
 
-    def _run(self, params: Any, *inputs: Any, **kwargs: Any) -> Any:
+    def _run(self, params: PyTree, *inputs: Any, **kwargs: Any) -> Any:
         check_converted(parameter_paths(params), self.plan)
         return run_rewritten(self.function, self.plan, (params, *inputs), kwargs)

@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+from jaxtyping import PyTree
 
 from ...plan import Form, Plan
 from ...plan.rules import Rule
@@ -142,10 +143,12 @@ class BoundLinen(BoundModel):
                 )
             raise
 
-    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
         return self.model.apply(variables, *args, **kwargs)
 
-    def named(self, variables: Any, arrays: Any, wanted: Callable[[str], bool]) -> Any:
+    def named(
+        self, variables: PyTree, arrays: Any, wanted: Callable[[str], bool]
+    ) -> Any:
         """Also names the inputs of linear layers."""
         namer = _Namer(wanted)
         with intercepting(namer, key=("fcconv_jax.named", id(namer))):

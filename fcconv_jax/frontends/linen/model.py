@@ -9,6 +9,7 @@ from typing import Any
 
 import flax.linen as nn
 from flax.errors import ScopeParamShapeError
+from jaxtyping import PyTree
 
 from ...backends.options import known_options
 from ...messages.errors import PlanError
@@ -118,5 +119,5 @@ class ConvertedLinen:
             updated = map_leaves(updated, self.plan)
         return y, updated
 
-    def _run(self, params: Any, state: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, params: PyTree, state: Any, args: Any, kwargs: Any) -> Any:
         return self.model.apply({**state, "params": params}, *args, **kwargs)

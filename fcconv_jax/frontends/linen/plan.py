@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 from flax import struct
 from flax.core import DenyList
+from jaxtyping import PyTree
 
 from ...plan import Form, Plan
 from ...plan.rules import Rule
@@ -208,7 +209,7 @@ def _trace(
     params = variables.get("params", {})
     rest = {name: tree for name, tree in variables.items() if name != "params"}
 
-    def run(params: Any, state: Any, rngs: Any, args: Any, kwargs: Any) -> list[Any]:
+    def run(params: PyTree, state: Any, rngs: Any, args: Any, kwargs: Any) -> list[Any]:
         out = model.apply({"params": params, **state}, *args, rngs=rngs, **kwargs)
         return arguments.split(out)[0]
 
@@ -223,7 +224,7 @@ def _trace(
         raise
 
 
-def _stored(params: Any) -> dict[str, Any]:
+def _stored(params: PyTree) -> dict[str, Any]:
     """Return the stored parameters by path, still in their boxes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
@@ -264,7 +265,7 @@ def _own(
     return own
 
 
-def _without_stack_axes(variables: Any) -> Any:
+def _without_stack_axes(variables: PyTree) -> Any:
     """Return the variables as the model made them."""
     return jax.tree.map(
         lambda leaf: leaf.value if isinstance(leaf, _StackAxes) else leaf,

@@ -11,6 +11,7 @@ from typing import Any
 import jax
 from flax import nnx
 from flax.traverse_util import flatten_dict
+from jaxtyping import PyTree
 
 from ...messages.errors import PlanError
 from ...plan import Form, Plan
@@ -66,7 +67,7 @@ class BoundNnx(BoundModel):
     def on_crops(cls, model: Any) -> OnCrops:
         """Read the variables at each call."""
 
-        def call(variables: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
             return cls(model)._call(variables, args, kwargs)
 
         call.__name__ = type(model).__name__
@@ -122,18 +123,22 @@ class BoundNnx(BoundModel):
         method = options.pop("method", None)
         return plan_nnx(self.model, self.args, to, rules, method, options)
 
-    def _call(self, variables: Any, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
         return _method(self._merged(variables), kwargs)(*args, **_without(kwargs))
 
-    def call(self, variables: Any, arrays: Any = None) -> Any:
+    def call(self, variables: PyTree, arrays: Any = None) -> Any:
         """The output, and the batch statistics after the call if there are any."""
         return self._run(variables, arrays, lambda model: None)
 
-    def named(self, variables: Any, arrays: Any, wanted: Callable[[str], bool]) -> Any:
+    def named(
+        self, variables: PyTree, arrays: Any, wanted: Callable[[str], bool]
+    ) -> Any:
         """Also names the inputs of linear layers."""
         return self._run(variables, arrays, lambda model: _name_modules(model, wanted))
 
-    def _run(self, variables: Any, arrays: Any, prepare: Callable[[Any], None]) -> Any:
+    def _run(
+        self, variables: PyTree, arrays: Any, prepare: Callable[[Any], None]
+    ) -> Any:
         args, kwargs = self._arguments(arrays)
         model = self._merged(variables)
         prepare(model)
@@ -158,7 +163,7 @@ class BoundNnx(BoundModel):
                 "line, name a function that makes the model and does so."
             )
 
-    def _merged(self, variables: Any) -> Any:
+    def _merged(self, variables: PyTree) -> Any:
         graphdef, params, _ = self._parts
         state = jax.tree.map(lambda leaf: leaf, params)
         nnx.replace_by_pure_dict(state, variables["params"])

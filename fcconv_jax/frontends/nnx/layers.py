@@ -37,7 +37,7 @@ def modules(model: nnx.Module) -> Iterator[tuple[str, nnx.Module]]:
             yield path_text(path), node
 
 
-def variables(model: Any) -> dict[str, nnx.Variable]:
+def variables(model: object) -> dict[str, nnx.Variable]:
     """Return every Variable of a model once, by its first path, as its state has it."""
     return {
         path_text(path): node

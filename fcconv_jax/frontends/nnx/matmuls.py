@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from ...messages.errors import PlanError
 from ...params.leaves import convert_leaf, move_metadata
@@ -290,7 +291,7 @@ class _Call:
             return follow(map_leaves(params, plan.inverse()), state, list(arrays))
         return run_rewritten(follow, plan, (params, state, list(arrays)), {})
 
-    def _follow(self, plan: Plan, params: Any, state: Any, arrays: Any) -> _Ended:
+    def _follow(self, plan: Plan, params: PyTree, state: Any, arrays: Any) -> _Ended:
         """The original method, on parameters as it knows them.
 
         Args:

@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from ...messages.errors import PlanError
 from ...tracing import arguments
@@ -50,7 +51,7 @@ def is_node(value: Any) -> bool:
     return isinstance(value, nnx.Pytree | nnx.Variable)
 
 
-def without_nodes(tree: Any) -> tuple[list[Any], Any]:
+def without_nodes(tree: PyTree) -> tuple[list[Any], Any]:
     """The modules and Variables in a PyTree, and the PyTree without them."""
     leaves, treedef = jax.tree.flatten(tree, is_leaf=is_node)
     nodes = [leaf for leaf in leaves if is_node(leaf)]
@@ -58,7 +59,7 @@ def without_nodes(tree: Any) -> tuple[list[Any], Any]:
     return nodes, jax.tree.unflatten(treedef, rest)
 
 
-def with_nodes(tree: Any, nodes: Sequence[Any]) -> Any:
+def with_nodes(tree: PyTree, nodes: Sequence[Any]) -> Any:
     """The PyTree with the nodes that :func:`without_nodes` took out."""
     rest = iter(nodes)
     return jax.tree.map(lambda leaf: next(rest) if leaf is _NODE else leaf, tree)

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from flax import nnx
+from jaxtyping import PyTree
 
 from ...params.variables import is_variable
 from ...plan import UNCALLED_REASON, Form, LayerPlan, Plan
@@ -160,7 +161,7 @@ def _trace(
         twin, lambda path, _: nnx_layers.path_text(path) in params, ..., **graph_mode()
     )
 
-    def run(params: Any, rest: Any, args: Any, kwargs: Any) -> list[Any]:
+    def run(params: PyTree, rest: Any, args: Any, kwargs: Any) -> list[Any]:
         called = nnx.merge(graphdef, params, rest, copy=True)
         out = _bound(called, method)(*args, **kwargs)
         return arguments.split(out)[0]
@@ -180,7 +181,7 @@ def _abstract(model: nnx.Module) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves), copy=True)
 
 
-def _bound(model: Any, method: Any) -> Any:
+def _bound(model: object, method: Any) -> Any:
     """The method to call: the model's own ``__call__``, one by name, or a function."""
     if method is None:
         return model

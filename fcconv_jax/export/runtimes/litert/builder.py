@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from jax.typing import DTypeLike
 
 from ....messages.errors import ExportError
 from ...graph import Value, same_content
@@ -103,7 +104,7 @@ class Builder:
         self.known[key] = len(self.tensors) - 1
         return self.known[key]
 
-    def constant(self, data: Any, dtype: Any = np.int32, name: str = "") -> int:
+    def constant(self, data: Any, dtype: DTypeLike = np.int32, name: str = "") -> int:
         """Return the index of a constant's tensor; equal small ones share one."""
         array = np.asarray(data, dtype)
         key = (array.shape, str(array.dtype), array.tobytes())
