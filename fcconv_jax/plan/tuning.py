@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import math
+import statistics
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
 from ..messages.reports import aligned
@@ -31,20 +33,54 @@ class Figure:
       median: of all runs.
       low: lower end of a 95 % interval of the median.
       high: its upper end. Both are the figure itself where nothing is random.
+      runs: one for each round of a race, where the quantity is random.
+      race: names the race. Rounds of another cannot be compared.
     """
 
     median: float
     low: float
     high: float
+    runs: tuple[float, ...] = dataclasses.field(default=(), compare=False, repr=False)
+    race: str = dataclasses.field(default="", compare=False, repr=False)
 
-    def beats(self, other: Figure) -> bool:
-        """Return whether it is smaller, beyond the noise: the intervals do not meet.
+    @classmethod
+    def of(cls, runs: Sequence[float], race: str = "") -> Figure:
+        """Return the median with its interval from the order statistics (binomial).
+
+        Example:
+          >>> Figure.of([3.0, 1.0, 2.0])
+          Figure(median=2.0, low=1.0, high=3.0)
+        """
+        ordered = sorted(runs)
+        reach = 0.98 * math.sqrt(len(ordered))
+        middle = (len(ordered) - 1) / 2
+        low = max(math.floor(middle - reach), 0)
+        high = min(math.ceil(middle + reach), len(ordered) - 1)
+        median = statistics.median(ordered)
+        return cls(median, ordered[low], ordered[high], tuple(runs), race)
+
+    def beats(self, other: Figure, times: float = 1.0) -> bool:
+        """Return whether it is smaller, beyond the noise.
+
+        Figures of one race are compared round by round, because what disturbs a machine
+        disturbs neighbouring runs alike: the interval of the ratio must be below 1.
+        Of other figures the intervals must not meet.
+
+        Args:
+          other: the other figure.
+          times: how many times smaller.
 
         Example:
           >>> Figure(1.0, 0.9, 1.1).beats(Figure(1.5, 1.2, 1.9))
           True
+          >>> busy = [1.0, 1.1, 3.0, 2.9, 9.0]
+          >>> Figure.of(busy).beats(Figure.of([1.1 * t for t in busy]))
+          True
         """
-        return self.high < other.low
+        if self.race == other.race and self.runs and other.runs:
+            ratios = [mine / its for mine, its in zip(self.runs, other.runs)]
+            return Figure.of(ratios).high < 1 / times
+        return self.high * times < other.low
 
     def show(self, objective: Objective) -> str:
         """Return the median with its unit, and how far the interval goes from it.
@@ -256,7 +292,11 @@ def _part(figure: Figure, of: Figure) -> float:
 
 
 def _named(figures: Iterable[tuple[str, Figure]]) -> dict[str, Any]:
-    return {name: dataclasses.asdict(figure) for name, figure in figures}
+    """Return figures without their single runs, which would fill a plan's file."""
+    return {
+        name: {"median": each.median, "low": each.low, "high": each.high}
+        for name, each in figures
+    }
 
 
 def _figures(entries: Mapping[str, Any]) -> tuple[tuple[str, Figure], ...]:

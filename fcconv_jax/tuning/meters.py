@@ -6,9 +6,9 @@ import dataclasses
 import functools
 import hashlib
 import json
-import math
 import statistics
 import time
+import uuid
 from collections.abc import Callable, Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -26,6 +26,9 @@ from .timings import Timings
 
 Options = tuple[tuple[str, Any], ...]
 
+# Among programs this near to the best one, the plainest is taken.
+AS_GOOD = 1.02
+_LEAST_ROUNDS = 5
 _MAX_ROUNDS = 101
 # Rounds before what is slower by half leaves the race.
 _TRIAL_ROUNDS = 3
@@ -168,11 +171,21 @@ class Meter:
 def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Figure]:
     """Run times in turns, in milliseconds, with an interval of the median.
 
+    Args:
+      runs: by name, the original first, which stays to the end unless it is slow.
+      seconds: how long they may run.
+
     Example:
       >>> list(race({"a": lambda: 1, "b": lambda: 2}, 0.01))
       ['a', 'b']
     """
-    return {name: _figure(taken) for name, taken in race_times(runs, seconds).items()}
+    original = next(iter(runs))
+    times = race_times(runs, seconds, stays=(original,))
+    name_of_race = uuid.uuid4().hex
+    return {
+        name: Figure.of([1e3 * t for t in taken], name_of_race)
+        for name, taken in times.items()
+    }
 
 
 def race_times(
@@ -181,8 +194,9 @@ def race_times(
     apart: float = 0.0,
     trial: int = _TRIAL_ROUNDS,
     opponents: Collection[str] = (),
+    stays: Collection[str] | None = None,
 ) -> dict[str, list[float]]:
-    """Return the seconds of every run, in turns.
+    """Return the seconds of every run, in turns; each round starts with the next one.
 
     Programs more than 1.5x slower than the fastest stop after a few rounds. The others
     run until the time is over, at least 5 and at most 101 times.
@@ -195,6 +209,8 @@ def race_times(
         may spin for a while, have come to rest, and no program has a better neighbour.
       trial: rounds before what is slower leaves; of a long program 3 will do.
       opponents: runs that may be quicker, without making the others leave.
+      stays: if given, all but these also leave once they are slower by 2 %, beyond the
+        noise, so that those that are nearly as quick get more rounds.
 
     Example:
       >>> all(race_times({"a": lambda: 1, "b": lambda: 2}, 0.01).values())
@@ -209,7 +225,7 @@ def race_times(
     running = dict(runs)
     begin = time.perf_counter()
     for number in range(_MAX_ROUNDS):
-        if number >= 5 and time.perf_counter() - begin > seconds:
+        if number >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
             break
         if number == 0:
             least = quickest(first)
@@ -220,7 +236,9 @@ def race_times(
             for name in slow:
                 times[name].append(first[name])
                 del running[name]
-        for name, run in running.items():
+        turn = number % len(running)
+        order = [*running.items()]
+        for name, run in order[turn:] + order[:turn]:
             if apart:
                 time.sleep(apart)
                 seconds_of(run)
@@ -232,19 +250,16 @@ def race_times(
         if is_over or is_long:  # One run may be slow by chance, but not hopelessly.
             most = (_SLOWER if is_over else _HOPELESS) * least
             running = {n: r for n, r in running.items() if middle[n] <= most}
-        if len(running) == 1 and number >= 4:
+        if stays is not None and number >= _LEAST_ROUNDS - 1:
+            leader = Figure.of(times[min(running, key=lambda name: middle[name])])
+            running = {
+                name: run
+                for name, run in running.items()
+                if name in stays or not leader.beats(Figure.of(times[name]), AS_GOOD)
+            }
+        if len(running) == 1 and number >= _LEAST_ROUNDS - 1:
             break
     return times
-
-
-def _figure(times: list[float]) -> Figure:
-    """Return the median with its 95 % interval from the order statistics (binomial)."""
-    ordered = sorted(1e3 * t for t in times)
-    reach = 0.98 * math.sqrt(len(ordered))
-    middle = (len(ordered) - 1) / 2
-    low = max(math.floor(middle - reach), 0)
-    high = min(math.ceil(middle + reach), len(ordered) - 1)
-    return Figure(statistics.median(ordered), ordered[low], ordered[high])
 
 
 def _exactly(value: float) -> Figure:

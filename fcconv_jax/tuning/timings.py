@@ -140,12 +140,15 @@ class Timings:
 
 
 def _figure(entry: Any, objective: Objective) -> Figure:
-    figure = Figure(**entry)
-    values = (figure.low, figure.median, figure.high)
-    if any(type(value) not in (int, float) for value in values):
+    figure = Figure(**{**entry, "runs": tuple(entry.get("runs", ()))})
+    values = (figure.low, figure.median, figure.high, *figure.runs)
+    if any(type(value) not in (int, float) for value in values) or not (
+        isinstance(figure.race, str)
+    ):
         raise TypeError(f"expected numbers, got {entry}")
     # A program may need no scratch memory; but all take time.
-    least = values[0] >= 0 if objective == "memory" else values[0] > 0
-    if not (least and values[0] <= values[1] <= values[2] < _MOST):
+    least = min(values) >= 0 if objective == "memory" else min(values) > 0
+    if not (least and values[0] <= values[1] <= values[2] and max(values) < _MOST):
         raise ValueError(f"no possible {objective}: {entry}")
-    return Figure(*map(float, (figure.median, figure.low, figure.high)))
+    low, median, high, *runs = map(float, values)
+    return Figure(median, low, high, tuple(runs), figure.race)

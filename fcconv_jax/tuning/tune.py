@@ -28,13 +28,11 @@ from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules, phases_rules
 from ..plan.tuning import Figure, Objective, Tuning
 from .layers import AlikeLayers, choose_alone
-from .meters import Candidate, Meter, Options
+from .meters import AS_GOOD, Candidate, Meter, Options
 from .timings import Timings
 from .training import Loss, model_step
 
 _FORMS: tuple[Form, ...] = ("conv", "dense")
-# Among programs this near to the best one, the plainest is taken.
-_AS_GOOD = 1.02
 # Layers alike that gain less of the whole model stay as they are.
 _WORTH = 1.001
 _NOTHING_BETTER = "the model as it is: nothing is better beyond the noise"
@@ -75,7 +73,8 @@ def tune(
     form that was best alone, with and without compiler options that change how matmuls
     and convolutions are compiled. In the best of these, layers that are alike are run
     in their other ways, in the company of all others, and stay so where that is better.
-    What wins beyond the noise, and by 2 %, is measured against the original once more.
+    What wins by 2 %, round by round and beyond the noise, is measured against the
+    original once more.
     So the plan is never slower: if nothing wins, it is empty, and ``plan.tuning.why``
     explains why.
 
@@ -360,7 +359,7 @@ class _Race:
         self._show(f"whole model: compiling {len(self.forms)} forms", 0, 1)
         self.figures |= self._measure(self.forms, seconds)
         best = min(figure.median for figure in self.figures.values())
-        near = [n for n in self.forms if self.figures[n].median <= _AS_GOOD * best]
+        near = [n for n in self.forms if self.figures[n].median <= AS_GOOD * best]
         choice = min(near, key=lambda name: self.forms[name].plainness)
         if self.figures[choice].beats(self.figures[self.original]):
             self.choice = choice
@@ -412,7 +411,7 @@ class _Race:
         last = {name: self.forms[name] for name in (self.original, self.choice)}
         again = self._measure(last, seconds, again="again")
         found, before = again[self.choice], again[self.original]
-        if found.beats(before) and before.median > _AS_GOOD * found.median:
+        if found.beats(before) and before.median > AS_GOOD * found.median:
             self.figures |= again
         else:
             self.choice = self.original

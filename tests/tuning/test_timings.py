@@ -37,6 +37,13 @@ def test_figures_are_read_again_in_any_run(known):
     assert not again.passes_over("the rest", 1.0)
 
 
+def test_single_runs_are_kept_for_comparisons(file):
+    Timings(file, "latency", "cpu").add({"a": Figure.of([2.0, 5.0], "race")})
+    found = Timings(file, "latency", "cpu").get("a")
+    assert found is not None
+    assert (found.runs, found.race) == ((2.0, 5.0), "race")
+
+
 def test_what_was_measured_is_never_passed_over(known):
     again = Timings(known, "latency", "cpu")
     assert again.passes_over("the head", 0.0)
@@ -106,6 +113,7 @@ def _figure(**changes):
         *(_figure(median=0), _figure(low=0), _figure(median=-2, low=-3)),
         *(_figure(high=float("inf")), _figure(median=float("nan"))),
         *(_figure(low=9), _figure(high=1), _figure(more=1), _figure(high=10**400)),
+        *(_figure(runs=1), _figure(runs=["x"]), _figure(runs=[0]), _figure(race=1)),
         _figure(high=8.25).replace("8.25", "1e999"),
     ],
 )

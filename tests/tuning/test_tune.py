@@ -95,8 +95,9 @@ def test_what_gains_little_is_not_taken():
 
 def test_slow_programs_leave_the_race(monkeypatch):
     now = {"time": 0.0}
-    runs = dict.fromkeys(("quick", "as good", "slow", "hopeless"), 0)
-    cost = {"quick": 0.1, "as good": 0.11, "slow": 0.2, "hopeless": 30.0}
+    cost = {"first": 0.12, "quick": 0.1, "as good": 0.101, "slower": 0.11}
+    cost |= {"slow": 0.2, "hopeless": 30.0}
+    runs = dict.fromkeys(cost, 0)
 
     def runner(name):
         def run():
@@ -109,7 +110,8 @@ def test_slow_programs_leave_the_race(monkeypatch):
     found = meters.race({name: runner(name) for name in runs}, seconds=4.0)
     assert runs["hopeless"] == 1  # a minute of it would tell no more
     assert runs["slow"] == 4  # by chance at first, perhaps
-    assert runs["quick"] == runs["as good"] > 15
+    assert runs["slower"] == 6  # settled, although others take much longer
+    assert runs["first"] == runs["quick"] == runs["as good"] >= 8
     for name, ms in cost.items():
         assert found[name].median == pytest.approx(1e3 * ms)
         assert found[name].low == pytest.approx(found[name].high)
@@ -142,11 +144,45 @@ def test_apart_each_run_follows_its_own():
     assert rounds >= 5
 
 
+def test_each_starts_a_round_as_often():
+    order = []
+    runs = {name: lambda name=name: order.append(name) for name in "abc"}
+    meters.race_times(runs, 0.0)
+    assert "".join(order).startswith("abc" + "abcbcacab")
+
+
 def test_the_interval_is_that_of_the_median():
-    found = meters._figure([t / 1e3 for t in range(1, 102)])
-    assert (found.median, found.low, found.high) == (51.0, 41.0, 61.0)
-    few = meters._figure([0.003, 0.001, 0.002])
+    found = Figure.of(range(1, 102))
+    assert (found.median, found.low, found.high) == (51, 41, 61)
+    few = Figure.of([3.0, 1.0, 2.0])
     assert (few.median, few.low, few.high) == (2.0, 1.0, 3.0)
+
+
+def busy_rounds(seed, gain, rounds=11):
+    """Two programs on a busy machine, where rounds differ more than the programs."""
+    rng = np.random.default_rng(seed)
+    load = rng.lognormal(0.0, 0.7, rounds)
+    own = rng.lognormal(0.0, 0.03, (2, rounds))
+    before, after = own * load * [[1.0], [gain]]
+    return before, after
+
+
+def test_rounds_of_a_race_are_compared_in_pairs():
+    paired = alone = 0
+    for seed in range(100):
+        before, after = busy_rounds(seed, gain=0.9)
+        paired += Figure.of(after).beats(Figure.of(before))
+        alone += Figure.of(after, "one").beats(Figure.of(before, "another"))
+    assert paired > 90
+    assert alone < 10
+
+
+def test_noise_alone_seldom_wins():
+    won = 0
+    for seed in range(400):
+        before, after = busy_rounds(seed, gain=1.0)
+        won += Figure.of(after).beats(Figure.of(before))
+    assert won < 0.04 * 400
 
 
 @pytest.fixture
