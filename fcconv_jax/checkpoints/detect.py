@@ -1,4 +1,4 @@
-"""Which format a path holds, told from the content; no code from a file is run."""
+"""Detects the format of a path from its content, and runs no code from it."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from pathlib import Path
 
 from ..messages.errors import CheckpointError
 from .folders import FOLDER
-from .formats import FILES, FOLDERS, FileFormat, FolderFormat
+from .formats import FILES, FOLDERS, FORMATS, FileFormat, FolderFormat
 from .walk import require_regular
 
 PathLike = str | os.PathLike[str]
@@ -88,8 +88,8 @@ def detect(path: PathLike) -> tuple[Path, FileFormat | FolderFormat]:
 
 def _no_checkpoint(path: Path, why: str) -> CheckpointError:
     return CheckpointError(
-        f"{path}: no checkpoint: {why}; wanted is an Orbax directory, a Flax msgpack "
-        "file or a safetensors file"
+        f"{path}: expected a checkpoint ({', '.join(FORMATS)}), but {why}. Pass the "
+        "file or directory that was saved"
     )
 
 

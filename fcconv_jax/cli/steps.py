@@ -72,6 +72,7 @@ def plan_checkpoint(
 ) -> Plan:
     """Plans from the shapes in a checkpoint, without the model's code; shows it."""
     from ..checkpoints import inspect_checkpoint
+    from ..checkpoints.formats import FORMATS
     from ..planning.from_shapes import plan_from_params
     from .variables import split_key
 
@@ -79,7 +80,7 @@ def plan_checkpoint(
     if info.plan is not None:
         return info.plan  # convert_checkpoint says that it is converted already
     shapes = {leaf.path: leaf.shape for leaf in info.leaves}
-    if info.format == "safetensors" and any(key.endswith("kernel") for key in shapes):
+    if FORMATS[info.format].flat and any(key.endswith("kernel") for key in shapes):
         # Flax's levels; PyTorch's names stay whole.
         shapes = {"/".join(split_key(key, shapes)): shapes[key] for key in shapes}
     made = plan_from_params(

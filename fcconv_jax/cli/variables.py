@@ -140,10 +140,11 @@ def _list_unread(file: str, paths: Iterable[Parts], unread: Collection[Parts]) -
 def checkpoint_leaves(checkpoint: Checkpoint) -> dict[tuple[str, ...], Any]:
     """The leaves of a checkpoint by path, out of the boxes that some sit in."""
     from ..checkpoints.checkpoint import iter_leaves
+    from ..checkpoints.formats import FORMATS
 
     leaves = {}
     for path, leaf in iter_leaves(checkpoint.tree):
-        if checkpoint.format == "safetensors":
+        if FORMATS[checkpoint.format].flat:
             path = split_key(path[0], checkpoint.tree)
         boxed = len(path) > 1 and path[-1] in ("value", "raw_value")
         leaves[path[:-1] if boxed else path] = leaf

@@ -45,7 +45,7 @@ def test_stored_plan(params):
 
 
 def test_no_checkpoint(folder):
-    fails("inspect model.py", "model.py: no checkpoint")
+    fails("inspect model.py", "model.py: expected a checkpoint")
     (folder / "empty").mkdir()
     fails("inspect empty", "it is empty")
 

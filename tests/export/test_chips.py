@@ -40,8 +40,6 @@ def forms(chip):
 
 
 def test_every_chip_of_the_table_has_its_sources():
-    wanted = "ethos-u55 ethos-u65 ethos-u85 edgetpu artpec-8 artpec-9 hexagon ane dpu"
-    assert set(CHIPS) == {*wanted.split(), "k210", "mdla", "tidl"}
     for chip in CHIPS.values():
         assert chip.source
         assert chip.how in ("run", "read", "inferred")

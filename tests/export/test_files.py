@@ -9,11 +9,12 @@ import pytest
 from flax import nnx
 
 import fcconv_jax as fc
+from fcconv_jax.export.runtimes import runtimes
 
 from .models import MODELS, export_two_roles, normal
 
 RUNTIMES = {"litert": "ai_edge_litert", "onnx": "onnxruntime", "openvino": "openvino"}
-SUFFIX = {"litert": "tflite", "onnx": "onnx", "openvino": "xml"}
+SUFFIX = {name: runtimes()[name].suffix[1:] for name in RUNTIMES}
 MATMULS = {"FULLY_CONNECTED", "BATCH_MATMUL", "Gemm", "MatMul"}
 
 
