@@ -32,9 +32,8 @@ _CHANGED = (
 def verify_file(
     path: str | Path,
     params: PyTree | None = None,
-    *,
+    *inputs: PyTree,
     model: object = None,
-    inputs: Sequence[Any] = (),
     progress: ProgressOption = None,
     **kwargs: Any,
 ) -> ExportReport:
@@ -47,13 +46,13 @@ def verify_file(
     Args:
       path: the file.
       params: the params or variables, in the form that the model has.
-      model: the model, for the whole file on ``inputs``.
-      inputs: what the model is called on.
+      *inputs: what the model is called on.
+      model: the model, for the whole file on the inputs.
       progress: as for :func:`fcconv_jax.verify`.
       **kwargs: keyword arguments of the call.
 
     Returns:
-      A report; ``report.passed`` tells.
+      A report; ``report.passed`` is the verdict.
 
     Raises:
       ExportError: the file is of another kind, or was written by something else.

@@ -39,9 +39,9 @@ def test_other_sizes(form, to, tmp_path):
     assert report.passed, report.failures
     assert "for any batch size; run with (1, 3, 5)" in str(report)
     assert {e.path for e in report.proof.outputs} > {"output, batch size 5"}
-    assert fc.verify_file(path, params, model=model, inputs=[x], progress=False).passed
+    assert fc.verify_file(path, params, x, model=model, progress=False).passed
     other = normal(4, 6, 6, 3)
-    again = fc.verify_file(path, params, model=model, inputs=[other], progress=False)
+    again = fc.verify_file(path, params, other, model=model, progress=False)
     assert again.passed, again.failures
 
 

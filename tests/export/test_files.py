@@ -95,9 +95,7 @@ def test_verify_file_reads_back(to, tmp_path):
     alone = fc.verify_file(written.path, params, progress=False)
     assert alone.passed
     assert not alone.proof.outputs
-    whole = fc.verify_file(
-        written.path, params, model=model, inputs=inputs, progress=False
-    )
+    whole = fc.verify_file(written.path, params, *inputs, model=model, progress=False)
     assert whole.passed
     assert whole.proof.outputs
     other = jax.tree.map(lambda p: p + 1, params)
@@ -131,7 +129,7 @@ def test_another_model_is_caught_by_the_whole_file(to, tmp_path):
     _, params, inputs = MODELS["digits"]()
     written = write("digits", to, tmp_path, "conv")
     report = fc.verify_file(
-        written.path, params, model=Other(), inputs=inputs, progress=False
+        written.path, params, *inputs, model=Other(), progress=False
     )
     assert all(layer.passed for layer in report.layers)
     assert not report.passed

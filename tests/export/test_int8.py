@@ -163,8 +163,8 @@ def test_planted_defects(defect, what, tmp_path):
 def test_what_verify_says_of_the_whole_file(tmp_path):
     report = export("digits", tmp_path)
     model, params, inputs = MODELS["digits"]()
-    options = {"model": model, "inputs": [inputs[0][:1]], "progress": False}
-    again = fc.verify_file(report.path, params, **options)
+    one = inputs[0][:1]
+    again = fc.verify_file(report.path, params, one, model=model, progress=False)
     assert again.passed
     (note,) = (n for n in again.proof.notes if n.startswith("the whole file is "))
     assert 0 < float(note.split()[4]) < 0.2

@@ -129,8 +129,7 @@ def test_outputs_that_no_input_changes(to, tmp_path):
     report = fc.export(model, params, x, path=path, progress=False)
     assert report.passed, report.failures
     assert len(report.proof.outputs) == 3
-    whole = {"model": model, "inputs": [x], "progress": False}
-    assert fc.verify_file(path, params, **whole).passed
+    assert fc.verify_file(path, params, x, model=model, progress=False).passed
 
 
 def test_a_kernel_that_the_model_computes(to, tmp_path):
