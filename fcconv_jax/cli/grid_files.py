@@ -9,8 +9,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import io
+import itertools
 import json
 import math
+import os
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -76,8 +78,7 @@ def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]
       ArgumentError: it can't be written, or another run is writing it; what was there
         is unchanged.
     """
-    part = file.with_name(f"{file.name}.part")
-    record = file.with_name(f"{file.name}.part.json")
+    part, record, _ = check_leftovers(file)
     as_zarr = file.suffix.lower() == ".zarr"
     if file.suffix.lower() in (".tif", ".tiff"):
         _check_tiff(file, grid)
@@ -108,22 +109,71 @@ def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]
 
 
 def is_zarr(folder: Path) -> bool:
-    """Return whether a folder is a zarr, which a new one may replace."""
-    return (folder / "zarr.json").is_file() or (folder / ".zarray").is_file()
+    """Return whether a folder is an array of zarr 3 and nothing else.
+
+    Only such a folder is replaced: anything beside the array's own files stays.
+    """
+    return (folder / "zarr.json").is_file() and _is_only_zarr(folder)
+
+
+def _is_only_zarr(folder: Path) -> bool:
+    return (
+        folder.is_dir()
+        and not folder.is_symlink()
+        and all(map(_is_of_zarr, folder.rglob("*"), itertools.repeat(folder)))
+    )
+
+
+def _is_of_zarr(path: Path, folder: Path) -> bool:
+    # TensorStore adds the suffix to files that it is writing.
+    first, *numbers = path.relative_to(folder).parts
+    numbers = [number.removesuffix(".__lock") for number in numbers]
+    named = first.removesuffix(".__lock") == "zarr.json" and not numbers
+    named |= first == "c" and all(number.isdecimal() for number in numbers)
+    return named and not path.is_symlink() and (path.is_dir() or path.is_file())
+
+
+def check_leftovers(file: Path) -> tuple[Path, Path, Path]:
+    """Return the paths of a run's part, its record and its lock.
+
+    Raises:
+      ArgumentError: a link, a pipe or a folder of something else is there. It would be
+        written through, waited for or deleted.
+    """
+    part, record, lock = (
+        file.with_name(f"{file.name}.{end}")
+        for end in ("part", "part.json", "part.lock")
+    )
+    for path in (part, record, lock):
+        if not os.path.lexists(path):
+            continue
+        regular = path.is_file() and not path.is_symlink()
+        if path == part and file.suffix.lower() == ".zarr":
+            regular = _is_only_zarr(path)
+        if not regular:
+            raise ArgumentError(
+                f"{path}: expected what a stopped run left, got something else. Move "
+                "it away, or pass another name"
+            )
+    return part, record, lock
 
 
 @contextlib.contextmanager
 def _locked(file: Path) -> Iterator[None]:
     """Hold off another run to the same file; the lock ends with the process."""
-    lock = file.with_name(f"{file.name}.part.lock")
-    with lock.open("w") as opened:
-        try:
-            if fcntl is not None:
+    *_, lock = check_leftovers(file)
+    busy = ArgumentError(
+        f"{file}: another run is writing it. Wait for it, or pass another name"
+    )
+    with lock.open("a") as opened:
+        if fcntl is not None:
+            try:
                 fcntl.flock(opened, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ArgumentError(
-                f"{file}: another run is writing it. Wait for it, or pass another name"
-            ) from None
+                # A run that has just ended may have removed it since it was opened.
+                if not os.path.samestat(os.fstat(opened.fileno()), lock.stat()):
+                    raise busy
+            except (BlockingIOError, FileNotFoundError):
+                raise busy from None
         try:
             yield
         finally:

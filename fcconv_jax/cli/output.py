@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import tempfile
@@ -11,6 +12,7 @@ from typing import TYPE_CHECKING
 
 import typer
 
+from ..files.install import replacing
 from .inputs import ArgumentError
 
 if TYPE_CHECKING:
@@ -50,9 +52,13 @@ def check_destination(
 
 
 def write_text(file: Path, text: str) -> None:
-    """Write a file and report it on stderr."""
+    """Write a file, whole or not at all, and report it on stderr."""
+    text = text if text.endswith("\n") else f"{text}\n"
+    # A device or a pipe, such as /dev/stdout, is written to.
+    in_place = file.exists() and not file.is_file()
     try:
-        file.write_text(text if text.endswith("\n") else f"{text}\n", encoding="utf-8")
+        with contextlib.nullcontext(file) if in_place else replacing(file) as fresh:
+            fresh.write_text(text, encoding="utf-8")
     except OSError as error:
         raise ArgumentError(f"{file}: {error.strerror}") from None
     typer.echo(f"wrote {file}", err=True)

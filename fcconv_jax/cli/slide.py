@@ -158,7 +158,14 @@ def slide(
 
     from ..dense_prediction.slide import slide as make_grid
     from ..frontends.bind import bind_crops, frontend_of
-    from .grid_files import SUFFIXES, Grid, bands_of, grid_file, is_zarr
+    from .grid_files import (
+        SUFFIXES,
+        Grid,
+        bands_of,
+        check_leftovers,
+        grid_file,
+        is_zarr,
+    )
     from .heatmap import Heat, check_class, check_heatmap, write_heatmap
     from .images import (
         Pixels,
@@ -170,6 +177,8 @@ def slide(
 
     if out is None or not (out.suffix.lower() == ".zarr" and is_zarr(out)):
         check_destination("--out", out, SUFFIXES)
+    if out is not None:
+        check_leftovers(out)
     if resume and out is None:
         raise ArgumentError("--resume: expected --out, the file to go on with")
     check_destination("--heatmap", heatmap)

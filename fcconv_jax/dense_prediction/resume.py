@@ -45,8 +45,16 @@ def identity(
         tile by tile.
       crop: one crop of them.
       tile: positions of a tile along each axis.
+
+    Raises:
+      ImageError: the function calls Python code, which no digest covers.
     """
     jaxpr = grid._program([*before, crop], kwargs).jaxpr
+    if called := _callbacks(jaxpr):
+        raise ImageError(
+            f"resume: expected a function that JAX traces, got one with {called[0]}: "
+            "no record identifies the Python code that it calls. Drop resume=."
+        )
     # Functions in a trace are printed with their addresses, which differ in the next.
     text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     return {
@@ -67,6 +75,18 @@ def _constants(jaxpr: Any) -> Iterator[Any]:
     for eqn in body.eqns:
         for _, inner in subjaxprs(eqn):
             yield from _constants(inner)
+
+
+def _callbacks(jaxpr: Any) -> list[str]:
+    """Return the primitives by which a program gets values from Python."""
+    found = []
+    for eqn in opened(jaxpr)[0].eqns:
+        name = eqn.primitive.name
+        if name in ("pure_callback", "io_callback"):
+            found.append(name)
+        for _, inner in subjaxprs(eqn):
+            found += _callbacks(inner)
+    return found
 
 
 def digest(parts: Iterable[Any]) -> str:

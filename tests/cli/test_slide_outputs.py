@@ -81,6 +81,44 @@ def test_a_zarr_says_what_it_is_of(want):
     assert left == {"grid.zarr", "image.npy", "model.py"}
 
 
+def _thesis(path):
+    path.mkdir(parents=True)
+    (path / "thesis").write_text("years")
+
+
+@pytest.mark.parametrize(
+    ("end", "make"),
+    [
+        ("npy.part.lock", lambda path: path.symlink_to("thesis")),
+        ("npy.part.lock", os.mkfifo),
+        ("npy.part.lock", Path.mkdir),
+        ("npy.part", lambda path: path.symlink_to("thesis")),
+        ("npy.part", os.mkfifo),
+        ("npy.part", _thesis),
+        ("npy.part.json", lambda path: path.symlink_to("thesis")),
+        ("npy.part.json", Path.mkdir),
+        ("zarr.part", _thesis),
+        ("zarr.part", lambda path: _thesis(path / "c")),
+        ("zarr.part", lambda path: path.symlink_to("folder")),
+        ("zarr", lambda path: (_thesis(path), (path / "zarr.json").write_text("{}"))),
+        ("zarr", lambda path: path.symlink_to("folder")),
+    ],
+)
+@pytest.mark.parametrize("resume", ["", "--resume"])
+def test_what_others_left_is_not_touched(tmp_path, monkeypatch, end, make, resume):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "thesis").write_text("years")
+    _thesis(tmp_path / "folder")
+    (tmp_path / "folder" / "zarr.json").write_text("{}")
+    make(Path(f"grid.{end}"))
+    before = sorted(map(str, Path().rglob("*")))
+    suffix = end.partition(".")[0]
+    done = run(f"image.npy {OPTIONS} --out grid.{suffix} {resume}", 2)
+    assert re.search(r"left, got something else\. Move it|is a folder", done.stderr)
+    assert sorted(map(str, Path().rglob("*"))) == before
+    assert all(path.read_text() == "years" for path in Path().rglob("thesis"))
+
+
 @pytest.mark.parametrize("region", [None, (8, 15, 40, 61)])
 def test_a_geotiff_lies_where_its_windows_do(want, region):
     rasterio = pytest.importorskip("rasterio")

@@ -342,3 +342,14 @@ def test_tiles_cover_whole_chunks_of_the_output():
     chex.assert_trees_all_close(out.array, WANT, atol=1e-5)
     assert len(out.parts) > 4
     assert all(part[1].start % 2 == part[2].start % 3 == 0 for part in out.parts)
+
+
+def test_a_record_does_not_identify_what_a_callback_calls(tmp_path):
+    def twice(x):
+        like = jax.ShapeDtypeStruct((), x.dtype)
+        return x.mean((1, 2, 3)) * jax.pure_callback(lambda: np.float32(2), like)
+
+    grid, image = fc.slide(twice, (4, 4), 2), np.ones((1, 9, 8, 2), np.float32)
+    given = {"out": np.zeros((1, 3, 3), np.float32), "progress": False}
+    with pytest.raises(fc.ImageError, match=r"got one with pure_callback.*Drop resume"):
+        grid.write(image, resume=tmp_path / "state", **given)
