@@ -19,8 +19,6 @@ import numpy as np
 from jax import export as jax_export
 from jax import lax
 from jaxtyping import PyTree
-from safetensors import SafetensorError, safe_open
-from safetensors.numpy import save_file
 
 from ...messages.errors import ExportError
 from ...messages.extras import require
@@ -74,7 +72,8 @@ def write_program(
         "ops": re.findall(r"= stablehlo\.(\w+)", text),
         "params": keys,
     }
-    save_file(
+    safetensors = require("safetensors.numpy", "iree", "an IREE module's params")
+    safetensors.save_file(
         {key: np.ascontiguousarray(leaves[key]) for key in keys},
         path.with_suffix(".safetensors"),
         {"fcconv_jax": json.dumps(about)},
@@ -123,12 +122,13 @@ class IreeFile(Shipped):
             raise ExportError(
                 f"{beside}: no such file; {path} takes its params from it"
             )
+        safetensors = require("safetensors", "iree", "an IREE module's params")
         try:
-            with safe_open(beside, "numpy") as file:
+            with safetensors.safe_open(beside, "numpy") as file:
                 self.about = json.loads((file.metadata() or {}).get("fcconv_jax", "{}"))
                 names = self.about.get("params", list(file.keys()))
                 self.params = {name: file.get_tensor(name) for name in names}
-        except (SafetensorError, ValueError) as error:
+        except (safetensors.SafetensorError, ValueError) as error:
             raise ExportError(f"{beside} is damaged: {error}") from None
         self._compiled: dict[str, Callable[..., list[np.ndarray]]] = {}
 
