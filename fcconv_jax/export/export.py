@@ -246,6 +246,7 @@ class _Call:
     ):
         self.bound, self.runtime, self.chip = bound, runtime, chip
         self.unroll, self.fold, self.any_batch = unroll, fold, any_batch
+        self.whole = runtime.fused - (runtime.one_batch if any_batch else frozenset())
         tree = _outputs(bound)
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
         self.input_names = [
@@ -320,7 +321,7 @@ class _Call:
         pairs = list(leaves.items())
         try:
             names = self.input_names, self.outputs
-            graph = lower(jaxpr, pairs, *names, self.unroll, self.runtime.fused)
+            graph = lower(jaxpr, pairs, *names, self.unroll, self.whole)
         except ExportError as error:
             if self.runtime.write is not None:
                 raise
@@ -330,9 +331,9 @@ class _Call:
             # Its file has the outputs that no input changes, too, and computes each
             # computed kernel itself.
             graph.output_names, graph.notes = list(self.outputs), []
-        simplify(graph, self.runtime.fused)
+        simplify(graph, self.whole)
         if self.fold and self.runtime.write is not None and fold_norms(graph):
-            simplify(graph, self.runtime.fused)
+            simplify(graph, self.whole)
         return graph
 
     def check(

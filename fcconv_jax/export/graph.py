@@ -5,7 +5,8 @@ One engine for all writers: a trace is lowered to this graph once
 operations in its own way. Images are channel-last, kernels ``(*window, in, out)``.
 
 =============  ====================================================================
-``conv``       x, kernel[, bias]; strides, padding, dilation, groups
+``conv``       x, kernel[, bias]; strides, padding, dilation, groups; ``spread`` of a
+               transposed one: zeros between inputs, as in ``lhs_dilation``
 ``dense``      x ``(*lead, in)``, kernel ``(in, out)``[, bias]
 ``matmul``     a ``(*batch, m, k)``, b ``(*batch, k, n)``; adj_a, adj_b: last axes
                swapped
@@ -45,7 +46,7 @@ BINARY = frozenset(
 # Activations that JAX writes in several operations, and runtimes in one.
 FUSED = frozenset("elu gelu hard_sigmoid hard_swish leaky_relu prelu".split())
 # What else some runtimes have one operation for.
-WHOLE = frozenset("log_softmax resize".split())
+WHOLE = frozenset("layer_norm log_softmax resize transposed".split())
 ELEMENTWISE = UNARY | BINARY | FUSED | {"cast", "select"}
 # Bytes from which equal constants are worth looking for.
 _LARGE = 1024

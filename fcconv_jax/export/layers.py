@@ -301,6 +301,11 @@ def _convolve(
 ) -> np.ndarray:
     """A convolution of two spatial axes, as patches times a matrix for each group."""
     *window, inner, features = kernel.shape
+    if "spread" in options:
+        (n, h, w, c), (sy, sx) = x.shape, options["spread"]
+        spread = np.zeros((n, (h - 1) * sy + 1, (w - 1) * sx + 1, c))
+        spread[:, ::sy, ::sx] = x
+        x = spread
     pads: Sequence[Any] = ((0, 0), *options["padding"], (0, 0))
     x = np.pad(x, pads)
     spans = [(k - 1) * d + 1 for k, d in zip(window, options["dilation"])]

@@ -151,6 +151,23 @@ def arrange_conv(kernel: np.ndarray, order: str) -> np.ndarray:
     return np.ascontiguousarray(kernel.transpose(["HWIO".index(a) for a in order]))
 
 
+def reversed_window(kernel: np.ndarray) -> np.ndarray:
+    """Return a kernel ``HWIO`` as transposed convolutions of runtimes apply it."""
+    return kernel[::-1, ::-1]
+
+
+def crops(
+    kernel_shape: Sequence[int], padding: Sequence[tuple[int, int]]
+) -> list[tuple[int, int]]:
+    """Return what a transposed convolution's padding takes away from its whole output.
+
+    Example:
+      >>> crops((3, 3, 8, 4), ((2, 1), (2, 2)))
+      [(0, 1), (0, 0)]
+    """
+    return [(k - 1 - a, k - 1 - b) for k, (a, b) in zip(kernel_shape, padding)]
+
+
 def canonical_conv(kernel: np.ndarray, order: str) -> np.ndarray:
     """Return a kernel ``HWIO``, from one in another order of its axes."""
     return kernel.transpose([order.index(a) for a in "HWIO"])

@@ -64,6 +64,9 @@ SEVERAL = {
         lax.reduce_window(x, 0.0, lax.add, (1, 1, 2, 3), (1, 1, 2, 1), "VALID") / 6
     ),
     "avg_pool, padded": lambda x: nn.avg_pool(x, (2, 3), (2, 2), padding="SAME"),
+    "avg_pool, padding not counted": lambda x: nn.avg_pool(
+        x, (2, 3), (2, 2), padding="SAME", count_include_pad=False
+    ),
     "broadcast": lambda x: jnp.broadcast_to(x[:, :1], x.shape),
     "cast": lambda x: (x > 0).astype(jnp.float32) + (3 * x).astype(jnp.int32),
     "concatenate": lambda x: jnp.concatenate([x, x[:, :2] * 2], axis=1),
@@ -290,6 +293,94 @@ def test_activations_are_one_operation(name, to, run):
         ops -= Counter(["Transpose", "Transpose"])  # around an image
         more = 2 if (to, name) == ("litert", "hard_sigmoid") else 0
         assert ops.total() <= 2 + more, ops
+
+
+ONE = {
+    "avg_pool, padded": lambda x: nn.avg_pool(x, (2, 3), (2, 2), padding="SAME"),
+    "avg_pool, padding not counted": SEVERAL["avg_pool, padding not counted"],
+    "depth_to_space": lambda x: (
+        x[..., :4].reshape(2, 3, 4, 2, 2, 1).swapaxes(2, 3).reshape(2, 6, 8, 1)
+    ),
+    "layer_norm": lambda x: nn.LayerNorm().apply({"params": NORM}, x),
+    "layer_norm, in two passes": lambda x: (
+        (x - x.mean(-1, keepdims=True)) / jnp.sqrt(x.var(-1, keepdims=True) + 0.1)
+    ),
+    "max_pool, behind a pad": lambda x: nn.max_pool(
+        jnp.pad(x, ((0, 0), (1, 0), (2, 1), (0, 0)), constant_values=-jnp.inf),
+        *((2, 3), (1, 2)),
+    ),
+    "space_to_depth": lambda x: (
+        x[:, :2].reshape(2, 1, 2, 2, 2, 5).swapaxes(2, 3).reshape(2, 1, 2, 20)
+    ),
+}
+NORM = {"scale": normal(5, seed=1), "bias": normal(5, seed=2)}
+# How many more each takes where a runtime lacks a part of it.
+MORE = {
+    "litert": {"avg_pool, padded": 1, "max_pool, behind a pad": 1},
+    "onnx": {"depth_to_space": 1, "space_to_depth": 1},
+}
+
+
+@pytest.mark.parametrize("name", ONE)
+def test_layers_are_one_operation(name, to, run):
+    """Between the transposes of an image, and a slice."""
+    report = run(lambda params, x: ONE[name](x) * params["scale"], X)
+    if to not in ("iree", "stablehlo", "openvino") and (to, name[:5]) != (
+        *("litert", "layer"),
+    ):
+        ops = Counter(report.figures[0].ops)
+        ops -= Counter(["Transpose", "Transpose", "Slice", "STRIDED_SLICE"])
+        assert ops.total() <= 2 + MORE.get(to, {}).get(name, 0), ops
+
+
+@pytest.mark.parametrize("layer", [nn.Conv, nn.Dense])
+def test_a_gate_adds_no_transpose(layer, run):
+    """Squeeze-and-excite: images stay as they are in files of either layout."""
+
+    class Gated(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(6, (3, 3), name="before")(x)
+            pointwise = layer is nn.Conv
+            window = [(1, 1)] if pointwise else []
+            y = nn.silu(
+                layer(4, *window, name="less")(x.mean((1, 2), keepdims=pointwise))
+            )
+            y = nn.sigmoid(layer(6, *window, name="more")(y))
+            y = y if pointwise else y[:, None, None]
+            return nn.Conv(7, (3, 3), name="behind")(x * y).argmax(-1)
+
+    report = run(Gated(), X, params=Gated().init(jax.random.key(0), X))
+    assert report.figures[0].transposes <= 1  # of the input
+
+
+@pytest.mark.parametrize("order", [(0, 1, 3, 2, 4, 5), (0, 1, 4, 2, 5, 3)])
+def test_pixel_shuffle(order, to, run):
+    """Blocks that come first among the channels, and last, as in PyTorch."""
+
+    def model(params, x):
+        x = lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", **NHWC)
+        first = order[2] == 3
+        x = x.reshape(2, 3, 4, *((2, 2, 3) if first else (3, 2, 2)))
+        x = x.transpose(order).reshape(2, 6, 8, 3)
+        return lax.conv_general_dilated(x, params["l"], (1, 1), "SAME", **NHWC)
+
+    params = {"k": normal(3, 3, 5, 12), "l": normal(1, 3, 3, 4)}
+    ops = run(model, X, params=params).figures[0].ops
+    if to == "onnx" or (to == "litert" and order[2] == 3):
+        assert ops.get("DepthToSpace", 0) + ops.get("DEPTH_TO_SPACE", 0) == 1, ops
+
+
+def test_pads_belong_to_layers(run):
+    """ZeroPadding2D and VALID, as Keras writes a stride of 2."""
+
+    def model(params, x):
+        x = jnp.pad(x, ((0, 0), (0, 1), (1, 1), (0, 0)))
+        return lax.conv_general_dilated(x, params["k"], (2, 2), "VALID", **NHWC)
+
+    report = run(model, X, params={"k": normal(3, 3, 5, 4)})
+    assert not {"Pad", "PADV2"} & set(report.figures[0].ops)
+    assert report.layers[0].bits
 
 
 @pytest.mark.parametrize("shape", [(), (5,)])

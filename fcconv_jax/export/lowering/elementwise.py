@@ -131,4 +131,8 @@ def _select(low: Builder, eqn: Equation, which: Value, *cases: Value) -> Value:
             "the model chooses among more than two values with lax.select_n. Use "
             "jnp.where"
         )
+    if which.data is not None and len(set(which.data.flat)) == 1:
+        chosen = cases[int(which.data.flat[0])]
+        if chosen.shape == tuple(out.shape):
+            return chosen
     return low.add("select", [which, cases[1], cases[0]], out.shape, out.dtype)

@@ -10,7 +10,7 @@ from ...messages.errors import ExportError
 from ...tracing.protocols import Equation
 from ..graph import Value
 from .builder import Builder, rule
-from .transposed import as_plain_convolutions
+from .transposed import as_one_operation, as_plain_convolutions
 
 
 @rule("conv_general_dilated")
@@ -22,9 +22,12 @@ def _conv(low: Any, eqn: Equation, x: Value, kernel: Value) -> Value:
             "runtimes take constants"
         )
     spaced = set(p["lhs_dilation"]) - {1}
+    spread = dict[str, Any]()
     if spaced and set(p["window_strides"]) == {1} and p["batch_group_count"] == 1:
-        return low.run(as_plain_convolutions(eqn), [x, kernel])[0]
-    if spaced:
+        spread = as_one_operation(eqn) if "transposed" in low.whole else {}
+        if not spread:
+            return low.run(as_plain_convolutions(eqn), [x, kernel])[0]
+    elif spaced:
         raise ExportError(
             "the model has a convolution with strides over spaced inputs (lhs_dilation "
             f"{tuple(p['lhs_dilation'])}), which edge runtimes lack. Slice the output "
@@ -44,14 +47,22 @@ def _conv(low: Any, eqn: Equation, x: Value, kernel: Value) -> Value:
     x = low.transpose(x, [lhs[0], *lhs[2:], lhs[1]])
     kernel = low.transpose(kernel, [*rhs[2:], rhs[1], rhs[0]])
     strides, padding = tuple(p["window_strides"]), tuple(map(tuple, p["padding"]))
-    dilation = tuple(p["rhs_dilation"])
+    dilation, cut = tuple(p["rhs_dilation"]), spread.pop("cut", None)
+    padding = spread.pop("padding", padding)
     spec = [made[0], *made[2:], made[1]]
     shape = [int(out.shape[axis]) for axis in spec]
+    if cut:
+        shape = [
+            shape[0],
+            *(n + a + b for n, (a, b) in zip(shape[1:-1], cut)),
+            shape[-1],
+        ]
     flat = rank == 1
     if flat:  # an image of one row
         x = low.reshape(x, (x.shape[0], 1, *x.shape[1:]))
         kernel = low.reshape(kernel, (1, *kernel.shape))
         strides, dilation, padding = (1, *strides), (1, *dilation), ((0, 0), *padding)
+        spread = {name: (1, *steps) for name, steps in spread.items()}
         shape = [shape[0], 1, *shape[1:]]
     y = low.add(
         *("conv", [x, kernel], shape, out.dtype),
@@ -59,9 +70,14 @@ def _conv(low: Any, eqn: Equation, x: Value, kernel: Value) -> Value:
         padding=padding,
         dilation=dilation,
         groups=p["feature_group_count"],
+        **spread,
     )
     if flat:
         y = low.reshape(y, (shape[0], *shape[2:]))
+    if cut:
+        ends = [n - b for n, (_, b) in zip(y.shape[1:-1], cut)]
+        first, last = (0, *(a for a, _ in cut), 0), (y.shape[0], *ends, y.shape[-1])
+        y = low.slice(y, first, last)
     return low.transpose(y, [spec.index(axis) for axis in range(len(spec))])
 
 

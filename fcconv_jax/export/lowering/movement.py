@@ -131,7 +131,7 @@ def _pad(low: Builder, eqn: Equation, x: Value, fill: Value) -> Value:
     first = [max(-low_, 0) for low_, _, _ in config]
     last = [n - max(-high, 0) for n, (_, high, _) in zip(x.shape, config)]
     x = low.slice(x, first, last)
-    widths = tuple((max(a, 0), max(b, 0)) for a, b, _ in config)
+    widths = tuple((max(int(a), 0), max(int(b), 0)) for a, b, _ in config)
     if not any(map(any, widths)):
         return x
     out = eqn.outvars[0].aval

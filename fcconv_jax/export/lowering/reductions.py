@@ -96,11 +96,6 @@ def _pool_axes(
     if maximum:
         y = low.add("pool_max", [image], shape, **attrs)
     else:
-        if any(map(any, padding)):
-            wide = ((0, 0), *padding, (0, 0))
-            padded = [n + sum(w) for n, w in zip(image.shape, wide)]
-            image = low.add("pad", [image], padded, widths=wide, value=0.0)
-            attrs["padding"] = ((0, 0), (0, 0))
         y = low.add("pool_mean", [image], shape, **attrs)
         number = constant(math.prod(window), x.dtype)
         y = low.add("mul", [y, number], shape)

@@ -122,7 +122,8 @@ def _layer_after(
             break
         if reader.op in ("conv", "dense"):
             plain = reader.attrs.get("groups", 1) == 1
-            padded = any(map(any, reader.attrs.get("padding", ())))
+            padded = "spread" in reader.attrs
+            padded |= any(map(any, reader.attrs.get("padding", ())))
             mine = axis in (None, _features(reader, value))
             return reader if plain and mine and not (padded and shifted) else None
         if reader.op == "pad":

@@ -10,13 +10,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-from ..graph import ELEMENTWISE, Graph, Node, Value
+from ..graph import ELEMENTWISE, VIEWS, Graph, Node, Value
 from .views import (
     delay_views,
     drop_broadcasts,
     join_views,
     keep_dims,
-    share_views,
+    share_equal,
 )
 
 _TO = (0, 3, 1, 2)
@@ -30,7 +30,7 @@ def to_nchw(graph: Graph) -> Graph:
     _expand_adjoints(graph)
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
-        share_views,
+        share_equal,
         sink_transposes,
         delay_views,
         drop_broadcasts,
@@ -106,11 +106,11 @@ def sink_transposes(graph: Graph) -> bool:
         moved = _moved(node, perm, makers)
         if moved is None:
             continue
-        inner, order = moved
+        before, inner, order = moved
         at = graph.nodes.index(node)
         outer = Value(node.out.shape, node.out.dtype)
         after = Node("transpose", [inner.out], [outer], {"perm": order})
-        graph.nodes[at : at + 1] = [inner, after]
+        graph.nodes[at : at + 1] = [*before, inner, after]
         graph.replace(node.out, outer)
         makers, changed = graph.producers(), True
     return changed
@@ -118,28 +118,40 @@ def sink_transposes(graph: Graph) -> bool:
 
 def _common(node: Node, makers: dict[Value, Node]) -> tuple[int, ...] | None:
     """Return the one permutation that all operands of an operation went through."""
-    perms = set()
-    for value in node.inputs:
-        if value.data is not None:
-            continue
-        maker = makers.get(value)
-        if maker is None or maker.op != "transpose":
+    makes = [makers.get(value) for value in node.inputs if value.data is None]
+    perms = {m.attrs["perm"] for m in makes if m is not None and m.op == "transpose"}
+    if len(perms) != 1:
+        return None
+    perm = perms.pop()
+    for maker in makes:
+        if maker is None or maker.op not in VIEWS:
             return None
-        perms.add(maker.attrs["perm"])
-    return perms.pop() if len(perms) == 1 else None
+        # A gate (N, 1, 1, C), as of squeeze-and-excite, is (N, C, 1, 1) by a reshape.
+        if maker.op == "reshape" and not _renames(maker.out.shape, perm):
+            return None
+    return perm
+
+
+def _renames(shape: Sequence[int], perm: tuple[int, ...]) -> bool:
+    """Return whether this permutation of a shape's axes moves axes of one only."""
+    places = [perm[i] for i, n in enumerate(shape) if n > 1]
+    return len(shape) == len(perm) and places == sorted(places)
 
 
 def _moved(
     node: Node, perm: tuple[int, ...], makers: dict[Value, Node]
-) -> tuple[Node, tuple[int, ...]] | None:
-    """The operation before the transpose, and the transpose that is to follow it."""
+) -> tuple[list[Node], Node, tuple[int, ...]] | None:
+    """Reshapes, the operation before the transpose, and the transpose that follows."""
     rank = len(perm)
     if any(len(v.shape) > rank for v in node.inputs):
         return None
     inverse = [perm.index(i) for i in range(rank)]
-    inputs = []
+    inputs, before = [], []
     for value in node.inputs:
-        if value.data is None:
+        if value.data is None and makers[value].op == "reshape":
+            inputs.append(Value(_permuted(value.shape, inverse), value.dtype))
+            before.append(Node("reshape", [value], [inputs[-1]]))
+        elif value.data is None:
             inputs.append(makers[value].inputs[0])
         elif value.size == 1 or node.op == "gather":
             inputs.append(value)
@@ -159,10 +171,14 @@ def _moved(
         if not attrs["keepdims"]:
             left = [p for p in perm if p not in attrs["axes"]]
             order = [sorted(left).index(p) for p in left]
-    elif op in ("softmax", "log_softmax"):
+    elif op in ("argmax", "argmin"):
+        attrs["axis"] = perm[node.attrs["axis"]]
+        left = [p for p in perm if p != attrs["axis"]]
+        order = [sorted(left).index(p) for p in left]
+    elif op in ("softmax", "log_softmax", "concat", "cumsum"):
         attrs["axis"] = perm[attrs.get("axis", rank - 1)]
-    elif op == "concat":
-        attrs["axis"] = perm[attrs["axis"]]
+    elif op == "reverse":
+        attrs["axes"] = tuple(perm[axis] for axis in attrs["axes"])
     elif op == "pad":
         attrs["widths"] = tuple(attrs["widths"][i] for i in inverse)
     elif op == "slice":
@@ -172,7 +188,7 @@ def _moved(
         return None
     back = [list(order).index(i) for i in range(len(order))]
     out = Value(_permuted(shape, back), node.out.dtype)
-    return Node(op, inputs, [out], attrs, node.name), tuple(order)
+    return before, Node(op, inputs, [out], attrs, node.name), tuple(order)
 
 
 def _as_rows(node: Node, makers: dict[Value, Node]) -> bool:
@@ -184,7 +200,7 @@ def _as_rows(node: Node, makers: dict[Value, Node]) -> bool:
     another convolution is channel-first already.
     """
     p, window = node.attrs, node.inputs[1].shape[:2] if node.op == "conv" else (1, 1)
-    if node.op != "conv" or window[1] == 1 or p["groups"] > 1:
+    if node.op != "conv" or window[1] == 1 or p["groups"] > 1 or "spread" in p:
         return False
     if any(map(any, p["padding"])) or set(p["dilation"]) != {1}:
         return False

@@ -1,10 +1,12 @@
-"""Norms that no layer can take, as the one operation that a runtime has for them."""
+"""Norms as the one operation that a runtime has for them."""
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
-from ..graph import Graph, Value, constant
+from ..graph import Graph, Node, Value, constant
 
 
 def find_batch_norms(graph: Graph) -> bool:
@@ -37,3 +39,142 @@ def find_batch_norms(graph: Graph) -> bool:
         changed = True
     graph.prune()
     return changed
+
+
+def find_layer_norms(graph: Graph) -> bool:
+    """``(x - mean) / sqrt(variance + epsilon) * scale + shift`` over the last axis."""
+    makers, uses, changed = graph.producers(), graph.uses(), False
+    for node in graph.nodes:
+        before = makers.get(node.inputs[0])
+        if before is not None and before.op == "layer_norm" and uses[before.out] == 1:
+            changed |= _with_vector(node, before)
+        if node.op not in ("mul", "div") or node.out.dtype != np.float32:
+            continue
+        found = _layer_norm(node, makers)
+        if found is not None:
+            x, scale, epsilon = found
+            ones = np.ones(x.shape[-1], np.float32)
+            scale = scale or constant(ones)
+            node.op, node.inputs = "layer_norm", [x, scale]
+            node.attrs = {"epsilon": epsilon}
+            changed = True
+    return changed
+
+
+def _with_vector(node: Node, norm: Node) -> bool:
+    """Make a norm's scale or its shift of a factor or a term behind it."""
+    if node.op not in ("mul", "add") or node.inputs[1].data is None:
+        return False
+    vector, features = node.inputs[1], norm.out.shape[-1]
+    plain = norm.inputs[1].source is None and (norm.inputs[1].data == 1).all()
+    if vector.size != features or vector.shape[-1:] != (features,):
+        return False
+    if len(norm.inputs) > 2 or (node.op == "mul" and not plain):
+        return False
+    x, scale = norm.inputs
+    flat = vector.moved("reshape", (features,)) if len(vector.shape) > 1 else vector
+    node.inputs = [x, flat] if node.op == "mul" else [x, scale, flat]
+    node.op, node.attrs = "layer_norm", dict(norm.attrs)
+    return True
+
+
+def _layer_norm(
+    node: Node, makers: Mapping[Value, Node]
+) -> tuple[Value, Value | None, float] | None:
+    """The x of a layer norm, its scale, and its epsilon."""
+    above, below = _product(node, makers)
+    scale = None
+    for centred in above:
+        shifted = makers.get(centred)
+        if shifted is None or shifted.op != "sub":
+            continue
+        x = shifted.inputs[0]
+        if _mean(shifted.inputs[1], makers) is not x:
+            continue
+        rest = [value for value in above if value is not centred]
+        vectors = [value for value in rest if value.data is not None]
+        roots = [value for value in rest if value.data is None]
+        if len(vectors) > 1 or len(roots) + len(below) != 1:
+            return None
+        root = makers.get((roots or below)[0])
+        if root is None or root.op != ("rsqrt" if roots else "sqrt"):
+            return None
+        total = makers.get(root.inputs[0])
+        if total is None or total.op != "add" or total.inputs[1].size != 1:
+            return None
+        variance, epsilon = total.inputs
+        if epsilon.data is None or not _is_variance(variance, x, makers):
+            return None
+        for vector in vectors:
+            features = x.shape[-1]
+            if vector.size != features or vector.shape[-1:] != (features,):
+                return None
+            scale = vector.moved("reshape", (features,))
+        return x, scale, float(epsilon.data.item())
+    return None
+
+
+def _product(
+    node: Node, makers: Mapping[Value, Node]
+) -> tuple[list[Value], list[Value]]:
+    """The values that are multiplied, and those that they are divided by."""
+    above: list[Value] = []
+    below: list[Value] = []
+    for place, value in enumerate(node.inputs):
+        maker = makers.get(value)
+        while maker is not None and maker.op in ("reshape", "broadcast"):
+            value, maker = maker.inputs[0], makers.get(maker.inputs[0])
+        ups, downs = [value], list[Value]()
+        if maker is not None and maker.op in ("mul", "div"):
+            ups, downs = _product(maker, makers)
+        if node.op == "div" and place == 1:
+            ups, downs = downs, ups
+        above, below = above + ups, below + downs
+    ones = [v for v in above if v.data is not None and v.size == 1 and v.data == 1]
+    return [v for v in above if v not in ones], below
+
+
+def _behind(value: Value, makers: Mapping[Value, Node]) -> Node | None:
+    node = makers.get(value)
+    while node is not None and node.op in ("reshape", "broadcast"):
+        node = makers.get(node.inputs[0])
+    return node
+
+
+def _mean(value: Value, makers: Mapping[Value, Node]) -> Value | None:
+    """The x of a mean over the last axis."""
+    node = _behind(value, makers)
+    if node is None or node.op != "reduce_mean":
+        return None
+    x = node.inputs[0]
+    return x if node.attrs["axes"] == (len(x.shape) - 1,) else None
+
+
+def _square(value: Value | None, makers: Mapping[Value, Node]) -> Value | None:
+    node = _behind(value, makers) if value is not None else None
+    if node is None or node.op != "mul" or node.inputs[0] is not node.inputs[1]:
+        return None
+    return node.inputs[0]
+
+
+def _is_variance(value: Value, x: Value, makers: Mapping[Value, Node]) -> bool:
+    """Whether a value is the variance of x, in one pass over it or in two."""
+    node = _behind(value, makers)
+    if node is not None and node.op in ("max", "relu"):  # against rounding below 0
+        bounds = [v for v in node.inputs if v.data is not None]
+        if any((v.data != 0).any() for v in bounds if v.data is not None):
+            return False
+        value = next(v for v in node.inputs if v.data is None)
+        node = _behind(value, makers)
+    if node is None:
+        return False
+    if node.op == "sub":
+        squares, squared = node.inputs
+        mean = _square(squared, makers)
+        alike = mean is not None and _mean(mean, makers) is x
+        return alike and _square(_mean(squares, makers), makers) is x
+    centred = _square(_mean(value, makers), makers)
+    maker = makers.get(centred) if centred is not None else None
+    if maker is None or maker.op != "sub" or maker.inputs[0] is not x:
+        return False
+    return _mean(maker.inputs[1], makers) is x

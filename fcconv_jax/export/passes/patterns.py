@@ -42,11 +42,11 @@ def find_means(graph: Graph) -> bool:
             continue
         for y, by in (node.inputs, node.inputs[::-1]):
             maker = makers.get(y)
-            if by.data is None or by.size != 1 or maker is None or uses[y] > 1:
+            if by.data is None or maker is None or uses[y] > 1:
                 continue
             if node.op == "div" and by is not node.inputs[1]:
                 continue
-            if maker.op == "reduce_sum":
+            if maker.op == "reduce_sum" and by.size == 1:
                 count = maker.inputs[0].size // max(maker.out.size, 1)
                 # Only the reciprocal that the mean itself takes.
                 if node.op == "div" and by.data.item() == count:
@@ -54,14 +54,34 @@ def find_means(graph: Graph) -> bool:
                     graph.replace(node.out, maker.out)
                     changed = True
                     break
-            if maker.op == "mul" and node.op == "div":  # an average pool
-                pool, again = makers.get(maker.inputs[0]), maker.inputs[1].data
-                alike = again is not None and np.array_equal(again, by.data)
-                if pool and pool.op == "pool_mean" and alike:
+            pool = makers.get(maker.inputs[0]) if maker.op == "mul" else None
+            if pool and pool.op == "pool_mean" and node.op == "div":
+                again = maker.inputs[1].data
+                if again is not None and np.array_equal(again, by.data):
                     graph.replace(node.out, pool.out)
-                    changed = True
-                    break
+                elif _counted(pool, by.data):
+                    pool.attrs["valid"] = True
+                    graph.replace(node.out, pool.out)
+                else:
+                    continue
+                changed = True
+                break
     return changed
+
+
+def _counted(pool: Node, counts: np.ndarray) -> bool:
+    """Whether these are the numbers of entries that a pool's windows hold."""
+    p, x = pool.attrs, pool.inputs[0]
+    held = []
+    for axis, (k, s, (low, _)) in enumerate(
+        zip(p["window"], p["strides"], p["padding"]), 1
+    ):
+        first = np.arange(pool.out.shape[axis]) * s - low
+        last = np.minimum(first + k, x.shape[axis])
+        held.append(last - np.maximum(first, 0))
+    want = np.outer(*held)[None, :, :, None]
+    alike = counts.ndim == 4 and counts.shape[1:3] == want.shape[1:3]
+    return alike and bool((counts == want).all())
 
 
 def find_softmax(graph: Graph) -> bool:

@@ -7,6 +7,7 @@ import math
 from collections.abc import Callable
 
 from ..graph import FUSED, Graph
+from .norms import find_layer_norms
 from .patterns import (
     find_activations,
     find_fused,
@@ -14,7 +15,10 @@ from .patterns import (
     find_means,
     find_softmax,
 )
-from .views import delay_views, drop_broadcasts, join_views, keep_dims, share_views
+from .views import delay_views, drop_broadcasts, join_views, keep_dims, share_equal
+
+# Operations that pad themselves, and with what.
+_PADDED = {"conv": 0.0, "pool_max": -math.inf, "pool_mean": 0.0}
 
 
 def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
@@ -22,9 +26,10 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
         drop_broadcasts,
-        share_views,
+        share_equal,
         keep_dims,
         add_biases,
+        absorb_pads,
         delay_views,
         find_activations,
         find_means,
@@ -33,6 +38,8 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
     )
     if "log_softmax" in fused:
         passes += (find_log_softmax,)
+    if "layer_norm" in fused:
+        passes += (find_layer_norms,)
     changed = True
     while changed:
         changed = False
@@ -50,9 +57,10 @@ def add_biases(graph: Graph) -> bool:
         if node.op != "add":
             continue
         for y, bias in (node.inputs, node.inputs[::-1]):
-            # Between them at most a reshape that keeps the features, as in heads.
+            # Between them at most a reshape that keeps the features, as in heads, or a
+            # slice that does, as of a transposed convolution.
             layer = makers.get(y)
-            if layer is not None and layer.op == "reshape" and uses[y] == 1:
+            if layer and layer.op in ("reshape", "slice") and uses[y] == 1:
                 layer = makers.get(layer.inputs[0])
             if layer is None or layer.op not in ("conv", "dense"):
                 continue
@@ -70,6 +78,29 @@ def add_biases(graph: Graph) -> bool:
             changed = True
             break
     graph.nodes = [node for node in graph.nodes if node.outputs]
+    return changed
+
+
+def absorb_pads(graph: Graph) -> bool:
+    """Give a convolution or a pool the padding of its spatial axes in front of it."""
+    makers, uses, changed = graph.producers(), graph.uses(), False
+    for node in graph.nodes:
+        pad = makers.get(node.inputs[0]) if node.op in _PADDED else None
+        if pad is None or pad.op != "pad" or uses[pad.out] > 1:
+            continue
+        first, *widths, last = pad.attrs["widths"]
+        if any(first + last) or pad.attrs["value"] != _PADDED[node.op]:
+            continue
+        if len(widths) != 2 or node.attrs.get("valid"):
+            continue
+        both = zip(node.attrs["padding"], widths)
+        padding = tuple((a + c, b + d) for (a, b), (c, d) in both)
+        window = node.attrs.get("window", ())
+        if any(max(pair) >= k for pair, k in zip(padding, window)):
+            continue  # ONNX Runtime has no window of padding alone
+        node.attrs = {**node.attrs, "padding": padding}
+        node.inputs[0] = pad.inputs[0]
+        changed = True
     return changed
 
 

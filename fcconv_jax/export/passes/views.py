@@ -121,19 +121,28 @@ def _alike(short: Sequence[tuple[str, tuple[int, ...]]], chain: list[Node]) -> b
     return list(short) == have
 
 
-def share_views(graph: Graph) -> bool:
-    """Merge equal views of a value."""
+def share_equal(graph: Graph) -> bool:
+    """Merge operations that compute the same, such as views of one value."""
     seen: dict[tuple[object, ...], Value] = {}
     changed = False
     for node in list(graph.nodes):
-        if node.op not in VIEWS:
+        if node.op not in VIEWS | ELEMENTWISE and not node.op.startswith("reduce_"):
             continue
-        key = (node.inputs[0], node.op, node.out.shape, node.attrs.get("perm"))
+        inputs = [_number(v) for v in node.inputs]
+        about = node.out.shape, node.out.dtype, *sorted(node.attrs.items())
+        key = (node.op, *inputs, *about)
         first = seen.setdefault(key, node.out)
         if first is not node.out:
             graph.replace(node.out, first)
             changed = True
     return changed
+
+
+def _number(value: Value) -> object:
+    """A key that equal numbers share; a value itself else."""
+    if value.data is None or value.size > 1 or value.leaves:
+        return value
+    return value.data.item(), value.dtype, value.shape
 
 
 def delay_views(graph: Graph) -> bool:

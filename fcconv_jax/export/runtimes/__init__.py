@@ -40,6 +40,7 @@ class Runtime:
       executed: whether the runtime runs here.
       layers: whether single layers of a file can be run.
       fused: what it has as one operation, of ``FUSED`` and ``WHOLE``.
+      one_batch: what of that contains the batch size.
       any_batch: makes the batch of a file symbolic, given the same file for another
         size, and the size it is to have at first.
       int8: the module with what quantizes its files and checks them, if there is one.
@@ -56,6 +57,7 @@ class Runtime:
     executed: bool = True
     layers: bool = True
     fused: frozenset[str] = frozenset()
+    one_batch: frozenset[str] = frozenset()
     any_batch: Callable[[Path, Path, int], None] | None = None
     int8: Any = None
 

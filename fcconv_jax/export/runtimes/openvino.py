@@ -25,13 +25,20 @@ from ..fingerprint import digest
 from ..graph import FUSED, WHOLE, Graph
 from ..layers import FileRecord, Layer, compute
 from ..probes import probes
-from ..shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
+from ..shipped import (
+    Shipped,
+    ShippedLayer,
+    arrange_conv,
+    canonical_conv,
+    reversed_window,
+)
 from . import Runtime
 from .onnx import writer as onnx_writer
 
 RECORD = "fcconv_jax"
 HINT = "INFERENCE_PRECISION_HINT"
-_CONVS = ("Convolution", "GroupConvolution")
+_TRANSPOSED = "ConvolutionBackpropData"
+_CONVS = ("Convolution", "GroupConvolution", _TRANSPOSED)
 
 
 def _openvino() -> Any:
@@ -201,7 +208,10 @@ class OpenVinoFile(Shipped):
                 laid = arrange_conv(kernel, "OHWI").reshape(stored.shape)
             else:
                 x = x.transpose(0, 3, 1, 2)
-                laid = arrange_conv(kernel, "OIHW").reshape(stored.shape)
+                laid = arrange_conv(kernel, "OIHW")
+                if kind == _TRANSPOSED:
+                    laid = arrange_conv(reversed_window(kernel), "IOHW")
+                laid = laid.reshape(stored.shape)
         else:
             options = layer.options
             laid = kernel
@@ -321,6 +331,8 @@ def _is_rows(kernel: np.ndarray, kind: str, shape: Sequence[int]) -> bool:
 def _canonical(kernel: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarray:
     if kind == "GroupConvolution":  # (G, O/G, I, H, W)
         kernel = kernel.reshape(-1, *kernel.shape[2:])
+    elif kind == _TRANSPOSED:
+        return reversed_window(canonical_conv(kernel, "IOHW"))
     elif _is_rows(kernel, kind, shape):
         return canonical_conv(kernel.reshape(kernel.shape[0], *shape[:-1]), "OHWI")
     return canonical_conv(kernel, "OIHW")

@@ -9,5 +9,5 @@ RUNTIME = Runtime(
     *("coreml", "Core ML", ".mlpackage", "coreml", CoreMlFile, write),
     images="first",
     executed=False,
-    fused=FUSED - {"hard_swish", "prelu"},
+    fused=(FUSED | {"layer_norm", "transposed"}) - {"hard_swish", "prelu"},
 )

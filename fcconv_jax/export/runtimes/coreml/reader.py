@@ -15,9 +15,16 @@ from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...fingerprint import digest
 from ...layers import FileRecord, Layer
-from ...shipped import Shipped, ShippedLayer, canonical_conv
+from ...shipped import (
+    Shipped,
+    ShippedLayer,
+    canonical_conv,
+    crops,
+    reversed_window,
+)
 
 RECORD = "fcconv_jax"
+_CONVS = ("conv", "conv_transpose")
 
 
 def coremltools() -> Any:
@@ -113,7 +120,7 @@ class CoreMlFile(Shipped):
         return [
             op
             for op in self.operations
-            if op.op_type in ("conv", "linear") or _is_weighted_product(op)
+            if op.op_type in (*_CONVS, "linear") or _is_weighted_product(op)
         ]
 
     def geometry_failures(self, layer: Layer) -> list[str]:
@@ -121,17 +128,20 @@ class CoreMlFile(Shipped):
         record = self.record()
         names = [each.name for each in record.layers] if record else []
         op = self._linear()[names.index(layer.name)]
-        if layer.op != "conv" or op.op_type != "conv":
+        if layer.op != "conv" or op.op_type not in _CONVS:
             return []
         options = layer.options
-        strides = list(options["strides"])
+        strides = list(options.get("spread", options["strides"]))
+        padding = options["padding"]
+        if "spread" in options:
+            padding = crops(layer.kernel_shape, padding)
         if _is_rows(np.asarray(op.weight.val), layer):
             strides[1] *= layer.kernel_shape[2]
         wanted = {
             "strides": strides,
             "dilations": list(options["dilation"]),
             "groups": options["groups"],
-            "pad": [n for pair in options["padding"] for n in pair],
+            "pad": [n for pair in padding for n in pair],
         }
         found = []
         for name, want in wanted.items():
@@ -166,9 +176,11 @@ def _shipped(op: Any, name: str, layer: Layer | None) -> ShippedLayer:
     if layer is not None and layer.op == "conv" and _is_rows(kernel, layer):
         inner = layer.kernel_shape[:-1]
         kernel = canonical_conv(kernel.reshape(kernel.shape[0], *inner), "OHWI")
+    elif op.op_type == "conv_transpose":
+        kernel = reversed_window(canonical_conv(kernel, "IOHW"))
     else:
         kernel = canonical_conv(kernel, "OIHW")
-    return ShippedLayer(name, "conv", "conv", kernel, array)
+    return ShippedLayer(name, op.op_type, "conv", kernel, array)
 
 
 def _is_rows(kernel: np.ndarray, layer: Layer) -> bool:

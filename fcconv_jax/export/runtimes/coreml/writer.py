@@ -21,7 +21,7 @@ from ....messages.extras import require
 from ...graph import Graph, Node, Value
 from ...layers import FileRecord
 from ...passes.nchw import to_nchw
-from ...shipped import arrange_conv
+from ...shipped import arrange_conv, crops, reversed_window
 from .reader import RECORD, coremltools
 
 _UNARY = {
@@ -180,12 +180,17 @@ class _Writer:
         more = {}
         if len(node.inputs) > 2:
             more["bias"] = self.value(node.inputs[2])
-        return self.mb.conv(
+        make, strides, padding = self.mb.conv, p["strides"], p["padding"]
+        if "spread" in p:
+            make, strides = self.mb.conv_transpose, p["spread"]
+            laid = arrange_conv(reversed_window(kernel.data), "IOHW")
+            padding = crops(kernel.shape, padding)
+        return make(
             x=self.value(node.inputs[0]),
             weight=self.constant(kernel, laid),
-            strides=list(p["strides"]),
+            strides=list(strides),
             pad_type="custom",
-            pad=[n for pair in p["padding"] for n in pair],
+            pad=[n for pair in padding for n in pair],
             dilations=list(p["dilation"]),
             groups=p["groups"],
             name=name,
@@ -207,7 +212,8 @@ class _Writer:
 
     def _pool(self, node: Node, name: str, kind: str) -> Any:
         p = node.attrs
-        options = {} if kind == "max_pool" else {"exclude_padding_from_average": False}
+        options = {"exclude_padding_from_average": p.get("valid", False)}
+        options = {} if kind == "max_pool" else options
         return getattr(self.mb, kind)(
             x=self.value(node.inputs[0]),
             kernel_sizes=list(p["window"]),
@@ -249,6 +255,12 @@ class _Writer:
     def _softmax(self, node: Node, name: str) -> Any:
         axis = node.attrs.get("axis", -1)
         return self.mb.softmax(x=self.value(node.inputs[0]), axis=axis, name=name)
+
+    def _layer_norm(self, node: Node, name: str) -> Any:
+        x, *vectors = (self.value(v) for v in node.inputs)
+        more = dict(zip(("gamma", "beta"), vectors))
+        epsilon = np.float32(node.attrs["epsilon"])
+        return self.mb.layer_norm(x=x, axes=[-1], epsilon=epsilon, name=name, **more)
 
     def _gelu(self, node: Node, name: str) -> Any:
         mode = "TANH_APPROXIMATION" if node.attrs["approximate"] else "EXACT"

@@ -11,7 +11,8 @@ __all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
 
 RUNTIME = Runtime(
     *("litert", "LiteRT", ".tflite", "litert", LiteRTFile, write),
-    fused=(FUSED | WHOLE) - {"hard_sigmoid"},
+    fused=(FUSED | WHOLE) - {"hard_sigmoid", "layer_norm"},
+    one_batch=frozenset({"transposed"}),
     any_batch=any_batch,
     int8=int8,
 )

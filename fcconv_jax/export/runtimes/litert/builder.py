@@ -45,7 +45,7 @@ _OPTIONS = {
     "SLICE": "SliceOptions",
 }
 # Of operators that the runtime does not have in version 1.
-_VERSIONS = {"BROADCAST_TO": 2}
+_VERSIONS = {"BROADCAST_TO": 2, "TRANSPOSE_CONV": 4}
 
 
 class Builder:

@@ -213,11 +213,11 @@ def _rounded(
     what: str, file: LiteRTFile, operator: Any, values: np.ndarray, wanted: np.ndarray
 ) -> str | None:
     """Return what is wrong with a layer's integers, or None."""
-    place, dtype, verb = 2, np.dtype(np.int32), "is"
+    tensor, dtype, verb = file.bias_of(operator), np.dtype(np.int32), "is"
     if what == "weights":
-        verb = "are"
-        place, dtype = int(file.array(operator.inputs[1]) is not None), np.dtype("int8")
-    quantization = file.graph.tensors[operator.inputs[place]].quantization
+        verb, dtype = "are", np.dtype("int8")
+        tensor = operator.inputs[int(file.array(operator.inputs[1]) is not None)]
+    quantization = file.graph.tensors[tensor].quantization
     if values.dtype != dtype or quantization is None:
         return f"its {what} should be {dtype}, the file has {values.dtype}"
     if values.shape != wanted.shape:

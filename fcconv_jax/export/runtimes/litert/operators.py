@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 
 from ....messages.errors import ExportError
 from ...graph import Node, Value
+from ...shipped import reversed_window
 from .builder import Builder
 from .schema import DTYPES
 
@@ -85,6 +88,9 @@ class Emitter(Builder):
     def _conv(self, node: Node, fused: str) -> None:
         x, kernel = node.inputs[:2]
         p = node.attrs
+        if "spread" in p:
+            self._transposed(node, fused)
+            return
         window, groups = kernel.shape[:2], p["groups"]
         same = tuple(
             _same(n, k, s, d)
@@ -95,12 +101,7 @@ class Emitter(Builder):
         if not any(map(any, p["padding"])):
             padding = "VALID"
         elif padding == "VALID":
-            widths = [(0, 0), *p["padding"], (0, 0)]
-            shape = [n + a + b for n, (a, b) in zip(x.shape, widths)]
-            wide = Value(tuple(shape), x.dtype)
-            self.tensor(wide, "pad")
-            self.op("PAD", [entering, self.constant(widths)], [wide])
-            entering = self.tensor(wide)
+            entering = self._padded(x, p["padding"])
         depthwise = groups > 1 and groups == x.shape[-1]
         options = {
             "padding": getattr(self.s.Padding, padding),
@@ -121,6 +122,32 @@ class Emitter(Builder):
             weight = self.arranged(kernel, lambda k: k.transpose(3, 0, 1, 2), "OHWI")
             name, kind = "CONV_2D", "Conv2DOptions"
         self.op(name, [entering, weight, bias], node.outputs, kind, **options)
+
+    def _transposed(self, node: Node, fused: str) -> None:
+        kernel, spread = node.inputs[1], node.attrs["spread"]
+        weight = self.arranged(
+            kernel, lambda k: reversed_window(k).transpose(3, 0, 1, 2), "reversed"
+        )
+        whole = tuple((k - 1, k - 1) for k in kernel.shape[:2])
+        padding = "VALID" if node.attrs["padding"] == whole else "SAME"
+        inputs = [self.constant(node.out.shape), weight, self.tensor(node.inputs[0])]
+        inputs += [self.tensor(bias) for bias in node.inputs[2:]]
+        self.op(
+            *("TRANSPOSE_CONV", inputs, node.outputs, "TransposeConvOptions"),
+            padding=getattr(self.s.Padding, padding),
+            strideH=spread[0],
+            strideW=spread[1],
+            fusedActivationFunction=self.activation(fused),
+        )
+
+    def _padded(self, x: Value, padding: Any, fill: float = 0.0) -> int:
+        """Append a pad of the spatial axes, and return its output's tensor."""
+        widths = ((0, 0), *padding, (0, 0))
+        shape = [n + a + b for n, (a, b) in zip(x.shape, widths)]
+        wide = Value(tuple(shape), x.dtype)
+        made = self.tensor(wide, "pad")
+        self._pad(Node("pad", [x], [wide], {"widths": widths, "value": fill}), "")
+        return made
 
     def _dense(self, node: Node, fused: str) -> None:
         x, kernel = node.inputs[:2]
@@ -155,16 +182,13 @@ class Emitter(Builder):
         same = tuple(map(_same, x.shape[1:3], p["window"], p["strides"], ones))
         entering = self.tensor(x)
         padding = "SAME" if tuple(p["padding"]) == same else "VALID"
+        # The runtime's own padding does not count in a mean.
+        own = node.op == "pool_max" or p.get("valid", False)
         if not any(map(any, p["padding"])):
             padding = "VALID"
-        elif padding == "VALID" or name == "AVERAGE_POOL_2D":
-            widths = [(0, 0), *p["padding"], (0, 0)]
-            shape = [n + a + b for n, (a, b) in zip(x.shape, widths)]
-            wide = Value(tuple(shape), x.dtype)
-            self.tensor(wide, "pad")
-            lowest = self.constant(np.finfo(np.float32).min, np.float32)
-            self.op("PADV2", [entering, self.constant(widths), lowest], [wide])
-            entering, padding = self.tensor(wide), "VALID"
+        elif padding == "VALID" or not own:
+            fill = np.finfo(np.float32).min if node.op == "pool_max" else 0
+            entering, padding = self._padded(x, p["padding"], float(fill)), "VALID"
         self.op(
             *(name, [entering], node.outputs, "Pool2DOptions"),
             padding=getattr(self.s.Padding, padding),
@@ -254,6 +278,15 @@ class Emitter(Builder):
         if node.attrs["mode"] == "nearest":
             name, kind = "RESIZE_NEAREST_NEIGHBOR", "ResizeNearestNeighborOptions"
         self.op(name, inputs, node.outputs, kind, halfPixelCenters=True)
+
+    def _depth_to_space(self, node: Node, fused: str) -> None:
+        name, kind = "DEPTH_TO_SPACE", "DepthToSpaceOptions"
+        if node.op == "space_to_depth":
+            name, kind = "SPACE_TO_DEPTH", "SpaceToDepthOptions"
+        inputs = [self.tensor(node.inputs[0])]
+        self.op(name, inputs, node.outputs, kind, blockSize=node.attrs["blocksize"])
+
+    _space_to_depth = _depth_to_space
 
     def _gelu(self, node: Node, fused: str) -> None:
         self.op(

@@ -21,10 +21,11 @@ from ...shipped import (
     arrange_conv,
     canonical_conv,
     reading,
+    reversed_window,
 )
 from .schema import RECORD, pack, schema
 
-_CONVS = ("CONV_2D", "DEPTHWISE_CONV_2D")
+_CONVS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV")
 _LINEAR = (*_CONVS, "FULLY_CONNECTED", "BATCH_MATMUL")
 # Entries that any machine holds: such a tensor is not worth a question.
 _LARGE = 1 << 20
@@ -192,13 +193,14 @@ class LiteRTFile(Shipped):
             side = self._side(op)
             kernel = self.array(op.inputs[side])
             assert kernel is not None
-            bias = self.array(op.inputs[2]) if len(op.inputs) > 2 else None
-            if self._label(op.inputs[2] if len(op.inputs) > 2 else -1) == "no bias":
-                bias = None
+            place = self.bias_of(op)
+            bias = None if self._label(place) == "no bias" else self.array(place)
             if name == "CONV_2D":
                 kernel = canonical_conv(kernel, "OHWI")
             elif name == "DEPTHWISE_CONV_2D":
                 kernel = kernel.transpose(1, 2, 0, 3)
+            elif name == "TRANSPOSE_CONV":
+                kernel = reversed_window(canonical_conv(kernel, "OHWI"))
             elif name == "FULLY_CONNECTED":
                 kernel = kernel.T
             form = "conv" if name in _CONVS else "dense"
@@ -214,6 +216,11 @@ class LiteRTFile(Shipped):
             for op in self.graph.operators
             if self.name(op) in _LINEAR and self._side(op) is not None
         ]
+
+    def bias_of(self, op: Any) -> int:
+        """Return the tensor of a linear operator's bias; -1 if there is none."""
+        place = 3 if self.name(op) == "TRANSPOSE_CONV" else 2
+        return int(op.inputs[place]) if len(op.inputs) > place else -1
 
     def _side(self, op: Any) -> Any:
         """Return which operand is the weight."""
@@ -245,12 +252,14 @@ class LiteRTFile(Shipped):
             stored = arrange_conv(kernel, "OHWI")
         elif name == "DEPTHWISE_CONV_2D":
             stored = kernel.transpose(2, 0, 1, 3)
+        elif name == "TRANSPOSE_CONV":
+            stored = arrange_conv(reversed_window(kernel), "OHWI")
         elif name == "FULLY_CONNECTED":
             stored = kernel.T
         else:
             stored = kernel
         chain = [operator]
-        entering = operator.inputs[1 - side]
+        entering = operator.inputs[2 if name == "TRANSPOSE_CONV" else 1 - side]
         before = self._makers.get(entering)
         if before is not None and self.name(before) == "PAD":
             # Padding that the operator cannot say itself is part of it, if the model's
@@ -260,11 +269,11 @@ class LiteRTFile(Shipped):
                 chain.insert(0, before)
                 entering = before.inputs[0]
         new = {operator.inputs[side]: stored.astype(np.float32)}
-        if len(operator.inputs) > 2 and operator.inputs[2] >= 0:
-            # Zeros of the file's own where the model has no bias.
-            zeros = self.array(operator.inputs[2]) if bias is None else bias
-            if zeros is not None:
-                new[operator.inputs[2]] = zeros.astype(np.float32)
+        place = self.bias_of(operator)
+        # Zeros of the file's own where the model has no bias.
+        zeros = self.array(place) if bias is None else bias
+        if place >= 0 and zeros is not None:
+            new[place] = zeros.astype(np.float32)
         content = self._cut(chain, entering, new)
         return run(content, [x.astype(np.float32)])[0]
 

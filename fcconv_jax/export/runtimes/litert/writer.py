@@ -13,6 +13,7 @@ import numpy as np
 
 from ...graph import Graph, Node, Value
 from ...layers import FileRecord
+from ...passes.blocks import find_blocks
 from .operators import Emitter
 from .schema import RECORD, pack, schema
 
@@ -36,6 +37,7 @@ def write(graph: Graph, record: FileRecord, path: Path) -> None:
 def model(graph: Graph, record: FileRecord) -> Any:
     """Return the model of a graph, as the schema's object."""
     s = schema()
+    find_blocks(graph, "last")
     out = Emitter(s)
     uses = graph.uses()
     names = dict(zip(graph.inputs, graph.input_names))

@@ -15,10 +15,17 @@ from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...fingerprint import digest
 from ...layers import FileRecord, Layer
-from ...shipped import Shipped, ShippedLayer, arrange_conv, canonical_conv
+from ...shipped import (
+    Shipped,
+    ShippedLayer,
+    arrange_conv,
+    canonical_conv,
+    reversed_window,
+)
 from .writer import RECORD
 
-_LINEAR = ("Conv", "Gemm", "MatMul")
+_CONVS = ("Conv", "ConvTranspose")
+_LINEAR = (*_CONVS, "Gemm", "MatMul")
 
 
 class OnnxFile(Shipped):
@@ -102,9 +109,11 @@ class OnnxFile(Shipped):
                     kernel = canonical_conv(kernel, "OHWI")
                 else:
                     kernel = canonical_conv(kernel, "OIHW")
+            elif node.op_type == "ConvTranspose":
+                kernel = reversed_window(canonical_conv(kernel, "IOHW"))
             elif attributes.get("transB"):
                 kernel = kernel.T
-            form = "conv" if node.op_type == "Conv" else "dense"
+            form = "conv" if node.op_type in _CONVS else "dense"
             array = None if bias is None else self.arrays[bias]
             found.append(ShippedLayer(name, node.op_type, form, kernel, array))
         return found
@@ -153,8 +162,11 @@ class OnnxFile(Shipped):
         stored = self.arrays[node.input[side]]
         dtype = stored.dtype
         back = None
-        if node.op_type == "Conv":
-            if _is_rows(stored, layer.kernel_shape):
+        if node.op_type in _CONVS:
+            if node.op_type == "ConvTranspose":
+                x = x.transpose(0, 3, 1, 2)
+                laid = arrange_conv(reversed_window(kernel), "IOHW")
+            elif _is_rows(stored, layer.kernel_shape):
                 n, h, w, c = x.shape
                 x = x.reshape(n, 1, h, w * c)
                 laid = arrange_conv(kernel, "OHWI").reshape(stored.shape)

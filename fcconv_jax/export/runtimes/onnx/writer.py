@@ -12,9 +12,10 @@ from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...graph import Graph, Node, Value, same_content
 from ...layers import FileRecord
+from ...passes.blocks import find_blocks
 from ...passes.nchw import to_nchw
 from ...passes.norms import find_batch_norms
-from ...shipped import arrange_conv
+from ...shipped import arrange_conv, crops, reversed_window
 
 RECORD = "fcconv_jax"
 OPSET = 20
@@ -78,6 +79,7 @@ def write(graph: Graph, record: FileRecord, path: Path, gemm: bool = True) -> No
     onnx = require("onnx", "onnx", "an ONNX file")
     to_nchw(graph)
     find_batch_norms(graph)
+    find_blocks(graph, "first")
     model = _Writer(onnx, gemm).model(graph, record)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
@@ -206,7 +208,13 @@ class _Writer:
         x, kernel = node.inputs[:2]
         p = node.attrs
         assert kernel.data is not None
+        spread = "spread" in p
         laid = arrange_conv(kernel.data, "OIHW")
+        strides, padding = p["strides"], p["padding"]
+        if spread:
+            laid = arrange_conv(reversed_window(kernel.data), "IOHW")
+            strides = p["spread"]
+            padding = crops(kernel.shape, padding)
         if "rows" in p:
             h, w, c, o = kernel.shape
             laid = arrange_conv(kernel.data, "OHWI").reshape(o, 1, h, w * c)
@@ -218,9 +226,9 @@ class _Writer:
         if len(node.inputs) > 2:
             inputs.append(self.name(node.inputs[2]))
         self.add(
-            *("Conv", inputs, out, node.name),
-            strides=list(p["strides"]),
-            pads=[a for a, _ in p["padding"]] + [b for _, b in p["padding"]],
+            *("ConvTranspose" if spread else "Conv", inputs, out, node.name),
+            strides=list(strides),
+            pads=[a for a, _ in padding] + [b for _, b in padding],
             dilations=list(p["dilation"]),
             group=p["groups"],
             kernel_shape=list(laid.shape[2:]),
@@ -242,12 +250,16 @@ class _Writer:
 
     def _pool_max(self, node: Node, out: str) -> None:
         p = node.attrs
-        name = "MaxPool" if node.op == "pool_max" else "AveragePool"
+        name = "MaxPool"
+        more: dict[str, Any] = {}
+        if node.op == "pool_mean":
+            name, more["count_include_pad"] = "AveragePool", int("valid" not in p)
         self.add(
             *(name, [self.name(node.inputs[0])], out),
             kernel_shape=list(p["window"]),
             strides=list(p["strides"]),
             pads=[a for a, _ in p["padding"]] + [b for _, b in p["padding"]],
+            **more,
         )
 
     _pool_mean = _pool_max
@@ -316,6 +328,17 @@ class _Writer:
     def _batch_norm(self, node: Node, out: str) -> None:
         inputs = [self.name(value) for value in node.inputs]
         self.add("BatchNormalization", inputs, out, epsilon=0.0)
+
+    def _layer_norm(self, node: Node, out: str) -> None:
+        inputs = [self.name(value) for value in node.inputs]
+        epsilon = node.attrs["epsilon"]
+        self.add("LayerNormalization", inputs, out, axis=-1, epsilon=epsilon)
+
+    def _depth_to_space(self, node: Node, out: str) -> None:
+        name = "DepthToSpace" if node.op == "depth_to_space" else "SpaceToDepth"
+        self.add(name, [self.name(node.inputs[0])], out, **node.attrs)
+
+    _space_to_depth = _depth_to_space
 
     def _gelu(self, node: Node, out: str) -> None:
         how = "tanh" if node.attrs["approximate"] else "none"
