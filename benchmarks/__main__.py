@@ -25,6 +25,7 @@ import costs
 import cycles
 import layers
 import models
+import peers
 import training
 from running import TPUS, Case, alone, holds, measure, show, write
 
@@ -34,6 +35,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "costs": costs.CASES,
     "training": training.CASES,
     "cycles": cycles.CASES,
+    "peers": peers.CASES,
 }
 _ALL = {case: run for group in GROUPS.values() for case, run in group.items()}
 

@@ -1,0 +1,139 @@
+"""Exported files against those of keras -> TFLite and of jax2onnx with onnxsim.
+
+    pip install '.[litert,onnx,vela]'
+    python -m venv peers && peers/bin/pip install -r benchmarks/peers.txt
+    PEERS_PYTHON=peers/bin/python python benchmarks peers
+
+The peers write their files of the same network and weights in a process of that
+environment; all files run in turns here, in the same runtime.
+"""
+
+from __future__ import annotations
+
+import functools
+import os
+import subprocess
+import sys
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from peer_networks import DESCRIPTIONS, NETWORKS, flax_network
+from running import Case, MissingError, bound, largest_error, race
+
+import fcconv_jax as fc
+from fcconv_jax.export import vela
+from fcconv_jax.export.chips import CHIPS
+from fcconv_jax.export.runtimes import runtime_of
+from fcconv_jax.export.size import size_of
+
+_SECONDS = 3.0  # of a race
+_SCRIPT = Path(__file__).with_name("peer_files.py")
+_CHIP = "ethos-u55"
+
+
+def peer_files(network: str, folder: Path) -> None:
+    """Lets the peers write their files.
+
+    Raises:
+      MissingError: they are not installed.
+    """
+    python = os.environ.get("PEERS_PYTHON", sys.executable)
+    found = subprocess.run([python, "-c", "import jax2onnx, onnxsim, tensorflow"])
+    if found.returncode:
+        raise MissingError(
+            "needs PEERS_PYTHON=..., an interpreter with benchmarks/peers.txt"
+        )
+    command = [python, str(_SCRIPT), network, str(folder)]
+    quiet = {**os.environ, "JAX_PLATFORMS": "cpu", "TF_CPP_MIN_LOG_LEVEL": "3"}
+    subprocess.run(command, check=True, stdout=sys.stderr, env=quiet)
+
+
+def compare(network: str, suffix: str, peer: str) -> dict[str, Any]:
+    """Exports a network in both forms, and compares the files with a peer's."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        peer_files(network, folder)
+        model, variables, x = flax_network(network)
+        paths = {peer: folder / f"{peer}{suffix}"}
+        for form in ("conv", "dense"):
+            paths[form] = folder / f"{form}{suffix}"
+            options = {"path": paths[form], "to": form, "progress": False}
+            report = fc.export(model, variables, x, **options)
+            assert report.passed, report.failures
+        files = {form: runtime_of(path).open(path) for form, path in paths.items()}
+        image = [np.asarray(x)]
+        outs = {form: file.run(image)[0] for form, file in files.items()}
+        runs = {form: file.runner(image) for form, file in files.items()}
+        counts = {form: sum(file.ops().values()) for form, file in files.items()}
+        moves = {form: file.moves() for form, file in files.items()}
+        found = race(runs, _SECONDS, opponents=list(runs))
+        ms = found["milliseconds"]
+        weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
+        more = 1 if suffix == ".tflite" else 0
+        limits = []
+        for form in ("conv", "dense"):
+            most, transposes = counts[peer] + more, moves[peer][0] + more
+            limits += [
+                bound(f"{form}: operators", counts[form], most, "operators"),
+                bound(f"{form}: transposes", moves[form][0], transposes, "transposes"),
+                bound(f"{form}: time / {peer}", ms[form] / ms[peer], 1.05),
+                bound(f"{form}: bytes / weights", size_of(paths[form]) / weights, 1.03),
+            ]
+        errors = {name: largest_error(outs[name], outs[peer]) for name in outs}
+        operators = {name: dict(file.ops()) for name, file in files.items()}
+        return {**found, "errors": errors, "operators": operators, "bounds": limits}
+
+
+def compare_cycles(network: str) -> dict[str, Any]:
+    """Compares the cycles of an Ethos-U with those of Keras's int8 file."""
+    if not vela.available():
+        raise MissingError("needs: pip install '.[litert,vela]'")
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        peer_files(network, folder)
+        model, variables, x = flax_network(network)
+        calibrate = [np.asarray(x)]
+        report = fc.export(
+            *(model, variables, x),
+            path=folder / "m.tflite",
+            to="mix",
+            chip=_CHIP,
+            calibrate=calibrate,
+            progress=False,
+        )
+        assert report.passed, report.failures
+        accelerator = CHIPS[_CHIP].accelerator
+        assert accelerator is not None
+        compiled = {
+            name: vela.compile_file(
+                (folder / f"{file}.tflite").read_bytes(), accelerator
+            )
+            for name, file in (("keras", "keras-int8"), ("here", "m"))
+        }
+        here, keras = compiled["here"], compiled["keras"]
+        return {
+            "cycles": {name: each.cycles for name, each in compiled.items()},
+            "bounds": [
+                bound("cycles / keras", here.cycles / keras.cycles, 1.05),
+                bound("on the CPU", here.cpu, keras.cpu, "operators"),
+            ],
+        }
+
+
+CASES: dict[str, Case] = {
+    **{
+        f"{name} in LiteRT": functools.partial(compare, name, ".tflite", "keras")
+        for name in DESCRIPTIONS
+    },
+    **{
+        f"{name} in ONNX": functools.partial(compare, name, ".onnx", "jax2onnx")
+        for name in NETWORKS
+    },
+    **{
+        f"{name} on {_CHIP}": functools.partial(compare_cycles, name)
+        for name in ("ds-cnn", "mobilenet-v2", "autoencoder")
+    },
+}
