@@ -1,4 +1,4 @@
-"""A file's fingerprint: all that it says, the record of this package aside.
+"""A file's fingerprint: all that it says, the record of this package included.
 
 The record names the parameter of each weight; it leaves out what is between the
 layers. The fingerprint covers that, too: an activation, the order of layers or a scale
@@ -8,6 +8,7 @@ says, not of its bytes, so that a file which was read and saved again keeps it.
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from pathlib import Path
 from typing import Any
@@ -15,6 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..messages.errors import ExportError
+from .layers import FileRecord
 from .shipped import Shipped
 
 _START = "sha256:"
@@ -63,6 +65,15 @@ def plain(thing: Any) -> Any:
     return [(key, value) for key, value in pairs if value]
 
 
+def fingerprint_of(shipped: Shipped, record: FileRecord) -> str:
+    """Return the fingerprint of a file with its record.
+
+    A record that names no parameter of a layer would leave its weights unchecked.
+    """
+    said = dataclasses.replace(record, fingerprint=None).to_json()
+    return digest(shipped.fingerprint().encode(), said.encode())
+
+
 def seal(path: Path, shipped: Shipped) -> None:
     """Write a new file's fingerprint into its record.
 
@@ -70,7 +81,9 @@ def seal(path: Path, shipped: Shipped) -> None:
       path: the file, alone with what belongs to it in its folder.
       shipped: the same, read back.
     """
-    found = shipped.fingerprint()
+    record = shipped.record()
+    assert record is not None
+    found = fingerprint_of(shipped, record)
     for file in path.parent.rglob("*"):
         if file.is_file() and BLANK.encode() in (content := file.read_bytes()):
             file.write_bytes(content.replace(BLANK.encode(), found.encode()))

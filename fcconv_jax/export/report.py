@@ -101,10 +101,12 @@ class ExportReport(Report):
 
     @property
     def headline(self) -> str:
-        """The verdict, the file and the runtime."""
+        """The verdict, the file, the runtime, and what was compared."""
         verdict = "PROVED" if self.passed else "DIFFERENT"
         if self.passed and not self.executed:
             verdict = "CONVERTED, NOT RUN"
+        elif self.passed and not self.proof.outputs:
+            verdict = "PROVED WITHOUT OUTPUTS"
         chip = f" for {self.chip}" if self.chip else ""
         form = f"{self.form} form"
         if self.left:
@@ -112,7 +114,19 @@ class ExportReport(Report):
                 "1 layer is" if len(self.left) == 1 else f"{len(self.left)} layers are"
             )
             form += f" ({few} not)"
-        return f"{verdict}: {self.path}, {form}{chip}, {self.title}"
+        return f"{verdict}: {self.path}, {form}{chip}, {self.title}; {self._compared()}"
+
+    def _compared(self) -> str:
+        counts = {
+            "weights": sum(layer.bits is not None for layer in self.layers),
+            "layers on integers": sum(layer.exact is not None for layer in self.layers),
+            "other parameters": self.proof.constants,
+            "outputs": len(self.proof.outputs),
+        }
+        parts = [f"{count} {what}" for what, count in counts.items() if count]
+        if self.int8 or any(layer.rounded for layer in self.layers):
+            parts.append("rounded to int8")
+        return f"compared: {', '.join(parts) or 'nothing'}"
 
     @property
     def tables(self) -> Sequence[Table]:

@@ -53,7 +53,7 @@ class Shipped(abc.ABC):
 
     @abc.abstractmethod
     def fingerprint(self) -> str:
-        """Of all that the file says, its record aside."""
+        """Return that of all that the file says, its record aside."""
 
     @abc.abstractmethod
     def layers(self) -> Sequence[ShippedLayer]:

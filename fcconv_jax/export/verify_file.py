@@ -16,6 +16,7 @@ from ..frontends.options import check_options
 from ..messages.errors import ExportError, FcconvError
 from ..messages.progress import Progress, ProgressOption, shown
 from ..params.moves import map_leaves
+from .fingerprint import fingerprint_of
 from .layers import FileRecord
 from .proof import Proof, ReferenceOutputs, parameter_leaves, prove, reference_of
 from .report import ExportReport, FormFigures
@@ -114,7 +115,7 @@ def verify_file(
                 why = f"{shipped.runtime} does not load the file: {first}"
                 proof = dataclasses.replace(proof, failures=(*proof.failures, why))
             # A fault in a layer is more precise than a changed fingerprint.
-            known = record.fingerprint in (None, shipped.fingerprint())
+            known = record.fingerprint == fingerprint_of(shipped, record)
             if not known and not proof.all_failures:
                 proof = dataclasses.replace(proof, failures=(_CHANGED,))
             return _report(path, runtime, shipped, record, proof, notes)

@@ -87,6 +87,34 @@ def test_an_activation_of_onnx(tmp_path):
     check(report, True, "digits")
 
 
+@pytest.mark.parametrize("what", ["kernel", "fingerprint", "digests"])
+def test_the_record_of_onnx(what, tmp_path):
+    """Without a layer's parameter in it, the layer's weights would go unchecked."""
+    needs("onnx")
+    report = write("digits", "onnx", tmp_path, "conv")
+    assert report.headline.endswith(
+        f"compared: {len(report.layers)} weights, {len(report.layers)} layers on "
+        "integers, 1 outputs"
+    )
+    editor = Onnx(Path(report.path))
+    (entry,) = editor.model.metadata_props
+    record = json.loads(entry.value)
+    if what == "kernel":
+        record["layers"][0]["kernel"] = None
+    elif what == "fingerprint":
+        record["fingerprint"] = None
+    else:
+        record["digests"] = [["params/fc1/bias", "0"]]
+        editor.model.doc_string = "changed"
+    entry.value = json.dumps(record)
+    editor.save()
+    _, params, _ = MODELS["digits"]()
+    found = fc.verify_file(report.path, params, progress=False)
+    assert not found.passed
+    if what != "digests":
+        check(report, True, "digits")
+
+
 def test_an_activation_of_openvino(tmp_path):
     needs("openvino")
     report = write("digits", "openvino", tmp_path, "conv")

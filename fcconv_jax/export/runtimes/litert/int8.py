@@ -14,7 +14,7 @@ import numpy as np
 
 from ....messages.errors import ExportError
 from ....messages.extras import require
-from ...fingerprint import resealed
+from ...fingerprint import fingerprint_of, resealed
 from ...layers import FileRecord, expected
 from ...proof import LayerProof, ReferenceOutputs, on_integers
 from .reader import LiteRTFile, run
@@ -58,7 +58,7 @@ def quantize(
     content = bytes(result.quantized_model)
     if made_of is None:
         return content
-    found = LiteRTFile.of(content, Path("int8")).fingerprint()
+    found = fingerprint_of(LiteRTFile.of(content, Path("int8")), made_of)
     return resealed(content, made_of.fingerprint, found)
 
 
