@@ -6,16 +6,21 @@ Inputs and outputs keep PyTorch's layouts (NCHW), params those of its ``state_di
 from __future__ import annotations
 
 import dataclasses
+import functools
+import inspect
 import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
 import jax
+import jax.numpy as jnp
+from jax import lax
 from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
 from ..messages.extras import require
+from ..messages.user_code import NEEDS_A_VALUE, users_line
 from ..plan import Form, Plan
 from ..plan.rules import Rule
 from ..tracing.marks import name_output
@@ -58,12 +63,20 @@ class BoundTorch(BoundHeld):
           MissingExtraError: torchax is not installed.
         """
         _require_eval(model)
-        torchax = require("torchax", "torch", "Running a torch.nn.Module")
-        # Tied weights stay apart, as they do in a state_dict.
-        values, run = torchax.extract_jax(model, dedup_parameters=False)
-        learned = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+        env = _environment()
+        learned = dict(model.named_parameters(remove_duplicate=False))
+        held = {**dict(model.named_buffers(remove_duplicate=False)), **_unnamed(model)}
+        params, state = env.t2j_copy((_detached(learned), _detached(held)))
 
-        def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
+        def run(values: Any, args: Any, kwargs: Any) -> Any:
+            values, args, kwargs = env.j2t_iso((values, args, kwargs))
+            with env:
+                # Tied weights stay apart, as they do in a state_dict.
+                return torch.func.functional_call(
+                    model, values, args, kwargs, tie_weights=False
+                )
+
+        def call(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
             with warnings.catch_warnings():
                 # torchax asks for the 64 bits of PyTorch's integers.
                 warnings.filterwarnings("ignore", "Explicitly requested dtype")
@@ -74,8 +87,6 @@ class BoundTorch(BoundHeld):
                     raise
 
         call.__name__ = type(model).__name__
-        params = {name: x for name, x in values.items() if name in learned}
-        state = {name: x for name, x in values.items() if name not in learned}
         return call, {"params": params, "state": state}
 
     @classmethod
@@ -120,7 +131,7 @@ class BoundTorch(BoundHeld):
         """The same call, with the outputs of submodules named by forward hooks."""
         if isinstance(self.model, ConvertedModel):
             return self.call(variables, arrays)
-        env = require("torchax", "torch", "Running a torch.nn.Module").default_env()
+        env = _environment()
 
         def hook(path: str) -> Callable[..., Any]:
             def named(module: Any, args: Any, out: Any) -> Any:
@@ -144,6 +155,14 @@ class BoundTorch(BoundHeld):
 
 
 def _require_eval(model: Any) -> None:
+    for wrapper, inner in (
+        ("OptimizedModule", "_orig_mod"),
+        ("DataParallel", "module"),
+    ):
+        if type(model).__name__ == wrapper:
+            raise TypeError(
+                f"Expected the Module itself, got {wrapper}. Pass model.{inner}."
+            )
     # What torch.export returns has one mode, that of the Module it was made from.
     exported = isinstance(model, torch.fx.GraphModule)
     training = [name for name, each in model.named_modules() if each.training]
@@ -153,6 +172,80 @@ def _require_eval(model: Any) -> None:
             f"training mode (at {training[0]!r}). Call model.eval(); on the command "
             "line, name a function that makes the model and does so."
         )
+
+
+@functools.cache
+def _environment() -> Any:
+    """Return an environment of torchax, with its grouped convolutions corrected."""
+    require("torchax", "torch", "Running a torch.nn.Module")
+    env = import_module("torchax.tensor").Environment()
+
+    def convolve(*args: Any) -> Any:
+        return env.j2t_iso(_convolve(*env.t2j_iso(args)))
+
+    env.override_op_definition(torch.ops.aten.convolution, convolve)
+    return env
+
+
+def _convolve(
+    x: jax.Array,
+    weight: jax.Array,
+    bias: jax.Array | None,
+    strides: Sequence[int],
+    padding: Sequence[int],
+    dilation: Sequence[int],
+    transposed: bool,
+    output_padding: Sequence[int],
+    groups: int,
+) -> jax.Array:
+    """Compute ``aten::convolution``.
+
+    torchax 0.0.14 reads the kernel of a transposed convolution with groups, ``(in, out
+    / groups, *window)``, as if its input channels were not sorted by group.
+    """
+    window = weight.shape[2:]
+    rank = len(window)
+    kernel, pads = weight, [(p, p) for p in padding]
+    spec = (*range(rank + 2),)
+    kernel_spec = spec
+    if transposed:
+        kernel = jnp.flip(weight, spec[2:])
+        kernel_spec = (1, 0, *spec[2:])
+        if groups > 1:
+            split = kernel.reshape(groups, -1, *kernel.shape[1:]).swapaxes(0, 1)
+            kernel = split.reshape(len(split), -1, *window)
+        reach = [d * (k - 1) for d, k in zip(dilation, window)]
+        ends = zip(reach, padding, output_padding)
+        pads = [(far - p, far - p + more) for far, p, more in ends]
+    y = lax.conv_general_dilated(
+        x if x.ndim > rank + 1 else x[None],
+        kernel,
+        (1,) * rank if transposed else strides,
+        pads,
+        lhs_dilation=strides if transposed else None,
+        rhs_dilation=dilation,
+        dimension_numbers=lax.ConvDimensionNumbers(spec, kernel_spec, spec),
+        feature_group_count=groups,
+    )
+    if bias is not None:
+        y = y + bias.reshape(1, -1, *(1,) * rank)
+    return y if x.ndim > rank + 1 else y[0]
+
+
+def _unnamed(model: Any) -> dict[str, Any]:
+    """Return the tensors that submodules hold as plain attributes."""
+    found = {}
+    for path, each in model.named_modules():
+        for name in dir(each):
+            # Properties, such as a parametrized weight, are computed from the others.
+            value = inspect.getattr_static(each, name, None)
+            if isinstance(value, torch.Tensor):
+                found[f"{path}.{name}".lstrip(".")] = value
+    return found
+
+
+def _detached(tensors: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: tensor.detach() for name, tensor in tensors.items()}
 
 
 def _tied(model: Any) -> Iterator[set[str]]:
@@ -177,12 +270,16 @@ def _as_arrays(tree: PyTree) -> Any:
 
 def _as_tree(out: Any) -> Any:
     """Return an output as JAX takes it: transformers' as the dicts that they are."""
+    if isinstance(out, torch.Tensor):
+        return _environment().t2j_iso(out)
     if isinstance(out, Mapping):
         return {name: _as_tree(x) for name, x in out.items() if x is not None}
     if isinstance(out, tuple) and hasattr(out, "_fields"):
         return type(out)(*map(_as_tree, out))
-    if isinstance(out, list | tuple):
-        return type(out)(map(_as_tree, out))
+    if dataclasses.is_dataclass(out):
+        return _as_tree({f.name: getattr(out, f.name) for f in dataclasses.fields(out)})
+    if isinstance(out, list | tuple):  # such as what Tensor.topk returns
+        return (list if isinstance(out, list) else tuple)(map(_as_tree, out))
     if out is None or isinstance(out, jax.Array | bool | int | float | complex):
         return out
     raise TypeError(
@@ -192,16 +289,28 @@ def _as_tree(out: Any) -> Any:
 
 
 def _explain(error: Exception, name: str) -> None:
-    """Name the operation that torchax lacks, and the way round."""
-    if type(error).__name__ != "OperatorNotFound":
-        return
-    operation = str(error).partition("name ")[2].partition(" has")[0] or str(error)
-    raise PlanError(
-        f"Expected operations that torchax runs, got {operation} in {name}. Export "
-        "the Module to simpler operations first, and pass the result: "
-        "torch.export.export(model, (x,)).run_decompositions().module(). If that has "
-        "it, too, write it in other operations."
-    ) from error
+    """Name what torchax cannot run, and the way round."""
+    line = users_line(error)
+    at = f" at {line}" if line else ""
+    if type(error).__name__ == "OperatorNotFound":
+        operation = str(error).partition("name ")[2].partition(" has")[0] or str(error)
+        raise PlanError(
+            f"Expected operations that torchax runs, got {operation} in {name}. Export "
+            "the Module to simpler operations first, and pass the result: "
+            "torch.export.export(model, (x,)).run_decompositions().module(). If that "
+            "has it, too, write it in other operations."
+        ) from error
+    if isinstance(error, NEEDS_A_VALUE):
+        raise PlanError(
+            "Expected operations that do not depend on the inputs' values, got "
+            f"{name}, which reads one{at or ' in torchax'}. Use torch.where instead of "
+            "if, and tensors instead of item(), tolist() and numpy()."
+        ) from error
+    if isinstance(error, AssertionError) and "mixed math" in str(error):
+        raise PlanError(
+            f"Expected parameters, buffers or attributes as tensors, got others in "
+            f"{name}{at}. Call register_buffer for tensors in lists and globals."
+        ) from error
 
 
 FRONTEND = BoundTorch

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import jax
 
-_NEEDS_A_VALUE = (
+NEEDS_A_VALUE = (
     jax.errors.ConcretizationTypeError,
     jax.errors.TracerArrayConversionError,
     jax.errors.TracerIntegerConversionError,
@@ -25,10 +25,12 @@ def users_line(error: BaseException) -> str | None:
       True
     """
     here = Path(__file__).parents[1]
-    installed = (sysconfig.get_path("purelib"), sysconfig.get_path("stdlib"))
+    # A virtual environment may also show the packages of another Python.
+    installed = {"site-packages", "dist-packages"}
+    library = Path(sysconfig.get_path("stdlib"))
     for frame in reversed(traceback.extract_tb(error.__traceback__)):
         file = Path(frame.filename)
-        if str(file).startswith(installed) or here in file.parents:
+        if installed & {*file.parts} or {here, library} & {*file.parents}:
             continue
         if file.is_file():
             return f"{file.name}:{frame.lineno}: {frame.line}"
@@ -37,7 +39,7 @@ def users_line(error: BaseException) -> str | None:
 
 def way_out(error: BaseException) -> str | None:
     """What helps against an error of a model that is traced, if that is known."""
-    if isinstance(error, _NEEDS_A_VALUE):
+    if isinstance(error, NEEDS_A_VALUE):
         return (
             "the model is traced here, and this needs the value of an array. Pass what "
             "decides as a static value (a flag, a number or a string in the call), or "

@@ -1,6 +1,11 @@
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 from frontends.library_checks import check_held, check_model, check_slide
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 import fcconv_jax as fc
 from fcconv_jax.messages.extras import install_command
@@ -152,6 +157,133 @@ def test_outputs_by_name():
     y = fc.convert_model(model, fc.make_plan(model, X))(X)
     assert list(y) == ["y"]
     np.testing.assert_allclose(y["y"][0], model(X)["y"][0].detach(), atol=1e-5)
+
+
+@dataclasses.dataclass
+class Scores:
+    logits: Any
+    hidden: Any = None
+
+
+def test_outputs_in_dataclasses_and_of_several_results():
+    class Ranked(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return Scores(y), y.topk(2)
+
+    model = Ranked().eval()
+    named, (values, places) = fc.convert_model(model, fc.make_plan(model, X))(X)
+    want, top = model(X)
+    np.testing.assert_allclose(named["logits"], want.logits.detach(), atol=1e-5)
+    np.testing.assert_allclose(values, top.values.detach(), atol=1e-5)
+    np.testing.assert_array_equal(places, top.indices)
+
+
+PARAMETRIZED = {
+    "weight_norm": torch.nn.utils.parametrizations.weight_norm,
+    "spectral_norm": torch.nn.utils.parametrizations.spectral_norm,
+    "weight_norm of old": torch.nn.utils.weight_norm,
+    "spectral_norm of old": torch.nn.utils.spectral_norm,
+}
+
+
+@pytest.mark.filterwarnings("ignore::FutureWarning")  # PyTorch's, of the old ones
+@pytest.mark.parametrize("how", PARAMETRIZED)
+def test_parametrized_weights_stay(how):
+    model = Net()
+    model.conv = PARAMETRIZED[how](model.conv)
+    model.eval()
+    plan = fc.make_plan(model, X)
+    assert list(plan) == ["head.weight"]
+    np.testing.assert_allclose(
+        fc.convert_model(model, plan)(X), model(X).detach(), rtol=1e-4, atol=1e-4
+    )
+    state = model.state_dict()
+    model.load_state_dict(fc.restore_params(fc.convert_params(state, plan), plan))
+
+
+def test_attributes_that_are_tensors():
+    class Scaled(Net):
+        def __init__(self, held):
+            super().__init__()
+            self.scale = torch.tensor(2.0) if held else [torch.full((5,), 2.0)]
+
+        def forward(self, x):
+            scale = self.scale if torch.is_tensor(self.scale) else self.scale[0]
+            return super().forward(x) * scale
+
+    model = Scaled(True).eval()
+    y = fc.convert_model(model, fc.make_plan(model, X))(X)
+    np.testing.assert_allclose(y, model(X).detach(), atol=1e-5)
+    with pytest.raises(fc.PlanError, match=r"in Scaled at .*Call register_buffer"):
+        fc.make_plan(Scaled(False).eval(), X)
+
+
+def test_values_that_decide_are_named():
+    class Deciding(Net):
+        def forward(self, x):
+            y = super().forward(x)
+            return y if y.sum() > 0 else -y
+
+    message = r"Deciding, which reads one at .*y\.sum.*Use torch\.where"
+    with pytest.raises(fc.PlanError, match=message):
+        fc.make_plan(Deciding().eval(), X)
+
+
+def test_a_wrapped_module_is_refused(net):
+    compiled = torch.compile(net, backend="eager")
+    with pytest.raises(TypeError, match=r"OptimizedModule\. Pass model\._orig_mod"):
+        fc.make_plan(compiled, X)
+    assert fc.make_plan(compiled._orig_mod, X)
+
+
+LAYERS = {
+    1: torch.nn.ConvTranspose1d,
+    2: torch.nn.ConvTranspose2d,
+    3: torch.nn.ConvTranspose3d,
+}
+
+
+@st.composite
+def transposed_layers(draw):
+    """A transposed convolution, and an input that it has an output for."""
+    rank = draw(st.integers(1, 3))
+
+    def sizes(least, most):
+        return tuple(draw(st.integers(least, most)) for _ in range(rank))
+
+    window, strides, dilation = sizes(1, 4), sizes(1, 4), sizes(1, 2)
+    groups = draw(st.sampled_from([1, 1, 2, 3]))
+    reach = [d * (k - 1) for d, k in zip(dilation, window)]
+    padding = tuple(draw(st.integers(0, r // 2)) for r in reach)
+    most = [max(s, d) - 1 for s, d in zip(strides, dilation)]
+    more = tuple(draw(st.integers(0, m)) for m in most)
+    channels, features = (groups * draw(st.integers(1, 3)) for _ in range(2))
+    layer = LAYERS[rank](
+        *(channels, features, window, strides, padding, more, groups),
+        bias=draw(st.booleans()),
+        dilation=dilation,
+    )
+    batch = () if draw(st.integers(0, 3)) == 0 else (2,)
+    return layer.eval(), torch.randn(*batch, channels, *sizes(2, 4))
+
+
+@settings(max_examples=12, deadline=None, derandomize=True)
+@given(transposed_layers())
+def test_transposed_convolutions(drawn):
+    layer, x = drawn
+    want = layer(x).detach().numpy()
+    rules = ["*=phases"] if fc.make_plan(layer, x, to="dense").skipped else []
+    try:
+        plan = fc.make_plan(layer, x, to="dense", rules=rules)
+    except fc.PlanError:
+        plan = fc.make_plan(layer, x, to="dense")
+    converted = fc.convert_model(layer, plan)
+    np.testing.assert_allclose(converted(x), want, rtol=1e-4, atol=1e-5)
+    state = layer.state_dict()
+    back = fc.restore_params(fc.convert_params(state, plan), plan)
+    for name, value in state.items():
+        assert torch.equal(back[name], value), name
 
 
 def test_operations_that_torchax_lacks_are_named():
