@@ -73,7 +73,7 @@ POOL = Fault(
     "YNNPACK",
     _pools,
     *((0, 10), (0, 11)),
-    "slide compiles its own programs without YNNPACK",
+    "slide keeps pools of its own programs out of YNNPACK",
     "tests/backends/test_faults.py::test_a_pool_behind_an_addition",
 )
 PACKED = Fault(

@@ -75,7 +75,7 @@ class AllCrops:
         pixels = math.prod(self.images.shape) / math.prod(
             self.images.shape[axis] / size for axis, size in zip(self.axes, self.window)
         )
-        batch = costs.work(self.jaxpr, count) + costs.MOVE * pixels * count
+        batch = costs.crop_batch(self.jaxpr, count, pixels)
         gain = batch / max(costs.work(jaxpr), 1.0)
         return SlideReport(
             window=self.window,
@@ -136,7 +136,7 @@ class AllCrops:
                 Counter() if left is None else left, placed=mesh is None
             )
             outs = interpreter.run(
-                self.jaxpr, [*leaves, all_own(value) if own else value]
+                self.jaxpr, [*leaves, _in_a_row(value) if own else value]
             )
             return [_on_all(out, counts) for out in outs]
 
@@ -317,10 +317,23 @@ def _first_shared(map_: Any, otherwise: int) -> int:
     return otherwise
 
 
+def _in_a_row(value: CropArray) -> CropArray:
+    """Return the crops of images along one axis, as a user's batch has them.
+
+    With an axis for each axis of the image, XLA's CPU backend takes 1.1x as long for
+    the matmuls of a transformer.
+    """
+    value = all_own(value)
+    data = value.data.reshape(-1, *value.data.shape[len(value.fronts) :])
+    return value.replace(data=data, fronts=value.fronts[:1])
+
+
 def _on_all(value: CropArray, counts: Sequence[int]) -> Any:
     """Return the arrays of all crops, also where they do not differ."""
     value = all_own(value)
     data = array_of(value)
+    if len(value.fronts) == 1 and data.shape[0] == math.prod(counts):
+        return data.reshape(*counts, *data.shape[1:])  # in a row
     for index, count in enumerate(counts):
         if index not in {grid.index for grid in value.fronts}:
             data = jnp.repeat(jnp.expand_dims(data, index), count, index)

@@ -12,7 +12,7 @@ from typing import Any, Literal
 import jax
 import numpy as np
 
-from ..backends.options import convolution_options
+from ..backends.options import pool_options
 from ..frontends.bind import bind_crops
 from ..frontends.jitted import Jitted
 from ..messages.progress import ProgressOption
@@ -147,7 +147,7 @@ class Slide:
         self._call = Jitted(
             self._run,
             f"slide_{_name(self.function)}",
-            options=lambda: convolution_options(jax.default_backend()),
+            options=lambda: pool_options(jax.default_backend()),
         )
 
     def __reduce__(self) -> tuple[Any, ...]:

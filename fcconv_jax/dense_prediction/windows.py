@@ -45,7 +45,10 @@ def _convolution(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     weights = array_of(kernel)
     # Without padding XLA's CPU backend takes a convolution of half the speed.
     cpu = jax.default_backend() == "cpu"
-    more = [cpu and n > 1 and pad == (0, 0) for n, pad in zip(window, padding)]
+    more = [
+        cpu and n > step and pad == (0, 0)
+        for n, step, pad in zip(window, p["window_strides"], padding)
+    ]
     cut = [slice(None)] * len(value.ranks)
     for dim, longer in zip(spec.out_spec[2:], more):
         cut[dim] = slice(-1) if longer else slice(None)

@@ -16,7 +16,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from ..backends.options import convolution_options
+from ..backends.options import pool_options
 from ..messages.progress import ProgressOption, shown
 from ..tracing import arguments
 from .mask import Mask
@@ -292,7 +292,7 @@ def _on_devices(
             out_specs=one_each,
             check_vma=False,
         ),
-        compiler_options=dict(convolution_options(devices[0].platform)) or None,
+        compiler_options=dict(pool_options(devices[0].platform)) or None,
     )
 
     def put(pixels: Sequence[Any]) -> Any:

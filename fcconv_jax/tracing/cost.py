@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
-from .jaxprs import opened, subjaxprs
+from .jaxprs import Equation, opened, subjaxprs
+from .primitives import MATMULS
 
 
-def flops(jaxpr: Any) -> float:
+def flops(jaxpr: Any, counted: Callable[[Equation], bool] = lambda _: True) -> float:
     """Floating point operations of the matmuls and convolutions of a trace.
+
+    Args:
+      jaxpr: the trace.
+      counted: which of these equations count; all by default.
 
     Example:
       >>> import jax, jax.numpy as jnp
@@ -19,6 +25,8 @@ def flops(jaxpr: Any) -> float:
     total = 0.0
     for eqn in opened(jaxpr)[0].eqns:
         name, p = eqn.primitive.name, eqn.params
+        if name in MATMULS and not counted(eqn):
+            continue
         if name == "dot_general":
             (contracted, _), _ = p["dimension_numbers"]
             shape = eqn.invars[0].aval.shape
@@ -29,7 +37,7 @@ def flops(jaxpr: Any) -> float:
             features = kernel.shape[p["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * eqn.outvars[0].aval.size * kernel.size / max(features, 1)
         times = p.get("length", 1) if name == "scan" else 1
-        total += times * sum(flops(body) for _, body in subjaxprs(eqn))
+        total += times * sum(flops(body, counted) for _, body in subjaxprs(eqn))
     return total
 
 

@@ -87,8 +87,11 @@ def test_notes_are_of_programs_that_may_show_a_fault(case):
 def test_a_pool_behind_an_addition():
     y = np.random.default_rng(0).standard_normal((1, 236, 236, 8), np.float32)
     b = np.arange(8, dtype=np.float32)
-    wrong = not np.array_equal(jax.jit(pool)(y, b), pool(jnp.asarray(y), b))
+    want = pool(jnp.asarray(y), b)
+    wrong = not np.array_equal(jax.jit(pool)(y, b), want)
     assert wrong == POOL.is_in(HERE), "update POOL's versions in backends/faults.py"
+    grid = fc.slide(lambda b, x: jax.vmap(lambda x: pool(x[None], b)[0])(x), (236, 236))
+    np.testing.assert_array_equal(grid(b, y)[:, 0, 0], want)
 
 
 @cpu
