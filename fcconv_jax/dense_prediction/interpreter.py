@@ -26,6 +26,8 @@ from ..tracing.primitives import (
     CUSTOM_VJPS,
     ELEMENTWISE,
     ENTRYWISE,
+    POSITIONS,
+    REDUCTIONS,
     REMATS,
     ROUNDING,
     SAME,
@@ -71,6 +73,8 @@ class Interpreter:
                 return self._body(eqn, values)
             if name in RULES:
                 outs = RULES[name](eqn, values)
+                if reason := _parting(name, values, outs):
+                    self.left[f"{name}: {reason}"] += 1
                 for part in (part for out in outs for part in out.parts):
                     if part.grid is not None and part.map is not None:
                         self.maps[part.grid] = part.map
@@ -273,6 +277,25 @@ def _entry_by_entry(eqn: Equation) -> bool:
     if eqn.primitive.name == "broadcast_in_dim":
         return eqn.invars[0].aval.shape == ()
     return eqn.primitive.name in ENTRYWISE
+
+
+def _parting(
+    name: str, values: Sequence[CropArray], outs: Sequence[CropArray]
+) -> str | None:
+    """Return why a rule made an array for each crop of a shared one, if it did.
+
+    Not where a reduction leaves nothing to share.
+    """
+    shared = {grid for value in values for grid in value.shared}
+    if not any(shared & set(out.fronts) for out in outs):
+        return None
+    if name in REDUCTIONS | POSITIONS | {"dot_general"}:
+        return None
+    if any(value.fronts for value in values):
+        return "an operand that each crop has of its own"
+    if name in ENTRYWISE and not all(value.differs for value in values):
+        return "an operand that depends on the position within the crop"
+    return "too few entries in common at this stride"
 
 
 def _through(

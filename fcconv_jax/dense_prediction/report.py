@@ -70,16 +70,17 @@ class SlideReport(Report):
     def details(self) -> Iterator[str]:
         """The arithmetic and the memory, and what stops sharing."""
         every = self.crop_flops * math.prod(self.positions)
+        work = f"{_short(self.flops)} FLOPs instead of {_short(every)}"
+        if not every:
+            work = "no FLOPs in matmuls or convolutions"
         if self.shares:
-            yield (
-                f"shared: {_short(self.flops)} FLOPs instead of {_short(every)}: "
-                f"{self.ratio:.1f}x less; estimated speedup {self.gain:.1f}x"
-            )
-            if self.image_flops is not None:
+            less = f": {self.ratio:.1f}x less" if every else ""
+            yield f"shared: {work}{less}; estimated speedup {self.gain:.1f}x"
+            if self.image_flops:
                 borders = self.flops / max(self.image_flops, 1.0)
                 yield (
                     f"borders of crops: {borders:.1f}x the FLOPs of padding='image'; "
-                    f"{_short(self.copied)} entries copied"
+                    f"{_short(self.copied).rstrip()} entries copied"
                 )
             yield (
                 f"largest array: {_short(self.bytes)}B instead of "
@@ -87,13 +88,13 @@ class SlideReport(Report):
             )
         else:
             yield (
-                f"a batch of crops: sharing would take {_short(self.flops)} FLOPs "
-                f"instead of {_short(every)}, estimated speedup {self.gain:.2f}x"
+                f"a batch of crops: sharing would take {work}, "
+                f"estimated speedup {self.gain:.2f}x"
             )
         if not self.exact:
             yield "padded around the image: not what the crops give alone"
         if self.left:
-            yield "computed crop by crop from here on:"
+            yield "crops part at:"
             for why, times in self.left:
                 yield f"  {why}" + f" ({times} times)" * (times > 1)
 

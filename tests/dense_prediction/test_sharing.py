@@ -52,6 +52,33 @@ def test_the_report_splits_what_borders_cost():
     assert odd.image_flops is None
 
 
+def test_the_report_names_the_operation_at_which_crops_part():
+    def squeezed(kernels, x):
+        for kernel in kernels:
+            x = nn.relu(
+                jax.lax.conv_general_dilated(
+                    *(x, kernel, (1, 1), "VALID"),
+                    dimension_numbers=("NHWC", "HWIO", "NHWC"),
+                )
+            )
+            x = x * x.mean((1, 2), keepdims=True)
+        return x.sum((1, 2))
+
+    def placed(kernels, x):
+        return jnp.tanh(x @ kernels[0] + jnp.arange(8)[:, None]).mean((1, 2))
+
+    images = jnp.ones((1, 40, 40, 3))
+    kernels = [jnp.ones((3, 3, 3, 3))] * 2
+    report = fc.slide(squeezed, (24, 24), 1).report(kernels, images)
+    assert report.left == (("mul: an operand that each crop has of its own", 1),)
+    report = fc.slide(placed, (8, 8), 2).report([jnp.ones((3, 4))], images)
+    (why, _), *_ = report.left
+    assert why == "add: an operand that depends on the position within the crop"
+    plain = fc.slide(lambda x: x.mean((1, 2)), (8, 8), 2).report(images)
+    assert not plain.left
+    assert "no FLOPs in matmuls or convolutions" in str(plain)
+
+
 def integers(rng, *shape):
     return jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)
 
