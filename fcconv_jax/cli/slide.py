@@ -18,7 +18,12 @@ from .records import CallOptions
 from .steps import read_model
 
 if TYPE_CHECKING:
+    from ..dense_prediction.images.base import Image
+    from ..dense_prediction.slide import Slide
+    from ..dense_prediction.write import TilesWritten
     from ..frontends.bound import BoundModel
+    from .grid_files import Grid
+    from .images import Pixels, Scaling
 
 
 @app.command(
@@ -156,33 +161,12 @@ def slide(
     import jax
     import numpy as np
 
-    from ..dense_prediction.slide import slide as make_grid
-    from ..frontends.bind import bind_crops, frontend_of
-    from .grid_files import (
-        SUFFIXES,
-        Grid,
-        bands_of,
-        check_leftovers,
-        grid_file,
-        is_zarr,
-    )
-    from .heatmap import Heat, check_class, check_heatmap, write_heatmap
-    from .images import (
-        Pixels,
-        Scaling,
-        open_images,
-        open_mask,
-    )
-    from .places import largest_places, place_text
+    from ..frontends.bind import frontend_of
+    from .grid_files import grid_file
+    from .heatmap import check_class
+    from .images import Pixels, Scaling, open_images, open_mask
 
-    if out is None or not (out.suffix.lower() == ".zarr" and is_zarr(out)):
-        check_destination("--out", out, SUFFIXES)
-    if out is not None:
-        check_leftovers(out)
-    if resume and out is None:
-        raise ArgumentError("--resume: expected --out, the file to go on with")
-    check_destination("--heatmap", heatmap)
-    check_heatmap(heatmap, label, softmax)
+    _check_destinations(out, resume, heatmap, label, softmax)
     sizes = _sizes("--window", window)
     steps = None if stride is None else _sizes("--stride", stride)
     batch = open_images(images, level, region, bands, mode)
@@ -195,42 +179,22 @@ def slide(
     where = open_mask(mask, batch)
     first = frontend_of(load_model(model).model).first_spatial_axis
     scaling = Scaling.parse(batch[0], scale, mean, std, 1 if first == 2 else -1)
-    pixels = Pixels(batch, channels_first=first == 2)
     typer.echo(f"{batch[0].dtype} pixels, {scaling}", err=True)
-
-    bound = read_model(
-        model, CallOptions([_crop(sizes, channels, first)], kwargs, method)
-    )
-    bound = _with_params(bound, params, images[0], sizes, channels)
-    on_crops = bind_crops(bound)
-
-    def scaled(variables: PyTree, crops: Any) -> Any:
-        return on_crops.function(variables, scaling(crops))
-
-    (variables,) = on_crops.complete(())
-    grid = make_grid(scaled, sizes, steps, axes=(first, first + 1))
-    like = jax.ShapeDtypeStruct(pixels.shape, pixels.dtype)
-    report = grid.report(variables, like)
-    typer.echo(str(report), err=True)
-    one = list(pixels.shape)
-    one[first : first + 2] = sizes
-    each = grid.eval_shape(variables, jax.ShapeDtypeStruct(tuple(one), pixels.dtype))
-    if not isinstance(each, jax.ShapeDtypeStruct):
-        raise ArgumentError("the model returns several arrays: use fcconv_jax.slide")
-    check_class(label, softmax, each.shape[3:])
-    shape = (len(batch), *report.positions, *each.shape[3:])
-    # .npy files have no name for bfloat16.
-    known = np.dtype(each.dtype).isbuiltin == 1
-    dtype = np.dtype(each.dtype if known else np.float32)
-    if where is not None and dtype.kind != "f":
-        raise ArgumentError(f"--mask: expected outputs of floats for NaN, got {dtype}")
-    transform = batch[0].transform.grid(sizes, report.stride)
-    described = Grid(shape, dtype, sizes, report.stride, transform, batch[0].crs)
+    options = CallOptions([_crop(sizes, channels, first)], kwargs, method)
+    bound = _with_params(read_model(model, options), params, images[0], sizes, channels)
+    grid, variables = _scaled_grid(bound, scaling, sizes, steps, first)
+    pixels = Pixels(batch, channels_first=first == 2)
+    described = _described(grid, variables, pixels, batch[0])
+    check_class(label, softmax, described.shape[3:])
+    if where is not None and described.dtype.kind != "f":
+        raise ArgumentError(
+            f"--mask: expected outputs of floats for NaN, got {described.dtype}"
+        )
     mesh = None
     if jax.local_device_count() > 1:
         mesh = jax.sharding.Mesh(jax.local_devices(), ("tiles",))
     with contextlib.ExitStack() as stack:
-        result, record = np.empty(shape, dtype), None
+        result, record = np.empty(described.shape, described.dtype), None
         if out is not None:
             result, record = stack.enter_context(grid_file(out, described, resume))
         try:
@@ -251,26 +215,121 @@ def slide(
                     err=True,
                 )
             raise typer.Exit(130) from None
-        if done.resumed:
-            typer.echo(f"{done.resumed} of {done.tiles} tiles were finished", err=True)
-        if where is not None:
-            typer.echo(
-                f"skipped {done.skipped} of {done.tiles} tiles without any of the mask",
-                err=True,
-            )
-        for number, (file, image) in enumerate(zip(images, batch)):
-            for place in largest_places(result, number, top, sizes, report.stride):
-                text = place_text(place, image, sizes, report.stride)
-                typer.echo(f"{file}: {text}")
+        _print_counts(done, masked=where is not None)
+        _print_places(images, batch, result, described, top)
         if heatmap is not None:
-            heat = Heat.of_rows(bands_of(result, 0), label, softmax)
-            write_heatmap(
-                *(heatmap, heat, batch[0], scaling.scale, sizes, report.stride)
+            _write_heatmap(
+                *(heatmap, images[0], batch[0], result, described),
+                *(scaling.scale, label, softmax),
             )
-            typer.echo(f"wrote {heatmap}", err=True)
-            typer.echo(f"{images[0]}: {heat.summary(report.stride, sizes)}")
     if out is not None:
-        typer.echo(f"wrote {out}: {shape}", err=True)
+        typer.echo(f"wrote {out}: {described.shape}", err=True)
+
+
+def _check_destinations(
+    out: Path | None,
+    resume: bool,
+    heatmap: Path | None,
+    label: int | None,
+    softmax: bool,
+) -> None:
+    """Refuse outputs that can't be written, before anything is read."""
+    from .grid_files import SUFFIXES, check_leftovers, is_zarr
+    from .heatmap import check_heatmap
+
+    if out is None or not (out.suffix.lower() == ".zarr" and is_zarr(out)):
+        check_destination("--out", out, SUFFIXES)
+    if out is not None:
+        check_leftovers(out)
+    if resume and out is None:
+        raise ArgumentError("--resume: expected --out, the file to go on with")
+    check_destination("--heatmap", heatmap)
+    check_heatmap(heatmap, label, softmax)
+
+
+def _scaled_grid(
+    bound: BoundModel,
+    scaling: Scaling,
+    sizes: tuple[int, int],
+    steps: tuple[int, int] | None,
+    first: int,
+) -> tuple[Slide, Any]:
+    """Return the model on every crop of scaled pixels, and its variables."""
+    from ..dense_prediction.slide import slide as make_grid
+    from ..frontends.bind import bind_crops
+
+    on_crops = bind_crops(bound)
+
+    def scaled(variables: PyTree, crops: Any) -> Any:
+        return on_crops.function(variables, scaling(crops))
+
+    (variables,) = on_crops.complete(())
+    return make_grid(scaled, sizes, steps, axes=(first, first + 1)), variables
+
+
+def _described(grid: Slide, variables: PyTree, pixels: Pixels, image: Image) -> Grid:
+    """Return what the result is; print how it will be computed."""
+    import jax
+    import numpy as np
+
+    from ..dense_prediction.tiles import one_window
+    from .grid_files import Grid
+
+    like = jax.ShapeDtypeStruct(pixels.shape, pixels.dtype)
+    report = grid.report(variables, like)
+    typer.echo(str(report), err=True)
+    each = grid.eval_shape(variables, one_window(grid, pixels))
+    if not isinstance(each, jax.ShapeDtypeStruct):
+        raise ArgumentError("the model returns several arrays: use fcconv_jax.slide")
+    # .npy files have no name for bfloat16.
+    known = np.dtype(each.dtype).isbuiltin == 1
+    dtype = np.dtype(each.dtype if known else np.float32)
+    sizes, step = grid.window, report.stride
+    shape = (pixels.shape[0], *report.positions, *each.shape[3:])
+    return Grid(shape, dtype, sizes, step, image.transform.grid(sizes, step), image.crs)
+
+
+def _print_counts(done: TilesWritten, masked: bool) -> None:
+    if done.resumed:
+        typer.echo(f"{done.resumed} of {done.tiles} tiles were finished", err=True)
+    if masked:
+        typer.echo(
+            f"skipped {done.skipped} of {done.tiles} tiles without any of the mask",
+            err=True,
+        )
+
+
+def _print_places(
+    images: Sequence[Path],
+    batch: Sequence[Image],
+    result: Any,
+    grid: Grid,
+    top: int,
+) -> None:
+    from .places import largest_places, place_text
+
+    for number, (file, image) in enumerate(zip(images, batch)):
+        for place in largest_places(result, number, top, grid.window, grid.stride):
+            typer.echo(f"{file}: {place_text(place, image, grid.window, grid.stride)}")
+
+
+def _write_heatmap(
+    file: Path,
+    name: Path,
+    image: Image,
+    result: Any,
+    grid: Grid,
+    scale: float,
+    label: int | None,
+    softmax: bool,
+) -> None:
+    from .grid_files import bands_of
+    from .heatmap import Heat, write_heatmap
+
+    heat = Heat.of_rows(bands_of(result, 0), label, softmax)
+    write_heatmap(file, heat, image, scale, grid.window, grid.stride)
+    typer.echo(f"wrote {file}", err=True)
+    typer.echo(f"{name}: {heat.summary(grid.stride, grid.window)}")
 
 
 def _with_params(

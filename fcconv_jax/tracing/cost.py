@@ -6,8 +6,9 @@ import math
 from collections.abc import Callable
 from typing import Any
 
-from .jaxprs import Equation, opened, subjaxprs
+from .jaxprs import opened, subjaxprs
 from .primitives import MATMULS
+from .protocols import Equation
 
 
 def flops(jaxpr: Any, counted: Callable[[Equation], bool] = lambda _: True) -> float:
