@@ -332,7 +332,8 @@ class _Call:
             # computed kernel itself.
             graph.output_names, graph.notes = list(self.outputs), []
         simplify(graph, self.whole)
-        if self.fold and self.runtime.write is not None and fold_norms(graph):
+        folds = self.fold and self.runtime.write is not None
+        if folds and sum(map(fold_norms, graph.graphs())):
             simplify(graph, self.whole)
         return graph
 

@@ -18,6 +18,7 @@ movement       reshape, transpose, broadcast, concat, slice, pad, reverse, gathe
 ``softmax``    over the last axis, and ``log_softmax``
 ``argmax``     over ``axis``, and ``argmin``, ``cumsum``
 ``top_k``      values and indices, the last axis
+loops          scan, while, cond, see :mod:`fcconv_jax.export.lowering.loops`
 =============  ====================================================================
 """
 
@@ -47,6 +48,8 @@ BINARY = frozenset(
 FUSED = frozenset("elu gelu hard_sigmoid hard_swish leaky_relu prelu".split())
 # What else some runtimes have one operation for.
 WHOLE = frozenset("layer_norm log_softmax resize transposed".split())
+# What holds graphs of its own.
+LOOPS = frozenset("cond scan while".split())
 ELEMENTWISE = UNARY | BINARY | FUSED | {"cast", "select"}
 # Bytes from which equal constants are worth looking for.
 _LARGE = 1024
@@ -288,9 +291,17 @@ class Graph:
                 needed.update(node.inputs)
         self.nodes = kept[::-1]
 
+    def graphs(self) -> Iterator[Graph]:
+        """Yield the graph, and before it those that its loops hold."""
+        for node in self.nodes:
+            for body in node.attrs.get("bodies", ()):
+                yield from body.graphs()
+        yield self
+
     def linear(self) -> list[Node]:
-        """Return the convolutions and matmuls with a weight."""
-        return [node for node in self.nodes if node.weight is not None]
+        """Return the convolutions and matmuls with a weight, those in loops too."""
+        nodes = (node for graph in self.graphs() for node in graph.nodes)
+        return [node for node in nodes if node.weight is not None]
 
     def count(self, *ops: str) -> int:
         """Return how many operations there are of these names."""

@@ -12,6 +12,7 @@ import base64
 import dataclasses
 import hashlib
 import json
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -299,8 +300,9 @@ def compute(
 def _convolve(
     x: np.ndarray, kernel: np.ndarray, options: Mapping[str, Any]
 ) -> np.ndarray:
-    """A convolution of two spatial axes, as patches times a matrix for each group."""
+    """A convolution as patches times a matrix for each group."""
     *window, inner, features = kernel.shape
+    rank = len(window)
     if "spread" in options:
         (n, h, w, c), (sy, sx) = x.shape, options["spread"]
         spread = np.zeros((n, (h - 1) * sy + 1, (w - 1) * sx + 1, c))
@@ -309,31 +311,38 @@ def _convolve(
     pads: Sequence[Any] = ((0, 0), *options["padding"], (0, 0))
     x = np.pad(x, pads)
     spans = [(k - 1) * d + 1 for k, d in zip(window, options["dilation"])]
-    views = np.lib.stride_tricks.sliding_window_view(x, spans, axis=(1, 2))
-    (sy, sx), (dy, dx) = options["strides"], options["dilation"]
-    views = views[:, ::sy, ::sx, :, ::dy, ::dx]  # (N, H, W, C, ky, kx)
-    n, h, w, _, ky, kx = views.shape
+    axes = tuple(range(1, 1 + rank))
+    views = np.lib.stride_tricks.sliding_window_view(x, spans, axis=axes)
+    steps, spread = (
+        tuple(slice(None, None, n) for n in options[name])
+        for name in ("strides", "dilation")
+    )
+    every = slice(None)
+    views = np.moveaxis(views[(every, *steps, every, *spread)], 1 + rank, -1)
+    *places, _ = views.shape[: 2 + rank]  # (N, *out, *window, C)
     groups = options["groups"]
     made = []
     for g in range(groups):
-        part = views[..., g * inner : (g + 1) * inner, :, :].transpose(0, 1, 2, 4, 5, 3)
+        part = views[..., g * inner : (g + 1) * inner]
         columns = features // groups
         matrix = kernel[..., g * columns : (g + 1) * columns]
-        rows = part.reshape(n * h * w, ky * kx * inner)
+        rows = part.reshape(math.prod(places), math.prod(window) * inner)
         made.append(rows @ matrix.reshape(-1, columns))
-    return np.concatenate(made, axis=-1).reshape(n, h, w, features)
+    return np.concatenate(made, axis=-1).reshape(*places, features)
 
 
 def constants_of(graph: Graph) -> tuple[Source, ...]:
     """The parameters that a graph reads besides the kernels and biases of layers."""
     linear = {id(v) for node in graph.linear() for v in node.inputs}
-    found = [v.source for v in graph.reads() if v.source and id(v) not in linear]
+    reads = [v for part in graph.graphs() for v in part.reads()]
+    found = [v.source for v in reads if v.source and id(v) not in linear]
     return tuple(dict.fromkeys(found))
 
 
 def leaves_read(graph: Graph) -> list[str]:
     """Return the parameters that a graph reads, each once."""
-    found = [leaf for value in graph.reads() for leaf in sorted(value.leaves)]
+    reads = [v for part in graph.graphs() for v in part.reads()]
+    found = [leaf for value in reads for leaf in sorted(value.leaves)]
     return list(dict.fromkeys(found))
 
 

@@ -142,13 +142,14 @@ def reading(path: Path) -> Iterator[None]:
 
 
 def arrange_conv(kernel: np.ndarray, order: str) -> np.ndarray:
-    """Return a kernel ``HWIO`` in another order of its axes.
+    """Return a kernel ``HWIO`` (or ``DHWIO``) in another order of its axes.
 
     Example:
       >>> arrange_conv(np.zeros((3, 5, 2, 7)), "OHWI").shape
       (7, 3, 5, 2)
     """
-    return np.ascontiguousarray(kernel.transpose(["HWIO".index(a) for a in order]))
+    own, order = _axes(kernel, order)
+    return np.ascontiguousarray(kernel.transpose([own.index(a) for a in order]))
 
 
 def reversed_window(kernel: np.ndarray) -> np.ndarray:
@@ -170,4 +171,21 @@ def crops(
 
 def canonical_conv(kernel: np.ndarray, order: str) -> np.ndarray:
     """Return a kernel ``HWIO``, from one in another order of its axes."""
-    return kernel.transpose([order.index(a) for a in "HWIO"])
+    own, order = _axes(kernel, order)
+    return kernel.transpose([order.index(a) for a in own])
+
+
+def _axes(kernel: np.ndarray, order: str) -> tuple[str, str]:
+    """The axes of our arrangement and of another, with the depth before the height."""
+    height = "DH" if kernel.ndim == 5 else "H"
+    return f"{height}WIO", order.replace("H", height)
+
+
+def channels_first(rank: int) -> tuple[int, ...]:
+    """Return the permutation of a channel-last image of so many axes."""
+    return (0, rank - 1, *range(1, rank - 1))
+
+
+def channels_last(rank: int) -> tuple[int, ...]:
+    """Return the permutation of a channel-first image of so many axes."""
+    return (0, *range(2, rank), 1)

@@ -8,7 +8,26 @@ from typing import Any
 import numpy as np
 from jax.typing import DTypeLike
 
+from ...messages.errors import ExportError
+from ...tracing.protocols import Equation
 from ..graph import Node, Value
+
+# Primitives that these graphs lack, and what to do instead.
+_REFUSED = {
+    "while": "a loop whose number of steps is not known. Export the body alone, or "
+    "write the loop out in Python",
+    "scan": "a loop over steps. Pass unroll=N to write out loops of up to N steps",
+    "cond": "a branch that depends on the inputs. Use jnp.where, which runs both sides",
+    "sort": "a sort. Return what is to be sorted and sort on the host",
+    "random_bits": "random numbers. Call the model as in inference: train=False or "
+    "deterministic=True",
+    "random_seed": "random numbers. Call the model as in inference: train=False or "
+    "deterministic=True",
+    "pallas_call": "a kernel of its own. Switch to the model's plain implementation",
+    "custom_call": "a kernel of its own. Switch to the model's plain implementation",
+    "scatter": "a write into a part of an array. Use jnp.where or jnp.concatenate",
+    "fft": "a Fourier transform. Compute it on the host, before or after the model",
+}
 
 LoweringRule = Callable[..., Value | Sequence[Value]]
 
@@ -80,3 +99,20 @@ class Builder:
             return x
         names = dict(zip(("start", "stop", "steps"), details))
         return self.add("slice", [x], shape, **names)
+
+
+def refusal(eqn: Equation) -> ExportError:
+    """Return the error for an equation that no file takes, with a fix."""
+    name = eqn.primitive.name
+    what = _REFUSED.get(name) or next(
+        (text for key, text in _REFUSED.items() if name.startswith(key)), None
+    )
+    shapes = ", ".join(f"{v.aval.dtype}{list(v.aval.shape)}" for v in eqn.invars[:3])
+    if name == "scan" and what:
+        what = f"a loop over {eqn.params['length']} steps. Pass unroll={{}} to write it"
+        what = what.format(eqn.params["length"]) + " out"
+    return ExportError(
+        f"the model has {name!r} on {shapes}: "
+        + (what or "no edge runtime's file has it. Replace it in the model")
+        + "; a .stablehlo file takes whatever JAX does"
+    )

@@ -40,9 +40,9 @@ def _conv(low: Any, eqn: Equation, x: Value, kernel: Value) -> Value:
         )
     lhs, rhs, made = p["dimension_numbers"]
     rank = len(lhs) - 2
-    if rank > 2:
+    if rank > 3:
         raise ExportError(
-            f"the model has a convolution of {rank} dimensions; the files take 1 and 2"
+            f"the model has a convolution of {rank} dimensions; runtimes have up to 3"
         )
     x = low.transpose(x, [lhs[0], *lhs[2:], lhs[1]])
     kernel = low.transpose(kernel, [*rhs[2:], rhs[1], rhs[0]])

@@ -16,33 +16,15 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...messages.errors import ExportError
-from ...tracing.jaxprs import bind, call_body, evaluate, opened, scan_parts
+from ...tracing.jaxprs import bind, call_body, evaluate, opened
 from ...tracing.primitives import MOVES, SAME
 from ...tracing.protocols import Equation
 from ..graph import Graph, Source, Value, constant
 
 # Each module registers its rules when it is imported.
-from . import elementwise, linear, movement, reductions  # noqa: F401
-from .builder import RULES, Builder
+from . import elementwise, linear, loops, movement, reductions  # noqa: F401
+from .builder import RULES, Builder, refusal
 from .resize import resize
-
-# Primitives that these graphs lack, and what to do instead.
-_REFUSED = {
-    "while": "a loop whose number of steps is not known. Export the body alone, or "
-    "write the loop out in Python",
-    "scan": "a loop over steps. Pass unroll=N to write out loops of up to N steps",
-    "cond": "a branch that depends on the inputs. Use jnp.where, which runs both sides",
-    "sort": "a sort. Return what is to be sorted and sort on the host",
-    "random_bits": "random numbers. Call the model as in inference: train=False or "
-    "deterministic=True",
-    "random_seed": "random numbers. Call the model as in inference: train=False or "
-    "deterministic=True",
-    "pallas_call": "a kernel of its own. Switch to the model's plain implementation",
-    "custom_call": "a kernel of its own. Switch to the model's plain implementation",
-    "scatter": "a write into a part of an array. Use jnp.where or jnp.concatenate",
-    "fft": "a Fourier transform. Compute it on the host, before or after the model",
-}
-
 
 _ROUNDED_ONCE = {"add": np.add, "sub": np.subtract, "mul": np.multiply}
 
@@ -64,7 +46,8 @@ class Lowering(Builder):
 
     def visit(self, eqn: Equation, operands: Sequence[Any]) -> list[Value]:
         """What one equation makes."""
-        values = [as_value(operand) for operand in operands]
+        # Literals of a trace may be Python's numbers, whose dtype only the trace has.
+        values = [as_value(x, v.aval) for x, v in zip(operands, eqn.invars)]
         body = call_body(eqn)
         if body is not None:
             if eqn.params.get("name") == "_resize" and "resize" in self.whole:
@@ -82,8 +65,6 @@ class Lowering(Builder):
             raise refusal(eqn)
         if known and not moved and name not in ("scan", "while", "cond"):
             return computed(eqn, values)
-        if name == "scan" and 0 < eqn.params["length"] <= self.unroll:
-            return self._unrolled(eqn, values)
         if name in ("scan", "while", "cond") and known:
             return computed(eqn, values)
         if name == "cond" and values[0].data is not None:
@@ -98,33 +79,9 @@ class Lowering(Builder):
 
     def run(self, jaxpr: Any, values: Sequence[Value]) -> list[Value]:
         """Walk a jaxpr."""
-        return [as_value(v) for v in evaluate(jaxpr, values, self.visit)]
-
-    def _unrolled(self, eqn: Equation, values: Sequence[Value]) -> list[Value]:
-        """Unroll a loop."""
-        length, jaxpr = eqn.params["length"], eqn.params["jaxpr"]
-        consts, carried = scan_parts(eqn)
-        fixed, carry = values[:consts], list(values[consts : consts + carried])
-        stacked = values[consts + carried :]
-        steps: list[list[Value]] = []
-        order = range(length)
-        for i in reversed(order) if eqn.params["reverse"] else order:
-            xs = [self._row(value, i) for value in stacked]
-            outs = self.run(jaxpr, [*fixed, *carry, *xs])
-            carry, ys = outs[:carried], outs[carried:]
-            steps.append(ys)
-        if eqn.params["reverse"]:
-            steps.reverse()
-        stacks = []
-        for rows in zip(*steps):
-            each = [self.reshape(row, (1, *row.shape)) for row in rows]
-            shape = (length, *each[0].shape[1:])
-            stacks.append(self.add("concat", each, shape, axis=0))
-        return [*carry, *stacks]
-
-    def _row(self, x: Value, i: int) -> Value:
-        start, stop = (i, *[0] * (len(x.shape) - 1)), (i + 1, *x.shape[1:])
-        return self.reshape(self.slice(x, start, stop), x.shape[1:])
+        ends = opened(jaxpr)[0].outvars
+        outs = evaluate(jaxpr, values, self.visit)
+        return [as_value(x, v.aval) for x, v in zip(outs, ends)]
 
 
 def lower(
@@ -202,13 +159,13 @@ def parameters(leaves: Iterable[tuple[str, Any]]) -> list[Value]:
     return made
 
 
-def as_value(operand: Any) -> Value:
+def as_value(operand: Any, aval: Any = None) -> Value:
     """Return a value, or a number of the trace as one."""
     if isinstance(operand, Value):
         return operand
     if _is_key(operand):
         return Value(tuple(operand.shape), _KEY, operand)
-    return constant(operand)
+    return constant(operand, None if aval is None else aval.dtype)
 
 
 def _is_key(array: Any) -> bool:
@@ -241,20 +198,3 @@ def computed(eqn: Equation, values: Sequence[Value]) -> list[Value]:
             source = values[0].source if data.dtype == values[0].dtype else None
         found.append(Value(tuple(data.shape), data.dtype, data, source, leaves))
     return found
-
-
-def refusal(eqn: Equation) -> ExportError:
-    """Return the error for an equation that no file takes, with a fix."""
-    name = eqn.primitive.name
-    what = _REFUSED.get(name) or next(
-        (text for key, text in _REFUSED.items() if name.startswith(key)), None
-    )
-    shapes = ", ".join(f"{v.aval.dtype}{list(v.aval.shape)}" for v in eqn.invars[:3])
-    if name == "scan" and what:
-        what = f"a loop over {eqn.params['length']} steps. Pass unroll={{}} to write it"
-        what = what.format(eqn.params["length"]) + " out"
-    return ExportError(
-        f"the model has {name!r} on {shapes}: "
-        + (what or "no edge runtime's file has it. Replace it in the model")
-        + "; a .stablehlo file takes whatever JAX does"
-    )

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from ..graph import ELEMENTWISE, VIEWS, Graph, Node, Value
+from ..shipped import channels_first, channels_last
 from .views import (
     delay_views,
     drop_broadcasts,
@@ -19,15 +20,11 @@ from .views import (
     share_equal,
 )
 
-_TO = (0, 3, 1, 2)
-_BACK = (0, 2, 3, 1)
 _IMAGES = ("conv", "pool_max", "pool_mean", "resize")
 
 
 def to_nchw(graph: Graph) -> Graph:
     """Rewrite a graph in place; images of ``conv`` and ``pool_*`` are NCHW then."""
-    _surround(graph)
-    _expand_adjoints(graph)
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
         share_equal,
@@ -36,12 +33,15 @@ def to_nchw(graph: Graph) -> Graph:
         drop_broadcasts,
         keep_dims,
     )
-    changed = True
-    while changed:
-        changed = False
-        for each in passes:
-            changed |= each(graph)
-            graph.prune()
+    for part in graph.graphs():
+        _surround(part)
+        _expand_adjoints(part)
+        changed = True
+        while changed:
+            changed = False
+            for each in passes:
+                changed |= each(part)
+                part.prune()
     return graph
 
 
@@ -54,23 +54,24 @@ def _surround(graph: Graph) -> None:
             nodes.append(node)
             continue
         x, y = node.inputs[0], node.out
+        to, back = channels_first(len(x.shape)), channels_last(len(x.shape))
         if node in rows:
             n, h, w, c = x.shape
             inside = Value((n, 1, h, w * c), x.dtype)
-            made = Value(_permuted(y.shape, _TO), y.dtype)
+            made = Value(_permuted(y.shape, to), y.dtype)
             nodes.append(Node("reshape", [x], [inside]))
             node.inputs = [inside, *node.inputs[1:]]
             node.outputs = [made]
             strides = (node.attrs["strides"][0], node.attrs["strides"][1] * c)
             node.attrs = {**node.attrs, "rows": c, "strides": strides}
-            nodes += [node, Node("transpose", [made], [y], {"perm": _BACK})]
+            nodes += [node, Node("transpose", [made], [y], {"perm": back})]
             continue
-        inside = Value(_permuted(x.shape, _TO), x.dtype)
-        made = Value(_permuted(y.shape, _TO), y.dtype)
-        nodes.append(Node("transpose", [x], [inside], {"perm": _TO}))
+        inside = Value(_permuted(x.shape, to), x.dtype)
+        made = Value(_permuted(y.shape, to), y.dtype)
+        nodes.append(Node("transpose", [x], [inside], {"perm": to}))
         node.inputs = [inside, *node.inputs[1:]]
         node.outputs = [made]
-        nodes += [node, Node("transpose", [made], [y], {"perm": _BACK})]
+        nodes += [node, Node("transpose", [made], [y], {"perm": back})]
     graph.nodes = nodes
 
 
@@ -199,8 +200,10 @@ def _as_rows(node: Node, makers: dict[Value, Node]) -> bool:
     columns. On what comes channel-last this saves the transpose; what comes from
     another convolution is channel-first already.
     """
-    p, window = node.attrs, node.inputs[1].shape[:2] if node.op == "conv" else (1, 1)
-    if node.op != "conv" or window[1] == 1 or p["groups"] > 1 or "spread" in p:
+    p, window = node.attrs, node.inputs[1].shape[:-2] if node.op == "conv" else (1, 1)
+    if node.op != "conv" or len(window) != 2 or window[1] == 1 or "spread" in p:
+        return False
+    if p["groups"] > 1:
         return False
     if any(map(any, p["padding"])) or set(p["dilation"]) != {1}:
         return False

@@ -40,12 +40,13 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
         passes += (find_log_softmax,)
     if "layer_norm" in fused:
         passes += (find_layer_norms,)
-    changed = True
-    while changed:
-        changed = False
-        for each in passes:
-            changed |= each(graph)
-            graph.prune()
+    for part in graph.graphs():
+        changed = True
+        while changed:
+            changed = False
+            for each in passes:
+                changed |= each(part)
+                part.prune()
     _name_layers(graph)
     return graph
 

@@ -12,7 +12,7 @@ import contextlib
 import sys
 import tempfile
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 from xml.etree import ElementTree
@@ -30,6 +30,8 @@ from ..shipped import (
     ShippedLayer,
     arrange_conv,
     canonical_conv,
+    channels_first,
+    channels_last,
     reversed_window,
 )
 from . import Runtime
@@ -129,14 +131,14 @@ class OpenVinoFile(Shipped):
 
     def ops(self) -> Mapping[str, int]:
         """Return how many operations there are of each kind; constants are none."""
-        kinds = (op.get_type_name() for op in self.model.get_ordered_ops())
+        kinds = (op.get_type_name() for op in _operations(self.model))
         return Counter(k for k in kinds if k not in ("Constant", "Parameter", "Result"))
 
     def constants(self) -> Sequence[np.ndarray]:
         """Return every constant."""
         return [
             op.data
-            for op in self.model.get_ordered_ops()
+            for op in _operations(self.model)
             if op.get_type_name() == "Constant"
         ]
 
@@ -148,7 +150,7 @@ class OpenVinoFile(Shipped):
         """Products of two activations."""
         return [
             f"MatMul {_label(op)}"
-            for op in self.model.get_ordered_ops()
+            for op in _operations(self.model)
             if op.get_type_name() == "MatMul" and _side(op) is None
         ]
 
@@ -207,7 +209,7 @@ class OpenVinoFile(Shipped):
                 x = x.reshape(n, 1, h, w * c)
                 laid = arrange_conv(kernel, "OHWI").reshape(stored.shape)
             else:
-                x = x.transpose(0, 3, 1, 2)
+                x = x.transpose(channels_first(x.ndim))
                 laid = arrange_conv(kernel, "OIHW")
                 if kind == _TRANSPOSED:
                     laid = arrange_conv(reversed_window(kernel), "IOHW")
@@ -237,7 +239,7 @@ class OpenVinoFile(Shipped):
             last.input(place).replace_source_output(new.output(0))
         cut = ov.Model([last.output(0)], [entering], "layer")
         y = self._run(cut, [x.astype(floats)])[0]
-        return y.transpose(0, 2, 3, 1) if conv else y
+        return y.transpose(channels_last(y.ndim)) if conv else y
 
     def _run(self, model: Any, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         compiled = self.core.compile_model(model, "CPU", self.config)
@@ -276,10 +278,18 @@ class OpenVinoFile(Shipped):
         return []
 
 
+def _operations(model: Any) -> Iterator[Any]:
+    """Yield the operations of a model, and those of its loops' bodies."""
+    for op in model.get_ordered_ops():
+        yield op
+        if op.get_type_name() == "TensorIterator":
+            yield from _operations(op.get_body())
+
+
 def _linear(model: Any) -> list[Any]:
     return [
         op
-        for op in model.get_ordered_ops()
+        for op in _operations(model)
         if op.get_type_name() in (*_CONVS, "MatMul") and _side(op) is not None
     ]
 
@@ -346,5 +356,6 @@ def _label(op: Any) -> str:
 RUNTIME = Runtime(
     *("openvino", "OpenVINO", ".xml", "openvino", OpenVinoFile, write),
     images="first",
-    fused=FUSED | WHOLE,
+    # It reads ONNX's Scan over arrays; Loop, If and a Scan that counts fail or differ.
+    fused=FUSED | WHOLE | {"scan"},
 )

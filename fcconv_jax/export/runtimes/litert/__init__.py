@@ -1,6 +1,6 @@
 """LiteRT: writes and reads .tflite files, in float32 and in int8."""
 
-from ...graph import FUSED, WHOLE
+from ...graph import FUSED, LOOPS, WHOLE
 from .. import Runtime
 from . import int8
 from .batches import any_batch
@@ -11,7 +11,7 @@ __all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
 
 RUNTIME = Runtime(
     *("litert", "LiteRT", ".tflite", "litert", LiteRTFile, write),
-    fused=(FUSED | WHOLE) - {"hard_sigmoid", "layer_norm"},
+    fused=(FUSED | WHOLE | LOOPS) - {"hard_sigmoid", "layer_norm"},
     one_batch=frozenset({"transposed"}),
     any_batch=any_batch,
     int8=int8,

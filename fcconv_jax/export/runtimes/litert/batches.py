@@ -25,6 +25,8 @@ def any_batch(path: Path, other: Path, batch: int) -> None:
       ExportError: an operator depends on the batch in another way than by its shape.
     """
     one, two = LiteRTFile(path), LiteRTFile(other)
+    if len(one.parts) > 1:
+        raise depends("loop")
     if len(one.graph.operators) != len(two.graph.operators):
         raise depends("number of operators")
     for a, b in zip(one.graph.operators, two.graph.operators):

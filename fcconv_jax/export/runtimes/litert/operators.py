@@ -91,10 +91,10 @@ class Emitter(Builder):
         if "spread" in p:
             self._transposed(node, fused)
             return
-        window, groups = kernel.shape[:2], p["groups"]
+        window, groups = kernel.shape[:-2], p["groups"]
         same = tuple(
             _same(n, k, s, d)
-            for n, k, s, d in zip(x.shape[1:3], window, p["strides"], p["dilation"])
+            for n, k, s, d in zip(x.shape[1:], window, p["strides"], p["dilation"])
         )
         entering = self.tensor(x)
         padding = "SAME" if tuple(p["padding"]) == same else "VALID"
@@ -105,14 +105,20 @@ class Emitter(Builder):
         depthwise = groups > 1 and groups == x.shape[-1]
         options = {
             "padding": getattr(self.s.Padding, padding),
-            "strideH": p["strides"][0],
-            "strideW": p["strides"][1],
-            "dilationHFactor": p["dilation"][0],
-            "dilationWFactor": p["dilation"][1],
             "fusedActivationFunction": self.activation(fused),
         }
+        for axis, step, spread in zip("WHD", p["strides"][::-1], p["dilation"][::-1]):
+            options |= {f"stride{axis}": step, f"dilation{axis}Factor": spread}
         bias = self._bias(node, kernel.shape[-1])
-        if depthwise:
+        if len(window) == 3:
+            if groups > 1:
+                raise ExportError(
+                    f"LiteRT has no groups in three dimensions, found at {node.name!r}."
+                    " Pass a path that ends in .onnx"
+                )
+            weight = self.arranged(kernel, lambda k: k, "DHWIO")
+            name, kind = "CONV_3D", "Conv3DOptions"
+        elif depthwise:
             weight = self.arranged(
                 kernel, lambda k: k.reshape(1, *window, k.shape[-1]), "depthwise"
             )

@@ -25,7 +25,7 @@ from ...shipped import (
 )
 from .schema import RECORD, pack, schema
 
-_CONVS = ("CONV_2D", "DEPTHWISE_CONV_2D", "TRANSPOSE_CONV")
+_CONVS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_3D", "TRANSPOSE_CONV")
 _LINEAR = (*_CONVS, "FULLY_CONNECTED", "BATCH_MATMUL")
 # Entries that any machine holds: such a tensor is not worth a question.
 _LARGE = 1 << 20
@@ -76,7 +76,13 @@ class LiteRTFile(Shipped):
         ]
         types = {v: k for k, v in vars(s.TensorType).items() if k.isupper()}
         self._types = types
-        self._makers = {i: op for op in self.graph.operators for i in op.outputs}
+        # A file of its own for each loop's graph, the buffers in common.
+        self.parts = [self]
+        for graph in self.model.subgraphs:
+            part = self if graph is self.graph else copy.copy(self)
+            part.graph = graph
+            if part is not self:
+                self.parts.append(part)
 
     def _bring_in_buffers(self) -> None:
         """Read the buffers behind the flatbuffer, as LiteRT's tools write them.
@@ -124,7 +130,8 @@ class LiteRTFile(Shipped):
           ExportError: a shape is out of all proportion: LiteRT would allocate it, tens
             of GB after one damaged byte.
         """
-        shapes = [t.shape for t in self.graph.tensors if t.shape is not None]
+        tensors = [t for part in self.parts for t in part.graph.tensors]
+        shapes = [t.shape for t in tensors if t.shape is not None]
         largest = max((math.prod(map(int, shape)) for shape in shapes), default=0)
         record = self.record()
         layers = record.layers if record else ()
@@ -157,7 +164,8 @@ class LiteRTFile(Shipped):
 
     def ops(self) -> Mapping[str, int]:
         """Return how many operators there are of each kind."""
-        return Counter(self.name(op) for op in self.graph.operators)
+        graphs = [part.graph for part in self.parts]
+        return Counter(self.name(op) for graph in graphs for op in graph.operators)
 
     def output_names(self) -> Sequence[str]:
         """Return the outputs, as the signature names them."""
@@ -173,20 +181,26 @@ class LiteRTFile(Shipped):
 
     def constants(self) -> Sequence[np.ndarray]:
         """Return every constant tensor."""
-        found = [self.array(i) for i in range(len(self.graph.tensors))]
+        found = [
+            part.array(i) for part in self.parts for i in range(len(part.graph.tensors))
+        ]
         return [array for array in found if array is not None]
 
     def products(self) -> Sequence[str]:
         """Products of two activations."""
         return [
-            f"BATCH_MATMUL {self._label(op.outputs[0])}"
-            for op in self.graph.operators
-            if self.name(op) in ("BATCH_MATMUL", "FULLY_CONNECTED")
-            and all(self.array(i) is None for i in list(op.inputs)[:2])
+            f"BATCH_MATMUL {part._label(op.outputs[0])}"
+            for part in self.parts
+            for op in part.graph.operators
+            if part.name(op) in ("BATCH_MATMUL", "FULLY_CONNECTED")
+            and all(part.array(i) is None for i in list(op.inputs)[:2])
         ]
 
     def layers(self) -> Sequence[ShippedLayer]:
         """Return the linear operators with a weight."""
+        return [layer for part in self.parts for layer in part._own_layers()]
+
+    def _own_layers(self) -> list[ShippedLayer]:
         found = []
         for op in self.linear_operators():
             name = self.name(op)
@@ -210,7 +224,7 @@ class LiteRTFile(Shipped):
         return found
 
     def linear_operators(self) -> list[Any]:
-        """Return the linear operators with a weight."""
+        """Return the linear operators with a weight, those of loops aside."""
         return [
             op
             for op in self.graph.operators
@@ -245,7 +259,20 @@ class LiteRTFile(Shipped):
         bias: np.ndarray | None,
     ) -> np.ndarray:
         """Run one operator, cut out of the file, with other numbers in its buffers."""
-        operator = self._find(layer.name)
+        for part in self.parts:
+            for operator in part.linear_operators():
+                if part._label(operator.outputs[0]) == layer.name:
+                    return part._run_operator(operator, layer, x, kernel, bias)
+        raise ExportError(f"{self.path} has no layer {layer.name!r}")
+
+    def _run_operator(
+        self,
+        operator: Any,
+        layer: Layer,
+        x: np.ndarray,
+        kernel: np.ndarray,
+        bias: np.ndarray | None,
+    ) -> np.ndarray:
         name = self.name(operator)
         side = self._side(operator)
         if name == "CONV_2D":
@@ -260,7 +287,8 @@ class LiteRTFile(Shipped):
             stored = kernel
         chain = [operator]
         entering = operator.inputs[2 if name == "TRANSPOSE_CONV" else 1 - side]
-        before = self._makers.get(entering)
+        makers = {i: op for op in self.graph.operators for i in op.outputs}
+        before = makers.get(entering)
         if before is not None and self.name(before) == "PAD":
             # Padding that the operator cannot say itself is part of it, if the model's
             # input is what comes before.
@@ -276,12 +304,6 @@ class LiteRTFile(Shipped):
             new[place] = zeros.astype(np.float32)
         content = self._cut(chain, entering, new)
         return run(content, [x.astype(np.float32)])[0]
-
-    def _find(self, name: str) -> Any:
-        for op in self.linear_operators():
-            if self._label(op.outputs[0]) == name:
-                return op
-        raise ExportError(f"{self.path} has no layer {name!r}")
 
     def _cut(
         self, chain: Sequence[Any], entering: int, new: Mapping[int, np.ndarray]

@@ -1,6 +1,6 @@
 """ONNX: writes .onnx files, and reads them back with ONNX Runtime."""
 
-from ...graph import FUSED, WHOLE
+from ...graph import FUSED, LOOPS, WHOLE
 from .. import Runtime
 from .batches import any_batch
 from .reader import OnnxFile
@@ -10,5 +10,5 @@ RUNTIME = Runtime(
     *("onnx", "ONNX", ".onnx", "onnx", OnnxFile, write),
     images="first",
     any_batch=any_batch,
-    fused=FUSED | WHOLE,
+    fused=FUSED | WHOLE | LOOPS,
 )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import io
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from ...shipped import (
     ShippedLayer,
     arrange_conv,
     canonical_conv,
+    channels_first,
+    channels_last,
     reversed_window,
 )
 from .writer import RECORD
@@ -49,8 +51,10 @@ class OnnxFile(Shipped):
             raise ExportError(f"{path} is not an ONNX file: {error}") from None
         self.arrays = {
             tensor.name: self.onnx.numpy_helper.to_array(tensor)
-            for tensor in self.model.graph.initializer
+            for graph in _graphs(self.model.graph)
+            for tensor in graph.initializer
         }
+        self.nodes = [node for g in _graphs(self.model.graph) for node in g.node]
         record = self.record()
         self._records = {e.name: e for e in record.layers} if record else {}
 
@@ -74,7 +78,7 @@ class OnnxFile(Shipped):
 
     def ops(self) -> Mapping[str, int]:
         """Return how many nodes there are of each kind."""
-        return Counter(node.op_type for node in self.model.graph.node)
+        return Counter(node.op_type for node in self.nodes)
 
     def output_names(self) -> Sequence[str]:
         """Return the outputs."""
@@ -88,7 +92,7 @@ class OnnxFile(Shipped):
         """Products of two activations."""
         return [
             f"{node.op_type} {_label(node)}"
-            for node in self.model.graph.node
+            for node in self.nodes
             if node.op_type in _LINEAR and self._side(node) is None
         ]
 
@@ -121,7 +125,7 @@ class OnnxFile(Shipped):
     def _linear(self) -> list[Any]:
         return [
             node
-            for node in self.model.graph.node
+            for node in self.nodes
             if node.op_type in _LINEAR and self._side(node) is not None
         ]
 
@@ -134,7 +138,7 @@ class OnnxFile(Shipped):
 
     def _add_of(self, node: Any) -> Any:
         """Return the addition of a bias that is part of a layer."""
-        for other in self.model.graph.node:
+        for other in self.nodes:
             ours = other.op_type == "Add" and _label(other).endswith("/bias")
             if ours and other.input[0] == node.output[0]:
                 return other if other.input[1] in self.arrays else None
@@ -164,16 +168,16 @@ class OnnxFile(Shipped):
         back = None
         if node.op_type in _CONVS:
             if node.op_type == "ConvTranspose":
-                x = x.transpose(0, 3, 1, 2)
+                x = x.transpose(channels_first(x.ndim))
                 laid = arrange_conv(reversed_window(kernel), "IOHW")
             elif _is_rows(stored, layer.kernel_shape):
                 n, h, w, c = x.shape
                 x = x.reshape(n, 1, h, w * c)
                 laid = arrange_conv(kernel, "OHWI").reshape(stored.shape)
             else:
-                x = x.transpose(0, 3, 1, 2)
+                x = x.transpose(channels_first(x.ndim))
                 laid = arrange_conv(kernel, "OIHW")
-            back = (0, 2, 3, 1)
+            back = channels_last(x.ndim)
         else:
             laid = kernel.T if self._attributes(node).get("transB") else kernel
             options = layer.options
@@ -230,6 +234,15 @@ class OnnxFile(Shipped):
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run the whole file."""
         return run(self.content, inputs)
+
+
+def _graphs(graph: Any) -> Iterator[Any]:
+    """Yield a graph, and those that its loops and branches hold."""
+    yield graph
+    for node in graph.node:
+        for attribute in node.attribute:
+            if attribute.HasField("g"):
+                yield from _graphs(attribute.g)
 
 
 def session(content: bytes) -> Any:

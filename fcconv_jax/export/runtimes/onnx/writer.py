@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,9 +77,9 @@ def write(graph: Graph, record: FileRecord, path: Path, gemm: bool = True) -> No
       ExportError: ONNX Runtime has no such operation or dtype.
     """
     onnx = require("onnx", "onnx", "an ONNX file")
-    to_nchw(graph)
-    find_batch_norms(graph)
-    find_blocks(graph, "first")
+    for part in to_nchw(graph).graphs():
+        find_batch_norms(part)
+        find_blocks(part, "first")
     model = _Writer(onnx, gemm).model(graph, record)
     onnx.checker.check_model(model)
     path.write_bytes(model.SerializeToString())
@@ -100,11 +100,7 @@ class _Writer:
             self.info(value, self.name(value, name))
             for value, name in zip(graph.inputs, graph.input_names)
         ]
-        reserved = dict(zip(graph.outputs, graph.output_names))
-        for node in graph.nodes:
-            for value in node.outputs:
-                self.name(value, reserved.get(value, node.name or node.op))
-            self.emit(node)
+        self.emit_all(graph, dict(zip(graph.outputs, graph.output_names)))
         outputs = []
         for value, name in zip(graph.outputs, graph.output_names):
             if self.known[value] != name:
@@ -121,6 +117,45 @@ class _Writer:
         )
         self.helper.set_model_props(model, {RECORD: record.to_json()})
         return model
+
+    def emit_all(self, graph: Graph, reserved: Mapping[Value, str]) -> None:
+        for node in graph.nodes:
+            for value in node.outputs:
+                self.name(value, reserved.get(value, node.name or node.op))
+            self.emit(node)
+
+    def body(
+        self, graph: Graph, captured: Sequence[Value] = (), before: Sequence[Value] = ()
+    ) -> Any:
+        """The graph of a loop or a branch; it reads values from around it by name.
+
+        Constants are its own: OpenVINO takes those from around it for no constants.
+        """
+        for inner, value in zip(graph.inputs, captured):
+            self.known[inner] = self.name(value)
+        outside = self.nodes, self.initializers, self.known
+        self.nodes, self.initializers = [], []
+        self.known = {
+            value: name
+            for value, name in self.known.items()
+            if isinstance(value, Value) and value.data is None
+        }
+        entering = [*before, *graph.inputs[len(captured) :]]
+        inputs = [self.info(value, self.name(value)) for value in entering]
+        self.emit_all(graph, {})
+        own = {name for node in self.nodes for name in node.output}
+        outputs = []
+        for value in graph.outputs:
+            name = self.name(value)
+            if name not in own:  # of an input, a constant, or the same output again
+                name = self.add("Identity", [name], self.unique("same"))
+            own.discard(name)
+            outputs.append(self.info(value, name))
+        made = self.helper.make_graph(
+            self.nodes, self.unique("body"), inputs, outputs, self.initializers
+        )
+        self.nodes, self.initializers, self.known = outside
+        return made
 
     def info(self, value: Value, name: str) -> Any:
         kind = self.helper.np_dtype_to_tensor_dtype(self.checked(value.dtype))
@@ -151,7 +186,7 @@ class _Writer:
 
     def array(self, key: Any, data: Any, label: str) -> str:
         """Return the name of an initializer."""
-        array = np.ascontiguousarray(data)
+        array = np.asarray(data, order="C")  # ascontiguousarray gives scalars an axis
         same = same_content(array)
         if key not in self.known and same in self.known:
             self.known[key] = self.known[same]
@@ -380,6 +415,37 @@ class _Writer:
         )
         back = int(node.attrs["reverse"])
         self.add("CumSum", [self.name(node.inputs[0]), axis], out, reverse=back)
+
+    def _scan(self, node: Node, out: str) -> None:
+        p = node.attrs
+        captured, carried, (body,) = p["captured"], p["carried"], p["bodies"]
+        rows = len(node.inputs) - captured - carried
+        stacks, back = len(node.outputs) - carried, int(p["reverse"])
+        self.add(
+            *("Scan", [self.name(v) for v in node.inputs[captured:]], out),
+            body=self.body(body, node.inputs[:captured]),
+            num_scan_inputs=rows,
+            scan_input_directions=[back] * rows,
+            scan_output_directions=[back] * stacks or None,
+        )
+        self.nodes[-1].output.extend(self.known[v] for v in node.outputs[1:])
+
+    def _while(self, node: Node, out: str) -> None:
+        begin, *others = node.inputs
+        captured, (body,) = node.attrs["captured"], node.attrs["bodies"]
+        step, on = Value((), np.dtype(np.int64)), Value((), np.dtype(np.bool_))
+        inputs = ["", self.name(begin), *map(self.name, others[captured:])]
+        self.add(
+            *("Loop", inputs, out),
+            body=self.body(body, others[:captured], [step, on]),
+        )
+        self.nodes[-1].output.extend(self.known[v] for v in node.outputs[1:])
+
+    def _cond(self, node: Node, out: str) -> None:
+        no, yes = (self.body(b, node.inputs[1:]) for b in node.attrs["bodies"])
+        predicate = self.name(node.inputs[0])
+        self.add("If", [predicate], out, then_branch=yes, else_branch=no)
+        self.nodes[-1].output.extend(self.known[v] for v in node.outputs[1:])
 
     def _rsqrt(self, node: Node, out: str) -> None:
         root = self.add("Sqrt", [self.name(node.inputs[0])], self.unique("sqrt"))
