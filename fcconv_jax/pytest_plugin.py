@@ -10,9 +10,10 @@ from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import pytest
-from jaxtyping import PyTree
 
 if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
     from .verification.report import VerifyReport
 
 _PROPERTY = "fcconv_backend"

@@ -133,7 +133,8 @@ class Backend:
         """Return whether a device of JAX matches this backend.
 
         Example:
-          >>>           >>> Backend.parse("tpu:v5e").describes(jax.devices("cpu")[0])
+          >>> import jax
+          >>> Backend.parse("tpu:v5e").describes(jax.devices("cpu")[0])
           False
         """
         if jax_platform(device) != self.platform:
@@ -155,7 +156,8 @@ def jax_platform(device: Device) -> str:
     """Return the platform of a device, with 'gpu' told apart.
 
     Example:
-      >>>       >>> jax_platform(jax.devices("cpu")[0])
+      >>> import jax
+      >>> jax_platform(jax.devices("cpu")[0])
       'cpu'
     """
     if device.platform not in ("gpu", "cuda", "rocm"):

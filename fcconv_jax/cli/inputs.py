@@ -16,10 +16,9 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import PyTree
-
 if TYPE_CHECKING:
     import jax
+    from jaxtyping import PyTree
 
 
 class ArgumentError(ValueError):

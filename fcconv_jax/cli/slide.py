@@ -8,7 +8,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from jaxtyping import PyTree
 
 from .app import app, examples
 from .inputs import ArgumentError, load_model, parse_input, parse_sizes
@@ -18,6 +17,8 @@ from .records import CallOptions
 from .steps import read_model
 
 if TYPE_CHECKING:
+    from jaxtyping import PyTree
+
     from ..dense_prediction.images.base import Image
     from ..dense_prediction.slide import Slide
     from ..dense_prediction.write import TilesWritten

@@ -50,13 +50,14 @@ def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
         return bound.plan(
             plan_options.form, plan_options.rules or (), plan_options.backend
         )
-    except PlanError:
-        raise
     except Exception as error:
-        if not bound.args:
+        cause = error.__cause__ if isinstance(error, PlanError) else error
+        if not bound.args and cause is not None:
             raise ArgumentError(
-                f"{error}. Pass what it is called on: --input 1,8,8,3"
+                f"{cause}. Pass what it is called on: --input 1,8,8,3"
             ) from error
+        if isinstance(error, PlanError):
+            raise
         shapes = " ".join(f"{x.dtype}{list(x.shape)}" for x in bound.args)
         error.add_note(f"It was called on {shapes}.")
         raise

@@ -301,6 +301,11 @@ class BoundModel(abc.ABC):
                     f"{arg}. Pass jax.ShapeDtypeStruct({arg}, jnp.float32) for that "
                     "shape."
                 ) from error
+            if isinstance(arg, str) and arg in ("conv", "dense"):
+                raise PlanError(
+                    f"Expected arrays or abstract arrays as inputs, got {arg!r}. Pass "
+                    f"the form by name: to={arg!r}."
+                ) from error
             if isinstance(arg, str) or not arguments.split(arg)[0]:
                 raise PlanError(
                     "Expected arrays or abstract arrays as inputs, got a "

@@ -130,7 +130,7 @@ def test_errors_of_the_model_are_one_line_with_its_own(folder, monkeypatch):
     fails("plan broken.py:Net", "broken.py:1: .* ValueError: mine")
     fails("plan model.py:Net --kwarg trian=true --input 1,8,8,1", "trian")
     fails("plan model.py:Net", "Pass what it is called on: --input", status=2)
-    fails("plan model.py:Net --input 1,8,8", r"It was called on float32\[1, 8, 8\]")
+    fails("plan model.py:Net --input 1,8,8", r"on inputs of shape \(1, 8, 8\)")
     (folder / "broken.py").write_text(BRANCHES)
     fails("plan broken.py:Net --input 1,4", r"broken.py:4: if .*: .*jax.lax.cond")
     (folder / "broken.py").write_text("raise ValueError('mine')\n")
