@@ -234,6 +234,8 @@ def borders() -> bool:
             key: functools.partial(grid, variables, x)
             for key, grid in (("exact", exact), ("image", around))
         }
+        for run in runs.values():
+            jax.block_until_ready(run())  # compiles
         medians = race(runs, _SECONDS, _APART)["milliseconds"]
         report = exact.report(variables, x)
         arithmetic = report.flops / (report.image_flops or 1.0)
