@@ -8,7 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ..messages.errors import CheckpointError
-from .folders import FOLDER
+from .folders import FOLDER, INDEX
 from .formats import FILES, FOLDERS, FORMATS, FileFormat, FolderFormat
 from .walk import require_regular
 
@@ -17,11 +17,14 @@ PathLike = str | os.PathLike[str]
 _MAGIC = {
     b"\x89PNG": "a PNG image",
     b"\x89HDF": "an HDF5 file, as Keras writes",
-    b"PK\x03\x04": "a zip archive, as NumPy (.npz) and PyTorch write",
+    b"PK\x03\x04": "a zip archive, as NumPy (.npz) and PyTorch (.pt, .bin) write",
     b"\x93NUMPY": "a NumPy array file",
     b"\x1f\x8b": "a gzip file",
     b"\xff\xd8\xff": "a JPEG image",
 }
+_FROM_TORCH = (
+    "If it is PyTorch's, save its tensors with safetensors.torch.save_file first"
+)
 
 
 def format_for(dst: PathLike, default: str) -> str:
@@ -74,6 +77,8 @@ def detect(path: PathLike) -> tuple[Path, FileFormat | FolderFormat]:
         if not format.weak:
             return path, format
     for magic, what in _MAGIC.items():
+        if head.startswith(magic) and "PyTorch" in what:
+            raise _no_checkpoint(path, f"it is {what}", _FROM_TORCH)
         if head.startswith(magic):
             raise _no_checkpoint(path, f"it is {what}")
     if len(head) > 1 and head[0] == 0x80 and head[1] <= 5:
@@ -83,13 +88,17 @@ def detect(path: PathLike) -> tuple[Path, FileFormat | FolderFormat]:
         return path, by_name  # damaged: opening it raises the error
     if fits:
         return path, fits[0]
+    if path.name.endswith(INDEX):
+        raise _no_checkpoint(path, "it is the index of a folder", "Pass the folder")
     raise _no_checkpoint(path, f"it begins with {head!r}" if head else "it is empty")
 
 
-def _no_checkpoint(path: Path, why: str) -> CheckpointError:
+def _no_checkpoint(
+    path: Path, why: str, fix: str = "Pass the file or directory that was saved"
+) -> CheckpointError:
+    formats = ", ".join(FORMATS)
     return CheckpointError(
-        f"{path}: expected a checkpoint ({', '.join(FORMATS)}), but {why}. Pass the "
-        "file or directory that was saved"
+        f"{path}: expected a checkpoint ({formats}), but {why}. {fix}"
     )
 
 

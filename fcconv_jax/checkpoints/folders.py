@@ -23,7 +23,7 @@ from .formats import FILES, FORMATS, FolderFormat
 from .nesting import fit_nested
 from .walk import regular_files
 
-_INDEX = ".index.json"
+INDEX = ".index.json"
 # What flax.training.checkpoints left, one msgpack file a step, without a suffix.
 _STEPS = FILES[".msgpack"]
 
@@ -63,7 +63,7 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
             f"{path}: holds weights in two formats, {names[:5]}; name the file to "
             "convert, or remove the others"
         )
-    indexes = sorted(e.name for e in path.iterdir() if e.name.endswith(_INDEX))
+    indexes = sorted(e.name for e in path.iterdir() if e.name.endswith(INDEX))
     for index in indexes:
         listed = _listed(path / index)
         missing = sorted(listed - set(names))
@@ -132,7 +132,7 @@ def owns(path: Path) -> Callable[[Path], bool]:
 
     def is_own(inside: Path) -> bool:
         name = inside.name
-        weights = inside.suffix in FILES or name.endswith(_INDEX) or name in steps
+        weights = inside.suffix in FILES or name.endswith(INDEX) or name in steps
         return weights and len(inside.parts) == 1
 
     return is_own

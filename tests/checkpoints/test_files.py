@@ -46,7 +46,8 @@ NOT_CHECKPOINTS = {
     "png": (b"\x89PNG\r\n\x1a\n" + bytes(40), "PNG"),
     "pickle": (pickle.dumps({"params": Bomb()}), "pickle"),
     "pickle2": (pickle.dumps({"params": Bomb()}, protocol=2), "pickle"),
-    "zip": (b"PK\x03\x04" + bytes(40), "zip"),
+    "zip": (b"PK\x03\x04" + bytes(40), r"zip.*safetensors\.torch\.save_file"),
+    "m.safetensors.index.json": (b'{"weight_map": {}}', "Pass the folder"),
     "model.safetensors": (b"no header at all in here", "no valid safetensors"),
     "number": (b"\x07", "begins with"),
 }
