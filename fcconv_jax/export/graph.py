@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
@@ -326,8 +326,3 @@ def _shown(value: Value, names: dict[Value, str]) -> str:
     if value.source is not None:
         return f"{value.source.leaf}{list(value.shape)}"
     return str(value.data) if value.size == 1 else f"const{list(value.shape)}"
-
-
-def spatial_axes(value: Value) -> Sequence[int]:
-    """Return the spatial axes of a channel-last image."""
-    return range(1, len(value.shape) - 1)

@@ -126,6 +126,7 @@ def resolve_geometry(
                 f"padding: CAUSAL is for one dimension, input_shape has {rank}; give "
                 "the padding as (low, high) pairs"
             )
+        # The other names are amounts of zeros; these two fill the same amounts.
         if name in ("CIRCULAR", "REFLECT"):
             mode = "circular" if name == "CIRCULAR" else "reflect"
         pads = tuple(
@@ -273,6 +274,8 @@ class ConvGeometry:
         if not all(d.reads_in_order for d in self.dimensions):
             windows = all(d.writes_in_order for d in self.dimensions)
             return "unpatchify" if windows else "unrolled"
+        # A 1x1 kernel on a 1x1 input is also a full window, but pointwise is true of
+        # inputs of every size.
         if self.window_elements == 1 and self.output_shape == self.input_shape:
             return "pointwise"
         if self.kernel_size == self.input_shape:

@@ -191,6 +191,7 @@ def kernel_rearrangement(
     channels, features = (other, at[-1]) if transposed else (at[-1], other)
     perm = (*at[:-1], channels, *range(len(lead)), features)
     target = (*window, split[channels], groups * split[features])
+    # Flax's ConvTranspose stores the window reversed unless transpose_kernel is set.
     flip = tuple(sorted(at[:-1])) if transposed else ()
     return Rearrangement(dense_shape, split, perm, target, flip)
 
@@ -284,6 +285,7 @@ class Rearrangement:
     @property
     def is_reshape(self) -> bool:
         """Whether the entries keep their row-major order (no transpose is needed)."""
+        # Axes of size 1 may stand anywhere: moving them moves no entry.
         moved = [p for p in self.perm if self.split[p] != 1]
         return moved == sorted(moved) and not any(p in self.flip for p in moved)
 
@@ -352,6 +354,7 @@ class Rearrangement:
           (5, 3, 2, 2)
         """
         target = tuple(self.target[axis] for axis in axes)
+        # Without entries every map is right, and axes can't be matched by size.
         if not math.prod(self.target):
             return Rearrangement.reshape(self.source, target)
         pieces: dict[int, list[int]] = {axis: [] for axis in self.perm}
@@ -364,6 +367,8 @@ class Rearrangement:
                 while left == 1:
                     axis = next(waiting)
                     left = self.split[axis]
+                # Both axes are cut at each boundary that either has; a boundary inside
+                # of both can't be reached by moving whole axes.
                 step = math.gcd(size, left)
                 if step not in (size, left):
                     raise ValueError(f"{self}: axis {size} is a part of {left}")
@@ -447,6 +452,7 @@ def _reshaped_without_copy(array: Any, shape: tuple[int, ...]) -> Any:
         or array.size == 0
     ):
         return None
+    # An uncommitted array may follow others to another device; it has to stay so.
     where = sharding if array.committed else None
     try:
         alias = jax.device_put(np.asarray(array).reshape(shape), where, may_alias=True)

@@ -209,6 +209,7 @@ def _place(kernel: Any, geometry: ConvGeometry, xp: Any) -> Any:
     window, channels, features = conv_kernel_axes(kernel.shape, groups)
     table = _tap_table(geometry)
     entries = kernel.reshape(math.prod(window), channels // groups, features)
+    # Where no tap reads, tap 0 is taken and masked below: a gather has no "nothing".
     entries = xp.take(entries, np.maximum(table, 0), 0, mode="clip")
     # (inputs, G, C/G, outputs, O): rows of group g meet only columns of group g.
     entries = xp.transpose(entries, (0, 2, 1, 3))[:, None]
@@ -252,6 +253,7 @@ def _first_entries(
     """Return the kernel, read where each tap first meets an input."""
     groups, taps = geometry.groups, geometry.window_elements
     table = _tap_table(geometry)
+    # Every place of a tap has to hold the same entry: _check_structure compares all.
     found, first = np.unique(table, return_index=True)
     found, first = found[found >= 0], first[found >= 0]
     if len(found) != taps:

@@ -32,6 +32,7 @@ def named_padding(
         return extent - 1, 0
     if name in ("CIRCULAR", "REFLECT"):
         return (extent - 1) // 2, extent // 2
+    # Of an odd total, SAME pads more at the end: TensorFlow's rule, and so JAX's.
     total = max((-(-size // stride) - 1) * stride + extent - size, 0)
     less, more = total // 2, total - total // 2
     return (less, more) if name == "SAME" else (more, less)
@@ -108,6 +109,7 @@ def per_dimension(
       >>> per_dimension("strides", 2, rank=3)
       (2, 2, 2)
     """
+    # Flax and JAX take None for strides and dilations of 1.
     given = 1 if value is None else value
     entries = given if isinstance(given, Sequence) else (given,) * (rank or 1)
     try:
@@ -251,6 +253,7 @@ class Dimension:
         if self.mode == "circular":
             period = self.size
         elif self.mode == "reflect":
+            # A single input mirrors to itself, with a period of 1 and not of 0.
             period, turns = max(2 * (self.size - 1), 1), (1, -1)
 
         def agree(a: int, b: int) -> bool:

@@ -121,7 +121,7 @@ def _visit(
         return _enter(analysis, eqn, ins, context, memo)
     if any(True for _ in subjaxprs(eqn)):
         reason = f"handed to a {name}, which runs code of its own on it"
-        return _elsewhere(analysis, eqn, ins, context, reason, telling=True)
+        return _elsewhere(analysis, eqn, ins, context, reason, reported=True)
     kept = _kept(eqn, ins)
     if kept is not None:
         return kept
@@ -131,8 +131,8 @@ def _visit(
         several = len(eqn.params["dimension_numbers"].offset_dims) > 1
         reason = "a stack picked from by index" if several else "looked up by index"
     # Matmuls of other kinds: ragged_dot_general, scaled_dot, ...
-    telling = looked_up or "dot" in name
-    return _elsewhere(analysis, eqn, ins, context, reason, telling)
+    reported = looked_up or "dot" in name
+    return _elsewhere(analysis, eqn, ins, context, reason, reported)
 
 
 def _elsewhere(
@@ -141,7 +141,7 @@ def _elsewhere(
     ins: Sequence[Tag],
     context: _Context,
     reason: str,
-    telling: bool,
+    reported: bool,
 ) -> list[Tag]:
     """Handle an equation that changes its weights."""
     name = eqn.primitive.name
@@ -149,7 +149,9 @@ def _elsewhere(
     gradient = context.derivative == "backward" or updated
     for tag in ins:
         if isinstance(tag, Weight):
-            use = Use(tag.path, reason, telling, name, tag.reader is not None, gradient)
+            use = Use(
+                tag.path, reason, reported, name, tag.reader is not None, gradient
+            )
             analysis.uses.append(use)
     return [_mixed(ins, name)] * len(eqn.outvars)
 
@@ -201,6 +203,7 @@ def _kept(eqn: Equation, ins: Sequence[Tag]) -> list[Tag] | None:
         ]
     elif name == "squeeze":
         axes = [a for i, a in enumerate(weight.axes) if i not in p["dimensions"]]
+    # A broadcast that repeats nothing only adds axes of size 1.
     elif name == "expand_dims" or (
         name == "broadcast_in_dim"
         and math.prod(shape) == math.prod(map(size, weight.axes))
@@ -301,6 +304,7 @@ def _obstacle(eqn: Equation, side: int) -> str | None:
 
 
 def _known_precision(precision: Any) -> bool:
+    # Convolutions have no algorithm (lax.DotAlgorithm), so only a dot would keep one.
     pair = precision if isinstance(precision, tuple) else (precision,)
     return all(p is None or isinstance(p, lax.Precision) for p in pair)
 

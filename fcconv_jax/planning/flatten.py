@@ -92,6 +92,7 @@ def find_flattens(inputs: Iterable[LayerInput]) -> dict[int, tuple[Flatten, ...]
         answers = [_describe(end) for end in _ends(start, memo)]
         each = found.setdefault(seen.number, {})
         each.update({a: None for a in answers if a is not None})
+        # The first leading axis is the batch; convolutions have 3 spatial axes at most.
         spatial = min(seen.lead - 1, 3)
         if spatial < 1:
             spatial = _upstream_rank(seen.frame, seen.var, seen.mapped)
@@ -260,6 +261,7 @@ def _outer(
         return None
     if eqn.primitive.name == "scan":
         consts, carry = scan_parts(eqn)
+        # What a loop carries may be anything after its steps.
         if consts <= index < consts + carry:
             return None
         stacked = index >= consts + carry

@@ -106,6 +106,7 @@ def plan_trace(
             left[path] = _why_not_seen(traced, layer)
         else:
             calls[path] = of_layers[path]
+    # Plans list layers in the order in which the trace calls them.
     calls = dict(sorted(calls.items(), key=lambda item: item[1][0].number))
     calls |= {
         path: [as_call(m, numbers[id(m)], elsewhere.get(path)) for m in each]
@@ -173,6 +174,7 @@ def _chosen(
     chosen = dict(match_rules(rules, sizes))
     for path in matmuls:
         named = [chosen[p] for p in (path, module_of(path), *own[path].layers)]
+        # The first rule that matches any name of the parameter wins.
         chosen[path] = min(filter(None, named), key=rules.index, default=None)
     return chosen
 
@@ -198,7 +200,7 @@ def _why_not_seen(traced: TracedModel, layer: Layer) -> str:
     """Return why a layer makes no matmul that reads its kernel as it is stored."""
     uses = [use for use in traced.analysis.uses if use.path == layer.kernel]
     for use in uses:
-        if use.telling:
+        if use.reported:
             return f"its kernel is {use.reason}"
     if uses or layer.kernel in traced.matmuls():
         return "its kernel is transformed on the way to the layer"
@@ -227,7 +229,7 @@ def _untouched(
     return {
         use.path: f"it is {use.reason}"
         for use in traced.analysis.uses
-        if use.telling and use.path in own and use.path not in matmuls
+        if use.reported and use.path in own and use.path not in matmuls
     }
 
 

@@ -115,7 +115,7 @@ class Use:
     Args:
       path: the parameter.
       reason: what happens, to be read after "it is".
-      telling: whether a user would miss the parameter in the plan.
+      reported: whether a user would miss the parameter in the plan.
       how: name of the primitive.
       named: whether its layer does it.
       gradient: whether it is a part of a gradient inside the program, or of an update
@@ -124,7 +124,7 @@ class Use:
 
     path: str
     reason: str
-    telling: bool
+    reported: bool
     how: str
     named: bool = False
     gradient: bool = False

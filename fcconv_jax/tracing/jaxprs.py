@@ -33,7 +33,7 @@ from jax.extend.core import (
 )
 
 from .primitives import CALLS, PLACES, REMATS
-from .protocols import Equation
+from .protocols import Equation, OpenJaxpr
 
 __all__ = [
     "ClosedJaxpr",
@@ -62,7 +62,7 @@ def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, (Jaxpr, ClosedJaxpr))
 
 
-def opened(jaxpr: Any) -> tuple[Any, list[Any]]:
+def opened(jaxpr: Any) -> tuple[OpenJaxpr, list[Any]]:
     """Splits an open or closed jaxpr into the open jaxpr and its constants.
 
     Example:

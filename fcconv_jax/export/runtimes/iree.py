@@ -41,16 +41,7 @@ def write_program(
 ) -> list[str]:
     """Compile a model for this machine's processor, its params as arguments.
 
-    Args:
-      call: takes variables and a list of the inputs.
-      variables: the params.
-      arrays: the inputs, for their shapes.
-      names: of the outputs.
-      record: what the file says about itself.
-      path: where to.
-
-    Returns:
-      What there is to know about the file.
+    The arguments are those of :attr:`Runtime.write_program`.
 
     Raises:
       ExportError: IREE refuses the program; gives its reason.

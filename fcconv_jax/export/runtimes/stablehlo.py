@@ -54,16 +54,7 @@ def write_program(
 ) -> list[str]:
     """Write a model with its params as constants.
 
-    Args:
-      call: takes variables and a list of the inputs.
-      variables: the params.
-      arrays: the inputs, for their shapes.
-      names: of the outputs.
-      record: what the file says about itself.
-      path: where to.
-
-    Returns:
-      What there is to know about the file.
+    The arguments are those of :attr:`Runtime.write_program`.
 
     Raises:
       MissingExtraError: flatbuffers is not installed.
