@@ -113,10 +113,12 @@ def move_metadata(
 
 def leaf_path(path: Sequence[Any]) -> str:
     """A key path as text: ``"params/encoder/kernel"``."""
-    return "/".join(
-        str(getattr(key, "key", getattr(key, "name", getattr(key, "idx", key))))
-        for key in path
-    )
+    levels = []
+    for key in path:
+        name = getattr(key, "key", getattr(key, "name", getattr(key, "idx", key)))
+        # The keys of flax.traverse_util.flatten_dict are tuples of levels.
+        levels += name if isinstance(name, tuple) else (name,)
+    return "/".join(map(str, levels))
 
 
 def flatten_with_path(tree: PyTree) -> tuple[list[tuple[str, Any]], Any]:

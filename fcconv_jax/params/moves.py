@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +18,7 @@ from ..messages.errors import PlanError
 from ..plan import Plan
 from ..plan.paths import inner_shape, join_path
 from ..versions import raw_value
-from .leaves import AxisNames, convert_leaf, flatten_with_path
+from .leaves import AxisNames, convert_leaf, flatten_with_path, is_leaf_node
 from .matching import find_moves, planned_moves
 from .move import Leaf, Move, Parts
 from .variables import is_variable
@@ -31,6 +32,7 @@ def map_leaves(
     """Move each planned leaf of a tree; an array held twice moves once."""
     flat, treedef = flatten_with_path(tree)
     moves = tree_moves(flat, plan, strict, prefixes)
+    _refuse_hidden(flat, moves)
     tied: dict[Any, Any] = {}
     out = []
     for path, leaf in flat:
@@ -42,6 +44,21 @@ def map_leaves(
             leaf = tied[key]
         out.append(leaf)
     return jax.tree.unflatten(treedef, out)
+
+
+def _refuse_hidden(flat: Sequence[tuple[str, Any]], moves: Mapping[str, Move]) -> None:
+    """Refuse dataclasses that JAX takes for leaves and that may hold a copy."""
+    shapes = {_shape(leaf) for path, leaf in flat if path in moves} - {None}
+    for path, leaf in flat:
+        if not dataclasses.is_dataclass(leaf) or is_leaf_node(leaf):
+            continue
+        inside = jax.tree.leaves(vars(leaf))
+        if any(getattr(each, "shape", None) in shapes for each in inside):
+            raise PlanError(
+                f"leaf {path!r} is a {type(leaf).__name__}, which JAX doesn't know as "
+                "a tree, and holds arrays like planned ones. Register the class with "
+                "jax.tree_util.register_dataclass, or keep it out of the tree."
+            )
 
 
 def tree_moves(

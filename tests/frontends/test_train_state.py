@@ -1,5 +1,6 @@
 """A TrainState in the middle of training: converted, it goes on as it would have."""
 
+import dataclasses
 from typing import Any
 
 import chex
@@ -9,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import traverse_util
 from flax.training.train_state import TrainState
 
 import fcconv_jax as fc
@@ -98,6 +100,35 @@ def test_every_copy_of_the_params_moves_along(training):
         )
     optax.incremental_update(moved.params, moved.ema_params, 0.1)
     chex.assert_trees_all_equal(fc.restore_train_state(moved, plan, model), state)
+
+
+@dataclasses.dataclass
+class Holder:
+    """JAX takes it for a leaf."""
+
+    copy: Any
+
+
+def test_a_copy_with_tuples_of_levels_moves_and_a_hidden_one_is_refused(training):
+    _, _, state, plan = training
+    flat = traverse_util.flatten_dict(state.params)
+    moved = fc.convert_params({"params": state.params, "ema": flat}, plan)
+    chex.assert_trees_all_equal(
+        traverse_util.unflatten_dict(moved["ema"]), moved["params"]
+    )
+    hidden = {"params": state.params, "ema": Holder(state.params)}
+    with pytest.raises(fc.PlanError, match=r"'ema' is a Holder.*register_dataclass"):
+        fc.convert_params(hidden, plan)
+    other = {"params": state.params, "about": Holder("a name")}
+    assert fc.convert_params(other, plan)["about"] is other["about"]
+
+
+def test_a_clone_of_a_converted_model_is_converted(training):
+    model, x, state, plan = training
+    conv = fc.convert_model(model, plan)
+    params = fc.convert_params(state.params, plan)
+    want = conv.apply({"params": params}, x)
+    chex.assert_trees_all_equal(conv.clone().apply({"params": params}, x), want)
 
 
 def test_a_copy_in_part_is_refused_by_name(training):

@@ -82,6 +82,10 @@ class ConvertedLinen:
             "with a function of the module"
         )
 
+    def clone(self, **kwargs: Any) -> ConvertedLinen:
+        """Return a converted copy with other attributes, as ``model.clone`` does."""
+        return dataclasses.replace(self, model=self.model.clone(**kwargs))
+
     def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
         """The summary table of ``nn.tabulate``, and how the converted layers run."""
         return f"{self.model.tabulate(rngs, *args, **kwargs)}\n{self.plan}\n"
