@@ -37,6 +37,14 @@ def needs(package, version):
     return pytest.mark.skipif(older, reason=f"needs {package} {version}, got {have}")
 
 
+def one_in(number, cases):
+    """The cases of a parameter; one in so many runs without ``-m slow``."""
+    return [
+        case if n % number == 0 else pytest.param(case, marks=pytest.mark.slow)
+        for n, case in enumerate(cases)
+    ]
+
+
 def pytest_configure(config):
     """Keeps what XLA compiles: both workers share it, and a second run is quicker."""
     cache = getattr(config, "cache", None)  # absent with -p no:cacheprovider

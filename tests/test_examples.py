@@ -68,6 +68,7 @@ def test_detect_digits(tmp_path):
     assert picture.read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.slow
 def test_resume_training(tmp_path):
     pytest.importorskip("sklearn")
     out = tmp_path / "run"

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import optax
 import pytest
+from conftest import one_in
 from flax import nnx
 
 import fcconv_jax as fc
@@ -77,7 +78,7 @@ def switched(request):
 
 
 @pytest.mark.usefixtures("switched")
-@pytest.mark.parametrize("to", ["conv", "dense"])
+@pytest.mark.parametrize("to", one_in(2, ["conv", "dense"]))
 def test_linen(arrays, to):
     x, variables, tx, state, *_ = arrays
     plan = fc.make_plan(Net(), x, to=to)

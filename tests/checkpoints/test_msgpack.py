@@ -46,6 +46,7 @@ trees = st.recursive(
 )
 
 
+@pytest.mark.slow
 @settings(max_examples=200, deadline=None)
 @given(tree=st.dictionaries(st.text(), trees, max_size=20))
 @example(tree={"": [1.4279765364047872e16]})  # its ninth byte is a brace

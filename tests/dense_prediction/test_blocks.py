@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import one_in
 
 from fcconv_jax.dense_prediction.blocks import (
     Blocks,
@@ -34,7 +35,7 @@ def test_blocks_hold_the_array():
     np.testing.assert_array_equal(array_from(blocks), WHOLE)
 
 
-@pytest.mark.parametrize("axis", [1, 2])
+@pytest.mark.parametrize("axis", one_in(2, [2, 1]))
 @pytest.mark.parametrize(
     "target",
     [

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import one_in
 from random_networks import HEADS, LAYERS, crops_one_by_one, network
 
 import fcconv_jax as fc
@@ -67,7 +68,7 @@ def test_volumes():
 
 
 @pytest.mark.usefixtures("sharing")
-@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("name", one_in(2, LAYERS))
 def test_each_layer(name):
     check(7, 2, layers=[name, "conv"], heads=["flatten"])
 

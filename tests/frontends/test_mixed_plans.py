@@ -107,6 +107,7 @@ def test_a_linen_model_goes_both_ways(linen):
     assert program.count("stablehlo.dot_general") == 2
 
 
+@pytest.mark.slow
 def test_it_is_verified_and_trains_on(linen):
     model, params, plan = linen
     report = fc.verify(model, params, X, plan=plan)

@@ -122,6 +122,7 @@ def test_conv_as_dense_agrees_to_the_bit(data):
     np.testing.assert_array_equal(got, want)
 
 
+@pytest.mark.slow
 @settings(max_examples=10, deadline=None)
 @given(st.data())
 def test_transposed_forms_agree_to_the_bit(data):

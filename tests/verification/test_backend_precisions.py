@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import one_in
 from jax import lax
 
 import fcconv_jax as fc
@@ -136,7 +137,7 @@ def test_probes_are_exact_and_defects_are_caught(mode, plan):
         ("int4", None),
     ],
 )
-@pytest.mark.parametrize("to", ["conv", "dense"])
+@pytest.mark.parametrize("to", one_in(2, ["conv", "dense"]))
 def test_quantised_layers_certify(plan, dtype, out, to):
     layer = plan["fc"] if to == "conv" else plan.inverse()["fc"]
     if to == "dense":

@@ -8,6 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from conftest import one_in
 from flax import nnx
 
 import fcconv_jax as fc
@@ -44,13 +45,7 @@ def compared(model, wrong, params=None, wrong_params=None, **options):
     return fc.compare(model, wrong, [params, tokens()], args, progress=False, **options)
 
 
-@pytest.mark.parametrize(
-    "name",
-    [
-        pytest.param(name, marks=[] if number % 3 == 0 else [pytest.mark.slow])
-        for number, name in enumerate(BLOCK_DEFECTS)
-    ],
-)
+@pytest.mark.parametrize("name", one_in(8, BLOCK_DEFECTS))
 @pytest.mark.parametrize("dtype", ["f32", pytest.param("bf16", marks=pytest.mark.slow)])
 def test_a_defect_of_one_block_is_caught_and_named(name, dtype):
     changed, where = BLOCK_DEFECTS[name]
@@ -83,6 +78,7 @@ def test_in_the_first_of_twelve_blocks_in_float16():
     assert found.parts_at == "'block_0/norm1'"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("changed", "where"),
     [({"final_eps": 1e-5}, "norm"), ({"position_shift": 1}, "places")],
@@ -128,8 +124,8 @@ SAME = {
     ("dtype", "blocks"),
     [
         ("f32", 2),
-        ("bf16", 2),
-        ("f16", 2),
+        pytest.param("bf16", 2, marks=pytest.mark.slow),
+        pytest.param("f16", 2, marks=pytest.mark.slow),
         pytest.param("f32", 12, marks=pytest.mark.slow),
     ],
 )
@@ -179,7 +175,7 @@ PARAM_DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("name", PARAM_DEFECTS)
+@pytest.mark.parametrize("name", one_in(4, PARAM_DEFECTS))
 def test_a_defect_of_the_params_is_caught_and_named(name):
     path, change = PARAM_DEFECTS[name]
     model = Transformer()
@@ -255,7 +251,7 @@ CONV_DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("name", CONV_DEFECTS)
+@pytest.mark.parametrize("name", one_in(4, CONV_DEFECTS))
 def test_a_defect_of_an_image_model_is_caught(name):
     model, wrong = ConvNet(), ConvNet(**CONV_DEFECTS[name])
     x = jax.random.normal(jax.random.key(1), (2, 9, 9, 3))
@@ -274,7 +270,7 @@ TRAINING_DEFECTS = {
 }
 
 
-@pytest.mark.parametrize("name", TRAINING_DEFECTS)
+@pytest.mark.parametrize("name", one_in(3, TRAINING_DEFECTS))
 def test_a_defect_in_training_mode_is_caught(name):
     settings = {"running": False, "train": True}
     model = ConvNet(**settings)
@@ -335,7 +331,7 @@ def _training_data():
     return [params, *(rng.normal(size=s).astype(np.float32) for s in ((4, 5), (4, 3)))]
 
 
-@pytest.mark.parametrize("name", OPTIMIZER_DEFECTS)
+@pytest.mark.parametrize("name", one_in(4, OPTIMIZER_DEFECTS))
 def test_a_defect_of_the_optimizer_is_caught(name):
     right, wrong = OPTIMIZER_DEFECTS[name]
     args = _training_data()

@@ -5,6 +5,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from conftest import one_in
 from flax import nnx
 
 import fcconv_jax as fc
@@ -47,10 +48,13 @@ def inner_update(p, x):
 
 @pytest.mark.parametrize(
     "f",
-    [
-        *(force, force_of_a_call, force_with_remat),
-        *(energy_and_forces, laplacian, inner_update),
-    ],
+    one_in(
+        3,
+        [
+            *(force, force_of_a_call, force_with_remat),
+            *(energy_and_forces, laplacian, inner_update),
+        ],
+    ),
 )
 def test_the_inner_programs_weights_convert(f, assert_close):
     plan = fc.make_plan(f, PARAMS, X)

@@ -171,6 +171,7 @@ def test_the_way_back_and_own_convolutions():
     )
 
 
+@pytest.mark.slow
 def test_it_is_proved_and_stored(tmp_path):
     report = fc.verify(Net(), VARIABLES, X, plan=PLAN)
     assert report.passed, str(report)
