@@ -191,7 +191,7 @@ class Unet(nn.Module):
         for level in range(4):
             x = convs(x, self.width << level)
             skips.append(x)
-            x = nn.max_pool(x, (2, 2), (2, 2))
+            x = nn.max_pool(x, window_shape=(2, 2), strides=(2, 2))
         x = convs(x, self.width << 4)
         for level, skip in reversed(list(enumerate(skips))):
             x = nn.ConvTranspose(self.width << level, (2, 2), (2, 2))(x)

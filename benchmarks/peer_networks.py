@@ -75,7 +75,8 @@ class FlaxLayers:
 
     def max_pool(self, x: Any, size: int, stride: int) -> Any:
         """A max pool with padding SAME."""
-        return nn.max_pool(x, (size, size), (stride, stride), "SAME")
+        window = {"window_shape": (size, size), "strides": (stride, stride)}
+        return nn.max_pool(x, **window, padding="SAME")
 
     def mean(self, x: Any, keep: bool = False) -> Any:
         """The mean over positions."""
@@ -338,7 +339,7 @@ class Yolo(nn.Module):
         x = conv(fine, 128, 3, 2)
         pools = [x]
         for _ in range(3):
-            pools.append(nn.max_pool(pools[-1], (5, 5), padding="SAME"))
+            pools.append(nn.max_pool(pools[-1], window_shape=(5, 5), padding="SAME"))
         coarse = conv(jnp.concatenate(pools, -1), 64, 1)
         n, h, w, c = fine.shape
         up = jax.image.resize(coarse, (n, h, w, c), "nearest")

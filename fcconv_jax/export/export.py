@@ -38,7 +38,7 @@ from .layers import (
 from .lowering.trace import lower
 from .memory import peak_bytes
 from .passes.fold import fold_norms
-from .passes.simplify import simplify
+from .passes.simplify import multiply, simplify
 from .proof import (
     Proof,
     ReferenceOutputs,
@@ -335,6 +335,8 @@ class _Call:
         folds = self.fold and self.runtime.write is not None
         if folds and sum(map(fold_norms, graph.graphs())):
             simplify(graph, self.whole)
+        if self.fold and self.chip is not None and self.chip.accelerator:
+            multiply(graph)
         return graph
 
     def check(

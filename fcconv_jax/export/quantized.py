@@ -102,6 +102,10 @@ def quantized(
                 if compiled.cpu:
                     of = f"{compiled.cpu} of {compiled.cpu + compiled.npu} operations"
                     notes.append(f"{chip}, {each} form: {of} stay on its CPU")
+                for op, place, why in compiled.left:
+                    known = vela.INSTEAD.get(op)
+                    fix = f". To avoid it, {known}" if known else ""
+                    notes.append(f"{chip}'s CPU runs {op} at {place}: {why}{fix}")
         rows.append(dataclasses.replace(figures, cycles=cycles))
     if calibrate is None:
         return {"figures": tuple(rows), "notes": tuple(notes)} if rows else {}

@@ -13,6 +13,19 @@ from pathlib import Path
 from ..messages.errors import ExportError, MissingExtraError
 from ..messages.extras import require
 
+_LEFT = r"operator: (\w+), ofm: '([^';]*)[^']*'\nReason: (.*)"
+# Rewritings that keep an operator on an Ethos-U.
+INSTEAD = {
+    "BATCH_MATMUL": "use layers with weights",
+    "GATHER": "look embeddings up on the host",
+    "GELU": "use nn.relu or nn.hard_swish",
+    "LOG_SOFTMAX": "return logits or nn.softmax",
+    "DIV": "multiply by the reciprocal",
+    "POW": "multiply",
+    "CUMSUM": "multiply by a triangular matrix",
+    "TOPK_V2": "return scores",
+}
+
 
 @dataclasses.dataclass(frozen=True)
 class Compiled:
@@ -23,12 +36,14 @@ class Compiled:
       cycles: in all, as Vela estimates.
       npu: operations on the accelerator.
       cpu: operations that it leaves to the CPU.
+      left: those: the operator, its tensor, and Vela's reason.
     """
 
     accelerator: str
     cycles: int
     npu: int
     cpu: int
+    left: tuple[tuple[str, str, str], ...] = ()
 
 
 def available() -> bool:
@@ -72,4 +87,5 @@ def compile_file(content: bytes, accelerator: str) -> Compiled:
         int(float(row["cycles_total"])),
         int(counts.get("NPU", 0)),
         int(counts.get("CPU", 0)),
+        tuple(re.findall(_LEFT, done.stdout)),
     )

@@ -1,5 +1,7 @@
 """The chips' tables decide: per layer, legal first, then preferred; and Vela."""
 
+from collections.abc import Callable
+
 import flax.linen as nn
 import jax
 import pytest
@@ -156,3 +158,27 @@ def test_a_form_that_vela_refuses(form, tmp_path, monkeypatch):
     report = fc.export(model, params, *inputs, to=form, chip="ethos-u55", **options)
     assert report.passed
     assert f"no cycles of the {form} form: Vela refuses the file" in str(report)
+
+
+def test_operators_that_vela_leaves_to_the_cpu(tmp_path):
+    """Named after the layer in front of them; a division by a number is a product."""
+    pytest.importorskip("ai_edge_litert", reason="needs: pip install -e '.[litert]'")
+    pytest.importorskip("ethosu.vela", reason="needs: pip install -e '.[vela]'")
+
+    class Gates(nn.Module):
+        act: Callable[[jax.Array], jax.Array]
+
+        @nn.compact
+        def __call__(self, x):
+            x = nn.hard_sigmoid(nn.Conv(8, (3, 3), name="first")(x))
+            return self.act(nn.Conv(5, (3, 3), name="second")(x))
+
+    x = normal(1, 8, 8, 3)
+    params = Gates(nn.relu).init(jax.random.key(0), x)
+    options = {"path": tmp_path / "m.tflite", "chip": "ethos-u55", "progress": False}
+    text = str(fc.export(Gates(nn.relu), params, x, **options))
+    assert "ethos-u55-128" in text
+    assert "CPU" not in text
+    text = str(fc.export(Gates(nn.log_softmax), params, x, **options))
+    assert "ethos-u55-128's CPU runs LOG_SOFTMAX at second/log_softmax: " in text
+    assert "return logits or nn.softmax" in text

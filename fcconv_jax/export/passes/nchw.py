@@ -13,6 +13,7 @@ from collections.abc import Callable, Sequence
 from ..graph import ELEMENTWISE, VIEWS, Graph, Node, Value
 from ..shipped import channels_first, channels_last
 from .views import (
+    delay_reshapes,
     delay_views,
     drop_broadcasts,
     join_views,
@@ -30,6 +31,7 @@ def to_nchw(graph: Graph) -> Graph:
         share_equal,
         sink_transposes,
         delay_views,
+        delay_reshapes,
         drop_broadcasts,
         keep_dims,
     )

@@ -6,7 +6,9 @@ import functools
 import math
 from collections.abc import Callable
 
-from ..graph import FUSED, Graph
+import numpy as np
+
+from ..graph import FUSED, Graph, constant
 from .norms import find_layer_norms
 from .patterns import (
     find_activations,
@@ -15,7 +17,14 @@ from .patterns import (
     find_means,
     find_softmax,
 )
-from .views import delay_views, drop_broadcasts, join_views, keep_dims, share_equal
+from .views import (
+    delay_reshapes,
+    delay_views,
+    drop_broadcasts,
+    join_views,
+    keep_dims,
+    share_equal,
+)
 
 # Operations that pad themselves, and with what.
 _PADDED = {"conv": 0.0, "pool_max": -math.inf, "pool_mean": 0.0}
@@ -31,6 +40,7 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
         add_biases,
         absorb_pads,
         delay_views,
+        delay_reshapes,
         find_activations,
         find_means,
         find_softmax,
@@ -80,6 +90,18 @@ def add_biases(graph: Graph) -> bool:
             break
     graph.nodes = [node for node in graph.nodes if node.outputs]
     return changed
+
+
+def multiply(graph: Graph) -> None:
+    """Multiply by the reciprocals of numbers, for chips that do not divide."""
+    for node in graph.nodes:
+        by = node.inputs[-1]
+        if node.op != "div" or by.data is None or by.leaves or by.dtype != np.float32:
+            continue
+        if node.inputs[0].data is None and by.data.all():
+            inverse = 1 / by.data.astype(np.float64)
+            node.op = "mul"
+            node.inputs = [node.inputs[0], constant(inverse, np.float32)]
 
 
 def absorb_pads(graph: Graph) -> bool:

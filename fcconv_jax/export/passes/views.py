@@ -126,7 +126,8 @@ def share_equal(graph: Graph) -> bool:
     seen: dict[tuple[object, ...], Value] = {}
     changed = False
     for node in list(graph.nodes):
-        if node.op not in VIEWS | ELEMENTWISE and not node.op.startswith("reduce_"):
+        known = node.op in VIEWS | ELEMENTWISE | {"pad"}
+        if not known and not node.op.startswith("reduce_"):
             continue
         inputs = [_number(v) for v in node.inputs]
         about = node.out.shape, node.out.dtype, *sorted(node.attrs.items())
@@ -166,6 +167,34 @@ def delay_views(graph: Graph) -> bool:
         makers, uses, changed = graph.producers(), graph.uses(), True
         graph.prune()
     return changed
+
+
+def delay_reshapes(graph: Graph) -> bool:
+    """Put sums and products of reshaped values before the reshape, to meet others."""
+    makers = graph.producers()
+    for node in graph.nodes:
+        values = [v for v in node.inputs if v.data is None]
+        if node.op not in _BROADCASTING or len(values) < 2:
+            continue
+        makes = [makers.get(v) for v in values]
+        views = [m for m in makes if m is not None and m.op == "reshape"]
+        shapes = {m.inputs[0].shape for m in views}
+        whole = all(v.shape == node.out.shape for v in values)
+        numbers = all(v.size == 1 for v in node.inputs if v.data is not None)
+        if len(views) < len(values) or len(shapes) > 1 or not (whole and numbers):
+            continue
+        shape = shapes.pop()
+        inner = Value(shape, node.out.dtype)
+        inputs = [v if v.data is not None else makers[v].inputs[0] for v in node.inputs]
+        inputs = [v.moved("reshape", ()) if v.data is not None else v for v in inputs]
+        outer = Value(node.out.shape, node.out.dtype)
+        first = Node(node.op, inputs, [inner], node.attrs)
+        at = graph.nodes.index(node)
+        graph.nodes[at : at + 1] = [first, Node("reshape", [inner], [outer])]
+        graph.replace(node.out, outer)
+        graph.prune()
+        return True
+    return False
 
 
 def drop_broadcasts(graph: Graph) -> bool:

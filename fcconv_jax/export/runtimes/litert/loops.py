@@ -43,7 +43,13 @@ class GraphEmitter(Emitter):
         names = {**names, **{n.out: n.name for n in graph.linear()}}
         skip: set[Node] = set()
         readers: dict[Value, Node] = {v: n for n in graph.nodes for v in n.inputs}
+        behind: dict[Value, str] = {}
         for node in graph.nodes:
+            # Other operations are named after the layer in front of them.
+            place = node.name or next(
+                (behind[v] for v in node.inputs if v in behind), ""
+            )
+            behind |= dict.fromkeys(node.outputs, place)
             if node in skip:
                 continue
             follower = readers.get(node.out) if len(node.outputs) == 1 else None
@@ -59,7 +65,8 @@ class GraphEmitter(Emitter):
                         node.op, node.inputs, follower.outputs, node.attrs, node.name
                     )
             for value in node.outputs:
-                self.tensor(value, names.get(value, "") or node.op)
+                other = f"{place}/{node.op}" if place else node.op
+                self.tensor(value, names.get(value, "") or other)
             self.emit(node, fused)
 
     def _inside(
