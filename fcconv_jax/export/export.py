@@ -38,6 +38,7 @@ from .layers import (
 from .lowering.trace import lower
 from .memory import peak_bytes
 from .passes.fold import fold_norms
+from .passes.nchw import to_nchw
 from .passes.simplify import multiply, simplify
 from .proof import (
     Proof,
@@ -267,6 +268,13 @@ class _Call:
             first, *more = [with_batch(changed, size) for size in SIZES]
         graph = self._lowered(first, leaves)
         layers = tuple(layers_of(graph))
+        computed = {
+            name: value.data
+            for name, value in computed_values(graph).items()
+            if value.data is not None and self.runtime.write
+        }
+        # Constants turn with the images: they are recorded as the file has them.
+        self._turn(graph)
         folded = sorted({leaf for x in layers if x.folded for leaf in x.folded.leaves})
         record = FileRecord(
             layers,
@@ -278,18 +286,15 @@ class _Call:
             BLANK,
             tuple((leaf, digest_of(leaves[leaf])) for leaf in folded),
         )
-        computed = {
-            name: value.data
-            for name, value in computed_values(graph).items()
-            if value.data is not None and self.runtime.write
-        }
         if self.runtime.write is not None:
             self.runtime.write(graph, record, path)
             for each in more:
                 assert self.runtime.any_batch is not None
                 with tempfile.TemporaryDirectory() as folder:
                     other = Path(folder) / path.name
-                    self.runtime.write(self._lowered(each, leaves), record, other)
+                    again = self._lowered(each, leaves)
+                    self._turn(again)
+                    self.runtime.write(again, record, other)
                     batch = np.shape(self.bound.arrays[0])[0]
                     self.runtime.any_batch(path, other, batch)
         else:
@@ -304,6 +309,11 @@ class _Call:
             )
         seal(path, self.runtime.open(path))
         return Written(path, form, plan, graph, record, leaves, computed)
+
+    def _turn(self, graph: Graph) -> None:
+        """Put the channels of images first, where the runtime has them so."""
+        if self.runtime.images == "first":
+            to_nchw(graph)
 
     def _lowered(self, bound: BoundModel, leaves: Mapping[str, np.ndarray]) -> Graph:
         """The graph of a model; an empty one where only JAX can say it, and may."""

@@ -227,3 +227,25 @@ def test_names_that_files_use_themselves(to, tmp_path):
     report = fc.export(model, params, x, output=output, **options)
     assert report.passed, report.failures
     assert fc.verify_file(report.path, params, progress=False).passed
+
+
+def test_positions_turn_with_the_image(to, tmp_path):
+    """A parameter beside tokens is stored in the order of the file's axes."""
+
+    class Tokens(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(5, (2, 2), (2, 2), padding="VALID")(x).reshape(1, -1, 5)
+            small = nn.initializers.normal()
+            x = jnp.concatenate([self.param("first", small, (1, 1, 5)), x], 1)
+            x = x + self.param("positions", small, (1, 7, 5))
+            return nn.Dense(3)(nn.LayerNorm()(x))
+
+    model, x = Tokens(), normal(1, 4, 6, 3)
+    params = model.init(jax.random.key(0), x)
+    path = tmp_path / f"m.{SUFFIX[to]}"
+    report = fc.export(model, params, x, path=path, progress=False)
+    assert report.passed, report.failures
+    params["params"]["positions"] = params["params"]["positions"].at[0, 2, 3].add(1)
+    (why,) = fc.verify_file(path, params, progress=False).failures
+    assert "parameter 'params/positions' is in no constant of the file" in why

@@ -20,7 +20,6 @@ from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...graph import Graph, Node, Value
 from ...layers import FileRecord
-from ...passes.nchw import to_nchw
 from ...shipped import arrange_conv, crops, reversed_window
 from .reader import RECORD, coremltools
 
@@ -68,7 +67,7 @@ _REDUCTIONS = {
 
 
 def write(graph: Graph, record: FileRecord, path: Path) -> None:
-    """Write a graph as an .mlpackage, its images channel-first.
+    """Write a graph whose images are channel-first as an .mlpackage.
 
     Args:
       graph: what to write; it is rewritten.
@@ -79,7 +78,6 @@ def write(graph: Graph, record: FileRecord, path: Path) -> None:
       ExportError: Core ML has no such operation or dtype.
     """
     ct = coremltools()
-    graph = to_nchw(graph)
     mil = require("coremltools.converters.mil.mil", "coreml", "a Core ML package")
     types = mil.types
     kinds = {"float32": types.fp32, "int32": types.int32}

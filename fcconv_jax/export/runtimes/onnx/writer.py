@@ -13,7 +13,6 @@ from ....messages.extras import require
 from ...graph import Graph, Node, Value, same_content
 from ...layers import FileRecord
 from ...passes.blocks import find_blocks
-from ...passes.nchw import to_nchw
 from ...passes.norms import find_batch_norms
 from ...shipped import arrange_conv, crops, reversed_window
 
@@ -65,7 +64,7 @@ _REDUCTIONS = {
 
 
 def write(graph: Graph, record: FileRecord, path: Path, gemm: bool = True) -> None:
-    """Write a graph as an .onnx file, its images channel-first.
+    """Write a graph whose images are channel-first as an .onnx file.
 
     Args:
       graph: what to write; it is rewritten.
@@ -77,7 +76,7 @@ def write(graph: Graph, record: FileRecord, path: Path, gemm: bool = True) -> No
       ExportError: ONNX Runtime has no such operation or dtype.
     """
     onnx = require("onnx", "onnx", "an ONNX file")
-    for part in to_nchw(graph).graphs():
+    for part in graph.graphs():
         find_batch_norms(part)
         find_blocks(part, "first")
     model = _Writer(onnx, gemm).model(graph, record)
