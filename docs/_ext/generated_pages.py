@@ -73,10 +73,13 @@ def _write(path: Path, text: str) -> None:
 
 def _generate(app: Sphinx, config: Any) -> None:
     import chapter_data
+    import export_table
     import reasons
 
     for name, text in benchmark_parts().items():
         _write(OUT / f"{name}.md", text + "\n")
+    exports = ROOT / "benchmarks" / "results" / "exports.json"
+    _write(OUT / "exports.md", export_table.table(exports))
     _write(OUT / "reasons.md", reasons.table())
     _write(ROOT / "docs" / "cli.md", command_line())
     _write(OUT / "static" / "chapter_data.js", chapter_data.as_script())

@@ -72,3 +72,20 @@ def test_a_case_takes_the_place_of_its_own_alone(tmp_path):
         "a": 0.7,
         "b": 0.5,
     }
+
+
+def test_exported_networks(monkeypatch):
+    monkeypatch.syspath_prepend(str(ROOT / "docs" / "_ext"))
+    from export_table import table  # pyright: ignore[reportMissingImports]
+
+    file = ROOT / "benchmarks" / "results" / "exports.json"
+    found = json.loads(file.read_text())
+    assert len(found) == 30
+    text = table(file)
+    for runtime, title in (("litert", "LiteRT"), ("onnx", "ONNX")):
+        cells = {name: row[runtime] for name, row in found.items()}
+        left = [n for n, cell in cells.items() if cell["verdict"] != "verified"]
+        assert len(left) <= 2
+        assert f"| **{title}** | | {30 - len(left)} of 30 verified |" in text
+        for name in left:
+            assert f"- {name}, {title}: {cells[name]['reason']}" in text

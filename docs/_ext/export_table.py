@@ -1,0 +1,51 @@
+"""Makes the table of exported networks from ``benchmarks/results/exports.json``."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+_TITLES = {
+    "litert": "LiteRT",
+    "onnx": "ONNX",
+    "openvino": "OpenVINO",
+    "iree": "IREE",
+    "stablehlo": "StableHLO",
+    "coreml": "Core ML",
+}
+
+
+def table(file: Path) -> str:
+    """Return the table in Markdown, and the reasons of cells without a verified file.
+
+    Args:
+      file: what ``benchmarks/exports.py`` wrote.
+    """
+    found: dict[str, dict[str, Any]] = json.loads(file.read_text())
+    runtimes = [r for r in _TITLES if any(r in row for row in found.values())]
+    lines = [
+        "| network | runtime | verdict | operators | KiB | largest error | export, s |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    reasons = []
+    for runtime in runtimes:
+        verified = [row.get(runtime, {}).get("verdict") for row in found.values()]
+        count = f"{verified.count('verified')} of {len(found)} verified"
+        lines.append(f"| **{_TITLES[runtime]}** | | {count} | | | | |")
+        for name, row in found.items():
+            if (cell := row.get(runtime)) is None:
+                continue
+            lines.append(f"| {name} | {_TITLES[runtime]} | {_cells(cell)} |")
+            if cell["reason"]:
+                reasons.append(f"- {name}, {_TITLES[runtime]}: {cell['reason']}")
+    return "\n".join([*lines, "", *reasons]) + "\n"
+
+
+def _cells(cell: dict[str, Any]) -> str:
+    if "bytes" not in cell:
+        return f"{cell['verdict']} | | | | "
+    error = "" if cell["error"] is None else f"{cell['error']:.1e}"
+    size = f"{cell['bytes'] / 1024:,.0f}"
+    figures = cell["verdict"], cell["operators"], size, error, cell["seconds"]
+    return " | ".join(map(str, figures))
