@@ -35,10 +35,12 @@ class Recurrent(nn.Module):
         return nn.Dense(3)(x[:, -1]), x
 
 
-@pytest.mark.parametrize("form", ["conv", "dense"])
 @pytest.mark.parametrize(
-    "model",
-    [Recurrent(nn.LSTMCell(5)), Recurrent(nn.GRUCell(6), back=True)],
+    ("model", "form"),
+    [
+        (Recurrent(nn.LSTMCell(5)), "conv"),
+        (Recurrent(nn.GRUCell(6), back=True), "dense"),
+    ],
     ids=["lstm", "gru, from the back"],
 )
 def test_recurrent_classifiers(model, form, to, tmp_path):
@@ -94,7 +96,7 @@ W = {"w": normal(4, 4)}
         (counted, [normal(2, 4)]),
         (until, [normal(2, 4), jnp.int32(3)]),
         (until, [normal(2, 4), jnp.int32(-1)]),
-        *((branched, [normal(2, 4), jnp.int32(i)]) for i in (-1, 0, 1, 2, 9)),
+        *((branched, [normal(2, 4), jnp.int32(i)]) for i in (-1, 1, 9)),
         (branched, [-abs(normal(2, 4)), jnp.int32(2)]),
     ],
 )
