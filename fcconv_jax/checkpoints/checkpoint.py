@@ -52,6 +52,7 @@ def with_leaves(tree: PyTree, leaves: Iterator[Any]) -> Any:
 def step_number(name: str) -> int:
     """Return the number of a step's name, such as ``20`` or ``step_20``; else -1."""
     digits = name.rpartition("_")[2]
+    # isdigit is also true of superscripts, which int refuses.
     return int(digits) if digits.isascii() and digits.isdigit() else -1
 
 

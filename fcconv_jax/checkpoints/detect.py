@@ -81,6 +81,7 @@ def detect(path: PathLike) -> tuple[Path, FileFormat | FolderFormat]:
             raise _no_checkpoint(path, f"it is {what}", _FROM_TORCH)
         if head.startswith(magic):
             raise _no_checkpoint(path, f"it is {what}")
+    # A pickle of protocol 2 or later begins with 0x80 and the protocol, 5 at most.
     if len(head) > 1 and head[0] == 0x80 and head[1] <= 5:
         why = "it is a Python pickle, which is never loaded because it could run code"
         raise _no_checkpoint(path, why)

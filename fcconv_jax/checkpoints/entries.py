@@ -161,8 +161,11 @@ class Moved:
         if isinstance(leaf, cls):
             return leaf
         array = np.asarray(leaf)
+        # safetensors is little-endian, and a dtype's name, all that msgpack keeps of
+        # it, has no byte order.
         if array.dtype.byteorder == ">":
             array = array.astype(array.dtype.newbyteorder("<"))
+        # ascontiguousarray makes a scalar one-dimensional: reshape undoes it.
         return cls(Held(np.ascontiguousarray(array).reshape(array.shape)), array.dtype)
 
     @property
@@ -267,7 +270,7 @@ class Moved:
 
 
 def landed(entries: Entries, scratch: Path | None) -> Held | Filed:
-    """Entries that can be read in any order: in memory, or if large, in a file.
+    """Return entries that can be read in any order: in memory, or in a file if large.
 
     Args:
       entries: wherever they lie.

@@ -45,7 +45,7 @@ def give_back_memory() -> None:
 
 
 def silent(count: int) -> None:
-    """Report no one."""
+    """Ignore progress."""
 
 
 class File:
@@ -75,6 +75,8 @@ class File:
                 f"only, got {sys.platform}. Convert there, or convert loaded params by "
                 "convert_params"
             )
+        # O_NONBLOCK: opening a pipe would otherwise wait for a writer before it is
+        # refused.
         file = cls(os.open(path, os.O_RDONLY | os.O_NONBLOCK), str(path))
         if not stat.S_ISREG(os.fstat(file.fd).st_mode):
             raise CheckpointError(f"{path}: is not a regular file. Remove it")
@@ -90,6 +92,7 @@ class File:
     def nameless(cls, folder: Path) -> File:
         """Make a file in a folder that is gone when it is closed."""
         fd, name = tempfile.mkstemp(dir=folder)
+        # Unlinked at once, so that a killed process leaves nothing behind.
         os.unlink(name)
         return cls(fd, name)
 
@@ -109,6 +112,8 @@ class File:
           OSError: the disk is full.
         """
         nbytes = math.prod(shape) * dtype.itemsize
+        # On a full disk, writing to a mapped page without a block ends the process
+        # (SIGBUS).
         allocate(self.fd, nbytes)
         return np.frombuffer(mmap.mmap(self.fd, nbytes), dtype).reshape(shape)
 

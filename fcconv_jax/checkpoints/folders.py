@@ -139,7 +139,7 @@ def owns(path: Path) -> Callable[[Path], bool]:
 
 
 def step_names(path: Path) -> list[str]:
-    """Names of the msgpack files that ``flax.training.checkpoints`` left, by step."""
+    """Return the names of the msgpack files of flax.training.checkpoints, by step."""
     found = {}
     for entry in path.iterdir():
         number = re.fullmatch(r"(?:.*_)?(\d+)", entry.name)

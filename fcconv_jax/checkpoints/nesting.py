@@ -48,7 +48,7 @@ def split_paths(leaves: list[Parts], separator: str, file: str) -> dict[Parts, P
 
 
 def key_separator(keys: list[str]) -> str:
-    """What separates the levels in the keys of a safetensors file.
+    """Return the separator between levels in the keys of a safetensors file.
 
     Example:
       >>> key_separator(["params/fc.0/kernel"]), key_separator(["fc.kernel", "bias"])

@@ -108,6 +108,7 @@ def put(
     sync(fresh)  # a crash after this finds what was written whole
     try:
         install(fresh, path, lambda it: overwrite and not _obstacle(it, carried))
+    # Something has come there since check_free looked, before long work.
     except FileExistsError:
         if overwrite and (found := _obstacle(path, carried)):
             raise CheckpointError(f"{path}: exists already, and {found}") from None

@@ -114,6 +114,7 @@ def rewrite(
         refuse_links_out(here, [*read, *beside.values()])
     check_free(final, options.overwrite, beside)
     if options.dry_run:
+        # Nothing is made in a dry run, so the destination's folder may be missing.
         folder = next(p for p in final.parents if p.exists())
         free = shutil.disk_usage(folder).free
         return dataclasses.replace(report, dry=True, free=free)
@@ -123,6 +124,7 @@ def rewrite(
         _require_room(fresh.parent, report.nbytes, final)
         for job in jobs:
             write_one(fresh, job.meant, bytes_done.advancing("writing"))
+        # Before the comparison, which would find other bytes and not the reason.
         for stamp in stamps:
             stamp.check()
         for job in jobs:
@@ -131,6 +133,7 @@ def rewrite(
             if options.check:
                 advance = bytes_done.advancing("checking")
                 _require_content(job.meant, written, fresh.parent, advance)
+        # Once more: the comparison reads the source again.
         for stamp in stamps:
             stamp.check()
         put(fresh, final, options.overwrite, beside)

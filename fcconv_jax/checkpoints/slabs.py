@@ -13,7 +13,7 @@ Shape = tuple[int, ...]
 def row_major_slabs(
     shape: Shape, itemsize: int, limit: int
 ) -> Iterator[tuple[Shape, Shape]]:
-    """First index and sizes of boxes that lie contiguously, of limited size.
+    """Yield the first index and the sizes of contiguous boxes of limited size.
 
     Args:
       shape: of the array.

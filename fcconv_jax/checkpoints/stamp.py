@@ -62,5 +62,7 @@ def _look(places: list[Path]) -> dict[Path, tuple[int, int, int]]:
         files = regular_files(place).values() if place.is_dir() else (place,)
         for file in files:
             stat = os.stat(file)
+            # The number (inode) also shows a file that was replaced by another of the
+            # same size and time.
             found[file] = (stat.st_size, stat.st_mtime_ns, stat.st_ino)
     return found

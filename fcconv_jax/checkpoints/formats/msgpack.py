@@ -22,6 +22,7 @@ from .base import FileFormat
 from .msgpack_frame import ARRAY, CHUNKED, COMPLEX, SCALAR, FrameError, FrameReader
 from .safetensors import write_leaves
 
+# flax.serialization's MAX_CHUNK_SIZE: larger arrays are written in chunks.
 _CHUNK = 1 << 30
 
 
@@ -206,6 +207,7 @@ def _array(
 
     dtype = np.dtype(leaf.dtype).name
     nbytes = leaf.nbytes if nbytes is None else nbytes
+    # strict_types would refuse the shape, which is a tuple.
     packer = msgpack.Packer(strict_types=False)
     inner = b"\x93" + packer.pack(shape) + packer.pack(dtype) + _head(nbytes, 0xC4)
     yield _head(len(inner) + nbytes, 0xC7) + bytes([code]) + inner

@@ -177,6 +177,8 @@ class FrameReader:
             raise FrameError(str(error)) from None
 
     def _check_count(self, count: int, least: int) -> None:
+        # A node takes a byte at least: a damaged count is refused before it is
+        # believed.
         if count * least > self.size - self.at:
             raise FrameError(f"{count} nodes are said to follow at {self.at}")
 

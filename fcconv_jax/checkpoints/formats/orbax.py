@@ -157,7 +157,7 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
 
 
 def _check_names(tree: PyTree, path: Path, item: str) -> None:
-    """Refuse leaves that Orbax would store under one name: levels are put by dots."""
+    """Refuse leaves that Orbax would store under one name: it joins levels by dots."""
     seen: dict[str, str] = {}
     for parts, _ in iter_leaves(tree):
         stored, name = ".".join(parts), "/".join(filter(None, (item, *parts)))
@@ -225,7 +225,7 @@ def _handler(scratch: Path, like: Storage, advance: Advance) -> Any:
 
 
 def _batches(leaves: Sequence[Moved]) -> Iterator[list[int]]:
-    """Numbers of leaves that are in memory together."""
+    """Yield the numbers of leaves that are in memory together."""
     batch, size = [], 0
     for index, leaf in enumerate(leaves):
         if batch and size + leaf.nbytes > LARGE:

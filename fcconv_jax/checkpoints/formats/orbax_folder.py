@@ -104,6 +104,8 @@ def locate(path: Path, step: str | None = None) -> tuple[OrbaxItems, dict[str, P
 
 
 def _items(path: Path) -> dict[str, Path]:
+    # Without a step's own file, a folder named by a number is a manager's step, and not
+    # an item.
     is_step = (path / STEP).exists()
     return {
         entry.name: entry
@@ -118,7 +120,7 @@ def looks_like(path: Path) -> bool:
 
 
 def step_names(path: Path) -> list[str]:
-    """Names of the steps' directories in a manager's, by their number."""
+    """Return the names of the steps in a manager's directory, by number."""
     if (path / TREE).exists() or _items(path):
         return []
     return [

@@ -120,6 +120,7 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
         }
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    # As the format's own writer: the entries begin at a multiple of 8 bytes.
     text += b" " * (-len(text) % _WORD)
     # Where the first entries lie in a block as they did, blocks may be shared.
     first = leaves[0][1].entries if leaves else None
@@ -154,7 +155,7 @@ def write_leaves(
 
 
 def _joined(one: Extent, other: Extent) -> Extent | None:
-    """Two extents as one, where one begins in the file where the other ends."""
+    """Return two extents as one if the second begins where the first ends."""
     if one.file is not other.file or len(one.spans) != 1 or len(other.spans) != 1:
         return None
     ((start, length),), ((then, more),) = one.spans, other.spans
@@ -174,7 +175,7 @@ def _dtype_name(leaf: Any) -> str | None:
 def _header(
     file: File,
 ) -> tuple[Mapping[str, tuple[str, tuple[int, ...], int, int]], dict[str, str], int]:
-    """Dtype, shape and place of each tensor in the order of the file, and the rest."""
+    """Return each tensor's dtype, shape and place in file order, metadata and start."""
     size = file.size
     if size < _WORD:
         raise ValueError(f"it has {size} bytes")
@@ -209,6 +210,7 @@ def _header(
                 f"{name!r} of {dtype} {shape} does not fill its bytes {offsets}"
             )
         header[name] = (dtype, shape, *offsets)
+    # The format allows no holes and no overlaps, so that nothing can hide in a file.
     ordered = dict(sorted(header.items(), key=lambda item: item[1][2:]))
     end = 0
     for name, (_, _, begin, stop) in ordered.items():
