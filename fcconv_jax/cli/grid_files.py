@@ -261,6 +261,7 @@ def _write_tiff(file: Path, array: Any, grid: Grid) -> None:
     _, rows, columns, *rest = grid.shape
     bands = math.prod(rest)
     array = array.reshape(rows, columns, bands)
+    # GDAL has no bool, and float16 only from version 3.11 on.
     dtype = {"bool": "uint8", "float16": "float32"}.get(
         grid.dtype.name, grid.dtype.name
     )
@@ -275,8 +276,10 @@ def _write_tiff(file: Path, array: Any, grid: Grid) -> None:
         "transform": rasterio.Affine(*grid.transform),
         "nodata": math.nan if floats else None,
         "compress": "deflate",
+        # TIFF's numbers: 3 is the predictor for floats, 1 is none.
         "predictor": 3 if floats else 1,
         "interleave": "band",
+        # Whether a compressed file passes 4 GiB isn't known before it is written.
         "bigtiff": "if_safer",
         "tiled": True,
         "blockxsize": _CHUNK,

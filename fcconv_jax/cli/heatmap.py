@@ -59,6 +59,7 @@ class Heat:
         """
         scores = scores.reshape(*scores.shape[:2], -1).astype(np.float64)
         if softmax:
+            # The shift changes no share, and keeps exp from overflowing.
             scores = np.exp(scores - scores.max(-1, keepdims=True))
             scores /= scores.sum(-1, keepdims=True)
         values = scores.max(-1) if label is None else scores[..., label]

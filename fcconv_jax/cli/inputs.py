@@ -139,7 +139,7 @@ def _import(where: str) -> ModuleType:
 
 
 def _offers(module: ModuleType) -> list[str]:
-    """Names in a module that may be or make a model."""
+    """Return the names in a module that may be or make a model."""
     from ..frontends.bind import frontend_of_class, is_model
 
     def makes_one(value: Any) -> bool:
@@ -187,7 +187,7 @@ def parse_input(text: str) -> jax.ShapeDtypeStruct:
 
 
 def random_inputs(specs: Sequence[jax.ShapeDtypeStruct], seed: int) -> list[jax.Array]:
-    """Arrays of the given shapes: normal floats, integers from 0 to 3, coin flips.
+    """Return arrays of these shapes: normal floats, integers from 0 to 3, booleans.
 
     Example:
       >>> [x.shape for x in random_inputs([parse_input("2,3")], seed=0)]

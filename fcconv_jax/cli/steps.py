@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 def read_model(name: str, call: CallOptions) -> BoundModel:
-    """Binds the model MODULE:NAME to the inputs of a command line, which are abstract.
+    """Bind the model MODULE:NAME to the inputs of a command line, which are abstract.
 
     Args:
       name: of the model.
@@ -41,7 +41,7 @@ def read_model(name: str, call: CallOptions) -> BoundModel:
 
 
 def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
-    """Plans a model by tracing it."""
+    """Plan a model by tracing it."""
     from ..messages.errors import PlanError
 
     if plan_options.backend not in (None, "any"):
@@ -51,6 +51,7 @@ def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
             plan_options.form, plan_options.rules or (), plan_options.backend
         )
     except Exception as error:
+        # A model that gets no inputs may fail with any error of its own code.
         cause = error.__cause__ if isinstance(error, PlanError) else error
         if not bound.args and cause is not None:
             raise ArgumentError(
@@ -64,14 +65,14 @@ def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
 
 
 def with_random_inputs(bound: BoundModel, seed: int) -> BoundModel:
-    """The call on random arrays, of the shapes that it is bound to."""
+    """Return the call on random arrays of the shapes that it is bound to."""
     return dataclasses.replace(bound, args=tuple(random_inputs(bound.args, seed)))
 
 
 def plan_checkpoint(
     src: Path, plan_options: PlanOptions, step: str | None = None
 ) -> Plan:
-    """Plans from the shapes in a checkpoint, without the model's code; shows it."""
+    """Plan from the shapes in a checkpoint, without the model's code; print it."""
     from ..checkpoints import inspect_checkpoint
     from ..checkpoints.formats import FORMATS
     from ..planning.from_shapes import plan_from_params
@@ -95,7 +96,7 @@ def plan_checkpoint(
 def parse_backends(
     names: Sequence[str] | None, option: str = "--backend"
 ) -> list[Backend] | None:
-    """The values of an option that names backends."""
+    """Return the backends that an option names; None if it wasn't passed."""
     from ..backends.name import Backend
     from ..messages.errors import BackendError
 
@@ -108,9 +109,9 @@ def parse_backends(
 def verify_model(
     bound: BoundModel, made: Plan, seed: int, options: Mapping[str, Any]
 ) -> VerifyReport:
-    """The report on a model with random parameters and inputs.
+    """Return the report on a model with random parameters and inputs.
 
-    Where nothing is executed, shapes will do in their place.
+    If nothing is executed, shapes take their place.
     """
     from ..backends.resolution import resolve
     from ..verification.verify import verify
@@ -131,7 +132,7 @@ def verify_checkpoint(
     options: Mapping[str, Any],
     step: str | None = None,
 ) -> VerifyReport:
-    """The report on a model with the parameters of a checkpoint in either form."""
+    """Return the report on a model with a checkpoint's parameters in either form."""
     from ..checkpoints import read_checkpoint
     from ..verification.verify import verify
     from .variables import find_variables
@@ -155,7 +156,7 @@ def verify_checkpoint(
 def compare_checkpoints(
     src: Path, dst: Path, step: str | None, prefixes: Sequence[str] | None
 ) -> ContentReport:
-    """The report on two checkpoints, by what they hold."""
+    """Return the report on two checkpoints, by their contents."""
     start_jax()
     from ..checkpoints import verify_checkpoint
 
@@ -163,7 +164,7 @@ def compare_checkpoints(
 
 
 def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:
-    """Says where a stored plan, say one from rules, is not what the code tells."""
+    """Report where a stored plan, such as one from rules, differs from the code's."""
     for path in stored.keys() & traced.keys():
         then, now = stored[path], traced[path]
         if (then.window, then.order) != (now.window, now.order):
@@ -185,7 +186,7 @@ def require_layers(made: Plan) -> None:
 
 
 def read_plan(file: Path) -> Plan:
-    """Reads a plan from a file."""
+    """Read a plan from a file."""
     from ..messages.errors import PlanError
     from ..plan import Plan
 

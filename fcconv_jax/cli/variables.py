@@ -23,7 +23,7 @@ class Found(NamedTuple):
 
 
 def load_variables(bound: BoundModel, checkpoint: Path) -> BoundModel:
-    """The call with the variables in a checkpoint of either form."""
+    """Return the call with the variables in a checkpoint of either form."""
     from ..checkpoints import read_checkpoint
 
     found = find_variables(read_checkpoint(checkpoint), bound, str(checkpoint))
@@ -31,7 +31,7 @@ def load_variables(bound: BoundModel, checkpoint: Path) -> BoundModel:
 
 
 def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Found:
-    """The variables of a model, found in a checkpoint's tree.
+    """Find the variables of a model in a checkpoint's tree.
 
     All params are required, and all other variables that the call reads, such as the
     statistics of a BatchNorm. What the call does not read may be missing. What the
@@ -77,6 +77,7 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
             is_param = name[0] == "params" if not bare else number < params
             if not is_param and not bound.reads[number]:
                 own = jax.tree.leaves(bound.variables)[number]
+                # The call doesn't read it, so any values do.
                 abstract = isinstance(own, jax.ShapeDtypeStruct)
                 value = np.zeros(leaf.shape, leaf.dtype) if abstract else own
             elif value is None:
@@ -107,7 +108,7 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
 
 
 def _is_param(path: Parts, names: Collection[Parts], bound: BoundModel) -> bool:
-    """Whether a leaf below a model's params may be one that the model lacks.
+    """Return whether a leaf below a model's params is a param that the model lacks.
 
     NNX keeps other variables there, too, such as values that a module has sown. These
     stand beside the params of a module that the model has.
@@ -138,7 +139,7 @@ def _list_unread(file: str, paths: Iterable[Parts], unread: Collection[Parts]) -
 
 
 def checkpoint_leaves(checkpoint: Checkpoint) -> dict[tuple[str, ...], Any]:
-    """The leaves of a checkpoint by path, out of the boxes that some sit in."""
+    """Return the leaves of a checkpoint by path, without the boxes around some."""
     from ..checkpoints.checkpoint import iter_leaves
     from ..checkpoints.formats import FORMATS
 
@@ -152,7 +153,7 @@ def checkpoint_leaves(checkpoint: Checkpoint) -> dict[tuple[str, ...], Any]:
 
 
 def split_key(key: str, keys: Any) -> tuple[str, ...]:
-    """The levels in a safetensors key, as the keys of its file are separated."""
+    """Return the levels in a safetensors key, by the separator of its file's keys."""
     from ..checkpoints.nesting import key_separator
 
     return tuple(key.split(key_separator(list(keys))))

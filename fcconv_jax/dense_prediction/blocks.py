@@ -68,6 +68,7 @@ def take(data: Any, places: Any, axis: int) -> Any:
             return lax.slice_in_dim(data, first, first + len(places), axis=axis)
     if isinstance(data, np.ndarray):
         return np.take(data, places, axis)
+    # All places are inside; the default mode would test each, to fill others with NaN.
     return jnp.take(data, places, axis=axis, mode="clip")
 
 

@@ -42,6 +42,7 @@ def distinct(rows: Map) -> tuple[Map, Map]:
     ids = np.unique(rows[:, 0], return_inverse=True)[1].reshape(-1)
     for column in rows.T[1:]:
         codes = np.unique(column, return_inverse=True)[1].reshape(-1)
+        # Numbered again for each column, so that the products stay small.
         ids = ids * (int(codes.max()) + 1) + codes
         ids = np.unique(ids, return_inverse=True)[1].reshape(-1)
     _, first = np.unique(ids, return_index=True)
@@ -82,7 +83,7 @@ def window_passes(
     padding: tuple[int, int],
     holes: int = 1,
 ) -> list[WindowPasses]:
-    """Ways to lay out an axis for a convolution or pool that all crops share.
+    """Return ways to lay out an axis for a convolution or pool that all crops share.
 
     Windows with the same entries are computed once. Windows that follow one another in
     some crop are chained where they can be. The first way sets all chains side by side
@@ -181,7 +182,7 @@ def whole_layout(
 
 
 def full_window_layouts(map_: Map) -> list[WindowPasses]:
-    """Ways to lay out an axis for a window over all that a crop sees of it.
+    """Return ways to lay out an axis for a window over all that a crop sees of it.
 
     Args:
       map_: of the axis.

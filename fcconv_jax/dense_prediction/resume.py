@@ -35,7 +35,7 @@ def identity(
     crop: jax.ShapeDtypeStruct,
     tile: Sequence[int],
 ) -> dict[str, str]:
-    """Digests of what decides a run's result, by the name that an error gives it.
+    """Return digests of all that decides a run's result, named as in errors.
 
     Args:
       grid: the :class:`fcconv_jax.Slide`.

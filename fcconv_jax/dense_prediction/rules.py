@@ -23,7 +23,6 @@ def _same(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
 
 
 def _elementwise(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
-    """Evaluate an elementwise equation."""
     together, parts, ranks = aligned(values)
     outs = combined(lambda *arrays: bind(eqn, list(arrays)), together)
     return [CropArray(out, together[0].fronts, parts, ranks) for out in outs]

@@ -315,6 +315,7 @@ def classes_of(data: Any, axis: int) -> tuple[Map, Map] | None:
         return None
     rows = np.moveaxis(np.asarray(data), axis, 0)
     rows = np.ascontiguousarray(rows.reshape(len(rows), -1))
+    # By their bits, in which a NaN equals itself.
     names = rows.view(np.uint8).reshape(len(rows), -1)
     _, first, ids = np.unique(names, axis=0, return_index=True, return_inverse=True)
     return ids.reshape(-1), first

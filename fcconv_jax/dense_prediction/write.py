@@ -145,6 +145,8 @@ def write_tiles(
                 skipped += tile.pixels is None
                 show("tiles", count, len(mine))
     if hosts > 1:
+        # When any process returns, all have written their tiles: the output is
+        # complete.
         multihost_utils.sync_global_devices("fcconv_jax.slide")
     if record is not None:
         record.remove()
@@ -342,6 +344,8 @@ class _Writer:
                 where = tile.wanted.reshape(1, *tile.wanted.shape, *(1,) * free)
                 found = np.where(where, found, np.asarray(np.nan, found.dtype))
             target[tile.place.new] = found[tile.place.inner]
+        # The record follows the pixels: after a crash it must name no tile whose result
+        # isn't on disk.
         if self._record is not None and values is not None:
             for target in self._targets:
                 if hasattr(target, "flush"):

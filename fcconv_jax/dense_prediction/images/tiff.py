@@ -46,6 +46,7 @@ def tags_of(file: Path) -> frozenset[int] | None:
         count = opened.read(struct.calcsize(counted))
         if len(count) < struct.calcsize(counted):
             return frozenset()
+        # A damaged count of tags must not make this read the whole file.
         number = min(struct.unpack(order + counted, count)[0], 4096)
         entries = opened.read(number * entry)
     return frozenset(
