@@ -1,4 +1,4 @@
-"""Files for any batch size: what depends on it is found by writing a file for two."""
+"""Files for any batch size: files of two sizes show what depends on it."""
 
 from __future__ import annotations
 

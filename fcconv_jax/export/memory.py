@@ -1,4 +1,4 @@
-"""How much memory a graph needs for what lies between its operations."""
+"""Memory that a graph needs for its activations."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from .graph import Graph, Value
 
 
 def peak_bytes(graph: Graph) -> int:
-    """Bytes of activations alive at once, at the fullest, in program order.
+    """Return the most bytes of activations alive at once, in program order.
 
     Example:
       >>> import numpy as np

@@ -60,6 +60,7 @@ def probes(layer: Layer, seed: int = 0, bits: int = WIDE_BITS) -> Iterator[Probe
 def small_probes(layer: Layer, seed: int = 0) -> Iterator[Probe]:
     """Yield draws whose sums bfloat16 keeps: a failure isn't due to rounding."""
     rng = np.random.default_rng(seed)
+    # bfloat16 holds all integers up to 2**8.
     for probe in _draws(layer, rng, 1, "kernel", 2**8 - 1):
         yield dataclasses.replace(probe, large="none")
 

@@ -350,7 +350,7 @@ def _difference(want: np.ndarray, got: np.ndarray) -> str | None:
 
 
 def _other_folded(record: FileRecord, leaves: Mapping[str, np.ndarray]) -> list[str]:
-    """The parameters that are not those that were folded into the file's weights."""
+    """Return a failure for each parameter that isn't the one folded into the file."""
     found = []
     for name, digest in record.digests:
         if name not in leaves:
@@ -363,7 +363,7 @@ def _other_folded(record: FileRecord, leaves: Mapping[str, np.ndarray]) -> list[
 def _other_constants(
     shipped: Shipped, record: FileRecord, leaves: Mapping[str, np.ndarray]
 ) -> tuple[list[str], int]:
-    """The parameters besides kernels and biases, as some constant of the file."""
+    """Find the other parameters among the file's constants; return failures, count."""
     have = {np.ascontiguousarray(x).tobytes() for x in shipped.constants()}
     lost, count = [], 0
     for source in record.constants:
@@ -382,7 +382,7 @@ def _other_constants(
 def whole_errors(
     shipped: Shipped, reference: ReferenceOutputs, names: Sequence[str] = ()
 ) -> tuple[WorkingError, ...]:
-    """The errors of a file's outputs, and the model's own, against the reference.
+    """Return the errors of a file and of the model itself against the reference.
 
     Args:
       shipped: the file.

@@ -38,7 +38,7 @@ def verify_file(
     progress: ProgressOption = None,
     **kwargs: Any,
 ) -> ExportReport:
-    """Checks a file that :func:`fcconv_jax.export` wrote against parameters.
+    """Check a file that :func:`fcconv_jax.export` wrote against parameters.
 
     The file's own record names the parameter of each weight, and how it was moved. The
     bits of the weights and each layer on integers need nothing else; the whole file

@@ -14,7 +14,7 @@ from ..geometry.meshes import regroup
 def move_names(
     rearrange: Rearrangement, names: Sequence[Any], stack_axes: Sequence[int]
 ) -> tuple[Any, ...]:
-    """Axis names of the rearranged array, as a reshape of a sharded array moves them.
+    """Return the rearranged array's axis names, moved as a reshape moves shards.
 
     An axis that splits leaves its name on its largest-stride factor; of axes that
     merge, names are joined where the leading ones have all the names, else refused.

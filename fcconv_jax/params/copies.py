@@ -21,7 +21,7 @@ def copies(
     wanted: Mapping[Parts, Move],
     chosen: bool,
 ) -> Iterator[tuple[Parts, Move]]:
-    """The leaves outside of the params that follow planned ones."""
+    """Yield the leaves outside of the params that follow planned ones."""
     model = _Model(leaves, bases, wanted, chosen)
     for path, leaf in leaves.items():
         if model.holds(path) or not leaf.shape:

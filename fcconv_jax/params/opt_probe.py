@@ -165,7 +165,7 @@ def _widen(leaf: Any) -> Any:
 
 
 def _random_like(tree: PyTree, seed: int) -> Any:
-    """Numbers of order one in the shapes and dtypes of a tree."""
+    """Return numbers of order one in the shapes and dtypes of a tree."""
     rng = np.random.default_rng(seed)
 
     def fill(leaf: Any) -> Any:

@@ -10,16 +10,17 @@ import numpy as np
 
 
 def is_tensor(leaf: Any) -> bool:
-    """Whether a leaf is a ``torch.Tensor``; False where nobody imported torch."""
+    """Return whether a leaf is a ``torch.Tensor``; False if torch isn't imported."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(leaf, torch.Tensor)
 
 
 def move_tensor(move: Callable[[Any], Any], tensor: Any) -> Any:
-    """The tensor that holds the entries of another, moved as those of an array."""
+    """Return a tensor with another's entries, moved as those of an array."""
     torch: Any = sys.modules["torch"]
     # NumPy has no bfloat16 and no float8.
     sizes = {1: torch.uint8, 2: torch.int16, 4: torch.int32, 8: torch.int64}
     bits = tensor.detach().cpu().contiguous().view(sizes[tensor.element_size()])
+    # A copy: the result of a reshape would share memory with the original tensor.
     moved = torch.from_numpy(np.array(move(bits.numpy())))
     return moved.view(tensor.dtype).to(tensor.device)

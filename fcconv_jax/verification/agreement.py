@@ -135,7 +135,7 @@ def nonfinite_note(path: str, nonfinite: int, size: int) -> str:
 
 
 def named_leaves(tree: PyTree, root: str) -> list[tuple[str, Any]]:
-    """The leaves of a tree with their paths, below ``root``.
+    """Return the leaves of a tree with their paths, below ``root``.
 
     Example:
       >>> named_leaves({"a": 1, "b": [2, 3]}, "output")
@@ -151,7 +151,7 @@ def agree(
     found: Sequence[tuple[str, Any]],
     magnified: Sequence[float | np.ndarray] | None = None,
 ) -> list[Agreement]:
-    """Compares arrays of both forms that were computed in float64.
+    """Compare arrays of both forms that were computed in float64.
 
     Args:
       quantity: what they are.
@@ -243,7 +243,7 @@ def working_errors(
     originals: Sequence[Sequence[Any]],
     converted: Sequence[Any],
 ) -> list[WorkingError]:
-    """Holds both forms, as a backend computed them, against the reference.
+    """Compare both forms, as a backend computed them, with the reference.
 
     Args:
       quantity: what the arrays are.
@@ -311,6 +311,7 @@ def _working_error(
 def _short(value: Any) -> str:
     """A number with as many digits as show the difference."""
     number = value.item()
+    # A difference beyond the threshold of 1e-12 shows in 13 digits.
     return f"{number:.13g}" if isinstance(number, float) else repr(number)
 
 

@@ -160,7 +160,7 @@ class Equality:
         show("layers: on their own inputs", 1, 1)
 
     def conclude(self, executions: Sequence[Execution]) -> None:
-        """Compares, knowing how the program magnifies rounding where it was run."""
+        """Compare, given how the program magnified rounding where it was run."""
         arrays = []
         for quantity, want in self.references.items():
             extra = None
@@ -191,7 +191,7 @@ def execute(
     calls: Sequence[Callable[..., Any]],
     show: Progress,
 ) -> Execution:
-    """Runs both forms on a device, in the precision of the model.
+    """Run both forms on a device, in the precision of the model.
 
     Args:
       equality: the reference.

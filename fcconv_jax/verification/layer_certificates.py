@@ -24,7 +24,7 @@ _ROWS = 4
 def layer_certificates(
     plan: Plan, dtypes: Mapping[str, Any]
 ) -> dict[str, Callable[[], Certificate]]:
-    """What gives the certificate of each layer; layers that are alike share one."""
+    """Return a function for each layer's certificate; equal layers share one."""
     known: dict[Any, Callable[[], Certificate]] = {}
     found = {}
     for path, layer in plan.items():

@@ -146,6 +146,7 @@ class Nudge:
         # A hash of the entry's own bits: a generator of random numbers costs more than
         # most equations do.
         bits = jax.lax.bitcast_convert_type(jnp.asarray(x), jnp.uint64)
+        # The constants are those of SplitMix64 (Steele, Lea and Flood, 2014).
         salt = np.uint64((2 * next(self._count) + 1) * 0x9E3779B97F4A7C15 % 2**64)
         mixed = (bits ^ (self.seed * salt)) * np.uint64(0xBF58476D1CE4E5B9)
         mixed = (mixed ^ (mixed >> np.uint64(31))) * np.uint64(0x94D049BB133111EB)

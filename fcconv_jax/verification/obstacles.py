@@ -23,7 +23,7 @@ _MASKS = frozenset(
 
 
 def obstacles(jaxpr: Any) -> list[str]:
-    """Name what has no float64 reading in a trace, each kind once.
+    """Return what in a trace has no float64 reading, each kind once.
 
     Example:
       >>> import jax

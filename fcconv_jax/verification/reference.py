@@ -73,7 +73,7 @@ class Reference:
         )
 
     def run(self, show: Progress) -> tuple[Read, Read] | None:
-        """Run both; None where that cannot be, see :attr:`unread`."""
+        """Run both; return None if that is impossible, see :attr:`unread`."""
         for reading in self._readings:
             wanted, free = reading.bytes, free_memory()
             if wanted > free:
@@ -112,7 +112,7 @@ def float64_seconds(jaxpr: Any) -> float:
 
 
 def free_memory() -> int:
-    """Bytes of memory that a program here may take without pushing others out."""
+    """Return the bytes of memory that are available without swapping."""
     try:
         for line in Path("/proc/meminfo").read_text(encoding="ascii").splitlines():
             if line.startswith("MemAvailable:"):

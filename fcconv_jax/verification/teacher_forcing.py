@@ -55,7 +55,7 @@ class ForcedLayer:
 def compare_layers(
     trace: TracedProgram, variables: Mapping[str, Any], plan: Plan
 ) -> tuple[dict[str, ForcedLayer], list[str]]:
-    """Compares the layers of a plan on the inputs that the original gives them.
+    """Compare the layers of a plan on the inputs that the original gives them.
 
     Args:
       trace: of the original, with its layers' inputs named.
@@ -103,6 +103,7 @@ def _compare(path: str, layer: LayerPlan, inputs: Any, arrays: Any) -> ForcedLay
         off = abs(want - got.astype(np.float64))
         worst = max(worst, float(off.max(initial=0.0)))
         bound = max(bound, float(allowed.max(initial=0.0)))
+        # Not `off > allowed`, which is false of NaN.
         wrong = np.argwhere(~(off <= allowed))
         if len(wrong) and not reason:
             at = tuple(int(i) for i in wrong[0])
@@ -120,4 +121,5 @@ def _rounding(arithmetic: Arithmetic, terms: int) -> float:
         + (terms + 2) * arithmetic.accumulate_roundoff
         + 2 * arithmetic.output_roundoff
     )
+    # Both results may be off by as much, in opposite directions.
     return 2 * each

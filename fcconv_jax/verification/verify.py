@@ -40,7 +40,7 @@ def assert_equivalent(
     plan: Plan | None = None,
     **options: Any,
 ) -> None:
-    """Asserts that a model and its converted form are the same.
+    """Assert that a model and its converted form are the same.
 
     In the spirit of chex: silent when it holds, else an error that says where it does
     not. Shows no progress unless ``progress=`` is given.
@@ -86,7 +86,7 @@ def verify(
     timeout: float = TIMEOUT,
     **kwargs: Any,
 ) -> VerifyReport:
-    """Checks every claim that a conversion makes.
+    """Check every claim that a conversion makes.
 
     1. Parameters: ``converted_params`` hold the same bits, rearranged by the plan.
     2. Each layer, on every executed backend: both forms are bit-identical on integers
@@ -237,7 +237,7 @@ def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:
 def _execute(
     equality: Any, pair: BothForms, resolution: Resolution, show: Progress
 ) -> tuple[BackendReport, Execution]:
-    """Runs both forms on a device that is present."""
+    """Run both forms on a device that is present."""
     with contextlib.ExitStack() as stack:
         if resolution.device.platform != jax.default_backend():
             stack.enter_context(jax.default_device(resolution.device))

@@ -130,6 +130,7 @@ def _wide_equation(eqn: Equation) -> Any:
 
 
 def _wide_param(key: str, value: Any) -> Any:
+    # A reading runs on the host's CPU alone, in full precision.
     if key in PLACES or key == "precision":
         return None
     if isinstance(value, np.dtype | type) or type(value).__name__ == "dtype":

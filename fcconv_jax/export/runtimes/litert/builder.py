@@ -57,6 +57,7 @@ class Builder:
 
     def __init__(self, s: Any):
         self.s = s
+        # The schema wants buffer 0 empty: it stands for tensors without data.
         self.buffers = [s.BufferT()]
         self.tensors: list[Any] = []
         self.operators: list[Any] = []
@@ -131,6 +132,7 @@ class Builder:
             if code.builtinCode == number:
                 return index
         code = self.s.OperatorCodeT()
+        # The older field has one byte; 127 refers readers to the newer one.
         code.builtinCode, code.deprecatedBuiltinCode = number, min(number, 127)
         code.version = _VERSIONS.get(name, 1)
         self.codes.append(code)
