@@ -153,6 +153,7 @@ def write_heatmap(
     low, high = (
         (heat.values[known].min(), heat.values[known].max()) if known.any() else (0, 0)
     )
+    # Equal values have a range of 0: don't divide by it.
     shares = (np.where(known, heat.values, low) - low) / max(high - low, 1e-30)
     picture = image.thumbnail(_MOST_PIXELS).astype(np.float32) / scale
     height, width = picture.shape[:2]

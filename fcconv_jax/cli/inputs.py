@@ -178,6 +178,7 @@ def parse_input(text: str) -> jax.ShapeDtypeStruct:
             f"--input {text!r} is not of the form SHAPE[:DTYPE], such as '1,28,28,1' "
             "or '2,16:int32'"
         ) from None
+    # JAX would cut them to 32 bits, with a warning at most.
     wide = dtype.name in ("float64", "int64", "uint64", "complex128")
     if wide and not jax.config.read("jax_enable_x64"):
         raise ArgumentError(

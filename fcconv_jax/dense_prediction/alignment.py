@@ -26,7 +26,7 @@ from .values import (
 def aligned(
     values: Sequence[CropArray], but: int | None = None
 ) -> tuple[list[CropArray], tuple[Part, ...], tuple[int, ...]]:
-    """Values of one shape (or numbers), with the same parts and the same axes stored.
+    """Give values of one shape (or numbers) the same parts and the same stored axes.
 
     Args:
       values: what is combined.
@@ -174,6 +174,7 @@ def _joined(values: list[CropArray], index: int) -> tuple[list[CropArray], Part]
         sources.append(source)
     map_, places = join(maps)
     grown = any(len(p) > int(m.max()) + 1 for p, m in zip(places, maps))
+    # Combinations of entries are as many as the crops' own arrays have.
     if grown and len(places[0]) * costs.WORTH > map_.size:
         return _joined([own_along(value, {grid}) for value in values], index)
     values = list(values)

@@ -191,6 +191,8 @@ class Interpreter:
             return [v.data for v in found[-1]]
 
         datas = [value.data for value in rest]
+        # lax.switch returns arrays alone: their parts come from tracing a branch
+        # before.
         jax.eval_shape(look, *datas)
         outs = lax.switch(array_of(which), [data(b) for b in branches], *datas)
         return [v.replace(data=out) for v, out in zip(found[-1], outs)]
@@ -198,7 +200,7 @@ class Interpreter:
     def _with_rule(
         self, eqn: Equation, body: Any, values: Sequence[CropArray]
     ) -> list[CropArray]:
-        """An elementwise function with a derivative rule of its own, which is kept."""
+        """Evaluate an elementwise function, and keep its own derivative rule."""
         together, parts, ranks = aligned(values)
         shape = next(
             (v.aval.shape for v in eqn.invars if getattr(v.aval, "shape", ())), ()
@@ -248,7 +250,7 @@ def _in_blocks(
 
 
 def _is_elementwise(jaxpr: Any) -> bool:
-    """Whether each entry of the outputs comes from the same entry of the inputs."""
+    """Return whether each output entry comes from the same entry of the inputs."""
     body, _ = opened(jaxpr)
     shapes = {v.aval.shape for v in body.invars}
     if len(shapes) != 1:
@@ -329,7 +331,7 @@ def _with_fronts(data: Any, fronts: tuple[Grid, ...]) -> CropArray:
 
 
 def _everywhere(value: CropArray, grids: set[Grid]) -> CropArray:
-    """An array for each crop along all of these axes, also where they are the same."""
+    """Return a value with an array for each crop along all of these axes."""
     raise_ = sorted(grids - set(value.fronts))
     if raise_:
         raise NotSharedError("branches whose results depend on the image or do not")

@@ -100,7 +100,7 @@ def _reverse(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
 
 
 def _picked(value: CropArray, dim: int, places: Map) -> CropArray:
-    """Some entries of an axis; of a shared one the crops just see less."""
+    """Pick entries of an axis; of a shared one, crops just see fewer."""
     if len(value.groups[dim]) != 1:
         value = merged(value, dim)
     index = sum(value.ranks[:dim])
@@ -137,6 +137,8 @@ def _pad(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
             data = lax.pad(value.data, number, widths)
             parts[index] = Part(data.shape[axis])
         else:
+            # One entry of padding behind the axis serves all crops: their maps point to
+            # it.
             widths[axis] = (0, 1, 0)
             data = lax.pad(value.data, number, widths)
             size = value.data.shape[axis]

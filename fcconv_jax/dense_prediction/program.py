@@ -113,7 +113,7 @@ class AllCrops:
 
     @functools.cached_property
     def _shared(self) -> tuple[Any, Counter[str]]:
-        """The trace of the shared program, and why sharing stopped."""
+        """Trace of the shared program, and the reasons why sharing stopped."""
         left: Counter[str] = Counter()
         run = functools.partial(self._outputs, False, left=left)
         operands = (*jax.tree.leaves(self.leaves), self.images)
@@ -148,7 +148,7 @@ class AllCrops:
 
 
 def crop_sharding(images: Any, axes: Sequence[int]) -> NamedSharding | None:
-    """Placement of a crop on an Explicit mesh: whole along the axes that slide."""
+    """Return a crop's placement on an Explicit mesh: whole along the sliding axes."""
     aval = images if isinstance(images, jax.ShapeDtypeStruct) else jax.typeof(images)
     sharding = getattr(aval, "sharding", None)
     if not isinstance(sharding, NamedSharding) or not _is_explicit(sharding):
@@ -198,7 +198,7 @@ def image_value(
     axes: Sequence[int],
     padded_outside: bool = False,
 ) -> CropArray:
-    """Images, as what their crops share."""
+    """Return images as a value that their crops share."""
     parts = [Part(size) for size in images.shape]
     for index, (axis, size, step) in enumerate(zip(axes, window, stride)):
         map_ = crops(images.shape[axis], size, step)

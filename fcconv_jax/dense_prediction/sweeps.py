@@ -67,6 +67,7 @@ def lay_out(
         return value, Sweep(dim, dim, [layout], part.grid)
     layouts = window_passes(part.map, size, extent, stride, padding, holes)
     least = min(layout.outputs for layout in layouts)
+    # Crops have hardly more windows of their own: sharing would copy for nothing.
     if least * costs.WORTH > layouts[0].map.size:
         return own_arrays(value, part.grid), None
     return value, Sweep(dim, dim, layouts, part.grid)

@@ -62,13 +62,14 @@ def _made(bound: BoundModel, to: Any, rules: Sequence[Rule], *usual: Rule) -> Pl
     try:
         return bound.plan(to, (*rules, *usual), "any")
     except PlanError as error:
+        # The usual rule may match nothing; those of the user must match.
         if usual and "matches no linear layer" in str(error) and "'*'" in str(error):
             return bound.plan(to, rules, "any")
         raise
 
 
 def _legal(to_conv: Plan, ones: Plan, chip: Chip) -> Plan:
-    """Windows that the chip lacks as 1x1, where that is another way to say them."""
+    """Return a plan that has 1x1 for windows that the chip lacks, where both exist."""
     layers = [
         (path, _better_window(path, layer, ones, chip))
         for path, layer in to_conv.layers
@@ -103,7 +104,7 @@ def _mixed(to_conv: Plan, ones: Plan, to_dense: Plan, chip: Chip) -> Plan:
 
 
 def _choice(path: str, layer: LayerPlan, chip: Chip, place: Place, own: Any) -> str:
-    """The form that a chip takes a layer in: legal, then preferred, then its own."""
+    """Return a layer's form for a chip: legal, then preferred, then its own."""
     forms = ("conv", "dense")
     broken = {form: len(chip.breaks(as_layer(path, layer, form))) for form in forms}
     order = [*chip.order(place), own, *forms]
@@ -149,7 +150,7 @@ def _features(layer: LayerPlan) -> int:
 
 
 def _dense_shapes(layer: LayerPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Input and output of the dense form."""
+    """Return the shapes of input and output in the dense form."""
     if layer.to == "conv":
         x = layer.dense_input_shape()
         return x, (*x[:-1], _features(layer) // layer.groups)
@@ -161,7 +162,7 @@ def _dense_shapes(layer: LayerPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
 
 
 def _conv_shapes(layer: LayerPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
-    """Input and output of the conv form, with two spatial axes."""
+    """Return those of the conv form, with two spatial axes."""
     out = _features(layer)
     if layer.to == "dense":
         rank = len(layer.window)

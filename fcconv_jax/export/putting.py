@@ -24,6 +24,7 @@ def folder_for(path: Path) -> Iterator[Path]:
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
+        # Entered by hand: an OSError of the body isn't one of the folder.
         made = workspace(path)
         folder = made.__enter__()
     except OSError as error:

@@ -1,4 +1,4 @@
-"""How large a file is, or the files in a folder."""
+"""Size of a file, or of the files in a folder."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from pathlib import Path
 
 
 def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder.
+    """Return the bytes of a file, or of all files in a folder.
 
     Example:
       >>> size_of(Path(__file__)) > 0

@@ -82,7 +82,7 @@ class _Model:
         self._mirrors: dict[Parts, bool] = {}
 
     def holds(self, path: Parts) -> bool:
-        """Whether a leaf is one of the params."""
+        """Return whether a leaf is one of the params."""
         return any(path[: len(base)] == base for base in self.bases)
 
     def owner(self, path: Parts) -> tuple[Parts | None, bool]:
@@ -133,7 +133,7 @@ class _Model:
         )
 
     def _is_ours(self, group: Parts, path: Parts) -> bool:
-        """Whether an optimizer's state is of this model, if there are others."""
+        """Return whether an optimizer's state is of this model, if there are others."""
         here = {_root(base) for base in self.bases}
         others = {
             _root(found[: found.index("params") + 1])
@@ -168,7 +168,7 @@ def _is_optimizer(path: Parts) -> bool:
 
 
 def _root(base: Parts) -> Parts:
-    """The levels above a model's variables."""
+    """Return the levels above a model's variables."""
     return base[:-1] if base[-1:] == ("params",) else base
 
 
@@ -191,7 +191,7 @@ def alike(one: Mapping[Parts, Leaf], other: Mapping[Parts, Leaf]) -> bool:
 
 
 def _unlike(one: Mapping[Parts, Leaf], other: Mapping[Parts, Leaf]) -> str:
-    """The first leaf in which a tree differs from another."""
+    """Describe the first leaf in which a tree differs from another."""
     for path in (*other, *one):
         name = "/".join(path)
         if path not in one:

@@ -193,6 +193,8 @@ def _handler(scratch: Path, like: Storage, advance: Advance) -> Any:
             args = args or [th.SaveArgs()] * len(values)
             for batch in _batches(values):
                 arrays = [_materialised(values[i], scratch) for i in batch]
+                # A chunk is written and read whole: one for all of a large array would
+                # be in memory.
                 restore_args = [
                     dataclasses.replace(args[i], chunk_byte_size=LARGE)
                     if values[i].nbytes > LARGE

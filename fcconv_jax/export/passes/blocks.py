@@ -10,7 +10,7 @@ from ..graph import VIEWS, Graph, Node
 
 
 def find_blocks(graph: Graph, images: Literal["first", "last"]) -> bool:
-    """Return chains of views that move blocks of pixels to channels, or back.
+    """Replace chains of views that move blocks of pixels to channels, or back.
 
     Args:
       graph: whose nodes are replaced, in place.
@@ -39,7 +39,7 @@ def find_blocks(graph: Graph, images: Literal["first", "last"]) -> bool:
 def _block(
     shape: tuple[int, ...], chain: list[Node], images: str
 ) -> tuple[str, dict[str, Any]] | None:
-    """The operation with the effect of a chain of views, if there is one."""
+    """Return the operation with the effect of a chain of views, if there is one."""
     made = chain[-1].out.shape
     axes = (1, 2) if images == "last" else (2, 3)
     grown = [made[axis] / shape[axis] for axis in axes]

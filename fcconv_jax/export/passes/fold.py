@@ -41,6 +41,7 @@ def _fold_one(graph: Graph, changed: dict[Node, Folded]) -> bool:
                 # Attention scales its queries behind their split into heads. Folding
                 # that number saves one cheap operation and rounds the whole kernel,
                 # which tripled the error of MiniLM: so features must be kept together.
+                # A power of two (frexp: 0.5) rounds nothing.
                 if axis is None and abs(np.frexp(scale[0])[0]) != 0.5:
                     axis = len(x.shape) - 1
                 layer = _layer_before(x, axis, makers, uses)
@@ -65,7 +66,7 @@ def _fold_one(graph: Graph, changed: dict[Node, Folded]) -> bool:
 def _affine(
     node: Node,
 ) -> tuple[Value, int | None, np.ndarray, np.ndarray] | None:
-    """The operand of ``x * scale + shift``, its axis (None of numbers), the factors."""
+    """Return x, axis (None of numbers), scale and shift of ``x * scale + shift``."""
     if node.op not in _AFFINE or node.out.dtype.kind != "f":
         return None
     for x, by in (node.inputs, node.inputs[::-1]):
@@ -93,7 +94,7 @@ def _affine(
 def _layer_before(
     value: Value, axis: int | None, makers: dict[Value, Node], uses: dict[Value, int]
 ) -> Node | None:
-    """The layer whose features an axis of a value is, but for views between."""
+    """Return the layer whose features an axis of a value holds, seen through views."""
     while uses[value] == 1 and (maker := makers.get(value)):
         if maker.op in ("conv", "dense"):
             return maker if axis in (None, _features(maker, maker.out)) else None
@@ -116,7 +117,7 @@ def _layer_after(
     readers: dict[Value, Node],
     uses: dict[Value, int],
 ) -> Node | None:
-    """The layer that sums over an axis of a value, but for views and pads between."""
+    """Return the layer that sums over a value's axis, seen through views and pads."""
     while uses[value] == 1 and (reader := readers.get(value)):
         if reader.inputs[0] is not value:
             break
@@ -142,13 +143,13 @@ def _layer_after(
 
 
 def _features(layer: Node, value: Value) -> int:
-    """The axis of a layer's features, which comes last but in programs of JAX."""
+    """Return the axis of a layer's features: the last one, except in JAX programs."""
     side = "before" if value is layer.inputs[0] else "after"
     return layer.attrs.get(side, len(value.shape) - 1)
 
 
 def _same_axis(shape: tuple[int, ...], axis: int, other: tuple[int, ...]) -> int | None:
-    """Where a reshape has an axis, if it keeps it."""
+    """Return where a reshape puts an axis; None if it doesn't keep it."""
     before = math.prod(shape[:axis])
     for i, n in enumerate(other):
         if n == shape[axis] and math.prod(other[:i]) == before:

@@ -62,7 +62,7 @@ def find_layer_norms(graph: Graph) -> bool:
 
 
 def _with_vector(node: Node, norm: Node) -> bool:
-    """Make a norm's scale or its shift of a factor or a term behind it."""
+    """Turn a factor or a term behind a norm into its scale or its shift."""
     if node.op not in ("mul", "add") or node.inputs[1].data is None:
         return False
     vector, features = node.inputs[1], norm.out.shape[-1]
@@ -81,7 +81,7 @@ def _with_vector(node: Node, norm: Node) -> bool:
 def _layer_norm(
     node: Node, makers: Mapping[Value, Node]
 ) -> tuple[Value, Value | None, float] | None:
-    """The x of a layer norm, its scale, and its epsilon."""
+    """Return the x of a layer norm, its scale, and its epsilon."""
     above, below = _product(node, makers)
     scale = None
     for centred in above:
@@ -117,7 +117,7 @@ def _layer_norm(
 def _product(
     node: Node, makers: Mapping[Value, Node]
 ) -> tuple[list[Value], list[Value]]:
-    """The values that are multiplied, and those that they are divided by."""
+    """Return the factors of a product, and the divisors."""
     above: list[Value] = []
     below: list[Value] = []
     for place, value in enumerate(node.inputs):
@@ -142,7 +142,7 @@ def _behind(value: Value, makers: Mapping[Value, Node]) -> Node | None:
 
 
 def _mean(value: Value, makers: Mapping[Value, Node]) -> Value | None:
-    """The x of a mean over the last axis."""
+    """Return the x of a mean over the last axis."""
     node = _behind(value, makers)
     if node is None or node.op != "reduce_mean":
         return None
@@ -158,7 +158,7 @@ def _square(value: Value | None, makers: Mapping[Value, Node]) -> Value | None:
 
 
 def _is_variance(value: Value, x: Value, makers: Mapping[Value, Node]) -> bool:
-    """Whether a value is the variance of x, in one pass over it or in two."""
+    """Return whether a value is the variance of x, in one pass over it or in two."""
     node = _behind(value, makers)
     if node is not None and node.op in ("max", "relu"):  # against rounding below 0
         bounds = [v for v in node.inputs if v.data is not None]

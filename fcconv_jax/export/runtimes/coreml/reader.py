@@ -57,6 +57,7 @@ class CoreMlFile(Shipped):
         try:
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore")
+                # Not loaded: that compiles the model by Core ML, which only macOS has.
                 self.model = ct.models.MLModel(str(path), skip_model_load=True)
                 self.spec = self.model.get_spec()
                 self.program = load.load(
