@@ -208,6 +208,7 @@ def _open_npy(part: Path, grid: Grid) -> Any:
         except OSError:
             part.unlink()
             raise
+        # Not before: allocating may write zeros from the file's start.
         opened.write(header.getbuffer())
     return np.memmap(part, grid.dtype, "r+", start, grid.shape)
 

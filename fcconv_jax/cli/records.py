@@ -118,6 +118,7 @@ def spread(command: Callable[..., None]) -> Callable[..., None]:
             values[name] = record(**{field: values.pop(field) for field in fields})
         command(**values)
 
+    # Without them Typer reads the command's own, to which `wraps` refers.
     call.__annotations__ = {each.name: each.annotation for each in parameters}
     vars(call)["__signature__"] = inspect.Signature(parameters)
     return call
