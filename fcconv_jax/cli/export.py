@@ -162,7 +162,8 @@ def _read_arrays(file: Path) -> list[Any]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return [arrays[name] for name in arrays.files]
-    except (OSError, ValueError, AttributeError, EOFError, zipfile.BadZipFile) as error:
+    # A .npy file loads as an array, which is no context manager: TypeError.
+    except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArgumentError(
             f"--calibrate: expected a file of np.savez, got {file} ({error})"
         ) from None

@@ -50,6 +50,10 @@ def test_a_missing_folder_is_made(command):
             "--calibrate: expected a file of np.savez, got file",
         ),
         (
+            "export late.py:Net --out m.tflite --int8 --calibrate canvas.npy",
+            "--calibrate: expected a file of np.savez, got canvas.npy",
+        ),
+        (
             "slide late.py:Net canvas.npy --params ckpt --window 8x8 --out grid.txt",
             "--out: expected a file that ends in .npy, .zarr, .tif, .tiff, got "
             "grid.txt",
