@@ -69,7 +69,7 @@ def compare(network: str, suffix: str, peer: str) -> dict[str, Any]:
         runs = {form: file.runner(image) for form, file in files.items()}
         counts = {form: sum(file.ops().values()) for form, file in files.items()}
         moves = {form: file.moves() for form, file in files.items()}
-        found = race(runs, _SECONDS, opponents=list(runs))
+        found = race(runs, _SECONDS, opponents=[peer])
         ms = found["milliseconds"]
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
         more = 1 if suffix == ".tflite" else 0
