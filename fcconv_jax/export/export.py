@@ -168,6 +168,7 @@ def export(
     bound = bind(model, params, *inputs, **kwargs)
     check_options(export, bound)
     bound.check_inference()
+    bound.check_library()
     call = _Call(bound, target, made_for, unroll, fold, any_batch)
     with (
         default_settings(),

@@ -369,6 +369,14 @@ class BoundModel(abc.ABC):
         """
         return  # Flax and Haiku refuse by themselves; adapters run for inference.
 
+    def check_library(self) -> None:
+        """Refuse a model that is not run as its own library runs it.
+
+        Raises:
+          PlanError: names where the two part, and the way round.
+        """
+        return  # JAX runs all others by itself.
+
     def program(self) -> Program:
         """The call as it is compiled: inputs are arguments, not constants."""
         return Program(self.call, (self.variables, self.arrays))

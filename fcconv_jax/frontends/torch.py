@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 from jaxtyping import PyTree
 
@@ -25,6 +26,7 @@ from ..plan import Form, Plan
 from ..plan.rules import Rule
 from ..tracing.marks import name_output
 from .held import BoundHeld, ConvertedModel
+from .torch_agreement import as_numpy, as_tensors, recording, require_agreement
 
 # Type checkers take "import torch" for this very file where PyTorch is not installed.
 torch: Any = import_module("torch")
@@ -153,6 +155,40 @@ class BoundTorch(BoundHeld):
             for each in hooks:
                 each.remove()
 
+    def check_library(self) -> None:
+        """Compare with PyTorch's own result, where there are values."""
+        variables, arrays = self.variables, self.arrays
+        leaves = jax.tree.leaves((variables, arrays))
+        present = all(isinstance(leaf, jax.Array | np.ndarray) for leaf in leaves)
+        if isinstance(self.model, ConvertedModel) or not present:
+            return
+
+        def by_torchax(record: bool) -> dict[str, Any]:
+            def run(variables: PyTree, arrays: Any) -> dict[str, Any]:
+                with recording(self.model, record) as found:
+                    out = self.output(variables, arrays)
+                return {**_environment().t2j_iso(found), "": out}
+
+            with jax.default_matmul_precision("highest"):
+                return jax.jit(run)(variables, arrays)
+
+        def by_torch(wide: bool) -> Callable[[bool], dict[str, Any]]:
+            def run(record: bool) -> dict[str, Any]:
+                merged = {**variables["params"], **variables["state"]}
+                call = (merged, *self._arguments(None))
+                values, args, kwargs = as_tensors(call, wide)
+                with torch.no_grad(), recording(self.model, record) as found:
+                    out = torch.func.functional_call(
+                        self.model, values, args, kwargs, tie_weights=False
+                    )
+                return {
+                    p: _as_tree(x, as_numpy) for p, x in (*found.items(), ("", out))
+                }
+
+            return run
+
+        require_agreement(self.model, by_torchax, by_torch)
+
 
 def _require_eval(model: Any) -> None:
     for wrapper, inner in (
@@ -268,18 +304,21 @@ def _as_arrays(tree: PyTree) -> Any:
     return jax.tree.map(as_array, tree)
 
 
-def _as_tree(out: Any) -> Any:
+def _as_tree(out: Any, leaf: Callable[[Any], Any] | None = None) -> Any:
     """Return an output as JAX takes it: transformers' as the dicts that they are."""
     if isinstance(out, torch.Tensor):
-        return _environment().t2j_iso(out)
+        return _environment().t2j_iso(out) if leaf is None else leaf(out)
     if isinstance(out, Mapping):
-        return {name: _as_tree(x) for name, x in out.items() if x is not None}
+        return {name: _as_tree(x, leaf) for name, x in out.items() if x is not None}
     if isinstance(out, tuple) and hasattr(out, "_fields"):
-        return type(out)(*map(_as_tree, out))
+        return type(out)(*(_as_tree(x, leaf) for x in out))
     if dataclasses.is_dataclass(out):
-        return _as_tree({f.name: getattr(out, f.name) for f in dataclasses.fields(out)})
+        fields = {f.name: getattr(out, f.name) for f in dataclasses.fields(out)}
+        return _as_tree(fields, leaf)
     if isinstance(out, list | tuple):  # such as what Tensor.topk returns
-        return (list if isinstance(out, list) else tuple)(map(_as_tree, out))
+        return (list if isinstance(out, list) else tuple)(
+            _as_tree(x, leaf) for x in out
+        )
     if out is None or isinstance(out, jax.Array | bool | int | float | complex):
         return out
     raise TypeError(

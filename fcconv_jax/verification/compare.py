@@ -115,6 +115,8 @@ def compare(
     with default_settings(), shown(progress) as show:
         first = bind_called(f, f_args, f_kwargs or {})
         second = bind_called(g, second_args, second_kwargs or {})
+        for each in (first, second):
+            each.check_library()
         return _compare(first, second, gradients, values_only, show)
 
 

@@ -154,6 +154,7 @@ def verify(
     with default_settings(), shown(progress) as show:
         bound = bind(model, params, *inputs, **kwargs)
         check_options(verify, bound)
+        bound.check_library()
         if plan is None:
             show("planning", 0, 1)
             plan = bound.plan(to)

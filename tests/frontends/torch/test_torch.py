@@ -303,3 +303,53 @@ def test_an_exported_module(net):
     np.testing.assert_allclose(
         fc.convert_model(exported, plan)(X), net(X).detach(), atol=1e-5
     )
+
+
+class Deep(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.first = torch.nn.Sequential(torch.nn.Linear(5, 6), torch.nn.ReLU(True))
+        self.second = torch.nn.Sequential(torch.nn.Linear(6, 4), torch.nn.Softplus())
+
+    def forward(self, x):
+        y = self.second(self.first(x))
+        return {"y": y, "at": y.argmax(1)}
+
+
+def wrong_softplus(env):
+    def softplus(x, beta=1, threshold=20):
+        del beta, threshold
+        return x * 1.5
+
+    env.override_op_definition(torch.ops.aten.softplus, softplus)
+
+
+@pytest.mark.parametrize(
+    ("how", "dtype"),
+    [
+        ("verify", torch.bfloat16),
+        ("compare", torch.float32),
+        ("export", torch.float64),
+    ],
+)
+def test_a_fault_of_torchax_is_named(how, dtype, monkeypatch, tmp_path):
+    torch.manual_seed(0)
+    net, x = Deep().eval().to(dtype), torch.randn(3, 5, dtype=dtype)
+
+    def run():
+        if how == "export":
+            return fc.export(net, x, path=tmp_path / "a.stablehlo", progress=False)
+        if how == "compare":
+            return fc.compare(net, net, [x], progress=False)
+        return fc.verify(net, x, progress=False)
+
+    assert run().passed
+    from fcconv_jax.frontends import torch as frontend  # needs PyTorch
+
+    made = frontend._environment.__wrapped__()
+    wrong_softplus(made)
+    monkeypatch.setattr(frontend, "_environment", lambda: made)
+    with pytest.raises(
+        fc.PlanError, match=r"torchax.*'second\.1' \(Softplus\).*export"
+    ):
+        run()
