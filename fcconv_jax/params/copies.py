@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 
 from ..messages.errors import PlanError
@@ -23,6 +24,8 @@ def copies(
 ) -> Iterator[tuple[Parts, Move]]:
     """Yield the leaves outside of the params that follow planned ones."""
     model = _Model(leaves, bases, wanted, chosen)
+    if not chosen:
+        model.refuse_lists()
     for path, leaf in leaves.items():
         if model.holds(path) or not leaf.shape:
             continue
@@ -154,6 +157,24 @@ class _Model:
             f"leaf {self.leaves[path].name!r} may follow the params of several models. "
             "Save the one you mean as a checkpoint of its own"
         )
+
+    def refuse_lists(self) -> None:
+        """Refuse a list of the params' leaves, which have no names to move them by."""
+        lists: dict[Parts, list[Leaf]] = {}
+        for path, leaf in self.leaves.items():
+            if path[-1:] and path[-1].isdecimal() and not self.holds(path):
+                lists.setdefault(path[:-1], []).append(leaf)
+        # A checkpoint keeps another order than a tree in memory.
+        shapes = Counter(leaf.shape for leaf in self.inner.values())
+        for group, found in lists.items():
+            if Counter(leaf.shape for leaf in found) == shapes:
+                raise PlanError(
+                    f"{'/'.join(group)!r} is a list of {len(found)} leaves with the "
+                    "shapes of the params, and may be a copy of them. Store it as a "
+                    "tree like them, jax.tree.unflatten(jax.tree.structure(params), "
+                    "leaves), or pass prefix= (--prefix), the levels above the params "
+                    "to convert, if it is none"
+                )
 
     def may_hold_entries(self, path: Parts, shape: Shape) -> bool:
         """Whether an array of no parameter may hold several, and would have to move."""

@@ -3,9 +3,10 @@ import optax
 import pytest
 from flax import serialization
 
+from fcconv_jax import convert_params
 from fcconv_jax.checkpoints import convert_checkpoint
 from fcconv_jax.geometry.kernels import kernel_rearrangement
-from fcconv_jax.messages.errors import CheckpointError
+from fcconv_jax.messages.errors import CheckpointError, PlanError
 from fcconv_jax.plan import LayerPlan, Plan
 
 
@@ -149,4 +150,18 @@ def test_one_vector_of_what_keeps_its_order_stays_right(tmp_path):
 )
 def test_other_arrays_stay(converted, extra):
     tree = {"params": {**params(), "norm": {"scale": np.ones(9, np.float32)}}, **extra}
+    assert converted(tree) == {"params/fc", "params/out"}
+
+
+@pytest.mark.parametrize("order", [1, -1])
+def test_a_copy_without_names_is_refused(converted, order):
+    leaves = [layer["kernel"] for layer in params(1).values()][::order]
+    tree = {"params": params(), "ema": leaves}
+    with pytest.raises(CheckpointError, match="'ema' is a list of 2 leaves"):
+        converted(tree)
+    with pytest.raises(PlanError, match="'ema' is a list of 2 leaves"):
+        convert_params(tree, PLAN)
+    assert converted(tree, prefix="params") == {"params/fc", "params/out"}
+    # Lists of anything else stay.
+    tree["ema"] = [leaves[0], leaves[0]]
     assert converted(tree) == {"params/fc", "params/out"}
