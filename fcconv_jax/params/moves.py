@@ -114,15 +114,33 @@ def check_converted(shapes: Mapping[str, Sequence[int]], plan: Plan) -> None:
       plan: the plan that the params should have gone through.
 
     Raises:
-      PlanError: names the first that is not converted.
+      PlanError: names the first that is not converted, or is another model's.
     """
-    for path, layer in plan.items():
-        key = join_path(path, layer.leaves[0][0])
-        source = layer.kernel.source
-        if source == layer.kernel.target or key not in shapes:
+    kernels = {
+        join_path(path, layer.leaves[0][0]): layer
+        for path, layer in plan.items()
+        if layer.leaves[0][0] not in layer.tied  # may be stored under the owner alone
+    }
+    # One method of a model may be called with its part of the params.
+    if kernels and not kernels.keys() & shapes.keys():
+        raise PlanError(
+            f"Expected params with {next(iter(kernels))!r}, which the plan converts, "
+            f"got {sorted(shapes)[:5]}. Pass this model's own plan, made by "
+            "make_plan(model, *inputs), to convert_model."
+        )
+    for key, layer in kernels.items():
+        if key not in shapes:
             continue
-        if inner_shape(shapes[key], layer.stack_axes, source) == source:
+        shape = tuple(shapes[key])
+        source, target = layer.kernel.source, layer.kernel.target
+        if inner_shape(shape, layer.stack_axes, target) == target:
+            continue
+        if inner_shape(shape, layer.stack_axes, source) == source:
             raise PlanError(
-                f"params {key!r} have shape {tuple(shapes[key])}: they are not "
+                f"params {key!r} have shape {shape}: they are not "
                 "converted yet; pass convert_params(params, plan)"
             )
+        raise PlanError(
+            f"Expected params {key!r} of shape {target}, got {shape}. Pass this "
+            "model's own plan, made by make_plan(model, *inputs), to convert_model."
+        )

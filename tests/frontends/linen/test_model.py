@@ -171,6 +171,32 @@ def test_unconverted_params_are_refused_by_name():
         CONV.bind(MOVED)
 
 
+class Head(nn.Module):
+    layer: str
+    features: int
+
+    @nn.compact
+    def __call__(self, x):
+        return nn.Dense(self.features, name=self.layer)(x)
+
+
+@pytest.mark.parametrize(
+    ("model", "message"),
+    [
+        (Head("other", 5), "Expected params with 'fc/kernel'"),
+        (Head("fc", 6), r"'fc/kernel' of shape \(1, 4, 5\), got \(4, 6\)"),
+    ],
+)
+def test_a_plan_of_another_model_is_refused_by_name(model, message):
+    x = jnp.ones((2, 4))
+    conv = fc.convert_model(model, fc.make_plan(Head("fc", 5), x))
+    variables = model.init(jax.random.key(0), x)
+    with pytest.raises(fc.PlanError, match=message):
+        conv.apply(variables, x)
+    with pytest.raises(fc.PlanError, match="fc/kernel"):
+        conv.init(jax.random.key(0), x)
+
+
 def test_no_weight_matmul_is_left():
     jaxpr = str(jax.make_jaxpr(CONV.apply)(MOVED, X))
     assert jaxpr.count("conv_general_dilated") == 3
