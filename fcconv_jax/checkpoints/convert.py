@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ..messages.errors import CheckpointError
+from ..messages.flags import check_flags
 from ..messages.progress import ProgressOption, shown
 from ..plan import Plan, in_words
 from .checkpoint import (
@@ -106,6 +107,7 @@ def convert_checkpoint(
       ...     convert_checkpoint(src, dst, Plan("conv", (("fc", fc),))).converted
       (('fc/kernel', (8, 3), (2, 2, 2, 3)),)
     """
+    check_flags(all_steps=all_steps)
     options = RewriteOptions(overwrite, progress, check, dry_run, follow_links)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
 
@@ -182,6 +184,7 @@ def restore_checkpoint(
       ...     fc.restore_checkpoint(dst, Path(folder, "again.msgpack")).converted
       (('fc/kernel', (2, 2, 1, 3), (4, 3)),)
     """
+    check_flags(all_steps=all_steps)
     options = RewriteOptions(overwrite, progress, check, dry_run, follow_links)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
 

@@ -10,6 +10,7 @@ from types import MappingProxyType
 
 from ..files.install import install, sync, workspace
 from ..messages.errors import CheckpointError
+from ..messages.flags import check_flags
 from .detect import PathLike, detect, full_path
 from .formats import FolderFormat
 from .walk import foreign_files, regular_files
@@ -47,6 +48,7 @@ def check_free(
       CheckpointError: something is there; or it may be replaced, and is more than a
         checkpoint.
     """
+    check_flags(overwrite=overwrite)
     if os.path.lexists(path):
         if not overwrite:
             raise _exists(path)

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from ..messages.errors import CheckpointError
+from ..messages.flags import check_flags
 from ..messages.progress import Progress, ProgressOption, shown
 from .checkpoint import Checkpoint, CheckpointReport, iter_leaves
 from .content import Difference, differences
@@ -37,6 +38,14 @@ class RewriteOptions:
     check: bool
     dry_run: bool
     follow_links: bool
+
+    def __post_init__(self) -> None:
+        check_flags(
+            overwrite=self.overwrite,
+            check=self.check,
+            dry_run=self.dry_run,
+            follow_links=self.follow_links,
+        )
 
 
 class ByteCount:

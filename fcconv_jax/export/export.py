@@ -18,6 +18,7 @@ from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
 from ..frontends.options import check_options
 from ..messages.errors import ExportError
+from ..messages.flags import check_flags
 from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
@@ -131,6 +132,7 @@ def export(
         ...
       fcconv_jax.messages.errors.ExportError: Expected a path that ends in one of ...
     """
+    check_flags(fold=fold, any_batch=any_batch, compare=compare)
     form = to
     if not isinstance(path, str | Path) or "\0" in str(path):
         raise ExportError(

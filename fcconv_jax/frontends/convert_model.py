@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
 import flax.linen as nn
 
 from ..messages.errors import PlanError
+from ..messages.flags import check_flags
 from ..plan import Plan
 from .bind import frontend_of
 from .function.model import ConvertedFunction
@@ -69,6 +70,7 @@ def convert_model(model: object, plan: Plan, *, inplace: bool = False) -> Any:
       >>> bool((y == model.apply(variables, x)).all())
       True
     """
+    check_flags(inplace=inplace)
     if not isinstance(plan, Plan):
         raise PlanError(
             f"Expected a Plan, got {type(plan).__name__}. Pass what make_plan returns."

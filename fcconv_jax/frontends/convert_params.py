@@ -8,6 +8,7 @@ from typing import Any, TypeVar
 from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
+from ..messages.flags import check_flags
 from ..params.moves import map_leaves
 from ..plan import Plan
 from .bind import frontend_of_instance
@@ -65,6 +66,7 @@ def convert_params(
       >>> fc.convert_params(variables, plan)["params"]["kernel"].shape
       (1, 4, 3)
     """
+    check_flags(strict=strict)
     _refuse_model(params)
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
     parts = [tuple(filter(None, each.split("/"))) for each in prefixes]

@@ -13,6 +13,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
+from ..messages.flags import check_flags
 from .convolution import (
     Case,
     ConvGeometry,
@@ -69,6 +70,7 @@ def classify(
       >>> classify((14, 14), 16, strides=16, transposed=True).case
       'unpatchify'
     """
+    check_flags(transposed=transposed)
     if transposed:
         if any(d != 1 for d in per_dimension("input_dilation", input_dilation, None)):
             raise ValueError(

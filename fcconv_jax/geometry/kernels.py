@@ -13,6 +13,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import Shaped
 
+from ..messages.flags import check_flags
 from ..versions import check_bits
 from .meshes import reshape
 from .windows import per_dimension, single
@@ -157,6 +158,7 @@ def kernel_rearrangement(
       >>> kernel_rearrangement((12, 5), (2, 2)).target
       (2, 2, 3, 5)
     """
+    check_flags(transposed=transposed)
     dense_shape = tuple(dense_shape)
     window = per_dimension("kernel_size", kernel_size, None)
     groups = single("groups", groups)

@@ -12,6 +12,7 @@ from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..messages.errors import PlanError
+from ..messages.flags import check_flags
 from ..plan import Plan
 from .leaves import flatten_with_path, is_leaf_node
 from .move import Move
@@ -74,6 +75,7 @@ def convert_opt_state(
     """
     import optax
 
+    check_flags(check=check)
     if not callable(getattr(tx, "init", None)):
         raise PlanError(
             f"Expected tx= as an optax.GradientTransformation, got "

@@ -13,6 +13,7 @@ from typing import Any, get_args
 
 from ..geometry.reasons import PHASES
 from ..messages.errors import PlanError
+from ..messages.flags import check_flags
 from .layer import Form, KernelLayout, LayerPlan, Layout
 
 _SYNTAX = (
@@ -62,6 +63,9 @@ class Rule:
     to: Form | None = None
     groups: int | None = None
     phases: bool = False
+
+    def __post_init__(self) -> None:
+        check_flags(skip=self.skip, phases=self.phases)
 
     @classmethod
     def parse(cls, text: str) -> Rule:

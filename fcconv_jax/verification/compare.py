@@ -15,6 +15,7 @@ from jaxtyping import PyTree
 from ..backends.default_settings import default_settings
 from ..frontends.bind import bind_called
 from ..frontends.bound import BoundModel
+from ..messages.flags import check_flags
 from ..messages.progress import Progress, ProgressOption, shown
 from ..tracing.jaxprs import opened
 from ..tracing.marks import named_outputs
@@ -104,6 +105,9 @@ def compare(
       >>> compare(total, lambda x: x.mean(0), [x], progress=False).verdict
       'different functions'
     """
+    check_flags(values_only=values_only)
+    if gradients is not None:  # where they cost little
+        check_flags(gradients=gradients)
     second_args = f_args if g_args is None else g_args
     second_kwargs = f_kwargs if g_kwargs is None else g_kwargs
     for name, given in (("f_args", f_args), ("g_args", second_args)):

@@ -22,6 +22,7 @@ from ..frontends.bind import bind
 from ..frontends.bound import BothForms, BoundModel
 from ..frontends.options import check_options
 from ..messages.errors import BackendError
+from ..messages.flags import check_flags
 from ..messages.progress import Progress, ProgressOption, shown
 from ..params.moves import map_leaves
 from ..plan import Form, Plan
@@ -150,6 +151,7 @@ def verify(
       >>> report.passed, report.digits > 12
       (True, True)
     """
+    check_flags(gradients=gradients)
     chosen = _resolve_all(backends)
     with default_settings(), shown(progress) as show:
         bound = bind(model, params, *inputs, **kwargs)
