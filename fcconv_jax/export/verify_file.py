@@ -95,6 +95,7 @@ def verify_file(
         if model is not None:
             bound = bind(model, params, *inputs, **kwargs)
             check_options(verify_file, bound)
+            bound.check_library()
             variables = bound.variables
             reference, notes = reference_of(bound)
         else:
