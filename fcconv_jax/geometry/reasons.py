@@ -122,12 +122,14 @@ def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
     )
     need = d.kernel - 1
     what = "crops" if d.low + d.high < 2 * need else "enlarges or shifts"
+    # Behind a single input, VALID leaves room for a stride beyond the kernel.
+    valid = "VALID, which is" if d.holes <= d.kernel else "of"
     return (
         f"Padding {(d.low, d.high)} around the spaced inputs {what} the output of "
         f"dimension {i}: it has {d.output} entries, the windows fill "
         f"{d.size * d.kernel}.",
-        f"Use padding VALID, which is {(need, need)} here, and slice or pad the "
-        f"output. {PHASES}",
+        f"Use padding {valid} {(need, need)} here, and slice or pad the output. "
+        f"{PHASES}",
     )
 
 

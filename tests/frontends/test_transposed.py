@@ -192,6 +192,59 @@ def test_stacked_layers(lift):
     assert fc.verify(stack, variables, x, plan=plan, progress=False).passed
 
 
+@pytest.mark.parametrize("lift", [nnx.vmap, nnx.scan])
+def test_stacked_nnx_layers(lift):
+    @nnx.split_rngs(splits=3)
+    @nnx.vmap(in_axes=0, out_axes=0)
+    def stacked(rngs):
+        return nnx.ConvTranspose(4, 4, (2, 3), (2, 3), padding="VALID", rngs=rngs)
+
+    class Stack(nnx.Module):
+        def __init__(self):
+            self.layers = stacked(nnx.Rngs(0))
+
+        def __call__(self, x):
+            if lift is nnx.vmap:
+                return nnx.vmap(lambda layer, x: layer(x))(self.layers, x)
+            axes = {"in_axes": (nnx.Carry, 0), "out_axes": nnx.Carry}
+            return nnx.scan(lambda x, layer: layer(x)[:, :3, :4], **axes)(
+                x, self.layers
+            )
+
+    stack, x = Stack(), X[..., :4]
+    nnx.update(stack, jax.tree.map(integers, nnx.state(stack, nnx.Param)))
+    x = jnp.stack([x, 2 * x, x + 1]) if lift is nnx.vmap else x
+    plan = fc.make_plan(stack, x, to="dense")
+    case = "grouped" if lift is nnx.vmap else "unpatchify"
+    assert [layer.case for layer in plan.values()] == [case]
+    np.testing.assert_array_equal(fc.convert_model(stack, plan)(x), stack(x))
+
+
+@pytest.mark.parametrize(
+    ("pads", "holes", "spread", "case"),
+    [
+        (((1, 1), (-1, 2)), (2, 3), (1, 1), "phases"),
+        (((-2, -1), (-5, 1)), (2, 3), (1, 1), "phases"),  # of inputs, too
+        (((1, 2), (1, 3)), (3, 5), (1, 1), "phases"),  # outputs that read no input
+        (((3, 1), (0, 2)), (3, 2), (2, 3), "phases"),
+        (((2, 2), (2, 2)), (2, 3), (2, 1), None),
+    ],
+)
+def test_spaced_inputs_with_any_padding(pads, holes, spread, case):
+    def run(params, x):
+        return jax.lax.conv_general_dilated(
+            *(x, params["w"], (1, 1), pads, holes, spread),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    params = {"w": integers(np.zeros((2, 3, X.shape[-1], 4), "f4"))}
+    plan = fc.make_plan(run, params, X, to="dense", rules=["w=phases"])
+    assert [layer.case for layer in plan.values()] == ([case] if case else [])
+    assert list(plan.skipped) == ([] if case else ["w"])
+    got = fc.convert_model(run, plan)(fc.convert_params(params, plan), X)
+    np.testing.assert_array_equal(got, run(params, X))
+
+
 def test_a_reversed_kernel_of_a_dense_is_followed():
     def f(params, x):
         return x.reshape(2, -1) @ params["w"][::-1]

@@ -273,6 +273,7 @@ def test_transposed_geometry_is_the_one_of_lax(sizes, padding, spread):
             "crops the output",
             "padding VALID, which is (1, 1)",
         ),
+        ((1, 3, 5, "VALID"), "unrolled", "enlarges", "Use padding of (2, 2) here"),
         ((4, 2, 2, 2), "unrolled", "enlarges or shifts", "slice or pad"),
         ((4, 3, 3, "VALID", 1, 2), "unrolled", "are not adjacent", "kernel_dilation 1"),
     ],
