@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -101,8 +102,9 @@ def export(
       unroll: loops (``nn.scan``) of up to this many steps are written out.
       fold: whether to fold norms at inference and other per-channel affines into the
         layers before or behind them. They are folded in float64 and rounded once, and
-        the file's error must stay within twice the model's own; False keeps the bits of
-        every parameter. IREE and StableHLO files, JAX's own program, fold nothing.
+        the file's error must stay within twice the model's own: else nothing is folded,
+        and the report lists the layers. False keeps the bits of every parameter. IREE
+        and StableHLO files, JAX's own program, fold nothing.
       any_batch: whether the file takes inputs of any batch size, their first axis:
         resizable in LiteRT, symbolic in ONNX. It is run with three sizes. StableHLO
         files always do.
@@ -191,6 +193,12 @@ def export(
         written = call.write(plan, form, first)  # refuses what it cannot, at once
         reference, notes = reference_of(call.bound)
         proof, figures = call.check(written, reference, show)
+        unfolded = _not_folded(written, proof)
+        if unfolded:
+            call.fold = False
+            written = call.write(plan, form, _emptied(first))
+            proof, figures = call.check(written, reference, show)
+            notes = [*notes, *unfolded]
         made: dict[FileForm, tuple[Written, FormFigures]] = {form: (written, figures)}
         chosen: list[FileForm] = ["dense", "conv"]
         if made_for is not None:
@@ -215,6 +223,25 @@ def export(
                 report, path=str(final), notes=(*report.notes, kept)
             )
         return report
+
+
+def _not_folded(written: Written, proof: Proof) -> list[str]:
+    """Why no norm may be folded, by layer; none where the file is accurate enough."""
+    wrong = [error for error in proof.outputs if not error.passed]
+    return [
+        f"not folded: {layer.name}: with norms folded into layers, {error.path} had an "
+        f"error of {error.converted:.1e} ({error.allowed:.1e} allowed)"
+        for layer in written.record.layers
+        for error in wrong[:1]
+        if layer.folded
+    ]
+
+
+def _emptied(path: Path) -> Path:
+    """A path without its file, which is not overwritten: a runtime may map it."""
+    for each in path.parent.iterdir():
+        shutil.rmtree(each) if each.is_dir() else each.unlink()
+    return path
 
 
 def _outputs(bound: BoundModel) -> Any:
