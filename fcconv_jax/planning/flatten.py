@@ -195,6 +195,8 @@ def _sources(place: _Place) -> list[_Place]:
             operands = eqn.invars[1:]
         same = [v for v in operands if _carries(frame, v, place.shape)]
         return _variables([(frame, v) for v in same], axes, sizes)
+    if name == "transpose" and _is_resized(frame, eqn.invars[0]):
+        return []
     back = _axes_before(eqn, axes)
     if name == "reshape":
         # Pooled sizes are no longer those of the flatten: do not split them further.
@@ -203,6 +205,23 @@ def _sources(place: _Place) -> list[_Place]:
         if back is not None:
             sizes = tuple(eqn.invars[0].aval.shape[axis] for axis in back)
     return [] if back is None else _variables([(frame, eqn.invars[0])], back, sizes)
+
+
+def _is_resized(frame: Frame, var: Any) -> bool:
+    """Return whether matrices made an array from another one, as in a resize.
+
+    The axis of the first matrix comes first, before the batch, until the result is
+    transposed.
+    """
+    eqn, _ = frame.producers.get(var, (None, 0))
+    while eqn is not None and eqn.primitive.name == "dot_general":
+        left, right = eqn.invars
+        if isinstance(left, Literal):
+            return False
+        if len(left.aval.shape) == 2 < len(right.aval.shape):
+            return not eqn.params["dimension_numbers"][1][0]
+        eqn, _ = frame.producers.get(left, (None, 0))
+    return False
 
 
 def _variables(

@@ -146,6 +146,24 @@ FLATTENS = {
         (5, 4),
         "HWC",
     ),
+    "rows resized, one image": (
+        lambda x: head(flat(jax.image.resize(x, (1, 7, 4, 3), "linear"))),
+        (1, 5, 4, 3),
+        (7, 4),
+        "HWC",
+    ),
+    "columns resized": (
+        lambda x: head(flat(jax.image.resize(x, (2, 5, 7, 3), "linear"))),
+        (2, 5, 4, 3),
+        (5, 7),
+        "HWC",
+    ),
+    "rows and columns resized": (
+        lambda x: head(flat(jax.image.resize(x, (1, 7, 6, 3), "linear"))),
+        (1, 5, 4, 3),
+        (7, 6),
+        "HWC",
+    ),
     "pointwise after pooling": (
         lambda x: head(x.mean((1, 2))),
         (2, 5, 4, 3),
@@ -176,7 +194,9 @@ def test_flatten_is_read_off_the_trace(name):
     assert (found.window, found.order) == (window, order)
 
 
-@pytest.mark.parametrize("name", ["CHW", "3-D CDHW", "patches", "tokens mixed"])
+@pytest.mark.parametrize(
+    "name", ["CHW", "3-D CDHW", "patches", "tokens mixed", "columns resized"]
+)
 def test_found_flatten_gives_the_same_numbers(check, name):
     body, shape, window, _ = FLATTENS[name]
     case = check(net(body), zeros(*shape))
