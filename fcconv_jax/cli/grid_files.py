@@ -238,7 +238,8 @@ def _open_zarr(part: Path, grid: Grid) -> Any:
 def _other_run(part: Path, what: str) -> ArgumentError:
     return ArgumentError(
         f"--resume: expected the part of this run in {part}, got that of another "
-        f"({what}). Leave --resume out to start again"
+        f"({what}). Pass that run's window, stride, level, region and model, or leave "
+        "--resume out to start again"
     )
 
 

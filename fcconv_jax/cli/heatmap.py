@@ -150,12 +150,12 @@ def write_heatmap(
       ArgumentError: the file can't be written.
     """
     known = np.isfinite(heat.values)
-    low, high = (
-        (heat.values[known].min(), heat.values[known].max()) if known.any() else (0, 0)
-    )
+    values = heat.values[known] if known.any() else np.array([np.nan])
+    low, high = values.min(), values.max()
     # Equal values have a range of 0: don't divide by it.
-    shares = (np.where(known, heat.values, low) - low) / max(high - low, 1e-30)
+    shares = np.where(known, heat.values - low, 0) / np.fmax(high - low, 1e-30)
     picture = image.thumbnail(_MOST_PIXELS).astype(np.float32) / scale
+    picture = np.nan_to_num(picture)  # pixels without data are black
     height, width = picture.shape[:2]
     rows, columns = (
         np.clip(((at + 0.5) * size / len(at) - (across - step) / 2) // step, 0, n - 1)

@@ -310,7 +310,10 @@ def _print_places(
     from .places import largest_places, place_text
 
     for number, (file, image) in enumerate(zip(images, batch)):
-        for place in largest_places(result, number, top, grid.window, grid.stride):
+        places = largest_places(result, number, top, grid.window, grid.stride)
+        if not places:
+            typer.echo(f"{file}: no position has an output other than NaN")
+        for place in places:
             typer.echo(f"{file}: {place_text(place, image, grid.window, grid.stride)}")
 
 
@@ -350,6 +353,7 @@ def _with_params(
         leaves = jax.tree.leaves(bound.variables)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
             raise ArgumentError("the model holds no params. Pass --params CKPT")
+        typer.echo("params: those that the model holds", err=True)
         return bound
     try:
         return load_variables(bound, params)

@@ -57,14 +57,17 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
     wanted = bound.shapes
     if checkpoint.plan is not None:
         wanted = map_leaves(wanted, checkpoint.plan)
-    names = [tuple(name.split("/")) for name in bound.stored_paths(wanted)]
+    names = [bound.levels(name) for name in bound.stored_paths(wanted)]
     leaves, treedef = jax.tree.flatten(wanted)
     # Params alone need not stand below a level called "params".
     bare = not bound.stores_collections
     if not bare and wanted.keys() == {"params"}:
         bare, names = True, [name[1:] for name in names]
     params = len(jax.tree.leaves(wanted["params"]))
-    found = checkpoint_leaves(checkpoint)
+    found = {
+        bound.levels("/".join(path)): leaf
+        for path, leaf in checkpoint_leaves(checkpoint).items()
+    }
     prefixes, _ = ranked_prefixes(set(names), found)
     prefix = prefixes[0] if prefixes else ()
     other = f"{file} is not a checkpoint of this model: "

@@ -58,7 +58,7 @@ def identity(
     # Functions in a trace are printed with their addresses, which differ in the next.
     text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     return {
-        "model": digest([text.encode(), *map(_bytes, _constants(jaxpr))]),
+        "model or scaling": digest([text.encode(), *map(_bytes, _constants(jaxpr))]),
         "params": digest(map(_bytes, jax.tree.leaves((before, kwargs)))),
         "image": digest([f"{images.shape} {images.dtype}".encode()]),
         "window": digest([str(grid.window).encode()]),

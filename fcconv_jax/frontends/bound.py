@@ -220,6 +220,11 @@ class BoundModel(abc.ABC):
             return paths
         return [path.partition("/")[2] for path in paths]
 
+    @classmethod
+    def levels(cls, path: str) -> tuple[str, ...]:
+        """Split the path of an array, in the model or in a checkpoint of it."""
+        return tuple(path.split("/"))
+
     def layer_dtypes(self, plan: Plan) -> dict[str, Any]:
         """Return the dtype of each layer of a plan: that of its kernel."""
         variables = self.variables

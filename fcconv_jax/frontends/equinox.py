@@ -45,5 +45,10 @@ class BoundEquinox(BoundHeld):
         del model
         return {"params": eqx.filter(params, eqx.is_inexact_array)}
 
+    @classmethod
+    def levels(cls, path: str) -> tuple[str, ...]:
+        """Leave out the field in which ``eqx.filter_vmap(model)`` keeps the model."""
+        return super().levels(path.removeprefix("_fun/"))
+
 
 FRONTEND = BoundEquinox

@@ -107,6 +107,11 @@ class BoundTorch(BoundHeld):
             for key, tree in own.items()
         }
 
+    @classmethod
+    def levels(cls, path: str) -> tuple[str, ...]:
+        """Split at dots, too: files nest what a state_dict keeps flat."""
+        return tuple(path.replace(".", "/").split("/"))
+
     def _plan(self, to: Form, rules: Sequence[Rule]) -> Plan:
         plan = super()._plan(to, rules)
         if isinstance(self.model, ConvertedModel):

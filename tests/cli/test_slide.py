@@ -9,6 +9,7 @@ import flax
 import jax
 import numpy as np
 import pytest
+import safetensors.numpy
 from flax import nnx
 from PIL import Image
 from typer.testing import CliRunner
@@ -334,6 +335,37 @@ def test_models_of_other_libraries(code, needs):
         else:
             want = model(*args, crop)
         np.testing.assert_allclose(np.load("grid.npy")[:, i, j], want, atol=1e-5)
+
+
+@pytest.mark.usefixtures("folder")
+@pytest.mark.parametrize(
+    ("code", "needs"), [(TORCH, "torchax"), (EQUINOX, "equinox")], ids=["torch", "eqx"]
+)
+def test_params_of_other_libraries(code, needs):
+    pytest.importorskip(needs)
+    Path("other.py").write_text(code)
+    space: dict = {}
+    exec(code, space)
+    model = space["make"]()
+    if needs == "torchax":
+        state = {name: each.numpy() for name, each in model.state_dict().items()}
+    else:
+        inner = space["Net"]()
+        state = {
+            f"{name}.{kind}": np.asarray(getattr(getattr(inner, name), kind))
+            for name in ("conv", "head")
+            for kind in ("weight", "bias")
+        }
+    # The last layer is linear, so other params of it show in every output.
+    for name in ("head.weight", "head.bias"):
+        state[name] = 2 * state[name]
+    safetensors.numpy.save_file(state, "other.safetensors")
+    options = "second.npy --window 8 --stride 4"
+    run(f"other.py:make {options} --out own.npy")
+    run(f"other.py:make {options} --params other.safetensors --out grid.npy")
+    np.testing.assert_allclose(
+        np.load("grid.npy"), 2 * np.load("own.npy"), rtol=1e-5, atol=1e-6
+    )
 
 
 def test_levels_regions_bands_and_scaling(folder):

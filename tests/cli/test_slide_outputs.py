@@ -226,6 +226,26 @@ def test_pixels_without_data_are_left_out(want):
     assert "--mask nodata: expected a GeoTIFF with a nodata value" in said
 
 
+@pytest.mark.filterwarnings("error::RuntimeWarning")
+def test_pixels_that_are_nan_are_black_under_a_heat_map(want):
+    pixels = PIXELS.copy()
+    pixels[:, 30:] = np.nan
+    np.save("image.npy", pixels)
+    said = run(f"image.npy {OPTIONS} --heatmap heat.png").stdout
+    assert f"{14 * 30} positions have no finite value" in said
+    with Image.open("heat.png") as picture:
+        assert not np.asarray(picture)[:60, 30:90].any()
+
+
+def test_a_mask_without_a_pixel_leaves_nothing(want):
+    Image.fromarray(np.zeros((20, 30), np.uint8)).save("mask.png")
+    options = "--mask mask.png --heatmap heat.png --out grid.npy"
+    done = run(f"image.npy {OPTIONS} {options}")
+    assert "skipped 1 of 1 tiles" in done.stderr
+    assert "no position has an output other than NaN" in done.stdout
+    assert np.isnan(np.load("grid.npy")).all()
+
+
 def test_heat_lies_at_the_centre_of_its_window(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("model.py").write_text(MODEL)
@@ -269,7 +289,7 @@ def test_ctrl_c_leaves_what_resume_continues(tmp_path, monkeypatch, suffix):
     assert f"are in grid.{suffix}.part. Run the same command with --resume" in err
     assert not Path(f"grid.{suffix}").exists()
     said = run(f"image.npy {options} --resume --scale 2", 1).stderr
-    assert "is the record of another run, with other model" in said
+    assert "is the record of another run, with other model or scaling" in said
     said = run(f"image.npy {options} --resume").stderr
     assert re.search(r"[1-9]\d* of \d+ tiles were finished", said)
     left = {f"grid.{suffix}", "image.npy", "model.py"}

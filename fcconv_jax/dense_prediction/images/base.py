@@ -307,7 +307,7 @@ def _bands(file: Path, bands: Sequence[int] | None, count: int) -> tuple[int, ..
         return tuple(range(count))
     if not _are_ints(bands) or not all(1 <= band <= count for band in bands):
         raise ImageError(
-            f"{file}: expected a list of bands from 1 to {count}, got {bands!r}. Pass "
-            "bands=[1] for the first"
+            f"{file}: expected bands from 1 to {count}, got {bands!r}. Pass a "
+            "list of them, such as [1] for the first"
         )
     return tuple(band - 1 for band in bands)
