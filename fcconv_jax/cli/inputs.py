@@ -173,6 +173,8 @@ def parse_input(text: str) -> jax.ShapeDtypeStruct:
     try:
         shape = tuple(map(int, re.split("[x,]", sizes))) if sizes else ()
         dtype = np.dtype(name or "float32")
+        if min(shape, default=0) < 0:
+            raise ValueError("a negative size")
     except (ValueError, TypeError):
         raise ArgumentError(
             f"--input {text!r} is not of the form SHAPE[:DTYPE], such as '1,28,28,1' "
