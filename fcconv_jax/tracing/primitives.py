@@ -119,7 +119,6 @@ LEFT_OUT: Mapping[str, Mapping[str, str]] = {
             ),
             _NO_OPERATION,
         ),
-        "scan": "written out where it is asked for, see the option unroll",
         "while": "the number of steps is not known",
     },
     "reading": {"reduce_window": "its combination is code of its own"},
