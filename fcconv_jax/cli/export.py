@@ -162,7 +162,7 @@ def _read_arrays(file: Path) -> list[Any]:
     try:
         with np.load(file, allow_pickle=False) as arrays:
             return [arrays[name] for name in arrays.files]
-    # A .npy file loads as an array, which is no context manager: TypeError.
+    # A .npy file loads as an array, and `with` raises TypeError.
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArgumentError(
             f"--calibrate: expected a file of np.savez, got {file} ({error})"

@@ -375,12 +375,12 @@ class BoundModel(abc.ABC):
         return  # Flax and Haiku refuse by themselves; adapters run for inference.
 
     def check_library(self) -> None:
-        """Refuse a model that is not run as its own library runs it.
+        """Refuse a model that another library than JAX runs with other results.
 
         Raises:
-          PlanError: names where the two part, and the way round.
+          PlanError: names the first module whose results differ, and a workaround.
         """
-        return  # JAX runs all others by itself.
+        return  # JAX runs the models of all other libraries.
 
     def program(self) -> Program:
         """The call as it is compiled: inputs are arguments, not constants."""

@@ -1,6 +1,7 @@
 """Every model as every file: proved, in the form asked for, no transposes added."""
 
 import importlib.util
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -242,7 +243,7 @@ def test_positions_turn_with_the_image(to, tmp_path):
             return nn.Dense(3)(nn.LayerNorm()(x))
 
     model, x = Tokens(), normal(1, 4, 6, 3)
-    params = model.init(jax.random.key(0), x)
+    params: Any = model.init(jax.random.key(0), x)
     path = tmp_path / f"m.{SUFFIX[to]}"
     report = fc.export(model, params, x, path=path, progress=False)
     assert report.passed, report.failures
