@@ -14,7 +14,6 @@ import dataclasses
 import functools
 import importlib
 import os
-import resource
 import statistics
 import subprocess
 import sys
@@ -31,6 +30,7 @@ import numpy as np
 import small_networks as small
 from flax import nnx
 from networks import Bert
+from processes import cpu_seconds, descendants, peak, resident, resident_of
 from running import TPUS, Case, MissingError, bound, in_turns, race
 
 import fcconv_jax as fc
@@ -121,20 +121,15 @@ def converting(array: Callable[[Any], Any], more: float) -> dict[str, Any]:
     tree = jax.tree.map(lambda s: array(np.ones(s.shape, s.dtype)), variables)
     jax.block_until_ready(tree)
     size = sum(leaf.nbytes for leaf in jax.tree.leaves(tree))
-    before = _peak()
+    before = peak()
     found = race({"convert_params": lambda: fc.convert_params(tree, plan)}, 1.0)
     return {
         **found,
         "bounds": [
             bound("convert_params", found["milliseconds"]["convert_params"], 50, "ms"),
-            bound("memory / the model's", (_peak() - before) / size, more),
+            bound("memory / the model's", (peak() - before) / size, more),
         ],
     }
-
-
-def _peak() -> int:
-    """The most memory that this process has held, in bytes."""
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 @dataclasses.dataclass(frozen=True)
@@ -270,21 +265,14 @@ def in_place(name: str) -> dict[str, Any]:
     rules = [fc.Rule("*", window=(7, 7), order="CHW")]
     fc.convert_model(other, fc.make_plan(other, shape, rules=rules), inplace=True)
     clear.write_text("5", encoding="ascii")  # resets VmHWM
-    before = _resident("VmRSS")
+    before = resident("VmRSS")
     fc.convert_model(model, plan, inplace=True)
     jax.block_until_ready(jax.tree.leaves(nnx.state(model)))
-    grown = _resident("VmHWM") - before
+    grown = resident("VmHWM") - before
     return {
         "bytes": size,
         "bounds": [bound("peak / the model's memory", 1 + grown / size, 1.05)],
     }
-
-
-def _resident(field: str) -> int:
-    """Resident bytes of this process now (``VmRSS``) or at most (``VmHWM``)."""
-    text = Path("/proc/self/status").read_text(encoding="ascii")
-    (line,) = (line for line in text.splitlines() if line.startswith(field))
-    return 1024 * int(line.split()[1])
 
 
 def digits() -> tuple[Any, Any, Any]:
@@ -398,7 +386,7 @@ def verifying(name: str) -> dict[str, Any]:
     make, most = VERIFIED[name]
     model, params, x = make()
     jax.block_until_ready(params)
-    before = _peak()
+    before = peak()
     cpu, wall = time.process_time(), time.perf_counter()
     report = fc.verify(model, params, x)
     cpu, wall = time.process_time() - cpu, time.perf_counter() - wall
@@ -406,7 +394,7 @@ def verifying(name: str) -> dict[str, Any]:
     return {
         "digits": report.digits,
         "wall_seconds": wall,
-        "bytes": _peak() - before,
+        "bytes": peak() - before,
         "bounds": [bound("CPU time", cpu, most, "s")],
     }
 
@@ -429,7 +417,7 @@ def verifying_elsewhere(
             raise MissingError(f"{chosen.backend}: {chosen.reason}")
     named = [word for backend in backends for word in ("--backend", backend)]
     command = [sys.executable, "-m", "fcconv_jax", "verify", model, "--input", shape]
-    start, cpu, peak = time.perf_counter(), _cpu_seconds(), 0
+    start, cpu, held = time.perf_counter(), cpu_seconds(), 0
     with (
         tempfile.TemporaryFile("w+") as said,
         subprocess.Popen(
@@ -437,53 +425,20 @@ def verifying_elsewhere(
         ) as process,
     ):
         while process.poll() is None:
-            peak = max(peak, sum(map(_resident_of, _descendants(process.pid))))
+            held = max(held, sum(map(resident_of, descendants(process.pid))))
             time.sleep(_SAMPLE)
         seconds = time.perf_counter() - start
         said.seek(0)
         if process.returncode:
             sys.exit(f"{' '.join(command)} failed:\n{said.read()[-3000:]}")
     return {
-        "cpu_seconds": _cpu_seconds() - cpu,
+        "cpu_seconds": cpu_seconds() - cpu,
         "load": os.getloadavg()[0],
         "bounds": [
             bound("wall time", seconds, most, "s"),
-            bound("memory of all processes", peak / 2**30, 4, "GiB"),
+            bound("memory of all processes", held / 2**30, 4, "GiB"),
         ],
     }
-
-
-def _cpu_seconds() -> float:
-    """CPU time of the processes that have ended so far."""
-    used = resource.getrusage(resource.RUSAGE_CHILDREN)
-    return used.ru_utime + used.ru_stime
-
-
-def _descendants(root: int) -> list[int]:
-    """A process and all that it started."""
-    parents = {}
-    for folder in Path("/proc").iterdir():
-        if folder.name.isdigit() and (stat := _read(folder / "stat")):
-            # The command's name, in brackets, may hold anything.
-            parents[int(folder.name)] = int(stat.rpartition(")")[2].split()[1])
-    found = [root]
-    for process in found:  # grows
-        found += [child for child, parent in parents.items() if parent == process]
-    return found
-
-
-def _resident_of(process: int) -> int:
-    """Resident bytes of a process; what it shares with others counts in each."""
-    statm = _read(Path(f"/proc/{process}/statm"))
-    return int(statm.split()[1]) * os.sysconf("SC_PAGE_SIZE") if statm else 0
-
-
-def _read(file: Path) -> str:
-    """The text of a file; '' where its process has ended."""
-    try:
-        return file.read_text()
-    except OSError:
-        return ""
 
 
 CASES: dict[str, Case] = {
