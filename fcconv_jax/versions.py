@@ -1,7 +1,7 @@
 """Differences between versions of JAX and Flax, back to Colab's 0.7.2 and 0.11.2.
 
 Each entry starts with the version whose lower bound lets it be deleted, and with what
-then stands in its place.
+then stands in its place. ``backends/worker.py``, which imports JAX alone, has one more.
 """
 
 from __future__ import annotations
