@@ -154,6 +154,7 @@ def tune(
         show("planning", 0, 1)
         bound = bind(model, params, *inputs, **kwargs)
         check_options(tune, bound)
+        bound.check_library()
         _check_arrays(chosen, (bound.variables, bound.arrays))
         named = None if backend is None else str(chosen.backend)
         every, ties = _both_ways(bound, rules, named)
