@@ -13,6 +13,7 @@ Bar = tuple[str, float, str]  # a name, a value, its text
 
 _TPUS = ("v4", "v5e", "v5p", "v6e", "7x")
 _FORMS = ("all to conv", "all to dense", "tuned")
+_STEPS = ("conv", "dense", "phases", "all to dense", "tuned", "PyTorch")
 _PEERS = ("dense", "conv", "tuned", "PyTorch Linear", "PyTorch Conv2d")
 
 
@@ -20,7 +21,7 @@ def charts(folder: Path) -> dict[str, str]:
     """Return the charts as Markdown pages to include, by name.
 
     Charts are ``gains-chart``, ``slide-chart``, ``models-chart``, ``cycles-chart``,
-    ``layers-chart`` and ``loops-chart``.
+    ``layers-chart``, ``loops-chart`` and ``training-chart``.
     """
     cpu = read(folder / "cpu.json")
     cpu.sort(key=lambda r: r["bounds"][0]["value"])  # the largest gain first
@@ -33,6 +34,7 @@ def charts(folder: Path) -> dict[str, str]:
     loops = [
         r for r in cpu if r["group"] == "layers" and "original" in r["milliseconds"]
     ]
+    steps = [r for r in cpu if r["group"] == "training"]
     return {
         "gains-chart": _gains(folder),
         "slide-chart": bars(
@@ -54,6 +56,12 @@ def charts(folder: Path) -> dict[str, str]:
         "loops-chart": bars(
             {words(r["case"]): _speedups(r) for r in loops},
             "Speedup over the original loop",
+        ),
+        "training-chart": bars(
+            {words(r["case"]): _ratios(r, _STEPS) for r in steps},
+            "Time relative to the step as a convolution, or of the original model",
+            mark=1,
+            most=2,
         ),
     }
 
