@@ -319,6 +319,7 @@ class Overlapping(nn.Module):
         return nn.ConvTranspose(4, (4, 3), (2, 2), name="up")(nn.relu(x))
 
 
+@pytest.mark.slow
 def test_a_rule_runs_overlapping_windows_in_phases():
     model = Overlapping()
     variables = model.init(jax.random.key(1), X)
