@@ -30,8 +30,8 @@ import numpy as np
 import small_networks as small
 from flax import nnx
 from networks import Bert
-from processes import cpu_seconds, descendants, peak, resident, resident_of
 from running import TPUS, Case, MissingError, bound, in_turns, race
+from usage import cpu_seconds, descendants, peak, resident, resident_of
 
 import fcconv_jax as fc
 from fcconv_jax.backends.resolution import resolve
