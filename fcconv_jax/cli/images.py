@@ -107,6 +107,9 @@ class Scaling:
                 f"the range of {image.dtype} pixels isn't known. Pass --scale, such as "
                 "--scale 4095 for 12 bits"
             )
+        # A range of Typer's lets nan pass, in some versions.
+        if not math.isfinite(scale):
+            raise ArgumentError(f"--scale: expected a finite number, got {scale}")
         numbers: list[tuple[float, ...]] = []
         for option, text, otherwise in (("--mean", mean, 0.0), ("--std", std, 1.0)):
             try:
