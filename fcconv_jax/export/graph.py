@@ -27,7 +27,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
@@ -280,6 +280,15 @@ class Graph:
         for node in self.nodes:
             node.inputs = [new if v is old else v for v in node.inputs]
         self.outputs = [new if v is old else v for v in self.outputs]
+
+    def rewrite(self, passes: Sequence[Callable[[Graph], bool]]) -> None:
+        """Run passes in place, in turns, until none of them changes anything."""
+        changed = True
+        while changed:
+            changed = False
+            for each in passes:
+                changed |= each(self)
+                self.prune()
 
     def prune(self) -> None:
         """Drop operations whose outputs nothing reads."""

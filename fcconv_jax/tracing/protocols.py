@@ -11,7 +11,7 @@ from typing import Any, Protocol
 
 
 class Primitive(Protocol):
-    """What an equation computes, such as ``dot_general``."""
+    """The operation of an equation, such as ``dot_general``."""
 
     name: str
     multiple_results: bool

@@ -38,12 +38,7 @@ def to_nchw(graph: Graph) -> Graph:
     for part in graph.graphs():
         _surround(part)
         _expand_adjoints(part)
-        changed = True
-        while changed:
-            changed = False
-            for each in passes:
-                changed |= each(part)
-                part.prune()
+        part.rewrite(passes)
     return graph
 
 

@@ -54,12 +54,7 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
     if "layer_norm" in fused:
         passes += (find_layer_norms,)
     for part in graph.graphs():
-        changed = True
-        while changed:
-            changed = False
-            for each in passes:
-                changed |= each(part)
-                part.prune()
+        part.rewrite(passes)
     _name_layers(graph)
     return graph
 
