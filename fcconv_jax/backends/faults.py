@@ -107,10 +107,6 @@ def cpu_notes(
 ) -> list[str]:
     """Return a sentence on each fault of a jaxlib version that programs may show.
 
-    Args:
-      programs: jaxprs.
-      version: of jaxlib.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> program = jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 4)))

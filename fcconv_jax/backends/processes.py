@@ -106,11 +106,6 @@ class Pool:
     """Compiles jobs in processes: one a core, and four at most.
 
     Where there are fewer jobs than that, each is done by several processes.
-
-    Args:
-      jobs: by the name that they are asked for by.
-      timeout: seconds for each process.
-      progress: called with what is running, how many are done, how many there are.
     """
 
     def __init__(

@@ -221,13 +221,7 @@ class Moved:
     def differs(
         self, other: Entries, scratch: Path | None, advance: Advance = silent
     ) -> bool:
-        """Return whether any moved entry differs from another array's, bit for bit.
-
-        Args:
-          other: of the shape that the move leads to.
-          scratch: folder for entries that cannot be read in the order wanted.
-          advance: called with the number of bytes compared since.
-        """
+        """Return whether any moved entry differs from another array's, bit for bit."""
         theirs, mine = landed(other, scratch), landed(self.entries, scratch)
         if self.keeps_order and isinstance(mine, Filed) and isinstance(theirs, Filed):
             return _bytes_differ(mine.extent, theirs.extent, advance)

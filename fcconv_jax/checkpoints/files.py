@@ -78,11 +78,6 @@ def read_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint
     Orbax keeps them. No format has a checksum of every entry: a flipped bit in an
     array passes as another number.
 
-    Args:
-      path: Orbax directory, Flax msgpack file, safetensors file, or a folder of files
-        of weights, which are read as one tree.
-      step: of a directory with several; the latest by default.
-
     Raises:
       CheckpointError: the path doesn't exist, isn't a checkpoint, or is damaged.
 

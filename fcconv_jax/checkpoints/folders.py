@@ -37,10 +37,6 @@ def holds_weights(path: Path) -> bool:
 def open_(path: Path, step: str | None = None) -> Checkpoint:
     """Open every file of weights; the tree has a level of their names on top.
 
-    Args:
-      path: the folder.
-      step: name of the one file to open, of several steps; the latest by default.
-
     Raises:
       CheckpointError: there are weights in two formats, a file that the index names is
         missing, or only some are converted.
@@ -96,13 +92,7 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
 
 
 def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
-    """Write every file of weights, each with its part of the record.
-
-    Args:
-      path: a new folder.
-      checkpoint: what to write.
-      advance: called with the number of bytes written since.
-    """
+    """Write every file of weights, each with its part of the record."""
     path.mkdir(exist_ok=True)
     for name, tree in checkpoint.tree.items():
         part = dataclasses.replace(

@@ -20,11 +20,6 @@ def split_paths(leaves: list[Parts], separator: str, file: str) -> dict[Parts, P
     Keys are split at the separator: those of a nested tree at ``/``, as Flax and
     transformers flatten dicts. A box around a parameter's array isn't a level.
 
-    Args:
-      leaves: their paths in the tree.
-      separator: between levels in a key.
-      file: the file, for errors.
-
     Raises:
       CheckpointError: two leaves have one path.
 

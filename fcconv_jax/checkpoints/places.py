@@ -19,11 +19,6 @@ from .walk import foreign_files, regular_files
 def check_target(src: PathLike, dst: PathLike, *, overwrite: bool = False) -> None:
     """Find out before long work whether a checkpoint is there to be converted.
 
-    Args:
-      src: the checkpoint.
-      dst: where it is to go.
-      overwrite: whether a checkpoint may be there.
-
     Raises:
       CheckpointError: there is no ``src``, or ``dst`` is not free.
     """

@@ -49,12 +49,7 @@ class RewriteOptions:
 
 
 class ByteCount:
-    """Reports progress in bytes.
-
-    Args:
-      progress: the function to call.
-      total: bytes in all.
-    """
+    """Reports progress in bytes."""
 
     def __init__(self, progress: Progress, total: int):
         self.progress, self.total, self.done = progress, total, 0
@@ -95,13 +90,6 @@ def rewrite(
     options: RewriteOptions,
 ) -> CheckpointReport:
     """Write checkpoints to a new place, as jobs say; whole or not at all.
-
-    Args:
-      src: what is read.
-      dst: where the result goes.
-      job_for: makes the job of a checkpoint that is open.
-      steps: of ``src``.
-      options: how.
 
     Raises:
       CheckpointError: as :func:`convert_checkpoint`.

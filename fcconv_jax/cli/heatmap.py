@@ -34,13 +34,7 @@ class Heat:
 
     @classmethod
     def of_rows(cls, scores: Iterable[Any], label: int | None, softmax: bool) -> Heat:
-        """Choose what to show, from bands of rows, so that one is in memory at a time.
-
-        Args:
-          scores: ``(rows, columns, classes)`` each.
-          label: as for :meth:`of`.
-          softmax: likewise.
-        """
+        """Choose what to show, with one band of rows in memory at a time."""
         parts = [cls.of(each, label, softmax) for each in scores]
         return cls(np.concatenate([each.values for each in parts]), parts[0].what)
 
@@ -106,11 +100,6 @@ def check_heatmap(file: Path | None, label: int | None, softmax: bool) -> None:
 
 def check_class(label: int | None, softmax: bool, outputs: Sequence[int]) -> None:
     """Check that a model has a class.
-
-    Args:
-      label: the class, from 0.
-      softmax: whether shares of all classes are asked for.
-      outputs: shape of a crop's outputs.
 
     Raises:
       ArgumentError: it has not.

@@ -23,12 +23,7 @@ if TYPE_CHECKING:
 
 
 def read_model(name: str, call: CallOptions) -> BoundModel:
-    """Bind the model MODULE:NAME to the inputs of a command line, which are abstract.
-
-    Args:
-      name: of the model.
-      call: what it is called with.
-    """
+    """Bind the model MODULE:NAME to the abstract inputs of a command line."""
     start_jax()
     from ..frontends.bind import bind
 

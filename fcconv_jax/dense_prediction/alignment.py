@@ -217,12 +217,7 @@ def broadcast_data(values: Sequence[CropArray]) -> list[Any]:
 
 
 def combined(run: Callable[..., Any], values: Sequence[CropArray]) -> Any:
-    """Run a function of arrays of one shape on aligned values, block by block.
-
-    Args:
-      run: entry by entry; it returns one array or several.
-      values: aligned.
-    """
+    """Run a function of arrays of one shape on aligned values, block by block."""
 
     def each(arrays: Sequence[Any]) -> Any:
         shape = np.broadcast_shapes(*(array.shape for array in arrays))

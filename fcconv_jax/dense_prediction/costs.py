@@ -32,10 +32,6 @@ _COPIES = frozenset("concatenate gather pad dynamic_slice".split())
 def work(jaxpr: Any, batch: float = 1.0) -> float:
     """Estimate the time of a trace: its arithmetic, and the entries that it writes.
 
-    Args:
-      jaxpr: the trace.
-      batch: so many of it run in a batch.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> work(jax.make_jaxpr(lambda x: x + 1)(jnp.ones(5)))

@@ -184,9 +184,6 @@ def whole_layout(
 def full_window_layouts(map_: Map) -> list[WindowPasses]:
     """Return ways to lay out an axis for a window over all that a crop sees of it.
 
-    Args:
-      map_: of the axis.
-
     Returns:
       The ways, as of :func:`window_passes`, whose maps have one output for each crop;
       none where no windows overlap.

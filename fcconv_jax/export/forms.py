@@ -33,13 +33,6 @@ def plan_of_form(
     added but a reshape. Where images are channel-first they are folded into the batch,
     ``(B T, C, 1, 1)``, which needs no transpose either.
 
-    Args:
-      bound: the model.
-      form: which.
-      rules: the user's.
-      runtime: whose files have channels last or first.
-      chip: whose rules decide a mix.
-
     Raises:
       PlanError: a rule matches no layer.
     """

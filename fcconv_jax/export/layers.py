@@ -270,12 +270,6 @@ def compute(
     In float64, whose sums of integers are exact to 2**53: as int64 has it, and as
     fast as a matrix product.
 
-    Args:
-      layer: which.
-      x: its input.
-      kernel: in the layer's own arrangement.
-      bias: likewise.
-
     Example:
       >>> layer = Layer("fc", "dense", None, (2, 1), None, False, (1, 2), (1, 1), ())
       >>> compute(layer, np.array([[1, 2]]), np.array([[3], [4]]), None)

@@ -382,13 +382,7 @@ def _other_constants(
 def whole_errors(
     shipped: Shipped, reference: ReferenceOutputs, names: Sequence[str] = ()
 ) -> tuple[WorkingError, ...]:
-    """Return the errors of a file and of the model itself against the reference.
-
-    Args:
-      shipped: the file.
-      reference: of the model.
-      names: the outputs that the file has; all, if there are none.
-    """
+    """Return the errors of a file and of the model itself against the reference."""
     got = shipped.run(reference.inputs)
     paths = [path for path, _ in reference.exact]
     kept = [paths.index(name) for name in names] if names else range(len(paths))

@@ -16,10 +16,6 @@ def check_options(function: Callable[..., Any], bound: BoundModel) -> None:
     Unknown keyword arguments go to the model, so that ``train=False`` needs no wrapper.
     A misspelled option would go there, too.
 
-    Args:
-      function: takes options, and hands the other keyword arguments on.
-      bound: the model with these others.
-
     Raises:
       TypeError: names the argument, and the option that was probably meant.
 

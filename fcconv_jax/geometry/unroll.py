@@ -84,12 +84,6 @@ def unrolled_bytes(
 ) -> int:
     """Bytes of the dense matrix that :func:`unroll_conv` makes.
 
-    Args:
-      geometry: the convolution's geometry.
-      in_channels: input channels ``C``, of all groups together.
-      out_channels: output channels ``O``.
-      itemsize: bytes of one entry.
-
     Example:
       >>> unrolled_bytes(resolve_geometry((224, 224), 3, padding=1), 3, 64, 4)
       1933540589568

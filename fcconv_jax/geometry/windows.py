@@ -97,11 +97,6 @@ def per_dimension(
 ) -> tuple[int, ...]:
     """Read an int (for every dimension), a tuple, or ``None`` (1) as a tuple.
 
-    Args:
-      name: the argument's name, for the error.
-      value: what was given.
-      rank: number of dimensions, or ``None`` where the value decides it.
-
     Raises:
       ValueError: the rank is another, or an entry isn't a positive int.
 

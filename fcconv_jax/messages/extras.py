@@ -20,11 +20,6 @@ _NAME = "fcconv-jax"
 def require(module: str, extra: str, what: str) -> Any:
     """Import a module of an optional extra.
 
-    Args:
-      module: its name.
-      extra: the extra of this package that installs it.
-      what: the work that needs it, for the error.
-
     Raises:
       MissingExtraError: it is not installed; the message has the line that installs it.
 

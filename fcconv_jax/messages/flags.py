@@ -10,9 +10,6 @@ def check_flags(**flags: object) -> None:
 
     The string ``"no"`` counts as true in Python, and would mean its opposite.
 
-    Args:
-      flags: each option by its name.
-
     Raises:
       TypeError: names the first that is something else.
 

@@ -32,11 +32,6 @@ def convert_in_place(
     it. An array that something else holds as well is copied, and stays as it is there.
     What shares only its buffer (``jax.device_put`` to the device where it is, a shard)
     finds it deleted, as after any donation. Before JAX 0.8 every array is copied.
-
-    Args:
-      variable: its value is ``move.source`` with the stack axes added.
-      move: how the entries of one layer move.
-      stack_axes: axes that lifted transforms added, innermost first.
     """
     within = _within(variable, move, stack_axes)
     if within is None:

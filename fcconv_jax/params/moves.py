@@ -109,10 +109,6 @@ def moved(path: str, leaf: Any, move: Move) -> Any:
 def check_converted(shapes: Mapping[str, Sequence[int]], plan: Plan) -> None:
     """Refuse params that are still in the form that the plan comes from.
 
-    Args:
-      shapes: path and shape of each parameter.
-      plan: the plan that the params should have gone through.
-
     Raises:
       PlanError: names the first that is not converted, or is another model's.
     """

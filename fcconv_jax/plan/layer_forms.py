@@ -197,12 +197,6 @@ def pair_of_forms(
     sharded as the form that the layer was found in would have it; both functions take
     ``out_sharding=`` as ``jax.lax.dot_general`` does.
 
-    Args:
-      layer: the layer's plan.
-      to: the form that the plan goes to.
-      precision: as for ``jax.lax.dot_general``, in both forms.
-      preferred_element_type: likewise.
-
     Example:
       >>> import numpy as np
       >>> from fcconv_jax.geometry.kernels import Rearrangement

@@ -137,10 +137,6 @@ def match_rules(
 ) -> Mapping[str, Rule | None]:
     """Return the first rule that matches each layer.
 
-    Args:
-      rules: the user's.
-      sizes: by path, the number of entries of each layer's kernel.
-
     Raises:
       PlanError: a rule's pattern matches no path at all; the message lists near misses.
     """
@@ -195,9 +191,6 @@ def require_traceable(rules: Iterable[Rule], to: Form) -> None:
 
 def phases_rules(skipped: Mapping[str, str]) -> list[Rule]:
     """Return a rule for each skipped layer that can still run in phases.
-
-    Args:
-      skipped: reasons by path, as a plan to dense has them.
 
     Example:
       >>> phases_rules({"head": "it is a table"})

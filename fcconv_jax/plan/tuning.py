@@ -66,10 +66,6 @@ class Figure:
         disturbs neighbouring runs alike: the interval of the ratio must be below 1.
         Of other figures the intervals must not meet.
 
-        Args:
-          other: the other figure.
-          times: how many times smaller.
-
         Example:
           >>> Figure(1.0, 0.9, 1.1).beats(Figure(1.5, 1.2, 1.9))
           True

@@ -110,11 +110,6 @@ def stack_axes(matmul: Matmul) -> tuple[int, ...] | None:
 def leaf_rearrangement(matmul: Matmul, layer: LayerPlan) -> Rearrangement | None:
     """Return how the parameter itself moves into the other form's kernel.
 
-    Args:
-      matmul: where the parameter is multiplied.
-      layer: gives the window, the order, the groups, and whether the convolution is
-        transposed.
-
     Returns:
       The rearrangement of the parameter without its stack axes, whatever transposes
       and reshapes lie between it and the matmul; None where none exists.

@@ -97,11 +97,6 @@ def stacked_axes(shape: Sequence[int], stack: Sequence[Factor]) -> list[int] | N
 def without(axis: Axis, shape: Sequence[int], dropped: Collection[int]) -> Axis:
     """Return the part of an axis that does not step along some axes of a parameter.
 
-    Args:
-      axis: its factors.
-      shape: of the parameter.
-      dropped: axes of the parameter.
-
     Example:
       >>> without(((1, 24),), (2, 3, 4), (1,))
       ((12, 2), (1, 4))

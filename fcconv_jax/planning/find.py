@@ -70,12 +70,6 @@ def analyse(
 ) -> Analysis:
     """Tag every value of a jaxpr.
 
-    Args:
-      jaxpr: open or closed.
-      tags: one for each input.
-      context: where it runs.
-      memo: the bodies analysed so far.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> jaxpr = jax.make_jaxpr(lambda w, x: x @ w.T)(jnp.ones((3, 4)), jnp.ones(4))

@@ -74,9 +74,6 @@ class _Place:
 def find_flattens(inputs: Iterable[LayerInput]) -> dict[int, tuple[Flatten, ...]]:
     """Return the flattens behind the inputs of layers.
 
-    Args:
-      inputs: where they are in one trace.
-
     Returns:
       For each call the distinct answers of all paths back. Where the features were
       never split, as in a layer on the last axis, a window of ones that only tells

@@ -56,12 +56,7 @@ class DenseAxes:
         return y
 
     def canonical_sharding(self, sharding: Any, shape: Sequence[int]) -> Any:
-        """The sharding of ``(*lead, [groups,] out)`` from that of the layer's output.
-
-        Args:
-          sharding: a ``PartitionSpec`` or ``NamedSharding`` of the output; or None.
-          shape: of the layer's input, as it takes it.
-        """
+        """Return the sharding of ``(*lead, [groups,] out)``, given the output's."""
         batch, lead = ([shape[a] for a in axes] for axes in (self.batch, self.lead))
         n, ndim = len(batch), len(batch) + len(lead) + len(self.features)
         order = [*range(n, n + len(lead)), *range(n), *range(n + len(lead), ndim)]

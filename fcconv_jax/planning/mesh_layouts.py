@@ -29,13 +29,6 @@ def for_mesh(
     XLA gather the activation, so they are kept; a window over a sharded kernel would
     make it gather the kernel's gradient, so it runs flat. On one device the plan stays
     as it is. Rules that name a layout win.
-
-    Args:
-      plan: as the trace and the rules give it.
-      arrays: all that it was planned with, params too: arrays, abstract arrays,
-        anything else.
-      activations: those of them that aren't params.
-      rules: the user's.
     """
     meshed = any(map(over_mesh, jax.tree.leaves(arrays)))
     if not meshed:

@@ -47,12 +47,6 @@ def run_rewritten(
     it does to them is kept; only the planned matmuls are replaced. A matmul that reads
     a planned kernel in another way, such as a head tied to its transpose, stays.
 
-    Args:
-      function: takes params and inputs.
-      plan: of its layers.
-      inputs: the params, in the plan's form, then the inputs.
-      kwargs: further inputs.
-
     Returns:
       The function's results.
 

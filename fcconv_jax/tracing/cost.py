@@ -14,10 +14,6 @@ from .protocols import Equation
 def flops(jaxpr: Any, counted: Callable[[Equation], bool] = lambda _: True) -> float:
     """Floating point operations of the matmuls and convolutions of a trace.
 
-    Args:
-      jaxpr: the trace.
-      counted: which of these equations count; all by default.
-
     Example:
       >>> import jax, jax.numpy as jnp
       >>> flops(jax.make_jaxpr(lambda x, w: x @ w)(jnp.ones((2, 3)), jnp.ones((3, 4))))

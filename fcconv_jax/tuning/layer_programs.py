@@ -15,10 +15,6 @@ from ..plan.layer_forms import canonical_layer, pair_of_forms
 def layer_forms(layer: LayerPlan, dtype: DTypeLike) -> dict[Form, Program]:
     """Return both forms of a layer as programs of input, kernel and bias.
 
-    Args:
-      layer: the layer's plan.
-      dtype: of input and parameters.
-
     Example:
       >>> import flax.linen as nn, jax.numpy as jnp, fcconv_jax as fc
       >>> plan = fc.make_plan(nn.Dense(3), jnp.ones((2, 4)))

@@ -47,14 +47,7 @@ class Candidate:
 
 
 class Meter:
-    """Measures programs on one backend.
-
-    Args:
-      resolution: the backend, and whether it is present.
-      objective: what is measured.
-      timings: what is known.
-      timeout: seconds for compiling ahead of time.
-    """
+    """Measures programs on one backend."""
 
     def __init__(
         self,

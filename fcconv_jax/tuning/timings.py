@@ -63,10 +63,6 @@ class Timings:
 
         It is recorded, and passed over again in the next run. What was measured in an
         earlier run takes no time, and is never passed over.
-
-        Args:
-          what: the layers or the program to be measured.
-          left: the seconds that are left.
         """
         if what in self._measured:
             return False

@@ -33,10 +33,6 @@ def sum_of_squares(outputs: PyTree) -> Any:
 def model_step(program: Program, loss: Loss | None = None) -> Program:
     """Return the training step of a model: value and gradient by its params.
 
-    Args:
-      program: a function of variables, which hold ``params``, and of other arrays.
-      loss: a scalar of what the model returns; the sum of squares if None.
-
     Raises:
       PlanError: no param is a float.
     """

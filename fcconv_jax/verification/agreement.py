@@ -228,12 +228,7 @@ def _off(want: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, int]:
 
 
 def magnified_rounding(error: WorkingError, unit: float) -> float:
-    """The difference in float64 that a program's own magnifying of rounding explains.
-
-    Args:
-      error: of the original, in a working precision.
-      unit: that precision's unit roundoff.
-    """
+    """Return the float64 difference that a program's magnified rounding explains."""
     return _MAGNIFIED * error.original * error.scale * 2.0**-53 / unit
 
 

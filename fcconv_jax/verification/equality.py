@@ -38,12 +38,6 @@ from .training_step import TrainingStep, has_gradients
 class Equality:
     """Both forms of a model in float64.
 
-    Args:
-      pair: the two programs.
-      tx: the optimizer of the step; SGD with momentum if None.
-      gradients: whether gradients and the step are compared.
-      show: takes the progress.
-
     Attributes:
       arrays: what was compared, once :meth:`conclude` has been called.
       layers: outputs of converted layers, by path, likewise.
@@ -191,15 +185,7 @@ def execute(
     calls: Sequence[Callable[..., Any]],
     show: Progress,
 ) -> Execution:
-    """Run both forms on a device, in the precision of the model.
-
-    Args:
-      equality: the reference.
-      pair: the programs, with their arrays on the device.
-      resolution: the device.
-      calls: the original and the converted form, compiled.
-      show: takes the progress.
-    """
+    """Run both forms on a device, in the precision of the model."""
     name = resolution.backend
     proofs = layer_certificates(pair.plan, pair.original.layer_dtypes(pair.plan))
     training = equality.training if "gradients" in equality.references else None

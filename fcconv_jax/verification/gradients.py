@@ -36,13 +36,7 @@ def trace_gradients(
     args: Sequence[tuple[Any, ...]],
     outputs: Sequence[Any],
 ) -> Gradients:
-    """Trace the gradients of a fixed random projection of all float outputs.
-
-    Args:
-      calls: the two programs.
-      args: what each is called with: variables and inputs.
-      outputs: the abstract outputs of the first.
-    """
+    """Trace the gradients of a fixed random projection of all float outputs."""
     if not any(jnp.issubdtype(each.dtype, jnp.floating) for each in outputs):
         return Gradients(None, (), ("no gradients: no output is of floats",))
     pairs, names = _shared(*args)

@@ -19,11 +19,6 @@ def interface_differences(
 ) -> list[str]:
     """Name what differs between the outputs of two traces before any is computed.
 
-    Args:
-      first: the trace that is expected.
-      second: the trace that is compared with it.
-      values_only: compare only the number of arrays and of their entries.
-
     Returns:
       A sentence for each difference; empty where the outputs have one interface.
 

@@ -55,11 +55,6 @@ class Read:
 class Reference:
     """Both forms of a program on their way through float64.
 
-    Args:
-      original: the trace of the one form.
-      converted: the trace of the other.
-      what: the name of the step, for progress.
-
     Attributes:
       unread: why no reference could be made; empty if it was.
     """

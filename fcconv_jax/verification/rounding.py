@@ -202,13 +202,7 @@ def agreements(
     results: ByQuantity,
     allowed: Results | None = None,
 ) -> list[Agreement]:
-    """Compare the results of two programs, one quantity after the other.
-
-    Args:
-      pairs: what was run.
-      results: by quantity, the arrays of both programs.
-      allowed: by quantity, differences of each entry that are rounding.
-    """
+    """Compare the results of two programs, one quantity after the other."""
     found = []
     for number, pair in enumerate(pairs):
         mine, theirs = results[pair.quantity]

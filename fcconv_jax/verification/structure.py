@@ -15,10 +15,6 @@ def structure_failures(report: VerifyReport, plan: Plan) -> list[str]:
     the plan goes to conv) and one more of the kind that it has now. Of a plan that goes
     both ways only the sum shows. This says nothing of the numbers: those need a run.
 
-    Args:
-      report: from :func:`fcconv_jax.verify`.
-      plan: what was verified.
-
     Returns:
       One sentence for each backend where the counts are others.
 

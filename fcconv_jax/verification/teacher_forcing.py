@@ -57,11 +57,6 @@ def compare_layers(
 ) -> tuple[dict[str, ForcedLayer], list[str]]:
     """Compare the layers of a plan on the inputs that the original gives them.
 
-    Args:
-      trace: of the original, with its layers' inputs named.
-      variables: the original's.
-      plan: what was converted.
-
     Returns:
       By path what was found, and the paths whose inputs the trace does not tell.
     """

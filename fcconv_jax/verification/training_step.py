@@ -21,10 +21,6 @@ class TrainingStep:
     The step is taken from the same gradients in both forms: whether they are the same
     has been compared before, and adam would blow up what is nothing but rounding in
     a gradient that is zero. All come out in the form of the original.
-
-    Args:
-      pair: the two programs.
-      tx: the ``optax`` optimizer; SGD with momentum if None.
     """
 
     def __init__(self, pair: BothForms, tx: Any):
@@ -59,13 +55,7 @@ class TrainingStep:
 
 
 def gradient(call: Callable[..., Any], variables: PyTree, arrays: Any) -> Any:
-    """Gradient of a fixed random projection of the float outputs.
-
-    Args:
-      call: a function of variables and arrays.
-      variables: with ``params``, by which it is taken.
-      arrays: the inputs.
-    """
+    """Gradient of a fixed random projection of the float outputs."""
 
     def loss(params: PyTree) -> Any:
         out = call({**variables, "params": params}, arrays)

@@ -60,11 +60,6 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
     knows. The smallest array is written so, with the record in its dict: a file is one
     thing, which cannot be without its plan.
 
-    Args:
-      path: a new file.
-      checkpoint: what to write.
-      advance: called with the number of bytes written since.
-
     Raises:
       CheckpointError: a leaf is of a type that Flax does not pack, or no array can
         hold the record.
@@ -102,11 +97,7 @@ def _in_dicts(node: Any) -> Iterator[Any]:
 
 
 class _Writer:
-    """Writes the frame, and leaves room for the entries.
-
-    Args:
-      file: to write to.
-    """
+    """Writes the frame, and leaves room for the entries."""
 
     def __init__(self, file: File):
         self.file, self.at = file, 0

@@ -27,11 +27,7 @@ class FrameError(ValueError):
 
 
 class FrameReader:
-    """Reads the nodes of a file from its begin on.
-
-    Args:
-      file: to read.
-    """
+    """Reads the nodes of a file from its begin on."""
 
     def __init__(self, file: File):
         self.file, self.size, self.at = file, file.size, 0

@@ -44,10 +44,6 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
     The template is the checkpoint's own metadata, so that lists, None, empty nodes,
     strings and scalars stay what they are, and 64-bit arrays keep their bits.
 
-    Args:
-      path: the directory.
-      step: name of a step's directory in it; the latest by default.
-
     Raises:
       CheckpointError: no Orbax directory, an unfinished save, no such step, or damaged
         metadata.
@@ -98,11 +94,6 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
     manager's directory with that one step. Other items of the step are copied. Arrays
     are stored as NumPy's, so they load without the devices they were saved from; a few
     are in memory at a time, a large one is not.
-
-    Args:
-      path: a new directory.
-      checkpoint: what to write.
-      advance: called with the number of bytes written since.
 
     Raises:
       CheckpointError: Orbax cannot store a leaf, or would store two under one name.
@@ -319,11 +310,7 @@ def _forget_reads(error: Exception) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class _LateReads:
-    """A ``sys.unraisablehook`` that hides the end of an abandoned read.
-
-    Args:
-      before: the hook that gets everything else.
-    """
+    """A ``sys.unraisablehook`` that hides the end of an abandoned read."""
 
     before: Callable[[Any], object]
 

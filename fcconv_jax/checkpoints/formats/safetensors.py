@@ -88,11 +88,6 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
     Entries that keep their order are copied from file to file, many at once; the
     others are moved a piece at a time.
 
-    Args:
-      path: a new file.
-      checkpoint: what to write.
-      advance: called with the number of bytes written since.
-
     Raises:
       CheckpointError: a leaf isn't an array, or has a dtype that the format lacks.
     """

@@ -56,12 +56,7 @@ class Affine(NamedTuple):
         return Affine(float(a), float(b), x, float(d), float(e), y)
 
     def grid(self, window: Sequence[int], stride: Sequence[int]) -> Affine:
-        """Return the map of a grid of windows: each place is at its window's centre.
-
-        Args:
-          window: rows and columns of a window.
-          stride: rows and columns from one to the next.
-        """
+        """Return the map of a grid of windows: each place is at its window's centre."""
         (height, width), (down, right) = window, stride
         return self.part((width - right) / 2, (height - down) / 2, right, down)
 

@@ -10,12 +10,7 @@ from ..graph import VIEWS, Graph, Node
 
 
 def find_blocks(graph: Graph, images: Literal["first", "last"]) -> bool:
-    """Replace chains of views that move blocks of pixels to channels, or back.
-
-    Args:
-      graph: whose nodes are replaced, in place.
-      images: which axis of an image its channels are.
-    """
+    """Replace chains of views that move blocks of pixels to channels, or back."""
     makers, uses, changed = graph.producers(), graph.uses(), False
     for node in graph.nodes:
         if node.op != "reshape" or len(node.out.shape) != 4:

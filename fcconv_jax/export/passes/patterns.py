@@ -111,12 +111,7 @@ def find_softmax(graph: Graph) -> bool:
 
 
 def find_fused(graph: Graph, names: frozenset[str] = FUSED) -> bool:
-    """The activations that a runtime has as one operation.
-
-    Args:
-      graph: whose nodes are replaced, in place.
-      names: of the operations that the runtime has.
-    """
+    """The activations that a runtime has as one operation."""
     makers, changed = graph.producers(), False
     for node in graph.nodes:
         for name, find in _ACTIVATIONS.items():

@@ -96,9 +96,6 @@ def compiled(text: str) -> bytes:
 class IreeFile(Shipped):
     """A .vmfb file with its params, read back.
 
-    Args:
-      path: the .vmfb file.
-
     Raises:
       ExportError: the file of params is missing.
     """

@@ -61,11 +61,6 @@ def _openvino() -> Any:
 def write(graph: Graph, record: FileRecord, path: Path) -> None:
     """Write a graph as an .xml file and the .bin with its weights beside it.
 
-    Args:
-      graph: what to write; it is rewritten.
-      record: what the file says about itself.
-      path: of the .xml file.
-
     Raises:
       ExportError: ONNX, which it goes through, has no such operation.
     """

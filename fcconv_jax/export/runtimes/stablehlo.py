@@ -114,9 +114,6 @@ def _symbolic(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStru
 class StableHloFile(Shipped):
     """A .stablehlo file, read back.
 
-    Args:
-      path: the file.
-
     Raises:
       ExportError: it is none.
     """

@@ -22,10 +22,6 @@ class ConvertedFunction(Jitted):
     (flags, numbers, functions) is static. Each trace goes the function's own way from
     the parameters to the matmuls, so whatever it does in between is kept. The params,
     which come first, are in the plan's form; others raise PlanError.
-
-    Args:
-      function: the function that was planned.
-      plan: from :func:`fcconv_jax.make_plan`.
     """
 
     def __init__(self, function: Callable[..., Any], plan: Plan):

@@ -31,10 +31,6 @@ class ConvertedLinen:
     (flags, numbers, functions) is static. Each trace goes the model's own way, with
     its params in the form that its code was written for, and only the planned matmuls
     are replaced.
-
-    Args:
-      model: the model that was planned.
-      plan: from :func:`fcconv_jax.make_plan`.
     """
 
     model: nn.Module

@@ -151,12 +151,7 @@ class Conv(nnx.Conv):
             yield attribute
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Applies the layer to the dense layer's input.
-
-        Args:
-          inputs: as the original layer takes them.
-          out_sharding: of the output, as the original layer takes it.
-        """
+        """Applies the layer to the dense layer's input."""
         axes = nnx_layers.dense_axes(self._origin.stand_in(), inputs.ndim)
         batch = tuple(inputs.shape[axis] for axis in axes.batch)
         sharding = axes.canonical_sharding(out_sharding, inputs.shape)
@@ -172,12 +167,7 @@ class Linear(nnx.Linear):
     dot_general = staticmethod(lax.dot_general)
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Applies the layer to the convolution's input.
-
-        Args:
-          inputs: as the convolution takes them.
-          out_sharding: of the output, as the convolution takes it.
-        """
+        """Applies the layer to the convolution's input."""
         return _call_other_form(self, "dense", inputs, out_sharding)
 
 
@@ -190,12 +180,7 @@ class LinearGeneral(nnx.LinearGeneral):
     dot_general = dot_general_cls = None
 
     def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
-        """Applies the layer to the convolution's input.
-
-        Args:
-          inputs: as the convolution takes them.
-          out_sharding: of the output, as the convolution takes it.
-        """
+        """Applies the layer to the convolution's input."""
         return _call_other_form(self, "dense", inputs, out_sharding)
 
 
@@ -254,12 +239,6 @@ def _check_matmul(
     matmuls: Mapping[int, LayerPlan],
 ) -> None:
     """Refuses a parameter that the plan of its matmuls is not for.
-
-    Args:
-      path: of the parameter.
-      variable: the parameter.
-      layer: its plan.
-      matmuls: of the model, as it is.
 
     Raises:
       PlanError: names the parameter, what was found, and a fix.

@@ -68,11 +68,6 @@ def with_nodes(tree: PyTree, nodes: Sequence[Any]) -> Any:
 def check_returned(method: str, out: Any, traced: bool) -> None:
     """Refuses functions among what a method returns.
 
-    Args:
-      method: its name.
-      out: what it returns.
-      traced: whether in a trace.
-
     Raises:
       FunctionReturnedError: in a trace, whose arrays they would hold.
       PlanError: they read parameters when they are called, and hold other arrays.

@@ -18,13 +18,7 @@ from . import layers as nnx_layers
 def warn_of_twins(
     modules: Mapping[str, Any], variables: Mapping[str, Any], plan: Plan
 ) -> None:
-    """Warn of modules of a converted one's class and shapes that stay in their form.
-
-    Args:
-      modules: all of the model, by path.
-      variables: likewise.
-      plan: what converts.
-    """
+    """Warn of modules of a converted one's class and shapes that stay in their form."""
     twins = _twins(modules, variables, plan)
     if not twins:
         return

@@ -38,9 +38,6 @@ def coremltools() -> Any:
 class CoreMlFile(Shipped):
     """An .mlpackage, read back; it is not run.
 
-    Args:
-      path: the package.
-
     Raises:
       ExportError: it is none.
     """

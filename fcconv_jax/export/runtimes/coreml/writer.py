@@ -69,11 +69,6 @@ _REDUCTIONS = {
 def write(graph: Graph, record: FileRecord, path: Path) -> None:
     """Write a graph whose images are channel-first as an .mlpackage.
 
-    Args:
-      graph: what to write; it is rewritten.
-      record: what the file says about itself.
-      path: where to; a folder.
-
     Raises:
       ExportError: Core ML has no such operation or dtype.
     """

@@ -16,11 +16,6 @@ from .schema import pack, schema
 def any_batch(path: Path, other: Path, batch: int) -> None:
     """Rewrite a file for one batch size, given that for another, to take any.
 
-    Args:
-      path: the file.
-      other: the same for another size.
-      batch: the size that the file has until it is resized.
-
     Raises:
       ExportError: an operator depends on the batch in another way than by its shape.
     """

@@ -49,11 +49,7 @@ _VERSIONS = {"BROADCAST_TO": 2, "TRANSPOSE_CONV": 4}
 
 
 class Builder:
-    """Collects the tensors, buffers and operators of one model.
-
-    Args:
-      s: the schema.
-    """
+    """Collects the tensors, buffers and operators of one model."""
 
     def __init__(self, s: Any):
         self.s = s

@@ -42,10 +42,6 @@ _NUMPY = {
 class LiteRTFile(Shipped):
     """A .tflite file, read back.
 
-    Args:
-      path: the file.
-      content: its bytes, if they have been read.
-
     Raises:
       ExportError: it is none.
     """

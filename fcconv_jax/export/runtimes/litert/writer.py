@@ -19,11 +19,6 @@ from .schema import RECORD, pack, schema
 def write(graph: Graph, record: FileRecord, path: Path) -> None:
     """Write a graph as a .tflite file.
 
-    Args:
-      graph: what to write.
-      record: what the file says about itself.
-      path: where to.
-
     Raises:
       ExportError: LiteRT has no such operation or dtype; names it and a fix.
     """

@@ -13,11 +13,6 @@ from ...batches import depends, of_any_batch
 def any_batch(path: Path, other: Path, batch: int) -> None:
     """Rewrite a file for one batch size, given that for another, to take any.
 
-    Args:
-      path: the file.
-      other: the same for another size.
-      batch: the size that the model was given; the file names it no more.
-
     Raises:
       ExportError: a node depends on the batch in another way than by its shape.
     """

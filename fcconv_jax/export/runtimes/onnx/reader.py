@@ -33,9 +33,6 @@ _LINEAR = (*_CONVS, "Gemm", "MatMul")
 class OnnxFile(Shipped):
     """An .onnx file, read back.
 
-    Args:
-      path: the file.
-
     Raises:
       ExportError: it is none.
     """
