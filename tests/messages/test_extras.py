@@ -13,7 +13,7 @@ import fcconv_jax as fc
 from fcconv_jax.messages.errors import MissingExtraError
 from fcconv_jax.messages.extras import _command, install_command, require
 
-ROOT = Path(__file__).parents[1]
+ROOT = Path(__file__).parents[2]
 HOME = "https://example.org/fcconv"
 GIT = {
     "url": "https://example.org/fork.git",
