@@ -26,7 +26,13 @@ from ..plan import Form, Plan
 from ..plan.rules import Rule
 from ..tracing.marks import name_output
 from .held import BoundHeld, ConvertedModel
-from .torch_agreement import as_numpy, as_tensors, recording, require_agreement
+from .torch_agreement import (
+    after_submodules,
+    as_numpy,
+    as_tensors,
+    recording,
+    require_agreement,
+)
 
 # Type checkers take "import torch" for this very file where PyTorch is not installed.
 torch: Any = import_module("torch")
@@ -70,7 +76,7 @@ class BoundTorch(BoundHeld):
         held = {**dict(model.named_buffers(remove_duplicate=False)), **_unnamed(model)}
         params, state = env.t2j_copy((_detached(learned), _detached(held)))
 
-        def run(values: Any, args: Any, kwargs: Any) -> Any:
+        def run(values: PyTree, args: PyTree, kwargs: PyTree) -> Any:
             values, args, kwargs = env.j2t_iso((values, args, kwargs))
             with env:
                 # Tied weights stay apart, as they do in a state_dict.
@@ -78,7 +84,7 @@ class BoundTorch(BoundHeld):
                     model, values, args, kwargs, tie_weights=False
                 )
 
-        def call(params: Any, state: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
             with warnings.catch_warnings():
                 # torchax asks for the 64 bits of PyTorch's integers.
                 warnings.filterwarnings("ignore", "Explicitly requested dtype")
@@ -133,32 +139,18 @@ class BoundTorch(BoundHeld):
         )
 
     def named(
-        self, variables: PyTree, arrays: Any, wanted: Callable[[str], bool]
+        self, variables: PyTree, arrays: PyTree, wanted: Callable[[str], bool]
     ) -> Any:
         """The same call, with the outputs of submodules named by forward hooks."""
         if isinstance(self.model, ConvertedModel):
             return self.call(variables, arrays)
         env = _environment()
 
-        def hook(path: str) -> Callable[..., Any]:
-            def named(module: Any, args: Any, out: Any) -> Any:
-                del module, args
-                if not isinstance(out, torch.Tensor):
-                    return out
-                return env.j2t_iso(name_output(path, env.t2j_iso(out)))
+        def name(path: str, out: Any) -> Any:
+            return env.j2t_iso(name_output(path, env.t2j_iso(out)))
 
-            return named
-
-        hooks = [
-            each.register_forward_hook(hook(path))
-            for path, each in self.model.named_modules()
-            if path and wanted(path)
-        ]
-        try:
+        with after_submodules(self.model, name, wanted):
             return self.call(variables, arrays)
-        finally:
-            for each in hooks:
-                each.remove()
 
     def check_library(self) -> None:
         """Compare with PyTorch's own result, where there are values."""
@@ -169,7 +161,7 @@ class BoundTorch(BoundHeld):
             return
 
         def by_torchax(record: bool) -> dict[str, Any]:
-            def run(variables: PyTree, arrays: Any) -> dict[str, Any]:
+            def run(variables: PyTree, arrays: PyTree) -> dict[str, Any]:
                 with recording(self.model, record) as found:
                     out = self.output(variables, arrays)
                 return {**_environment().t2j_iso(found), "": out}
@@ -221,7 +213,7 @@ def _environment() -> Any:
     require("torchax", "torch", "Running a torch.nn.Module")
     env = import_module("torchax.tensor").Environment()
 
-    def convolve(*args: Any) -> Any:
+    def convolve(*args: PyTree) -> Any:
         return env.j2t_iso(_convolve(*env.t2j_iso(args)))
 
     env.override_op_definition(torch.ops.aten.convolution, convolve)
@@ -309,7 +301,7 @@ def _as_arrays(tree: PyTree) -> Any:
     return jax.tree.map(as_array, tree)
 
 
-def _as_tree(out: Any, leaf: Callable[[Any], Any] | None = None) -> Any:
+def _as_tree(out: PyTree, leaf: Callable[[Any], Any] | None = None) -> Any:
     """Return an output as JAX takes it: transformers' as the dicts that they are."""
     if isinstance(out, torch.Tensor):
         return _environment().t2j_iso(out) if leaf is None else leaf(out)

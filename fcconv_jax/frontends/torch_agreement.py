@@ -10,6 +10,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
 from ..params.leaves import flatten_with_path
@@ -78,29 +79,48 @@ def require_agreement(
 
 
 @contextlib.contextmanager
-def recording(model: Any, record: bool) -> Iterator[dict[str, Any]]:
-    """Collect the first output of each submodule, in the order of their ends."""
-    found: dict[str, Any] = {}
+def after_submodules(
+    model: Any, run: Callable[[str, Any], Any], wanted: Callable[[str], bool]
+) -> Iterator[None]:
+    """Call ``run(path, out)`` on each tensor that a wanted submodule returns.
 
-    def hook(path: str) -> Callable[..., None]:
-        def keep(module: Any, args: Any, out: Any) -> None:
+    Its result takes the place of the tensor, unless it is None.
+    """
+
+    def hook(path: str) -> Callable[..., Any]:
+        def after(module: Any, args: PyTree, out: Any) -> Any:
             del module, args
-            if isinstance(out, torch.Tensor) and path not in found:
-                # What follows may write into it, as ReLU(inplace=True) does.
-                found[path] = out.clone()
+            return run(path, out) if isinstance(out, torch.Tensor) else None
 
-        return keep
+        return after
 
-    modules = model.named_modules() if record else ()
-    hooks = [each.register_forward_hook(hook(path)) for path, each in modules if path]
+    hooks = [
+        each.register_forward_hook(hook(path))
+        for path, each in model.named_modules()
+        if path and wanted(path)
+    ]
     try:
-        yield found
+        yield
     finally:
         for each in hooks:
             each.remove()
 
 
-def as_tensors(tree: Any, wide: bool) -> Any:
+@contextlib.contextmanager
+def recording(model: Any, record: bool) -> Iterator[dict[str, Any]]:
+    """Collect the first output of each submodule, in the order of their ends."""
+    found: dict[str, Any] = {}
+
+    def keep(path: str, out: Any) -> None:
+        if path not in found:
+            # What follows may write into it, as ReLU(inplace=True) does.
+            found[path] = out.clone()
+
+    with after_submodules(model, keep, lambda path: record):
+        yield found
+
+
+def as_tensors(tree: PyTree, wide: bool) -> Any:
     """Return arrays as PyTorch's tensors, integers in its 64 bits.
 
     Args:
