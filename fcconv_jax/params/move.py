@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Sequence
 from types import EllipsisType
 
 from ..geometry.kernels import Rearrangement
-from ..plan.paths import inner_shape
 
 Parts = tuple[str, ...]
 Shape = tuple[int, ...]
@@ -70,3 +70,25 @@ class Move:
         )
         got = "no array" if leaf.shape is None else f"shape {leaf.shape}"
         return f"leaf {leaf.name!r}: expected shape {source}{stacked}, got {got}. {why}"
+
+
+def inner_shape(
+    shape: Sequence[int], stack_axes: Sequence[int], inner: Sequence[int]
+) -> tuple[int, ...] | None:
+    """Return a shape without the axes of stacks; None if it has another number of axes.
+
+    Args:
+      shape: of a stack.
+      stack_axes: axes that lifted transforms added, innermost first.
+      inner: shape of one layer; only its number of axes counts.
+
+    Example:
+      >>> inner_shape((7, 4, 3), (0,), (9, 9)), inner_shape((4, 3), (0,), (9, 9))
+      ((4, 3), None)
+    """
+    if len(shape) != len(inner) + len(stack_axes):
+        return None
+    out = list(shape)
+    for axis in reversed(stack_axes):  # the outermost transform added its axis last
+        del out[axis]
+    return tuple(out)

@@ -16,11 +16,11 @@ from jaxtyping import PyTree
 from ..geometry.meshes import over_mesh
 from ..messages.errors import PlanError
 from ..plan import Plan
-from ..plan.paths import inner_shape, join_path
+from ..plan.paths import join_path
 from ..versions import raw_value
 from .leaves import AxisNames, convert_leaf, flatten_with_path, is_leaf_node
 from .matching import find_moves, planned_moves
-from .move import Leaf, Move, Parts
+from .move import Leaf, Move, Parts, inner_shape
 from .variables import is_variable
 
 _LOG = logging.getLogger(__name__)

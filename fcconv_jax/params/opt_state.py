@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -30,8 +30,8 @@ def convert_opt_state(
     tx: optax.GradientTransformation,
     params: PyTree,
     check: bool = True,
-    probe_kwargs: Mapping[str, Any] | None = None,
-) -> Any:
+    probe_kwargs: Mapping[str, PyTree] | None = None,
+) -> PyTree:
     """Convert an optax optimizer state to the plan's form.
 
     Before anything is returned, two updates are run in both forms on random gradients,
@@ -73,41 +73,43 @@ def convert_opt_state(
       >>> state[0].mu["params"]["kernel"].shape
       (1, 4, 3)
     """
-    import optax
-
     check_flags(check=check)
     if not callable(getattr(tx, "init", None)):
         raise PlanError(
             f"Expected tx= as an optax.GradientTransformation, got "
             f"{type(tx).__name__}. Pass the optimizer itself: tx=optax.adam(1e-3)."
         )
+    out = move_opt_state(opt_state, plan, tx, params)
+    if check:
+        try:
+            found = different_update(
+                tx,
+                opt_state,
+                params,
+                _mover(plan, tx, params),
+                lambda tree: map_leaves(tree, plan),
+                probe_kwargs or {},
+            )
+        except ProbeError as error:
+            raise PlanError(_NOT_RUN.format(str(error).rstrip("."))) from None
+        if found:
+            raise PlanError(_ANOTHER_UPDATE.format(found))
+    return out
+
+
+def move_opt_state(
+    opt_state: PyTree, plan: Plan, tx: optax.GradientTransformation, params: PyTree
+) -> Any:
+    """Convert a state as :func:`convert_opt_state` does, and run no update.
+
+    Raises:
+      PlanError: the state does not follow the shape of the parameters.
+    """
     old = jax.eval_shape(lambda tree: tree, params)
-    leaves, treedef = flatten_with_path(old)
-    moves = tree_moves(leaves, plan)
-    tree = jax.tree.unflatten(
-        treedef, [_Opaque(path, moves.get(path)) for path, _ in leaves]
-    )
     wanted = jax.eval_shape(tx.init, map_leaves(old, plan))
-
-    def move(leaf: Any, how: _Opaque) -> Any:
-        if isinstance(leaf, optax.MaskedNode):  # stands for any subtree of params
-            return leaf
-        # One number for a whole leaf stays, as in novograd.
-        single = not is_leaf_node(leaf) and np.shape(leaf) == ()
-        return leaf if how.move is None or single else moved(how.path, leaf, how.move)
-
-    def is_leaf(node: Any) -> bool:
-        return isinstance(node, optax.MaskedNode) or is_leaf_node(node)
-
-    def move_state(state: Any) -> Any:
-        if isinstance(params, optax.LookaheadParams):
-            # Its init takes pairs alone, which tree_map_params does not give it.
-            return map_leaves({"params": old, "opt_state": state}, plan)["opt_state"]
-        with default_settings():  # it calls tx.init, which makes arrays
-            return optax.tree_map_params(tx, move, state, tree, is_leaf=is_leaf)
-
+    move = _mover(plan, tx, params)
     try:
-        out = move_state(opt_state)
+        out = move(opt_state)
     except Exception as error:
         # Each optimizer fails in its own way if its state isn't a tree of params.
         found = str(error) if isinstance(error, PlanError) else repr(error)
@@ -120,21 +122,40 @@ def convert_opt_state(
         if np.shape(got) != np.shape(want):
             found = f"expected {path!r} of shape {np.shape(want)}, got {np.shape(got)}"
             raise PlanError(_NOT_ENTRYWISE.format(found))
-    if check:
-        try:
-            found = different_update(
-                tx,
-                opt_state,
-                params,
-                move_state,
-                lambda tree: map_leaves(tree, plan),
-                probe_kwargs or {},
-            )
-        except ProbeError as error:
-            raise PlanError(_NOT_RUN.format(str(error).rstrip("."))) from None
-        if found:
-            raise PlanError(_ANOTHER_UPDATE.format(found))
     return out
+
+
+def _mover(
+    plan: Plan, tx: optax.GradientTransformation, params: PyTree
+) -> Callable[[PyTree], PyTree]:
+    """Return the function that moves states of an optimizer, whatever they hold."""
+    import optax
+
+    old = jax.eval_shape(lambda tree: tree, params)
+    leaves, treedef = flatten_with_path(old)
+    moves = tree_moves(leaves, plan)
+    tree = jax.tree.unflatten(
+        treedef, [_Opaque(path, moves.get(path)) for path, _ in leaves]
+    )
+
+    def move(leaf: Any, how: _Opaque) -> Any:
+        if isinstance(leaf, optax.MaskedNode):  # stands for any subtree of params
+            return leaf
+        # One number for a whole leaf stays, as in novograd.
+        single = not is_leaf_node(leaf) and np.shape(leaf) == ()
+        return leaf if how.move is None or single else moved(how.path, leaf, how.move)
+
+    def is_leaf(node: Any) -> bool:
+        return isinstance(node, optax.MaskedNode) or is_leaf_node(node)
+
+    def move_state(state: PyTree) -> Any:
+        if isinstance(params, optax.LookaheadParams):
+            # Its init takes pairs alone, which tree_map_params does not give it.
+            return map_leaves({"params": old, "opt_state": state}, plan)["opt_state"]
+        with default_settings():  # it calls tx.init, which makes arrays
+            return optax.tree_map_params(tx, move, state, tree, is_leaf=is_leaf)
+
+    return move_state
 
 
 _NOT_ENTRYWISE = (

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Callable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import PyTree
 
 from ..backends.resolution import Resolution
 from ..frontends.bound import BothForms
@@ -31,8 +30,10 @@ from .layer_certificates import layer_certificates
 from .moved import MOVED, moved_by_an_ulp
 from .reference import Reference, TracedProgram
 from .report import Execution
-from .teacher_forcing import ForcedLayer, compare_layers
 from .training_step import TrainingStep, has_gradients
+
+if TYPE_CHECKING:
+    import optax
 
 
 class Equality:
@@ -41,18 +42,23 @@ class Equality:
     Attributes:
       arrays: what was compared, once :meth:`conclude` has been called.
       layers: outputs of converted layers, by path, likewise.
-      forced: layers that were compared on their own, without a reference.
       notes: what could not be compared, and why.
       training: the training step, if it is compared.
-      programs: the traces of both forward passes.
+      unread: why the forward passes have no reference; empty if they have one.
+      traces: of both forward passes, the original's first.
       references: by quantity, path and array of the original form in float64.
     """
 
-    def __init__(self, pair: BothForms, tx: Any, gradients: bool, show: Progress):
+    def __init__(
+        self,
+        pair: BothForms,
+        tx: optax.GradientTransformation | None,
+        gradients: bool,
+        show: Progress,
+    ):
         self.notes: list[str] = []
         self.arrays: tuple[Agreement, ...] = ()
         self.layers: dict[str, list[Agreement]] = {}
-        self.forced: dict[str, ForcedLayer] = {}
         self.references: dict[Quantity, list[tuple[str, Any]]] = {}
         self._found: dict[Quantity, list[tuple[str, Any]]] = {}
         self.training: TrainingStep | None = None
@@ -60,7 +66,7 @@ class Equality:
         # All is traced before anything runs: XLA compiles it meanwhile.
         show("float64: tracing", 0, 2)
         wanted = set(plan).__contains__
-        traces = [
+        self.traces = [
             TracedProgram.of(
                 functools.partial(program.named, wanted=wanted), v, p.arrays
             )
@@ -69,8 +75,7 @@ class Equality:
                 (changed, pair.other, changed),
             )
         ]
-        self.programs = [trace.jaxpr for trace in traces]
-        outputs = Reference(traces[0], traces[1], "outputs")
+        outputs = Reference(*self.traces, "outputs")
         backward = None
         if gradients and not has_gradients(pair.variables["params"]):
             self.notes.append("no gradients: some params are not floats")
@@ -85,10 +90,9 @@ class Equality:
             )
         show("float64: tracing", 2, 2)
         read = outputs.run(show)
-        if read is None:
-            self.notes += [f"no float64 reference: {why}" for why in outputs.unread]
-            self._force(traces[0], pair.variables, plan, show)
-        else:
+        self.unread = outputs.unread
+        self.notes += [f"no float64 reference: {why}" for why in self.unread]
+        if read is not None:
             want, got = read
             self._keep("outputs", named_leaves(want.outputs, "output"), got.outputs)
             self._keep_layers(plan, want.named, got.named)
@@ -143,15 +147,6 @@ class Equality:
                 pairs += [(path, y, _shaped_like(y, z)) for y, z in zip(ys, zs)]
         self.references["layers"] = [(path, y) for path, y, _ in pairs]
         self._found["layers"] = [(path, z) for path, _, z in pairs]
-
-    def _force(self, trace: Any, variables: PyTree, plan: Plan, show: Progress) -> None:
-        show("layers: on their own inputs", 0, 1)
-        self.forced, unknown = compare_layers(trace, variables, plan)
-        if unknown:
-            self.notes.append(
-                f"not compared on the model's own input: {', '.join(unknown)}"
-            )
-        show("layers: on their own inputs", 1, 1)
 
     def conclude(self, executions: Sequence[Execution]) -> None:
         """Compare, given how the program magnified rounding where it was run."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -11,8 +11,11 @@ from jaxtyping import PyTree
 
 from ..frontends.bound import BothForms
 from ..params.moves import map_leaves
-from ..params.opt_state import convert_opt_state
+from ..params.opt_state import move_opt_state
 from .gradients import random_projection
+
+if TYPE_CHECKING:
+    import optax
 
 
 class TrainingStep:
@@ -23,29 +26,27 @@ class TrainingStep:
     a gradient that is zero. All come out in the form of the original.
     """
 
-    def __init__(self, pair: BothForms, tx: Any):
+    def __init__(self, pair: BothForms, tx: optax.GradientTransformation | None):
         import optax
 
         plan, params = pair.plan, pair.variables["params"]
         tx = optax.sgd(1e-2, momentum=0.9) if tx is None else tx
         self.state = jax.jit(tx.init)(params)
-        # The step itself is compared, so nothing needs checking beforehand.
-        self.other_state = convert_opt_state(
-            self.state, plan, tx=tx, params=params, check=False
-        )
+        # The step itself is compared, so no updates need to be run beforehand.
+        self.other_state = move_opt_state(self.state, plan, tx, params)
 
-        def stepped(params: PyTree, state: Any, gradients: Any) -> Any:
+        def stepped(params: PyTree, state: PyTree, gradients: PyTree) -> Any:
             updates, _ = tx.update(gradients, state, params)
             return optax.apply_updates(params, updates)
 
-        def converted_step(params: PyTree, state: Any, gradients: Any) -> Any:
+        def converted_step(params: PyTree, state: PyTree, gradients: PyTree) -> Any:
             after = stepped(params, state, map_leaves(gradients, plan))
             return map_leaves(after, plan.inverse())
 
-        def gradients(variables: PyTree, arrays: Any) -> Any:
+        def gradients(variables: PyTree, arrays: PyTree) -> Any:
             return gradient(pair.original.call, variables, arrays)
 
-        def converted_gradients(variables: PyTree, arrays: Any) -> Any:
+        def converted_gradients(variables: PyTree, arrays: PyTree) -> Any:
             found = gradient(pair.changed.call, variables, arrays)
             return map_leaves(found, plan.inverse())
 
@@ -54,7 +55,7 @@ class TrainingStep:
         self.steps = stepped, converted_step
 
 
-def gradient(call: Callable[..., Any], variables: PyTree, arrays: Any) -> Any:
+def gradient(call: Callable[..., Any], variables: PyTree, arrays: PyTree) -> Any:
     """Gradient of a fixed random projection of the float outputs."""
 
     def loss(params: PyTree) -> Any:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import jax
@@ -29,6 +29,7 @@ from ..plan import Form, Plan
 from .bits import different_bits
 from .equality import Equality, execute
 from .report import Execution, LayerReport, VerifyReport
+from .teacher_forcing import ForcedLayer, compare_layers
 
 if TYPE_CHECKING:
     import optax
@@ -85,7 +86,7 @@ def verify(
     gradients: bool = True,
     progress: ProgressOption = None,
     timeout: float = TIMEOUT,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> VerifyReport:
     """Check every claim that a conversion makes.
 
@@ -173,6 +174,7 @@ def verify(
                 f"{', '.join(str(r.backend) for r in executed)}, got abstract ones. "
                 "Pass arrays, or backends that are not present."
             )
+        # The compilers of absent devices work in processes of their own meanwhile.
         with Compiling(
             pair.by_form(),
             absent,
@@ -180,24 +182,29 @@ def verify(
             progress=lambda what, done, total: show(f"compilers: {what}", done, total),
         ) as compiling:
             equality, executions, reports = None, [], {}
+            forced: dict[str, ForcedLayer] = {}
             if executed:
                 equality = Equality(pair, tx, gradients, show)
-            for resolution in executed:
-                report, execution = _execute(equality, pair, resolution, show)
-                reports[resolution.backend] = report
-                executions.append(execution)
+                if equality.unread:
+                    forced = _compare_layers(equality, pair, show)
+                for resolution in executed:
+                    report, execution = _execute(equality, pair, resolution, show)
+                    reports[resolution.backend] = report
+                    executions.append(execution)
             compiled = compiling.results() if absent else {}
         for resolution in absent:
             outcome = compiled[resolution.backend]
             reports[resolution.backend] = _absent(resolution, outcome)
         if equality is not None:
+            # How much the program magnifies rounding shows where it is executed.
             equality.conclude(executions)
     on_cpu = any(each.backend.platform == "cpu" for each in executed)
-    known = cpu_notes(equality.programs) if equality and on_cpu else ()
+    programs = [trace.jaxpr for trace in equality.traces] if equality else []
+    known = cpu_notes(programs) if on_cpu else ()
     return VerifyReport(
         to=plan.to,
         failed_params=tuple(failures),
-        layers=tuple(_layer_reports(plan, equality, executions)),
+        layers=tuple(_layer_reports(plan, equality, executions, forced)),
         arrays=equality.arrays if equality else (),
         executions=tuple(executions),
         skipped=tuple(plan.skipped.items()),
@@ -238,10 +245,11 @@ def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:
 
 
 def _execute(
-    equality: Any, pair: BothForms, resolution: Resolution, show: Progress
+    equality: Equality, pair: BothForms, resolution: Resolution, show: Progress
 ) -> tuple[BackendReport, Execution]:
     """Run both forms on a device that is present."""
     with contextlib.ExitStack() as stack:
+        # On the default backend arrays stay as they are, spread over a mesh or not.
         if resolution.device.platform != jax.default_backend():
             stack.enter_context(jax.default_device(resolution.device))
             pair = pair.on(resolution.device)
@@ -280,8 +288,24 @@ def _absent(resolution: Resolution, outcome: Any) -> BackendReport:
     )
 
 
+def _compare_layers(
+    equality: Equality, pair: BothForms, show: Progress
+) -> dict[str, ForcedLayer]:
+    """Compare each layer on the input that it has in the original."""
+    show("layers: on their own inputs", 0, 1)
+    forced, unknown = compare_layers(equality.traces[0], pair.variables, pair.plan)
+    if unknown:
+        names = ", ".join(unknown)
+        equality.notes.append(f"not compared on the model's own input: {names}")
+    show("layers: on their own inputs", 1, 1)
+    return forced
+
+
 def _layer_reports(
-    plan: Plan, equality: Equality | None, executions: Sequence[Execution]
+    plan: Plan,
+    equality: Equality | None,
+    executions: Sequence[Execution],
+    forced: Mapping[str, ForcedLayer],
 ) -> list[LayerReport]:
     if equality is None:
         return []
@@ -292,7 +316,7 @@ def _layer_reports(
             layer.layer,
             executions[0].certificates[path],
             tuple(equality.layers.get(path, ())),
-            equality.forced.get(path),
+            forced.get(path),
         )
         for path, layer in plan.items()
     ]

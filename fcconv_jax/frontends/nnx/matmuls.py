@@ -18,9 +18,9 @@ from jaxtyping import PyTree
 
 from ...messages.errors import PlanError
 from ...params.leaves import convert_leaf, move_metadata
+from ...params.move import inner_shape
 from ...params.moves import map_leaves
 from ...plan import LayerPlan, Plan, direction
-from ...plan.paths import inner_shape
 from ...tracing import arguments
 from ...versions import (
     containers,
@@ -159,7 +159,7 @@ def _rewritten_method(name: str, original: Any) -> Any:
         read = property(lambda self: _call_method(self, name, ()))
         return property(read.fget, original.fset, original.fdel, original.__doc__)
 
-    def method(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def method(self: Any, *args: PyTree, **kwargs: PyTree) -> Any:
         return _call_method(self, name, ((args, kwargs),))
 
     return functools.wraps(original)(method)
@@ -273,7 +273,7 @@ class _Call:
     static: arguments.Static
     traced: bool = True
 
-    def run(self, state: Any, arrays: Sequence[Any]) -> _Ended:
+    def run(self, state: PyTree, arrays: Sequence[Any]) -> _Ended:
         """Runs it, rewritten."""
         stored = {
             nnx_layers.path_text(path[1:]): raw_value(variable)
@@ -291,7 +291,9 @@ class _Call:
             return follow(map_leaves(params, plan.inverse()), state, list(arrays))
         return run_rewritten(follow, plan, (params, state, list(arrays)), {})
 
-    def _follow(self, plan: Plan, params: PyTree, state: Any, arrays: Any) -> _Ended:
+    def _follow(
+        self, plan: Plan, params: PyTree, state: PyTree, arrays: PyTree
+    ) -> _Ended:
         """The original method, on parameters as it knows them.
 
         Args:
