@@ -145,7 +145,8 @@ KINDS = {
     "orbax ocdbt": Kind(orbax(True, False), (*METADATA, "manifest.ocdbt", "**/d/*")),
     "orbax converted": Kind(converted(orbax(True, False)), METADATA),
 }
-# How many of a hundred cases; those of Orbax take a hundred times as long.
+# How many of a hundred cases, 20 for a new kind; those of Orbax take a hundred times as
+# long.
 SHARE = {"safetensors": 24, "safetensors converted": 20, "msgpack": 24}
 SHARE |= {"msgpack converted": 14, "plan": 17.5, "folder": 0.46}
 SHARE |= dict.fromkeys(("orbax", "orbax zarr3", "orbax ocdbt", "orbax converted"), 0.01)
@@ -271,7 +272,7 @@ def run(cases: int, seed: int, keep: Path | None = None) -> tuple[Counter, Count
         with limits():
             for kind in KINDS:
                 rng = random.Random(f"{seed} {kind}")
-                for _ in range(max(1, round(cases * SHARE[kind] / 100))):
+                for _ in range(max(1, round(cases * SHARE.get(kind, 20) / 100))):
                     whole = folder / f"whole {kind}"
                     counts[kind] += 1
                     try:
