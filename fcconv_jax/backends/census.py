@@ -14,6 +14,7 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 _STABLEHLO = re.compile(r'"?stablehlo\.(\w+)"?')
 _STABLEHLO_CALL = re.compile(r'(?:func\.)?call @("[^"]+"|[\w.$-]+)')
@@ -185,7 +186,9 @@ def _op_counts(total: collections.Counter, dots: tuple[str, ...]) -> OpCounts:
     )
 
 
-def census(program: Callable[..., Any] | Any, *args: Any, **kwargs: Any) -> Census:
+def census(
+    program: Callable[..., Any] | Any, *args: PyTree, **kwargs: PyTree
+) -> Census:
     """Count the operations of a program, before and after it is compiled.
 
     Args:

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 from jax import export
+from jaxtyping import PyTree
 
 from ..messages.errors import BackendError
 from . import processes
@@ -310,7 +311,7 @@ def abstract(leaf: Any, sharding: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(jnp.shape(leaf), jnp.result_type(leaf), sharding=own)
 
 
-def _mesh(trees: Any) -> dict[str, Any] | None:
+def _mesh(trees: PyTree) -> dict[str, Any] | None:
     """Shape and axis names of the mesh that the leaves are spread over, if any."""
     for leaf in jax.tree.leaves(trees):
         sharding = getattr(leaf, "sharding", None)

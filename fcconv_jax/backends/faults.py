@@ -8,31 +8,32 @@ from typing import Any
 
 import jaxlib.version
 
-from ..tracing.jaxprs import Literal, call_body, opened, subjaxprs
+from ..tracing.jaxprs import AnyJaxpr, Literal, call_body, opened, subjaxprs
 from ..tracing.primitives import ELEMENTWISE, ENTRYWISE, MOVES, POOLS
+from ..tracing.protocols import Equation
 
 # Of arrays, each counts before those that precede it.
 _MARKS = ("", "wide", "spread", "reshaped")
 _RESHAPES = ("broadcast_in_dim", "expand_dims", "reshape", "squeeze")
 
 
-def _pools(eqn: Any, marks: Sequence[str]) -> bool:
+def _pools(eqn: Equation, marks: Sequence[str]) -> bool:
     return eqn.primitive.name in POOLS and "reshaped" in marks
 
 
-def _moves_packed(eqn: Any, marks: Sequence[str]) -> bool:
+def _moves_packed(eqn: Equation, marks: Sequence[str]) -> bool:
     del marks
     dtype = getattr(eqn.invars[0].aval, "dtype", None) if eqn.invars else None
     packed = str(dtype).lstrip("u").startswith(("int2", "int4", "float4"))
     return packed and eqn.primitive.name in ("gather", "pad", "transpose")
 
 
-def _multiplies(eqn: Any, marks: Sequence[str]) -> bool:
+def _multiplies(eqn: Equation, marks: Sequence[str]) -> bool:
     del marks
     return eqn.primitive.name == "dot_general"
 
 
-def _crops(eqn: Any, marks: Sequence[str]) -> bool:
+def _crops(eqn: Equation, marks: Sequence[str]) -> bool:
     del marks
     pads = eqn.params.get("padding", ())
     return eqn.primitive.name == "conv_general_dilated" and any(
@@ -116,7 +117,7 @@ def cpu_notes(
     faults = [fault for fault in FAULTS if fault.is_in(version)]
     found: set[str] = set()
 
-    def read(jaxpr: Any, marks: Sequence[str]) -> list[str]:
+    def read(jaxpr: AnyJaxpr, marks: Sequence[str]) -> list[str]:
         """Return the marks of the outputs."""
         body, _ = opened(jaxpr)
         known = dict(zip(body.invars, marks))

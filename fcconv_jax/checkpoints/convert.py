@@ -194,6 +194,7 @@ def restore_checkpoint(
         nonlocal taken_from
         found, taken_from = plan, ""
         if source.record is not None:
+            # A leaf that was added since would be restored in the wrong form, silently.
             _require_same_leaves(source, source.record, src)
             if plan not in (None, source.record.plan):
                 raise CheckpointError(
@@ -267,6 +268,7 @@ def verify_checkpoint(
     found = merged(found)
     job = make_job(source, plan or Plan("conv"), False, prefixes, found.format)
     meant = merged(job.meant)
+    # Formats join levels of names in their own ways: levels are what compares.
     if isinstance(source.contents, FolderFiles) or FORMATS[found.format].flat:
         meant, found = (split_tree(checkpoint) for checkpoint in (meant, found))
     with named(Path(dst)), shown(progress) as show:

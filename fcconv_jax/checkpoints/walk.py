@@ -44,6 +44,7 @@ def _walk(
         if not stat.S_ISDIR(mode):
             found[inside / entry.name] = entry
             continue
+        # A link that leads up would be walked without end.
         real = entry.resolve()
         if entry.is_symlink() and real in seen:
             raise CheckpointError(
@@ -114,6 +115,7 @@ def foreign_files(
 
 def _same(one: Path, other: Path) -> bool:
     return (
+        # Sizes first: a file of weights may be many GB.
         os.path.getsize(one) == os.path.getsize(other)
         and one.read_bytes() == other.read_bytes()
     )

@@ -6,10 +6,9 @@ Ratios measured on XLA's CPU backend; on accelerators copies cost no less.
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import Any
 
 from ..tracing.cost import flops
-from ..tracing.jaxprs import opened, subjaxprs
+from ..tracing.jaxprs import AnyJaxpr, opened, subjaxprs
 from ..tracing.primitives import MATMULS
 from ..tracing.protocols import Equation
 
@@ -29,7 +28,7 @@ _ENTRY, _GROUPED = 12.0, 40.0
 _COPIES = frozenset("concatenate gather pad dynamic_slice".split())
 
 
-def work(jaxpr: Any, batch: float = 1.0) -> float:
+def work(jaxpr: AnyJaxpr, batch: float = 1.0) -> float:
     """Estimate the time of a trace: its arithmetic, and the entries that it writes.
 
     Example:
@@ -42,7 +41,7 @@ def work(jaxpr: Any, batch: float = 1.0) -> float:
     return batch * each + PASS / 10 * _matmuls(jaxpr)
 
 
-def crop_batch(jaxpr: Any, batch: float, entries: float) -> float:
+def crop_batch(jaxpr: AnyJaxpr, batch: float, entries: float) -> float:
     """Estimate the time of a batch of crops.
 
     Args:
@@ -53,12 +52,12 @@ def crop_batch(jaxpr: Any, batch: float, entries: float) -> float:
     return work(jaxpr, batch) + _ENTRY * entries * batch
 
 
-def copied(jaxpr: Any) -> float:
+def copied(jaxpr: AnyJaxpr) -> float:
     """Return how many entries a trace copies elsewhere."""
     return _entries(jaxpr, _copies)
 
 
-def _entries(jaxpr: Any, counted: Callable[[Equation], bool]) -> float:
+def _entries(jaxpr: AnyJaxpr, counted: Callable[[Equation], bool]) -> float:
     total = 0.0
     for eqn in opened(jaxpr)[0].eqns:
         bodies = [body for _, body in subjaxprs(eqn)]
@@ -86,7 +85,7 @@ def _copies(eqn: Equation) -> bool:
 _IN_PLACE = frozenset("broadcast_in_dim expand_dims reshape slice squeeze".split())
 
 
-def _matmuls(jaxpr: Any) -> int:
+def _matmuls(jaxpr: AnyJaxpr) -> int:
     return sum(
         (eqn.primitive.name in MATMULS) + sum(_matmuls(b) for _, b in subjaxprs(eqn))
         for eqn in opened(jaxpr)[0].eqns

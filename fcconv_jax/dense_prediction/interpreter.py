@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.core import Tracer
+from jaxtyping import PyTree
 
 from ..tracing.jaxprs import (
+    AnyJaxpr,
     bind,
     bodies,
     call_body,
@@ -55,7 +57,7 @@ class Interpreter:
         self.placed = placed
         self.maps: dict[Grid, Map] = {}  # the last one made, along each image axis
 
-    def run(self, jaxpr: Any, operands: Sequence[Any]) -> list[CropArray]:
+    def run(self, jaxpr: AnyJaxpr, operands: Sequence[Any]) -> list[CropArray]:
         """Return the outputs of a jaxpr."""
         return list(map(_value, evaluate(jaxpr, operands, self._visit)))
 
@@ -130,7 +132,7 @@ class Interpreter:
             return self._cond(eqn, values)
         if name == "while":
             raise NotSharedError("a while loop over values computed from the image")
-        body = call_body(eqn)
+        body: Any = call_body(eqn)  # what is left has one
         if name == "custom_jvp_call" and _is_elementwise(body):
             return self._with_rule(eqn, body, values)
         if name in REMATS:
@@ -198,7 +200,7 @@ class Interpreter:
         return [v.replace(data=out) for v, out in zip(found[-1], outs)]
 
     def _with_rule(
-        self, eqn: Equation, body: Any, values: Sequence[CropArray]
+        self, eqn: Equation, body: AnyJaxpr, values: Sequence[CropArray]
     ) -> list[CropArray]:
         """Evaluate an elementwise function, and keep its own derivative rule."""
         together, parts, ranks = aligned(values)
@@ -211,7 +213,7 @@ class Interpreter:
         inner = sum(not part.uniform for part in plain)
 
         @jax.custom_jvp
-        def call(*arrays: Any) -> list[Any]:
+        def call(*arrays: PyTree) -> list[Any]:
             fronts = tuple(map(Grid, range(arrays[0].ndim - inner)))
             values = [CropArray(array, fronts, plain, ranks) for array in arrays]
             if not fronts:
@@ -220,7 +222,7 @@ class Interpreter:
             return broadcast_data(outs)[:-1]
 
         @call.defjvp
-        def _(primals: Any, tangents: Any) -> Any:
+        def _(primals: PyTree, tangents: PyTree) -> Any:
             return jax.jvp(lambda *x: _in_blocks(eqn, shape, x), primals, tangents)
 
         fronts = together[0].fronts
@@ -249,7 +251,7 @@ def _in_blocks(
     return [out.reshape(-1)[:size].reshape(whole) for out in outs]
 
 
-def _is_elementwise(jaxpr: Any) -> bool:
+def _is_elementwise(jaxpr: AnyJaxpr) -> bool:
     """Return whether each output entry comes from the same entry of the inputs."""
     body, _ = opened(jaxpr)
     shapes = {v.aval.shape for v in body.invars}
@@ -265,11 +267,11 @@ def _is_elementwise(jaxpr: Any) -> bool:
     return all(v.aval.shape in shapes for v in body.outvars)
 
 
-def _is_elementwise_within(jaxpr: Any) -> bool:
+def _is_elementwise_within(jaxpr: AnyJaxpr) -> bool:
     body, _ = opened(jaxpr)
     return all(
-        _is_elementwise_within(call_body(eqn))
-        if call_body(eqn) is not None
+        _is_elementwise_within(inner)
+        if (inner := call_body(eqn)) is not None
         else _entry_by_entry(eqn)
         for eqn in body.eqns
     )
@@ -317,7 +319,7 @@ def _through(
     return [v.replace(data=out) for v, out in zip(found, outs)]
 
 
-def _bind(eqn: Equation, *operands: Any) -> list[Any]:
+def _bind(eqn: Equation, *operands: PyTree) -> list[Any]:
     return bind(eqn, operands)
 
 

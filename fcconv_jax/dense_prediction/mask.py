@@ -7,7 +7,7 @@ from typing import Any
 
 import numpy as np
 
-from .tiles import Place, Tiles, read_part
+from .tiles import Place, Sliced, Tiles, read_part
 
 
 class Mask:
@@ -25,7 +25,7 @@ class Mask:
       ValueError: it has another number of axes, or is larger than the images.
     """
 
-    def __init__(self, mask: Any, sizes: Sequence[int], tiles: Tiles):
+    def __init__(self, mask: Sliced, sizes: Sequence[int], tiles: Tiles):
         shape = tuple(getattr(mask, "shape", ()))
         if len(shape) != len(sizes) or not all(
             0 < size <= most for size, most in zip(shape, sizes)

@@ -13,10 +13,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
 from ..tracing.cost import flops, largest
-from ..tracing.jaxprs import Literal, jaxpr_as_fun, opened
+from ..tracing.jaxprs import AnyJaxpr, Literal, jaxpr_as_fun, opened
 from ..tracing.primitives import MATMULS, MOVES, ROUNDING, SAME
 from . import costs
 from .interpreter import Interpreter
@@ -34,8 +35,8 @@ _DIVISIBLE = 2**8 * 3**2 * 5 * 7
 class AllCrops:
     """A traced function of a crop, on the crops of images."""
 
-    jaxpr: Any
-    out: Any
+    jaxpr: AnyJaxpr
+    out: PyTree
     leaves: Sequence[Any]
     images: Any
     window: tuple[int, ...]
@@ -120,7 +121,7 @@ class AllCrops:
         return jax.make_jaxpr(run)(*operands), left
 
     def _outputs(
-        self, own: bool, *operands: Any, left: Counter[str] | None = None
+        self, own: bool, *operands: PyTree, left: Counter[str] | None = None
     ) -> list[Any]:
         mesh = _explicit_mesh(self.jaxpr)
         counts = [
@@ -128,7 +129,7 @@ class AllCrops:
             for axis, size, step in zip(self.axes, self.window, self.stride)
         ]
 
-        def run(*operands: Any) -> list[Any]:
+        def run(*operands: PyTree) -> list[Any]:
             *leaves, images = operands
             outside = self.padded_outside and not own
             value = image_value(images, self.window, self.stride, self.axes, outside)
@@ -163,7 +164,7 @@ def _is_explicit(sharding: Any) -> bool:
     return AxisType.Explicit in sharding.mesh.axis_types
 
 
-def _explicit_mesh(jaxpr: Any) -> Any:
+def _explicit_mesh(jaxpr: AnyJaxpr) -> Any:
     """Return the mesh whose axes a trace has in its types; None if it has none."""
     body, _ = opened(jaxpr)
     known = (getattr(var.aval, "sharding", None) for var in body.invars)
@@ -175,7 +176,7 @@ def _with_free_axes(sharding: Any, count: int) -> NamedSharding:
     return NamedSharding(sharding.mesh, spec)
 
 
-def _automatic(run: Callable[..., Any], mesh: Any, out: Any) -> Callable[..., Any]:
+def _automatic(run: Callable[..., Any], mesh: Any, out: PyTree) -> Callable[..., Any]:
     """Let the compiler place what is inside a function on an Explicit mesh.
 
     A crop's array fixes which of its axes are placed where; what crops share has other
@@ -207,7 +208,7 @@ def image_value(
 
 
 def own_stride(
-    jaxpr: Any, leaves: Any, crop: jax.ShapeDtypeStruct, axes: Sequence[int]
+    jaxpr: AnyJaxpr, leaves: PyTree, crop: jax.ShapeDtypeStruct, axes: Sequence[int]
 ) -> tuple[int, ...]:
     """Return the network's total stride, or the crop's size where that is less."""
     try:
@@ -225,8 +226,8 @@ def own_stride(
 
 
 def image_stride(
-    jaxpr: Any,
-    leaves: Any,
+    jaxpr: AnyJaxpr,
+    leaves: PyTree,
     crop: jax.ShapeDtypeStruct,
     axes: Sequence[int],
     stride: Sequence[int] | None,
@@ -259,8 +260,8 @@ def image_stride(
 
 
 def _last_maps(
-    jaxpr: Any,
-    leaves: Any,
+    jaxpr: AnyJaxpr,
+    leaves: PyTree,
     crop: jax.ShapeDtypeStruct,
     axes: Sequence[int],
     positions: int,
@@ -275,7 +276,7 @@ def _last_maps(
     found: dict[Grid, Any] = {}
     mesh = _explicit_mesh(jaxpr)
 
-    def look(leaves: Any, images: Any) -> tuple[()]:
+    def look(leaves: PyTree, images: Any) -> tuple[()]:
         steps = (step,) * len(axes)
         value = image_value(images, window, steps, axes, padded_outside)
         interpreter = Interpreter(Counter(), placed=mesh is None)
@@ -288,7 +289,7 @@ def _last_maps(
     return [found.get(Grid(index, padded_outside)) for index in range(len(axes))]
 
 
-def reaches_matmul_as_integer(jaxpr: Any) -> bool:
+def reaches_matmul_as_integer(jaxpr: AnyJaxpr) -> bool:
     """Return whether a trace multiplies the integers of its last input by weights.
 
     Not if it scales them first, or reads a table at them. An answer for a warning: a

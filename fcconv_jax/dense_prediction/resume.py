@@ -21,7 +21,8 @@ import numpy as np
 
 from ..files.install import replacing
 from ..messages.errors import ImageError
-from ..tracing.jaxprs import opened, subjaxprs
+from ..tracing.jaxprs import AnyJaxpr, opened, subjaxprs
+from .tiles import LazyArray
 
 _FIELD = "fcconv_jax.slide"
 Tile = tuple[str, str]
@@ -31,7 +32,7 @@ def identity(
     grid: Any,
     before: Sequence[Any],
     kwargs: Mapping[str, Any],
-    images: Any,
+    images: LazyArray,
     crop: jax.ShapeDtypeStruct,
     tile: Sequence[int],
 ) -> dict[str, str]:
@@ -68,7 +69,7 @@ def identity(
     }
 
 
-def _constants(jaxpr: Any) -> Iterator[Any]:
+def _constants(jaxpr: AnyJaxpr) -> Iterator[Any]:
     """Yield the arrays that a function closes over."""
     body, consts = opened(jaxpr)
     yield from consts
@@ -77,7 +78,7 @@ def _constants(jaxpr: Any) -> Iterator[Any]:
             yield from _constants(inner)
 
 
-def _callbacks(jaxpr: Any) -> list[str]:
+def _callbacks(jaxpr: AnyJaxpr) -> list[str]:
     """Return the primitives by which a program gets values from Python."""
     found = []
     for eqn in opened(jaxpr)[0].eqns:

@@ -11,6 +11,7 @@ from typing import Any, Literal
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ..backends.options import pool_options
 from ..frontends.bind import bind_crops
@@ -26,7 +27,7 @@ from .program import (
     reaches_matmul_as_integer,
 )
 from .report import SlideReport
-from .tiles import dtype_of
+from .tiles import Sliced, dtype_of
 from .write import TilesWritten, WriteOptions, write_tiles
 
 
@@ -150,11 +151,11 @@ class Slide:
             options=lambda: pool_options(jax.default_backend()),
         )
 
-    def __reduce__(self) -> tuple[Any, ...]:
+    def __reduce__(self) -> tuple[type[Slide], tuple[object, ...]]:
         # Compiled programs don't pickle, and the next process has devices of its own.
         return Slide, self._given
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Evaluate the function on every crop: outputs ``(N, *positions, ...)``.
 
         Args:
@@ -174,24 +175,24 @@ class Slide:
             )
         return self._call(*args, **kwargs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+    def lower(self, *args: PyTree, **kwargs: PyTree) -> jax.stages.Lowered:
         """Lower the call, as ``jax.jit`` does."""
         return self._call.lower(*self._complete(args), **kwargs)
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Return the shapes that a call returns, as ``jax.jit`` has it."""
         return self._call.eval_shape(*self._complete(args), **kwargs)
 
     def write(
         self,
-        *args: Any,
-        out: Any,
+        *args: PyTree,
+        out: PyTree,
         memory: int = 2**30,
         resume: str | Path | None = None,
         progress: ProgressOption = None,
-        mask: Any = None,
+        mask: Sliced | None = None,
         mesh: jax.sharding.Mesh | None = None,
-        **kwargs: Any,
+        **kwargs: PyTree,
     ) -> TilesWritten:
         """Run over images of any size, a tile of positions at a time.
 
@@ -231,7 +232,7 @@ class Slide:
         options.check()
         return write_tiles(plain, given, kwargs, out, options)
 
-    def report(self, *args: Any, **kwargs: Any) -> SlideReport:
+    def report(self, *args: PyTree, **kwargs: PyTree) -> SlideReport:
         """Report what crops would share; no computation runs.
 
         Args:
@@ -250,10 +251,10 @@ class Slide:
         step = "its own stride" if self.stride is None else f"stride {self.stride}"
         return f"<{_name(self.function)} on every crop of {window}, {step}>"
 
-    def _run(self, *args: Any, **kwargs: Any) -> Any:
+    def _run(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self._program(args, kwargs).run()
 
-    def _program(self, args: Sequence[Any], kwargs: Any) -> AllCrops:
+    def _program(self, args: Sequence[Any], kwargs: PyTree) -> AllCrops:
         *before, images = args
         _check(images, self.window, self.axes, self._given[3] is None)
         leaves, static = arguments.split((tuple(before), dict(kwargs)))
@@ -314,7 +315,7 @@ def _check(
             )
 
 
-def _is_lazy(images: Any) -> bool:
+def _is_lazy(images: object) -> bool:
     """Return whether images lie in a file, or anywhere but in memory."""
     return not isinstance(images, jax.Array | np.ndarray) and all(
         hasattr(images, name) for name in ("shape", "dtype", "__getitem__")
@@ -341,5 +342,5 @@ def _axes(axes: int | Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
     return found
 
 
-def _name(function: Any) -> str:
+def _name(function: object) -> str:
     return getattr(function, "__name__", type(function).__name__)

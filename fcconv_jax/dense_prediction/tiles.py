@@ -7,13 +7,35 @@ import functools
 import itertools
 import math
 from collections.abc import Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
+
+
+class Sliced(Protocol):
+    """What is read by slices: in memory, in a file, or computed on demand."""
+
+    @property
+    def shape(self) -> Sequence[int]:
+        """Sizes of its axes."""
+        ...
+
+    def __getitem__(self, where: Any, /) -> Any: ...
+
+
+class LazyArray(Sliced, Protocol):
+    """An array that is read by slices."""
+
+    @property
+    def dtype(self) -> Any:
+        """NumPy's dtype, or one that holds it as ``numpy_dtype``."""
+        ...
+
 
 # A program holds a few arrays at once; the largest is what can be told beforehand.
 _ALIVE = 3
@@ -102,9 +124,9 @@ class Tiles:
 def tiles_of(
     grid: Any,
     before: Sequence[Any],
-    images: Any,
+    images: LazyArray,
     kwargs: Mapping[str, Any],
-    out: Any,
+    out: PyTree,
     memory: int,
 ) -> Tiles:
     """Return the tiles of a run of :meth:`fcconv_jax.Slide.write`.
@@ -129,7 +151,7 @@ def tiles_of(
     return Tiles(grid.window, grid.stride, grid.axes, rank, counts, tuple(tile))
 
 
-def shard_of(out: Any, rank: int) -> tuple[int, ...]:
+def shard_of(out: PyTree, rank: int) -> tuple[int, ...]:
     """Return how many positions an output stores as one, along each axis."""
     sizes = [1] * rank
     for target in jax.tree.leaves(out):
@@ -143,7 +165,7 @@ def shard_of(out: Any, rank: int) -> tuple[int, ...]:
     return tuple(sizes)
 
 
-def one_window(grid: Any, images: Any) -> jax.ShapeDtypeStruct:
+def one_window(grid: Any, images: LazyArray) -> jax.ShapeDtypeStruct:
     """Return one crop of the images, abstract."""
     shape = list(images.shape)
     for axis, size in zip(grid.axes, grid.window):
@@ -151,7 +173,7 @@ def one_window(grid: Any, images: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype_of(images))
 
 
-def _check_out(one: Sequence[Any], out: Any, counts: Sequence[int]) -> None:
+def _check_out(one: Sequence[Any], out: PyTree, counts: Sequence[int]) -> None:
     """Refuse outputs that cannot hold the result, before anything is computed."""
     rank = len(counts)
     wanted = [(leaf.shape[0], *counts, *leaf.shape[1 + rank :]) for leaf in one]
@@ -191,7 +213,7 @@ def _is_writable(target: Any) -> bool:
 def _tile(
     grid: Any,
     before: Sequence[Any],
-    images: Any,
+    images: LazyArray,
     kwargs: Mapping[str, Any],
     counts: Sequence[int],
     memory: int,
@@ -221,12 +243,12 @@ def _tile(
         tile[longest] = -(-tile[longest] // 2)
 
 
-def dtype_of(images: Any) -> np.dtype[Any]:
+def dtype_of(images: LazyArray) -> np.dtype[Any]:
     """Return an array's dtype as NumPy has it; TensorStore has its own."""
     return np.dtype(getattr(images.dtype, "numpy_dtype", images.dtype))
 
 
-def read_part(images: Any, where: Sequence[slice | int]) -> Any:
+def read_part(images: LazyArray, where: Sequence[slice | int]) -> Any:
     """Read a part of an array, which may be in a file."""
     part: Any = images[tuple(where)]
     reader: Any = getattr(part, "read", None)

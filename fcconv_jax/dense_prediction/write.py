@@ -15,13 +15,14 @@ import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import PyTree
 
 from ..backends.options import pool_options
 from ..messages.progress import ProgressOption, shown
 from ..tracing import arguments
 from .mask import Mask
 from .resume import FinishedTiles, identity
-from .tiles import Place, dtype_of, one_window, read_part, shard_of, tiles_of
+from .tiles import Place, Sliced, dtype_of, one_window, read_part, shard_of, tiles_of
 
 # Tiles that are read ahead, and tiles that wait to be written.
 _AHEAD = 2
@@ -48,7 +49,7 @@ class WriteOptions:
     memory: int
     resume: str | Path | None = None
     progress: ProgressOption = None
-    mask: Any = None
+    mask: Sliced | None = None
     mesh: Mesh | None = None
 
     def check(self) -> None:
@@ -91,7 +92,7 @@ def write_tiles(
     grid: Any,
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
-    out: Any,
+    out: PyTree,
     options: WriteOptions,
 ) -> TilesWritten:
     """Write the result of :meth:`fcconv_jax.Slide.write`, whose arguments these are."""
@@ -281,7 +282,7 @@ def _on_devices(
     leaves, static = arguments.split((tuple(before), dict(kwargs)))
     leaves = jax.device_put(leaves, NamedSharding(mesh, PartitionSpec()))
 
-    def run(leaves: Any, pixels: Any) -> Any:
+    def run(leaves: PyTree, pixels: Any) -> Any:
         before, kwargs = static.merge(leaves)
         out = grid._run(*before, pixels[0], **kwargs)
         return [leaf[None] for leaf in jax.tree.leaves(out)]
@@ -311,7 +312,7 @@ def _on_devices(
     return put, call
 
 
-def _by_device(out: Any) -> list[Any]:
+def _by_device(out: PyTree) -> list[Any]:
     """Return the part of an array on each device, in the order of the tiles."""
     shards = sorted(out.addressable_shards, key=lambda shard: shard.index[0].start or 0)
     return [shard.data for shard in shards]
@@ -325,7 +326,7 @@ class _Writer:
       record: of the finished tiles, if there is one.
     """
 
-    def __init__(self, out: Any, record: FinishedTiles | None):
+    def __init__(self, out: PyTree, record: FinishedTiles | None):
         self._targets, self._record = jax.tree.leaves(out), record
 
     def write(self, tile: _Read, values: Sequence[Any] | None) -> _Read:
@@ -380,11 +381,11 @@ def _shape(target: Any, tile: _Read) -> tuple[int, ...]:
     return (*new, *target.shape[len(new) :])
 
 
-def _written(out: Any, where: tuple[slice, ...]) -> list[Any]:
+def _written(out: PyTree, where: tuple[slice, ...]) -> list[Any]:
     return [read_part(target, where) for target in jax.tree.leaves(out)]
 
 
-def _check_holds_nan(out: Any) -> None:
+def _check_holds_nan(out: PyTree) -> None:
     for target in jax.tree.leaves(out):
         if not jnp.issubdtype(dtype_of(target), jnp.inexact):
             raise ValueError(

@@ -75,7 +75,7 @@ def export(
     calibrate: Sequence[Any] | None = None,
     compare: bool = False,
     progress: ProgressOption = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> ExportReport:
     """Write a model as a file for an edge runtime, and prove the file.
 
@@ -194,6 +194,7 @@ def export(
         reference, notes = reference_of(call.bound)
         proof, figures = call.check(written, reference, show)
         unfolded = _not_folded(written, proof)
+        # Folded params are rounded once more, which a network may magnify.
         if unfolded:
             call.fold = False
             written = call.write(plan, form, _emptied(first))
@@ -351,7 +352,7 @@ class _Call:
         # No file holds the keys of dropout: they are constants, which nothing may read.
         stored = [i for i, leaf in enumerate(flat) if not is_random_key(leaf)]
 
-        def call(values: Any, arrays: Any) -> Any:
+        def call(values: PyTree, arrays: PyTree) -> Any:
             merged = flat.copy()
             for i, value in zip(stored, values):
                 merged[i] = value

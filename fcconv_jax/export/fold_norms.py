@@ -25,8 +25,8 @@ Params = dict[str, jax.Array]
 
 
 def fold_norms(
-    model: object, params: PyTree = None, *inputs: Any, **kwargs: Any
-) -> tuple[Callable[..., Any], Params]:
+    model: object, params: PyTree = None, *inputs: PyTree, **kwargs: PyTree
+) -> tuple[Callable[..., PyTree], Params]:
     """Return a model as a function of fewer params, its norms folded into its layers.
 
     A norm at inference, a layer's scale, or ``(x - mean) / std`` is ``x * scale +
@@ -76,7 +76,7 @@ def fold_norms(
     first = _program(bound)
     programs = {_shapes(bound.args): first}
 
-    def function(params: Mapping[str, Any], *inputs: Any) -> Any:
+    def function(params: Mapping[str, jax.Array], *inputs: PyTree) -> PyTree:
         called, key = dataclasses.replace(bound, args=inputs), _shapes(inputs)
         if key not in programs:
             programs[key] = _program(called)
@@ -85,7 +85,7 @@ def fold_norms(
     return function, first.params
 
 
-def _shapes(inputs: Any) -> object:
+def _shapes(inputs: PyTree) -> object:
     leaves, tree = jax.tree.flatten(inputs)
     return tree, tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)
 
@@ -109,7 +109,9 @@ class _Program:
         """The arrays by name."""
         return {name: jnp.asarray(v.data) for v, name in self.names.items()}
 
-    def __call__(self, params: Mapping[str, Any], arrays: Sequence[Any]) -> Any:
+    def __call__(
+        self, params: Mapping[str, jax.Array], arrays: Sequence[jax.Array]
+    ) -> PyTree:
         """Run the graph."""
         missing = sorted({*self.names.values()} - {*params})
         if missing:
@@ -144,7 +146,7 @@ def _program(bound: BoundModel) -> _Program:
         for _ in jax.tree.leaves(node)
     ]
 
-    def call(leaves: Any, arrays: Any) -> Any:
+    def call(leaves: PyTree, arrays: PyTree) -> Any:
         return bound.output(jax.tree.unflatten(tree, leaves), arrays)
 
     closed, shape = jax.make_jaxpr(call, return_shape=True)(flat, bound.arrays)

@@ -399,7 +399,7 @@ def whole_errors(
 
 
 def whole_error(
-    shipped: Any, reference: ReferenceOutputs, names: Sequence[str]
+    shipped: Shipped, reference: ReferenceOutputs, names: Sequence[str]
 ) -> float:
     """Return the largest error of a file against the reference."""
     errors = whole_errors(shipped, reference, names)

@@ -36,7 +36,7 @@ def verify_file(
     *inputs: PyTree,
     model: object = None,
     progress: ProgressOption = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> ExportReport:
     """Check a file that :func:`fcconv_jax.export` wrote against parameters.
 

@@ -28,7 +28,7 @@ _FRONTENDS = {
 
 
 def bind(
-    model: object, params: PyTree = None, *inputs: Any, **kwargs: Any
+    model: object, params: PyTree = None, *inputs: PyTree, **kwargs: PyTree
 ) -> BoundModel:
     """Binds a model to its params, inputs and keyword arguments.
 

@@ -110,12 +110,12 @@ class BoundModel(abc.ABC):
         return {}
 
     @classmethod
-    def planned(cls, model: object, args: Sequence[Any], kwargs: Any) -> BoundModel:
+    def planned(cls, model: object, args: Sequence[Any], kwargs: PyTree) -> BoundModel:
         """The model with the arguments that ``make_plan`` takes: its inputs."""
         return cls(model, None, tuple(args), kwargs)
 
     @classmethod
-    def called(cls, model: object, args: Sequence[Any], kwargs: Any) -> BoundModel:
+    def called(cls, model: object, args: Sequence[Any], kwargs: PyTree) -> BoundModel:
         """The model with all that a call takes: its inputs, if it holds params."""
         return cls(model, None, tuple(args), kwargs)
 
@@ -127,7 +127,7 @@ class BoundModel(abc.ABC):
     def bound_on_crops(self) -> OnCrops:
         """The same of a bound model, whose variables and keyword arguments stay."""
 
-        def call(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+        def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
             return self._call(variables, args, {**self.kwargs, **kwargs})
 
         call.__name__ = type(self.model).__name__
@@ -348,7 +348,7 @@ class BoundModel(abc.ABC):
         return self._call(variables, *self._arguments(arrays))
 
     def named(
-        self, variables: PyTree, arrays: Any, wanted: Callable[[str], bool]
+        self, variables: PyTree, arrays: PyTree, wanted: Callable[[str], bool]
     ) -> Any:
         """The same, with the outputs of modules named in the trace.
 
@@ -361,9 +361,9 @@ class BoundModel(abc.ABC):
         return self.call(variables, arrays)
 
     @abc.abstractmethod
-    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any: ...
+    def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any: ...
 
-    def _arguments(self, arrays: Any) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    def _arguments(self, arrays: PyTree) -> tuple[tuple[Any, ...], dict[str, Any]]:
         return self._split[1].merge(self.arrays if arrays is None else arrays)
 
     def check_inference(self) -> None:

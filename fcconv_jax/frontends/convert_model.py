@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Literal, TypeVar, overload
+from typing import TYPE_CHECKING, Literal, TypeVar, overload
 
 import flax.linen as nn
+from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
 from ..messages.flags import check_flags
@@ -28,9 +29,9 @@ def convert_model(  # pyright: ignore[reportOverlappingOverload]: a Module is ca
 def convert_model(model: NnxModel, plan: Plan, *, inplace: bool = ...) -> NnxModel: ...
 @overload
 def convert_model(
-    model: Callable[..., Any], plan: Plan, *, inplace: Literal[False] = ...
+    model: Callable[..., PyTree], plan: Plan, *, inplace: Literal[False] = ...
 ) -> ConvertedFunction: ...
-def convert_model(model: object, plan: Plan, *, inplace: bool = False) -> Any:
+def convert_model(model: object, plan: Plan, *, inplace: bool = False) -> object:
     """The model in the plan's form: same calls, same numbers, converted parameters.
 
     Args:

@@ -33,7 +33,7 @@ class BoundEquinox(BoundHeld):
         arrays, static = eqx.partition(model, eqx.is_array)
         params, state = eqx.partition(arrays, eqx.is_inexact_array)
 
-        def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
             return eqx.combine(params, state, static)(*args, **kwargs)
 
         call.__name__ = type(model).__name__

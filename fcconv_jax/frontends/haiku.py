@@ -37,7 +37,7 @@ class BoundHaiku(BoundModel):
         return hk.Transformed, hk.TransformedWithState
 
     @classmethod
-    def called(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
+    def called(cls, model: Any, args: Sequence[Any], kwargs: PyTree) -> BoundModel:
         """The params come first, then the state if there is one; not the ``rng``."""
         n = 2 if isinstance(model, hk.TransformedWithState) else 1
         params = args[0] if n == 1 else tuple(args[:2])
@@ -54,7 +54,7 @@ class BoundHaiku(BoundModel):
     def convert_model(cls, model: Any, plan: Plan) -> Any:
         """The pair of ``init`` and ``apply`` in the plan's form."""
 
-        def init(*args: Any, **kwargs: Any) -> Any:
+        def init(*args: PyTree, **kwargs: PyTree) -> Any:
             return map_leaves(model.init(*args, **kwargs), plan)
 
         return type(model)(init, ConvertedFunction(model.apply, plan))
@@ -75,7 +75,7 @@ class BoundHaiku(BoundModel):
         """The same call with params from ``init``."""
         return self.with_variables(self._init(jax.random.key(seed), *self.args))
 
-    def _init(self, rng: Any, *args: Any) -> dict[str, Any]:
+    def _init(self, rng: Any, *args: PyTree) -> dict[str, Any]:
         return self._named(self.model.init(rng, *args, **self._options()))
 
     def _named(self, found: Any) -> dict[str, Any]:
@@ -91,11 +91,11 @@ class BoundHaiku(BoundModel):
         inputs = (*lead, *self.args)
         return plan_function(self.model.apply, inputs, to, rules, self._options())
 
-    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any:
         options = {name: x for name, x in kwargs.items() if name != "rng"}
         return self.model.apply(*self._lead(variables, kwargs), *args, **options)
 
-    def _lead(self, variables: PyTree, kwargs: Any) -> list[Any]:
+    def _lead(self, variables: PyTree, kwargs: PyTree) -> list[Any]:
         """What ``apply`` takes before the inputs."""
         lead = [variables[name] for name in ("params", "state") if name in variables]
         # hk.without_apply_rng leaves a function without this argument.

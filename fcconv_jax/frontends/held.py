@@ -47,7 +47,7 @@ class ConvertedModel:
         """The converted params; ``fc.restore_params`` takes them back."""
         return self.variables["params"]
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Call the model on its inputs."""
         bound = self.frontend(self, None, args, kwargs)
         return bound._call(bound.variables, bound.args, bound.kwargs)
@@ -75,7 +75,7 @@ class BoundHeld(BoundModel):
     def on_crops(cls, model: object) -> OnCrops:
         """Read the params at each call."""
 
-        def call(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+        def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
             return cls(model)._call(variables, args, kwargs)
 
         def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -117,7 +117,7 @@ class BoundHeld(BoundModel):
         inputs = (*self._lead(self.variables), *self.args)
         return plan_function(self._parts[0], inputs, to, chosen, self.kwargs)
 
-    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any:
         return self._parts[0](*self._lead(variables), *args, **kwargs)
 
     def _lead(self, variables: PyTree) -> tuple[Any, Any]:

@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
+from jaxtyping import PyTree
 
 from ..backends.options import correct_options
 from ..messages.user_code import explained
@@ -58,7 +59,7 @@ class Jitted:
         self._of_arrays: Any = None
         self._only_arrays = True
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Call the function, compiled on the first call with new shapes."""
         if self._of_arrays is not None and not self._context:
             try:
@@ -69,15 +70,15 @@ class Jitted:
                 self._of_arrays, self._only_arrays = None, False
         return self._on("__call__", args, kwargs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> jax.stages.Lowered:
+    def lower(self, *args: PyTree, **kwargs: PyTree) -> jax.stages.Lowered:
         """Lower the function for these arguments, which may be abstract."""
         return self._on("lower", args, kwargs)
 
-    def trace(self, *args: Any, **kwargs: Any) -> jax.stages.Traced:
+    def trace(self, *args: PyTree, **kwargs: PyTree) -> jax.stages.Traced:
         """Trace the function on these arguments, which may be abstract."""
         return self._on("trace", args, kwargs)
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Return the shapes and dtypes that a call returns; computes nothing."""
         return self._on("eval_shape", args, kwargs)
 
@@ -112,7 +113,7 @@ class Jitted:
         if not _all_arrays(others) or not _hashable(args, kwargs):
             return self._by_types.setdefault(types, self._split())
 
-        def traced(*args: Any, **kwargs: Any) -> Any:
+        def traced(*args: PyTree, **kwargs: PyTree) -> Any:
             # A number or a flag would be traced, as an array is.
             if any(_may_be_static(leaf) for leaf in jax.tree.leaves((args, kwargs))):
                 raise _StaticError
@@ -181,18 +182,18 @@ class _Outermost:
         self._plain = plain
         self._tuned = tuned
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         # Constants, too, are part of the trace of an outer jit, scan or grad.
         outermost = get_opaque_trace_state() == _no_trace()
         return (self._tuned if outermost else self._plain)(*args, **kwargs)
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: PyTree, **kwargs: PyTree) -> Any:
         return self._tuned.lower(*args, **kwargs)
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
+    def trace(self, *args: PyTree, **kwargs: PyTree) -> Any:
         return self._plain.trace(*args, **kwargs)
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> Any:
         return self._plain.eval_shape(*args, **kwargs)
 
 
@@ -202,7 +203,7 @@ class _Split:
     def __init__(
         self, function: Callable[..., Any], name: str, options: Mapping[str, Any]
     ):
-        def traced(static: arguments.Static, arrays: Any) -> Any:
+        def traced(static: arguments.Static, arrays: PyTree) -> Any:
             args, kwargs = static.merge(arrays)
             with explained():
                 return function(*args, **kwargs)
@@ -211,19 +212,21 @@ class _Split:
         make = functools.partial(jax.jit, traced, static_argnums=0)
         self._jitted = _with_options(make, options)
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         return self._jitted(*self._taken_apart(args, kwargs))
 
-    def lower(self, *args: Any, **kwargs: Any) -> Any:
+    def lower(self, *args: PyTree, **kwargs: PyTree) -> Any:
         return self._jitted.lower(*self._taken_apart(args, kwargs))
 
-    def trace(self, *args: Any, **kwargs: Any) -> Any:
+    def trace(self, *args: PyTree, **kwargs: PyTree) -> Any:
         return self._jitted.trace(*self._taken_apart(args, kwargs))
 
-    def eval_shape(self, *args: Any, **kwargs: Any) -> Any:
+    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> Any:
         return self._jitted.eval_shape(*self._taken_apart(args, kwargs))
 
-    def _taken_apart(self, args: Any, kwargs: Any) -> tuple[arguments.Static, Any]:
+    def _taken_apart(
+        self, args: PyTree, kwargs: PyTree
+    ) -> tuple[arguments.Static, Any]:
         arrays, static = arguments.split_hashable((args, kwargs), self._name)
         return static, arrays
 
@@ -236,7 +239,7 @@ def _is_static(value: Any) -> bool:
     return jax.tree_util.all_leaves([value]) and not arguments.is_array(value)
 
 
-def _all_arrays(trees: Any) -> bool:
+def _all_arrays(trees: PyTree) -> bool:
     return all(map(arguments.is_array, jax.tree.leaves(trees)))
 
 

@@ -45,7 +45,7 @@ class BoundKeras(BoundHeld):
                 "it once on an input, or build(input_shape)."
             )
 
-        def call(params: PyTree, state: Any, *args: Any, **kwargs: Any) -> Any:
+        def call(params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
             if kwargs.pop("training", None):
                 raise TypeError("Expected training=False, got True. Drop training=.")
             values = {**params, **state}

@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from typing import Any
+from collections.abc import Callable, Iterable
 
 from jaxtyping import PyTree
 
@@ -18,10 +17,10 @@ def make_plan(
     *inputs: PyTree,
     to: Form = "conv",
     rules: Iterable[Rule | str] = (),
-    rngs: Any = None,
-    method: Any = None,
+    rngs: PyTree = None,
+    method: str | Callable[..., PyTree] | None = None,
     backend: str | None = None,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> Plan:
     """Finds the linear layers of a model and how each moves to the other form.
 

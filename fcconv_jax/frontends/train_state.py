@@ -96,7 +96,7 @@ def is_train_state(tree: PyTree) -> bool:
 
 
 def map_train_state(
-    state: Any, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
+    state: PyTree, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
 ) -> Any:
     """Return a TrainState in the plan's form; its ``apply_fn`` stays."""
     opt_state = convert_opt_state(

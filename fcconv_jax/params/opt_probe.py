@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +15,9 @@ from jaxtyping import PyTree
 from ..backends.default_settings import default_settings
 from ..versions import enable_x64
 from .leaves import flatten_with_path
+
+if TYPE_CHECKING:
+    import optax
 
 # In float64 an update that takes entries one by one is bit-identical, and one
 # that takes norms of leaves changes by 1e-16 or so. What looks at a shape changes by a
@@ -36,7 +39,7 @@ class ProbeError(Exception):
 
 
 def different_update(
-    tx: Any,
+    tx: optax.GradientTransformation,
     opt_state: PyTree,
     params: PyTree,
     move_state: Convert,
@@ -86,7 +89,10 @@ def different_update(
 
 
 def _compare(
-    tx: Any, trees: Any, moves: tuple[Convert, Convert], threshold: float
+    tx: optax.GradientTransformation,
+    trees: PyTree,
+    moves: tuple[Convert, Convert],
+    threshold: float,
 ) -> str:
     error = None
     for extras in _EXTRAS:
@@ -100,8 +106,8 @@ def _compare(
 
 def _compare_with(
     extras: Sequence[str],
-    tx: Any,
-    trees: Any,
+    tx: optax.GradientTransformation,
+    trees: PyTree,
     moves: tuple[Convert, Convert],
     threshold: float,
 ) -> str:

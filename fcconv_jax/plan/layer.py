@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any, Literal, get_args
+from typing import Any, Literal, TypeVar, get_args
 
 from ..files.strict_json import whole_numbers
 from ..geometry.convolution import Case
 from ..geometry.kernels import Rearrangement, channel_last
 from ..messages.errors import PlanError
 
+T = TypeVar("T")
 Form = Literal["conv", "dense"]
 Layout = Literal["fold", "keep", "flat"]
 KernelLayout = Literal["HWIO", "OHWI", "OIHW"]
@@ -156,7 +157,7 @@ class LayerPlan:
             return move.permuted((out, *lead, inner))
         return move
 
-    def channels_last(self, stored: Sequence[Any]) -> tuple[Any, ...]:
+    def channels_last(self, stored: Sequence[T]) -> tuple[T, ...]:
         """Return a stored conv kernel's shape as ``(*window, in, out)``.
 
         Or whatever else there is for each axis.

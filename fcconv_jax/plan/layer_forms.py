@@ -16,6 +16,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, PartitionSpec
 
 from ..geometry.classify import Equivalence
@@ -186,7 +187,7 @@ def pair_of_forms(
     layer: LayerPlan,
     to: Form,
     *,
-    precision: Any = None,
+    precision: PrecisionLike = None,
     preferred_element_type: Any = None,
 ) -> tuple[FormFn, FormFn]:
     """Return both forms of the layer as functions of ``(x, kernel, bias)``.

@@ -75,7 +75,7 @@ class Plan(Mapping[str, LayerPlan]):
     def _hash(self) -> int:
         return hash((self.to, self.layers, self.left, self.options))
 
-    def __reduce__(self) -> Any:
+    def __reduce__(self) -> tuple[type[Plan], tuple[object, ...]]:
         # Not with its hash: that of a string is another one in each process.
         return type(self), tuple(
             getattr(self, f.name) for f in dataclasses.fields(self)

@@ -80,6 +80,7 @@ class Rule:
         Raises:
           PlanError: the text has another form.
         """
+        # From the right: a value has no "=", and a path may have one.
         pattern, _, value = text.rpartition("=")
         if limited := re.fullmatch(r"(.+)<(\d+)", pattern):
             pattern = limited[1]
@@ -142,6 +143,7 @@ def match_rules(
     """
     paths = list(sizes)
     for rule in rules:
+        # By the pattern alone: a limit of sizes that fits no layer may be meant.
         if not any(fnmatch.fnmatchcase(path, rule.pattern) for path in paths):
             close = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.3)
             hint = f"close to it: {close}" if close else f"there are: {paths[:10]}"
@@ -215,4 +217,5 @@ def _meaning(word: str) -> str | None:
         return "to"
     if re.fullmatch(r"groups[1-9]\d*", word):
         return "groups"
+    # Last, as layouts of kernels are capital letters, too.
     return "order" if re.fullmatch("[A-Z]+", word) else None

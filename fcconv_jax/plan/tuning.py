@@ -242,7 +242,7 @@ class Tuning:
             )
         return rows
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> dict[str, object]:
         """Return the record as what JSON knows."""
         return {
             **dataclasses.asdict(self),

@@ -68,6 +68,7 @@ def regroup(factors: Iterable[Factor], sizes: Sequence[int]) -> list[Axis] | Non
                 return None
             stride, n = rest.pop()
             taken = math.gcd(wanted, n)
+            # Six steps of one stride can't end inside an axis of 4.
             if taken != min(wanted, n):
                 return None
             axis.append((stride * (n // taken), taken))
@@ -121,6 +122,7 @@ def rearrangement(
       >>> rearrangement((5, 3), [(1, 3), (3, 5)], (1, 3, 5)).perm
       (1, 0)
     """
+    # Row-major: the largest stride is the outermost axis of the stored array.
     stored = sorted(factors, key=lambda factor: -abs(factor[0]))
     return Rearrangement(
         tuple(source),

@@ -8,8 +8,10 @@ from collections.abc import Hashable, Sequence
 from typing import Any
 
 from jax import lax
+from jax.lax import PrecisionLike
 
 from ..tracing.jaxprs import (
+    AnyJaxpr,
     Literal,
     bodies,
     derivative_pass,
@@ -63,7 +65,7 @@ class _Context:
 
 
 def analyse(
-    jaxpr: Any,
+    jaxpr: AnyJaxpr,
     tags: Sequence[Tag],
     context: _Context = _Context(),
     memo: Memo | None = None,
@@ -297,7 +299,7 @@ def _obstacle(eqn: Equation, side: int) -> str | None:
     return None
 
 
-def _known_precision(precision: Any) -> bool:
+def _known_precision(precision: PrecisionLike) -> bool:
     # Convolutions have no algorithm (lax.DotAlgorithm), so only a dot would keep one.
     pair = precision if isinstance(precision, tuple) else (precision,)
     return all(p is None or isinstance(p, lax.Precision) for p in pair)
@@ -308,7 +310,7 @@ def _enter(
 ) -> list[Tag]:
     """Go into the bodies of a call, a loop or a branch."""
 
-    def analysed(body: Any, tags: Sequence[Tag]) -> Analysis:
+    def analysed(body: AnyJaxpr, tags: Sequence[Tag]) -> Analysis:
         return _analysed(body, tags, context, memo)
 
     name, p = eqn.primitive.name, eqn.params
@@ -354,7 +356,7 @@ def _enter(
 
 
 def _analysed(
-    body: Any, tags: Sequence[Tag], context: _Context, memo: Memo
+    body: AnyJaxpr, tags: Sequence[Tag], context: _Context, memo: Memo
 ) -> Analysis:
     """Return a body in the context of one call; analysed once for alike operands.
 

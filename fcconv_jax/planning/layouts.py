@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 from jax.core import Tracer
+from jaxtyping import PyTree
 
 from ..backends.name import Backend, jax_platform
 from ..messages.errors import BackendError, PlanError
@@ -76,7 +77,7 @@ def lay_out(
     return dataclasses.replace(plan, layers=tuple(layers))
 
 
-def _at_hand(arrays: Any) -> str:
+def _at_hand(arrays: PyTree) -> str:
     """Return the platform that the arrays lie on, or else JAX's default one."""
     for leaf in jax.tree.leaves(arrays):
         if isinstance(leaf, jax.Array) and not isinstance(leaf, Tracer):

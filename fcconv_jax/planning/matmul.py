@@ -15,7 +15,7 @@ from typing import Any
 
 from jax.ad_checkpoint import checkpoint_name
 
-from ..tracing.jaxprs import bind, evaluate, opened, policy_of, rerun
+from ..tracing.jaxprs import AnyJaxpr, bind, evaluate, opened, policy_of, rerun
 from ..tracing.protocols import Equation
 from .factors import Axis, Factor, axes_of
 
@@ -143,7 +143,7 @@ class Analysis:
       uses: other uses of parameters, here and below.
     """
 
-    jaxpr: Any
+    jaxpr: AnyJaxpr
     outs: list[Tag] = dataclasses.field(default_factory=list)
     matmuls: dict[int, Matmul] = dataclasses.field(default_factory=dict)
     unweighted: dict[int, str] = dataclasses.field(default_factory=dict)
@@ -153,6 +153,7 @@ class Analysis:
     def walk(self) -> Iterator[tuple[Any, Matmul | str]]:
         """Yield every matmul in program order: the equation, and what was found."""
         for eqn in opened(self.jaxpr)[0].eqns:
+            # Equations don't compare; the jaxpr keeps them, so identities stay theirs.
             key = id(eqn)
             if key in self.matmuls:
                 yield eqn, self.matmuls[key]
@@ -233,6 +234,7 @@ def rewrite(
             policy = policy_of(eqn)
             if policy is None:
                 return rerun(eqn, ins, [body(each, saved) for each in inner])
+            # A policy of its own for each remat: it is asked about its own matmuls.
             names: dict[str, Any] = {}
             runs = [body(each, names) for each in inner]
             return rerun(eqn, ins, runs, _asking_about(names, policy))

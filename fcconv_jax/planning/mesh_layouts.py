@@ -21,7 +21,7 @@ GROUPED = (
 
 
 def for_mesh(
-    plan: Plan, arrays: Any, activations: PyTree, rules: Sequence[Rule]
+    plan: Plan, arrays: PyTree, activations: PyTree, rules: Sequence[Rule]
 ) -> Plan:
     """The plan with the layouts that suit the shardings of what it was made from.
 

@@ -4,14 +4,15 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
-from typing import Any
 
-from .jaxprs import opened, subjaxprs
+from .jaxprs import AnyJaxpr, opened, subjaxprs
 from .primitives import MATMULS
 from .protocols import Equation
 
 
-def flops(jaxpr: Any, counted: Callable[[Equation], bool] = lambda _: True) -> float:
+def flops(
+    jaxpr: AnyJaxpr, counted: Callable[[Equation], bool] = lambda _: True
+) -> float:
     """Floating point operations of the matmuls and convolutions of a trace.
 
     Example:
@@ -38,7 +39,7 @@ def flops(jaxpr: Any, counted: Callable[[Equation], bool] = lambda _: True) -> f
     return total
 
 
-def largest(jaxpr: Any) -> int:
+def largest(jaxpr: AnyJaxpr) -> int:
     """Bytes of the largest array of a trace.
 
     Example:

@@ -7,8 +7,8 @@ import functools
 from collections.abc import Mapping
 from typing import Any
 
-from .jaxprs import opened
-from .protocols import Equation
+from .jaxprs import AnyJaxpr, opened
+from .protocols import Equation, OpenJaxpr
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -19,7 +19,7 @@ class Frame:
     frames, not jaxprs, tell places apart.
     """
 
-    jaxpr: Any
+    jaxpr: OpenJaxpr
     parent: Frame | None = None
     call: Any = None
     inner: dict[tuple[int, int], Frame] = dataclasses.field(default_factory=dict)
@@ -34,11 +34,11 @@ class Frame:
         }
 
     @classmethod
-    def of(cls, jaxpr: Any) -> Frame:
+    def of(cls, jaxpr: AnyJaxpr) -> Frame:
         """Return the frame of a whole trace, as ``jax.make_jaxpr`` returns it."""
         return cls(opened(jaxpr)[0])
 
-    def enter(self, eqn: Equation, body: Any) -> Frame:
+    def enter(self, eqn: Equation, body: AnyJaxpr) -> Frame:
         """Return the frame of a jaxpr that an equation of this frame runs."""
         key = (id(eqn), id(body))
         if key not in self.inner:

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 from jax.extend.core import Literal
 
-from .jaxprs import call_body, opened
+from .jaxprs import AnyJaxpr, call_body, opened
+from .protocols import OpenJaxpr
 
 
-def inputs_read(jaxpr: Any) -> list[bool]:
+def inputs_read(jaxpr: AnyJaxpr) -> list[bool]:
     """Return whether each input of a program reaches one of its outputs.
 
     Inputs of a loop or a branch count as read, whatever becomes of them inside.
@@ -24,7 +23,7 @@ def inputs_read(jaxpr: Any) -> list[bool]:
     return _read(body, [True] * len(body.outvars))
 
 
-def _read(body: Any, wanted: list[bool]) -> list[bool]:
+def _read(body: OpenJaxpr, wanted: list[bool]) -> list[bool]:
     live = {
         var
         for var, want in zip(body.outvars, wanted)

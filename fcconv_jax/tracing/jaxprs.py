@@ -31,11 +31,13 @@ from jax.extend.core import (
     Var,
     jaxpr_as_fun,
 )
+from jaxtyping import PyTree
 
 from .primitives import CALLS, PLACES, REMATS
 from .protocols import Equation, OpenJaxpr
 
 __all__ = [
+    "AnyJaxpr",
     "ClosedJaxpr",
     "Jaxpr",
     "JaxprEqn",
@@ -55,6 +57,8 @@ __all__ = [
     "unplaced",
 ]
 
+# A program as JAX traces it, or as an equation holds it; `opened` takes any apart.
+AnyJaxpr = Jaxpr | ClosedJaxpr | OpenJaxpr
 _BODY_NAMES = ("jaxpr", "call_jaxpr", "fun_jaxpr")
 
 
@@ -62,7 +66,7 @@ def _is_jaxpr(value: Any) -> bool:
     return isinstance(value, (Jaxpr, ClosedJaxpr))
 
 
-def opened(jaxpr: Any) -> tuple[OpenJaxpr, list[Any]]:
+def opened(jaxpr: AnyJaxpr) -> tuple[OpenJaxpr, list[Any]]:
     """Splits an open or closed jaxpr into the open jaxpr and its constants.
 
     Example:
@@ -71,9 +75,10 @@ def opened(jaxpr: Any) -> tuple[OpenJaxpr, list[Any]]:
       >>> len(body.eqns), consts
       (1, [])
     """
-    if hasattr(jaxpr, "consts"):
-        return getattr(jaxpr, "jaxpr", jaxpr), list(jaxpr.consts)
-    return jaxpr, []
+    program: Any = jaxpr
+    if hasattr(program, "consts"):
+        return getattr(program, "jaxpr", program), list(program.consts)
+    return program, []
 
 
 def subjaxprs(eqn: Equation) -> Iterator[tuple[str, Any]]:
@@ -268,7 +273,7 @@ def _rerun_scan(eqn: Equation, operands: Sequence[Any], run: Any) -> list[Any]:
     second = first + carried
     consts = operands[:first]
 
-    def body(carry: Any, xs: Any) -> Any:
+    def body(carry: Any, xs: PyTree) -> Any:
         outs = run([*consts, *carry, *xs])
         return outs[:carried], outs[carried:]
 
@@ -285,11 +290,11 @@ def _rerun_scan(eqn: Equation, operands: Sequence[Any], run: Any) -> list[Any]:
 
 def _rerun_custom_jvp(eqn: Equation, operands: Sequence[Any], run: Any) -> list[Any]:
     @jax.custom_jvp
-    def call(*operands: Any) -> list[Any]:
+    def call(*operands: PyTree) -> list[Any]:
         return list(run(operands))
 
     @call.defjvp
-    def _(primals: Any, tangents: Any) -> Any:
+    def _(primals: PyTree, tangents: PyTree) -> Any:
         # The equation's own rule, for the outputs and for the tangents.
         return jax.jvp(lambda *x: bind(eqn, x), tuple(primals), tuple(tangents))
 
@@ -340,7 +345,7 @@ def unplaced(eqn: Equation) -> Any:
 
 
 def evaluate(
-    jaxpr: Any,
+    jaxpr: AnyJaxpr,
     operands: Sequence[Any],
     visit: Callable[[Any, list[Any]], Sequence[Any]] = bind,
 ) -> list[Any]:

@@ -7,6 +7,7 @@ from typing import Any
 
 import jax
 from jax.ad_checkpoint import checkpoint_name
+from jaxtyping import PyTree
 
 _INPUT = "fcconv_jax.input:"
 _OUTPUT = "fcconv_jax.output:"
@@ -31,7 +32,7 @@ def name_input(path: str, x: Any) -> None:
     _name(f"{_INPUT}{path}", x)
 
 
-def name_output(path: str, out: Any) -> Any:
+def name_output(path: str, out: PyTree) -> Any:
     """Return the output of a module, each of its arrays under the module's name."""
     return jax.tree.map(lambda leaf: _name(f"{_OUTPUT}{path}", leaf), out)
 

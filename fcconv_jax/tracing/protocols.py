@@ -27,6 +27,7 @@ class Equation(Protocol):
     invars: Sequence[Any]
     outvars: Sequence[Any]
     source_info: Any
+    effects: Any
     replace: Callable[..., Any]
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jaxtyping import PyTree
 
 from ..backends.compilation import Compiling, Program, abstract
 from ..backends.options import correct_options
@@ -132,7 +133,7 @@ class Meter:
         }
         return race(runs, seconds)
 
-    def _placed(self, args: Any) -> Any:
+    def _placed(self, args: PyTree) -> Any:
         """Put the arguments on the device; draw random numbers for abstract ones."""
 
         def place(leaf: Any) -> Any:

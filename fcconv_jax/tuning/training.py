@@ -37,7 +37,7 @@ def model_step(program: Program, loss: Loss | None = None) -> Program:
       PlanError: no param is a float.
     """
 
-    def apart(args: Any) -> Any:
+    def apart(args: PyTree) -> Any:
         variables, *rest = args
         return variables["params"], lambda params: (
             {**variables, "params": params},
@@ -69,7 +69,7 @@ def _step(program: Program, apart: Callable[[Any], Any], loss: Loss) -> Program:
             'params, or objective="latency".'
         )
 
-    def step(*args: Any) -> Any:
+    def step(*args: PyTree) -> Any:
         tree, back = apart(args)
         leaves, treedef = jax.tree.flatten(tree)
         floats = [leaf for leaf in leaves if _is_float(leaf)]

@@ -63,7 +63,7 @@ def tune(
     rules: Iterable[Rule | str] = (),
     progress: ProgressOption = None,
     timeout: float = TIMEOUT,
-    **kwargs: Any,
+    **kwargs: PyTree,
 ) -> Plan:
     """Find the plan under which a model runs best, by measuring.
 
@@ -242,7 +242,7 @@ def _device(chosen: Resolution) -> str:
     return name if kind == name else f"{name} ({kind})"
 
 
-def _check_arrays(chosen: Resolution, trees: Any) -> None:
+def _check_arrays(chosen: Resolution, trees: PyTree) -> None:
     abstract = any(
         isinstance(leaf, jax.ShapeDtypeStruct) for leaf in jax.tree.leaves(trees)
     )

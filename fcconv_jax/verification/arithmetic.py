@@ -17,6 +17,7 @@ from typing import Any, Literal
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
 from ..backends.name import Device
@@ -83,7 +84,7 @@ def measure_precision(
     dtype: DTypeLike,
     *,
     form: Contraction = "dot",
-    precision: Any = None,
+    precision: PrecisionLike = None,
     device: Device | None = None,
     out: Any = None,
 ) -> Arithmetic:
@@ -160,7 +161,7 @@ def _device(device: Device | None) -> Any:
 
 
 def _dot(
-    rows: jax.Array, columns: jax.Array, precision: Any, out: Any = None
+    rows: jax.Array, columns: jax.Array, precision: PrecisionLike, out: Any = None
 ) -> jax.Array:
     return jax.lax.dot_general(
         rows,
@@ -175,7 +176,7 @@ def _conv(
     rows: jax.Array,
     columns: jax.Array,
     window: tuple[int, int],
-    precision: Any,
+    precision: PrecisionLike,
     preferred: Any,
 ) -> jax.Array:
     shape = (*window, rows.shape[1] // math.prod(window))
@@ -192,13 +193,13 @@ def _conv(
 
 
 def _pointwise(
-    rows: jax.Array, columns: jax.Array, precision: Any, out: Any = None
+    rows: jax.Array, columns: jax.Array, precision: PrecisionLike, out: Any = None
 ) -> jax.Array:
     return _conv(rows, columns, (1, 1), precision, out)
 
 
 def _full_window(
-    rows: jax.Array, columns: jax.Array, precision: Any, out: Any = None
+    rows: jax.Array, columns: jax.Array, precision: PrecisionLike, out: Any = None
 ) -> jax.Array:
     return _conv(rows, columns, (4, 4), precision, out)
 

@@ -36,6 +36,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import PrecisionLike
 
 from ..backends.name import Device
 from ..tracing import jaxprs
@@ -95,7 +96,7 @@ def prepare_certificate(
     reduction: int,
     reduction_index: np.ndarray | None = None,
     probes: int | None = None,
-    precision: Any = None,
+    precision: PrecisionLike = None,
     seed: int = 0,
     device: Device | None = None,
 ) -> Callable[[], Certificate]:
@@ -248,10 +249,10 @@ class _Matmul:
     form: Contraction
     operands: tuple[Any, ...]
     out: Any
-    precision: Any
+    precision: PrecisionLike
 
 
-def _matmuls(jaxpr: Any) -> Iterator[_Matmul]:
+def _matmuls(jaxpr: jaxprs.AnyJaxpr) -> Iterator[_Matmul]:
     """Yield the dots and convolutions of a trace, wherever they are."""
     forms: dict[str, Contraction] = {
         "dot_general": "dot",
@@ -271,7 +272,11 @@ def _matmuls(jaxpr: Any) -> Iterator[_Matmul]:
 
 
 def _arithmetic(
-    matmuls: Sequence[_Matmul], x: Any, out: Any, precision: Any, device: Device | None
+    matmuls: Sequence[_Matmul],
+    x: Any,
+    out: Any,
+    precision: PrecisionLike,
+    device: Device | None,
 ) -> Arithmetic:
     """Return the worst of what the matmuls of both forms do, measured on the device."""
     found = Arithmetic(0.0, 0.0, unit_roundoff(out))

@@ -45,13 +45,13 @@ _BACKWARD = 3.0
 
 
 def compare(
-    f: Any,
-    g: Any,
-    f_args: Sequence[Any] = (),
-    g_args: Sequence[Any] | None = None,
+    f: object,
+    g: object,
+    f_args: Sequence[PyTree] = (),
+    g_args: Sequence[PyTree] | None = None,
     *,
-    f_kwargs: Mapping[str, Any] | None = None,
-    g_kwargs: Mapping[str, Any] | None = None,
+    f_kwargs: Mapping[str, PyTree] | None = None,
+    g_kwargs: Mapping[str, PyTree] | None = None,
     gradients: bool | None = None,
     values_only: bool = False,
     progress: ProgressOption = None,
@@ -124,7 +124,7 @@ def compare(
         return _compare(first, second, gradients, values_only, show)
 
 
-def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
+def assert_same(f: object, g: object, *args: PyTree, **options: Any) -> None:
     """Assert that two programs are one function, as :func:`compare` finds it.
 
     Args:
@@ -152,7 +152,7 @@ def assert_same(f: Any, g: Any, *args: Any, **options: Any) -> None:
 def _trace(bound: BoundModel) -> TracedProgram:
     """Return the trace of a call, with its modules named."""
 
-    def named(variables: PyTree, arrays: Any) -> Any:
+    def named(variables: PyTree, arrays: PyTree) -> Any:
         return bound.named(variables, arrays, lambda path: True)
 
     return TracedProgram.of(named, *bound.program().args)

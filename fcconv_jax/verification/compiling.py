@@ -9,6 +9,7 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from ..backends.options import correct_options
 
@@ -39,7 +40,7 @@ class BackgroundProgram:
       [2.0, 2.0, 2.0]
     """
 
-    def __init__(self, f: Callable[..., Any], *args: Any, quick: bool = False):
+    def __init__(self, f: Callable[..., Any], *args: PyTree, quick: bool = False):
         # Unused arguments are kept, so that the call takes what the function takes.
         traced = jax.jit(f, keep_unused=True).trace(*args)
         self.jaxpr = traced.jaxpr
@@ -51,7 +52,7 @@ class BackgroundProgram:
         """The executable; waits for it."""
         return self._future.result()
 
-    def __call__(self, *args: Any) -> Any:
+    def __call__(self, *args: PyTree) -> Any:
         """Run the program, on arguments like those that it was traced with."""
         return self.compiled(*args)
 
@@ -61,7 +62,7 @@ def _pool() -> ThreadPoolExecutor:
     return ThreadPoolExecutor(os.cpu_count() or 1, "fcconv-compile")
 
 
-def _compile(lowered: Any, quick: bool) -> Any:
+def _compile(lowered: jax.stages.Lowered, quick: bool) -> Any:
     options = correct_options(jax.default_backend())
     if quick:
         try:

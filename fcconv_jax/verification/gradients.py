@@ -78,7 +78,7 @@ def random_projection(outputs: PyTree) -> Any:
 
 
 def _gradient(call: Callable[..., Any], which: Sequence[int]) -> Callable[..., Any]:
-    def gradient(*args: Any) -> list[Any]:
+    def gradient(*args: PyTree) -> list[Any]:
         leaves, treedef = jax.tree.flatten(args)
 
         def loss(chosen: Sequence[Any]) -> Any:
@@ -119,12 +119,12 @@ def _shared(mine: Any, theirs: Any) -> tuple[list[tuple[int, int]], list[str]]:
     return pairs, [f"gradient/{first[place][0]}" for place, _ in pairs]
 
 
-def _named(args: Any) -> list[tuple[str, Any]]:
+def _named(args: PyTree) -> list[tuple[str, Any]]:
     variables, inputs = args
     return [*named_leaves(variables, ""), *named_leaves(inputs, "input")]
 
 
-def _floats(args: Any) -> int:
+def _floats(args: PyTree) -> int:
     return sum(map(_is_float, jax.tree.leaves(args)))
 
 

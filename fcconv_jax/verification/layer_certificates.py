@@ -41,7 +41,7 @@ def certify_layer(
     to: Form | None = None,
     dtype: DTypeLike = jnp.float32,
     *,
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
     **options: Any,
 ) -> Certificate:
     """Certify that a layer's two forms are the same map, bit for bit.
@@ -78,7 +78,7 @@ def certify_layer(
 def prepare_layer(
     layer: LayerPlan,
     dtype: DTypeLike,
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
     **options: Any,
 ) -> Callable[[], Certificate]:
     """What :func:`certify_layer` waits for, compiling in the background."""

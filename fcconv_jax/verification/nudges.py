@@ -19,7 +19,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
-from ..tracing.jaxprs import Literal, opened, subjaxprs
+from ..tracing.jaxprs import AnyJaxpr, Literal, opened, subjaxprs
 from ..tracing.primitives import JOINS, MOVES, POSITIONS, ROUNDING, SAME
 
 # A dtype and a value: what is written twice in a program was rounded in one way.
@@ -36,7 +36,7 @@ _EXACT |= frozenset(
 )
 
 
-def constants(jaxpr: Any) -> list[Constant]:
+def constants(jaxpr: AnyJaxpr) -> list[Constant]:
     """Return the constants of a trace that rounding may have moved, each once.
 
     Whole numbers and those of few bits, such as 0.5 and 255, are taken to be exact.
@@ -48,7 +48,7 @@ def constants(jaxpr: Any) -> list[Constant]:
     return list(dict.fromkeys(_constants(jaxpr)))
 
 
-def _constants(jaxpr: Any) -> Iterator[Constant]:
+def _constants(jaxpr: AnyJaxpr) -> Iterator[Constant]:
     body, consts = opened(jaxpr)
     for array in consts:
         if is_floating(array) and np.size(array) <= SMALL:

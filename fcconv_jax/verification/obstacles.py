@@ -9,8 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
-from ..tracing.jaxprs import bodies, opened, subjaxprs
-from ..tracing.protocols import Equation
+from ..tracing.jaxprs import AnyJaxpr, bodies, opened, subjaxprs
+from ..tracing.protocols import Equation, OpenJaxpr
 from .widening import RESTATED
 
 # What may happen to the bits of a float that come back as a float: JAX's derivative of
@@ -22,7 +22,7 @@ _MASKS = frozenset(
 )
 
 
-def obstacles(jaxpr: Any) -> list[str]:
+def obstacles(jaxpr: AnyJaxpr) -> list[str]:
     """Return what in a trace has no float64 reading, each kind once.
 
     Example:
@@ -34,7 +34,7 @@ def obstacles(jaxpr: Any) -> list[str]:
     return list(dict.fromkeys(_obstacles(jaxpr)))
 
 
-def _obstacles(jaxpr: Any) -> Iterator[str]:
+def _obstacles(jaxpr: AnyJaxpr) -> Iterator[str]:
     body, _ = opened(jaxpr)
     for eqn in body.eqns:
         name = eqn.primitive.name
@@ -59,7 +59,7 @@ def _looks_at_bits(eqn: Equation) -> bool:
     )
 
 
-def _comes_back(body: Any, var: Any) -> bool:
+def _comes_back(body: OpenJaxpr, var: Any) -> bool:
     """Return whether the bits of a float are only masked and made a float again."""
     if var in body.outvars:
         return False

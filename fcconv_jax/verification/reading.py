@@ -22,8 +22,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..tracing.jaxprs import (
+    AnyJaxpr,
     Literal,
     bind,
     bodies,
@@ -31,7 +33,7 @@ from ..tracing.jaxprs import (
     rerun,
     scan_parts,
 )
-from ..tracing.protocols import Equation
+from ..tracing.protocols import Equation, OpenJaxpr
 from ..versions import enable_x64
 from .compiling import BackgroundProgram
 from .nudges import Constant, Nudge, literal_array
@@ -60,7 +62,7 @@ class Reading:
 
     def __init__(
         self,
-        jaxpr: Any,
+        jaxpr: AnyJaxpr,
         *,
         wide: bool = True,
         movable: Sequence[Constant] = (),
@@ -164,7 +166,7 @@ class _Reader:
     wide: bool
     nudge: Nudge | None = None
 
-    def __call__(self, jaxpr: Any, operands: Sequence[Any]) -> list[Any]:
+    def __call__(self, jaxpr: AnyJaxpr, operands: Sequence[Any]) -> list[Any]:
         body, consts = opened(jaxpr)
         if self.wide:
             consts = [self._constant(widen(const), const) for const in consts]
@@ -173,7 +175,9 @@ class _Reader:
     def _constant(self, wide: Any, array: Any) -> Any:
         return wide if self.nudge is None else self.nudge.constant(wide, array)
 
-    def run(self, body: Any, operands: Sequence[Any], consts: Iterable[Any]) -> list:
+    def run(
+        self, body: OpenJaxpr, operands: Sequence[Any], consts: Iterable[Any]
+    ) -> list[Any]:
         """Run an open jaxpr."""
         values: dict[Any, Any] = dict(zip(body.constvars, consts))
         values.update(zip(body.invars, operands, strict=True))
@@ -224,7 +228,7 @@ class _Reader:
         first, carried = scan_parts(eqn)
         consts, carry = ins[:first], ins[first : first + carried]
 
-        def step(carry: Any, xs: Any) -> Any:
+        def step(carry: Any, xs: PyTree) -> Any:
             inside: Named = {}
             outs = _Reader(inside, self.wide, self.nudge)(
                 p["jaxpr"], [*consts, *carry, *xs]

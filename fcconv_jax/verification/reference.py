@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from ..messages.progress import Progress
 from ..tracing.cost import flops
+from ..tracing.jaxprs import AnyJaxpr
 from .obstacles import obstacles
 from .reading import Named, Reading
 
@@ -33,12 +34,12 @@ class TracedProgram:
       treedef: the structure of what the program returns.
     """
 
-    jaxpr: Any
+    jaxpr: AnyJaxpr
     operands: Sequence[Any]
     treedef: Any
 
     @classmethod
-    def of(cls, function: Callable[..., Any], *args: Any) -> TracedProgram:
+    def of(cls, function: Callable[..., Any], *args: PyTree) -> TracedProgram:
         """Trace a function on arrays."""
         jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
         return cls(jaxpr, jax.tree.leaves(args), jax.tree.structure(out))
@@ -101,7 +102,7 @@ def _read(trace: TracedProgram, reading: Reading) -> Read:
     return Read(jax.tree.unflatten(trace.treedef, outputs), named)
 
 
-def float64_seconds(jaxpr: Any) -> float:
+def float64_seconds(jaxpr: AnyJaxpr) -> float:
     """Estimate the seconds that a trace takes in float64."""
     return flops(jaxpr) / _RATE / (os.cpu_count() or 1)
 

@@ -17,6 +17,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..params.leaves import flatten_with_path
 from ..plan import LayerPlan, Plan
@@ -78,7 +79,9 @@ def compare_layers(
     return found, unknown
 
 
-def _compare(path: str, layer: LayerPlan, inputs: Any, arrays: Any) -> ForcedLayer:
+def _compare(
+    path: str, layer: LayerPlan, inputs: PyTree, arrays: PyTree
+) -> ForcedLayer:
     canonical = canonical_layer(layer) if layer.is_matmul else layer
     source, target = map(jax.jit, pair_of_forms(canonical, layer.to))
     kernel, bias = arrays[0], arrays[1] if len(arrays) > 1 else None

@@ -166,6 +166,7 @@ class Image:
         free = (slice(None),) * (4 - sum(each is not Ellipsis for each in where))
         at = where.index(Ellipsis) if Ellipsis in where else len(where)
         batch, rows, columns, channels = (*where[:at], *free, *where[at + 1 :])
+        # The box alone is read: the rest of a slide need not fit into memory.
         row, height, rows = _span(rows, self.shape[1])
         column, width, columns = _span(columns, self.shape[2])
         box = Box(self.region.row + row, self.region.column + column, height, width)
@@ -198,6 +199,7 @@ class Image:
 
     def _sampled(self, most: int) -> Pixels:
         step = -(-max(self.shape[1:3]) // most)
+        # Files are stored by tiles or strips: rows are read some hundred at a time.
         rows = step * max(1, 256 // step)
         bands = [
             self[0, start : start + rows : step, ::step]
@@ -293,6 +295,7 @@ def _region(file: Path, region: Sequence[int] | None, size: tuple[int, int]) -> 
 def _are_ints(values: Any, count: int | None = None) -> bool:
     if not isinstance(values, Sequence | np.ndarray) or len(values) == 0:
         return False
+    # True is an int to Python, and no number of a band.
     kinds = (isinstance(n, int | np.integer) and type(n) is not bool for n in values)
     return count in (None, len(values)) and all(kinds)
 

@@ -7,17 +7,15 @@ Other methods, such as cubic or antialiased ones, stay matrices.
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import numpy as np
 
-from ...tracing.jaxprs import evaluate, opened
+from ...tracing.jaxprs import AnyJaxpr, evaluate, opened
 from ..graph import Value
 from .builder import Builder
 
 
-def resize(low: Builder, body: Any, x: Value) -> Value | None:
+def resize(low: Builder, body: AnyJaxpr, x: Value) -> Value | None:
     """Append a resize of two axes; None where the body computes something else.
 
     Args:

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...messages.errors import ExportError
-from ...tracing.jaxprs import bind, call_body, evaluate, opened
+from ...tracing.jaxprs import AnyJaxpr, bind, call_body, evaluate, opened
 from ...tracing.primitives import MOVES, SAME
 from ...tracing.protocols import Equation
 from ..graph import Graph, Source, Value, constant
@@ -77,7 +77,7 @@ class Lowering(Builder):
         made = rule(self, eqn, *values)
         return [made] if isinstance(made, Value) else list(made)
 
-    def run(self, jaxpr: Any, values: Sequence[Value]) -> list[Value]:
+    def run(self, jaxpr: AnyJaxpr, values: Sequence[Value]) -> list[Value]:
         """Walk a jaxpr."""
         ends = opened(jaxpr)[0].outvars
         outs = evaluate(jaxpr, values, self.visit)
@@ -85,7 +85,7 @@ class Lowering(Builder):
 
 
 def lower(
-    jaxpr: Any,
+    jaxpr: AnyJaxpr,
     leaves: Sequence[tuple[str, Any]],
     input_names: Sequence[str],
     output_names: Sequence[str],

@@ -50,7 +50,7 @@ def write_program(
     flat, tree = jax.tree.flatten(variables)
     keys = list(leaves)
 
-    def run(flat: Any, inputs: Any) -> list[Any]:
+    def run(flat: Any, inputs: PyTree) -> list[Any]:
         return jax.tree.leaves(call(jax.tree.unflatten(tree, flat), inputs))
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in (*flat, *arrays)]

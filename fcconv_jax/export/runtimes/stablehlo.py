@@ -62,7 +62,7 @@ def write_program(
     require("flatbuffers", "stablehlo", "Writing a StableHLO file")
     constants = jax.tree.map(np.asarray, variables)
 
-    def run(*inputs: Any) -> Any:
+    def run(*inputs: PyTree) -> Any:
         return call(constants, list(inputs))
 
     shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in arrays]

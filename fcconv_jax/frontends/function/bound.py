@@ -29,7 +29,7 @@ class BoundFunction(BoundModel):
         return callable(model) and not isinstance(model, type)
 
     @classmethod
-    def planned(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
+    def planned(cls, model: Any, args: Sequence[Any], kwargs: PyTree) -> BoundModel:
         """Bind the first argument as the params."""
         if not args:
             raise TypeError(
@@ -75,7 +75,7 @@ class BoundFunction(BoundModel):
         inputs = (self.params, *self.args)
         return plan_function(self.model, inputs, to, rules, self.kwargs)
 
-    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any:
         return self.model(*variables.values(), *args, **kwargs)
 
 

@@ -38,6 +38,6 @@ class ConvertedFunction(Jitted):
         layers = f"{len(self.plan)} layers as {in_words(self.plan.to)}"
         return f"<{self.__name__} with {layers}>"
 
-    def _run(self, params: PyTree, *inputs: Any, **kwargs: Any) -> Any:
+    def _run(self, params: PyTree, *inputs: PyTree, **kwargs: PyTree) -> Any:
         check_converted(parameter_paths(params), self.plan)
         return run_rewritten(self.function, self.plan, (params, *inputs), kwargs)

@@ -53,7 +53,7 @@ class BoundLinen(BoundModel):
         return False
 
     @classmethod
-    def called(cls, model: Any, args: Sequence[Any], kwargs: Any) -> BoundModel:
+    def called(cls, model: Any, args: Sequence[Any], kwargs: PyTree) -> BoundModel:
         """The variables come first, as ``apply`` takes them."""
         if not args:
             raise TypeError(
@@ -71,7 +71,7 @@ class BoundLinen(BoundModel):
     def on_crops(cls, model: Any) -> OnCrops:
         """``apply``; its variables are the caller's."""
 
-        def apply(*args: Any, **kwargs: Any) -> Any:
+        def apply(*args: PyTree, **kwargs: PyTree) -> Any:
             if len(args) < 2:
                 name = type(model).__name__
                 raise TypeError(
@@ -143,11 +143,11 @@ class BoundLinen(BoundModel):
                 )
             raise
 
-    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any:
         return self.model.apply(variables, *args, **kwargs)
 
     def named(
-        self, variables: PyTree, arrays: Any, wanted: Callable[[str], bool]
+        self, variables: PyTree, arrays: PyTree, wanted: Callable[[str], bool]
     ) -> Any:
         """Also names the inputs of linear layers."""
         namer = _Namer(wanted)
@@ -161,7 +161,9 @@ class _Namer:
 
     wanted: Callable[[str], bool]
 
-    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def __call__(
+        self, next_fun: Any, args: PyTree, kwargs: PyTree, context: Any
+    ) -> Any:
         module = context.module
         if context.method_name != "__call__" or module.scope is None:
             return next_fun(*args, **kwargs)

@@ -36,16 +36,16 @@ class ConvertedLinen:
     model: nn.Module
     plan: Plan
 
-    def init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    def init(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         """Initialize variables as the converted ones of the model, bit for bit."""
         return map_leaves(self.model.init(rngs, *args, **kwargs), self.plan)
 
-    def init_with_output(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    def init_with_output(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         """Initialises variables and returns them behind the model's output."""
         out, variables = self.model.init_with_output(rngs, *args, **kwargs)
         return out, map_leaves(variables, self.plan)
 
-    def lazy_init(self, rngs: Any, *args: Any, **kwargs: Any) -> Any:
+    def lazy_init(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
         """Initialises variables from shapes, as ``model.lazy_init`` does."""
         return map_leaves(self.model.lazy_init(rngs, *args, **kwargs), self.plan)
 
@@ -64,25 +64,25 @@ class ConvertedLinen:
             self._apply, name, active, lambda: known_options(self.plan.options)
         )
 
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+    def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Refused: a linen Module is called with its variables."""
         raise TypeError(
             f"a converted {type(self.model).__name__} holds no variables: call "
             "apply(variables, ...) with converted ones"
         )
 
-    def bind(self, *args: Any, **kwargs: Any) -> Any:
+    def bind(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Refused: a bound module would run outside of the conversion."""
         raise TypeError(
             "a converted model cannot be bound; call apply(variables, ..., method=f) "
             "with a function of the module"
         )
 
-    def clone(self, **kwargs: Any) -> ConvertedLinen:
+    def clone(self, **kwargs: PyTree) -> ConvertedLinen:
         """Return a converted copy with other attributes, as ``model.clone`` does."""
         return dataclasses.replace(self, model=self.model.clone(**kwargs))
 
-    def tabulate(self, rngs: Any, *args: Any, **kwargs: Any) -> str:
+    def tabulate(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> str:
         """The summary table of ``nn.tabulate``, and how the converted layers run."""
         return f"{self.model.tabulate(rngs, *args, **kwargs)}\n{self.plan}\n"
 
@@ -95,7 +95,9 @@ class ConvertedLinen:
             raise AttributeError(name)
         return getattr(self.model, name)
 
-    def _apply(self, variables: Mapping[str, Any], *args: Any, **kwargs: Any) -> Any:
+    def _apply(
+        self, variables: Mapping[str, Any], *args: PyTree, **kwargs: PyTree
+    ) -> Any:
         params = variables.get("params", {})
         shapes = {
             path: nn.meta.unbox(leaf).shape
@@ -119,5 +121,5 @@ class ConvertedLinen:
             updated = map_leaves(updated, self.plan)
         return y, updated
 
-    def _run(self, params: PyTree, state: Any, args: Any, kwargs: Any) -> Any:
+    def _run(self, params: PyTree, state: PyTree, args: PyTree, kwargs: PyTree) -> Any:
         return self.model.apply({**state, "params": params}, *args, **kwargs)

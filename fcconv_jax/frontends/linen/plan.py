@@ -48,7 +48,9 @@ class _Names:
     stack: list[nn.Module] = dataclasses.field(default_factory=list)
     own: OwnCalls = dataclasses.field(default_factory=OwnCalls)
 
-    def __call__(self, next_fun: Any, args: Any, kwargs: Any, context: Any) -> Any:
+    def __call__(
+        self, next_fun: Any, args: PyTree, kwargs: PyTree, context: Any
+    ) -> Any:
         module = context.module
         with self.own.enter(module) as own:
             if not own:
@@ -135,7 +137,7 @@ def plan_linen(
     inputs: Sequence[Any],
     to: Form,
     rules: Sequence[Rule],
-    rngs: Any,
+    rngs: PyTree,
     method: Any,
     kwargs: Mapping[str, Any],
 ) -> Plan:
@@ -176,7 +178,7 @@ def plan_linen(
 def _init(
     model: nn.Module,
     inputs: Sequence[Any],
-    rngs: Any,
+    rngs: PyTree,
     method: Any,
     kwargs: Mapping[str, Any],
 ) -> tuple[_Names, Any]:
@@ -197,7 +199,7 @@ def _trace(
     model: nn.Module,
     variables: Mapping[str, Any],
     inputs: tuple[Sequence[Any], Mapping[str, Any]],
-    rngs: Any,
+    rngs: PyTree,
 ) -> TracedModel:
     """The trace of ``apply`` with fixed params; all other collections may change.
 
@@ -209,7 +211,9 @@ def _trace(
     params = variables.get("params", {})
     rest = {name: tree for name, tree in variables.items() if name != "params"}
 
-    def run(params: PyTree, state: Any, rngs: Any, args: Any, kwargs: Any) -> list[Any]:
+    def run(
+        params: PyTree, state: PyTree, rngs: PyTree, args: PyTree, kwargs: PyTree
+    ) -> list[Any]:
         out = model.apply({"params": params, **state}, *args, rngs=rngs, **kwargs)
         return arguments.split(out)[0]
 

@@ -67,7 +67,7 @@ class BoundNnx(BoundModel):
     def on_crops(cls, model: Any) -> OnCrops:
         """Read the variables at each call."""
 
-        def call(variables: PyTree, *args: Any, **kwargs: Any) -> Any:
+        def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
             return cls(model)._call(variables, args, kwargs)
 
         call.__name__ = type(model).__name__
@@ -123,7 +123,7 @@ class BoundNnx(BoundModel):
         method = options.pop("method", None)
         return plan_nnx(self.model, self.args, to, rules, method, options)
 
-    def _call(self, variables: PyTree, args: Any, kwargs: Any) -> Any:
+    def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any:
         return _method(self._merged(variables), kwargs)(*args, **_without(kwargs))
 
     def call(self, variables: PyTree, arrays: Any = None) -> Any:
@@ -131,13 +131,13 @@ class BoundNnx(BoundModel):
         return self._run(variables, arrays, lambda model: None)
 
     def named(
-        self, variables: PyTree, arrays: Any, wanted: Callable[[str], bool]
+        self, variables: PyTree, arrays: PyTree, wanted: Callable[[str], bool]
     ) -> Any:
         """Also names the inputs of linear layers."""
         return self._run(variables, arrays, lambda model: _name_modules(model, wanted))
 
     def _run(
-        self, variables: PyTree, arrays: Any, prepare: Callable[[Any], None]
+        self, variables: PyTree, arrays: PyTree, prepare: Callable[[Any], None]
     ) -> Any:
         args, kwargs = self._arguments(arrays)
         model = self._merged(variables)
@@ -195,7 +195,7 @@ def _name_modules(model: nnx.Module, wanted: Callable[[str], bool]) -> None:
 def _naming(cls: type) -> type:
     """A subclass whose call names its input and its output."""
 
-    def call(self: Any, *args: Any, **kwargs: Any) -> Any:
+    def call(self: Any, *args: PyTree, **kwargs: PyTree) -> Any:
         path = getattr(self, _PATH)
         rows = _canonical_input(self, cls, args)
         if rows is not None:

@@ -65,7 +65,7 @@ def with_nodes(tree: PyTree, nodes: Sequence[Any]) -> Any:
     return jax.tree.map(lambda leaf: next(rest) if leaf is _NODE else leaf, tree)
 
 
-def check_returned(method: str, out: Any, traced: bool) -> None:
+def check_returned(method: str, out: PyTree, traced: bool) -> None:
     """Refuses functions among what a method returns.
 
     Raises:

@@ -42,7 +42,7 @@ class _Called:
     paths: set[str] = dataclasses.field(default_factory=set)
 
 
-def _named_call(self: Any, inputs: Any, out_sharding: Any = None) -> Any:
+def _named_call(self: Any, inputs: PyTree, out_sharding: Any = None) -> Any:
     """Calls a layer as it is, on parameters that have a name in the trace."""
     path = getattr(self, _PATH)
     getattr(self, _CALLED).paths.add(path)
@@ -161,7 +161,7 @@ def _trace(
         twin, lambda path, _: nnx_layers.path_text(path) in params, ..., **graph_mode()
     )
 
-    def run(params: PyTree, rest: Any, args: Any, kwargs: Any) -> list[Any]:
+    def run(params: PyTree, rest: Any, args: PyTree, kwargs: PyTree) -> list[Any]:
         called = nnx.merge(graphdef, params, rest, copy=True)
         out = _bound(called, method)(*args, **kwargs)
         return arguments.split(out)[0]
