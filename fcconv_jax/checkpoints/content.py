@@ -20,12 +20,7 @@ from .extents import Advance
 
 @dataclasses.dataclass(frozen=True)
 class Difference:
-    """A leaf in which two checkpoints differ.
-
-    Args:
-      path: its name.
-      what: how they differ.
-    """
+    """A leaf in which two checkpoints differ."""
 
     path: str
     what: str

@@ -49,12 +49,7 @@ def silent(count: int) -> None:
 
 
 class File:
-    """An open file, closed with the last reference to it.
-
-    Args:
-      fd: its descriptor.
-      name: what errors call it.
-    """
+    """An open file, closed with the last reference to it."""
 
     def __init__(self, fd: int, name: str):
         self.fd, self.name = fd, name

@@ -14,12 +14,7 @@ from .walk import regular_files
 
 @dataclasses.dataclass(frozen=True)
 class Stamp:
-    """How a checkpoint's files were when they were opened.
-
-    Args:
-      root: the checkpoint.
-      files: size, time of change and number of each file.
-    """
+    """How a checkpoint's files were when they were opened."""
 
     root: Path
     files: Mapping[Path, tuple[int, int, int]]

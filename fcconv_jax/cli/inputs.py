@@ -27,12 +27,7 @@ class ArgumentError(ValueError):
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model as ``MODULE:NAME`` names it.
-
-    Args:
-      model: a linen or NNX Module, or a function of params and inputs.
-      params: of a function; None for a Module.
-    """
+    """A model as ``MODULE:NAME`` names it."""
 
     model: Any
     params: PyTree = None

@@ -248,7 +248,7 @@ def dtype_of(images: LazyArray) -> np.dtype[Any]:
     return np.dtype(getattr(images.dtype, "numpy_dtype", images.dtype))
 
 
-def read_part(images: LazyArray, where: Sequence[slice | int]) -> Any:
+def read_part(images: Sliced, where: Sequence[slice | int]) -> Any:
     """Read a part of an array, which may be in a file."""
     part: Any = images[tuple(where)]
     reader: Any = getattr(part, "read", None)

@@ -23,14 +23,7 @@ from .function.plan import plan_function
 
 
 class ConvertedModel:
-    """A model in its other form, with its params: called as the model is called.
-
-    Args:
-      frontend: of the model's library.
-      function: takes params, state and inputs; converted.
-      variables: its ``params``, converted, and its ``state``.
-      name: of the model's class.
-    """
+    """A model in its other form, with its params: called as the model is called."""
 
     def __init__(
         self,

@@ -54,14 +54,7 @@ def copies(
 
 
 class _Model:
-    """The planned model among all that a tree holds.
-
-    Args:
-      leaves: of the tree.
-      bases: the levels above its params, one for each copy.
-      wanted: the paths below that the plan moves.
-      chosen: whether the user named the bases.
-    """
+    """The planned model among all that a tree holds."""
 
     def __init__(
         self,

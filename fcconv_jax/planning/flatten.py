@@ -175,8 +175,7 @@ def _sources(place: _Place) -> list[_Place]:
         outer = _outer(frame, place.var, axes)
         return [] if outer is None else [_Place(*outer, sizes)]
     name, params = eqn.primitive.name, eqn.params
-    bodies: Sequence[Any]
-    bodies = params["branches"] if name == "cond" else (call_body(eqn),)
+    bodies: Any = params["branches"] if name == "cond" else (call_body(eqn),)
     if bodies[0] is not None:
         inner = [frame.enter(eqn, body) for body in bodies]
         return _variables([(f, f.jaxpr.outvars[index]) for f in inner], axes, sizes)

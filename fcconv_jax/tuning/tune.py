@@ -324,12 +324,6 @@ def _form(every: Plan, layers: Mapping[str, LayerPlan], options: Options) -> _Va
 class _Race:
     """Forms of the whole model against each other.
 
-    Args:
-      forms: by name, the original first.
-      program: makes the program of a form.
-      meter: measures.
-      show: called with a phase, the steps done and the steps in all.
-
     Attributes:
       forms: those given, and the refined one.
       figures: of those that were measured.

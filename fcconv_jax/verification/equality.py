@@ -75,7 +75,7 @@ class Equality:
                 (changed, pair.other, changed),
             )
         ]
-        outputs = Reference(*self.traces, "outputs")
+        outputs = Reference(self.traces[0], self.traces[1], "outputs")
         backward = None
         if gradients and not has_gradients(pair.variables["params"]):
             self.notes.append("no gradients: some params are not floats")

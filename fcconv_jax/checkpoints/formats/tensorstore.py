@@ -132,14 +132,7 @@ class Storage:
 
 @dataclasses.dataclass(frozen=True)
 class Stored:
-    """Entries in a TensorStore.
-
-    Args:
-      shape: of the array.
-      dtype: of the array.
-      spec: where they are.
-      name: of the leaf, for errors.
-    """
+    """Entries in a TensorStore."""
 
     shape: tuple[int, ...]
     dtype: np.dtype
