@@ -15,6 +15,8 @@ from jax import lax
 from jax.sharding import NamedSharding, PartitionSpec, Sharding
 
 Array = jax.Array
+# As `out_sharding` of functions of `jax.lax` takes it.
+OutSharding = NamedSharding | PartitionSpec | None
 
 
 def typed_sharding(array: Any) -> NamedSharding | None:
@@ -45,7 +47,7 @@ def over_mesh(leaf: Any) -> bool:
     return isinstance(sharding, NamedSharding) and sharding.mesh.size > 1
 
 
-def with_mesh(out_sharding: Any, *operands: Array) -> NamedSharding | None:
+def with_mesh(out_sharding: OutSharding, *operands: Array) -> NamedSharding | None:
     """Return an ``out_sharding`` with its mesh; None stays None."""
     if out_sharding is None or isinstance(out_sharding, NamedSharding):
         return out_sharding
@@ -59,7 +61,7 @@ def parts(sharding: NamedSharding, ndim: int) -> list[Any]:
     return [*sharding.spec, *[None] * (ndim - len(sharding.spec))]
 
 
-def reshape(array: Any, shape: Sequence[int], to: Any = None) -> Any:
+def reshape(array: Any, shape: Sequence[int], to: OutSharding = None) -> Any:
     """``array.reshape(shape)`` that keeps each device's entries where they are.
 
     Args:
@@ -128,7 +130,7 @@ def respec(
     )
 
 
-def permuted(out_sharding: Any, order: Sequence[int]) -> NamedSharding | None:
+def permuted(out_sharding: OutSharding, order: Sequence[int]) -> NamedSharding | None:
     """Return the sharding of an array after ``transpose(order)``; None stays None."""
     sharding = with_mesh(out_sharding)
     if sharding is None:

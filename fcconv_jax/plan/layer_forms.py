@@ -21,7 +21,14 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from ..geometry.classify import Equivalence
 from ..geometry.kernels import channel_last, kernel_rearrangement, window_letters
-from ..geometry.meshes import parts, reshape, respec, typed_sharding, with_mesh
+from ..geometry.meshes import (
+    OutSharding,
+    parts,
+    reshape,
+    respec,
+    typed_sharding,
+    with_mesh,
+)
 from ..messages.errors import PlanError
 from . import Form, LayerPlan
 from .phases import canonical_phases, check_no_mesh, phases_of
@@ -60,7 +67,7 @@ def conv_input(layer: LayerPlan, x: Array) -> Array:
 
 
 def conv_output(
-    layer: LayerPlan, y: Array, lead: Sequence[int], out_sharding: Any = None
+    layer: LayerPlan, y: Array, lead: Sequence[int], out_sharding: OutSharding = None
 ) -> Array:
     """Return the dense form's output ``(*lead, [groups,] out)``."""
     groups = (layer.groups,) if layer.groups > 1 else ()
@@ -121,7 +128,7 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
     return reshape(x, (*batch, *positions, *groups, features))
 
 
-def dense_output(layer: LayerPlan, y: Array, out_sharding: Any = None) -> Array:
+def dense_output(layer: LayerPlan, y: Array, out_sharding: OutSharding = None) -> Array:
     """Return the conv form's output ``(N, *positions, O)``, from the dense form's."""
     if layer.transposed:
         return _depth_to_space(layer, y)
@@ -221,7 +228,10 @@ def pair_of_forms(
     if to == "conv":
 
         def as_conv(
-            x: Array, kernel: Array, bias: Array | None, out_sharding: Any = None
+            x: Array,
+            kernel: Array,
+            bias: Array | None,
+            out_sharding: OutSharding = None,
         ) -> Array:
             lead = x.shape[: -2 if layer.groups > 1 else -1]
             sharding = with_mesh(out_sharding, x, kernel)
@@ -246,7 +256,7 @@ def pair_of_forms(
         return dense, as_conv
 
     def as_dense(
-        x: Array, kernel: Array, bias: Array | None, out_sharding: Any = None
+        x: Array, kernel: Array, bias: Array | None, out_sharding: OutSharding = None
     ) -> Array:
         rows = dense_input(layer, x)
         sharding = with_mesh(out_sharding, x, kernel)
@@ -269,7 +279,7 @@ def _dense(
     x: Array,
     kernel: Array,
     bias: Array | None,
-    out_sharding: Any = None,
+    out_sharding: NamedSharding | None = None,
 ) -> Array:
     """``x @ kernel + bias`` in the canonical dense layout."""
     last = x.ndim - 1
@@ -308,7 +318,7 @@ def _conv(
     x: Array,
     kernel: Array,
     bias: Array | None,
-    out_sharding: Any = None,
+    out_sharding: NamedSharding | None = None,
 ) -> Array:
     """Compute the conv form on channel-last input, unpadded, as ``nn.Conv`` does."""
     batch = x.shape[: -1 - len(layer.window)]

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ..geometry.kernels import Rearrangement, window_letters
-from ..geometry.meshes import typed_sharding, with_mesh
+from ..geometry.meshes import OutSharding, typed_sharding, with_mesh
 from ..messages.errors import PlanError
 from . import LayerPlan
 
@@ -28,7 +28,7 @@ def phases_of(
     x: Array,
     kernel: Array,
     bias: Array | None,
-    out_sharding: Any = None,
+    out_sharding: OutSharding = None,
 ) -> Array:
     """Run a planned layer in phases, on ``(N, *spatial, C)``, without cropping."""
     check_no_mesh(with_mesh(out_sharding, x, kernel), x, kernel)

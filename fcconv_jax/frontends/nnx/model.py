@@ -16,6 +16,7 @@ from flax.core.frozen_dict import FrozenDict
 from flax.nnx import reprlib
 from jax import lax
 
+from ...geometry.meshes import OutSharding
 from ...messages.errors import PlanError
 from ...params.inplace import convert_in_place
 from ...params.leaves import convert_leaf, move_metadata
@@ -150,7 +151,9 @@ class Conv(nnx.Conv):
                     yield reprlib.Attr(name, getattr(self, name))
             yield attribute
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, out_sharding: OutSharding = None
+    ) -> jax.Array:
         """Applies the layer to the dense layer's input."""
         axes = nnx_layers.dense_axes(self._origin.stand_in(), inputs.ndim)
         batch = tuple(inputs.shape[axis] for axis in axes.batch)
@@ -166,7 +169,9 @@ class Linear(nnx.Linear):
     _origin: Origin
     dot_general = staticmethod(lax.dot_general)
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, out_sharding: OutSharding = None
+    ) -> jax.Array:
         """Applies the layer to the convolution's input."""
         return _call_other_form(self, "dense", inputs, out_sharding)
 
@@ -179,12 +184,16 @@ class LinearGeneral(nnx.LinearGeneral):
     axis = (-1,)
     dot_general = dot_general_cls = None
 
-    def __call__(self, inputs: jax.Array, out_sharding: Any = None) -> jax.Array:
+    def __call__(
+        self, inputs: jax.Array, out_sharding: OutSharding = None
+    ) -> jax.Array:
         """Applies the layer to the convolution's input."""
         return _call_other_form(self, "dense", inputs, out_sharding)
 
 
-def _call_other_form(layer: Any, to: Form, x: jax.Array, out_sharding: Any) -> Any:
+def _call_other_form(
+    layer: Any, to: Form, x: jax.Array, out_sharding: OutSharding
+) -> Any:
     """Runs a converted layer, with the settings that it has as an NNX layer."""
     kernel, bias = layer.kernel[...], nnx_layers.bias_of(layer)
     x, kernel, bias = layer.promote_dtype((x, kernel, bias), dtype=layer.dtype)

@@ -11,6 +11,7 @@ import jax
 from flax import nnx
 from jaxtyping import PyTree
 
+from ...geometry.meshes import OutSharding
 from ...params.variables import is_variable
 from ...plan import UNCALLED_REASON, Form, LayerPlan, Plan
 from ...plan.paths import join_path
@@ -42,7 +43,7 @@ class _Called:
     paths: set[str] = dataclasses.field(default_factory=set)
 
 
-def _named_call(self: Any, inputs: PyTree, out_sharding: Any = None) -> Any:
+def _named_call(self: Any, inputs: PyTree, out_sharding: OutSharding = None) -> Any:
     """Calls a layer as it is, on parameters that have a name in the trace."""
     path = getattr(self, _PATH)
     getattr(self, _CALLED).paths.add(path)
