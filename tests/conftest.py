@@ -29,6 +29,11 @@ VERSIONS = (
     "tracing/test_jaxprs.py",
 )
 
+# The tests that take over a second of CPU time, a line each; those marked `versions`
+# may take four. `pytest -n 2 --list-slow` measures all that run and writes the list.
+SLOW = Path(__file__).parent / "slow.txt"
+_SECONDS, _SECONDS_OF_VERSIONS = 1, 4
+
 
 def needs(package, version):
     """Skips a test on earlier versions of a package, which lack what it is about."""
@@ -53,16 +58,56 @@ def pytest_configure(config):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.03)
 
 
-def pytest_collection_modifyitems(items):
+def pytest_addoption(parser):
+    parser.addoption(
+        "--list-slow",
+        action="store_true",
+        help="write tests/slow.txt by what tests take",
+    )
+
+
+def pytest_collection_modifyitems(config, items):
     here = Path(__file__).parent
     counts = collections.Counter()
+    listed_slow = set()
+    if not config.getoption("--list-slow"):
+        listed_slow.update(SLOW.read_text().splitlines())
     for item in items:
+        if item.nodeid.removeprefix("tests/") in listed_slow:
+            item.add_marker(pytest.mark.slow)
         slow = item.get_closest_marker("slow")
         if slow is None and item.path.is_relative_to(here):
             counts[item.path] += 1
             listed = item.path.relative_to(here).as_posix() in VERSIONS
             if listed or counts[item.path] <= 2:
                 item.add_marker(pytest.mark.versions)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_call(item):
+    """Measures the CPU time of a test and of the processes that it starts."""
+    before = sum(os.times()[:4])
+    try:
+        return (yield)
+    finally:
+        item.user_properties.append(("cpu", sum(os.times()[:4]) - before))
+
+
+_cpu_seconds = {}
+
+
+def pytest_runtest_logreport(report):
+    if report.when == "call" and report.nodeid.startswith("tests/"):
+        versions = "versions" in report.keywords
+        most = _SECONDS_OF_VERSIONS if versions else _SECONDS
+        _cpu_seconds[report.nodeid] = dict(report.user_properties)["cpu"] / most
+
+
+def pytest_sessionfinish(session):
+    worker = hasattr(session.config, "workerinput")
+    if session.config.getoption("--list-slow") and not worker:
+        slow = sorted(name for name, share in _cpu_seconds.items() if share > 1)
+        SLOW.write_text("".join(f"{each.removeprefix('tests/')}\n" for each in slow))
 
 
 _missing_extras = set()
