@@ -77,7 +77,8 @@ def export(
         Path | None,
         typer.Option(
             metavar="DATA.npz",
-            help="Examples, an array for each input, the first axis over examples.",
+            help="Examples, an array for each input, the first axis over examples; "
+            "an array named labels has their classes, for the accuracy.",
         ),
     ] = None,
     unroll: Annotated[
@@ -94,6 +95,13 @@ def export(
         bool,
         typer.Option("--any-batch", help="Leave the batch size open (LiteRT, ONNX)."),
     ] = False,
+    weights: Annotated[
+        str | None,
+        typer.Option(
+            metavar="DTYPE",
+            help="Round weights to float16 (LiteRT, ONNX) or bfloat16 (ONNX).",
+        ),
+    ] = None,
     compare: Annotated[
         bool, typer.Option("--compare", help="Make the other forms too, for figures.")
     ] = False,
@@ -129,7 +137,8 @@ def export(
     check_destination("--out", out)
     check_destination("--report", report)
     given = None if plan is None else read_plan(plan)
-    data = None if calibrate is None else _read_arrays(calibrate)
+    arrays = None if calibrate is None else _read_arrays(calibrate)
+    labels = None if arrays is None else arrays.pop("labels", None)
     bound = read_model(model, call)
     if params is not None:
         bound = load_variables(bound, params)
@@ -148,20 +157,22 @@ def export(
         unroll=unroll,
         fold=fold,
         any_batch=any_batch,
-        calibrate=data,
+        weights=weights,
+        calibrate=None if arrays is None else list(arrays.values()),
+        labels=labels,
         compare=compare,
     )
     show_report(found, report, as_json, as_markdown)
 
 
-def _read_arrays(file: Path) -> list[Any]:
+def _read_arrays(file: Path) -> dict[str, Any]:
     import zipfile
 
     import numpy as np
 
     try:
         with np.load(file, allow_pickle=False) as arrays:
-            return [arrays[name] for name in arrays.files]
+            return {name: arrays[name] for name in arrays.files}
     # A .npy file loads as an array, and `with` raises TypeError.
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArgumentError(

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -24,10 +25,11 @@ from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
 from ..verification.agreement import named_leaves
+from .arguments import check_arguments
 from .batches import SIZES, tried, with_batch
-from .chips import Chip, chip_of
+from .chips import Chip
 from .fingerprint import BLANK, seal
-from .forms import FORMS, FileForm, plan_of_form
+from .forms import FileForm, plan_of_form
 from .graph import Graph, Source
 from .layers import (
     FileRecord,
@@ -41,6 +43,7 @@ from .lowering.trace import lower
 from .memory import peak_bytes
 from .passes.fold import fold_norms
 from .passes.nchw import to_nchw
+from .passes.round import round_weights
 from .passes.simplify import multiply, simplify
 from .proof import (
     Proof,
@@ -54,7 +57,7 @@ from .proof import (
 from .putting import folder_for, put
 from .quantized import fewest_cycles, quantized
 from .report import ExportReport, FormFigures
-from .runtimes import Runtime, runtime_of
+from .runtimes import Runtime
 from .size import size_of
 from .written import Written
 
@@ -72,7 +75,9 @@ def export(
     unroll: int = 0,
     fold: bool = True,
     any_batch: bool = False,
+    weights: str | None = None,
     calibrate: Sequence[Any] | None = None,
+    labels: Any = None,
     compare: bool = False,
     progress: ProgressOption = None,
     **kwargs: PyTree,
@@ -108,8 +113,13 @@ def export(
       any_batch: whether the file takes inputs of any batch size, their first axis:
         resizable in LiteRT, symbolic in ONNX. It is run with three sizes. StableHLO
         files always do.
+      weights: the dtype that kernels and embeddings are rounded to in the file, half
+        its size: ``"float16"`` in LiteRT and ONNX, ``"bfloat16"`` in ONNX. They are
+        brought back to float32 when the file is loaded; the rest stays float32.
       calibrate: for an int8 file: arrays of inputs, one for each positional input, with
         examples along the first axis.
+      labels: the class of each of these examples, for the report's accuracy of both the
+        float and the int8 file: the index of the largest entry of the first output.
       compare: whether to write the other forms as well, for the report's figures.
       progress: as for :func:`fcconv_jax.verify`.
       **kwargs: keyword arguments of the call, such as ``train=False``.
@@ -136,44 +146,15 @@ def export(
     """
     check_flags(fold=fold, any_batch=any_batch, compare=compare)
     form = to
-    if not isinstance(path, str | Path) or "\0" in str(path):
-        raise ExportError(
-            f"Expected path= as the path of a file, got {path!r}. Pass "
-            "path='model.tflite'."
-        )
-    target = runtime_of(Path(path), runtime)
-    if "int8" in kwargs:
-        raise ExportError(
-            "Expected calibrate= for an int8 file, got int8=. Pass arrays of examples, "
-            "one for each input: calibrate=[images]."
-        )
-    if form not in FORMS:
-        raise ExportError(
-            f"Expected to= one of {', '.join(FORMS)}, the form of the layers, got "
-            f"{form!r}. The runtime is selected by the suffix of path= or by runtime="
-        )
-    made_for = None if chip is None else chip_of(chip)
-    if form == "mix" and made_for is None and plan is None:
-        raise ExportError(
-            "Expected a chip for to='mix', whose rules decide, got none. Pass "
-            "chip='ethos-u55', or plan= of your own."
-        )
-    if calibrate is not None and target.int8 is None:
-        raise ExportError(
-            f"Expected a .tflite path for an int8 file, got {path}: the quantizer is "
-            "LiteRT's. Drop calibrate= for a file in float32."
-        )
-    if any_batch and (target.any_batch is None or calibrate is not None):
-        raise ExportError(
-            "Expected a .tflite or .onnx file in float32 for any_batch=True, got "
-            f"{path}{'' if calibrate is None else ' in int8'}. Drop any_batch=True; a "
-            ".stablehlo file takes any batch size."
-        )
+    target, made_for = check_arguments(
+        *(path, runtime, form, chip, plan, any_batch, weights, calibrate, labels),
+        kwargs,
+    )
     bound = bind(model, params, *inputs, **kwargs)
     check_options(export, bound)
     bound.check_inference()
     bound.check_library()
-    call = _Call(bound, target, made_for, unroll, fold, any_batch)
+    call = _Call(bound, target, made_for, unroll, fold, any_batch, weights)
     with (
         default_settings(),
         shown(progress) as show,
@@ -183,7 +164,7 @@ def export(
         show("planning", 0, 1)
         if plan is not None:
             form = plan.to
-        elif form == "mix" and target.int8 is not None:
+        elif form == "mix" and target.quantize is not None:
             plan = fewest_cycles(call, as_rules(rules), Path(folder), show)
         else:
             plan = call.plan(form, as_rules(rules))
@@ -191,7 +172,7 @@ def export(
         last = place / Path(path).name
         first = last if calibrate is None else Path(folder) / f"float{target.suffix}"
         written = call.write(plan, form, first)  # refuses what it cannot, at once
-        reference, notes = reference_of(call.bound)
+        reference, notes = reference_of(call.bound, weights)
         proof, figures = call.check(written, reference, show)
         unfolded = _not_folded(written, proof)
         # Folded params are rounded once more, which a network may magnify.
@@ -211,8 +192,8 @@ def export(
                 again = call.write(call.plan(other, as_rules(rules)), other, there)
                 made[other] = again, call.figures(again, reference)
         found: Mapping[str, Any] = {}
-        if target.int8 is not None:
-            found = quantized(call, made, calibrate, form, last, show)
+        if target.quantize is not None:
+            found = quantized(call, made, calibrate, labels, form, last, show)
         report = call.report(
             *(written, proof, [each for _, each in made.values()], notes)
         )
@@ -275,9 +256,11 @@ class _Call:
         unroll: int,
         fold: bool,
         any_batch: bool,
+        weights: str | None,
     ):
         self.bound, self.runtime, self.chip = bound, runtime, chip
         self.unroll, self.fold, self.any_batch = unroll, fold, any_batch
+        self.weights = weights
         self.whole = runtime.fused - (runtime.one_batch if any_batch else frozenset())
         tree = _outputs(bound)
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
@@ -378,6 +361,8 @@ class _Call:
             simplify(graph, self.whole)
         if self.fold and self.chip is not None and self.chip.accelerator:
             multiply(graph)
+        if self.weights is not None:
+            round_weights(graph, jnp.dtype(self.weights))
         return graph
 
     def check(

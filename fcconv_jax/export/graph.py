@@ -30,6 +30,7 @@ import math
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
+import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
 
@@ -62,7 +63,7 @@ class Source:
 
     Args:
       leaf: the parameter's path.
-      steps: reshapes, transposes, slices and reversals, in order.
+      steps: reshapes, transposes, slices, reversals and roundings, in order.
     """
 
     leaf: str
@@ -71,6 +72,11 @@ class Source:
     def then(self, kind: str, *details: Any) -> Source:
         """Return the same, moved once more."""
         return Source(self.leaf, (*self.steps, (kind, details)))
+
+    def before(self, kind: str) -> Source:
+        """Return the same without steps of one kind."""
+        steps = tuple(step for step in self.steps if step[0] != kind)
+        return Source(self.leaf, steps)
 
     def apply(self, array: np.ndarray) -> np.ndarray:
         """Return the constant's entries, from the parameter's.
@@ -90,6 +96,7 @@ _STEPS: dict[str, Any] = {
     "transpose": lambda x, perm: x.transpose(perm),
     "slice": lambda x, start, stop, step: x[tuple(map(slice, start, stop, step))],
     "reverse": lambda x, axes: np.flip(x, axes),
+    "round": lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(x.dtype),
 }
 
 
@@ -103,6 +110,7 @@ class Value:
       data: its entries, where it is constant.
       source: the parameter that a constant is, but for its arrangement.
       leaves: the parameters that a constant is computed from.
+      stored: the dtype that a constant was rounded to, and has in the file.
     """
 
     shape: tuple[int, ...]
@@ -110,6 +118,7 @@ class Value:
     data: np.ndarray | None = None
     source: Source | None = None
     leaves: frozenset[str] = frozenset()
+    stored: np.dtype | None = None
 
     @property
     def size(self) -> int:
@@ -121,7 +130,14 @@ class Value:
         assert self.data is not None
         data = _STEPS[kind](self.data, *details)
         source = self.source and self.source.then(kind, *details)
-        return Value(tuple(data.shape), self.dtype, data, source, self.leaves)
+        known = source, self.leaves, self.stored
+        return Value(tuple(data.shape), self.dtype, data, *known)
+
+    def rounded(self, dtype: np.dtype) -> Value:
+        """Return a constant, rounded to a dtype that the file has for it."""
+        assert self.data is not None
+        made = self.moved("round", dtype.name)
+        return dataclasses.replace(made, stored=dtype)
 
     def repeated(self, data: Any) -> Value:
         """Return a constant with repeated entries: no rearranged parameter any more."""
@@ -136,7 +152,8 @@ def same_content(array: np.ndarray) -> object:
     """
     if array.nbytes < _LARGE:
         return None
-    content = np.ascontiguousarray(array)
+    # As bytes: hashlib reads no bfloat16.
+    content = np.ascontiguousarray(array).view(np.uint8)
     return array.shape, str(array.dtype), hashlib.sha256(content.data).digest()
 
 

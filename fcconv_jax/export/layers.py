@@ -44,6 +44,7 @@ class Layer:
         weight is, and what is swapped, of a matmul.
       made_of: the parameters that a computed kernel or bias comes from.
       folded: the affines that were folded into kernel and bias.
+      stored: the dtype that the kernel is rounded to in the file; empty for its own.
     """
 
     name: str
@@ -57,6 +58,7 @@ class Layer:
     geometry: tuple[tuple[str, Any], ...]
     made_of: tuple[str, ...] = ()
     folded: Folded | None = None
+    stored: str = ""
 
     @property
     def form(self) -> str:
@@ -103,7 +105,7 @@ def _layer(node: Node) -> Layer:
     return Layer(
         name=node.name,
         op=node.op,
-        kernel=weight.source,
+        kernel=weight.source and weight.source.before("round"),
         kernel_shape=weight.shape,
         bias=None if bias is None else bias.source,
         has_bias=bias is not None,
@@ -112,6 +114,7 @@ def _layer(node: Node) -> Layer:
         geometry=tuple(sorted(geometry.items())),
         made_of=tuple(sorted(made_of)),
         folded=node.folded,
+        stored=weight.stored.name if weight.stored else "",
     )
 
 
@@ -258,7 +261,11 @@ def expected(
     kernel, bias = found
     if layer.folded is not None:
         # A computed kernel is compared with what was computed for the file.
-        return (None, None) if kernel is None else layer.folded.apply(kernel, bias)
+        if kernel is None:
+            return None, None
+        kernel, bias = layer.folded.apply(kernel, bias)
+    if kernel is not None and layer.stored:
+        kernel = Source("").then("round", layer.stored).apply(kernel)
     return kernel, bias
 
 

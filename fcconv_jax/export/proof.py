@@ -34,6 +34,23 @@ from .shipped import Shipped, ShippedLayer
 
 
 @dataclasses.dataclass(frozen=True)
+class Arithmetic:
+    """An int8 layer of a file, compared with integer arithmetic.
+
+    Args:
+      entries: how many numbers of its results were compared.
+      off: how many of them differ.
+      largest: by how many steps of the output at most.
+      rounding: how the sums are brought to the output's scale.
+    """
+
+    entries: int
+    off: int
+    largest: int
+    rounding: str
+
+
+@dataclasses.dataclass(frozen=True)
 class LayerProof:
     """The checks of one linear operation of a file.
 
@@ -46,9 +63,10 @@ class LayerProof:
       exact: whether it equals integer arithmetic; None where it was not run.
       probes: how many draws it was given.
       failures: what is wrong.
-      rounded: whether the weights are to be the parameters rounded to int8.
+      stored: the dtype that the weights are rounded to; empty for their own.
       constant: whether the weights come from no parameter, as those of a resize.
       folded: whether the weights contain a norm; their bits are then those computed.
+      arithmetic: of an int8 layer.
     """
 
     name: str
@@ -58,9 +76,10 @@ class LayerProof:
     exact: bool | None
     probes: int
     failures: tuple[str, ...] = ()
-    rounded: bool = False
+    stored: str = ""
     constant: bool = False
     folded: bool = False
+    arithmetic: Arithmetic | None = None
 
     @property
     def passed(self) -> bool:
@@ -111,8 +130,15 @@ class ReferenceOutputs:
     inputs: Sequence[np.ndarray]
 
 
-def reference_of(bound: BoundModel) -> tuple[ReferenceOutputs | None, list[str]]:
+def reference_of(
+    bound: BoundModel, stored: str | None = None
+) -> tuple[ReferenceOutputs | None, list[str]]:
     """Return a model on its inputs, in float64 and in its own precision.
+
+    Args:
+      bound: the model.
+      stored: the dtype that the file's weights are rounded to: the model's own error is
+        then that with weights moved as far as rounding moves them.
 
     Returns:
       The reference, or None and the reasons why there is none.
@@ -131,7 +157,7 @@ def reference_of(bound: BoundModel) -> tuple[ReferenceOutputs | None, list[str]]
     run = jax.jit(lambda *flat: evaluate(jaxpr, flat))
     leaves = [run(*jax.tree.leaves((variables, arrays)))]
     for seed in range(MOVED):
-        params = moved_by_an_ulp(variables["params"], seed)
+        params = moved_by_an_ulp(variables["params"], seed, stored)
         leaves.append(run(*jax.tree.leaves(({**variables, "params": params}, arrays))))
     inputs = [np.asarray(x) for x in arrays]
     return ReferenceOutputs(list(zip(names, outs)), leaves, inputs), []
@@ -209,7 +235,7 @@ def prove(
                 if exact.size and not np.isfinite(exact).any()
             ]
         except (RuntimeError, ValueError) as error:
-            failures.append(f"the file does not run: {_first_line(error)}")
+            failures.append(f"the file does not run: {first_line(error)}")
         show(f"{shipped.runtime}: the whole file", 1, 1)
     return Proof(tuple(proofs), outputs, count, tuple(failures), tuple(notes))
 
@@ -264,6 +290,7 @@ def _prove_layer(
     failures += why
     return LayerProof(
         *(layer.name, found.op, found.form, bits, exact, count, tuple(failures)),
+        stored=layer.stored,
         constant=layer.constant,
         folded=layer.folded is not None,
     )
@@ -298,7 +325,7 @@ def on_integers(
                 break
     except (ExportError, RuntimeError, ValueError) as error:
         exact = False
-        failures.append(f"it does not run on its own: {_first_line(error)}")
+        failures.append(f"it does not run on its own: {first_line(error)}")
     return exact, count, failures
 
 
@@ -406,5 +433,6 @@ def whole_error(
     return max((error.converted for error in errors), default=0.0)
 
 
-def _first_line(error: Exception) -> str:
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, or its kind."""
     return (str(error).strip().splitlines() or [type(error).__name__])[0]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import tempfile
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,12 @@ from ..messages.progress import Progress
 from ..plan import Plan
 from ..plan.rules import Rule
 from . import vela
+from .fingerprint import fingerprint_of, resealed
 from .forms import FileForm
+from .int8 import batches, check, same_outputs
+from .integers import prove_layers
 from .report import FormFigures
+from .shipped import Shipped
 from .size import size_of
 from .written import Call, Written
 
@@ -29,7 +34,6 @@ def fewest_cycles(
     its small sizes cost, Vela knows better.
     """
     assert call.chip is not None
-    quantizer = call.runtime.int8
     plan = call.plan("mix", rules)
     accelerator = call.chip.accelerator
     if accelerator is None or not vela.available():
@@ -45,7 +49,7 @@ def fewest_cycles(
         file = folder / f"candidate{call.runtime.suffix}"
         call.write(each, form, file)
         try:
-            content = quantizer.quantize(file.read_bytes(), call.input_names, [arrays])
+            content = _quantize(call, file, [arrays], show)
             candidates[each] = vela.compile_file(content, accelerator).cycles
         except ExportError:  # the report gives the reason
             continue
@@ -57,6 +61,7 @@ def quantized(
     call: Call,
     made: Mapping[FileForm, tuple[Written, FormFigures]],
     calibrate: Sequence[Any] | None,
+    labels: Any,
     form: FileForm,
     path: Path,
     show: Progress,
@@ -69,23 +74,21 @@ def quantized(
     Returns:
       Fields of the report.
     """
-    quantizer = call.runtime.int8
     chip = call.chip.accelerator if call.chip else None
     if calibrate is None and (chip is None or not vela.available()):
         return {}
-    names = call.input_names
     arrays = [np.asarray(x) for x in call.bound.arrays]
     examples = [arrays]
     if calibrate is not None:
-        examples = quantizer.batches(calibrate, [x.shape for x in arrays])
+        examples = batches(calibrate, [x.shape for x in arrays])
+        labels = _checked(labels, len(calibrate[0]))
     contents: dict[FileForm, bytes] = {}
+    opened: dict[FileForm, Shipped] = {}
     rows: list[FormFigures] = []
     notes: list[str] = []
     for each, (written, figures) in made.items():
-        show(f"int8: {each} form", 0, 1)
-        content = written.path.read_bytes()
         try:
-            contents[each] = quantizer.quantize(content, names, examples)
+            contents[each] = _quantize(call, written.path, examples, show)
         except ExportError as error:
             if calibrate is not None:
                 raise
@@ -110,33 +113,76 @@ def quantized(
     if calibrate is None:
         return {"figures": tuple(rows), "notes": tuple(notes)} if rows else {}
     written, _ = made[form]
-    path.write_bytes(contents[form])
-    found = quantizer.check(
-        *(contents[form], written.path.read_bytes(), written.record, written.leaves),
-        examples,
-    )
-    failures = [
-        f"int8: layer {layer.name!r}: {why}"
-        for layer in found.layers
-        for why in layer.failures
-    ]
+    with tempfile.TemporaryDirectory() as folder:
+        for each, content in contents.items():
+            file = path if each == form else Path(folder) / path.name
+            file.write_bytes(content)
+            opened[each] = call.runtime.open(file)
+    shipped = opened[form]
+    about_layers = written.record, written.leaves, show
+    layers = prove_layers(shipped.int8_layers(), *about_layers)
+    original = call.runtime.open(written.path)
+    found = check(shipped, original, examples, labels, show)
     about: dict[str, Any] = {
-        "weights": f"{len(found.layers)} layers, the parameters rounded",
-        "difference from float32": f"{found.difference:.1e} (root mean square)",
+        "weights": f"{len(layers)} layers, the parameters rounded",
+        "difference from float32": ", ".join(
+            f"{name} {off:.1e}" if len(found.differences) > 1 else f"{off:.1e}"
+            for name, off in zip(written.graph.output_names, found.differences)
+        )
+        + " (root mean square)",
         "same choice as float32": f"{100 * found.same_choice:.1f} %",
         "calibrated on": f"{len(examples)} calls",
     }
-    for other, content in contents.items():
+    if labels is not None:
+        exact, rounded = (100 * n / found.labelled for n in found.right)
+        about["accuracy"] = (
+            f"{rounded:.1f} % of {found.labelled:,} labels, {exact:.1f} % in float32"
+        )
+    for other, file in opened.items():
         if other == form:
             continue
-        wrong, total = quantizer.same_outputs(contents[form], content, examples)
+        wrong, total = same_outputs(shipped, file, examples)
         about[f"{form} and {other} forms"] = (
             f"the same bits in {total:,} numbers"
             if not wrong
             else f"{wrong:,} of {total:,} numbers differ"
         )
-    about["failures"] = failures
     float_bytes = size_of(written.path)
     rows[0] = dataclasses.replace(rows[0], bytes=len(contents[form]))
     notes.append(f"the float file that it was quantized from: {float_bytes:,} bytes")
-    return {"figures": tuple(rows), "notes": tuple(notes), "int8": about}
+    return {
+        "figures": tuple(rows),
+        "notes": tuple(notes),
+        "int8": about,
+        "int8_layers": layers,
+    }
+
+
+def _quantize(
+    call: Call, file: Path, examples: Sequence[Sequence[np.ndarray]], show: Progress
+) -> bytes:
+    """Return the content of an int8 file, made from a float one."""
+    quantize = call.runtime.quantize
+    assert quantize is not None
+    content = quantize(file.read_bytes(), call.input_names, examples, show)
+    with tempfile.TemporaryDirectory() as folder:
+        made = Path(folder) / file.name
+        made.write_bytes(content)
+        shipped = call.runtime.open(made)
+        record = shipped.record()
+        if record is None:
+            return content
+        return resealed(content, record.fingerprint, fingerprint_of(shipped, record))
+
+
+def _checked(labels: Any, count: int) -> np.ndarray | None:
+    """Return the labels of the calibration examples as an array of integers."""
+    if labels is None:
+        return None
+    found = np.asarray(labels)
+    if found.dtype.kind not in "iu" or found.shape[:1] != (count,):
+        raise ExportError(
+            f"Expected labels= as {count} integers, one for each example of calibrate=,"
+            f" got {found.dtype}{list(found.shape)}. Pass indices of classes."
+        )
+    return found

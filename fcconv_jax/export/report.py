@@ -60,6 +60,8 @@ class ExportReport(Report):
       executed: whether the file was run here.
       notes: what else there is to know.
       int8: what quantizing changed.
+      int8_layers: the checks of the int8 file; ``proof`` is that of the float file that
+        it was made from.
 
     Example:
       >>> proof = Proof((), (), 0, (), ())
@@ -82,18 +84,21 @@ class ExportReport(Report):
     executed: bool = True
     notes: tuple[str, ...] = ()
     int8: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    int8_layers: tuple[LayerProof, ...] = ()
 
     @property
     def failures(self) -> tuple[str, ...]:
         """Each failed check, by layer or output."""
         found = [*self.proof.all_failures]
-        found += [str(why) for why in self.int8.get("failures", ())]
+        for layer in self.int8_layers:
+            found += [f"int8: layer {layer.name!r}: {why}" for why in layer.failures]
         return tuple(found)
 
     @property
     def layers(self) -> tuple[LayerProof, ...]:
-        """The proof of each linear operation with a parameter."""
-        return tuple(layer for layer in self.proof.layers if not layer.constant)
+        """The proof of each linear operation with a parameter, in the file written."""
+        found = self.int8_layers or self.proof.layers
+        return tuple(layer for layer in found if not layer.constant)
 
     def content(self) -> dict[str, object]:
         """What :meth:`to_json` writes."""
@@ -124,8 +129,8 @@ class ExportReport(Report):
             "outputs": len(self.proof.outputs),
         }
         parts = [f"{count} {what}" for what, count in counts.items() if count]
-        if self.int8 or any(layer.rounded for layer in self.layers):
-            parts.append("rounded to int8")
+        for stored in dict.fromkeys(x.stored for x in self.layers if x.stored):
+            parts.append(f"rounded to {stored}")
         return f"compared: {', '.join(parts) or 'nothing'}"
 
     @property
@@ -136,17 +141,26 @@ class ExportReport(Report):
         ]
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
-        rows = [("layer", "op", "weights", "on integers", "draws")]
+        last = ("draws",)
+        if any(layer.stored == "int8" for layer in self.layers):
+            last = ("entries", "off", "largest off", "rounding")
+        rows = [("layer", "op", "weights", "on integers", *last)]
         for layer in self.layers:
-            kept = "rounded to int8" if layer.rounded else "the same bits"
-            if layer.folded and not layer.rounded:
-                kept = "norm folded in"
+            kept = "norm folded in" if layer.folded else "the same bits"
+            if layer.stored:
+                kept = f"rounded to {layer.stored}"
+            more, found = (str(layer.probes),), layer.arithmetic
+            if found is not None:
+                counts = (found.entries, found.off, found.largest)
+                more = (*(f"{n:,}" for n in counts), found.rounding)
+            elif len(last) > 1:
+                more = ("-",) * len(last)
             bits = {True: kept, False: "OTHER BITS", None: "computed"}
             exact = {True: "exact", False: "DIFFERENT", None: "not run"}
             rows.append(
                 (
                     *(layer.name or "(root)", layer.op, bits[layer.bits]),
-                    *(exact[layer.exact], str(layer.probes)),
+                    *(exact[layer.exact], *more),
                 )
             )
         return rows
@@ -205,8 +219,6 @@ class ExportReport(Report):
             yield f"not in {self.form} form: {path}: {why}"
         for path, why in self.broken:
             yield f"{self.chip} does not take {path}: {why}"
-        for key, value in self.int8.items():
-            if key != "failures":
-                yield f"int8: {key}: {value}"
+        yield from (f"int8: {key}: {value}" for key, value in self.int8.items())
         yield from (f"note: {note}" for note in (*self.notes, *self.proof.notes))
         yield from (f"FAILED: {failure}" for failure in self.failures)

@@ -102,9 +102,26 @@ class Shipped(abc.ABC):
         """
         raise ExportError(f"layer {layer.name!r} of {self.runtime} is not run alone")
 
+    def int8_layers(self) -> Mapping[str, Callable[[Layer], Any]]:
+        """Return what reads each layer of an int8 file, by name; none of a float one.
+
+        Each is an :class:`fcconv_jax.export.integers.Int8Layer`.
+        """
+        return {}
+
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run the whole file in its runtime."""
         raise ExportError(f"{self.runtime} does not run here")
+
+    def caller(
+        self, integers: bool = False
+    ) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+        """Load the file, and return what runs it.
+
+        Args:
+          integers: whether outputs of int8 come out as they are.
+        """
+        return self.run
 
     def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
         """Return one run of the whole file, to be timed."""

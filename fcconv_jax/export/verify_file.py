@@ -17,6 +17,8 @@ from ..messages.errors import ExportError, FcconvError
 from ..messages.progress import Progress, ProgressOption, shown
 from ..params.moves import map_leaves
 from .fingerprint import fingerprint_of
+from .int8 import difference
+from .integers import prove_layers
 from .layers import FileRecord
 from .proof import Proof, ReferenceOutputs, parameter_leaves, prove, reference_of
 from .report import ExportReport, FormFigures
@@ -97,7 +99,8 @@ def verify_file(
             check_options(verify_file, bound)
             bound.check_library()
             variables = bound.variables
-            reference, notes = reference_of(bound)
+            stored = {x.stored for x in record.layers} - {""}
+            reference, notes = reference_of(bound, *stored)
         else:
             notes.append("the whole file was not compared: that needs its model")
         with reading(path):
@@ -106,7 +109,7 @@ def verify_file(
                 # A checkpoint may hold a model's state among its params, as NNX does.
                 names = {f"state/{n.removeprefix('params/')}": n for n in leaves}
                 leaves |= {new: leaves[n] for new, n in names.items()}
-            given = shipped, runtime.int8, record, leaves, show, reference
+            given = shipped, record, leaves, show, reference
             proof = _prove(*given, shipped.output_names())
             if refused is not None:
                 # A fault in a layer names the cause; without one, only this is known.
@@ -124,7 +127,6 @@ def verify_file(
 
 def _prove(
     shipped: Shipped,
-    quantizer: Any,
     record: FileRecord,
     leaves: Mapping[str, np.ndarray],
     show: Progress,
@@ -132,18 +134,18 @@ def _prove(
     names: Sequence[str],
 ) -> Proof:
     rounded = any(layer.kernel.dtype == np.int8 for layer in shipped.layers())
-    if quantizer is not None and rounded:
+    if rounded:
         notes = ["an int8 file: its weights and biases are the parameters, rounded"]
         if record.constants:
             count = len(record.constants)
             notes.append(f"other parameters, rounded too, were not compared: {count}")
         if reference is not None:
-            off = quantizer.difference(shipped, reference, names)
+            off = difference(shipped, reference, names)
             notes.append(f"the whole file is {off:.1e} from float64 (root mean square)")
         known = {layer.name for layer in record.layers}
         more = [layer.name for layer in shipped.layers() if layer.name not in known]
         failures = [f"the file has a layer {x!r} that the model has not" for x in more]
-        layers = quantizer.prove_weights(shipped, record, leaves)
+        layers = prove_layers(shipped.int8_layers(), record, leaves, show)
         return Proof(layers, (), 0, tuple(failures), tuple(notes))
     return prove(shipped, record, leaves, show, None, reference, names)
 

@@ -13,8 +13,14 @@ from jaxtyping import PyTree
 MOVED = 3
 
 
-def moved_by_an_ulp(tree: PyTree, seed: int) -> Any:
+def moved_by_an_ulp(tree: PyTree, seed: int, stored: str | None = None) -> Any:
     """Return each float of a tree up or down by one unit in the last place; zeros stay.
+
+    Args:
+      tree: of arrays.
+      seed: of the directions.
+      stored: a dtype that weights, arrays of two axes or more, are rounded to: they
+        move by half a unit of it, as far as rounding to it moves them.
 
     Example:
       >>> moved = moved_by_an_ulp(np.ones(2, np.float32), 0)
@@ -28,7 +34,10 @@ def moved_by_an_ulp(tree: PyTree, seed: int) -> Any:
         if not jnp.issubdtype(dtype, jnp.inexact):
             return leaf
         signs = rng.integers(0, 2, np.shape(leaf), np.int8) * 2 - 1
-        factor = (1 + float(jnp.finfo(dtype).eps) * signs).astype(dtype)
+        step = float(jnp.finfo(dtype).eps)
+        if stored is not None and np.ndim(leaf) > 1:
+            step = max(step, float(jnp.finfo(stored).eps) / 2)
+        factor = (1 + step * signs).astype(dtype)
         moved = (np.asarray(leaf) * factor).astype(dtype)
         return jax.device_put(moved, getattr(leaf, "sharding", None))
 

@@ -1,5 +1,6 @@
 """int8 LiteRT files: per channel, the same bits in both forms, the weights rounded."""
 
+import dataclasses
 from pathlib import Path
 
 import jax
@@ -7,7 +8,9 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
-from fcconv_jax.export.runtimes.litert import int8
+from fcconv_jax.export.int8 import batches
+from fcconv_jax.export.layers import compute
+from fcconv_jax.export.runtimes.onnx import OnnxFile
 from fcconv_jax.messages.errors import ExportError
 
 from .models import MODELS, normal
@@ -21,8 +24,8 @@ def export(name, folder, form="conv", **options):
     shape = inputs[0].shape[1:]
     data = [np.asarray(normal(24, *shape, seed=5))]
     options = {"calibrate": data, "to": form, "progress": False, **options}
-    path = folder / f"{form}.tflite"
-    return fc.export(model, params, *inputs, path=path, **options)
+    options = {"path": folder / f"{form}.tflite", **options}
+    return fc.export(model, params, *inputs, **options)
 
 
 @pytest.mark.parametrize("name", ["digits", "vgg head", "mlp", "mobile"])
@@ -78,15 +81,15 @@ def test_calibration_data_that_does_not_fit(tmp_path):
     with pytest.raises(ExportError, match="for 1 inputs, got 0"):
         export("digits", tmp_path, calibrate=[])
     with pytest.raises(ExportError, match="at least 2 examples"):
-        int8.batches([np.zeros((1, 3))], [(2, 3)])
+        batches([np.zeros((1, 3))], [(2, 3)])
 
 
-def test_int8_is_litert_s(tmp_path):
+def test_runtimes_without_int8(tmp_path):
     model, params, inputs = MODELS["mlp"]()
-    with pytest.raises(ExportError, match=r"Expected a \.tflite path for an int8 file"):
+    with pytest.raises(ExportError, match=r"Expected a \.tflite or \.onnx path for an"):
         fc.export(
             *(model, params, *inputs),
-            path=tmp_path / "m.onnx",
+            path=tmp_path / "m.xml",
             calibrate=[np.zeros((4, 10))],
         )
 
@@ -124,6 +127,17 @@ def zero_point(file, operator):
     quantization.zeroPoint = np.asarray(quantization.zeroPoint) + 1
 
 
+def bias_scale(file, operator):
+    quantization = file.graph.tensors[operator.inputs[2]].quantization
+    quantization.scale = np.asarray(quantization.scale) * np.float32(2)
+    _put(file, operator.inputs[2], file.array(operator.inputs[2]) // 2)
+
+
+def input_scale(file, operator):
+    quantization = file.graph.tensors[operator.inputs[0]].quantization
+    quantization.scale = np.asarray(quantization.scale) * np.float32(1.1)
+
+
 def scale(file, operator):
     quantization = file.graph.tensors[operator.inputs[1]].quantization
     quantization.scale = np.asarray(quantization.scale) * np.float32(1.1)
@@ -145,6 +159,8 @@ def _put(file, index, array):
         (dilation, "on integers: expected "),
         (zero_point, "the zero point of its weights is not 0"),
         (scale, "its weights are not the parameter's, rounded"),
+        (bias_scale, "the scale of its bias is not that of input times weights"),
+        (input_scale, "the scale of its bias is not that of input times weights"),
     ],
 )
 def test_planted_defects(defect, what, tmp_path):
@@ -158,6 +174,162 @@ def test_planted_defects(defect, what, tmp_path):
     _, params, _ = MODELS["digits"]()
     again = fc.verify_file(report.path, params, progress=False)
     assert any(f"layer 'conv2': {what}" in each for each in again.failures)
+
+
+def test_each_layer_equals_integer_arithmetic(tmp_path):
+    """Depthwise ones, too, of several channels, in the operators that the file has."""
+    report = export("mobile", tmp_path)
+    kinds = {layer.op for layer in report.layers}
+    assert {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"} >= kinds
+    for layer in report.layers:
+        found = layer.arithmetic
+        assert layer.exact
+        assert (found.off, found.largest) == (0, 0)
+        assert found.entries > 0
+        assert found.rounding == "float32 scale"
+    assert "entries" in str(report)
+
+
+def test_an_entry_that_is_one_step_off_is_counted(tmp_path, monkeypatch):
+    from fcconv_jax.export.runtimes.litert.reader import LiteRTFile
+
+    report = export("digits", tmp_path)
+    _, params, _ = MODELS["digits"]()
+    own = LiteRTFile._int8_layer
+
+    def read(file, shipped, operator, layer):
+        def run(x):
+            y = mine.run(x).copy()
+            y.flat[3] += 1 if y.flat[3] < 0 else -1
+            return y
+
+        mine = own(file, shipped, operator, layer)
+        return dataclasses.replace(mine, run=run) if layer.name == "fc1" else mine
+
+    monkeypatch.setattr(LiteRTFile, "_int8_layer", read)
+    again = fc.verify_file(report.path, params, progress=False)
+    (layer,) = (x for x in again.layers if not x.passed)
+    # In each of the two draws.
+    assert layer.name == "fc1"
+    assert (layer.arithmetic.off, layer.arithmetic.largest) == (2, 1)
+
+
+def test_the_kernels_without_xnnpack_round_by_fixed_point(tmp_path):
+    from ai_edge_litert.interpreter import Interpreter, OpResolverType
+
+    from fcconv_jax.export.integers import by_fixed_point
+    from fcconv_jax.export.runtimes.litert.reader import LiteRTFile
+
+    file = LiteRTFile(Path(export("vgg head", tmp_path).path))
+    layer, operator = file.record().layers[0], file.linear_operators()[0]
+    mine = file.int8_layers()[layer.name](layer)
+    runner = Interpreter(
+        model_content=file._cut(*file._chain(operator, layer)),
+        experimental_op_resolver_type=OpResolverType.BUILTIN_REF,
+    )
+    runner.allocate_tensors()
+    (place,), (out,) = runner.get_input_details(), runner.get_output_details()
+    rng = np.random.default_rng(1)
+    for _ in range(20):
+        x = rng.integers(-40, 40, place["shape"]).astype(np.int8)
+        runner.set_tensor(place["index"], x)
+        runner.invoke()
+        shifted = x.astype(np.int64) - mine.entering[1]
+        sums = compute(layer, shifted, mine.kernel, mine.bias)
+        want = mine.clip(by_fixed_point(sums, *mine.steps))
+        np.testing.assert_array_equal(runner.get_tensor(out["index"]), want)
+
+
+def test_accuracy_on_labels(tmp_path):
+    model, params, (x,) = MODELS["digits"]()
+    data = np.asarray(normal(24, *x.shape[1:], seed=5))
+    labels = np.asarray(model.apply(params, data)).argmax(-1)
+    labels[:6] = (labels[:6] + 1) % 10
+    report = export("digits", tmp_path, calibrate=[data], labels=labels)
+    assert "of 24 labels, 75.0 % in float32" in report.int8["accuracy"]
+    with pytest.raises(ExportError, match="Expected labels= as 24 integers"):
+        export("digits", tmp_path, calibrate=[data], labels=labels[:5])
+    with pytest.raises(ExportError, match="Expected calibrate= with labels="):
+        export("digits", tmp_path, calibrate=None, labels=labels)
+    with pytest.raises(ExportError, match=r"Expected labels= of shape \(N\)"):
+        export("digits", tmp_path, calibrate=[data], labels=labels[:, None])
+
+
+def test_ranges_are_those_of_all_examples(tmp_path):
+    """The quantizer's moving average would cut off the one large example."""
+    _, _, (x,) = MODELS["digits"]()
+    data = np.array(normal(24, *x.shape[1:], seed=5))
+    data[3] *= 20
+    seen = []
+    export(
+        *("digits", tmp_path),
+        calibrate=[data],
+        progress=lambda *args: seen.append(args),
+    )
+    from fcconv_jax.export.runtimes.litert.reader import LiteRTFile
+
+    file = LiteRTFile(tmp_path / "conv.tflite")
+    (scale,), zero = file.scales(file.graph.inputs[0])
+    assert scale * (127 - zero) > 0.99 * data.max()
+    assert scale * (-128 - zero) < 0.99 * data.min()
+    assert ("int8: calibration", 3, 24) in seen
+
+
+@pytest.fixture
+def qdq(tmp_path):
+    pytest.importorskip("onnxruntime", reason="needs: pip install -e '.[onnx]'")
+
+    def export_onnx(name, form):
+        return export(name, tmp_path, form, path=tmp_path / f"{form}.onnx")
+
+    return export_onnx
+
+
+@pytest.mark.parametrize(
+    ("name", "form"), [("mobile", "conv"), ("digits", "dense"), ("vit block", "dense")]
+)
+def test_onnx_with_a_scale_for_each_feature(name, form, qdq):
+    report = qdq(name, form)
+    assert report.passed, report.failures
+    for layer in report.layers:
+        assert layer.exact
+        assert (layer.arithmetic.off, layer.arithmetic.largest) == (0, 0)
+        assert layer.arithmetic.entries > 0
+        assert layer.arithmetic.rounding == "float32 scale"
+    difference = float(report.int8["difference from float32"].split()[0])
+    assert 0 < difference < 0.1
+    file = OnnxFile(Path(report.path))
+    assert file.ops()["DequantizeLinear"] > file.ops()["QuantizeLinear"] > 0
+    for name, read in file.int8_layers().items():
+        (layer,) = (x for x in file.record().layers if x.name == name)
+        assert read(layer).scales.shape == layer.kernel_shape[-1:]
+
+
+@pytest.mark.parametrize(
+    ("changed", "what"),
+    [
+        ("params/fc1/kernel_quantized", "its weights are not the parameter's, rounded"),
+        ("params/fc1/kernel_scale", "its weights are not the parameter's, rounded"),
+        ("params/fc1/bias_quantized", "its bias is not the parameter's, rounded"),
+        ("params/fc1/bias_quantized_scale", "the scale of its bias is not that of"),
+    ],
+)
+def test_planted_defects_in_onnx(changed, what, qdq):
+    import onnx
+
+    report = qdq("digits", "dense")
+    path, (_, params, _) = Path(report.path), MODELS["digits"]()
+    assert fc.verify_file(path, params, progress=False).passed
+    model = onnx.load_model_from_string(path.read_bytes())
+    (tensor,) = (x for x in model.graph.initializer if x.name == changed)
+    array = onnx.numpy_helper.to_array(tensor).copy()
+    array.flat[3] = array.flat[3] * 1.1 if array.dtype.kind == "f" else 127
+    tensor.CopyFrom(onnx.numpy_helper.from_array(array, changed))
+    path.write_bytes(model.SerializeToString())
+    again = fc.verify_file(path, params, progress=False)
+    assert again.failures
+    assert all("layer 'fc1'" in each for each in again.failures)
+    assert any(what in each for each in again.failures)
 
 
 def test_what_verify_says_of_the_whole_file(tmp_path):

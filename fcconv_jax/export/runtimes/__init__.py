@@ -12,7 +12,7 @@ import importlib
 import pkgutil
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from ...messages.errors import ExportError
 from ..graph import Graph
@@ -43,7 +43,9 @@ class Runtime:
       one_batch: what of that contains the batch size.
       any_batch: makes the batch of a file symbolic, given the same file for another
         size, and the size it is to have at first.
-      int8: the module with what quantizes its files and checks them, if there is one.
+      weights: the dtypes that it reads weights in, besides float32.
+      quantize: makes an int8 file's content of a float file's, given the names of the
+        inputs, what it is called on, and what takes the progress.
     """
 
     name: str
@@ -59,7 +61,8 @@ class Runtime:
     fused: frozenset[str] = frozenset()
     one_batch: frozenset[str] = frozenset()
     any_batch: Callable[[Path, Path, int], None] | None = None
-    int8: Any = None
+    weights: frozenset[str] = frozenset()
+    quantize: Callable[..., bytes] | None = None
 
 
 @functools.cache

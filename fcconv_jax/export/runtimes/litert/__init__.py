@@ -2,9 +2,10 @@
 
 from ...graph import FUSED, LOOPS, WHOLE
 from .. import Runtime
-from . import int8
 from .batches import any_batch
-from .reader import LiteRTFile, run
+from .int8 import quantize
+from .reader import LiteRTFile
+from .session import run
 from .writer import write
 
 __all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
@@ -14,5 +15,6 @@ RUNTIME = Runtime(
     fused=(FUSED | WHOLE | LOOPS) - {"hard_sigmoid", "layer_norm"},
     one_batch=frozenset({"transposed"}),
     any_batch=any_batch,
-    int8=int8,
+    weights=frozenset({"float16"}),
+    quantize=quantize,
 )

@@ -45,7 +45,7 @@ _OPTIONS = {
     "SLICE": "SliceOptions",
 }
 # Of operators that the runtime does not have in version 1.
-_VERSIONS = {"BROADCAST_TO": 2, "TRANSPOSE_CONV": 4}
+_VERSIONS = {"BROADCAST_TO": 2, "DEQUANTIZE": 3, "TRANSPOSE_CONV": 4}
 
 
 class Builder:
@@ -75,10 +75,12 @@ class Builder:
         return self._tensor(value, value, name)
 
     def _tensor(self, key: Any, value: Value, name: str) -> int:
+        if value.stored is not None:
+            return self._dequantized(key, value, name)
         tensor = self.s.TensorT()
         tensor.shape, tensor.hasRank = list(value.shape), True
         kind = DTYPES.get(str(value.dtype))
-        if kind is None:
+        if kind is None or (kind == "FLOAT16" and value.data is None):
             other = "iree" if str(value.dtype) == "bfloat16" else "onnx"
             raise ExportError(
                 f"LiteRT has no {value.dtype} in its kernels, found at {name!r}. Cast "
@@ -101,6 +103,17 @@ class Builder:
         self.known[key] = len(self.tensors) - 1
         return self.known[key]
 
+    def _dequantized(self, key: Any, value: Value, name: str) -> int:
+        """Return the index of a constant of 16 bits, brought to float32 at loading."""
+        assert value.data is not None
+        assert value.stored is not None
+        data = value.data.astype(value.stored)
+        half = Value(value.shape, value.stored, data, value.source)
+        out = Value(value.shape, value.dtype)
+        self.op("DEQUANTIZE", [self.tensor(half, name)], [out], "DequantizeOptions")
+        self.known[key] = self.known[out]
+        return self.known[key]
+
     def constant(self, data: Any, dtype: DTypeLike = np.int32, name: str = "") -> int:
         """Return the index of a constant's tensor; equal small ones share one."""
         array = np.asarray(data, dtype)
@@ -117,7 +130,7 @@ class Builder:
             return self.known[key]
         assert value.data is not None
         data = np.ascontiguousarray(move(value.data))
-        laid = Value(tuple(data.shape), value.dtype, data)
+        laid = Value(tuple(data.shape), value.dtype, data, stored=value.stored)
         name = value.source.leaf if value.source else "+".join(sorted(value.leaves))
         return self._tensor(key, laid, name or "weight")
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import math
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
@@ -12,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from ....messages.errors import ExportError
-from ....messages.extras import require
 from ...fingerprint import digest, plain
+from ...integers import Int8Layer
 from ...layers import FileRecord, Layer
 from ...shipped import (
     Shipped,
@@ -24,12 +25,21 @@ from ...shipped import (
     reversed_window,
 )
 from .schema import RECORD, pack, schema
+from .session import caller, feed, interpreter, run
 
 _CONVS = ("CONV_2D", "DEPTHWISE_CONV_2D", "CONV_3D", "TRANSPOSE_CONV")
 _LINEAR = (*_CONVS, "FULLY_CONNECTED", "BATCH_MATMUL")
+# What fused activations leave: none, RELU, RELU_N1_TO_1, RELU6.
+_BOUNDS = {
+    0: (-math.inf, math.inf),
+    1: (0.0, math.inf),
+    2: (-1.0, 1.0),
+    3: (0.0, 6.0),
+}
 # Entries that any machine holds: such a tensor is not worth a question.
 _LARGE = 1 << 20
 _NUMPY = {
+    "FLOAT16": np.float16,
     "FLOAT32": np.float32,
     "INT32": np.int32,
     "INT64": np.int64,
@@ -74,9 +84,17 @@ class LiteRTFile(Shipped):
         self._types = types
         # A file of its own for each loop's graph, the buffers in common.
         self.parts = [self]
+        self._halves: dict[int, int] = {}
         for graph in self.model.subgraphs:
             part = self if graph is self.graph else copy.copy(self)
             part.graph = graph
+            # Weights of 16 bits count as what the operators take.
+            part._halves = {
+                int(op.outputs[0]): int(op.inputs[0])
+                for op in graph.operators
+                if part.name(op) == "DEQUANTIZE"
+                and types[graph.tensors[op.inputs[0]].type] == "FLOAT16"
+            }
             if part is not self:
                 self.parts.append(part)
 
@@ -109,6 +127,9 @@ class LiteRTFile(Shipped):
         """Return the entries of a constant tensor."""
         if index < 0:
             return None
+        if index in self._halves:
+            half = self.array(self._halves[index])
+            return None if half is None else half.astype(np.float32)
         tensor = self.graph.tensors[index]
         data = self.model.buffers[tensor.buffer].data
         if data is None or tensor.buffer == 0:
@@ -232,6 +253,11 @@ class LiteRTFile(Shipped):
         place = 3 if self.name(op) == "TRANSPOSE_CONV" else 2
         return int(op.inputs[place]) if len(op.inputs) > place else -1
 
+    def _entering(self, op: Any) -> int:
+        """Return the tensor of a linear operator's input."""
+        transposed = self.name(op) == "TRANSPOSE_CONV"
+        return int(op.inputs[2 if transposed else 1 - self._side(op)])
+
     def _side(self, op: Any) -> Any:
         """Return which operand is the weight."""
         for side in (1, 0):
@@ -261,6 +287,68 @@ class LiteRTFile(Shipped):
                     return part._run_operator(operator, layer, x, kernel, bias)
         raise ExportError(f"{self.path} has no layer {layer.name!r}")
 
+    def int8_layers(self) -> Mapping[str, Callable[[Layer], Int8Layer]]:
+        """Return what reads each linear operator of an int8 file, by name."""
+        operators = self.linear_operators()
+        return {
+            shipped.name: functools.partial(self._int8_layer, shipped, operator)
+            for shipped, operator in zip(self.layers(), operators)
+        }
+
+    def _int8_layer(
+        self, shipped: ShippedLayer, operator: Any, layer: Layer
+    ) -> Int8Layer:
+        def run_alone(x: np.ndarray) -> np.ndarray:
+            return run(self._cut(*self._chain(operator, layer)), [x], integers=True)[0]
+
+        place = self.bias_of(operator)
+        (scale_in,), zero_in = self.scales(self._entering(operator))
+        (scale_out,), zero_out = self.scales(operator.outputs[0])
+        scales, zero = self.scales(operator.inputs[self._side(operator)])
+        number = getattr(operator.builtinOptions, "fusedActivationFunction", 0)
+        return Int8Layer(
+            *(shipped.op, shipped.form, shipped.kernel, shipped.bias, scales, zero),
+            bias_scales=None if shipped.bias is None else self.scales(place)[0],
+            entering=(scale_in, zero_in),
+            leaving=(scale_out, zero_out),
+            bounds=_BOUNDS[number],
+            run=run_alone,
+        )
+
+    def scales(self, index: int) -> tuple[np.ndarray, int]:
+        """Return a quantized tensor's scales and its zero point.
+
+        Raises:
+          ExportError: it is a float, a scale is not positive, or zero points differ.
+        """
+        found = self.graph.tensors[index].quantization
+        if found is None or found.scale is None:
+            found = schema().QuantizationParametersT()
+            found.scale = found.zeroPoint = []
+        scales = np.asarray(found.scale, np.float32)
+        zeros = np.unique(np.asarray(found.zeroPoint, np.int64))
+        known = len(scales) and (np.isfinite(scales) & (scales > 0)).all()
+        if not known or len(zeros) != 1:
+            raise ExportError(
+                f"Expected positive scales and one zero point at {self._label(index)!r}"
+                f", got {scales[:3]} and {zeros[:3]}. Quantize the file again."
+            )
+        return scales, int(zeros[0])
+
+    def _chain(self, operator: Any, layer: Layer) -> tuple[list[Any], int]:
+        """Return an operator behind the pad that is part of it, and what enters."""
+        chain, entering = [operator], self._entering(operator)
+        makers = {i: op for op in self.graph.operators for i in op.outputs}
+        before = makers.get(entering)
+        if before is not None and self.name(before) == "PAD":
+            # Padding that the operator cannot say itself is part of it, if the model's
+            # input is what comes before.
+            inner = self.graph.tensors[before.inputs[0]].shape
+            if tuple(inner)[1:] == layer.input_shape[1:]:
+                chain.insert(0, before)
+                entering = before.inputs[0]
+        return chain, entering
+
     def _run_operator(
         self,
         operator: Any,
@@ -281,17 +369,7 @@ class LiteRTFile(Shipped):
             stored = kernel.T
         else:
             stored = kernel
-        chain = [operator]
-        entering = operator.inputs[2 if name == "TRANSPOSE_CONV" else 1 - side]
-        makers = {i: op for op in self.graph.operators for i in op.outputs}
-        before = makers.get(entering)
-        if before is not None and self.name(before) == "PAD":
-            # Padding that the operator cannot say itself is part of it, if the model's
-            # input is what comes before.
-            inner = self.graph.tensors[before.inputs[0]].shape
-            if tuple(inner)[1:] == layer.input_shape[1:]:
-                chain.insert(0, before)
-                entering = before.inputs[0]
+        chain, entering = self._chain(operator, layer)
         new = {operator.inputs[side]: stored.astype(np.float32)}
         place = self.bias_of(operator)
         # Zeros of the file's own where the model has no bias.
@@ -302,9 +380,12 @@ class LiteRTFile(Shipped):
         return run(content, [x.astype(np.float32)])[0]
 
     def _cut(
-        self, chain: Sequence[Any], entering: int, new: Mapping[int, np.ndarray]
+        self,
+        chain: Sequence[Any],
+        entering: int,
+        new: Mapping[int, np.ndarray] | None = None,
     ) -> bytes:
-        """Return a file of some operators alone."""
+        """Return a file of some operators alone: as they are, or with other numbers."""
         s = schema()
         model, graph = s.ModelT(), s.SubGraphT()
         model.version, model.buffers = 3, [s.BufferT()]
@@ -316,10 +397,9 @@ class LiteRTFile(Shipped):
             if index < 0 or index in numbers:
                 return numbers.get(index, -1)
             tensor = copy.copy(self.graph.tensors[index])
-            if index in new or tensor.type == s.TensorType.INT8:
-                # An int8 layer computes on integers as floats, by the same options.
+            data = None if new is None else new.get(index)
+            if data is not None:  # may be of 16 bits in the file
                 tensor.type, tensor.quantization = s.TensorType.FLOAT32, None
-            data = new.get(index)
             if data is None and index != entering:
                 data = self.array(index)
             tensor.buffer = 0
@@ -342,7 +422,7 @@ class LiteRTFile(Shipped):
             part = copy.deepcopy(operator)
             part.inputs = [take(i) for i in operator.inputs]
             part.outputs = [take(i) for i in operator.outputs]
-            if hasattr(part.builtinOptions, "fusedActivationFunction"):
+            if new and hasattr(part.builtinOptions, "fusedActivationFunction"):
                 part.builtinOptions.fusedActivationFunction = 0
             graph.operators.append(part)
         graph.inputs = [numbers[entering]]
@@ -353,56 +433,15 @@ class LiteRTFile(Shipped):
     def runner(self, inputs: Sequence[np.ndarray]) -> Callable[[], Any]:
         """Return one run of the whole file, to be timed."""
         ready = interpreter(self.content)
-        _feed(ready, inputs)
+        feed(ready, inputs)
         return ready.invoke
+
+    def caller(
+        self, integers: bool = False
+    ) -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+        """Load the file, and return what runs it."""
+        return caller(self.content, integers)
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run the whole file."""
         return run(self.content, inputs)
-
-
-def interpreter(content: bytes) -> Any:
-    """Return the runtime's interpreter of a file's content."""
-    litert = require("ai_edge_litert.interpreter", "litert", "running a LiteRT file")
-    made = litert.Interpreter(model_content=content)
-    made.allocate_tensors()
-    return made
-
-
-def run(
-    content: bytes, inputs: Sequence[np.ndarray], integers: bool = False
-) -> list[np.ndarray]:
-    """Run a file's content on arrays, in the order of its inputs.
-
-    Args:
-      content: the file's bytes.
-      inputs: floats also where the file takes int8: they are rounded as it says.
-      integers: whether int8 outputs come out as they are; else as the floats that they
-        stand for.
-    """
-    runner = interpreter(content)
-    _feed(runner, inputs)
-    runner.invoke()
-    found = []
-    for detail in runner.get_output_details():
-        y = np.array(runner.get_tensor(detail["index"]))
-        scale, zero = detail["quantization"]
-        if scale and not integers:
-            y = ((y.astype(np.float64) - zero) * scale).astype(np.float32)
-        found.append(y)
-    return found
-
-
-def _feed(runner: Any, inputs: Sequence[np.ndarray]) -> None:
-    details = runner.get_input_details()
-    shapes = [(d, np.shape(x)) for d, x in zip(details, inputs, strict=True)]
-    if any(tuple(detail["shape"]) != shape for detail, shape in shapes):
-        for detail, shape in shapes:  # another batch size
-            runner.resize_tensor_input(detail["index"], shape)
-        runner.allocate_tensors()
-    for detail, x in zip(details, inputs):
-        scale, zero = detail["quantization"]
-        if scale and np.issubdtype(np.asarray(x).dtype, np.floating):
-            info = np.iinfo(detail["dtype"])
-            x = np.clip(np.round(x / scale) + zero, info.min, info.max)
-        runner.set_tensor(detail["index"], np.asarray(x, detail["dtype"]))

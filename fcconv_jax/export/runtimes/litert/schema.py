@@ -8,6 +8,7 @@ from ....messages.extras import require
 
 RECORD = "fcconv_jax"
 DTYPES = {
+    "float16": "FLOAT16",
     "float32": "FLOAT32",
     "int32": "INT32",
     "int64": "INT64",

@@ -3,6 +3,7 @@
 from ...graph import FUSED, LOOPS, WHOLE
 from .. import Runtime
 from .batches import any_batch
+from .int8 import quantize
 from .reader import OnnxFile
 from .writer import write
 
@@ -10,5 +11,7 @@ RUNTIME = Runtime(
     *("onnx", "ONNX", ".onnx", "onnx", OnnxFile, write),
     images="first",
     any_batch=any_batch,
+    quantize=quantize,
+    weights=frozenset({"float16", "bfloat16"}),
     fused=FUSED | WHOLE | LOOPS,
 )

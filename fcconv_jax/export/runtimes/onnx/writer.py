@@ -179,18 +179,29 @@ class _Writer:
             return self.known[value]
         if value.data is not None:
             label = value.source.leaf if value.source else "constant"
-            return self.array(value, value.data, wanted or label)
+            return self.array(value, value.data, wanted or label, value.stored)
         self.known[value] = self.unique(wanted or "value")
         return self.known[value]
 
-    def array(self, key: Any, data: Any, label: str) -> str:
-        """Return the name of an initializer."""
+    def array(
+        self, key: Any, data: Any, label: str, stored: np.dtype | None = None
+    ) -> str:
+        """Return the name of an initializer, or of its cast from 16 bits."""
+        if stored is not None:
+            if key not in self.known:
+                half = self._initializer((key, stored), data.astype(stored), label)
+                to = self.onnx.TensorProto.FLOAT
+                self.known[key] = self.add("Cast", [half], self.unique(label), to=to)
+            return self.known[key]
         array = np.asarray(data, order="C")  # ascontiguousarray gives scalars an axis
+        self.checked(array.dtype)
+        return self._initializer(key, array, label)
+
+    def _initializer(self, key: Any, array: np.ndarray, label: str) -> str:
         same = same_content(array)
         if key not in self.known and same in self.known:
             self.known[key] = self.known[same]
         if key not in self.known:
-            self.checked(array.dtype)
             self.known[key] = self.unique(label)
             if same is not None:
                 self.known[same] = self.known[key]
@@ -255,7 +266,7 @@ class _Writer:
         label = kernel.source.leaf if kernel.source else "weight"
         inputs = [
             self.name(x),
-            self.array((kernel, "rows" in p, "conv"), laid, label),
+            self.array((kernel, "rows" in p, "conv"), laid, label, kernel.stored),
         ]
         if len(node.inputs) > 2:
             inputs.append(self.name(node.inputs[2]))

@@ -1,0 +1,78 @@
+"""Checks what ``export`` is asked for before any work is done."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from ..messages.errors import ExportError
+from ..plan import Plan
+from .chips import Chip, chip_of
+from .forms import FORMS
+from .runtimes import Runtime, runtime_of
+
+
+def check_arguments(
+    path: object,
+    runtime: str | None,
+    form: str,
+    chip: str | None,
+    plan: Plan | None,
+    any_batch: bool,
+    weights: str | None,
+    calibrate: Sequence[Any] | None,
+    labels: Any,
+    kwargs: Mapping[str, Any],
+) -> tuple[Runtime, Chip | None]:
+    """Return the runtime and the chip of an export, whose arguments these are.
+
+    Raises:
+      ExportError: an argument is none that it takes, or two don't go together.
+    """
+    if not isinstance(path, str | Path) or "\0" in str(path):
+        raise ExportError(
+            f"Expected path= as the path of a file, got {path!r}. Pass "
+            "path='model.tflite'."
+        )
+    target = runtime_of(Path(path), runtime)
+    if "int8" in kwargs:
+        raise ExportError(
+            "Expected calibrate= for an int8 file, got int8=. Pass arrays of examples, "
+            "one for each input: calibrate=[images]."
+        )
+    if form not in FORMS:
+        raise ExportError(
+            f"Expected to= one of {', '.join(FORMS)}, the form of the layers, got "
+            f"{form!r}. The runtime is selected by the suffix of path= or by runtime="
+        )
+    made_for = None if chip is None else chip_of(chip)
+    if form == "mix" and made_for is None and plan is None:
+        raise ExportError(
+            "Expected a chip for to='mix', whose rules decide, got none. Pass "
+            "chip='ethos-u55', or plan= of your own."
+        )
+    if calibrate is not None and target.quantize is None:
+        raise ExportError(
+            f"Expected a .tflite or .onnx path for an int8 file, got {path}. Drop "
+            "calibrate= for a file in float32."
+        )
+    if labels is not None and calibrate is None:
+        raise ExportError(
+            "Expected calibrate= with labels=, the examples that they belong to, got "
+            "none. Pass calibrate=[images], labels=labels."
+        )
+    if any_batch and (target.any_batch is None or calibrate is not None):
+        raise ExportError(
+            "Expected a .tflite or .onnx file in float32 for any_batch=True, got "
+            f"{path}{'' if calibrate is None else ' in int8'}. Drop any_batch=True; a "
+            ".stablehlo file takes any batch size."
+        )
+    if weights is not None and (weights not in target.weights or calibrate is not None):
+        known = " or ".join(f"weights={name!r}" for name in sorted(target.weights))
+        raise ExportError(
+            f"Expected {known or 'no weights='} for {target.title}, without calibrate=,"
+            f" got weights={weights!r}. Pass a path that ends in .tflite or .onnx with "
+            "weights='float16'."
+        )
+    return target, made_for

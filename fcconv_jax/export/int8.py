@@ -1,0 +1,159 @@
+"""int8 files as a whole: calibration data, and the comparison with the float file."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ..messages.errors import ExportError
+from ..messages.progress import Progress
+from .proof import ReferenceOutputs
+from .shipped import Shipped
+
+
+def batches(
+    arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]]
+) -> list[list[np.ndarray]]:
+    """Calibration data cut into calls of the file's own batch size.
+
+    Args:
+      arrays: one for each input, examples along the first axis.
+      shapes: of the file's inputs.
+
+    Raises:
+      ExportError: an array does not fit its input.
+
+    Example:
+      >>> len(batches([np.zeros((7, 3))], [(2, 3)]))
+      3
+    """
+    if len(arrays) != len(shapes):
+        raise ExportError(
+            f"expected calibration data for {len(shapes)} inputs, got {len(arrays)}"
+        )
+    calls: list[list[np.ndarray]] = []
+    for array, shape in zip(map(np.asarray, arrays), shapes):
+        if array.ndim != len(shape) or array.shape[1:] != tuple(shape[1:]):
+            wanted = ", ".join(map(str, ("N", *shape[1:])))
+            raise ExportError(
+                f"expected calibration data of shape ({wanted}), got {array.shape}"
+            )
+    counts = {len(array) for array in arrays}
+    if len(counts) > 1:
+        raise ExportError(
+            f"expected as many examples for each input, got {sorted(counts)}"
+        )
+    size = shapes[0][0]
+    count = len(arrays[0]) // size
+    if not count:
+        raise ExportError(
+            f"expected at least {size} examples of calibration data, one batch; got "
+            f"{len(arrays[0])}"
+        )
+    for i in range(count):
+        calls.append([np.asarray(a[i * size : (i + 1) * size]) for a in arrays])
+    return calls
+
+
+@dataclasses.dataclass(frozen=True)
+class Int8Check:
+    """An int8 file as a whole, against the float file.
+
+    Args:
+      differences: the root mean square of the difference of each float output, as a
+        part of that of the output.
+      same_choice: the part of examples whose largest first output is at the same place.
+      right: how many choices of the float file and of the int8 file are the labels.
+      labelled: how many choices have a label.
+    """
+
+    differences: tuple[float, ...]
+    same_choice: float
+    right: tuple[int, int]
+    labelled: int
+
+
+def check(
+    quantized: Shipped,
+    original: Shipped,
+    examples: Sequence[Sequence[np.ndarray]],
+    labels: np.ndarray | None,
+    show: Progress,
+) -> Int8Check:
+    """Compare an int8 file with the float file that it was made from, on examples.
+
+    Args:
+      quantized: the int8 file.
+      original: the float file.
+      examples: to run both on.
+      labels: the right index into the first output's last axis, for each example.
+      show: takes the progress.
+
+    Raises:
+      ExportError: the labels have another shape than the choices.
+    """
+    exact, rounded = original.caller(), quantized.caller()
+    off: list[float] = []
+    total: list[float] = []
+    same = count = labelled = 0
+    right = [0, 0]
+    for done, each in enumerate(examples):
+        show("int8: against float32", done, len(examples))
+        pairs = list(zip(exact(each), rounded(each)))
+        off = off or [0.0] * len(pairs)
+        total = total or [0.0] * len(pairs)
+        for i, (a, b) in enumerate(pairs):
+            off[i] += float(((a.astype(np.float64) - b) ** 2).sum())
+            total[i] += float((a.astype(np.float64) ** 2).sum())
+        # A model may return its choice itself.
+        chosen = [y.argmax(-1) if y.dtype.kind == "f" else y for y in pairs[0]]
+        same, count = same + int((chosen[0] == chosen[1]).sum()), count + chosen[0].size
+        if labels is None:
+            continue
+        size = len(each[0])
+        wanted = labels[done * size : (done + 1) * size]
+        if wanted.shape != chosen[0].shape:
+            shape = ", ".join(map(str, ("N", *chosen[0].shape[1:])))
+            raise ExportError(
+                f"Expected labels= of shape ({shape}), an index for each example of "
+                f"calibrate=, got {labels.shape}. Pass integers in their order."
+            )
+        labelled += wanted.size
+        right = [n + int((c == wanted).sum()) for n, c in zip(right, chosen)]
+    show("int8: against float32", len(examples), len(examples))
+    differences = tuple((a / b) ** 0.5 if b else a**0.5 for a, b in zip(off, total))
+    return Int8Check(differences, same / count, (right[0], right[1]), labelled)
+
+
+def difference(
+    file: Shipped, reference: ReferenceOutputs, names: Sequence[str] = ()
+) -> float:
+    """How far an int8 file is from its model in float64, as a part of the outputs.
+
+    Args:
+      file: the int8 file.
+      reference: of the model.
+      names: the outputs that the file has, as for :func:`.proof.whole_errors`.
+    """
+    exact = dict(reference.exact)
+    off = total = 0.0
+    for name, got in zip(names or exact, file.run(reference.inputs), strict=True):
+        off += float(((got - exact[name]) ** 2).sum())
+        total += float((exact[name].astype(np.float64) ** 2).sum())
+    return (off / total) ** 0.5 if total else off**0.5
+
+
+def same_outputs(
+    one: Shipped, other: Shipped, examples: Sequence[Sequence[np.ndarray]]
+) -> tuple[int, int]:
+    """Return how many numbers of two int8 files' outputs differ, and of how many."""
+    wrong = total = 0
+    calls = [file.caller(integers=True) for file in (one, other)]
+    for each in examples:
+        for a, b in zip(*(call(each) for call in calls)):
+            wrong += int((a != b).sum())
+            total += a.size
+    return wrong, total
