@@ -76,7 +76,8 @@ def open_image(
         )
     file = Path(file)
     if not file.is_file():
-        raise ImageError(f"{file}: no such file")
+        what = "a folder" if file.is_dir() else "no such file"
+        raise ImageError(f"{file}: {what}. Pass the path of an image.")
     able = [each for each in formats() if each.takes(file, mode)]
     present = [each for each in able if importlib.util.find_spec(each.library)]
     # The first one's error has the line that installs it.

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -34,22 +35,24 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
       ImageError: GDAL can't read the file.
     """
     rasterio: Any = require("rasterio", "geotiff", "Reading GeoTIFFs")
+    with _naming(file):
+        return _opened(rasterio, file, level)
+
+
+def _opened(rasterio: Any, file: Path, level: int) -> Source:
     # By name, because GDAL would also open files that refer to others.
     driver = _DRIVERS.get(file.suffix.lower(), "GTiff")
-    try:
-        dataset = rasterio.open(file, driver=driver)
-        sizes = [(dataset.height, dataset.width)]
-        sizes += [
-            (-(-dataset.height // factor), -(-dataset.width // factor))
-            for factor in dataset.overviews(1)
-        ]
-        height, width = check_level(file, level, sizes)
-        if level:
-            dataset.close()
-            dataset = rasterio.open(file, driver=driver, overview_level=level - 1)
-            height, width = dataset.height, dataset.width
-    except rasterio.errors.RasterioError as error:
-        raise _damaged(file, error) from None
+    dataset = rasterio.open(file, driver=driver)
+    sizes = [(dataset.height, dataset.width)]
+    sizes += [
+        (-(-dataset.height // factor), -(-dataset.width // factor))
+        for factor in dataset.overviews(1)
+    ]
+    height, width = check_level(file, level, sizes)
+    if level:
+        dataset.close()
+        dataset = rasterio.open(file, driver=driver, overview_level=level - 1)
+        height, width = dataset.height, dataset.width
     if len(set(dataset.dtypes)) > 1:
         raise ImageError(
             f"{file}: expected bands of one type, got {', '.join(dataset.dtypes)}. "
@@ -64,19 +67,13 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
         if not box.height or not box.width:
             return np.zeros((box.height, box.width, len(bands)), dtype)
         numbers = [band + 1 for band in bands]
-        try:
-            with lock:
-                pixels = dataset.read(numbers, window=_window(rasterio, box))
-        except rasterio.errors.RasterioError as error:
-            raise _damaged(file, error) from None
+        with _naming(file), lock:
+            pixels = dataset.read(numbers, window=_window(rasterio, box))
         return np.moveaxis(pixels, 0, -1)
 
     def valid(box: Box) -> Pixels:
-        try:
-            with lock:
-                return dataset.dataset_mask(window=_window(rasterio, box)) > 0
-        except rasterio.errors.RasterioError as error:
-            raise _damaged(file, error) from None
+        with _naming(file), lock:
+            return dataset.dataset_mask(window=_window(rasterio, box)) > 0
 
     flags = rasterio.enums.MaskFlags.all_valid
     everywhere = all(flags in each for each in dataset.mask_flag_enums)
@@ -97,16 +94,26 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
     return source
 
 
+@contextlib.contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Raise whatever a damaged file makes rasterio raise as an ImageError.
+
+    Beside its own errors these are ValueError, CRSError and MemoryError, at least.
+    """
+    try:
+        yield
+    except ImageError:
+        raise
+    except Exception as error:
+        cause = error.__cause__ or error  # GDAL's own words are in the cause
+        said = (str(cause) or type(cause).__name__).splitlines()[0]
+        raise ImageError(
+            f"{file}: rasterio cannot read it ({said}). Get another copy, or convert it"
+        ) from None
+
+
 def _window(rasterio: Any, box: Box) -> Any:
     return rasterio.windows.Window(box.column, box.row, box.width, box.height)
-
-
-def _damaged(file: Path, error: Exception) -> ImageError:
-    cause = error.__cause__ or error  # GDAL's own words are in the cause
-    said = (str(cause) or type(cause).__name__).splitlines()[0]
-    return ImageError(
-        f"{file}: rasterio cannot read it ({said}). Get another copy, or convert it"
-    )
 
 
 FORMAT = Format("geotiff", 1, "rasterio", _takes, open_)

@@ -31,13 +31,20 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
             if mode is None and image.mode == "P":
                 # The pixels of a palette image are numbers of colours.
                 mode = "RGBA" if "transparency" in image.info else "RGB"
-            pixels = np.asarray(image if mode is None else image.convert(mode))
+            image.load()  # any error after this one is of the mode
+            try:
+                pixels = np.asarray(image if mode is None else image.convert(mode))
+            except ValueError as error:
+                raise ImageError(
+                    f"{file}: --mode {mode}: {error}. Pass a mode such as RGB or L."
+                ) from None
     except ImageError:
         raise
-    except (OSError, SyntaxError) as error:
-        raise ImageError(f"{file}: Pillow cannot read it ({error})") from None
-    except ValueError as error:
-        raise ImageError(f"{file}: --mode {mode}: {error}") from None
+    except Exception as error:  # its plugins raise errors of any kind
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ImageError(
+            f"{file}: Pillow cannot read it ({said}). Get another copy, or convert it."
+        ) from None
     finally:
         pillow.MAX_IMAGE_PIXELS = limit
     return whole(file, pixels, level)
