@@ -22,14 +22,30 @@ _MAGIC = {
     b"\x1f\x8b": "a gzip file",
     b"\xff\xd8\xff": "a JPEG image",
 }
+# Other programs would take a checkpoint with this name for theirs.
+_NOT_WRITTEN = frozenset(
+    ".h5 .hdf5 .keras .pt .pth .bin .npz .npy .pkl .zip .gguf".split()
+    + ".onnx .tflite .json .py".split()
+)
 _FROM_TORCH = (
     "If it is PyTorch's, save its tensors with safetensors.torch.save_file first"
 )
 
 
 def format_for(dst: PathLike, default: str) -> str:
-    """Return the format that a name asks for: by its suffix, else the default."""
-    found = FILES.get(Path(dst).suffix)
+    """Return the format that a name asks for: by its suffix, else the default.
+
+    Raises:
+      CheckpointError: the suffix is that of a format that isn't written.
+    """
+    suffix = Path(dst).suffix
+    found = FILES.get(suffix)
+    if suffix.lower() in _NOT_WRITTEN:
+        raise CheckpointError(
+            f"{dst}: expected a name for a checkpoint ({', '.join(FORMATS)}), got one "
+            f"that ends in {suffix}. Pass dst.msgpack, dst.safetensors, or a folder's "
+            "name for Orbax."
+        )
     return found.name if found else default
 
 

@@ -70,7 +70,9 @@ def _in_one_line(error: Exception) -> str | None:
         [str(error), *getattr(error, "__notes__", ())]
     )
     if frames and here in Path(frames[-1].filename).parents and not traced:
-        return None
+        # What this package raises itself explains wrong usage; the rest are bugs.
+        raised = (frames[-1].line or "").startswith("raise ")
+        return str(error) if raised else None
     return f"{message} {whole}"
 
 

@@ -11,9 +11,9 @@ import typer
 from .app import app, examples
 from .inputs import ArgumentError
 from .options import AsJson, ModelName, Params, Rules
-from .output import check_destination, show_report, start_jax
+from .output import REPORTS, check_destination, show_report, start_jax
 from .records import CallOptions, spread
-from .steps import read_model, read_plan, with_random_inputs
+from .steps import read_model, read_plan, require_inputs, with_random_inputs
 
 if TYPE_CHECKING:
     from ..export.report import ExportReport
@@ -135,11 +135,16 @@ def export(
     if chip is not None:
         chip_of(chip)
     check_destination("--out", out)
-    check_destination("--report", report)
+    check_destination("--report", report, REPORTS)
+    if plan is not None and (to or rules):
+        raise ArgumentError(
+            "--to and --rule do not go with --plan, which has decided the form of "
+            "every layer"
+        )
     given = None if plan is None else read_plan(plan)
     arrays = None if calibrate is None else _read_arrays(calibrate)
     labels = None if arrays is None else arrays.pop("labels", None)
-    bound = read_model(model, call)
+    bound = require_inputs(read_model(model, call))
     if params is not None:
         bound = load_variables(bound, params)
     bound = with_random_inputs(bound, seed)
@@ -214,8 +219,13 @@ def verify_exported(
             f"{file} is held against a checkpoint: pass --against CKPT; with --model "
             "and --input the whole file is compared too"
         )
+    if model is None and (call.inputs or call.kwargs or call.method):
+        raise ArgumentError(
+            "--input, --kwarg and --method need --model MODULE:NAME, which is called "
+            "to compare the outputs"
+        )
     if model is not None:
-        bound = load_variables(read_model(model, call), against)
+        bound = load_variables(require_inputs(read_model(model, call)), against)
         return verify_file(file, model=with_random_inputs(bound, seed))
     start_jax()
     saved = read_checkpoint(against)

@@ -20,23 +20,42 @@ if TYPE_CHECKING:
     from ..plan import Plan
 
 
+# Of reports, and of plans: a model or a checkpoint is not replaced by mistake.
+REPORTS, PLANS = (".json", ".md"), (".json",)
+
+
 def check_destination(
-    option: str, file: Path | None, suffixes: Sequence[str] = ()
+    option: str,
+    file: Path | None,
+    suffixes: Sequence[str] = (),
+    read: Sequence[Path] = (),
 ) -> None:
     """Check a destination before any work, and make its folder if that is missing.
 
+    Args:
+      option: that names the file.
+      file: the destination.
+      suffixes: that a file there may have; any, if there are none.
+      read: files that the command reads, which it must not replace.
+
     Raises:
-      ArgumentError: it is a folder, or has another suffix than a file there may have,
-        or its folder cannot be made or written to.
+      ArgumentError: it is a folder or one of the files to be read, or has another
+        suffix, or its folder cannot be made or written to.
     """
     if file is None:
         return
-    if suffixes and file.suffix.lower() not in suffixes:
+    if file.is_dir() and file.suffix != ".mlpackage":  # Core ML's files are folders
+        raise ArgumentError(f"{option}: {file} is a folder. Pass the name of a file")
+    device = file.exists() and not (file.is_file() or file.is_dir())  # /dev/stdout
+    if suffixes and file.suffix.lower() not in suffixes and not device:
         raise ArgumentError(
             f"{option}: expected a file that ends in {', '.join(suffixes)}, got {file}"
         )
-    if file.is_dir() and file.suffix != ".mlpackage":  # Core ML's files are folders
-        raise ArgumentError(f"{option}: {file} is a folder. Pass the name of a file")
+    if any(file.exists() and each.exists() and file.samefile(each) for each in read):
+        raise ArgumentError(
+            f"{option}: {file} is read by this command, which would replace it. Pass "
+            "another name"
+        )
     folder = file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)

@@ -10,7 +10,7 @@ from .options import (
     ModelName,
     PlanOut,
 )
-from .output import check_destination, print_plan, write_text
+from .output import PLANS, check_destination, print_plan, write_text
 from .records import CallOptions, PlanOptions, spread
 from .steps import plan_model, read_model
 
@@ -36,7 +36,7 @@ def plan(
 
     Traces the model on abstract inputs; no computation runs.
     """
-    check_destination("--out", out)
+    check_destination("--out", out, PLANS)
     made = plan_model(read_model(model, call), plan_options)
     if out is not None:
         write_text(out, made.to_json())

@@ -167,7 +167,8 @@ def slide(
     from .heatmap import check_class
     from .images import Pixels, Scaling, open_images, open_mask
 
-    _check_destinations(out, resume, heatmap, label, softmax)
+    read = [*images, *(Path(each) for each in (params, mask) if each)]
+    _check_destinations(out, resume, heatmap, label, softmax, read)
     sizes = _sizes("--window", window)
     steps = None if stride is None else _sizes("--stride", stride)
     batch = open_images(images, level, region, bands, mode)
@@ -233,18 +234,19 @@ def _check_destinations(
     heatmap: Path | None,
     label: int | None,
     softmax: bool,
+    read: Sequence[Path],
 ) -> None:
     """Refuse outputs that can't be written, before anything is read."""
     from .grid_files import SUFFIXES, check_leftovers, is_zarr
     from .heatmap import check_heatmap
 
     if out is None or not (out.suffix.lower() == ".zarr" and is_zarr(out)):
-        check_destination("--out", out, SUFFIXES)
+        check_destination("--out", out, SUFFIXES, read)
     if out is not None:
         check_leftovers(out)
     if resume and out is None:
         raise ArgumentError("--resume: expected --out, the file to go on with")
-    check_destination("--heatmap", heatmap)
+    check_destination("--heatmap", heatmap, read=[*read, *([out] if out else [])])
     check_heatmap(heatmap, label, softmax)
 
 

@@ -35,6 +35,16 @@ def read_model(name: str, call: CallOptions) -> BoundModel:
     return bind(loaded.model, loaded.params, *specs, **options)
 
 
+def require_inputs(bound: BoundModel) -> BoundModel:
+    """Refuse a call without inputs where a file is made for them."""
+    if not bound.args:
+        raise ArgumentError(
+            "--input: expected the shapes of what the model is called on, got none. "
+            "Pass --input 1,8,8,3"
+        )
+    return bound
+
+
 def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
     """Plan a model by tracing it."""
     from ..messages.errors import PlanError

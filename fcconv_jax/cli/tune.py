@@ -11,7 +11,7 @@ import typer
 
 from .app import app, examples
 from .options import AsJson, ModelName, Params, PlanOut, Rules
-from .output import check_destination, write_text
+from .output import PLANS, check_destination, write_text
 from .records import CallOptions, spread
 from .steps import parse_backends, read_model, with_random_inputs
 
@@ -82,7 +82,7 @@ def tune(
     from ..tuning.tune import tune as tune_model
     from .variables import load_variables
 
-    check_destination("--out", out)
+    check_destination("--out", out, PLANS)
     check_destination("--timings", timings)
     named = [backend_for] if backend_for else None
     (backend,) = parse_backends(named, "--for") or [None]

@@ -18,7 +18,7 @@ from .options import (
     Prefixes,
     Step,
 )
-from .output import check_destination, show_report
+from .output import REPORTS, check_destination, show_report
 from .records import CallOptions, PlanOptions, given, spread
 from .steps import (
     compare_checkpoints,
@@ -113,7 +113,7 @@ def verify(
     """
     if as_json and as_markdown:
         raise ArgumentError("give one of --json and --markdown")
-    check_destination("--out", out)
+    check_destination("--out", out, REPORTS)
     on = parse_backends(backends)
     if other is not None:
         if params or backends or given(call) or given(plan_options):
@@ -121,7 +121,17 @@ def verify(
         compared = compare_checkpoints(Path(model), other, step, prefixes)
         show_report(compared, out, as_json, as_markdown)
         return
+    if not is_exported(model) and (against or code):
+        raise ArgumentError(
+            f"--against and --model go with a file of fcconv export, got {model}. Pass "
+            "--params CKPT to verify a model with a checkpoint's params"
+        )
     if is_exported(model):
+        if given(plan_options) or params:
+            raise ArgumentError(
+                "--params, --to, --rule and --for do not go with an exported file, "
+                "which has its plan. Pass --against CKPT"
+            )
         file = verify_exported(model, against, code, call, seed)
         show_report(file, out, as_json, as_markdown)
         return

@@ -380,3 +380,11 @@ def test_safetensors_metadata_and_keys_are_kept(case, tmp_path):
         assert opened.get_tensor("model/head/kernel").shape == (3, 2, 4, 5)
     assert (metadata["format"], metadata["z"]) == ("flax", "é")
     assert Plan.from_json(metadata["fcconv_plan"]) == case.plan
+
+
+@pytest.mark.parametrize("name", ["conv.h5", "conv.PT", "conv.npz", "model.py"])
+def test_a_name_of_another_kind_of_file_is_refused(case, save, tmp_path, name):
+    src = save(case.dense, "msgpack")
+    with pytest.raises(CheckpointError, match=rf"{name}: expected a name .*Pass dst"):
+        convert_checkpoint(src, tmp_path / name, case.plan)
+    assert not (tmp_path / name).exists()

@@ -38,6 +38,31 @@ def test_a_missing_folder_is_made(command):
         ("plan late.py:Net --out place", "--out: place is a folder"),
         ("plan late.py:Net --out file/plan.json", "--out: the folder file cannot be"),
         ("verify late.py:Net --out place", "--out: place is a folder"),
+        (
+            "plan late.py:Net --out late.py",
+            r"--out: expected a file that ends in \.json",
+        ),
+        ("tune late.py:Net --out ckpt.msgpack", r"--out: .* ends in \.json, got ckpt"),
+        (
+            "verify late.py:Net --out late.py",
+            r"--out: expected .* in \.json, \.md, got",
+        ),
+        ("export late.py:Net --out m.onnx --report m.onnx", r"--report: expected a"),
+        (
+            "slide late.py:Net canvas.npy --window 8 --out canvas.npy",
+            "--out: canvas.npy is read by this command",
+        ),
+        (
+            "slide late.py:Net canvas.npy --window 8 --heatmap canvas.npy",
+            "--heatmap: canvas.npy is read by this command",
+        ),
+        ("verify late.py:Net --against ckpt", "--against and --model go with a file"),
+        ("verify m.onnx --against ckpt --to conv", "which has its plan"),
+        ("verify m.onnx --against ckpt --input 1,2", "need --model MODULE:NAME"),
+        (
+            "export late.py:Net --out m.onnx --plan none --to dense",
+            "--to and --rule do not go with --plan",
+        ),
         ("verify late.py:Net --backend npu", "--backend: no backend 'npu'"),
         ("tune late.py:Net --out file/plan.json", "--out: the folder file cannot be"),
         ("tune late.py:Net --timings place", "--timings: place is a folder"),
@@ -94,6 +119,21 @@ def test_a_runtime_or_chip_that_does_not_exist_is_found_first(command, message):
 )
 def test_an_impossible_number_is_wrong_usage(command, option):
     assert option in run(command, 2).stderr
+
+
+HELD = """
+from flax import nnx
+
+def make():
+    return nnx.Linear(4, 3, rngs=nnx.Rngs(0))
+"""
+
+
+def test_a_mistake_that_the_api_refuses_is_one_line(folder):
+    (folder / "held.py").write_text(HELD)
+    message = r"^error: export got trian=, which Linear does not take\. .*\n$"
+    fails("export held.py:make --input 2,4 --out m.onnx --kwarg trian=1", message)
+    fails("export model.py:Net --out m.onnx", "--input: .* Pass --input 1,8,8,3", 2)
 
 
 def test_the_layouts_of_a_backend_that_does_not_exist():
