@@ -7,9 +7,11 @@ from pathlib import Path
 from typing import Any
 
 from ..messages.errors import ExportError
-from ..plan import Plan
+from ..messages.flags import check_kind
+from ..plan import Plan, check_plan
 from .chips import Chip, chip_of
 from .forms import FORMS
+from .putting import check_free
 from .runtimes import Runtime, runtime_of
 
 
@@ -23,6 +25,7 @@ def check_arguments(
     weights: str | None,
     calibrate: Sequence[Any] | None,
     labels: Any,
+    unroll: int,
     kwargs: Mapping[str, Any],
 ) -> tuple[Runtime, Chip | None]:
     """Return the runtime and the chip of an export, whose arguments these are.
@@ -36,6 +39,14 @@ def check_arguments(
             "path='model.tflite'."
         )
     target = runtime_of(Path(path), runtime)
+    check_free(Path(path))
+    check_kind("unroll=", unroll, int, "a number of steps, 0 or more", "8")
+    if unroll < 0:
+        raise ExportError(
+            f"Expected unroll= as a number of steps, 0 or more, got {unroll}. Pass 8."
+        )
+    if plan is not None:
+        check_plan(plan)
     if "int8" in kwargs:
         raise ExportError(
             "Expected calibrate= for an int8 file, got int8=. Pass arrays of examples, "
@@ -51,6 +62,11 @@ def check_arguments(
         raise ExportError(
             "Expected a chip for to='mix', whose rules decide, got none. Pass "
             "chip='ethos-u55', or plan= of your own."
+        )
+    if calibrate is not None and not isinstance(calibrate, list | tuple):
+        raise ExportError(
+            f"Expected calibrate= as a list of arrays, one for each input, got "
+            f"{type(calibrate).__name__}. Pass calibrate=[images]."
         )
     if calibrate is not None and target.quantize is None:
         raise ExportError(

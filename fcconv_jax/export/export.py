@@ -148,10 +148,11 @@ def export(
     form = to
     target, made_for = check_arguments(
         *(path, runtime, form, chip, plan, any_batch, weights, calibrate, labels),
-        kwargs,
+        *(unroll, kwargs),
     )
     bound = bind(model, params, *inputs, **kwargs)
     check_options(export, bound)
+    _check_arrays(bound)
     bound.check_inference()
     bound.check_library()
     call = _Call(bound, target, made_for, unroll, fold, any_batch, weights)
@@ -226,12 +227,8 @@ def _emptied(path: Path) -> Path:
     return path
 
 
-def _outputs(bound: BoundModel) -> Any:
-    """The shapes of a model's outputs.
-
-    Raises:
-      ExportError: the params or the inputs are missing.
-    """
+def _check_arrays(bound: BoundModel) -> None:
+    """Refuse a call without params or inputs, or with abstract ones."""
     if not bound.arrays:
         raise ExportError(
             "Expected params and then inputs after the model, got no input. Call "
@@ -242,7 +239,12 @@ def _outputs(bound: BoundModel) -> Any:
             "Expected the params after the model, got None. Pass the variables that "
             "model.init returns, {} for a model without params."
         )
-    return bound.traced[1]
+    leaves = jax.tree.leaves((bound.variables, bound.arrays))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise ExportError(
+            "Expected arrays as params and inputs, got abstract ones, which have no "
+            "values to write or to compare. Pass arrays."
+        )
 
 
 class _Call:
@@ -262,7 +264,7 @@ class _Call:
         self.unroll, self.fold, self.any_batch = unroll, fold, any_batch
         self.weights = weights
         self.whole = runtime.fused - (runtime.one_batch if any_batch else frozenset())
-        tree = _outputs(bound)
+        tree = bound.traced[1]
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
         self.input_names = [
             f"{name}_in" if name in self.outputs else name

@@ -71,9 +71,10 @@ def fold_norms(
     """
     bound = bind(model, params, *inputs, **kwargs)
     check_options(fold_norms, bound)
-    bound.check_inference()
-    bound.check_library()
-    first = _program(bound)
+    with bound.explaining():
+        bound.check_inference()
+        bound.check_library()
+        first = _program(bound)
     programs = {_shapes(bound.args): first}
 
     def function(params: Mapping[str, jax.Array], *inputs: PyTree) -> PyTree:

@@ -32,7 +32,8 @@ def batches(
     """
     if len(arrays) != len(shapes):
         raise ExportError(
-            f"expected calibration data for {len(shapes)} inputs, got {len(arrays)}"
+            f"expected calibration data for {len(shapes)} inputs, got {len(arrays)}. "
+            "Pass calibrate=[...] with an array for each input"
         )
     calls: list[list[np.ndarray]] = []
     for array, shape in zip(map(np.asarray, arrays), shapes):
@@ -40,6 +41,13 @@ def batches(
             wanted = ", ".join(map(str, ("N", *shape[1:])))
             raise ExportError(
                 f"expected calibration data of shape ({wanted}), got {array.shape}"
+            )
+        numbers = array.astype(np.float64) if array.dtype.kind == "V" else array
+        # LiteRT's quantizer takes a range of NaN for an address, and crashes.
+        if numbers.dtype.kind not in "biuf" or not np.isfinite(numbers).all():
+            raise ExportError(
+                f"expected finite numbers as calibration data, got {array.dtype} with "
+                "NaN, infinity or something else. Pass examples of real inputs"
             )
     counts = {len(array) for array in arrays}
     if len(counts) > 1:

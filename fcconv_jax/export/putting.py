@@ -3,11 +3,25 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
 from ..files.install import install, is_file, sync, workspace
 from ..messages.errors import ExportError
+
+
+def check_free(path: Path) -> None:
+    """Find out before long work that something is there that may not be replaced.
+
+    Raises:
+      ExportError: it is a folder, a link to nowhere, a pipe or a device.
+    """
+    if os.path.lexists(path) and not _may_replace(path):
+        raise ExportError(
+            f"{path} cannot be replaced: it is not a file of an export. Pass another "
+            "path, or move it away."
+        )
 
 
 @contextlib.contextmanager

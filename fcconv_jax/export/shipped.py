@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from ..messages.errors import ExportError, FcconvError
+from ..messages.errors import ExportError, FcconvError, MissingExtraError
 from .layers import FileRecord, Layer
 
 
@@ -40,11 +40,13 @@ class Shipped(abc.ABC):
     Attributes:
       runtime: what runs the file.
       executed: whether that runs here.
+      native: whether loading it runs machine code of its own, as damage may crash.
       moving: the runtime's words for a transpose and for a reshape.
     """
 
     runtime: ClassVar[str]
     executed: ClassVar[bool] = True
+    native: ClassVar[bool] = False
     moving: ClassVar[tuple[str, str]] = ("Transpose", "Reshape")
 
     @abc.abstractmethod
@@ -144,12 +146,12 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
-    except ExportError as error:
-        if path.stem in str(error):
+    except MissingExtraError:
+        raise
+    except FcconvError as error:  # such as a damaged plan in the record
+        if isinstance(error, ExportError) and path.stem in str(error):
             raise
         raise ExportError(f"{path}: {error}") from error
-    except FcconvError:
-        raise
     except Exception as error:
         why = (str(error).strip().splitlines() or [""])[0][:200]
         raise ExportError(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from ..backends.default_settings import default_settings
 from ..frontends.bind import bind
 from ..frontends.options import check_options
 from ..messages.errors import ExportError, FcconvError
+from ..messages.flags import check_kind
 from ..messages.progress import Progress, ProgressOption, shown
 from ..params.moves import map_leaves
 from .fingerprint import fingerprint_of
@@ -69,26 +71,38 @@ def verify_file(
         ...
       fcconv_jax.messages.errors.ExportError: Expected a path that ends in one of ...
     """
+    kinds = (str, os.PathLike)
+    check_kind("the path", path, kinds, "that of an exported file", "'model.tflite'")
     path = Path(path)
     runtime = runtime_of(path)
     if not path.exists():
-        raise ExportError(f"{path}: no such file")
+        raise ExportError(f"{path}: no such file. Pass the path of an exported file.")
+    if model is None and (params is None or inputs or kwargs):
+        given = "no params" if params is None else "inputs"
+        raise ExportError(
+            f"Expected params alone, or params, inputs and model=, got {given} without "
+            f"a model. Call verify_file({str(path)!r}, params), or verify_file(..., "
+            "params, *inputs, model=model)."
+        )
     refused: Exception | None = None
     with reading(path):
         shipped = runtime.open(path)
         record = shipped.record()
+        if record is None:
+            raise ExportError(
+                f"{path} has no record of its parameters: it was not written by "
+                "fcconv_jax. Export the model with fcconv export."
+            )
+        known = record.fingerprint == fingerprint_of(shipped, record)
         try:
             # The reader accepts what the runtime refuses: one byte of 1,000 is enough.
-            shipped.load()
+            # Machine code that was changed would crash here, or do anything.
+            if known or not shipped.native:
+                shipped.load()
         except FcconvError:
             raise
         except Exception as error:  # each runtime has its own kinds
             refused = error
-    if record is None:
-        raise ExportError(
-            f"{path} has no record of its parameters: it was not written by "
-            "fcconv_jax. Export the model with fcconv export."
-        )
     with default_settings(), shown(progress) as show:
         variables = params
         if not (isinstance(params, Mapping) and "params" in params):
@@ -98,9 +112,15 @@ def verify_file(
             bound = bind(model, params, *inputs, **kwargs)
             check_options(verify_file, bound)
             bound.check_library()
+            if not bound.arrays:
+                raise ExportError(
+                    "Expected the inputs of the model, got none. Call "
+                    "verify_file(path, params, *inputs, model=model)."
+                )
             variables = bound.variables
-            stored = {x.stored for x in record.layers} - {""}
-            reference, notes = reference_of(bound, *stored)
+            if known or not shipped.native:
+                stored = {x.stored for x in record.layers} - {""}
+                reference, notes = reference_of(bound, *stored)
         else:
             notes.append("the whole file was not compared: that needs its model")
         with reading(path):
@@ -119,7 +139,6 @@ def verify_file(
                 why = f"{shipped.runtime} does not load the file: {first}"
                 proof = dataclasses.replace(proof, failures=(*proof.failures, why))
             # A fault in a layer is more precise than a changed fingerprint.
-            known = record.fingerprint == fingerprint_of(shipped, record)
             if not known and not proof.all_failures:
                 proof = dataclasses.replace(proof, failures=(_CHANGED,))
             return _report(path, runtime, shipped, record, proof, notes)

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
 import functools
 import inspect
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, ClassVar, NamedTuple
 
 import flax.linen as nn
@@ -282,22 +283,27 @@ class BoundModel(abc.ABC):
             raise PlanError(f"Expected to='conv' or to='dense', got {to!r}.")
         chosen = as_rules(rules)
         require_traceable(chosen, to)
-        with explained():
-            try:
-                plan = self._plan(to, chosen)
-            except Exception as error:
-                self._explain_inputs(error)
-                raise
+        with self.explaining():
+            plan = self._plan(to, chosen)
         arrays = (self.held, self.args)
         plan = lay_out(plan, chosen, backend, arrays, self.kernel_layout)
         return for_mesh(plan, arrays, self.args, chosen)
 
-    def _explain_inputs(self, error: Exception) -> None:
+    @contextlib.contextmanager
+    def explaining(self) -> Iterator[None]:
         """Explain the failure of a call on what can't be its inputs."""
+        with explained():
+            try:
+                yield
+            except Exception as error:
+                self._explain_inputs(error)
+                raise
+
+    def _explain_inputs(self, error: Exception) -> None:
         if not self.args and isinstance(error, TypeError):
             raise PlanError(
                 f"Expected the inputs of the call, got none ({error}). Pass arrays or "
-                "abstract arrays: make_plan(model, *inputs)."
+                "abstract arrays after the model and the params, if any."
             ) from error
         for arg in self.args:
             if isinstance(arg, tuple) and arg and all(type(n) is int for n in arg):

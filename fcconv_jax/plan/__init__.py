@@ -10,5 +10,6 @@ from .layer import other_form as other_form
 from .plan import UNCALLED_REASON as UNCALLED_REASON
 from .plan import Direction as Direction
 from .plan import Plan as Plan
+from .plan import check_plan as check_plan
 from .plan import direction as direction
 from .plan import in_words as in_words

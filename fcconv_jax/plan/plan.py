@@ -277,6 +277,18 @@ class Plan(Mapping[str, LayerPlan]):
         return "\n".join(lines)
 
 
+def check_plan(plan: object) -> None:
+    """Refuse what isn't a plan, such as its JSON text.
+
+    Raises:
+      PlanError: names the type.
+    """
+    if not isinstance(plan, Plan):
+        raise PlanError(
+            f"Expected a Plan, got {type(plan).__name__}. Pass what make_plan returns."
+        )
+
+
 def direction(layers: Mapping[str, LayerPlan]) -> Direction:
     """Return where a plan of these layers goes; of none, to conv.
 

@@ -183,6 +183,70 @@ def test_arguments_in_the_wrong_place(tmp_path):
         fc.export(dense, params, x, path=path, int8=True)
 
 
+def test_calibration_data_without_numbers(tmp_path):
+    """The quantizer dies by a signal where a range is NaN."""
+    needs("litert")
+    x = np.ones((9, 6), np.float32)
+    x[3, 2] = np.nan
+    for data, message in (
+        ([x], "finite numbers as calibration data"),
+        (x, r"list of arrays, one for each input, got ndarray\. Pass calibrate="),
+        ([x, x], "for 1 inputs, got 2"),
+    ):
+        with pytest.raises(ExportError, match=message):
+            export(tmp_path / "net.tflite", calibrate=data)
+
+
+@pytest.mark.parametrize("unroll", [-1, True, "8"])
+def test_a_number_of_steps_that_is_none(unroll, tmp_path):
+    with pytest.raises((TypeError, ExportError), match=r"unroll= as a number of steps"):
+        export(tmp_path / "net.onnx", unroll=unroll)
+
+
+def test_what_is_no_file_is_found_before_the_work(tmp_path):
+    folder = tmp_path / "net.onnx"
+    folder.mkdir()
+    with pytest.raises(ExportError, match=r"net\.onnx cannot be replaced"):
+        export(folder, function=None)
+
+
+def test_abstract_params_and_inputs(tmp_path):
+    path, x = tmp_path / "net.onnx", normal(2, 6, seed=5)
+    with pytest.raises(ExportError, match="got abstract ones"):
+        export(path, jax.eval_shape(lambda: PARAMS))
+    with pytest.raises(ExportError, match="got abstract ones"):
+        fc.export(model, PARAMS, jax.eval_shape(lambda: x), path=path)
+
+
+def test_inputs_without_a_model(path):
+    with pytest.raises(ExportError, match="got inputs without a model"):
+        fc.verify_file(path, PARAMS, normal(2, 6, seed=5))
+    with pytest.raises(ExportError, match="got no params without a model"):
+        fc.verify_file(path)
+    with pytest.raises(ExportError, match="inputs of the model, got none"):
+        fc.verify_file(path, PARAMS, model=model)
+    with pytest.raises(ExportError, match=r"net\.\w+: layer 'w'"):
+        fc.verify_file(path, {"other": PARAMS["w"]}, progress=False)
+
+
+def test_changed_machine_code_is_never_loaded(tmp_path, monkeypatch):
+    """One changed byte of it may do anything, such as end this process."""
+    pytest.importorskip("iree.compiler", reason="needs: pip install -e '.[iree]'")
+    from fcconv_jax.export.runtimes import iree
+
+    path = tmp_path / "net.vmfb"
+    export(path)
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+    monkeypatch.setattr(iree.IreeFile, "load", lambda self: pytest.fail("loaded"))
+    monkeypatch.setattr(iree.IreeFile, "run", lambda *_: pytest.fail("run"))
+    for given in ((), (normal(2, 6, seed=5),)):
+        options = {"model": model} if given else {}
+        found = fc.verify_file(path, PARAMS, *given, progress=False, **options)
+        assert "the file has been changed since it was proved" in found.failures[0]
+
+
 def test_a_shape_that_takes_all_memory(tmp_path):
     """LiteRT would allocate it, whatever it costs."""
     needs("litert")

@@ -101,6 +101,7 @@ class IreeFile(Shipped):
     """
 
     runtime = "IREE, llvm-cpu"
+    native = True
     moving = ("transpose", "reshape")
 
     def __init__(self, path: Path):

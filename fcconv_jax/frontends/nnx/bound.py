@@ -123,6 +123,14 @@ class BoundNnx(BoundModel):
         method = options.pop("method", None)
         return plan_nnx(self.model, self.args, to, rules, method, options)
 
+    def _explain_inputs(self, error: Exception) -> None:
+        if any(isinstance(arg, nnx.State) for arg in self.args):
+            raise PlanError(
+                "Expected the inputs of the call, got an nnx.State: the model holds "
+                "its variables. Pass make_plan(model, *inputs)."
+            ) from error
+        super()._explain_inputs(error)
+
     def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any:
         return _method(self._merged(variables), kwargs)(*args, **_without(kwargs))
 
