@@ -323,9 +323,8 @@ def _is_lazy(images: object) -> bool:
 
 
 def _sizes(name: str, value: int | Sequence[int], rank: int = 1) -> tuple[int, ...]:
-    found = tuple(value) if isinstance(value, Sequence) else (value,) * rank
-    whole = all(hasattr(n, "__index__") and not isinstance(n, bool) for n in found)
-    sizes = tuple(map(operator.index, found)) if whole else ()
+    found: tuple[Any, ...] = _entries(value) or (value,) * rank
+    sizes = tuple(map(operator.index, found)) if _whole(found) else ()
     if not sizes or min(sizes) < 1:
         raise ValueError(f"{name}: expected positive ints, got {value!r}.")
     if name == "stride" and len(sizes) != rank:
@@ -334,12 +333,23 @@ def _sizes(name: str, value: int | Sequence[int], rank: int = 1) -> tuple[int, .
 
 
 def _axes(axes: int | Sequence[int], window: Sequence[int]) -> tuple[int, ...]:
-    found = tuple(axes) if isinstance(axes, Sequence) else (axes,)
-    if len(found) != len(window) or min(found) < 0 or len(set(found)) < len(found):
+    found: tuple[Any, ...] = _entries(axes) or (axes,)
+    wrong = not _whole(found) or len(found) != len(window) or min(found) < 0
+    if wrong or len(set(found)) < len(found):
         raise ValueError(
-            f"axes: expected {len(window)} axes counted from 0, got {axes!r}"
+            f"axes: expected {len(window)} axes counted from 0, got {axes!r}. Pass "
+            f"axes={tuple(range(1, 1 + len(window)))}."
         )
-    return found
+    return tuple(map(operator.index, found))
+
+
+def _entries(value: Any) -> tuple[Any, ...]:
+    several = isinstance(value, Sequence | np.ndarray) and np.ndim(value) == 1
+    return tuple(value) if several and not isinstance(value, str) else ()
+
+
+def _whole(numbers: Sequence[Any]) -> bool:
+    return all(hasattr(n, "__index__") and not isinstance(n, bool) for n in numbers)
 
 
 def _name(function: object) -> str:

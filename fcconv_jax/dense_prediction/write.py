@@ -102,6 +102,11 @@ def write_tiles(
             "padding='image' can't be written by tiles: their borders would count as "
             "the image's. Pass padding='crops', which is exact."
         )
+    if not hasattr(images, "shape") or not hasattr(images, "dtype"):
+        raise TypeError(
+            "Expected images with a shape and a dtype as the last positional argument, "
+            f"got {type(images).__name__}. Pass numpy.asarray(images)."
+        )
     crop = one_window(grid, images)
     stride = grid.report(*before, crop, **kwargs).stride
     grid = type(grid)(grid.function, grid.window, stride, grid.axes, grid.padding)

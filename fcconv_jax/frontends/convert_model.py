@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
 from ..messages.flags import check_flags
-from ..plan import Plan
+from ..plan import Plan, check_plan
 from .bind import frontend_of
 from .function.model import ConvertedFunction
 from .linen.model import ConvertedLinen
@@ -72,10 +72,7 @@ def convert_model(model: object, plan: Plan, *, inplace: bool = False) -> object
       True
     """
     check_flags(inplace=inplace)
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"Expected a Plan, got {type(plan).__name__}. Pass what make_plan returns."
-        )
+    check_plan(plan)
     done = getattr(model, "plan", None)
     # A plan that was made of the converted model leads back, and is another one.
     both = [

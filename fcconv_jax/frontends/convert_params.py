@@ -8,7 +8,7 @@ from typing import Any, TypeVar
 from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
-from ..messages.flags import check_flags
+from ..messages.flags import check_flags, check_kind
 from ..params.moves import map_leaves
 from ..plan import Plan
 from .bind import frontend_of_instance
@@ -68,6 +68,7 @@ def convert_params(
     """
     check_flags(strict=strict)
     _refuse_model(params)
+    check_kind("prefix=", prefix, (str, Sequence), "levels of the tree", "'actor'")
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
     parts = [tuple(filter(None, each.split("/"))) for each in prefixes]
     if is_train_state(params):

@@ -9,6 +9,7 @@ import flax.linen as nn
 from flax.training.train_state import TrainState
 from jaxtyping import PyTree
 
+from ..messages.errors import PlanError
 from ..params.move import Parts
 from ..params.moves import map_leaves
 from ..params.opt_state import convert_opt_state
@@ -51,8 +52,8 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
       >>> conv.apply_fn({"params": conv.params}, x).shape, conv.params["kernel"].shape
       ((2, 3), (1, 4, 3))
     """
-    moved = map_train_state(state, plan)
-    return moved.replace(apply_fn=convert_model(model, plan).apply)
+    converted = convert_model(model, plan)  # before the work on the state
+    return map_train_state(state, plan).replace(apply_fn=converted.apply)
 
 
 def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
@@ -99,6 +100,11 @@ def map_train_state(
     state: PyTree, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
 ) -> Any:
     """Return a TrainState in the plan's form; its ``apply_fn`` stays."""
+    if not is_train_state(state):
+        raise PlanError(
+            f"Expected a TrainState, got {type(state).__name__}. Pass "
+            "TrainState.create(...), or convert params alone with convert_params."
+        )
     opt_state = convert_opt_state(
         state.opt_state, plan, tx=state.tx, params=state.params
     )

@@ -13,7 +13,7 @@ import dataclasses
 import json
 from collections.abc import Sequence
 
-from ..messages.flags import check_flags
+from ..messages.flags import check_flags, check_kind
 from .convolution import (
     Case,
     ConvGeometry,
@@ -106,7 +106,7 @@ def explain(equivalence: Equivalence) -> str:
       channels ``C`` and output channels ``O``.
 
     Raises:
-      AttributeError: ``equivalence`` is of another type.
+      TypeError: ``equivalence`` is of another type.
 
     Source:
       Raschka, *Machine Learning Q and AI* (2024), ch. 12, and its exercises.
@@ -119,6 +119,8 @@ def explain(equivalence: Equivalence) -> str:
       dense side: space-to-depth into 4 windows, then Dense on each
       kernels: Dense (4*C, O) <-> Conv (4, C, O)
     """
+    wanted = "what classify returns"
+    check_kind("the equivalence", equivalence, Equivalence, wanted, "classify(7, 7)")
     same = "the Dense and the Conv hold the same parameters"
     if not equivalence.same_parameters:
         same = "no Dense holds the same parameters"

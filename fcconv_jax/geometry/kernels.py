@@ -397,6 +397,10 @@ class Rearrangement:
           ValueError: the array's shape is not ``source``, or JAX cannot move its
             dtype.
         """
+        if not hasattr(array, "shape"):
+            raise ValueError(
+                f"Expected an array, got {type(array).__name__}. Pass jnp.asarray(...)."
+            )
         if tuple(array.shape) != self.source:
             raise ValueError(f"expected shape {self.source}, got {tuple(array.shape)}")
         if self.source == self.target and self.is_reshape:

@@ -105,13 +105,14 @@ def per_dimension(
       (2, 2, 2)
     """
     # Flax and JAX take None for strides and dilations of 1.
-    given = 1 if value is None else value
+    optional = name not in ("input_shape", "kernel_size")
+    given = 1 if value is None and optional else value
     entries = given if isinstance(given, Sequence) else (given,) * (rank or 1)
     try:
         numbers = tuple(map(_size, entries))
     except TypeError:
         raise ValueError(
-            f"{name}: got {value!r}; give an int or a tuple of ints"
+            f"{name}: got {value!r:.60}; give an int or a tuple of ints"
         ) from None
     check_sizes(name, numbers, len(numbers) if rank is None else rank)
     return numbers

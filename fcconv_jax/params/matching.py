@@ -18,7 +18,7 @@ from collections.abc import (
 )
 
 from ..messages.errors import PlanError
-from ..plan import Plan
+from ..plan import Plan, check_plan
 from .copies import alike, below, copies
 from .move import Leaf, Move, Parts
 
@@ -61,10 +61,7 @@ def find_moves(
       PlanError: a planned leaf is missing or has another shape; several trees fit the
         plan and are not alike; a leaf may be a copy, but is not one entry by entry.
     """
-    if not isinstance(plan, Plan):
-        raise PlanError(
-            f"Expected a Plan, got {type(plan).__name__}. Pass what make_plan returns."
-        )
+    check_plan(plan)
     wanted = planned_moves(plan, separator)
     if not wanted:
         return {}

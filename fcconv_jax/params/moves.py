@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -30,6 +31,11 @@ def map_leaves(
     tree: PyTree, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
 ) -> Any:
     """Move each planned leaf of a tree; an array held twice moves once."""
+    if tree is None or isinstance(tree, str | os.PathLike):
+        raise PlanError(
+            f"Expected a tree of params, got {tree!r}. Pass the params themselves; "
+            "convert_checkpoint(src, dst, plan) converts a file."
+        )
     flat, treedef = flatten_with_path(tree)
     moves = tree_moves(flat, plan, strict, prefixes)
     _refuse_hidden(flat, moves)

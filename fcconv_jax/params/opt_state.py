@@ -12,7 +12,7 @@ from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..messages.errors import PlanError
-from ..messages.flags import check_flags
+from ..messages.flags import check_flags, check_kind
 from ..plan import Plan
 from .leaves import flatten_with_path, is_leaf_node
 from .move import Move
@@ -74,11 +74,10 @@ def convert_opt_state(
       (1, 4, 3)
     """
     check_flags(check=check)
-    if not callable(getattr(tx, "init", None)):
-        raise PlanError(
-            f"Expected tx= as an optax.GradientTransformation, got "
-            f"{type(tx).__name__}. Pass the optimizer itself: tx=optax.adam(1e-3)."
-        )
+    check_optimizer(tx)
+    if probe_kwargs is not None:
+        wanted = "a dictionary of keywords of tx.update"
+        check_kind("probe_kwargs=", probe_kwargs, Mapping, wanted, "{'value': loss}")
     out = move_opt_state(opt_state, plan, tx, params)
     if check:
         try:
@@ -112,7 +111,9 @@ def move_opt_state(
         out = move(opt_state)
     except Exception as error:
         # Each optimizer fails in its own way if its state isn't a tree of params.
-        found = str(error) if isinstance(error, PlanError) else repr(error)
+        found = str(error).partition("\n")[0]
+        if not isinstance(error, PlanError):
+            found = f"{type(error).__name__}: {found}"
         raise PlanError(_NOT_ENTRYWISE.format(found)) from error
     got_leaves, got_tree = flatten_with_path(out)
     wanted_leaves, wanted_tree = flatten_with_path(wanted)
@@ -156,6 +157,19 @@ def _mover(
             return optax.tree_map_params(tx, move, state, tree, is_leaf=is_leaf)
 
     return move_state
+
+
+def check_optimizer(tx: object) -> None:
+    """Refuse what isn't an optimizer, such as the function that makes one.
+
+    Raises:
+      PlanError: names the type.
+    """
+    if not callable(getattr(tx, "init", None)):
+        raise PlanError(
+            f"Expected tx= as an optax.GradientTransformation, got "
+            f"{type(tx).__name__}. Pass the optimizer itself: tx=optax.adam(1e-3)."
+        )
 
 
 _NOT_ENTRYWISE = (

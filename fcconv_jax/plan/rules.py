@@ -13,7 +13,7 @@ from typing import Any, get_args
 
 from ..geometry.reasons import PHASES
 from ..messages.errors import PlanError
-from ..messages.flags import check_flags
+from ..messages.flags import check_flags, check_kind
 from .layer import Form, KernelLayout, LayerPlan, Layout
 
 _SYNTAX = (
@@ -66,6 +66,14 @@ class Rule:
 
     def __post_init__(self) -> None:
         check_flags(skip=self.skip, phases=self.phases)
+        wanted = "sizes of a window"
+        check_kind("window=", self.window, (tuple, list, type(None)), wanted, "(7, 7)")
+        for name, kind in (("layout", Layout), ("kernel_layout", KernelLayout)):
+            value, known = getattr(self, name), get_args(kind)
+            if value not in (None, *known):
+                raise PlanError(
+                    f"Expected {name}= one of {', '.join(known)}, got {value!r}."
+                )
 
     @classmethod
     def parse(cls, text: str) -> Rule:
@@ -119,6 +127,11 @@ def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
     """Read rules given as :class:`Rule` or as command-line text."""
     if isinstance(rules, Rule | str):
         rules = (rules,)
+    if rules is None or isinstance(rules, Mapping):
+        raise PlanError(
+            f"Expected rules as a list of Rule or text, got a {type(rules).__name__}. "
+            "Pass rules=['head=7x7']."
+        )
     found = []
     for rule in rules:
         if not isinstance(rule, Rule | str):

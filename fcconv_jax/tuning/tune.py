@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import glob
 import hashlib
+import os
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
@@ -23,6 +24,7 @@ from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
 from ..frontends.options import check_options
 from ..messages.errors import BackendError, PlanError
+from ..messages.flags import check_kind, check_seconds
 from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Form, LayerPlan, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules, phases_rules
@@ -136,6 +138,10 @@ def tune(
         raise PlanError(
             f"Expected a budget of seconds, 0 or more, got {budget!r}. Pass budget=60."
         )
+    check_seconds("timeout=", timeout)
+    if timings is not None:
+        kinds = (str, os.PathLike)
+        check_kind("timings=", timings, kinds, "the path of a file", "'timings.json'")
     chosen = resolve_default() if backend is None else resolve(backend)
     if chosen.how == "lowered":
         raise BackendError(f"{chosen.backend}: {chosen.reason}")

@@ -22,9 +22,10 @@ from ..frontends.bind import bind
 from ..frontends.bound import BothForms, BoundModel
 from ..frontends.options import check_options
 from ..messages.errors import BackendError
-from ..messages.flags import check_flags
+from ..messages.flags import check_flags, check_seconds
 from ..messages.progress import Progress, ProgressOption, shown
 from ..params.moves import map_leaves
+from ..params.opt_state import check_optimizer
 from ..plan import Form, Plan
 from .bits import different_bits
 from .equality import Equality, execute
@@ -153,6 +154,9 @@ def verify(
       (True, True)
     """
     check_flags(gradients=gradients)
+    check_seconds("timeout=", timeout)
+    if tx is not None:
+        check_optimizer(tx)
     chosen = _resolve_all(backends)
     with default_settings(), shown(progress) as show:
         bound = bind(model, params, *inputs, **kwargs)

@@ -177,6 +177,7 @@ def test_only_nnx_models_convert_in_place(model):
 
 
 TX = optax.adam(1e-3)
+NNX = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
 
 
 @pytest.mark.parametrize(
@@ -215,11 +216,58 @@ TX = optax.adam(1e-3)
         (lambda: fc.export(MODEL, VARIABLES, X, path=5), r"path of a file, got 5"),  # pyright: ignore
         (lambda: fc.export(MODEL, VARIABLES, X, path="a\0.onnx"), r"path of a file"),
         (lambda: fc.tune(MODEL, VARIABLES, X, budget="60"), r"got '60'"),  # pyright: ignore
+        (lambda: fc.tune(MODEL, VARIABLES, X, timings=5), r"path of a file, got 5"),  # pyright: ignore
+        (lambda: fc.tune(MODEL, VARIABLES, X, timeout="1"), r"seconds, got '1'"),  # pyright: ignore
+        (lambda: fc.make_plan(MODEL, X, rules=None), r"list of Rule or text"),  # pyright: ignore
+        (lambda: fc.make_plan(MODEL, X, rules={"head": (4, 3)}), r"got a dict\. Pass"),  # pyright: ignore
+        (lambda: fc.Rule("head", window="4x3"), r"sizes of a window, got '4x3'"),  # pyright: ignore
+        (lambda: fc.Rule("head", layout="nchw"), r"one of fold, .* got 'nchw'"),  # pyright: ignore
+        (lambda: fc.make_plan(NNX, nnx.state(NNX), X), r"holds its variables\. Pass"),
+        (lambda: fc.convert_params(None, PLAN), r"tree of params, got None\. Pass"),
+        (lambda: fc.convert_params("a.msgpack", PLAN), r"converts a file"),
+        (lambda: fc.convert_params(VARIABLES, PLAN, prefix=3), r"got 3\. Pass 'actor'"),  # pyright: ignore
+        (lambda: CONVERTED.apply(X, VARIABLES), r"variables of Net first, got a"),
+        (
+            lambda: fc.convert_train_state(VARIABLES, PLAN, MODEL),
+            r"TrainState, got dict",
+        ),  # pyright: ignore
+        (lambda: fc.convert_train_state(VARIABLES, PLAN, None), r"got NoneType\. Pass"),  # pyright: ignore
+        (
+            lambda: fc.convert_opt_state(
+                TX.init(VARIABLES), PLAN, tx=TX, params=VARIABLES, probe_kwargs=[1]
+            ),  # pyright: ignore
+            r"dictionary of keywords of tx\.update, got \[1\]",
+        ),
+        (lambda: fc.verify(MODEL, VARIABLES, X, tx="adam"), r"got str\. Pass the opt"),  # pyright: ignore
+        (lambda: fc.explain("pointwise"), r"classify returns, got 'pointwise'"),  # pyright: ignore
+        (lambda: fc.fold_norms(MODEL), r"inputs of the call, got none"),
+        (lambda: fc.verify_file(5), r"exported file, got 5\. Pass"),  # pyright: ignore
+        (
+            lambda: fc.slide(MODEL, (4, 3), 1).write(VARIABLES, [1], out=np.zeros(1)),
+            r"images with a shape and a dtype .* got list\. Pass",
+        ),
     ],
 )
 def test_mistakes_name_the_fix(call, message):
     with pytest.raises((fc.FcconvError, TypeError), match=message):
         call()
+
+
+@pytest.mark.parametrize("timeout", [0, -1, float("nan")])
+def test_a_time_limit_that_is_over_at_once(timeout):
+    for call in (fc.verify, fc.tune):
+        with pytest.raises(ValueError, match=r"positive number of seconds.* Pass 60"):
+            call(MODEL, VARIABLES, X, timeout=timeout)
+
+
+def test_windows_and_axes_that_are_no_whole_numbers():
+    assert fc.slide(MODEL, np.array([4, 3]), np.int64(1)).window == (4, 3)
+    with pytest.raises(ValueError, match=r"got \(1\.0, 2\.0\)\. Pass axes=\(1, 2\)"):
+        fc.slide(MODEL, (4, 3), 1, axes=(1.0, 2.0))  # pyright: ignore
+    with pytest.raises(ValueError, match="input_shape: got None"):
+        fc.classify(None, 7)  # pyright: ignore
+    with pytest.raises(ValueError, match=r"array, got list\. Pass jnp\.asarray"):
+        fc.dense_kernel_to_conv([[1.0, 2.0]], 1)  # pyright: ignore
 
 
 @pytest.mark.parametrize(

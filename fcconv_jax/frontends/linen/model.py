@@ -98,6 +98,11 @@ class ConvertedLinen:
     def _apply(
         self, variables: Mapping[str, Any], *args: PyTree, **kwargs: PyTree
     ) -> Any:
+        if not isinstance(variables, Mapping):
+            raise TypeError(
+                f"Expected the variables of {type(self.model).__name__} first, got a "
+                f"{type(variables).__name__}. Call apply(variables, *inputs)."
+            )
         params = variables.get("params", {})
         shapes = {
             path: nn.meta.unbox(leaf).shape
