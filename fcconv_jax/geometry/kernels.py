@@ -386,7 +386,7 @@ class Rearrangement:
             tuple(n for n, (axis, _) in enumerate(named) if axis in self.flip),
         )
 
-    def __call__(self, array: Any) -> Any:
+    def __call__(self, array: Array) -> Array:
         """Rearrange ``array`` of shape ``source`` into shape ``target``.
 
         NumPy arrays stay NumPy (views where the order is kept); everything else

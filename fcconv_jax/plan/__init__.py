@@ -9,6 +9,7 @@ from .layer import is_order as is_order
 from .layer import other_form as other_form
 from .plan import UNCALLED_REASON as UNCALLED_REASON
 from .plan import Direction as Direction
+from .plan import Options as Options
 from .plan import Plan as Plan
 from .plan import check_plan as check_plan
 from .plan import direction as direction

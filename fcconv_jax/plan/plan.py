@@ -18,6 +18,9 @@ from .tuning import Tuning
 # Of a plan as a whole: "mix" where some layers go to conv and some to dense.
 Direction = Literal["conv", "dense", "mix"]
 
+# Of a compiler, by name, as XLA takes them.
+Options = tuple[tuple[str, str | bool | int | float], ...]
+
 # Of layers in plan.skipped; others there are called, and stay for another reason.
 UNCALLED_REASON = "the trace of these inputs does not call it"
 
@@ -57,7 +60,7 @@ class Plan(Mapping[str, LayerPlan]):
     to: Direction
     layers: tuple[tuple[str, LayerPlan], ...] = ()
     left: tuple[tuple[str, str], ...] = ()
-    options: tuple[tuple[str, Any], ...] = ()
+    options: Options = ()
     tuning: Tuning | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):

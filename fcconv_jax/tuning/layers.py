@@ -15,11 +15,11 @@ from jax import lax
 from jax.typing import DTypeLike
 
 from ..backends.compilation import Program
-from ..plan import LayerPlan, Layout, Plan, other_form
+from ..plan import LayerPlan, Layout, Options, Plan, other_form
 from ..plan.layer_forms import canonical_layer
 from ..plan.tuning import Figure, TunedLayer
 from .layer_programs import layer_forms
-from .meters import Candidate, Meter, Options
+from .meters import Candidate, Meter
 from .training import layer_step
 
 # Steps of the loop in which a layer is timed that runs in one.

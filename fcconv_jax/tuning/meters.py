@@ -22,10 +22,9 @@ from ..backends.options import correct_options
 from ..backends.resolution import Resolution
 from ..backends.timing import seconds_of
 from ..messages.errors import BackendError
+from ..plan import Options
 from ..plan.tuning import Figure, Objective
 from .timings import Timings
-
-Options = tuple[tuple[str, Any], ...]
 
 # Among programs this near to the best one, the plainest is taken.
 AS_GOOD = 1.02

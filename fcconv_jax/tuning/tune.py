@@ -26,11 +26,11 @@ from ..frontends.options import check_options
 from ..messages.errors import BackendError, PlanError
 from ..messages.flags import check_kind, check_seconds
 from ..messages.progress import Progress, ProgressOption, shown
-from ..plan import Form, LayerPlan, Plan, direction
+from ..plan import Form, LayerPlan, Options, Plan, direction
 from ..plan.rules import Rule, as_rules, match_rules, phases_rules
 from ..plan.tuning import Figure, Objective, Tuning
 from .layers import AlikeLayers, choose_alone
-from .meters import AS_GOOD, Candidate, Meter, Options
+from .meters import AS_GOOD, Candidate, Meter
 from .timings import Timings
 from .training import Loss, model_step
 
