@@ -1,25 +1,20 @@
-"""Steps shared by commands: plan a model or a checkpoint, verify."""
+"""Steps shared by commands: bind and plan a model, plan a checkpoint, read a plan."""
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
-
-import typer
+from typing import TYPE_CHECKING
 
 from .inputs import ArgumentError, load_model, parse_input, parse_kwargs, random_inputs
-from .options import To
 from .output import print_plan, start_jax
-from .records import CallOptions, PlanOptions, given
+from .records import CallOptions, PlanOptions
 
 if TYPE_CHECKING:
     from ..backends.name import Backend
-    from ..checkpoints import ContentReport
     from ..frontends.bound import BoundModel
     from ..plan import Plan
-    from ..verification.report import VerifyReport
 
 
 def read_model(name: str, call: CallOptions) -> BoundModel:
@@ -109,76 +104,6 @@ def parse_backends(
         return [Backend.parse(name) for name in names] if names else None
     except BackendError as error:
         raise ArgumentError(f"{option}: {error}") from None
-
-
-def verify_model(
-    bound: BoundModel, made: Plan, seed: int, options: Mapping[str, Any]
-) -> VerifyReport:
-    """Return the report on a model with random parameters and inputs.
-
-    If nothing is executed, shapes take their place.
-    """
-    from ..backends.resolution import resolve
-    from ..verification.verify import verify
-
-    backends = options["backends"]
-    if backends and all(resolve(backend).how != "executed" for backend in backends):
-        bound = bound.with_variables(bound.shapes)
-    else:
-        bound = with_random_inputs(bound, seed).drawn(seed)
-    return verify(bound, plan=made, **options)
-
-
-def verify_checkpoint(
-    bound: BoundModel,
-    checkpoint: Path,
-    plan_options: PlanOptions,
-    seed: int,
-    options: Mapping[str, Any],
-    step: str | None = None,
-) -> VerifyReport:
-    """Return the report on a model with a checkpoint's parameters in either form."""
-    from ..checkpoints import read_checkpoint
-    from ..verification.verify import verify
-    from .variables import find_variables
-
-    saved = read_checkpoint(checkpoint, step)
-    made = saved.plan or plan_model(bound, plan_options)
-    if saved.plan is not None:
-        if given(plan_options):
-            raise ArgumentError(
-                f"--to, --rule and --for do not go with {checkpoint}: it is converted, "
-                "and holds the plan that decided"
-            )
-        for form in dict.fromkeys(layer.to for layer in made.values()):
-            now = plan_model(bound, PlanOptions(To(form)))
-            _tell_differences(made, now, checkpoint)
-    found = find_variables(saved, bound, str(checkpoint))
-    bound = with_random_inputs(bound, seed).with_variables(found.original)
-    return verify(bound, plan=made, converted_params=found.converted, **options)
-
-
-def compare_checkpoints(
-    src: Path, dst: Path, step: str | None, prefixes: Sequence[str] | None
-) -> ContentReport:
-    """Return the report on two checkpoints, by their contents."""
-    start_jax()
-    from ..checkpoints import verify_checkpoint
-
-    return verify_checkpoint(src, dst, step=step, prefix=prefixes or ())
-
-
-def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:
-    """Report where a stored plan, such as one from rules, differs from the code's."""
-    for path in stored.keys() & traced.keys():
-        then, now = stored[path], traced[path]
-        if (then.window, then.order) != (now.window, now.order):
-            typer.echo(
-                f"note: {checkpoint} has {path!r} in the window {then.window} "
-                f"{then.order}, the model's code tells {now.window} {now.order}: a "
-                "model written by hand must flatten as the checkpoint says",
-                err=True,
-            )
 
 
 def require_layers(made: Plan) -> None:

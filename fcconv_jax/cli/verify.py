@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 
@@ -17,17 +18,16 @@ from .options import (
     Params,
     Prefixes,
     Step,
+    To,
 )
-from .output import REPORTS, check_destination, show_report
+from .output import REPORTS, check_destination, show_report, start_jax
 from .records import CallOptions, PlanOptions, given, spread
-from .steps import (
-    compare_checkpoints,
-    parse_backends,
-    plan_model,
-    read_model,
-    verify_checkpoint,
-    verify_model,
-)
+from .steps import parse_backends, plan_model, read_model, with_random_inputs
+
+if TYPE_CHECKING:
+    from ..frontends.bound import BoundModel
+    from ..plan import Plan
+    from ..verification.report import VerifyReport
 
 
 @app.command(
@@ -118,7 +118,10 @@ def verify(
     if other is not None:
         if params or backends or given(call) or given(plan_options):
             raise ArgumentError("two checkpoints are compared with no other option")
-        compared = compare_checkpoints(Path(model), other, step, prefixes)
+        start_jax()
+        from ..checkpoints import verify_checkpoint
+
+        compared = verify_checkpoint(model, other, step=step, prefix=prefixes or ())
         show_report(compared, out, as_json, as_markdown)
         return
     if not is_exported(model) and (against or code):
@@ -142,9 +145,69 @@ def verify(
         "timeout": timeout,
     }
     if params is None:
-        report = verify_model(bound, plan_model(bound, plan_options), seed, options)
+        report = _verify_model(bound, plan_model(bound, plan_options), seed, options)
     else:
-        report = verify_checkpoint(bound, params, plan_options, seed, options, step)
+        report = _verify_checkpoint(bound, params, plan_options, seed, options, step)
     show_report(report, out, as_json, as_markdown)
     if not report.planned:
         raise typer.Exit(3)
+
+
+def _verify_model(
+    bound: BoundModel, made: Plan, seed: int, options: Mapping[str, Any]
+) -> VerifyReport:
+    """Return the report on a model with random parameters and inputs.
+
+    If nothing is executed, shapes take their place.
+    """
+    from ..backends.resolution import resolve
+    from ..verification.verify import verify
+
+    backends = options["backends"]
+    if backends and all(resolve(backend).how != "executed" for backend in backends):
+        bound = bound.with_variables(bound.shapes)
+    else:
+        bound = with_random_inputs(bound, seed).drawn(seed)
+    return verify(bound, plan=made, **options)
+
+
+def _verify_checkpoint(
+    bound: BoundModel,
+    checkpoint: Path,
+    plan_options: PlanOptions,
+    seed: int,
+    options: Mapping[str, Any],
+    step: str | None = None,
+) -> VerifyReport:
+    """Return the report on a model with a checkpoint's parameters in either form."""
+    from ..checkpoints import read_checkpoint
+    from ..verification.verify import verify
+    from .variables import find_variables
+
+    saved = read_checkpoint(checkpoint, step)
+    made = saved.plan or plan_model(bound, plan_options)
+    if saved.plan is not None:
+        if given(plan_options):
+            raise ArgumentError(
+                f"--to, --rule and --for do not go with {checkpoint}: it is converted, "
+                "and holds the plan that decided"
+            )
+        for form in dict.fromkeys(layer.to for layer in made.values()):
+            now = plan_model(bound, PlanOptions(To(form)))
+            _tell_differences(made, now, checkpoint)
+    found = find_variables(saved, bound, str(checkpoint))
+    bound = with_random_inputs(bound, seed).with_variables(found.original)
+    return verify(bound, plan=made, converted_params=found.converted, **options)
+
+
+def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:
+    """Report where a stored plan, such as one from rules, differs from the code's."""
+    for path in stored.keys() & traced.keys():
+        then, now = stored[path], traced[path]
+        if (then.window, then.order) != (now.window, now.order):
+            typer.echo(
+                f"note: {checkpoint} has {path!r} in the window {then.window} "
+                f"{then.order}, the model's code tells {now.window} {now.order}: a "
+                "model written by hand must flatten as the checkpoint says",
+                err=True,
+            )
