@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..frontends.bind import bind
-from ..frontends.options import check_options
+from ..frontends.options import check_options, refuse_call
 from ..messages.errors import ExportError, FcconvError
 from ..messages.flags import check_kind
 from ..messages.progress import Progress, ProgressOption, shown
@@ -61,6 +61,7 @@ def verify_file(
 
     Raises:
       ExportError: the file is of another kind, or was written by something else.
+      TypeError: inputs or keyword arguments without a model.
 
     Source:
       The formats' own schemas: TensorFlow Lite's flatbuffer and ONNX.
@@ -73,6 +74,9 @@ def verify_file(
     """
     kinds = (str, os.PathLike)
     check_kind("the path", path, kinds, "that of an exported file", "'model.tflite'")
+    if model is None:
+        # They would go nowhere, and the report would pass without outputs.
+        refuse_call(verify_file, inputs, kwargs)
     path = Path(path)
     runtime = runtime_of(path)
     if not path.exists():
