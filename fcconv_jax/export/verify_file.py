@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..frontends.bind import bind
-from ..frontends.options import check_options, refuse_call
+from ..frontends.options import check_options
 from ..messages.errors import ExportError, FcconvError
 from ..messages.flags import check_kind
 from ..messages.progress import Progress, ProgressOption, shown
@@ -61,7 +61,6 @@ def verify_file(
 
     Raises:
       ExportError: the file is of another kind, or was written by something else.
-      TypeError: inputs or keyword arguments without a model.
 
     Source:
       The formats' own schemas: TensorFlow Lite's flatbuffer and ONNX.
@@ -74,15 +73,14 @@ def verify_file(
     """
     kinds = (str, os.PathLike)
     check_kind("the path", path, kinds, "that of an exported file", "'model.tflite'")
-    if model is None:
-        # They would go nowhere, and the report would pass without outputs.
-        refuse_call(verify_file, inputs, kwargs)
     path = Path(path)
     runtime = runtime_of(path)
     if not path.exists():
         raise ExportError(f"{path}: no such file. Pass the path of an exported file.")
     if model is None and (params is None or inputs or kwargs):
-        given = "no params" if params is None else "inputs"
+        # A misspelled model= is among the keyword arguments.
+        first = next((f"{name}=" for name in kwargs), "inputs")
+        given = "no params" if params is None else first
         raise ExportError(
             f"Expected params alone, or params, inputs and model=, got {given} without "
             f"a model. Call verify_file({str(path)!r}, params), or verify_file(..., "

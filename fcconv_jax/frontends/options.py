@@ -7,23 +7,7 @@ import inspect
 from collections.abc import Callable
 from typing import Any
 
-from jaxtyping import PyTree
-
 from .bound import BoundModel
-
-
-def refuse_call(function: Callable[..., Any], inputs: PyTree, kwargs: PyTree) -> None:
-    """Refuse inputs and keyword arguments for a model where none was passed.
-
-    Raises:
-      TypeError: names the argument, and the option that was probably meant.
-    """
-    parameters = inspect.signature(function).parameters.values()
-    known = [p.name for p in parameters if p.kind is p.KEYWORD_ONLY]
-    for name in (*kwargs, *["inputs"][: len(inputs)]):
-        close = difflib.get_close_matches(name, known, 1)
-        fix = f"Did you mean {close[0]}=?" if close else "Pass model=, too."
-        raise TypeError(f"{function.__name__} got {name} without a model. {fix}")
 
 
 def check_options(function: Callable[..., Any], bound: BoundModel) -> None:

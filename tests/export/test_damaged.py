@@ -221,6 +221,8 @@ def test_abstract_params_and_inputs(tmp_path):
 def test_inputs_without_a_model(path):
     with pytest.raises(ExportError, match="got inputs without a model"):
         fc.verify_file(path, PARAMS, normal(2, 6, seed=5))
+    with pytest.raises(ExportError, match="got modell= without a model"):
+        fc.verify_file(path, PARAMS, modell=model)
     with pytest.raises(ExportError, match="got no params without a model"):
         fc.verify_file(path)
     with pytest.raises(ExportError, match="inputs of the model, got none"):

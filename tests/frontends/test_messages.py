@@ -292,16 +292,3 @@ def test_options_of_open_image(option, value, tmp_path):
     np.save(tmp_path / "a.npy", np.zeros((4, 5, 2)))
     with pytest.raises(fc.ImageError, match=r"a\.npy: expected"):
         fc.open_image(tmp_path / "a.npy", **{option: value})
-
-
-@pytest.mark.parametrize(
-    ("inputs", "options", "message"),
-    [
-        ((), {"modell": Net()}, r"got modell without a model. Did you mean model=\?"),
-        ((), {"train": False}, "got train without a model. Pass model="),
-        ((jnp.ones(3),), {}, "got inputs without a model. Pass model="),
-    ],
-)
-def test_a_file_is_not_proved_with_a_misspelled_model(inputs, options, message):
-    with pytest.raises(TypeError, match=f"verify_file {message}"):
-        fc.verify_file("net.stablehlo", {}, *inputs, **options)
