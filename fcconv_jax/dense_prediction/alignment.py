@@ -17,6 +17,7 @@ from .values import (
     Grid,
     NotSharedError,
     Part,
+    at_once,
     classes_of,
     own_arrays,
     split_part,
@@ -137,7 +138,9 @@ def without_ones(value: CropArray, dim: int) -> CropArray:
             continue
         data = value.held
         if not part.uniform:
-            data = jnp.squeeze(value.data, value.axis(index))
+            data = value.data
+            with at_once(data):
+                data = jnp.squeeze(data, value.axis(index))
         ranks = list(value.ranks)
         ranks[dim] -= 1
         parts = (*value.parts[:index], *value.parts[index + 1 :])
@@ -185,10 +188,10 @@ def _joined(values: list[CropArray], index: int) -> tuple[list[CropArray], Part]
             segments = found
     for i, place, source in zip(who, places, sources):
         axis = values[i].axis(index)
-        place = place if source is None else source[place]
-        values[i] = values[i].replace(
-            held=retaken(values[i].held, place, axis, segments)
-        )
+        place, held = place if source is None else source[place], values[i].held
+        with at_once(held):
+            held = retaken(held, place, axis, segments)
+        values[i] = values[i].replace(held=held)
     values = [_one_axis(value, index) for value in values]
     return values, Part(shared[0].size, map_, grid)
 
@@ -197,7 +200,9 @@ def _one_axis(value: CropArray, index: int) -> CropArray:
     """Store a uniform part as an axis of size 1."""
     if not value.parts[index].uniform:
         return value
-    data = jnp.expand_dims(value.data, value.axis(index))
+    data = value.data
+    with at_once(data):
+        data = jnp.expand_dims(data, value.axis(index))
     parts = list(value.parts)
     parts[index] = Part(parts[index].size)
     return value.replace(data=data, parts=tuple(parts))

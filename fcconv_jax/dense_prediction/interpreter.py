@@ -11,7 +11,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ..tracing.jaxprs import (
@@ -38,7 +37,15 @@ from ..tracing.protocols import Equation
 from .alignment import aligned, broadcast_data, combined
 from .maps import Map
 from .rules import RULES
-from .values import CropArray, Grid, NotSharedError, Part, all_own, array_of
+from .values import (
+    CropArray,
+    Grid,
+    NotSharedError,
+    Part,
+    all_own,
+    array_of,
+    at_once,
+)
 
 # A scan of more steps is not written out: it runs on each crop's own arrays.
 UNROLL = 64
@@ -89,28 +96,17 @@ class Interpreter:
 
     def _plain(self, eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
         """Evaluate an equation that no crop changes; known numbers stay known."""
-        if eqn.primitive.name in ("broadcast_in_dim", "reshape", "squeeze"):
-            try:
-                return RULES[eqn.primitive.name](eqn, values)
-            except NotSharedError:
-                pass
-        if eqn.primitive.name in ELEMENTWISE | ROUNDING and any(
-            v.parts for v in values
-        ):
-            try:
-                return self._known(
-                    lambda: RULES[eqn.primitive.name](eqn, values), values
-                )
-            except NotSharedError:
-                pass
-        outs = self._known(lambda: bind(eqn, list(map(array_of, values))), values)
+        name = eqn.primitive.name
+        by_rule = name in ("broadcast_in_dim", "reshape", "squeeze")
+        by_rule |= name in ELEMENTWISE | ROUNDING and any(v.parts for v in values)
+        with at_once(*(value.data for value in values)):
+            if by_rule:
+                try:
+                    return RULES[name](eqn, values)
+                except NotSharedError:
+                    pass
+            outs = bind(eqn, list(map(array_of, values)))
         return list(map(CropArray.plain, outs))
-
-    def _known(self, run: Callable[[], Any], values: Sequence[CropArray]) -> Any:
-        if any(isinstance(value.data, Tracer) for value in values):
-            return run()
-        with jax.ensure_compile_time_eval():
-            return run()
 
     def _own(self, eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
         """Evaluate an equation on each crop's own arrays."""

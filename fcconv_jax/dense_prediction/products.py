@@ -15,6 +15,7 @@ from jax.custom_derivatives import SymbolicZero
 
 from ..tracing.protocols import Equation
 from . import costs
+from .alignment import without_ones
 from .blocks import array_from, take
 from .maps import full_window_layouts
 from .sweeps import Sweep, cost, least, passes
@@ -34,7 +35,7 @@ from .values import (
 def _dot(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     a, b = values
     if a.differs and b.differs:
-        raise NotSharedError("a product of two values that are computed from the image")
+        return [_within_windows(eqn, a, b)]
     (lhs, rhs), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     first = a.differs
     value, other = (a, b) if first else (b, a)
@@ -105,6 +106,64 @@ def _dot(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
     data = jnp.transpose(data, order)
     batches = [(Part(size),) for size in kept]
     return [value.with_groups([*batches, *both], data)]
+
+
+def _within_windows(eqn: Equation, a: CropArray, b: CropArray) -> CropArray:
+    """Multiply two values that share the axes of the batch, and no others.
+
+    So does attention within windows (Liu et al., Swin Transformer, 2021): crops that
+    are a multiple of a window apart see the same windows.
+    """
+    (lhs, rhs), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
+    for i, j in zip(lhs_batch, rhs_batch):
+        a, b = without_ones(a, i), without_ones(b, j)
+    both = (a, lhs, lhs_batch), (b, rhs, rhs_batch)
+    alike = a.fronts == b.fronts and all(
+        _alike(a.groups[i], b.groups[j]) for i, j in zip(lhs_batch, rhs_batch)
+    )
+    for value, _, batch in both:
+        for dim, group in enumerate(value.groups):
+            alike &= dim in batch or all(part.map is None for part in group)
+    if not alike:
+        raise NotSharedError("a product of two values that are computed from the image")
+    operands, numbers = [], []
+    for value, contracted, batch in both:
+        for dim in range(len(value.ranks)):
+            value = value if dim in batch else merged(value, dim)
+        for index in range(len(value.parts)):
+            value = stored(value, index)
+        bounds = np.cumsum((0, *value.ranks)).tolist()
+        axes = [
+            [value.axis(i) for dim in dims for i in range(bounds[dim], bounds[dim + 1])]
+            for dims in (contracted, batch)
+        ]
+        operands.append(value)
+        numbers.append((axes[0], [*range(len(value.fronts)), *axes[1]]))
+    (summed, batches), (their_summed, their_batches) = numbers
+    left, right = operands
+    data = lax.dot_general(
+        left.data,
+        right.data,
+        ((summed, their_summed), (batches, their_batches)),
+        precision=eqn.params["precision"],
+        preferred_element_type=eqn.params["preferred_element_type"],
+    )
+    groups = [left.groups[dim] for dim in lhs_batch]
+    for value, (_, contracted, batch) in zip(operands, both):
+        dims = range(len(value.ranks))
+        groups += [value.groups[d] for d in dims if d not in (*contracted, *batch)]
+    return left.with_groups(groups, data)
+
+
+def _alike(group: Sequence[Part], other: Sequence[Part]) -> bool:
+    """Return whether all crops see two axes of the same parts alike."""
+
+    def same(p: Part, q: Part) -> bool:
+        if p.map is None or q.map is None:
+            return p.size == q.size and p.map is q.map
+        return p.grid == q.grid and np.array_equal(p.map, q.map)
+
+    return len(group) == len(other) and all(map(same, group, other))
 
 
 def _full_window(

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import itertools
 import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
@@ -238,7 +240,9 @@ def split_part(value: CropArray, index: int, sizes: Sequence[int]) -> CropArray:
     axis = value.axis(index)
     shape = value.data.shape
     if part.map is None:
-        data = value.data.reshape(*shape[:axis], *sizes, *shape[axis + 1 :])
+        data = value.data
+        with at_once(data):
+            data = data.reshape(*shape[:axis], *sizes, *shape[axis + 1 :])
         return _with_parts(value, index, [Part(size) for size in sizes], data)
     outer, *inner = [size for size in sizes if size > 1] or [1]
     rows, ids = distinct(part.map.reshape(-1, math.prod(inner)))
@@ -303,6 +307,13 @@ def reshaped(value: CropArray, shape: Sequence[int]) -> CropArray:
 
 def _is_one(parts: Sequence[Part], index: int) -> bool:
     return index < len(parts) and parts[index].size == 1
+
+
+def at_once(*arrays: Any) -> contextlib.AbstractContextManager[Any]:
+    """Compute what depends on known numbers alone now, so that it stays known."""
+    if any(isinstance(array, Tracer | Blocks) for array in arrays):
+        return contextlib.nullcontext()
+    return jax.ensure_compile_time_eval()
 
 
 def classes_of(data: Any, axis: int) -> tuple[Map, Map] | None:

@@ -79,6 +79,79 @@ def test_the_report_names_the_operation_at_which_crops_part():
     assert "no FLOPs in matmuls or convolutions" in str(plain)
 
 
+class Swin(nn.Module):
+    """Attention within windows of 3x4 patches of 2x2 pixels, shifted or not."""
+
+    shift: tuple[int, int] = (0, 0)
+    heads: int = 2
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (2, 2), (2, 2), padding="VALID")(x)
+        n, rows, columns, width = x.shape
+        down, across = rows // 3, columns // 4
+        back = tuple(-each for each in self.shift)
+
+        def windows(x):
+            x = jnp.roll(x, back, (1, 2)).reshape(x.shape[0], down, 3, across, 4, -1)
+            return x.transpose(0, 1, 3, 2, 4, 5).reshape(-1, 12, x.shape[-1])
+
+        joined = nn.Dense(3 * width)(windows(nn.LayerNorm()(x)))
+        joined = joined.reshape(-1, 12, 3, self.heads, width // self.heads)
+        q, k, v = joined.transpose(2, 0, 3, 1, 4)
+        place = self.param("place", nn.initializers.normal(), (self.heads, 12, 12))
+        scores = q @ k.swapaxes(-1, -2) + place
+        rolled = np.arange(rows)[:, None] >= rows - self.shift[0]
+        ids = 2 * rolled + (np.arange(columns) >= columns - self.shift[1])
+        ids = windows(np.roll(ids, self.shift, (0, 1))[None, ..., None])
+        apart = jnp.where(ids != ids.swapaxes(1, 2), -100.0, 0.0)[None, :, None]
+        scores = scores.reshape(n, -1, *scores.shape[1:]) + apart
+        y = nn.softmax(scores).reshape(-1, self.heads, 12, 12) @ v
+        y = nn.Dense(width)(y.swapaxes(1, 2).reshape(-1, 12, width))
+        y = y.reshape(n, down, across, 3, 4, width).transpose(0, 1, 3, 2, 4, 5)
+        x = x + jnp.roll(y.reshape(x.shape), self.shift, (1, 2))
+        return nn.Dense(3)(nn.LayerNorm()(x).mean((1, 2)))
+
+
+@pytest.mark.parametrize(
+    ("shift", "stride", "batch"),
+    [
+        ((0, 0), (6, 8), 1),
+        ((1, 2), (6, 8), 2),
+        ((1, 2), (6, 4), 1),
+        ((0, 0), (5, 8), 2),
+    ],
+)
+def test_attention_within_windows_is_that_of_each_crop(
+    shift, stride, batch, monkeypatch
+):
+    monkeypatch.setattr(costs, "WORTH_WHOLE", 0.0)  # shares in any case
+    model = Swin(shift)
+    images = jax.random.normal(jax.random.key(0), (batch, 48, 56, 3))
+    variables = model.init(jax.random.key(1), images[:, :24, :32])
+    grid = fc.slide(model, (24, 32), stride)
+    report = grid.report(variables, images)
+    product = "dot_general: a product of two values that are computed from the image"
+    assert (product in dict(report.left)) == (stride[0] == 5)
+    want = crops_one_by_one(
+        lambda x: model.apply(variables, x), images, (24, 32), stride
+    )
+    np.testing.assert_allclose(grid(variables, images), want, atol=2e-5)
+
+
+def test_crops_a_window_apart_share_its_attention():
+    images = jax.ShapeDtypeStruct((1, 96, 128, 3), jnp.float32)
+    crop = jax.ShapeDtypeStruct((1, 48, 64, 3), jnp.float32)
+    variables = jax.eval_shape(Swin().init, jax.random.key(0), crop)
+    reports = [
+        fc.slide(Swin(), (48, 64), step).report(variables, images)
+        for step in ((6, 8), (5, 7))
+    ]
+    aligned, other = (report.ratio for report in reports)
+    assert reports[0].shares
+    assert aligned > 10 > 3 > other
+
+
 def integers(rng, *shape):
     return jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)
 
