@@ -104,7 +104,7 @@ def slide(
         typer.Option(
             metavar="FILE|nodata",
             help="Where to look: an image of the same proportions, nonzero there, or "
-            "nodata for where a GeoTIFF has data. The result is NaN elsewhere.",
+            "nodata for windows without a nodata pixel. The result is NaN elsewhere.",
         ),
     ] = None,
     scale: Annotated[
@@ -207,6 +207,8 @@ def slide(
                 memory=memory << 20,
                 resume=record,
                 mask=where,
+                # A value computed from nodata, such as -9999, means nothing.
+                whole_windows=mask == "nodata",
                 mesh=mesh,
             )
         except KeyboardInterrupt:

@@ -20,12 +20,19 @@ class Mask:
       mask: an array over the axes that slide, read by slices; nonzero is where to look.
       sizes: of the images along these axes.
       tiles: the tiles.
+      whole_windows: whether all pixels of a window must be of the mask; else any.
 
     Raises:
       ValueError: it has another number of axes, or is larger than the images.
     """
 
-    def __init__(self, mask: Sliced, sizes: Sequence[int], tiles: Tiles):
+    def __init__(
+        self,
+        mask: Sliced,
+        sizes: Sequence[int],
+        tiles: Tiles,
+        whole_windows: bool = False,
+    ):
         shape = tuple(getattr(mask, "shape", ()))
         if len(shape) != len(sizes) or not all(
             0 < size <= most for size, most in zip(shape, sizes)
@@ -35,9 +42,10 @@ class Mask:
                 f"smaller one with as many axes, got shape {shape}."
             )
         self._mask, self._sizes, self._tiles = mask, tuple(sizes), tiles
+        self._whole = whole_windows
 
     def wanted(self, place: Place) -> np.ndarray[Any, Any]:
-        """Return at which of a tile's positions the window holds a pixel of the mask.
+        """Return at which of a tile's positions the window is of interest.
 
         Counts come from running sums, as of a summed-area table (Crow 1984).
         """
@@ -49,10 +57,12 @@ class Mask:
             size, cells = self._sizes[axis], self._mask.shape[axis]
             spans.append((begin * cells // size, last * cells // size + 1))
         where = [slice(int(low[0]), int(high[-1])) for low, high in spans]
-        counts = (read_part(self._mask, where) != 0).astype(np.int64)
+        # Of pixels of the mask, or of others, of which a whole window has none.
+        found = (read_part(self._mask, where) != 0) != self._whole
+        counts = found.astype(np.int64)
         for axis, (low, high) in enumerate(spans):
             start = low[0]
             first = np.zeros_like(counts.take([0], axis))
             sums = np.concatenate([first, counts.cumsum(axis)], axis)
             counts = sums.take(high - start, axis) - sums.take(low - start, axis)
-        return counts > 0
+        return (counts > 0) != self._whole

@@ -191,6 +191,7 @@ class Slide:
         resume: str | Path | None = None,
         progress: ProgressOption = None,
         mask: Sliced | None = None,
+        whole_windows: bool = False,
         mesh: jax.sharding.Mesh | None = None,
         **kwargs: PyTree,
     ) -> TilesWritten:
@@ -213,6 +214,8 @@ class Slide:
           mask: where to look: an array over the axes that slide, of the images' size or
             smaller, nonzero where the image is of interest. Positions whose window
             holds no pixel of it are NaN; tiles of such positions aren't computed.
+          whole_windows: whether windows that the mask covers in part are NaN, too: pass
+            True where it shows which pixels hold data.
           mesh: devices that share the tiles, one each; the default device by default.
             With devices of several processes (``jax.distributed``), every process makes
             this call, and writes its own tiles. No two write the same chunk or shard.
@@ -228,7 +231,7 @@ class Slide:
         """
         plain = Slide(self.function, self.window, self.stride, self.axes, self.padding)
         given = self._complete(args)
-        options = WriteOptions(memory, resume, progress, mask, mesh)
+        options = WriteOptions(memory, resume, progress, mask, whole_windows, mesh)
         options.check()
         return write_tiles(plain, given, kwargs, out, options)
 

@@ -51,6 +51,7 @@ class WriteOptions:
     progress: ProgressOption = None
     mask: Sliced | None = None
     mesh: Mesh | None = None
+    whole_windows: bool = False
 
     def check(self) -> None:
         """Refuse values of another type, before any work.
@@ -113,7 +114,8 @@ def write_tiles(
     tiles = tiles_of(grid, before, images, kwargs, out, options.memory)
     mask = None
     if options.mask is not None:
-        mask = Mask(options.mask, [images.shape[axis] for axis in grid.axes], tiles)
+        sizes = [images.shape[axis] for axis in grid.axes]
+        mask = Mask(options.mask, sizes, tiles, options.whole_windows)
         _check_holds_nan(out)
     devices, rank, hosts = _workers(options.mesh)
     mine = tiles.of_writer(shard_of(out, len(stride)), rank, hosts)
