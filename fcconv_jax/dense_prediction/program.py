@@ -51,7 +51,18 @@ class AllCrops:
             outs = jaxpr_as_fun(self._shared[0])(*operands)
         else:
             outs = self._outputs(True, *operands)
-        shapes, tree = jax.tree.flatten(self.out)
+        fronts = [jnp.moveaxis(out, len(self.axes), 0) for out in outs]
+        _ = self.outputs
+        return jax.tree.unflatten(jax.tree.structure(self.out), fronts)
+
+    @property
+    def outputs(self) -> list[jax.ShapeDtypeStruct]:
+        """Shapes of the outputs for one crop, with the batch first.
+
+        Raises:
+          ValueError: one of them has another axis first.
+        """
+        shapes = jax.tree.leaves(self.out)
         for shape in shapes:
             if not shape.shape or shape.shape[0] != self.images.shape[0]:
                 raise ValueError(
@@ -59,9 +70,7 @@ class AllCrops:
                     f"first, got one of shape {shape.shape} from crops. Return one row "
                     "for each crop"
                 )
-        return jax.tree.unflatten(
-            tree, [jnp.moveaxis(out, len(self.axes), 0) for out in outs]
-        )
+        return shapes
 
     @functools.cached_property
     def report(self) -> SlideReport:

@@ -18,10 +18,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..files.install import replacing
 from ..messages.errors import ImageError
 from ..tracing.jaxprs import AnyJaxpr, opened, subjaxprs
+from .program import AllCrops
 from .tiles import LazyArray
 
 _FIELD = "fcconv_jax.slide"
@@ -29,28 +31,21 @@ Tile = tuple[str, str]
 
 
 def identity(
-    grid: Any,
-    before: Sequence[Any],
-    kwargs: Mapping[str, Any],
-    images: LazyArray,
-    crop: jax.ShapeDtypeStruct,
-    tile: Sequence[int],
+    program: AllCrops, args: PyTree, images: LazyArray, tile: Sequence[int]
 ) -> dict[str, str]:
     """Return digests of all that decides a run's result, named as in errors.
 
     Args:
-      grid: the :class:`fcconv_jax.Slide`.
-      before: its arguments in front of the images.
-      kwargs: its keyword arguments.
+      program: on one window of the images.
+      args: the function's arguments besides the images.
       images: their shape and dtype are of the identity; their entries are compared
         tile by tile.
-      crop: one crop of them.
       tile: positions of a tile along each axis.
 
     Raises:
       ImageError: the function calls Python code, which no digest covers.
     """
-    jaxpr = grid._program([*before, crop], kwargs).jaxpr
+    jaxpr = program.jaxpr
     if called := _callbacks(jaxpr):
         raise ImageError(
             f"resume: expected a function that JAX traces, got one with {called[0]}: "
@@ -60,11 +55,11 @@ def identity(
     text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
     return {
         "model or scaling": digest([text.encode(), *map(_bytes, _constants(jaxpr))]),
-        "params": digest(map(_bytes, jax.tree.leaves((before, kwargs)))),
+        "params": digest(map(_bytes, jax.tree.leaves(args))),
         "image": digest([f"{images.shape} {images.dtype}".encode()]),
-        "window": digest([str(grid.window).encode()]),
-        "stride": digest([str(grid.stride).encode()]),
-        "axes": digest([str(grid.axes).encode()]),
+        "window": digest([str(program.window).encode()]),
+        "stride": digest([str(program.stride).encode()]),
+        "axes": digest([str(program.axes).encode()]),
         "tile size (memory=)": digest([str(list(tile)).encode()]),
     }
 

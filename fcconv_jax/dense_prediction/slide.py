@@ -187,7 +187,7 @@ class Slide:
         self,
         *args: PyTree,
         out: PyTree,
-        memory: int = 2**30,
+        memory: int = 2**29,
         resume: str | Path | None = None,
         progress: ProgressOption = None,
         mask: Sliced | None = None,

@@ -6,7 +6,7 @@ import dataclasses
 import functools
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, NamedTuple, Protocol
 
 import jax
@@ -15,6 +15,8 @@ import numpy as np
 from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
+from .mapped import in_memory
+from .program import AllCrops
 
 
 class Sliced(Protocol):
@@ -121,34 +123,31 @@ class Tiles:
         return found
 
 
-def tiles_of(
-    grid: Any,
-    before: Sequence[Any],
-    images: LazyArray,
-    kwargs: Mapping[str, Any],
-    out: PyTree,
-    memory: int,
-) -> Tiles:
+def tiles_of(program: AllCrops, images: LazyArray, out: PyTree, memory: int) -> Tiles:
     """Return the tiles of a run of :meth:`fcconv_jax.Slide.write`.
+
+    Args:
+      program: on one window of the images.
+      images: the whole.
+      out: what holds the result.
+      memory: bytes that a tile may take.
 
     Raises:
       ValueError: the output can't hold the result, or a window takes more memory.
     """
-    crop = one_window(grid, images)
     counts = tuple(
         (images.shape[axis] - size) // step + 1
-        for axis, size, step in zip(grid.axes, grid.window, grid.stride)
+        for axis, size, step in zip(program.axes, program.window, program.stride)
     )
-    one = grid.eval_shape(*before, crop, **kwargs)
-    _check_out(jax.tree.leaves(one), out, counts)
-    tile = _tile(grid, before, images, kwargs, counts, memory)
+    _check_out(program.outputs, out, counts)
+    tile = _tile(program, images, counts, memory)
     # A shard of the output that is written in two parts would be read in between.
     tile = [
         size // shard * shard or size
         for size, shard in zip(tile, shard_of(out, len(counts)))
     ]
-    rank = len(images.shape)
-    return Tiles(grid.window, grid.stride, grid.axes, rank, counts, tuple(tile))
+    along = program.window, program.stride, program.axes
+    return Tiles(*along, len(images.shape), counts, tuple(tile))
 
 
 def shard_of(out: PyTree, rank: int) -> tuple[int, ...]:
@@ -175,8 +174,7 @@ def one_window(grid: Any, images: LazyArray) -> jax.ShapeDtypeStruct:
 
 def _check_out(one: Sequence[Any], out: PyTree, counts: Sequence[int]) -> None:
     """Refuse outputs that cannot hold the result, before anything is computed."""
-    rank = len(counts)
-    wanted = [(leaf.shape[0], *counts, *leaf.shape[1 + rank :]) for leaf in one]
+    wanted = [(leaf.shape[0], *counts, *leaf.shape[1:]) for leaf in one]
     targets = jax.tree.leaves(out)
     if odd := [each for each in targets if not hasattr(each, "shape")]:
         raise ValueError(
@@ -211,25 +209,22 @@ def _is_writable(target: Any) -> bool:
 
 
 def _tile(
-    grid: Any,
-    before: Sequence[Any],
-    images: LazyArray,
-    kwargs: Mapping[str, Any],
-    counts: Sequence[int],
-    memory: int,
+    program: AllCrops, images: LazyArray, counts: Sequence[int], memory: int
 ) -> list[int]:
     """Return the largest tile, halved until it fits."""
     tile = list(counts)
     while True:
         needed = 0
         shape = list(images.shape)
-        for axis, count, size, step in zip(grid.axes, tile, grid.window, grid.stride):
+        for axis, count, size, step in zip(
+            program.axes, tile, program.window, program.stride
+        ):
             shape[axis] = (count - 1) * step + size
         part = jax.ShapeDtypeStruct(tuple(shape), dtype_of(images))
         # A guess from the image alone keeps the maps of a huge one from being made.
         least = _ALIVE * math.prod(shape) * dtype_of(images).itemsize
         if least <= memory:
-            report = grid.report(*before, part, **kwargs)
+            report = dataclasses.replace(program, images=part).report
             needed = report.bytes if report.shares else report.crop_bytes
             if _ALIVE * needed <= memory:
                 return tile
@@ -255,4 +250,4 @@ def read_part(images: Sliced, where: Sequence[slice | int]) -> Any:
     if callable(reader):  # TensorStore
         future: Any = reader()
         part = future.result()
-    return np.ascontiguousarray(part)
+    return in_memory(part)

@@ -20,6 +20,7 @@ from jaxtyping import PyTree
 from ..backends.options import pool_options
 from ..messages.progress import ProgressOption, shown
 from ..tracing import arguments
+from .mapped import release
 from .mask import Mask
 from .resume import FinishedTiles, identity
 from .tiles import Place, Sliced, dtype_of, one_window, read_part, shard_of, tiles_of
@@ -50,8 +51,8 @@ class WriteOptions:
     resume: str | Path | None = None
     progress: ProgressOption = None
     mask: Sliced | None = None
-    mesh: Mesh | None = None
     whole_windows: bool = False
+    mesh: Mesh | None = None
 
     def check(self) -> None:
         """Refuse values of another type, before any work.
@@ -108,10 +109,10 @@ def write_tiles(
             "Expected images with a shape and a dtype as the last positional argument, "
             f"got {type(images).__name__}. Pass numpy.asarray(images)."
         )
-    crop = one_window(grid, images)
-    stride = grid.report(*before, crop, **kwargs).stride
+    program = grid._program([*before, one_window(grid, images)], kwargs)
+    stride = program.stride
     grid = type(grid)(grid.function, grid.window, stride, grid.axes, grid.padding)
-    tiles = tiles_of(grid, before, images, kwargs, out, options.memory)
+    tiles = tiles_of(program, images, out, options.memory)
     mask = None
     if options.mask is not None:
         sizes = [images.shape[axis] for axis in grid.axes]
@@ -121,7 +122,7 @@ def write_tiles(
     mine = tiles.of_writer(shard_of(out, len(stride)), rank, hosts)
     record = None
     if options.resume is not None:
-        run = identity(grid, before, kwargs, images, crop, tiles.tile)
+        run = identity(program, (before, kwargs), images, tiles.tile)
         file = Path(options.resume)
         if hosts > 1:  # each has its own record
             run["processes"] = f"{rank} of {hosts}"
@@ -343,6 +344,7 @@ class _Writer:
                 target[tile.place.new] = np.full(
                     _shape(target, tile), np.nan, dtype_of(target)
                 )
+                release(target)
                 continue
             # A tile of several devices has an axis for them.
             found = np.asarray(values[number])
@@ -352,6 +354,7 @@ class _Writer:
                 where = tile.wanted.reshape(1, *tile.wanted.shape, *(1,) * free)
                 found = np.where(where, found, np.asarray(np.nan, found.dtype))
             target[tile.place.new] = found[tile.place.inner]
+            release(target)
         # The record follows the pixels: after a crash it must name no tile whose result
         # isn't on disk.
         if self._record is not None and values is not None:

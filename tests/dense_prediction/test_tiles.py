@@ -2,6 +2,8 @@
 
 import json
 import os
+import sys
+from pathlib import Path
 
 import chex
 import flax.linen as nn
@@ -77,6 +79,36 @@ def test_tiles_write_what_one_call_returns(tmp_path):
     assert [done for done, _ in seen] == list(range(seen[0][1] + 1))
     assert len(seen) > 4
     chex.assert_trees_all_close(np.asarray(out), WANT, atol=1e-5)
+
+
+def resident(file):
+    """KiB of a mapped file that are in this process's memory."""
+    found, mine = 0, False
+    for line in Path("/proc/self/smaps").read_text().splitlines():
+        if "-" in line.split()[0]:
+            mine = line.endswith(str(file))
+        elif mine and line.startswith("Rss:"):
+            found += int(line.split()[1])
+    return found
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="reads /proc")
+def test_pages_of_mapped_files_are_released(tmp_path):
+    images = np.random.default_rng(0).normal(size=(1, 600, 500, 2)).astype(np.float32)
+    files = tmp_path / "images.npy", tmp_path / "out.npy"
+    np.save(files[0], images)
+    source = np.load(files[0], mmap_mode="r")
+    shape = GRID.eval_shape(W, images).shape
+    out = np.lib.format.open_memmap(files[1], "w+", np.float32, shape)
+    GRID.write(W, source, out=out, memory=300_000, progress=False)
+    assert [resident(file) for file in files] == [0, 0]
+    chex.assert_trees_all_close(np.asarray(out), np.asarray(GRID(W, images)), atol=1e-5)
+    assert min(resident(file) for file in files[1:]) > 100
+    # What is in the pages alone is kept.
+    scratch = np.load(files[1], mmap_mode="c")
+    scratch[:] = 0
+    GRID.write(W, images, out=scratch, memory=300_000, progress=False)
+    np.testing.assert_array_equal(scratch, out)
 
 
 @pytest.mark.parametrize(

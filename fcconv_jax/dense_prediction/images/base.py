@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from ...messages.errors import ImageError
+from ..mapped import in_memory
 
 Pixels = np.ndarray[Any, Any]
 
@@ -256,7 +257,7 @@ def whole(file: Path, pixels: Pixels, level: int, bits: int | None = None) -> So
         rows = slice(box.row, box.row + box.height)
         part = pixels[rows, box.column : box.column + box.width]
         everything = list(bands) == list(range(pixels.shape[2]))
-        return np.asarray(part if everything else part[..., list(bands)])
+        return in_memory(part if everything else part[..., list(bands)])
 
     dtype = pixels.dtype.newbyteorder("=")
     return Source(pixels.shape, dtype, read, bits=bits)
