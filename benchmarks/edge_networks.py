@@ -9,6 +9,7 @@ import edge_libraries
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+import networks
 import numpy as np
 
 
@@ -145,21 +146,6 @@ class Vit(nn.Module):
         x = nn.LayerNorm()(x)
         logits = [nn.Dense(10)(x[:, i]) for i in range(self.heads)]
         return sum(logits[1:], logits[0]) / self.heads
-
-
-class Mixer(nn.Module):
-    """MLP-Mixer of two blocks."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images to 10 logits."""
-        x = nn.Conv(40, (8, 8), (8, 8), padding="VALID")(x).reshape(x.shape[0], -1, 40)
-        for _ in range(2):
-            y = nn.LayerNorm()(x).swapaxes(1, 2)
-            y = nn.Dense(x.shape[1])(nn.gelu(nn.Dense(24)(y)))
-            x = x + y.swapaxes(1, 2)
-            x = x + nn.Dense(40)(nn.gelu(nn.Dense(96)(nn.LayerNorm()(x))))
-        return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
 
 
 class Swin(nn.Module):
@@ -445,7 +431,7 @@ NETWORKS: dict[str, Callable[[], Network]] = {
     "ConvNeXt-T": lambda: _flax(Convnext(), _image()),
     "ViT-S": lambda: _flax(Vit(), _image()),
     "DeiT": lambda: _flax(Vit(2), _image()),
-    "MLP-Mixer": lambda: _flax(Mixer(), _image()),
+    "MLP-Mixer": lambda: _flax(networks.Mixer(2, 40, 8, 24, 96, 10), _image()),
     "Swin": lambda: _flax(Swin(), _image()),
     "U-Net, resized": lambda: _flax(Unet(False), _image()),
     "U-Net, transposed": lambda: _flax(Unet(True), _image()),

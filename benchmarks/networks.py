@@ -107,19 +107,28 @@ class Convnext(nn.Module):
 
 
 class Mixer(nn.Module):
-    """MLP-Mixer B/16."""
+    """MLP-Mixer, B/16 as it is published."""
+
+    layers: int = 12
+    width: int = 768
+    window: int = 16
+    tokens: int = 384
+    channels: int = 3072
+    classes: int = 1000
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images ``(N, 224, 224, 3)`` to ``(N, 1000)``."""
-        x = nn.Conv(768, (16, 16), (16, 16), padding="VALID", name="stem")(x)
-        x = x.reshape(x.shape[0], -1, 768)
-        for _ in range(12):
+        """Maps images ``(N, H, W, 3)`` to ``(N, classes)``."""
+        window = (self.window, self.window)
+        x = nn.Conv(self.width, window, window, padding="VALID", name="stem")(x)
+        x = x.reshape(x.shape[0], -1, self.width)
+        for _ in range(self.layers):
             y = nn.LayerNorm()(x).swapaxes(1, 2)
-            y = nn.Dense(x.shape[1])(nn.gelu(nn.Dense(384)(y)))
+            y = nn.Dense(x.shape[1])(nn.gelu(nn.Dense(self.tokens)(y)))
             x = x + y.swapaxes(1, 2)
-            x = x + nn.Dense(768)(nn.gelu(nn.Dense(3072)(nn.LayerNorm()(x))))
-        return nn.Dense(1000, name="head")(nn.LayerNorm()(x).mean(1))
+            y = nn.gelu(nn.Dense(self.channels)(nn.LayerNorm()(x)))
+            x = x + nn.Dense(self.width)(y)
+        return nn.Dense(self.classes, name="head")(nn.LayerNorm()(x).mean(1))
 
 
 class Encoder(nn.Module):

@@ -289,22 +289,6 @@ class Bert(nn.Module):
         return nn.tanh(nn.Dense(128, name="pooler")(x[:, 0]))
 
 
-class Mixer(nn.Module):
-    """Two layers of an MLP-Mixer."""
-
-    @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps images ``(N, H, W, 3)`` to ``(N, 10)``."""
-        x = nn.Conv(64, (8, 8), (8, 8), padding="VALID", name="stem")(x)
-        x = x.reshape(x.shape[0], -1, 64)
-        for _ in range(2):
-            y = nn.LayerNorm()(x).swapaxes(1, 2)
-            y = nn.Dense(x.shape[1])(nn.gelu(nn.Dense(32)(y)))
-            x = x + y.swapaxes(1, 2)
-            x = x + nn.Dense(64)(nn.gelu(nn.Dense(256)(nn.LayerNorm()(x))))
-        return nn.Dense(10, name="head")(nn.LayerNorm()(x).mean(1))
-
-
 class Convnext(nn.Module):
     """Two stages of a ConvNeXt."""
 
@@ -411,7 +395,7 @@ NETWORKS: Mapping[str, tuple[nn.Module, tuple[int, ...]]] = {
     "mlp": (Mlp(), (64,)),
     "bert-tiny": (Bert(), (16,)),
     "vit": (networks.Vit(2, 96), (224, 224, 3)),
-    "mixer": (Mixer(), (64, 64, 3)),
+    "mixer": (networks.Mixer(2, 64, 8, 32, 256, 10), (64, 64, 3)),
     "convnext": (Convnext(), (64, 64, 3)),
     "unet": (networks.Unet(8), (64, 64, 3)),
     "mae-decoder": (networks.MaeDecoder(1, 64, 4), (8, 8, 64)),
