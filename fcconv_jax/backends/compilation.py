@@ -166,6 +166,7 @@ class Compiling:
         self._programs = programs
         self._resolutions = resolutions
         self._errors: dict[Backend, BackendError] = {}
+        # What is only lowered needs no process: this one lowers it for the results.
         jobs = {r.backend: self._job(r) for r in resolutions if r.how == "compiled"}
         jobs = {b: job for b, job in jobs.items() if job is not None}
         self._pool = processes.Pool(jobs, timeout=timeout, progress=progress)
@@ -210,6 +211,7 @@ class Compiling:
         return processes.Job(backend.target, binaries, _mesh(args))
 
     def _export(self, backend: Backend, name: str) -> Any:
+        # TPUs of all generations get the same program: it is lowered once a platform.
         key = (backend.platform, name)
         if key not in self._exported:
             self._exported[key] = _export(self._programs[name], backend)

@@ -93,6 +93,7 @@ def read_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint
     """
     opened = merged(open_checkpoint(path, step))
     out = []
+    # Leaf by leaf, so that an error names the one that is damaged or too large.
     for parts, leaf in iter_leaves(opened.tree):
         try:
             out.append(leaf.array() if isinstance(leaf, Moved) else leaf)
@@ -174,6 +175,7 @@ def write_checkpoint(
     check_free(path, overwrite)
     with named(path), fresh_place(path) as fresh:
         write_one(fresh, checkpoint)
+        # Read back before it replaces anything: a format's library may drop leaves.
         info = described(open_checkpoint(fresh, step_of(checkpoint)))
         require_headers(checkpoint, info)
         put(fresh, path, overwrite)

@@ -164,6 +164,7 @@ def _verify_model(
     from ..verification.verify import verify
 
     backends = options["backends"]
+    # Nothing is executed then, so a model that doesn't fit this machine can be planned.
     if backends and all(resolve(backend).how != "executed" for backend in backends):
         bound = bound.with_variables(bound.shapes)
     else:

@@ -115,6 +115,7 @@ def frontend_of(model: object) -> type[BoundModel]:
     """
     if isinstance(model, ConvertedModel):
         return model.frontend
+    # Functions last: models are callable, too.
     for frontend in _imported():
         if frontend.owns(model):
             return frontend

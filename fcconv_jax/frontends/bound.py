@@ -285,6 +285,7 @@ class BoundModel(abc.ABC):
         require_traceable(chosen, to)
         with self.explaining():
             plan = self._plan(to, chosen)
+        # Where the arrays lie decides: params on a GPU want its layouts.
         arrays = (self.held, self.args)
         plan = lay_out(plan, chosen, backend, arrays, self.kernel_layout)
         return for_mesh(plan, arrays, self.args, chosen)

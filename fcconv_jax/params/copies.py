@@ -27,6 +27,7 @@ def copies(
     if not chosen:
         model.refuse_lists()
     for path, leaf in leaves.items():
+        # Scalars, such as a step's number, are alike in both forms.
         if model.holds(path) or not leaf.shape:
             continue
         owner, exact = model.owner(path)
@@ -130,6 +131,7 @@ class _Model:
 
     def _is_ours(self, group: Parts, path: Parts) -> bool:
         """Return whether an optimizer's state is of this model, if there are others."""
+        # Each model of a GAN has an optimizer: the state beside its params is its own.
         here = {_root(base) for base in self.bases}
         others = {
             _root(found[: found.index("params") + 1])
@@ -173,6 +175,7 @@ class _Model:
         """Whether an array of no parameter may hold several, and would have to move."""
         if self._least is None:
             return False
+        # Moves that keep the order of entries leave a flat array right as it is.
         size = math.prod(shape)
         return size == self._total or (_is_optimizer(path) and size >= self._least)
 

@@ -74,6 +74,7 @@ def find_moves(
     # A tied kernel may be stored under its owner's path alone.
     for base in bases:
         _require([path for path in wanted if path not in tied], leaves, base, strict)
+    # Optimizer states follow the params, and may have no such level above them.
     while all(path[:1] == ("params",) and len(path) > 1 for path in wanted):
         bases = [(*base, "params") for base in bases]
         wanted = {path[1:]: move for path, move in wanted.items()}

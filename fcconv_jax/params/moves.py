@@ -44,6 +44,7 @@ def map_leaves(
     for path, leaf in flat:
         move = moves.get(path)
         if move is not None:
+            # Tied params stay one array: identity, as equal arrays may be two.
             key = id(leaf), move
             if key not in tied:
                 tied[key] = moved(path, leaf, move)

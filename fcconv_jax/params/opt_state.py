@@ -104,6 +104,7 @@ def move_opt_state(
     Raises:
       PlanError: the state does not follow the shape of the parameters.
     """
+    # Shapes alone: no second copy of the params, and none for the state.
     old = jax.eval_shape(lambda tree: tree, params)
     wanted = jax.eval_shape(tx.init, map_leaves(old, plan))
     move = _mover(plan, tx, params)

@@ -43,6 +43,7 @@ class DenseAxes:
         lead = x.shape[: len(self.lead)]
         inner = x.shape[len(self.lead) + len(self.batch) :]
         n = math.prod(x.shape[len(lead) : len(lead) + len(self.batch)])
+        # A batch of one makes no axis of groups, as plans of one group have none.
         groups = (n,) if n > 1 else ()
         return reshape(x, (*lead, *groups, math.prod(inner)))
 

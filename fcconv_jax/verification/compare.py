@@ -168,6 +168,7 @@ def _compare(
     backend = jax.default_backend()
     show("float64: tracing", 0, 2)
     traces = _trace(first), _trace(second)
+    # Before anything runs: outputs of other shapes have no difference to report.
     notes = interface_differences(*traces, values_only=values_only)
     if notes:
         return Comparison("different functions", notes=tuple(notes), backend=backend)

@@ -65,6 +65,7 @@ class Equality:
         plan, original, changed = pair.plan, pair.original, pair.changed
         # All is traced before anything runs: XLA compiles it meanwhile.
         show("float64: tracing", 0, 2)
+        # Other modules stay unnamed: what has a name is returned, and kept in memory.
         wanted = set(plan).__contains__
         self.traces = [
             TracedProgram.of(
@@ -107,6 +108,7 @@ class Equality:
             return
         want, got = (found.outputs for found in read)
         self._keep("gradients", named_leaves(want, "gradient"), got)
+        # The step gets gradients of the params' own dtypes, as in training.
         self.given = jax.tree.map(
             lambda g, p: jnp.asarray(g.astype(jnp.result_type(p))),
             want,
@@ -210,6 +212,7 @@ def execute(
     show(f"{name}: errors", len(programs), len(programs))
     if training is not None and "one step" in equality.references:
         errors += _step_errors(equality, training, pair)
+    # Mixed precision is as good as its narrowest dtype.
     dtypes = {jnp.result_type(x) for x in jax.tree.leaves(pair.variables)}
     floats = [d for d in dtypes if jnp.issubdtype(d, jnp.inexact)] or [jnp.float32]
     unit = max(map(unit_roundoff, floats))

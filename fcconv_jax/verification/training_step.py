@@ -39,6 +39,7 @@ class TrainingStep:
             updates, _ = tx.update(gradients, state, params)
             return optax.apply_updates(params, updates)
 
+        # Both return params in the original's form, so that leaves compare one by one.
         def converted_step(params: PyTree, state: PyTree, gradients: PyTree) -> Any:
             after = stepped(params, state, map_leaves(gradients, plan))
             return map_leaves(after, plan.inverse())

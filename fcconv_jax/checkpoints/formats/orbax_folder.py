@@ -77,6 +77,7 @@ def owns(path: Path) -> Callable[[Path], bool]:
 
 def locate(path: Path, step: str | None = None) -> tuple[OrbaxItems, dict[str, Path]]:
     """Return the contents of a directory, and where each of its trees lies."""
+    # Without a name, what is saved in the directory itself comes before its steps.
     if step is None and (path / TREE).exists():
         return OrbaxItems(), {"": path}
     items = _items(path)
