@@ -93,7 +93,11 @@ def export(
     ] = True,
     any_batch: Annotated[
         bool,
-        typer.Option("--any-batch", help="Leave the batch size open (LiteRT, ONNX)."),
+        typer.Option("--any-batch", help="Leave the batch size open."),
+    ] = False,
+    any_size: Annotated[
+        bool,
+        typer.Option("--any-size", help="Leave the size of images open."),
     ] = False,
     weights: Annotated[
         str | None,
@@ -162,6 +166,7 @@ def export(
         unroll=unroll,
         fold=fold,
         any_batch=any_batch,
+        any_size=any_size,
         weights=weights,
         calibrate=None if arrays is None else list(arrays.values()),
         labels=labels,

@@ -5,11 +5,12 @@ from __future__ import annotations
 import dataclasses
 import operator
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -174,6 +175,49 @@ class Slide:
                 "reads a tile at a time."
             )
         return self._call(*args, **kwargs)
+
+    def each_crop(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+        """Return a function of the same value that computes each crop by itself.
+
+        What crops share depends on the size of the images. This is one program for all
+        sizes, symbolic ones too.
+
+        Args:
+          *args: as in a call.
+          **kwargs: as in a call.
+
+        Raises:
+          ValueError: padding is around the image: then it isn't a function of crops.
+        """
+        if self.padding == "image":
+            raise ValueError(
+                "Expected padding='crops' for images of any size, got padding='image'. "
+                "Pass fc.slide(model, window=...) without it."
+            )
+        stride = self._program(self._complete(args), kwargs).stride
+        ways = sorted(zip(self.axes, self.window, stride))
+
+        def run(*args: Any, **kwargs: Any) -> Any:
+            *before, crops = self._complete(args)
+            places = {}
+            for number, (axis, size, step) in enumerate(ways):
+                # Those before it have an axis of positions in front of the crop's own.
+                at = places[axis] = axis + number
+                last = crops.shape[at] - size + 1
+                rows = [
+                    jax.lax.slice_in_dim(crops, i, last + i, step, at)
+                    for i in range(size)
+                ]
+                crops = jnp.stack(rows, at + 1)
+            first = [0, *(places[axis] for axis in self.axes)]
+            rest = [i for i in range(crops.ndim) if i not in first]
+            crops = crops.transpose([*first, *rest])
+            lead = crops.shape[: len(first)]
+            crops = crops.reshape(-1, *crops.shape[len(first) :])
+            outs = self.function(*before, crops, **kwargs)
+            return jax.tree.map(lambda y: y.reshape(*lead, *y.shape[1:]), outs)
+
+        return run
 
     def lower(self, *args: PyTree, **kwargs: PyTree) -> jax.stages.Lowered:
         """Lower the call, as ``jax.jit`` does."""

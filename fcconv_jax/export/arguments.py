@@ -12,7 +12,7 @@ from ..plan import Plan, check_plan
 from .chips import Chip, chip_of
 from .forms import FORMS
 from .putting import check_free
-from .runtimes import Runtime, runtime_of
+from .runtimes import Runtime, runtime_of, runtimes
 
 
 def check_arguments(
@@ -21,12 +21,12 @@ def check_arguments(
     form: str,
     chip: str | None,
     plan: Plan | None,
-    any_batch: bool,
     weights: str | None,
     calibrate: Sequence[Any] | None,
     labels: Any,
     unroll: int,
     kwargs: Mapping[str, Any],
+    **open_sizes: bool,
 ) -> tuple[Runtime, Chip | None]:
     """Return the runtime and the chip of an export, whose arguments these are.
 
@@ -78,12 +78,15 @@ def check_arguments(
             "Expected calibrate= with labels=, the examples that they belong to, got "
             "none. Pass calibrate=[images], labels=labels."
         )
-    if any_batch and (target.any_batch is None or calibrate is not None):
-        raise ExportError(
-            "Expected a .tflite or .onnx file in float32 for any_batch=True, got "
-            f"{path}{'' if calibrate is None else ' in int8'}. Drop any_batch=True; a "
-            ".stablehlo file takes any batch size."
-        )
+    for flag, wanted in open_sizes.items():
+        if wanted and (flag not in target.open_sizes or calibrate is not None):
+            known = ", ".join(
+                r.suffix for r in runtimes().values() if flag in r.open_sizes
+            )
+            raise ExportError(
+                f"Expected a file in float32 for {flag}=True, one of {known}, got "
+                f"{path}{'' if calibrate is None else ' in int8'}. Drop {flag}=True."
+            )
     if weights is not None and (weights not in target.weights or calibrate is not None):
         known = " or ".join(f"weights={name!r}" for name in sorted(target.weights))
         raise ExportError(

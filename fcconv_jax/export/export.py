@@ -16,6 +16,7 @@ from jaxtyping import PyTree
 
 from ..backends.default_settings import default_settings
 from ..backends.timing import milliseconds
+from ..dense_prediction.slide import Slide
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
 from ..frontends.options import check_options
@@ -24,27 +25,22 @@ from ..messages.flags import check_flags
 from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
-from ..verification.agreement import named_leaves
+from ..verification.agreement import WorkingError, named_leaves, working_errors
 from .arguments import check_arguments
-from .batches import SIZES, tried, with_batch
 from .chips import Chip
 from .fingerprint import BLANK, seal
+from .fold_norms import folded_outputs
 from .forms import FileForm, plan_of_form
 from .graph import Graph, Source
-from .layers import (
-    FileRecord,
-    computed_values,
-    constants_of,
-    digest_of,
-    layers_of,
-    leaves_read,
-)
-from .lowering.trace import lower
+from .layers import computed_values, constants_of, layers_of, leaves_read
+from .lowering.trace import input_names, lower
 from .memory import peak_bytes
+from .open_sizes import BATCHES, OpenSizes, first_step, image_axes, repeat_rows
 from .passes.fold import fold_norms
 from .passes.nchw import to_nchw
 from .passes.round import round_weights
 from .passes.simplify import multiply, simplify
+from .passes.symbolic import make_symbolic, rescale
 from .proof import (
     Proof,
     ReferenceOutputs,
@@ -56,6 +52,7 @@ from .proof import (
 )
 from .putting import folder_for, put
 from .quantized import fewest_cycles, quantized
+from .record import FileRecord, digest_of
 from .report import ExportReport, FormFigures
 from .runtimes import Runtime
 from .size import size_of
@@ -75,6 +72,7 @@ def export(
     unroll: int = 0,
     fold: bool = True,
     any_batch: bool = False,
+    any_size: bool = False,
     weights: str | None = None,
     calibrate: Sequence[Any] | None = None,
     labels: Any = None,
@@ -111,8 +109,14 @@ def export(
         and the report lists the layers. False keeps the bits of every parameter. IREE
         and StableHLO files, JAX's own program, fold nothing.
       any_batch: whether the file takes inputs of any batch size, their first axis:
-        resizable in LiteRT, symbolic in ONNX. It is run with three sizes. StableHLO
-        files always do.
+        resizable in LiteRT, symbolic in ONNX, OpenVINO and StableHLO. It is run with
+        three sizes. A StableHLO file takes any where the model allows it; then, a model
+        that doesn't is refused.
+      any_size: whether the file takes images of any spatial size from that of the
+        inputs on, in ONNX, OpenVINO and StableHLO: a fully convolutional network, or
+        what :func:`fcconv_jax.slide` returns, which computes each crop by itself then.
+        Networks that take multiples of 8 only, say, are exported for such steps. It is
+        run with three sizes.
       weights: the dtype that kernels and embeddings are rounded to in the file, half
         its size: ``"float16"`` in LiteRT and ONNX, ``"bfloat16"`` in ONNX. They are
         brought back to float32 when the file is loaded; the rest stays float32.
@@ -144,18 +148,26 @@ def export(
         ...
       fcconv_jax.messages.errors.ExportError: Expected a path that ends in one of ...
     """
-    check_flags(fold=fold, any_batch=any_batch, compare=compare)
+    check_flags(fold=fold, any_batch=any_batch, any_size=any_size, compare=compare)
     form = to
     target, made_for = check_arguments(
-        *(path, runtime, form, chip, plan, any_batch, weights, calibrate, labels),
+        *(path, runtime, form, chip, plan, weights, calibrate, labels),
         *(unroll, kwargs),
+        any_batch=any_batch,
+        any_size=any_size,
     )
+    axes: tuple[int, ...] = ()
+    if any_size and isinstance(model, Slide):
+        given = inputs if params is None else (params, *inputs)
+        axes, model = model.axes, model.each_crop(*given, **kwargs)
     bound = bind(model, params, *inputs, **kwargs)
     check_options(export, bound)
     _check_arrays(bound)
     bound.check_inference()
     bound.check_library()
-    call = _Call(bound, target, made_for, unroll, fold, any_batch, weights)
+    axes = axes or (image_axes(bound) if any_size else ())
+    sizes = OpenSizes(any_batch, axes)
+    call = _Call(bound, target, made_for, unroll, fold, sizes, weights)
     with (
         default_settings(),
         shown(progress) as show,
@@ -175,7 +187,7 @@ def export(
         written = call.write(plan, form, first)  # refuses what it cannot, at once
         reference, notes = reference_of(call.bound, weights)
         proof, figures = call.check(written, reference, show)
-        unfolded = _not_folded(written, proof)
+        unfolded = _not_folded(written, call.folding_errors(written, proof, reference))
         # Folded params are rounded once more, which a network may magnify.
         if unfolded:
             call.fold = False
@@ -208,9 +220,9 @@ def export(
         return report
 
 
-def _not_folded(written: Written, proof: Proof) -> list[str]:
+def _not_folded(written: Written, errors: Sequence[WorkingError]) -> list[str]:
     """Why no norm may be folded, by layer; none where the file is accurate enough."""
-    wrong = [error for error in proof.outputs if not error.passed]
+    wrong = [error for error in errors if not error.passed]
     return [
         f"not folded: {layer.name}: with norms folded into layers, {error.path} had an "
         f"error of {error.converted:.1e} ({error.allowed:.1e} allowed)"
@@ -257,13 +269,13 @@ class _Call:
         chip: Chip | None,
         unroll: int,
         fold: bool,
-        any_batch: bool,
+        sizes: OpenSizes,
         weights: str | None,
     ):
         self.bound, self.runtime, self.chip = bound, runtime, chip
-        self.unroll, self.fold, self.any_batch = unroll, fold, any_batch
+        self.unroll, self.fold, self.sizes = unroll, fold, sizes
         self.weights = weights
-        self.whole = runtime.fused - (runtime.one_batch if any_batch else frozenset())
+        self.whole = runtime.fused - (runtime.one_batch if sizes else frozenset())
         tree = bound.traced[1]
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
         self.input_names = [
@@ -273,16 +285,28 @@ class _Call:
 
     def plan(self, form: FileForm, rules: Sequence[Rule]) -> Plan:
         """The plan of a form."""
-        return plan_of_form(self.bound, form, rules, self.runtime, self.chip)
+        images = "last" if self.sizes.axes else self.runtime.images
+        return plan_of_form(self.bound, form, rules, images, self.chip)
 
     def write(self, plan: Plan, form: str, path: Path) -> Written:
         """Writes a file."""
+
+        def attempt(step: int) -> Written:
+            self.sizes = dataclasses.replace(self.sizes, step=step)
+            return self._write(plan, form, path)
+
+        return first_step(attempt) if self.sizes.axes else attempt(1)
+
+    def _write(self, plan: Plan, form: str, path: Path) -> Written:
         changed = self.bound.convert(plan)
         leaves = parameter_leaves(changed.variables)
-        first, *more = [changed]
-        if self.any_batch:
-            first, *more = [with_batch(changed, size) for size in SIZES]
-        graph = self._lowered(first, leaves)
+        base, others = changed, dict[str, BoundModel]()
+        if self.runtime.write is not None:
+            base, others = self.sizes.variants(changed)
+        graph = self._lowered(base, leaves)
+        more = {name: self._lowered(each, leaves) for name, each in others.items()}
+        if self.sizes.batch and more:
+            repeat_rows([graph, *more.values()])
         layers = tuple(layers_of(graph))
         computed = {
             name: value.data
@@ -290,7 +314,9 @@ class _Call:
             if value.data is not None and self.runtime.write
         }
         # Constants turn with the images: they are recorded as the file has them.
-        self._turn(graph)
+        for each in (graph, *more.values()):
+            if self.runtime.images == "first":
+                to_nchw(each, rows=not self.sizes.axes)
         folded = sorted({leaf for x in layers if x.folded for leaf in x.folded.leaves})
         record = FileRecord(
             layers,
@@ -303,16 +329,11 @@ class _Call:
             tuple((leaf, digest_of(leaves[leaf])) for leaf in folded),
         )
         if self.runtime.write is not None:
+            if more:
+                make_symbolic(graph, more)
+            if self.sizes.batch:
+                rescale(graph, "batch", BATCHES[0], len(self.bound.arrays[0]))
             self.runtime.write(graph, record, path)
-            for each in more:
-                assert self.runtime.any_batch is not None
-                with tempfile.TemporaryDirectory() as folder:
-                    other = Path(folder) / path.name
-                    again = self._lowered(each, leaves)
-                    self._turn(again)
-                    self.runtime.write(again, record, other)
-                    batch = np.shape(self.bound.arrays[0])[0]
-                    self.runtime.any_batch(path, other, batch)
         else:
             assert self.runtime.write_program is not None
             if not self.runtime.layers:
@@ -322,14 +343,10 @@ class _Call:
             graph.notes += self.runtime.write_program(
                 *(changed.call, changed.variables, changed.arrays),
                 *(self.outputs, record, path),
+                **({"sizes": self.sizes} if self.sizes else {}),
             )
         seal(path, self.runtime.open(path))
         return Written(path, form, plan, graph, record, leaves, computed)
-
-    def _turn(self, graph: Graph) -> None:
-        """Put the channels of images first, where the runtime has them so."""
-        if self.runtime.images == "first":
-            to_nchw(graph)
 
     def _lowered(self, bound: BoundModel, leaves: Mapping[str, np.ndarray]) -> Graph:
         """The graph of a model; an empty one where only JAX can say it, and may."""
@@ -377,11 +394,22 @@ class _Call:
             reference,
             written.graph.output_names,
         )
-        if self.any_batch and reference is not None:
+        if self.sizes and reference is not None:
             names = written.graph.output_names
-            proof = tried(self.bound, shipped, names, proof)
+            given = self.bound, shipped, names, proof, self.weights
+            proof = self.sizes.tried(*given)
         errors = [error.converted for error in proof.outputs]
         return proof, self._figures(written, max(errors, default=None))
+
+    def folding_errors(
+        self, written: Written, proof: Proof, reference: ReferenceOutputs | None
+    ) -> Sequence[WorkingError]:
+        """The errors of outputs; of JAX with norms folded, if the file can't run."""
+        folded = any(layer.folded for layer in written.record.layers)
+        if self.runtime.executed or reference is None or not folded:
+            return proof.outputs
+        made = folded_outputs(self.bound)
+        return working_errors("outputs", reference.exact, reference.own, made)
 
     def figures(
         self, written: Written, reference: ReferenceOutputs | None
@@ -402,7 +430,7 @@ class _Call:
             time = milliseconds({"file": shipped.runner(arrays)})["file"]
         return FormFigures(
             form=written.form,
-            bytes=size_of(written.path),
+            bytes=size_of(written.path, self.runtime.beside),
             ops=dict(shipped.ops()),
             transposes=transposes,
             reshapes=reshapes,
@@ -455,23 +483,3 @@ def _why(plan: Plan, name: str) -> str:
     """Why a layer has another form than was asked for."""
     reason = plan.skipped.get(name.partition("#")[0], "it has no other form here")
     return reason.partition(". ")[0].rstrip(".")
-
-
-def input_names(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
-    """A name for each array among a call's arguments, in the order of its program.
-
-    Example:
-      >>> input_names([np.ones(2), 3], {"mask": np.ones(2), "train": False})
-      ['input0', 'mask']
-    """
-    from ..tracing.arguments import is_array
-
-    found = []
-    tree = (tuple(inputs), dict(kwargs))
-    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
-        if not is_array(leaf):
-            continue
-        parts = [str(getattr(p, "key", getattr(p, "idx", p))) for p in path[1:]]
-        first = f"input{parts[0]}" if parts[0].isdigit() else parts[0]
-        found.append("_".join([first, *parts[1:]]))
-    return found

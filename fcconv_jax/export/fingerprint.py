@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ..messages.errors import ExportError
-from .layers import FileRecord
+from .record import FileRecord
 from .shipped import Shipped
 
 _START = "sha256:"

@@ -86,6 +86,12 @@ def fold_norms(
     return function, first.params
 
 
+def folded_outputs(bound: BoundModel) -> list[jax.Array]:
+    """Return what a model computes with its norms folded."""
+    program = _program(bound)
+    return jax.tree.leaves(jax.jit(program)(program.params, bound.arrays))
+
+
 def _shapes(inputs: PyTree) -> object:
     leaves, tree = jax.tree.flatten(inputs)
     return tree, tuple((jnp.shape(x), getattr(x, "dtype", type(x))) for x in leaves)

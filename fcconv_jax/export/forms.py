@@ -14,7 +14,6 @@ from ..plan.layer_forms import canonical_layer, output_positions
 from ..plan.rules import Rule
 from .chips import Chip, Place
 from .layers import Layer
-from .runtimes import Runtime
 
 FileForm = Literal["conv", "dense", "mix"]
 FORMS: tuple[str, ...] = get_args(FileForm)
@@ -24,7 +23,7 @@ def plan_of_form(
     bound: BoundModel,
     form: FileForm,
     rules: Sequence[Rule],
-    runtime: Runtime,
+    images: Literal["first", "last"],
     chip: Chip | None,
 ) -> Plan:
     """Return the plan that brings a model into a form.
@@ -38,7 +37,7 @@ def plan_of_form(
     """
     if form == "dense":
         return _made(bound, "dense", rules)
-    layout = "keep" if runtime.images == "last" else "fold"
+    layout = "keep" if images == "last" else "fold"
     usual = Rule("*", layout=layout)
     to_conv = _made(bound, "conv", rules, usual)
     if chip is None or (form == "conv" and not chip.rules):

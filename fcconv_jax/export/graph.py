@@ -111,6 +111,8 @@ class Value:
       source: the parameter that a constant is, but for its arrangement.
       leaves: the parameters that a constant is computed from.
       stored: the dtype that a constant was rounded to, and has in the file.
+      dims: its shape, with names for sizes that a file leaves open; None if it has one
+        shape only.
     """
 
     shape: tuple[int, ...]
@@ -119,6 +121,7 @@ class Value:
     source: Source | None = None
     leaves: frozenset[str] = frozenset()
     stored: np.dtype | None = None
+    dims: tuple[int | str, ...] | None = None
 
     @property
     def size(self) -> int:
@@ -201,6 +204,16 @@ class Folded:
         shift = self.columns[1] + self.columns[0] * bias.astype(np.float64)
         columns = np.stack([self.columns[0], shift])
         return Folded(self.rows, columns, self.leaves | leaves)
+
+    def narrowed(self, kernel: np.ndarray, bias: np.ndarray | None) -> Folded:
+        """Return the same in float32 where that gives a layer the same bits.
+
+        The file's record holds them: half as many bytes.
+        """
+        rows, columns = (x.astype("f4").astype("f8") for x in (self.rows, self.columns))
+        found = Folded(rows, columns, self.leaves)
+        pairs = zip(found.apply(kernel, bias), self.apply(kernel, bias))
+        return found if all(np.array_equal(*pair) for pair in pairs) else self
 
     def apply(
         self, kernel: np.ndarray, bias: np.ndarray | None

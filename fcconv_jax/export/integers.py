@@ -18,8 +18,9 @@ import numpy as np
 
 from ..messages.errors import ExportError
 from ..messages.progress import Progress
-from .layers import FileRecord, Layer, compute, expected
+from .layers import Layer, compute, expected
 from .proof import Arithmetic, LayerProof, first_line
+from .record import FileRecord
 
 _INT8 = np.iinfo(np.int8)
 

@@ -1,17 +1,13 @@
 """The linear layers of a file, as its proof needs them: what each is to compute.
 
-A file carries this record in its own metadata, so that it can be held against a
-checkpoint later. It says of each convolution and matmul with a weight which parameter
-the weight is and how its entries were moved, and the geometry that the model asks for.
-How a runtime's file lays weights out is not in it: that is read off the file.
+A layer says of a convolution or a matmul with a weight which parameter the weight is,
+how its entries were moved, and the geometry that the model asks for. How a runtime's
+file lays weights out is not in it: that is read off the file.
 """
 
 from __future__ import annotations
 
-import base64
 import dataclasses
-import hashlib
-import json
 import math
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,11 +15,7 @@ from typing import Any
 import numpy as np
 
 from ..messages.errors import ExportError
-from ..plan import Plan
 from .graph import Folded, Graph, Node, Source, Value
-
-FORMAT = "fcconv_jax.export"
-VERSION = 1
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,119 +108,6 @@ def _layer(node: Node) -> Layer:
         folded=node.folded,
         stored=weight.stored.name if weight.stored else "",
     )
-
-
-@dataclasses.dataclass(frozen=True)
-class FileRecord:
-    """The record that a file carries about itself.
-
-    Args:
-      layers: its linear layers, in the order in which they run.
-      plan: which of them were converted, and how.
-      form: the form that was asked for.
-      chip: the chip that it is for.
-      constants: the parameters besides kernels and biases, as the file has them.
-      kind: the kind of model: ``"linen"``, ``"nnx"``, ``"function"``.
-      fingerprint: of the file, see :mod:`fcconv_jax.export.fingerprint`.
-      digests: of the parameters that were folded into others, by path.
-    """
-
-    layers: tuple[Layer, ...]
-    plan: Plan
-    form: str
-    chip: str | None = None
-    constants: tuple[Source, ...] = ()
-    kind: str = "linen"
-    fingerprint: str | None = None
-    digests: tuple[tuple[str, str], ...] = ()
-
-    def to_json(self) -> str:
-        """As JSON text, as files carry it."""
-        return json.dumps(
-            {
-                "format": FORMAT,
-                "version": VERSION,
-                "form": self.form,
-                "chip": self.chip,
-                "kind": self.kind,
-                "fingerprint": self.fingerprint,
-                "plan": json.loads(self.plan.to_json()),
-                "layers": [_layer_to_json(layer) for layer in self.layers],
-                "digests": self.digests,
-                "constants": [dataclasses.asdict(source) for source in self.constants],
-            }
-        )
-
-    @classmethod
-    def from_json(cls, text: str | bytes) -> FileRecord:
-        """Read what :meth:`to_json` wrote.
-
-        Raises:
-          ExportError: the text is not a record, or is of a newer version.
-        """
-        try:
-            content = json.loads(text)
-            if content["format"] != FORMAT or content["version"] > VERSION:
-                raise ExportError(
-                    f"the file's record has version {content['version']}, this "
-                    f"fcconv_jax reads up to {VERSION}: upgrade fcconv_jax"
-                )
-            layers = tuple(map(_layer_from_json, content["layers"]))
-            plan = Plan.from_json(json.dumps(content["plan"]))
-            constants = tuple(map(_source_from_json, content["constants"]))
-            about = content["form"], content["chip"], constants, content["kind"]
-            digests = _tuples(content.get("digests", []))
-            return cls(layers, plan, *about, content.get("fingerprint"), digests)
-        except (KeyError, TypeError, ValueError) as error:
-            if isinstance(error, ExportError):
-                raise
-            raise ExportError(f"the file's record is damaged: {error!r}") from error
-
-
-def digest_of(array: np.ndarray) -> str:
-    """Return a digest of a parameter's dtype, shape and bits."""
-    content = np.ascontiguousarray(array)
-    kind = f"{array.dtype}{array.shape}".encode()
-    return hashlib.sha256(kind + content.tobytes()).hexdigest()
-
-
-def _layer_to_json(layer: Layer) -> dict[str, Any]:
-    folded = layer.folded
-    content = dataclasses.asdict(dataclasses.replace(layer, folded=None))
-    if folded is not None:  # in bits: decimals of float64 take thrice the space
-        parts = (folded.rows, folded.columns)
-        texts = [
-            base64.b64encode(part.astype("<f8").tobytes()).decode() for part in parts
-        ]
-        content["folded"] = [*texts, sorted(folded.leaves)]
-    return content
-
-
-def _folded_from_json(entry: Sequence[Any]) -> Folded:
-    *texts, leaves = entry
-    rows, columns = (
-        np.frombuffer(base64.b64decode(text), "<f8").reshape(2, -1) for text in texts
-    )
-    return Folded(rows, columns, frozenset(leaves))
-
-
-def _layer_from_json(entry: Mapping[str, Any]) -> Layer:
-    values = {key: _tuples(value) for key, value in entry.items()}
-    for name in ("kernel", "bias"):
-        if entry[name] is not None:
-            values[name] = _source_from_json(entry[name])
-    if entry.get("folded") is not None:
-        values["folded"] = _folded_from_json(entry["folded"])
-    return Layer(**values)
-
-
-def _source_from_json(entry: Mapping[str, Any]) -> Source:
-    steps = tuple((kind, _tuples(details)) for kind, details in entry["steps"])
-    return Source(entry["leaf"], steps)
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(map(_tuples, value)) if isinstance(value, list) else value
 
 
 def expected(

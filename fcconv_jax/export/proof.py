@@ -28,8 +28,9 @@ from ..verification.moved import MOVED, moved_by_an_ulp
 from ..verification.obstacles import obstacles
 from ..verification.reading import Reading
 from ..verification.reference import free_memory
-from .layers import FileRecord, Layer, compute, digest_of, expected
+from .layers import Layer, compute, expected
 from .probes import probes, small_probes
+from .record import FileRecord, digest_of
 from .shipped import Shipped, ShippedLayer
 
 

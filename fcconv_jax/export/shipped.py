@@ -12,7 +12,8 @@ from typing import Any, ClassVar
 import numpy as np
 
 from ..messages.errors import ExportError, FcconvError, MissingExtraError
-from .layers import FileRecord, Layer
+from .layers import Layer
+from .record import FileRecord
 
 
 @dataclasses.dataclass(frozen=True, eq=False)

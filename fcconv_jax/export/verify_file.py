@@ -21,8 +21,8 @@ from ..params.moves import map_leaves
 from .fingerprint import fingerprint_of
 from .int8 import difference
 from .integers import prove_layers
-from .layers import FileRecord
 from .proof import Proof, ReferenceOutputs, parameter_leaves, prove, reference_of
+from .record import FileRecord
 from .report import ExportReport, FormFigures
 from .runtimes import Runtime, runtime_of
 from .shipped import Shipped, reading
@@ -183,7 +183,7 @@ def _report(
     errors = [error.converted for error in proof.outputs]
     figures = FormFigures(
         record.form,
-        size_of(path),
+        size_of(path, runtime.beside),
         dict(shipped.ops()),
         transposes,
         reshapes,

@@ -15,7 +15,7 @@ from ..plan.rules import Rule
 from .chips import Chip
 from .forms import FileForm
 from .graph import Graph
-from .layers import FileRecord
+from .record import FileRecord
 from .runtimes import Runtime
 
 

@@ -9,7 +9,7 @@ import pytest
 
 import fcconv_jax as fc
 
-from .models import MODELS
+from .models import MODELS, _made, normal
 from .test_planted_defects import DEFECTS
 
 if importlib.util.find_spec("coremltools") is None:
@@ -36,6 +36,20 @@ def test_both_forms(name, tmp_path):
     left = dict(dense.left)
     assert all((x.op == "linear") != (x.name in left) for x in dense.layers)
     assert conv.figures[0].transposes <= dense.figures[0].transposes
+
+
+@pytest.mark.parametrize("mean", [1.0, 1000.0])
+def test_norms_that_cost_accuracy_in_jax_are_not_folded(mean, tmp_path):
+    """The file doesn't run here: JAX with the norms folded stands for it."""
+    model = nn.Sequential(
+        [lambda x: (x - mean) / 3.0, nn.Conv(6, (3, 2), padding="VALID")]
+    )
+    model, params, (x,) = _made(model, normal(1, 6, 8, 3))
+    options = {"path": tmp_path / "net.mlpackage", "progress": False}
+    report = fc.export(model, params, x + mean, **options)
+    assert report.passed, report.failures
+    assert ("not folded: layers_1: with norms" in str(report)) == (mean > 1)
+    assert any(layer.folded for layer in report.layers) == (mean == 1)
 
 
 @pytest.mark.parametrize("defect", DEFECTS)

@@ -97,18 +97,31 @@ def test_norms_that_cannot_be_folded(model, to, tmp_path):
     assert norms(report) >= 1
 
 
-def test_norms_that_cost_accuracy_are_not_folded(to, tmp_path):
+OPTIONS = [
+    *((runtime, {}) for runtime in RUNTIMES),
+    # OpenVINO itself folds them if it doesn't know the batch.
+    *((runtime, {"any_batch": True}) for runtime in ("litert", "onnx")),
+    ("litert", {"calibrate": [1000 + np.asarray(normal(4, 6, 8, 3))]}),
+]
+
+
+@pytest.mark.parametrize(("runtime", "options"), OPTIONS)
+def test_norms_that_cost_accuracy_are_not_folded(runtime, options, tmp_path):
     """Folded, the mean of the inputs is subtracted from sums in which they drown."""
+    needs(runtime)
+    if "calibrate" in options:
+        pytest.importorskip("litert_quantizer", reason="needs: .[litert]")
     model = nn.Sequential(
         [lambda x: (x - 1000.0) / 3.0, nn.Conv(6, (3, 2), padding="VALID")]
     )
     model, params, (x,) = _made(model, normal(1, 6, 8, 3))
-    options = {"path": tmp_path / f"net.{SUFFIX[to]}", "progress": False}
-    report = fc.export(model, params, x + 1000, **options)
+    path = tmp_path / f"net.{SUFFIX[runtime]}"
+    report = fc.export(model, params, x + 1000, path=path, progress=False, **options)
     assert report.passed, report.failures
     assert "not folded: layers_1: with norms" in str(report)
     assert not any(layer.folded for layer in report.layers)
     assert norms(report) >= 1
+    assert report.path == str(path)
 
 
 def test_another_norm_is_found_without_the_model(to, tmp_path):

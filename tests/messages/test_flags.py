@@ -39,7 +39,8 @@ FLAGS = [
     if "bool" in str(parameter.annotation) and name != "progress"
 ]
 FLAGS += [(opt_state, (), "check")]
-FLAGS += [(fc.export, (MODEL, PARAMS, X), name) for name in ("fold", "any_batch")]
+NAMES = ("fold", "any_batch", "any_size")
+FLAGS += [(fc.export, (MODEL, PARAMS, X), name) for name in NAMES]
 
 
 @pytest.mark.parametrize("word", ["no", "yes"])

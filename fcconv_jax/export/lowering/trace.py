@@ -8,7 +8,7 @@ refused by name.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...messages.errors import ExportError
+from ...tracing.arguments import is_array
 from ...tracing.jaxprs import AnyJaxpr, bind, call_body, evaluate, opened
 from ...tracing.primitives import MOVES, SAME
 from ...tracing.protocols import Equation
@@ -144,6 +145,24 @@ def lower(
         [name for name, _ in kept],
         lowering.notes,
     )
+
+
+def input_names(inputs: Sequence[Any], kwargs: Mapping[str, Any]) -> list[str]:
+    """A name for each array among a call's arguments, in the order of its program.
+
+    Example:
+      >>> input_names([np.ones(2), 3], {"mask": np.ones(2), "train": False})
+      ['input0', 'mask']
+    """
+    found = []
+    tree = (tuple(inputs), dict(kwargs))
+    for path, leaf in jax.tree_util.tree_leaves_with_path(tree):
+        if not is_array(leaf):
+            continue
+        parts = [str(getattr(p, "key", getattr(p, "idx", p))) for p in path[1:]]
+        first = f"input{parts[0]}" if parts[0].isdigit() else parts[0]
+        found.append("_".join([first, *parts[1:]]))
+    return found
 
 
 def parameters(leaves: Iterable[tuple[str, Any]]) -> list[Value]:

@@ -166,6 +166,7 @@ def _round(node: Node, folded: Folded) -> None:
         assert bias.data is not None
         folded = folded.with_bias(bias.data, bias.leaves)
         bias = None
+    folded = folded.narrowed(kernel.data, None if bias is None else bias.data)
     data, added = folded.apply(kernel.data, None if bias is None else bias.data)
     shape = kernel.shape
     node.inputs[1] = Value(shape, kernel.dtype, data, kernel.source, kernel.leaves)

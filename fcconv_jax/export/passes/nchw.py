@@ -24,8 +24,13 @@ from .views import (
 _IMAGES = ("conv", "pool_max", "pool_mean", "resize")
 
 
-def to_nchw(graph: Graph) -> Graph:
-    """Rewrite a graph in place; images of ``conv`` and ``pool_*`` are NCHW then."""
+def to_nchw(graph: Graph, rows: bool = True) -> Graph:
+    """Rewrite a graph in place; images of ``conv`` and ``pool_*`` are NCHW then.
+
+    Args:
+      graph: what is rewritten.
+      rows: whether patches may be rows of pixels, whose number of columns is fixed.
+    """
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
         share_equal,
@@ -36,16 +41,16 @@ def to_nchw(graph: Graph) -> Graph:
         keep_dims,
     )
     for part in graph.graphs():
-        _surround(part)
+        _surround(part, rows)
         _expand_adjoints(part)
         part.rewrite(passes)
     return graph
 
 
-def _surround(graph: Graph) -> None:
+def _surround(graph: Graph, as_rows: bool) -> None:
     nodes: list[Node] = []
     makers = graph.producers()
-    rows = {node for node in graph.nodes if _as_rows(node, makers)}
+    rows = {node for node in graph.nodes if as_rows and _as_rows(node, makers)}
     for node in graph.nodes:
         if node.op not in _IMAGES:
             nodes.append(node)

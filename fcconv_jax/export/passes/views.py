@@ -14,7 +14,7 @@ import numpy as np
 from ...planning.factors import axes_of, regroup
 from ..graph import ELEMENTWISE, FUSED, UNARY, VIEWS, Graph, Node, Value
 
-_BROADCASTING = ELEMENTWISE - FUSED - {"cast"}
+BROADCASTING = ELEMENTWISE - FUSED - {"cast"}
 
 
 def join_views(graph: Graph) -> bool:
@@ -174,7 +174,7 @@ def delay_reshapes(graph: Graph) -> bool:
     makers = graph.producers()
     for node in graph.nodes:
         values = [v for v in node.inputs if v.data is None]
-        if node.op not in _BROADCASTING or len(values) < 2:
+        if node.op not in BROADCASTING or len(values) < 2:
             continue
         makes = [makers.get(v) for v in values]
         views = [m for m in makes if m is not None and m.op == "reshape"]
@@ -201,7 +201,7 @@ def drop_broadcasts(graph: Graph) -> bool:
     """Leave to elementwise operations what they do themselves: to repeat entries."""
     makers, changed = graph.producers(), False
     for node in graph.nodes:
-        if node.op not in _BROADCASTING:
+        if node.op not in BROADCASTING:
             continue
         for i, value in enumerate(node.inputs):
             maker = makers.get(value)

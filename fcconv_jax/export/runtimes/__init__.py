@@ -16,7 +16,7 @@ from typing import Literal
 
 from ...messages.errors import ExportError
 from ..graph import Graph
-from ..layers import FileRecord
+from ..record import FileRecord
 from ..shipped import Shipped
 
 
@@ -36,13 +36,13 @@ class Runtime:
       write: writes a graph; None if the file is written from JAX's own program.
       write_program: writes JAX's own program, given ``(call, variables, arrays, output
         names, record, path)``; returns notes on the file.
+      beside: the suffix of a second file, which holds the weights, if there is one.
       images: which axis of an image its channels are.
       executed: whether the runtime runs here.
       layers: whether single layers of a file can be run.
       fused: what it has as one operation, of ``FUSED`` and ``WHOLE``.
       one_batch: what of that contains the batch size.
-      any_batch: makes the batch of a file symbolic, given the same file for another
-        size, and the size it is to have at first.
+      open_sizes: which of ``any_batch`` and ``any_size`` its files can be.
       weights: the dtypes that it reads weights in, besides float32.
       quantize: makes an int8 file's content of a float file's, given the names of the
         inputs, what it is called on, and what takes the progress.
@@ -55,12 +55,13 @@ class Runtime:
     open: Callable[[Path], Shipped]
     write: Callable[[Graph, FileRecord, Path], None] | None = None
     write_program: Callable[..., list[str]] | None = None
+    beside: str = ""
     images: Literal["last", "first"] = "last"
     executed: bool = True
     layers: bool = True
     fused: frozenset[str] = frozenset()
     one_batch: frozenset[str] = frozenset()
-    any_batch: Callable[[Path, Path, int], None] | None = None
+    open_sizes: frozenset[str] = frozenset()
     weights: frozenset[str] = frozenset()
     quantize: Callable[..., bytes] | None = None
 

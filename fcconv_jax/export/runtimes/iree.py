@@ -23,8 +23,9 @@ from jaxtyping import PyTree
 from ...messages.errors import ExportError
 from ...messages.extras import require
 from ..fingerprint import digest
-from ..layers import FileRecord, Layer, expected
+from ..layers import Layer, expected
 from ..proof import parameter_leaves
+from ..record import FileRecord
 from ..shipped import Shipped, ShippedLayer
 from . import Runtime
 
@@ -58,7 +59,7 @@ def write_program(
     text = _stablehlo(lambda *a: run(list(a[:count]), list(a[count:])), shapes)
     path.write_bytes(compiled(text))
     about = {
-        "record": record.to_json(),
+        "record": record.to_text(),
         "outputs": list(names),
         "ops": re.findall(r"= stablehlo\.(\w+)", text),
         "params": keys,
@@ -128,7 +129,7 @@ class IreeFile(Shipped):
     def record(self) -> FileRecord | None:
         """Return the file's own record."""
         text = self.about.get("record")
-        return None if text is None else FileRecord.from_json(text)
+        return None if text is None else FileRecord.from_text(text)
 
     def fingerprint(self) -> str:
         """Of the module, and of the params and what order it takes them in."""
@@ -223,5 +224,7 @@ def _as_jax(layer: Layer, x: Any, kernel: Any, bias: Any = None) -> Any:
 
 
 RUNTIME = Runtime(
-    *("iree", "IREE", ".vmfb", "iree", IreeFile), write_program=write_program
+    *("iree", "IREE", ".vmfb", "iree", IreeFile),
+    write_program=write_program,
+    beside=".safetensors",
 )

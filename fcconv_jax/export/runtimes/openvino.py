@@ -23,8 +23,9 @@ from ...messages.errors import ExportError
 from ...messages.extras import require
 from ..fingerprint import digest
 from ..graph import FUSED, WHOLE, Graph
-from ..layers import FileRecord, Layer, compute
+from ..layers import Layer, compute
 from ..probes import probes
+from ..record import FileRecord
 from ..shipped import (
     Shipped,
     ShippedLayer,
@@ -73,7 +74,7 @@ def write(graph: Graph, record: FileRecord, path: Path) -> None:
     manager = passes.Manager()
     manager.register_pass(passes.ConstantFolding())
     manager.run_passes(model)
-    model.set_rt_info(record.to_json(), [RECORD])
+    model.set_rt_info(record.to_text(), [RECORD])
     ov.save_model(model, str(path), compress_to_fp16=False)
 
 
@@ -113,7 +114,7 @@ class OpenVinoFile(Shipped):
         """Return the file's own record."""
         if not self.model.has_rt_info([RECORD]):
             return None
-        return FileRecord.from_json(self.model.get_rt_info([RECORD]).value)
+        return FileRecord.from_text(self.model.get_rt_info([RECORD]).value)
 
     def fingerprint(self) -> str:
         """Of the .xml without what it says about itself, and of the .bin."""
@@ -350,7 +351,9 @@ def _label(op: Any) -> str:
 
 RUNTIME = Runtime(
     *("openvino", "OpenVINO", ".xml", "openvino", OpenVinoFile, write),
+    beside=".bin",
     images="first",
+    open_sizes=frozenset({"any_batch", "any_size"}),
     # It reads ONNX's Scan over arrays; Loop, If and a Scan that counts fail or differ.
     fused=FUSED | WHOLE | {"scan"},
 )

@@ -24,7 +24,8 @@ from jaxtyping import PyTree
 from ...messages.errors import ExportError
 from ...messages.extras import require
 from ..fingerprint import digest
-from ..layers import FileRecord
+from ..open_sizes import OpenSizes
+from ..record import FileRecord
 from ..shipped import Shipped, ShippedLayer
 from . import Runtime
 
@@ -51,12 +52,15 @@ def write_program(
     names: Sequence[str],
     record: FileRecord,
     path: Path,
+    sizes: OpenSizes | None = None,
 ) -> list[str]:
     """Write a model with its params as constants.
 
-    The arguments are those of :attr:`Runtime.write_program`.
+    The arguments are those of :attr:`Runtime.write_program`. Without ``sizes``, the
+    batch is symbolic where it can be; those that are requested can be or are refused.
 
     Raises:
+      ExportError: it can't be written for any size.
       MissingExtraError: flatbuffers is not installed.
     """
     require("flatbuffers", "stablehlo", "Writing a StableHLO file")
@@ -69,14 +73,24 @@ def write_program(
     exporting = jax_export.export(jax.jit(run), platforms=PLATFORMS)
     notes = [lifetime(datetime.date.today())]
     try:
-        made = exporting(*_symbolic(shapes))
-        notes.append("the leading axis of its inputs is symbolic: any batch")
+        made = exporting(*_symbolic(shapes, sizes or OpenSizes(batch=True)))
+        if sizes is None:
+            notes.append(
+                "the leading axis of its inputs is symbolic; pass any_batch=True to "
+                "run three sizes"
+            )
     except Exception as error:  # whatever the model makes of a symbolic size
         why = str(error).strip().splitlines()[0][:100]
+        if sizes is not None:
+            raise ExportError(
+                f"Expected a model for any size, got one that JAX can't trace with a "
+                f"symbolic size: {why}. Drop any_batch=True or any_size=True to export "
+                "it for one size."
+            ) from error
         notes.append(f"its batch is fixed at {shapes[0].shape[:1]}: {why}")
         made = exporting(*shapes)
     content = bytes(made.serialize())
-    about = json.dumps({"record": record.to_json(), "outputs": list(names)}).encode()
+    about = json.dumps({"record": record.to_text(), "outputs": list(names)}).encode()
     size = len(about).to_bytes(8, "little")
     path.write_bytes(content + about + size + _MARK)
     return notes
@@ -103,12 +117,28 @@ def lifetime(written: datetime.date) -> str:
     )
 
 
-def _symbolic(shapes: Sequence[jax.ShapeDtypeStruct]) -> list[jax.ShapeDtypeStruct]:
+def _symbolic(
+    shapes: Sequence[jax.ShapeDtypeStruct], open_: OpenSizes
+) -> list[jax.ShapeDtypeStruct]:
     sizes = {x.shape[0] for x in shapes if x.shape}
-    if len(sizes) != 1 or not all(x.shape for x in shapes):
+    if open_.batch and (len(sizes) != 1 or not all(x.shape for x in shapes)):
         raise ValueError(f"the inputs have leading axes of {sorted(sizes)}")
-    (batch,) = jax_export.symbolic_shape("batch")
-    return [jax.ShapeDtypeStruct((batch, *x.shape[1:]), x.dtype) for x in shapes]
+    images = [x for x in shapes if len(x.shape) > 2]
+    parts = {0: "batch"} if open_.batch else {}
+    least = []
+    for name, axis in open_.names.items():
+        count, rest = divmod(images[0].shape[axis], open_.step)
+        parts[axis] = f"{open_.step}*{name}+{rest}"
+        least.append(f"{name} >= {count}")
+    scope = jax_export.SymbolicScope(least)
+
+    def symbolic(x: jax.ShapeDtypeStruct) -> jax.ShapeDtypeStruct:
+        mine = parts if x in images else {k: v for k, v in parts.items() if k == 0}
+        text = ", ".join(mine.get(i, str(n)) for i, n in enumerate(x.shape))
+        shape = jax_export.symbolic_shape(text, scope=scope)
+        return jax.ShapeDtypeStruct(shape, x.dtype)
+
+    return [symbolic(x) for x in shapes]
 
 
 class StableHloFile(Shipped):
@@ -145,7 +175,7 @@ class StableHloFile(Shipped):
     def record(self) -> FileRecord | None:
         """Return the file's own record."""
         text = self.about.get("record")
-        return None if text is None else FileRecord.from_json(text)
+        return None if text is None else FileRecord.from_text(text)
 
     def fingerprint(self) -> str:
         """Of what JAX wrote, and of the outputs' names."""
@@ -217,4 +247,5 @@ RUNTIME = Runtime(
     *("stablehlo", "StableHLO", ".stablehlo", "stablehlo", StableHloFile),
     write_program=write_program,
     layers=False,
+    open_sizes=frozenset({"any_batch", "any_size"}),
 )

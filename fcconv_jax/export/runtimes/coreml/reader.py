@@ -14,7 +14,8 @@ import numpy as np
 from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...fingerprint import digest
-from ...layers import FileRecord, Layer
+from ...layers import Layer
+from ...record import FileRecord
 from ...shipped import (
     Shipped,
     ShippedLayer,
@@ -71,7 +72,7 @@ class CoreMlFile(Shipped):
     def record(self) -> FileRecord | None:
         """Return the file's own record."""
         text = self.model.user_defined_metadata.get(RECORD)
-        return None if text is None else FileRecord.from_json(text)
+        return None if text is None else FileRecord.from_text(text)
 
     def fingerprint(self) -> str:
         """Of the program without what it says about itself, and of the weights."""

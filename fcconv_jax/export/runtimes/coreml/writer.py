@@ -19,7 +19,7 @@ import numpy as np
 from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...graph import Graph, Node, Value
-from ...layers import FileRecord
+from ...record import FileRecord
 from ...shipped import arrange_conv, crops, reversed_window
 from .reader import RECORD, coremltools
 
@@ -107,7 +107,7 @@ def write(graph: Graph, record: FileRecord, path: Path) -> None:
             pass_pipeline=ct.PassPipeline.EMPTY,
             skip_model_load=True,
         )
-        model.user_defined_metadata[RECORD] = record.to_json()
+        model.user_defined_metadata[RECORD] = record.to_text()
         model.save(str(path))
 
 

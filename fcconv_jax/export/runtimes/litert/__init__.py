@@ -2,7 +2,6 @@
 
 from ...graph import FUSED, LOOPS, WHOLE
 from .. import Runtime
-from .batches import any_batch
 from .int8 import quantize
 from .reader import LiteRTFile
 from .session import run
@@ -13,8 +12,9 @@ __all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
 RUNTIME = Runtime(
     *("litert", "LiteRT", ".tflite", "litert", LiteRTFile, write),
     fused=(FUSED | WHOLE | LOOPS) - {"hard_sigmoid", "layer_norm"},
-    one_batch=frozenset({"transposed"}),
-    any_batch=any_batch,
+    # A scan's stacked results are filled with zeros at first: that shape is fixed.
+    one_batch=frozenset({"transposed", "scan"}),
+    open_sizes=frozenset({"any_batch"}),
     weights=frozenset({"float16"}),
     quantize=quantize,
 )

@@ -79,6 +79,10 @@ class Builder:
             return self._dequantized(key, value, name)
         tensor = self.s.TensorT()
         tensor.shape, tensor.hasRank = list(value.shape), True
+        if value.dims not in (None, value.shape):
+            tensor.shapeSignature = [
+                -1 if isinstance(n, str) else n for n in value.dims
+            ]
         kind = DTYPES.get(str(value.dtype))
         if kind is None or (kind == "FLOAT16" and value.data is None):
             other = "iree" if str(value.dtype) == "bfloat16" else "onnx"

@@ -86,15 +86,20 @@ class GraphEmitter(Emitter):
         for value in body.outputs:
             index = self.tensor(value)
             if index not in made:  # an input, a constant, or the same output again
-                index = self._reshaped(index, value, value.shape)
+                dims = value.dims or value.shape
+                given = [-1 if isinstance(n, str) else n for n in dims]
+                index = self._reshaped(index, value, value.shape, given)
             made.discard(index)
             found.append(index)
         return found
 
-    def _reshaped(self, index: int, value: Value, shape: Sequence[int]) -> int:
+    def _reshaped(
+        self, index: int, value: Value, shape: Sequence[int], given: Any = None
+    ) -> int:
         out = Value(tuple(shape), value.dtype)
-        inputs = [index, self.constant(np.asarray(shape, np.int32))]
-        self.op("RESHAPE", inputs, [out], "ReshapeOptions", newShape=list(shape))
+        given = list(given or shape)
+        inputs = [index, self.constant(np.asarray(given, np.int32))]
+        self.op("RESHAPE", inputs, [out], "ReshapeOptions", newShape=given)
         return self.tensor(out)
 
     def _cond(self, node: Node, fused: str) -> None:

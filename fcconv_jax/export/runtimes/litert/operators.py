@@ -8,6 +8,7 @@ import numpy as np
 
 from ....messages.errors import ExportError
 from ...graph import Node, Value
+from ...passes.symbolic import END, REST, depends
 from ...shipped import reversed_window
 from .builder import Builder
 from .schema import DTYPES
@@ -211,18 +212,19 @@ class Emitter(Builder):
         self._pool(node, "AVERAGE_POOL_2D")
 
     def _reshape(self, node: Node, fused: str) -> None:
-        shape = self.constant(node.out.shape)
-        inputs = [self.tensor(node.inputs[0]), shape]
-        self.op(
-            *("RESHAPE", inputs, node.outputs, "ReshapeOptions"),
-            newShape=list(node.out.shape),
-        )
+        shape = list(node.attrs.get("dims", node.out.shape))
+        if len({*shape} - {*node.out.shape, REST}):  # more than one size is open
+            raise depends("reshape")
+        inputs = [self.tensor(node.inputs[0]), self.constant(shape)]
+        self.op("RESHAPE", inputs, node.outputs, "ReshapeOptions", newShape=shape)
 
     def _transpose(self, node: Node, fused: str) -> None:
         perm = self.constant(node.attrs["perm"])
         self.op("TRANSPOSE", [self.tensor(node.inputs[0]), perm], node.outputs)
 
     def _broadcast(self, node: Node, fused: str) -> None:
+        if "dims" in node.attrs:
+            raise depends("broadcast")
         shape = self.constant(node.out.shape)
         self.op("BROADCAST_TO", [self.tensor(node.inputs[0]), shape], node.outputs)
 
@@ -239,6 +241,7 @@ class Emitter(Builder):
         self.op(
             *("STRIDED_SLICE", [self.tensor(node.inputs[0]), *parts]),
             *(node.outputs, "StridedSliceOptions"),
+            endMask=sum((n == END) << axis for axis, n in enumerate(p["stop"])),
         )
 
     def _pad(self, node: Node, fused: str) -> None:

@@ -15,7 +15,8 @@ import numpy as np
 from ....messages.errors import ExportError
 from ...fingerprint import digest, plain
 from ...integers import Int8Layer
-from ...layers import FileRecord, Layer
+from ...layers import Layer
+from ...record import FileRecord
 from ...shipped import (
     Shipped,
     ShippedLayer,
@@ -166,7 +167,7 @@ class LiteRTFile(Shipped):
             name = entry.name.decode() if isinstance(entry.name, bytes) else entry.name
             if name == RECORD:
                 data = np.asarray(self.model.buffers[entry.buffer].data, np.uint8)
-                return FileRecord.from_json(data.tobytes())
+                return FileRecord.from_bytes(data.tobytes())
         return None
 
     def fingerprint(self) -> str:

@@ -10,8 +10,8 @@ from pathlib import Path
 from typing import Any
 
 from ...graph import Graph
-from ...layers import FileRecord
 from ...passes.blocks import find_blocks
+from ...record import FileRecord
 from .loops import GraphEmitter
 from .schema import RECORD, pack, schema
 
@@ -41,7 +41,7 @@ def model(graph: Graph, record: FileRecord) -> Any:
     model.version, model.description = 3, "written by fcconv_jax"
     model.operatorCodes, model.subgraphs = out.codes, out.subgraphs
     entry = s.MetadataT()
-    entry.name, entry.buffer = RECORD, out.buffer(record.to_json().encode())
+    entry.name, entry.buffer = RECORD, out.buffer(record.to_bytes())
     model.metadata, model.buffers = [entry], out.buffers
     model.signatureDefs = [_signature(graph, subgraph)]
     return model

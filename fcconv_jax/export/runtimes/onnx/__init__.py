@@ -2,7 +2,6 @@
 
 from ...graph import FUSED, LOOPS, WHOLE
 from .. import Runtime
-from .batches import any_batch
 from .int8 import quantize
 from .reader import OnnxFile
 from .writer import write
@@ -10,7 +9,7 @@ from .writer import write
 RUNTIME = Runtime(
     *("onnx", "ONNX", ".onnx", "onnx", OnnxFile, write),
     images="first",
-    any_batch=any_batch,
+    open_sizes=frozenset({"any_batch", "any_size"}),
     quantize=quantize,
     weights=frozenset({"float16", "bfloat16"}),
     fused=FUSED | WHOLE | LOOPS,

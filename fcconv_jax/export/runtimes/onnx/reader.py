@@ -16,7 +16,8 @@ from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...fingerprint import digest
 from ...integers import Int8Layer
-from ...layers import FileRecord, Layer
+from ...layers import Layer
+from ...record import FileRecord
 from ...shipped import (
     Shipped,
     ShippedLayer,
@@ -73,7 +74,7 @@ class OnnxFile(Shipped):
         """Return the file's own record."""
         for entry in self.model.metadata_props:
             if entry.key == RECORD:
-                return FileRecord.from_json(entry.value)
+                return FileRecord.from_text(entry.value)
         return None
 
     def fingerprint(self) -> str:

@@ -11,9 +11,9 @@ import numpy as np
 from ....messages.errors import ExportError
 from ....messages.extras import require
 from ...graph import Graph, Node, Value, same_content
-from ...layers import FileRecord
 from ...passes.blocks import find_blocks
 from ...passes.norms import find_batch_norms
+from ...record import FileRecord
 from ...shipped import arrange_conv, crops, reversed_window
 
 RECORD = "fcconv_jax"
@@ -114,7 +114,7 @@ class _Writer:
             producer_name="fcconv_jax",
             ir_version=9,
         )
-        self.helper.set_model_props(model, {RECORD: record.to_json()})
+        self.helper.set_model_props(model, {RECORD: record.to_text()})
         return model
 
     def emit_all(self, graph: Graph, reserved: Mapping[Value, str]) -> None:
@@ -158,7 +158,7 @@ class _Writer:
 
     def info(self, value: Value, name: str) -> Any:
         kind = self.helper.np_dtype_to_tensor_dtype(self.checked(value.dtype))
-        return self.helper.make_tensor_value_info(name, kind, list(value.shape))
+        return self.helper.make_tensor_value_info(name, kind, value.dims or value.shape)
 
     def checked(self, dtype: np.dtype) -> np.dtype:
         if str(dtype) not in _DTYPES:
@@ -273,7 +273,7 @@ class _Writer:
         self.add(
             *("ConvTranspose" if spread else "Conv", inputs, out, node.name),
             strides=list(strides),
-            pads=[a for a, _ in padding] + [b for _, b in padding],
+            **_pads(node, padding),
             dilations=list(p["dilation"]),
             group=p["groups"],
             kernel_shape=list(laid.shape[2:]),
@@ -303,22 +303,36 @@ class _Writer:
             *(name, [self.name(node.inputs[0])], out),
             kernel_shape=list(p["window"]),
             strides=list(p["strides"]),
-            pads=[a for a, _ in p["padding"]] + [b for _, b in p["padding"]],
+            **_pads(node, p["padding"]),
             **more,
         )
 
     _pool_mean = _pool_max
 
     def _reshape(self, node: Node, out: str) -> None:
-        shape = self.ints(node.out.shape)
+        shape = self.shape(node.attrs.get("dims", node.out.shape))
         self.add("Reshape", [self.name(node.inputs[0]), shape], out)
+
+    def shape(self, dims: Sequence[Any]) -> str:
+        """The name of a shape, of which some sizes may be those of other values."""
+        if all(isinstance(n, int) for n in dims):
+            return self.ints(dims)
+        parts = []
+        for n in dims:
+            if isinstance(n, int):
+                parts.append(self.ints([n]))
+                continue
+            (value, axis), size = n, self.unique("size")
+            name = self.name(value)
+            parts.append(self.add("Shape", [name], size, start=axis, end=axis + 1))
+        return self.add("Concat", parts, self.unique("shape"), axis=0)
 
     def _transpose(self, node: Node, out: str) -> None:
         perm = list(node.attrs["perm"])
         self.add("Transpose", [self.name(node.inputs[0])], out, perm=perm)
 
     def _broadcast(self, node: Node, out: str) -> None:
-        shape = self.ints(node.out.shape)
+        shape = self.ints(node.attrs.get("dims", node.out.shape))
         self.add("Expand", [self.name(node.inputs[0]), shape], out)
 
     def _concat(self, node: Node, out: str) -> None:
@@ -475,6 +489,12 @@ class _Writer:
     def _rem(self, node: Node, out: str) -> None:
         inputs = [self.name(value) for value in node.inputs]
         self.add("Mod", inputs, out, fmod=1)
+
+
+def _pads(node: Node, padding: Sequence[tuple[int, int]]) -> dict[str, Any]:
+    if "same" in node.attrs:
+        return {"auto_pad": "SAME_UPPER"}
+    return {"pads": [a for a, _ in padding] + [b for _, b in padding]}
 
 
 def _scale(inner: int, outer: int) -> np.float32:
