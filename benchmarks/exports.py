@@ -41,9 +41,10 @@ def cell(network: Network, runtime: str) -> dict[str, Any]:
         try:
             report = fc.export(*given, path=path, progress=False)
         except fc.FcconvError as error:
-            return {"verdict": "refused", "reason": str(error)}
+            reason = str(error).replace(folder, "").replace("\n", " ")
+            return {"verdict": "refused", "reason": reason}
     figures = report.figures[0]
-    verdict = "verified" if report.executed else "written"
+    verdict = "verified" if report.executed else "written, not run"
     return {
         "verdict": verdict if report.passed else "failed",
         "reason": "; ".join(report.failures),
@@ -69,8 +70,9 @@ def main() -> int:
             row[runtime] = cell(network, runtime)
             failed += row[runtime]["verdict"] == "failed"
             print(name, runtime, row[runtime], file=sys.stderr, flush=True)
-        ordered = {name: found[name] for name in NETWORKS if name in found}
-        RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
+            found[name] = {each: row[each] for each in RUNTIMES if each in row}
+            ordered = {name: found[name] for name in NETWORKS if name in found}
+            RESULTS.write_text(json.dumps(ordered, indent=1) + "\n")
     return int(failed > 0)
 
 
