@@ -234,7 +234,7 @@ def _compare(
             distance=explained.distance,
             rounded_tables=explained.tables,
         )
-    return _judged(found, read, gradients, (first, second))
+    return _judged(found, read, gradients, (first, second), outputs)
 
 
 def _judged(
@@ -242,15 +242,16 @@ def _judged(
     read: tuple[Read, Read],
     gradients: bool | None,
     models: tuple[BoundModel, BoundModel],
+    reference: Reference,
 ) -> Comparison:
     """Return the comparison with its verdict."""
     failed = [array for array in found.arrays if not array.passed]
     if any(not array.unseen for array in failed):
         parts_at = None
         if any(array.quantity == "outputs" for array in failed):
-            named = [named_outputs(each.named) for each in read]
+            want, got = (named_outputs(each.named) for each in read)
             ported = models[0].library != models[1].library
-            parts_at = parting(*named, ported=ported)
+            parts_at = parting(want, got, reference, ported)
             if mistakes := porting_mistakes(*models):
                 parts_at = ": ".join(filter(None, (parts_at, "; ".join(mistakes))))
         return dataclasses.replace(

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import collections
+import itertools
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -12,52 +15,176 @@ from ..messages.errors import PlanError
 from ..params.leaves import flatten_with_path
 from ..plan import LayerPlan
 from ..plan.paths import join_path
+from ..tracing.jaxprs import Literal, call_body, opened, subjaxprs
+from ..tracing.marks import named_outputs
 from .agreement import agree
+from .reference import Reference
+
+Output = tuple[str, int]  # path of a module, and which of its outputs
 
 
 def parting(
-    want: Mapping[str, Any], got: Mapping[str, Any], ported: bool = False
+    want: Mapping[str, Any],
+    got: Mapping[str, Any],
+    reference: Reference,
+    ported: bool = False,
 ) -> str | None:
     """Return the first module whose output differs, in the order they return in.
 
-    Modules of one path are held against each other. Where the two have no path in
-    common, as after a port, outputs are matched by their values.
+    Modules of one path are compared. Where the two models have no path in common, as
+    after a port, outputs are matched by their values.
 
     Args:
       want: by path, the outputs of the first model's modules, one for each call.
       got: those of the second.
-      ported: whether the models are of two libraries, whose images may have their
-        channels in other places.
+      reference: the two models in float64.
+      ported: whether the models are of two libraries, which may spell paths and lay
+        out images differently.
     """
     common = [path for path in want if path in got and path]
-    for path in common:
-        if len(want[path]) != len(got[path]):
-            return f"{path!r}: called {len(want[path])} and {len(got[path])} times"
-        if not _alike(want[path], got[path], ported):
-            return repr(path)
-    if (common and not ported) or not (want and got):
-        return None
-    paths, others = list(want), list(got)
-    last, behind = -1, -1
-    for number, path in enumerate(paths):
-        found = [
-            at
-            for at, other in enumerate(others)
-            if _alike(want[path], got[other], ported)
+    if not ported:
+        for path in common:
+            if len(want[path]) != len(got[path]):
+                counts = f"{len(want[path])} and {len(got[path])}"
+                return f"{path!r}: called {counts} times"
+            if not all(map(_same, want[path], got[path])):
+                return repr(path)
+    upstream = _upstream(reference.traces[0].jaxpr)
+    mine = {
+        (path, number): want[path][number]
+        for path, number in upstream
+        if path and number < len(want.get(path, ()))
+    }
+    namesakes = {_spelled(path): path for path in got}
+
+    def beside(path: str, number: int) -> list[str]:
+        """Return the second model's modules with this output; its namesake alone."""
+        same = namesakes.get(_spelled(path))
+        among = dict(got) if same is None else {same: got[same]}
+        if same is not None and len(got[same]) == len(want[path]):
+            among = {same: [got[same][number]]}
+        y = want[path][number]
+        return [p for p, zs in among.items() if any(_same(y, z, ported) for z in zs)]
+
+    matched = {each: found for each in mine if (found := beside(*each))}
+    agreed: set[Output] = set()
+
+    def agree_with(outputs: Iterable[Output]) -> list[Output]:
+        """Add outputs that agree, and all they are made from, however it is split."""
+        for each in outputs:
+            agreed.update({each} | (upstream[each] if _varies(mine[each]) else set()))
+        return [each for each in mine if each not in agreed]
+
+    left = agree_with(matched)
+    # A module of one model may be an operation in the other.
+    alone = [each for each in left if _spelled(each[0]) not in namesakes]
+    parts = [part for each in alone for split in _splits(mine[each]) for part in split]
+    seen = reference.values(1, {part.size for part in parts}) if parts else ()
+    blamed = agree_with(each for each in alone if _computed(mine[each], seen))
+    # Entries in another order, such as of classes.
+    blamed = blamed or [each for each in [*mine][-1:] if each in alone]
+    before = list(itertools.takewhile(lambda each: each not in blamed, mine))
+    behind = f", behind {before[-1][0]!r}" if before else ""
+    if not blamed:
+        return f"the end of the first{behind}" if behind else None
+    path, size = blamed[0][0], np.size(mine[blamed[0]])
+    others = [namesakes[key] for key in [_spelled(path)] if key in namesakes]
+    if not others:
+        known = [
+            [*got].index(other) for each in before for other in matched.get(each, ())
         ]
-        if found:
-            last, behind = number, max(behind, *found)
-    if last + 1 == len(paths):
-        return None
-    path = paths[last + 1]
-    before = f", behind {paths[last]!r}" if last >= 0 else ""
-    beside = [
-        other
-        for other in others[behind + 1 :]
-        if [y.size for y in got[other]] == [y.size for y in want[path]]
-    ]
-    second = f" ({beside[0] or '(root)'!r} of the second)" if beside else ""
-    return f"{path or '(root)'!r} of the first{second}{before}"
+        seen = reference.values(0, {size})
+        others = [
+            other
+            for other in [*got][max(known, default=-1) + 1 :]
+            if any(z.size == size and not _computed(z, seen) for z in got[other])
+        ]
+    second = f" ({others[0] or '(root)'!r} of the second)" if others else ""
+    pairs = [(each[0], matched[each]) for each in before if each in matched]
+    crossed = _crossed(pairs, [*got])
+    return f"{path!r} of the first{second}{behind}{crossed}"
+
+
+def _spelled(path: str) -> str:
+    """Return a path as both libraries spell it: ``blocks.0`` and ``blocks_0``."""
+    return re.sub(r"[./]|_(?=\d+(?:[./]|$))", "/", path)
+
+
+def _crossed(matched: Sequence[tuple[str, list[str]]], others: Sequence[str]) -> str:
+    """Name two modules whose outputs agree crosswise, as swapped weights make them."""
+    for (one, a), (two, b) in itertools.pairwise(matched):
+        if len(a) == len(b) == 1 and others.index(a[0]) > others.index(b[0]):
+            return f"; {one!r} returns what {a[0]!r} does, and {two!r} what {b[0]!r}"
+    return ""
+
+
+def _upstream(trace: Any) -> dict[Output, set[Output]]:
+    """Return, for each output that a trace names, in order, those it is made from.
+
+    An output in a loop depends on all that the loop reads.
+    """
+    found: dict[Output, set[Output]] = {}
+    calls: collections.Counter[str] = collections.Counter()
+
+    def read(jaxpr: Any, given: Sequence[set[Output]], named: bool) -> list[Any]:
+        body, _ = opened(jaxpr)
+        known = dict(zip(body.invars, given))
+
+        def of(atom: Any) -> set[Output]:
+            return set() if isinstance(atom, Literal) else known.get(atom, set())
+
+        for eqn in body.eqns:
+            ins = [of(atom) for atom in eqn.invars]
+            every = set[Output]().union(*ins)
+            outs = [every] * len(eqn.outvars)
+            if eqn.primitive.name == "name" and named:
+                for path in named_outputs({eqn.params["name"]: None}):
+                    output = path, calls[path]
+                    calls[path] += 1
+                    found[output] = every
+                    outs = [every | {output}]
+            elif (inner := call_body(eqn)) is not None:
+                outs = read(inner, ins, named)
+            else:
+                for _, each in subjaxprs(eqn):
+                    # Loops other than scans, and branches, come out without names.
+                    into = [every] * len(opened(each)[0].invars)
+                    inside = read(each, into, named and eqn.primitive.name == "scan")
+                    outs = [out.union(*inside) for out in outs]
+            known.update(zip(eqn.outvars, outs))
+        return [of(atom) for atom in body.outvars]
+
+    body, _ = opened(trace)
+    read(trace, [set[Output]()] * len(body.invars), True)
+    return found
+
+
+def _varies(y: Any) -> bool:
+    """Return whether an output is evidence: no index, and not one value throughout."""
+    y = np.asarray(y)
+    return bool(
+        np.issubdtype(y.dtype, np.inexact) and y.size and (y != y.flat[0]).any()
+    )
+
+
+def _splits(y: Any) -> list[list[np.ndarray]]:
+    """Return an output whole, in halves and in thirds, as of a fused ``qkv``."""
+    y = np.asarray(y)
+    counts = [n for n in (1, 2, 3) if y.ndim and y.shape[-1] % n == 0]
+    return [np.split(y, n, axis=-1) for n in counts]
+
+
+def _computed(y: Any, seen: Sequence[np.ndarray]) -> bool:
+    """Return whether an output, or each of its parts, is among values in any layout."""
+
+    def sorted_(z: np.ndarray) -> list[tuple[str, np.ndarray]]:
+        return [("", np.sort(z, axis=None))]
+
+    def found(part: np.ndarray) -> bool:
+        alike = (z for z in seen if z.size == part.size and z.dtype == part.dtype)
+        return any(agree("layers", sorted_(part), sorted_(z))[0].passed for z in alike)
+
+    return any(all(map(found, parts)) for parts in _splits(y))
 
 
 def porting_mistakes(first: BoundModel, second: BoundModel) -> list[str]:
@@ -109,14 +236,12 @@ def _matrices(
         yield path, layer, split.reshape(-1, kernel.shape[-1]), kernel
 
 
-def _alike(ys: Sequence[Any], zs: Sequence[Any], ported: bool) -> bool:
-    return len(ys) == len(zs) and all(_same(y, z, ported) for y, z in zip(ys, zs))
-
-
-def _same(y: Any, z: Any, ported: bool) -> bool:
+def _same(y: Any, z: Any, ported: bool = False) -> bool:
     y, z = np.asarray(y), np.asarray(z)
     if y.size != z.size:
-        return False
+        # One of the layers that a scan stacks.
+        stacked = ported and z.ndim > 1 and z.size == len(z) * y.size
+        return stacked and any(_same(y, row, True) for row in z)
     ways = [y]
     if ported and y.ndim > 2:
         ways += [np.moveaxis(y, 1, -1), np.moveaxis(y, -1, 1)]

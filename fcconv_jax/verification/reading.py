@@ -16,7 +16,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -40,6 +40,7 @@ from .nudges import Constant, Nudge, literal_array
 from .widening import bind_wide, widen, widen_literal, widened
 
 Named = dict[str, list[Any]]
+VALUE = "fcconv_jax.value"  # the name of values that no module returns
 
 
 class Reading:
@@ -51,6 +52,7 @@ class Reading:
         default device, for the sake of what it names.
       movable: constants that :meth:`__call__` can move.
       noisy: whether it can move the operands of equations.
+      sizes: name all values of these numbers of entries, too.
 
     Example:
       >>> import jax
@@ -67,6 +69,7 @@ class Reading:
         wide: bool = True,
         movable: Sequence[Constant] = (),
         noisy: bool = False,
+        sizes: Collection[int] = (),
     ):
         self._wide, self._movable = wide, movable
         body, self.consts = opened(jaxpr)
@@ -81,7 +84,7 @@ class Reading:
                 index = {constant: n for n, constant in enumerate(movable)}
                 nudge = Nudge(index, steps, seed if noisy else None)
                 consts = list(map(nudge.constant, consts, self.consts))
-            outs = _Reader(named, wide, nudge).run(body, operands, consts)
+            outs = _Reader(named, wide, nudge, sizes).run(body, operands, consts)
             self._names = list(named)
             return outs, named
 
@@ -165,6 +168,7 @@ class _Reader:
     named: Named | None
     wide: bool
     nudge: Nudge | None = None
+    sizes: Collection[int] = ()
 
     def __call__(self, jaxpr: AnyJaxpr, operands: Sequence[Any]) -> list[Any]:
         body, consts = opened(jaxpr)
@@ -194,6 +198,9 @@ class _Reader:
                 continue
             outs = self._visit(eqn, [value(atom) for atom in eqn.invars])
             values.update(zip(eqn.outvars, outs, strict=True))
+            if self.sizes and self.named is not None and not bodies(eqn):
+                kept = [out for out in outs if out.size in self.sizes]
+                self.named.setdefault(VALUE, []).extend(kept)
         return [value(atom) for atom in body.outvars]
 
     def _visit(self, eqn: Equation, ins: list[Any]) -> Sequence[Any]:
@@ -230,7 +237,7 @@ class _Reader:
 
         def step(carry: Any, xs: PyTree) -> Any:
             inside: Named = {}
-            outs = _Reader(inside, self.wide, self.nudge)(
+            outs = _Reader(inside, self.wide, self.nudge, self.sizes)(
                 p["jaxpr"], [*consts, *carry, *xs]
             )
             return outs[:carried], (outs[carried:], inside)

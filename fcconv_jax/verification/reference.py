@@ -5,18 +5,19 @@ from __future__ import annotations
 import dataclasses
 import math
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
+import numpy as np
 from jaxtyping import PyTree
 
 from ..messages.progress import Progress
 from ..tracing.cost import flops
 from ..tracing.jaxprs import AnyJaxpr
 from .obstacles import obstacles
-from .reading import Named, Reading
+from .reading import VALUE, Named, Reading
 
 # Floating point operations that a core does in a second, in float64: a low guess.
 _RATE = 5e9
@@ -57,15 +58,16 @@ class Reference:
     """Both forms of a program on their way through float64.
 
     Attributes:
+      traces: the two.
       unread: why no reference could be made; empty if it was.
     """
 
     def __init__(self, original: TracedProgram, converted: TracedProgram, what: str):
-        self._traces, self._what = (original, converted), what
-        found = [name for trace in self._traces for name in obstacles(trace.jaxpr)]
+        self.traces, self._what = (original, converted), what
+        found = [name for trace in self.traces for name in obstacles(trace.jaxpr)]
         self.unread = list(dict.fromkeys(found))
         self._readings = (
-            [] if found else [Reading(trace.jaxpr) for trace in self._traces]
+            [] if found else [Reading(trace.jaxpr) for trace in self.traces]
         )
 
     def run(self, show: Progress) -> tuple[Read, Read] | None:
@@ -81,11 +83,11 @@ class Reference:
         if self.unread:
             return None
         row = f"float64: {self._what}"
-        seconds = sum(float64_seconds(trace.jaxpr) for trace in self._traces)
+        seconds = sum(float64_seconds(trace.jaxpr) for trace in self.traces)
         if seconds > _LONG:
             row += f", about {math.ceil(seconds / 60)} minutes"
         found: list[Read] = []
-        for done, (trace, reading) in enumerate(zip(self._traces, self._readings)):
+        for done, (trace, reading) in enumerate(zip(self.traces, self._readings)):
             show(row, done, len(self._readings))
             found.append(_read(trace, reading))
         show(row, len(found), len(found))
@@ -95,6 +97,19 @@ class Reference:
         """Run both again, on other operands."""
         mine, theirs = self._readings
         return _read(first, mine), _read(second, theirs)
+
+    def values(self, which: int, sizes: Collection[int]) -> list[np.ndarray[Any, Any]]:
+        """Return all of these numbers of entries that one of the two computes.
+
+        Empty if it doesn't fit in memory.
+        """
+        trace = self.traces[which]
+        reading = Reading(trace.jaxpr, sizes=sizes)
+        if reading.bytes > free_memory():
+            return []
+        found = reading(trace.operands)[1].get(VALUE, [])
+        # A loop stacks its steps.
+        return [row for z in found for row in ([z] if z.size in sizes else z)]
 
 
 def _read(trace: TracedProgram, reading: Reading) -> Read:

@@ -213,3 +213,66 @@ def test_a_head_behind_another_flatten():
     params["head"]["kernel"] = np.asarray(moved.permute(2, 3, 1, 0))
     params = fc.restore_params(params, theirs, strict=False)
     assert compare(model, CNN(), params).passed
+
+
+class TorchTowers(torch.nn.Module):
+    """Activations are modules, two layers are one, and a second tower is read last."""
+
+    def __init__(self):
+        super().__init__()
+        self.both = torch.nn.Linear(WIDTH, 2 * WIDTH)
+        self.mlp = torch.nn.Sequential(torch.nn.GELU(), torch.nn.Linear(WIDTH, WIDTH))
+        self.norm = torch.nn.BatchNorm1d(WIDTH, eps=1e-3)
+        self.tower = torch.nn.Linear(WIDTH, WIDTH)
+
+    def forward(self, x):
+        gate, y = self.both(x).chunk(2, -1)
+        return self.norm(torch.tanh(gate) * self.mlp(y)) + self.tower(x)
+
+
+class Towers(nn.Module):
+    approximate: bool = False
+    eps: float = 1e-3
+
+    @nn.compact
+    def __call__(self, x):
+        gate, y = (nn.Dense(WIDTH, name=name)(x) for name in ("gate", "value"))
+        y = nn.Dense(WIDTH, name="mlp")(nn.gelu(y, approximate=self.approximate))
+        y = nn.tanh(gate) * y
+        norm = nn.BatchNorm(use_running_average=True, epsilon=self.eps, name="batch")
+        return norm(y) + nn.Dense(WIDTH, name="tower")(x)
+
+
+@pytest.mark.parametrize(
+    ("mistake", "where"),
+    [
+        ("tanh", "'mlp.0' of the first ('mlp' of the second), behind 'both'"),
+        ("eps", "'norm' of the first ('batch' of the second), behind 'mlp'"),
+        ("kernel", "'mlp.1' of the first ('mlp' of the second), behind 'mlp.0'"),
+        ("halves", "'mlp.0' of the first ('mlp' of the second), behind 'both'"),
+    ],
+)
+def test_modules_that_only_one_library_has(mistake, where):
+    torch.manual_seed(0)
+    model = TorchTowers().eval()
+    state = {name: value.numpy().copy() for name, value in model.state_dict().items()}
+    weight, bias = (state[f"both.{name}"] for name in ("weight", "bias"))
+    halves = [
+        {"kernel": weight[part].T, "bias": bias[part]}
+        for part in (slice(WIDTH), slice(WIDTH, None))
+    ]
+    params = dict(zip(("gate", "value"), halves[:: -1 if mistake == "halves" else 1]))
+    for name, path in (("mlp.1", "mlp"), ("tower", "tower")):
+        params[path] = {"kernel": state[f"{name}.weight"].T}
+        params[path]["bias"] = state[f"{name}.bias"]
+    if mistake == "kernel":
+        params["mlp"]["kernel"] = params["mlp"]["kernel"] * 1.001
+    params["batch"] = {"scale": state["norm.weight"], "bias": state["norm.bias"]}
+    stats = {"mean": state["norm.running_mean"], "var": state["norm.running_var"]}
+    port = Towers(mistake == "tanh", 1e-5 if mistake == "eps" else 1e-3)
+    x = torch.randn(4, WIDTH)
+    variables = {"params": params, "batch_stats": {"batch": stats}}
+    found = fc.compare(
+        *(model, port, [x], [variables, x.numpy()]), gradients=False, progress=False
+    )
+    assert found.parts_at == where
