@@ -184,8 +184,8 @@ def slide(
     typer.echo(f"{batch[0].dtype} pixels, {scaling}", err=True)
     options = CallOptions([_crop(sizes, channels, first)], kwargs, method)
     bound = _with_params(read_model(model, options), params, images[0], sizes, channels)
-    grid, variables = _scaled_grid(bound, scaling, sizes, steps, first)
     pixels = Pixels(batch, channels_first=first == 2)
+    grid, variables = _scaled_grid(bound, scaling, pixels, sizes, steps, first)
     described = _described(grid, variables, pixels, batch[0])
     check_class(label, softmax, described.shape[3:])
     if where is not None and described.dtype.kind != "f":
@@ -255,12 +255,14 @@ def _check_destinations(
 def _scaled_grid(
     bound: BoundModel,
     scaling: Scaling,
+    pixels: Pixels,
     sizes: tuple[int, int],
     steps: tuple[int, int] | None,
     first: int,
 ) -> tuple[Slide, Any]:
     """Return the model on every crop of scaled pixels, and its variables."""
     from ..dense_prediction.slide import slide as make_grid
+    from ..dense_prediction.tiles import middle_crop
     from ..frontends.bind import bind_crops
 
     on_crops = bind_crops(bound)
@@ -269,7 +271,11 @@ def _scaled_grid(
         return on_crops.function(variables, scaling(crops))
 
     (variables,) = on_crops.complete(())
-    return make_grid(scaled, sizes, steps, axes=(first, first + 1)), variables
+    grid = make_grid(scaled, sizes, steps, axes=(first, first + 1))
+    if on_crops.bind is not None:
+        crop = scaling(middle_crop(grid, pixels))
+        on_crops.bind(variables, crop).check_library()
+    return grid, variables
 
 
 def _described(grid: Slide, variables: PyTree, pixels: Pixels, image: Image) -> Grid:

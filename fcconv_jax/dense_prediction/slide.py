@@ -5,13 +5,14 @@ from __future__ import annotations
 import dataclasses
 import operator
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.core import Tracer
 from jaxtyping import PyTree
 
 from ..backends.options import pool_options
@@ -28,7 +29,7 @@ from .program import (
     reaches_matmul_as_integer,
 )
 from .report import SlideReport
-from .tiles import Sliced, dtype_of
+from .tiles import Sliced, dtype_of, middle_crop
 from .write import TilesWritten, WriteOptions, write_tiles
 
 
@@ -139,6 +140,7 @@ class Slide:
         # What a model holds itself is read again at each call, so it may be trained.
         bound = bind_crops(model)
         self.function, self._complete = bound.function, bound.complete
+        self._bind, self._checked = bound.bind, set[Hashable]()
         first = bound.first_spatial_axis
         self.padding: Literal["crops", "image"] = padding
         self.window = window
@@ -166,6 +168,7 @@ class Slide:
         Raises:
           ValueError: an image is smaller than the window, or an output of the function
             doesn't have the batch first.
+          PlanError: on a crop, a PyTorch Module computes something else in PyTorch.
         """
         args = self._complete(args)
         if args and _is_lazy(args[-1]):
@@ -174,6 +177,7 @@ class Slide:
                 f"{type(args[-1]).__name__}. Pass it to grid.write(..., out=...): it "
                 "reads a tile at a time."
             )
+        self._check_library(args, kwargs)
         return self._call(*args, **kwargs)
 
     def each_crop(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
@@ -277,6 +281,7 @@ class Slide:
         given = self._complete(args)
         options = WriteOptions(memory, resume, progress, mask, whole_windows, mesh)
         options.check()
+        self._check_library(given, kwargs)
         return write_tiles(plain, given, kwargs, out, options)
 
     def report(self, *args: PyTree, **kwargs: PyTree) -> SlideReport:
@@ -297,6 +302,25 @@ class Slide:
         window = "x".join(map(str, self.window))
         step = "its own stride" if self.stride is None else f"stride {self.stride}"
         return f"<{_name(self.function)} on every crop of {window}, {step}>"
+
+    def _check_library(self, args: Sequence[PyTree], kwargs: PyTree) -> None:
+        """Compare one crop of each shape and dtype with the model's own library."""
+        if self._bind is None:
+            return
+        *before, images = args
+        _check(images, self.window, self.axes, self._given[3] is None)
+        leaves = jax.tree.leaves((args, kwargs))
+        if any(
+            isinstance(leaf, Tracer) or not getattr(leaf, "is_fully_addressable", True)
+            for leaf in leaves
+        ):
+            return  # within another jit, or in part on other hosts
+        call = (*before, middle_crop(self, images))
+        arrays, static = arguments.split((call, kwargs))
+        key = repr(static), *((each.shape, each.dtype) for each in arrays)
+        if key not in self._checked:
+            self._bind(*call, **kwargs).check_library()
+            self._checked.add(key)
 
     def _run(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self._program(args, kwargs).run()

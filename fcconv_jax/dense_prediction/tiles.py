@@ -172,6 +172,15 @@ def one_window(grid: Any, images: LazyArray) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(tuple(shape), dtype_of(images))
 
 
+def middle_crop(grid: Any, images: LazyArray) -> np.ndarray[Any, Any]:
+    """Read the crop in the middle of the first image, whose corners may be blank."""
+    where = [slice(1), *(slice(None) for _ in images.shape[1:])]
+    for axis, size in zip(grid.axes, grid.window):
+        start = (images.shape[axis] - size) // 2
+        where[axis] = slice(start, start + size)
+    return read_part(images, where)
+
+
 def _check_out(one: Sequence[Any], out: PyTree, counts: Sequence[int]) -> None:
     """Refuse outputs that cannot hold the result, before anything is computed."""
     wanted = [(leaf.shape[0], *counts, *leaf.shape[1:]) for leaf in one]

@@ -43,11 +43,14 @@ class OnCrops(NamedTuple):
       function: the function.
       complete: puts the variables of a model that holds them before a call's arguments.
       first_spatial_axis: of the crops, where the library has one layout of images.
+      bind: binds the model to all that the function takes; None for JAX's own models,
+        which need no :meth:`BoundModel.check_library`.
     """
 
     function: Callable[..., Any]
     complete: Callable[[tuple[Any, ...]], tuple[Any, ...]] = as_given
     first_spatial_axis: int = 1
+    bind: Callable[..., BoundModel] | None = None
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -131,9 +134,14 @@ class BoundModel(abc.ABC):
         def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
             return self._call(variables, args, {**self.kwargs, **kwargs})
 
+        def bind(variables: PyTree, *args: Any, **kwargs: Any) -> BoundModel:
+            given = {**self.kwargs, **kwargs}
+            return dataclasses.replace(self, args=args, kwargs=given, given=variables)
+
         call.__name__ = type(self.model).__name__
         return OnCrops(
-            call, lambda args: (self.variables, *args), self.first_spatial_axis
+            *(call, lambda args: (self.variables, *args)),
+            *(self.first_spatial_axis, bind),
         )
 
     @classmethod

@@ -75,8 +75,11 @@ class BoundHeld(BoundModel):
             bound = cls(model, None, args)
             return bound.variables, *bound.args
 
+        def bind(variables: PyTree, *args: Any, **kwargs: Any) -> BoundModel:
+            return cls(model, None, args, kwargs, variables)
+
         call.__name__ = type(model).__name__
-        return OnCrops(call, complete, cls.first_spatial_axis)
+        return OnCrops(call, complete, cls.first_spatial_axis, bind)
 
     @classmethod
     def convert_model(cls, model: object, plan: Plan) -> Any:
