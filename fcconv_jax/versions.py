@@ -15,6 +15,7 @@ from typing import Any
 import jax
 import jax.core
 import jax.experimental
+import jax.numpy as jnp
 import numpy as np
 
 # jax 0.10.1: jax.errors.InconclusiveDimensionOperation.
@@ -49,6 +50,16 @@ def check_bits(dtype: np.dtype) -> None:
             f"Expected a dtype that jaxlib {jax.__version__} can rearrange, got "
             f"{dtype.name}. Pass a NumPy array, or upgrade to jaxlib 0.8.0."
         )
+
+
+def convolved(x: Any, kernel: Any, wide: Any) -> tuple[Any, Any]:
+    """Jax 0.9.2: ``(x, kernel)``. Earlier, wider results have no gradient."""
+    floats = wide is not None and jnp.issubdtype(x.dtype, jnp.floating)
+    if jax.__version_info__ >= (0, 9, 2) or not floats:
+        return x, kernel
+    if jnp.finfo(wide).bits <= jnp.finfo(x.dtype).bits:
+        return x, kernel
+    return x.astype(wide), kernel.astype(wide)
 
 
 @functools.cache

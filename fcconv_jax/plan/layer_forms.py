@@ -29,6 +29,7 @@ from ..geometry.meshes import (
     with_mesh,
 )
 from ..messages.errors import PlanError
+from ..versions import convolved
 from . import Form, LayerPlan
 from .layer_shardings import dense_sharding, gathered
 from .phases import canonical_phases, check_no_mesh, phases_of
@@ -376,6 +377,7 @@ def convolve(
         "OHWI": lhs,
         "OIHW": tuple(range(x.ndim)),
     }
+    x, kernel = convolved(x, kernel, settings.get("preferred_element_type"))
     y = lax.conv_general_dilated(
         x,
         kernel,
