@@ -96,8 +96,8 @@ def respec(
       >>> from jax.sharding import AbstractMesh
       >>> mesh = AbstractMesh((2, 4), ("data", "model"))
       >>> sharding = NamedSharding(mesh, PartitionSpec("data", None, "model"))
-      >>> respec(sharding, (8, 16, 32), (128, 1, 32)).spec
-      P('data', None, 'model')
+      >>> tuple(respec(sharding, (8, 16, 32), (128, 1, 32)).spec)
+      ('data', None, 'model')
     """
     if sharding is None:
         return None

@@ -11,6 +11,7 @@ import flax.serialization
 import numpy as np
 import pytest
 import safetensors
+from conftest import needs
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -87,10 +88,14 @@ def _read_msgpack(path):
     return flax.serialization.msgpack_restore(path.read_bytes())
 
 
-@settings(max_examples=400, deadline=None)
-@given(seed=st.integers(0, 2**32), kind=st.sampled_from(["safetensors", "msgpack"]))
+# Earlier versions of Flax refuse names that damage has turned into numbers.
+@pytest.mark.parametrize(
+    "kind", ["safetensors", pytest.param("msgpack", marks=needs("flax", "0.12.8"))]
+)
+@settings(max_examples=200, deadline=None)
+@given(seed=st.integers(0, 2**32))
 def test_the_formats_own_libraries_refuse_and_read_the_same(
-    tmp_path_factory, seed, kind
+    tmp_path_factory, kind, seed
 ):
     path = tmp_path_factory.getbasetemp() / f"theirs {kind}"
     path.unlink(missing_ok=True)
@@ -110,6 +115,7 @@ def test_without_fcntl_all_imports_and_files_are_refused(tmp_path):
     """As on Windows: planning and converting params work there."""
     (tmp_path / "w.safetensors").write_bytes(struct.pack("<Q", 2) + b"{}")
     code = (
+        "import asyncio  # which calls os.sysconf, but not on Windows\n"
         "import os, sys; sys.modules['fcntl'] = None; del os.preadv, os.sysconf\n"
         "import jax, flax.linen as nn, numpy as np, fcconv_jax as fc\n"
         "import fcconv_jax.checkpoints, fcconv_jax.cli.app\n"

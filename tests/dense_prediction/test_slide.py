@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import one_in
+from conftest import needs, one_in
 from flax import nnx
 from jax.test_util import check_grads
 from random_networks import crops_one_by_one
@@ -434,20 +434,31 @@ def test_a_step_that_the_network_does_not_divide():
     assert around.report(variables, IMAGES).stride == (4, 4)
 
 
+def grid_of(kind):
+    if kind == "linen":
+        return fc.slide(Net(), WINDOW, STRIDE), (initialised(Net()), IMAGES)
+    if kind == "function":
+        return fc.slide(weighted, (4, 4), 2), (np.ones((32, 3), np.float32), IMAGES)
+    return fc.slide(NnxNet(nnx.Rngs(0)), WINDOW, padding="image"), (IMAGES,)
+
+
+def pickled(grid):
+    return pickle.loads(pickle.dumps(grid))
+
+
 @pytest.mark.parametrize("used", [False, True])
 @pytest.mark.parametrize(
-    "copied", [copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))]
+    ("kind", "copied"),
+    [
+        *((kind, copy.deepcopy) for kind in ("linen", "function", "nnx")),
+        *((kind, pickled) for kind in ("linen", "function")),
+        pytest.param("nnx", pickled, marks=needs("flax", "0.12.1")),
+    ],
 )
-def test_copies(used, copied):
-    model = Net()
-    variables = initialised(model)
-    for grid, args in (
-        (fc.slide(model, WINDOW, STRIDE), (variables, IMAGES)),
-        (fc.slide(weighted, (4, 4), 2), (np.ones((32, 3), np.float32), IMAGES)),
-        (fc.slide(NnxNet(nnx.Rngs(0)), WINDOW, padding="image"), (IMAGES,)),
-    ):
-        if used:
-            grid(*args)
-        again = copied(grid)
-        assert repr(again) == repr(grid)
-        chex.assert_trees_all_equal(again(*args), grid(*args))
+def test_copies(kind, used, copied):
+    grid, args = grid_of(kind)
+    if used:
+        grid(*args)
+    again = copied(grid)
+    assert repr(again) == repr(grid)
+    chex.assert_trees_all_equal(again(*args), grid(*args))

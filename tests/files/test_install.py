@@ -1,13 +1,11 @@
 """Files are installed whole or not at all, and killed runs leave nothing."""
 
 import errno
-import multiprocessing
 import os
 import shutil
 import signal
 import subprocess
 import sys
-import time
 
 import pytest
 
@@ -161,23 +159,22 @@ def test_without_locks_a_file_is_installed_and_a_leftover_stays(tmp_path, monkey
     shutil.rmtree(tmp_path / ".m.fcconv-x")
 
 
-def _count(final):
-    for _ in range(20):
-        with updating(final):
-            number = int(final.read_text())
-            time.sleep(0.001)
-            with replacing(final) as fresh:
-                fresh.write_text(str(number + 1))
-
-
 def test_updates_of_several_processes_are_all_kept(tmp_path):
     final = tmp_path / "number"
     final.write_text("0")
-    start = multiprocessing.get_context("spawn").Process
-    processes = [start(target=_count, args=(final,)) for _ in range(3)]
-    for process in processes:
-        process.start()
-    for process in processes:
-        process.join()
+    code = (
+        "import pathlib, sys, time\n"
+        "from fcconv_jax.files.install import replacing, updating\n"
+        "final = pathlib.Path(sys.argv[1])\n"
+        "for _ in range(20):\n"
+        "    with updating(final):\n"
+        "        number = int(final.read_text())\n"
+        "        time.sleep(0.001)\n"
+        "        with replacing(final) as fresh:\n"
+        "            fresh.write_text(str(number + 1))\n"
+    )
+    command = [sys.executable, "-c", code, str(final)]
+    processes = [subprocess.Popen(command) for _ in range(3)]
+    assert [process.wait() for process in processes] == [0, 0, 0]
     assert final.read_text() == "60"
     assert names(tmp_path) == ["number"]

@@ -83,6 +83,8 @@ OPTIMIZERS = {
 
 # They sum the squares of a kernel, in the order of its axes: steps differ by rounding.
 NORMS = ("chain", "lamb")
+# jaxlib 0.7 rounds entries of rmsprop's trace as the shape around them suggests.
+ROUNDED = (*NORMS, "rmsprop") if jax.__version_info__ < (0, 8) else NORMS
 
 
 def train(tx, grad, params, state, steps=3):
@@ -121,7 +123,7 @@ def test_training_goes_on_in_the_other_form(name):
     got, moved = train(tx, gradient, got, moved, 2)
     back = fc.convert_opt_state(moved, PLAN.inverse(), tx=tx, params=got)
     got = fc.restore_params(got, PLAN)
-    if name in NORMS:
+    if name in ROUNDED:
         chex.assert_trees_all_close((got, back), (want, state), rtol=1e-5, atol=1e-7)
     else:
         assert bits((got, back)) == bits((want, state))

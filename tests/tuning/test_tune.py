@@ -319,7 +319,7 @@ def test_rules_leave_layers_alone(variables):
 
 
 def test_a_plan_of_options_alone(variables):
-    options = (("xla_cpu_experimental_ynn_fusion_type", ""),)
+    options = (("xla_cpu_enable_fast_min_max", True),)
     plan = Plan("conv", options=options)
     converted = fc.convert_model(Net(), plan)
     got = converted.apply(variables, X)
@@ -339,7 +339,7 @@ def test_a_plan_of_options_alone(variables):
         assert known_options([("xla_no_such_option", 1)]) == {}
     assert Plan.from_json(plan.to_json()) == plan
     assert hash(plan) != hash(Plan("conv"))
-    assert "compiled with xla_cpu_experimental_ynn_fusion_type=''" in str(plan)
+    assert "compiled with xla_cpu_enable_fast_min_max=True" in str(plan)
 
 
 def test_scanned_layers_are_measured_in_a_loop():

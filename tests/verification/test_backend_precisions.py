@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import one_in
+from conftest import needs, one_in
 from jax import lax
 
 import fcconv_jax as fc
@@ -134,7 +134,7 @@ def test_probes_are_exact_and_defects_are_caught(mode, plan):
         ("float16", "float32"),
         ("int8", "int32"),
         ("int8", None),
-        ("int4", None),
+        pytest.param("int4", None, marks=needs("jax", "0.8.0")),
     ],
 )
 @pytest.mark.parametrize("to", one_in(2, ["conv", "dense"]))
