@@ -131,6 +131,50 @@ class Vit(nn.Module):
         return nn.Dense(10)(nn.LayerNorm()(x).mean(1))
 
 
+class Swin(nn.Module):
+    """Two stages of attention within windows, plain and shifted in turns."""
+
+    window: int = 4
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps crops ``(N, n, n, 3)`` to scores ``(N, 10)``."""
+        for width, size in ((48, 4), (96, 2)):
+            x = nn.Conv(width, (size, size), size, padding="VALID")(x)
+            for shift in (0, self.window // 2):
+                x = x + self._attention(nn.LayerNorm()(x), shift)
+                y = nn.gelu(nn.Dense(4 * width)(nn.LayerNorm()(x)))
+                x = x + nn.Dense(width)(y)
+        return nn.Dense(10)(nn.LayerNorm()(x).mean((1, 2)))
+
+    def _attention(self, x: jax.Array, shift: int, heads: int = 3) -> jax.Array:
+        batch, rows, columns, width = x.shape
+        size, count = self.window, self.window**2
+        down, across = rows // size, columns // size
+
+        def windows(x: jax.Array) -> jax.Array:
+            x = jnp.roll(x, (-shift, -shift), (1, 2))
+            x = x.reshape(x.shape[0], down, size, across, size, -1)
+            return x.swapaxes(2, 3).reshape(-1, down * across, count, x.shape[-1])
+
+        joined = nn.Dense(3 * width)(windows(x))
+        joined = joined.reshape(batch, down * across, count, 3, heads, -1)
+        q, k, v = (joined[:, :, :, i] for i in range(3))
+        name, normal = f"place_{width}_{shift}", nn.initializers.normal()
+        place = self.param(name, normal, (heads, count, count))
+        scores = jnp.einsum("nwqhd,nwkhd->nwhqk", q, k) / q.shape[-1] ** 0.5 + place
+        # Pixels that the shift brought together from opposite borders don't meet.
+        ids = jnp.arange(rows)[:, None] >= rows - shift
+        ids = 2 * ids + (jnp.arange(columns) >= columns - shift)
+        ids = windows(jnp.roll(ids, (shift, shift), (0, 1))[None, ..., None])[0, ..., 0]
+        apart = ids[:, None, :, None] != ids[:, None, None]
+        weights = nn.softmax(jnp.where(apart, -100.0, scores))
+        y = jnp.einsum("nwhqk,nwkhd->nwqhd", weights, v)
+        y = nn.Dense(width)(y.reshape(batch, down, across, size, size, width))
+        y = y.swapaxes(2, 3).reshape(x.shape)
+        return jnp.roll(y, (shift, shift), (1, 2))
+
+
 # Network, and the stride that its crops are apart.
 FAMILIES: dict[str, tuple[nn.Module, int]] = {
     "VGG without padding": (Pools("VALID"), 8),
@@ -143,6 +187,7 @@ FAMILIES: dict[str, tuple[nn.Module, int]] = {
     "ConvNeXt": (ConvNext(), 16),
     "ViT/16": (Vit(), 16),
     "DINO-like ViT/8": (Vit(8), 8),
+    "Swin (windows of 4x4 patches of 4)": (Swin(), 32),
 }
 
 

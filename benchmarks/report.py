@@ -130,6 +130,8 @@ def tables(folder: Path) -> dict[str, str]:
         results = json.loads(file.read_text())
         made["slide-cpu"] = _slide(results["slide"])
         made["slide-families"] = _families(results.get("families", []))
+        made["slide-patches"] = _patches(results.get("patches", []))
+        made["slide-scan"] = _scan(results["scan"]) if "scan" in results else _NOTHING
     return made
 
 
@@ -216,6 +218,32 @@ def _slide(results: Sequence[Found]) -> str:
         flops = f"{found['flops']:g}x" if found["flops"] else "not counted"
         rows.append([found["network"], flops, f"{found['times']:g}x"])
     return _markdown(rows)
+
+
+def _patches(results: Sequence[Found]) -> str:
+    rows = [["network", "slide", "patches in PyTorch", "speedup", "bound"]]
+    for found in results:
+        ms = dict(found["milliseconds"])
+        own = ms.pop("slide")
+        missed = "" if found["times"] >= found["bound"] else ", **missed**"
+        network = f"{found['case']}, crop {found['crop']}, step {found['stride']}"
+        times = [f"{each:,.0f} ms" for each in (own, min(ms.values()))]
+        bound = f"{found['bound']:g}x{missed}"
+        rows.append([network, *times, f"{found['times']:.2g}x", bound])
+    return _markdown(rows)
+
+
+def _scan(found: Found) -> str:
+    side, crops = found["pixels"], found["crops"]
+    rows = [
+        ["what", "measured", "bound"],
+        ["peak of the process's memory", f"{found['gibibytes']} GiB", "1.6 GiB"],
+        ["share of the time due to the file", f"{found['idle']:.0%}", "10%"],
+        ["speedup over patches in PyTorch", f"{found['times']:,.0f}x", "10x"],
+    ]
+    few = ", on a network of few FLOPs" if found["network"] == "Patches" else ""
+    whole = f"{side:,}x{side:,} pixels, {crops:,}x{crops:,} crops"
+    return f"{whole} in {found['seconds']:,} s{few}.\n\n{_markdown(rows)}"
 
 
 def _families(results: Sequence[Found]) -> str:

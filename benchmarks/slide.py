@@ -1,7 +1,7 @@
 """How much quicker one pass is than crops, on this machine, against bounds.
 
     python benchmarks/slide.py [NAME ...]
-    python benchmarks/slide.py large [--size 40000]
+    python benchmarks/slide.py large [--size 40000] [--quick] [--out benchmarks/results]
     python benchmarks/slide.py borders
 
 Each network runs on every crop of an image by ``fc.slide``, and crop by crop in three
@@ -16,9 +16,11 @@ from __future__ import annotations
 
 import argparse
 import functools
+import json
 import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import flax.linen as nn
@@ -259,15 +261,27 @@ def main() -> int:
     )
     parser.add_argument("--size", type=int, default=40_000, help="side of the scan")
     parser.add_argument("--width", type=int, default=16, help="of the scan's network")
+    parser.add_argument(
+        "--quick", action="store_true", help="few FLOPs on the whole scan"
+    )
+    parser.add_argument("--out", type=Path, help="a folder for the scan's results")
     options = parser.parse_args()
     names = options.names or [n for n in CASES if n not in ("vgg16", "valid-step1")]
     print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}")
-    results = [
-        scans.large(Pools("VALID", options.width), options.size, 128, 8, 2**28)
-        if name == "large"
-        else (borders() if name == "borders" else measure(name))
-        for name in names
-    ]
+    results = []
+    for name in names:
+        if name == "large":
+            model = Pools("VALID", options.width)
+            whole = scans.Patches() if options.quick else model
+            found = scans.large(model, options.size, whole)
+            print(found, flush=True)
+            results.append(scans.holds(found))
+            if options.out is not None:
+                file = options.out / "slide.json"
+                kept = json.loads(file.read_text(encoding="utf-8")) | {"scan": found}
+                file.write_text(json.dumps(kept, indent=1) + "\n", encoding="utf-8")
+        else:
+            results.append(borders() if name == "borders" else measure(name))
     return 0 if all(results) else 1
 
 
