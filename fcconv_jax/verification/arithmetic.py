@@ -12,6 +12,7 @@ import dataclasses
 import functools
 import itertools
 import math
+from collections.abc import Callable
 from typing import Any, Literal
 
 import jax
@@ -86,7 +87,7 @@ def measure_precision(
     form: Contraction = "dot",
     precision: PrecisionLike = None,
     device: Device | None = None,
-    out: Any = None,
+    out: DTypeLike | None = None,
 ) -> Arithmetic:
     """Measure the arithmetic of a contraction of two ``dtype`` arrays.
 
@@ -161,7 +162,10 @@ def _device(device: Device | None) -> Any:
 
 
 def _dot(
-    rows: jax.Array, columns: jax.Array, precision: PrecisionLike, out: Any = None
+    rows: jax.Array,
+    columns: jax.Array,
+    precision: PrecisionLike,
+    out: DTypeLike | None = None,
 ) -> jax.Array:
     return jax.lax.dot_general(
         rows,
@@ -177,7 +181,7 @@ def _conv(
     columns: jax.Array,
     window: tuple[int, int],
     precision: PrecisionLike,
-    preferred: Any,
+    preferred: DTypeLike | None,
 ) -> jax.Array:
     shape = (*window, rows.shape[1] // math.prod(window))
     out = jax.lax.conv_general_dilated(
@@ -193,13 +197,19 @@ def _conv(
 
 
 def _pointwise(
-    rows: jax.Array, columns: jax.Array, precision: PrecisionLike, out: Any = None
+    rows: jax.Array,
+    columns: jax.Array,
+    precision: PrecisionLike,
+    out: DTypeLike | None = None,
 ) -> jax.Array:
     return _conv(rows, columns, (1, 1), precision, out)
 
 
 def _full_window(
-    rows: jax.Array, columns: jax.Array, precision: PrecisionLike, out: Any = None
+    rows: jax.Array,
+    columns: jax.Array,
+    precision: PrecisionLike,
+    out: DTypeLike | None = None,
 ) -> jax.Array:
     return _conv(rows, columns, (4, 4), precision, out)
 
@@ -216,7 +226,11 @@ def _bits(dtype: DTypeLike) -> int:
     return round(-math.log2(unit_roundoff(dtype)))
 
 
-def _input_roundoff(run: Any, dtype: DTypeLike, out: Any = None) -> float:
+def _input_roundoff(
+    run: Callable[[np.ndarray, np.ndarray], np.ndarray],
+    dtype: DTypeLike,
+    out: DTypeLike | None = None,
+) -> float:
     bits = _bits(dtype)
     random = np.random.default_rng(0).integers(1 << (bits - 1), 1 << bits, 512)
     probes = np.concatenate(
@@ -263,7 +277,9 @@ def _accumulator_probes(dtype: DTypeLike) -> tuple[np.ndarray, np.ndarray, int, 
     return rows.reshape(-1, _REDUCTION), np.tile(sizes, len(orders)), top, reach
 
 
-def _accumulate_roundoff(run: Any, dtype: DTypeLike) -> float:
+def _accumulate_roundoff(
+    run: Callable[[np.ndarray, np.ndarray], np.ndarray], dtype: DTypeLike
+) -> float:
     rows, want, top, reach = _accumulator_probes(dtype)
     ones = np.ones((_REDUCTION, _WIDTH))
     worst = math.inf

@@ -37,6 +37,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import PrecisionLike
+from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from ..backends.name import Device
 from ..tracing import jaxprs
@@ -196,8 +198,8 @@ class Mismatch:
     """
 
     index: tuple[int, ...]
-    got: Any
-    want: Any
+    got: complex | bool | str
+    want: complex | bool | str
     probe: str
 
 
@@ -247,8 +249,8 @@ class _Matmul:
     """The products that a form needs of a dot or a convolution."""
 
     form: Contraction
-    operands: tuple[Any, ...]
-    out: Any
+    operands: tuple[DTypeLike, ...]
+    out: DTypeLike
     precision: PrecisionLike
 
 
@@ -273,8 +275,8 @@ def _matmuls(jaxpr: jaxprs.AnyJaxpr) -> Iterator[_Matmul]:
 
 def _arithmetic(
     matmuls: Sequence[_Matmul],
-    x: Any,
-    out: Any,
+    x: DTypeLike,
+    out: DTypeLike,
     precision: PrecisionLike,
     device: Device | None,
 ) -> Arithmetic:
@@ -295,7 +297,7 @@ def _arithmetic(
     return found
 
 
-def _placed(shapes: Any, device: Device | None) -> Any:
+def _placed(shapes: PyTree, device: Device | None) -> Any:
     if device is None:
         return shapes
     where = jax.sharding.SingleDeviceSharding(device)
@@ -304,11 +306,13 @@ def _placed(shapes: Any, device: Device | None) -> Any:
     )
 
 
-def _put(values: Any, like: Any, device: Device | None) -> jax.Array:
+def _put(
+    values: np.ndarray, like: jax.ShapeDtypeStruct, device: Device | None
+) -> jax.Array:
     return jax.device_put(np.asarray(values).astype(like.dtype), device)
 
 
-def _first_mismatch(want: Any, got: Any, probe: str) -> Mismatch | None:
+def _first_mismatch(want: np.ndarray, got: np.ndarray, probe: str) -> Mismatch | None:
     # Integers have one representation, but zero has a sign, which doesn't count.
     wrong = np.argwhere(want != got)
     if not len(wrong):

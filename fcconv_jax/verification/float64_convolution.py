@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 import itertools
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import jax
@@ -18,7 +19,9 @@ from jax import lax
 
 
 @functools.partial(jax.jit, static_argnums=2)
-def convolve(lhs: Any, rhs: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
+def convolve(
+    lhs: jax.Array, rhs: jax.Array, settings: tuple[tuple[str, Any], ...]
+) -> jax.Array:
     """``lax.conv_general_dilated`` of float64 or complex128 arrays.
 
     Args:
@@ -63,7 +66,13 @@ def convolve(lhs: Any, rhs: Any, settings: tuple[tuple[str, Any], ...]) -> Any:
     return y.transpose(inverse)
 
 
-def _over_window(x: Any, w: Any, sizes: Any, strides: Any, dilation: Any) -> Any:
+def _over_window(
+    x: jax.Array,
+    w: jax.Array,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+) -> jax.Array:
     """Return one matmul for each place of the window."""
     y = jnp.zeros((x.shape[0], x.shape[1], w.shape[1], *sizes), x.dtype)
     if not y.size:
@@ -77,7 +86,13 @@ def _over_window(x: Any, w: Any, sizes: Any, strides: Any, dilation: Any) -> Any
     return y
 
 
-def _over_output(x: Any, w: Any, sizes: Any, strides: Any, dilation: Any) -> Any:
+def _over_output(
+    x: jax.Array,
+    w: jax.Array,
+    sizes: Sequence[int],
+    strides: Sequence[int],
+    dilation: Sequence[int],
+) -> jax.Array:
     """Return one matmul for each place of the output."""
     groups, batch = x.shape[:2]
     matrix = w.reshape(groups, w.shape[1], -1)
