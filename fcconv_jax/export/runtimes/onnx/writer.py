@@ -10,15 +10,15 @@ import numpy as np
 
 from ....messages.errors import ExportError
 from ....messages.extras import require
-from ...graph import Graph, Node, Value, same_content
+from ...graph import Graph, Node, Value
 from ...passes.blocks import find_blocks
 from ...passes.norms import find_batch_norms
 from ...record import FileRecord
 from ...shipped import arrange_conv, crops, reversed_window
+from .builder import Builder
 
 RECORD = "fcconv_jax"
 OPSET = 20
-_DTYPES = ("float32", "float64", "float16", "int32", "int64", "int8", "uint8", "bool")
 _PLAIN = {
     "abs": "Abs",
     "add": "Add",
@@ -84,15 +84,12 @@ def write(graph: Graph, record: FileRecord, path: Path, gemm: bool = True) -> No
     path.write_bytes(model.SerializeToString())
 
 
-class _Writer:
-    """Collects nodes and initializers of one model."""
+class _Writer(Builder):
+    """Appends what the nodes of a graph are in ONNX."""
 
     def __init__(self, onnx: Any, gemm: bool):
-        self.onnx, self.helper, self.gemm = onnx, onnx.helper, gemm
-        self.nodes: list[Any] = []
-        self.initializers: list[Any] = []
-        self.known: dict[Any, str] = {}
-        self.names: dict[str, int] = {}
+        super().__init__(onnx)
+        self.gemm = gemm
 
     def model(self, graph: Graph, record: FileRecord) -> Any:
         inputs = [
@@ -155,82 +152,6 @@ class _Writer:
         )
         self.nodes, self.initializers, self.known = outside
         return made
-
-    def info(self, value: Value, name: str) -> Any:
-        kind = self.helper.np_dtype_to_tensor_dtype(self.checked(value.dtype))
-        return self.helper.make_tensor_value_info(name, kind, value.dims or value.shape)
-
-    def checked(self, dtype: np.dtype) -> np.dtype:
-        if str(dtype) not in _DTYPES:
-            raise ExportError(
-                f"ONNX Runtime has no {dtype} in its CPU kernels. Cast params and "
-                "inputs to float32, or pass runtime='iree'"
-            )
-        return dtype
-
-    def unique(self, name: str) -> str:
-        count = self.names.get(name, 0)
-        self.names[name] = count + 1
-        return name if not count else f"{name};{count}"
-
-    def name(self, value: Value, wanted: str = "") -> str:
-        """A value's name, given on first sight; a constant becomes an initializer."""
-        if value in self.known:
-            return self.known[value]
-        if value.data is not None:
-            label = value.source.leaf if value.source else "constant"
-            return self.array(value, value.data, wanted or label, value.stored)
-        self.known[value] = self.unique(wanted or "value")
-        return self.known[value]
-
-    def array(
-        self, key: Any, data: Any, label: str, stored: np.dtype | None = None
-    ) -> str:
-        """Return the name of an initializer, or of its cast from 16 bits."""
-        if stored is not None:
-            if key not in self.known:
-                half = self._initializer((key, stored), data.astype(stored), label)
-                to = self.onnx.TensorProto.FLOAT
-                self.known[key] = self.add("Cast", [half], self.unique(label), to=to)
-            return self.known[key]
-        array = np.asarray(data, order="C")  # ascontiguousarray gives scalars an axis
-        self.checked(array.dtype)
-        return self._initializer(key, array, label)
-
-    def _initializer(self, key: Any, array: np.ndarray, label: str) -> str:
-        same = same_content(array)
-        if key not in self.known and same in self.known:
-            self.known[key] = self.known[same]
-        if key not in self.known:
-            self.known[key] = self.unique(label)
-            if same is not None:
-                self.known[same] = self.known[key]
-            made = self.onnx.numpy_helper.from_array(array, self.known[key])
-            self.initializers.append(made)
-        return self.known[key]
-
-    def ints(self, numbers: Any) -> str:
-        data = np.asarray(numbers, np.int64)
-        return self.array((data.shape, data.tobytes()), data, "numbers")
-
-    def floats(self, numbers: np.ndarray) -> str:
-        return self.array((numbers.shape, numbers.tobytes()), numbers, "scales")
-
-    def add(
-        self,
-        op: str,
-        inputs: Sequence[str],
-        out: str,
-        label: str = "",
-        **attributes: Any,
-    ) -> str:
-        """Append a node and return the name of its output."""
-        self.nodes.append(
-            self.helper.make_node(
-                op, list(inputs), [out], self.unique(f"{label or op}@"), **attributes
-            )
-        )
-        return out
 
     def emit(self, node: Node) -> None:
         """Append what a node is in ONNX."""
@@ -312,20 +233,6 @@ class _Writer:
     def _reshape(self, node: Node, out: str) -> None:
         shape = self.shape(node.attrs.get("dims", node.out.shape))
         self.add("Reshape", [self.name(node.inputs[0]), shape], out)
-
-    def shape(self, dims: Sequence[Any]) -> str:
-        """The name of a shape, of which some sizes may be those of other values."""
-        if all(isinstance(n, int) for n in dims):
-            return self.ints(dims)
-        parts = []
-        for n in dims:
-            if isinstance(n, int):
-                parts.append(self.ints([n]))
-                continue
-            (value, axis), size = n, self.unique("size")
-            name = self.name(value)
-            parts.append(self.add("Shape", [name], size, start=axis, end=axis + 1))
-        return self.add("Concat", parts, self.unique("shape"), axis=0)
 
     def _transpose(self, node: Node, out: str) -> None:
         perm = list(node.attrs["perm"])
