@@ -164,6 +164,45 @@ def test_files_cut_short_or_changed_are_named(tmp_path):
         fc.open_image(file)
 
 
+def test_sizes_of_segments_that_are_missing(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, RGB, tile=(32, 32), compression="zlib", photometric="rgb")
+    with tifffile.TiffFile(file) as tif:
+        where = tif.pages[0].tags["TileByteCounts"].offset
+    whole = bytearray(file.read_bytes())
+    whole[where : where + 2] = (32_000).to_bytes(2, "little")  # the tag's number
+    file.write_bytes(whole)
+    with pytest.raises(fc.ImageError, match=r"a\.tif: damaged"):
+        fc.open_image(file)
+
+
+@pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tif"])
+def test_any_damage_is_one_error(tmp_path, suffix):
+    """Pillow's plugins and rasterio raise errors of many kinds."""
+    pillow = pytest.importorskip("PIL.Image")
+    file = tmp_path / f"a.{suffix}"
+    if suffix == "tif":
+        geotiff(file, RGB)
+    else:
+        pillow.fromarray(RGB).save(file)
+    whole, rng = file.read_bytes(), np.random.default_rng(0)
+    refused = []
+    for _ in range(60):
+        changed = bytearray(whole)
+        at = int(rng.integers(min(len(whole), 600)))
+        changed[at : at + 4] = rng.bytes(4)
+        file.write_bytes(changed)
+        try:
+            image = fc.open_image(file)
+            if np.prod(image.shape) < 1e8:
+                assert image[:].shape == image.shape
+        except fc.ImageError as error:
+            refused.append(str(error))
+    assert refused
+    assert all(str(file) in message for message in refused)
+
+
 def geotiff(file, array, **options):
     rasterio = pytest.importorskip("rasterio")
     height, width, bands = array.shape

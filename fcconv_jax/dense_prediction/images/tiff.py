@@ -186,11 +186,12 @@ class _Page:
                 (planes, height, width, samples),
             )
             return
-        if len(self._offsets) != planes * self._across * self._down:
+        wanted = planes * self._across * self._down
+        if not len(self._offsets) == len(self._counts) == wanted:
             raise ImageError(
-                f"{file}: damaged: an image of {height}x{width} has "
-                f"{planes * self._across * self._down} segments of {rows}x{columns}, "
-                f"the file has {len(self._offsets)}. Get another copy"
+                f"{file}: damaged: an image of {height}x{width} has {wanted} segments "
+                f"of {rows}x{columns}, the file has {len(self._offsets)} places and "
+                f"{len(self._counts)} sizes of some. Get another copy"
             )
         nbytes = math.prod(self._segment) * samples * self._keyframe.dtype.itemsize
         if nbytes > _LARGEST_SEGMENT:
