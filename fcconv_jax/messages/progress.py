@@ -69,7 +69,8 @@ def shown(progress: ProgressOption) -> Iterator[Progress]:
     )
     # In a notebook rich draws bars with ipywidgets, and warns if it isn't installed.
     widgets = importlib.util.find_spec("ipywidgets") is not None
-    hidden = not (widgets if console.is_jupyter else console.is_terminal)
+    # With FORCE_COLOR, as Jupyter sets it, a pipe is a terminal to rich.
+    hidden = not (widgets if console.is_jupyter else console.file.isatty())
     bars = Bars(*columns, console=console, transient=True, disable=hidden)
     # In rich 13, disabled bars still end with an empty line.
     with contextlib.nullcontext() if hidden else bars:

@@ -17,6 +17,13 @@ def test_every_choice_gives_a_function_of_what_done_and_total(progress):
         show("row: step", 1, 2)
 
 
+def test_a_pipe_shows_no_bars_even_where_colors_are_forced(monkeypatch, capfd):
+    monkeypatch.setenv("FORCE_COLOR", "1")  # as Jupyter does for its commands
+    with shown(None) as show:
+        show("tiles", 1, 2)
+    assert capfd.readouterr().err == ""
+
+
 @pytest.mark.parametrize("progress", [0, 1, "bars"])
 def test_anything_else_is_refused(progress):
     with (
