@@ -13,9 +13,11 @@ operations in its own way. Images are channel-last, kernels ``(*window, in, out)
 elementwise    neg, exp, tanh, relu, ..., add, mul, max, ..., select, cast, clip, gelu
 ``reduce_*``   sum, mean, max, min, prod; axes, keepdims
 ``pool_*``     max, mean: window, strides, padding of the spatial axes
-``resize``     of the spatial axes: mode nearest or linear, half-pixel; size
+``resize``     of the spatial axes: mode nearest or linear, half-pixel, or aligned:
+               linear, with aligned corners; size
 movement       reshape, transpose, broadcast, concat, slice, pad, reverse, gather
-``softmax``    over the last axis, and ``log_softmax``
+``softmax``    over the last axis, and ``log_softmax``, ``l2_normalize``
+``one_hot``    of integers, ``depth`` features last; zeros for others
 ``argmax``     over ``axis``, and ``argmin``, ``cumsum``
 ``top_k``      values and indices, the last axis
 loops          scan, while, cond, see :mod:`fcconv_jax.export.lowering.loops`
@@ -48,7 +50,9 @@ BINARY = frozenset(
 # Activations that JAX writes in several operations, and runtimes in one.
 FUSED = frozenset("elu gelu hard_sigmoid hard_swish leaky_relu prelu".split())
 # What else some runtimes have one operation for.
-WHOLE = frozenset("layer_norm log_softmax resize transposed".split())
+WHOLE = frozenset(
+    "l2_normalize layer_norm log_softmax one_hot resize transposed".split()
+)
 # What holds graphs of its own.
 LOOPS = frozenset("cond scan while".split())
 ELEMENTWISE = UNARY | BINARY | FUSED | {"cast", "select"}

@@ -156,7 +156,12 @@ class ExportReport(Report):
             elif len(last) > 1:
                 more = ("-",) * len(last)
             bits = {True: kept, False: "OTHER BITS", None: "computed"}
-            exact = {True: "exact", False: "DIFFERENT", None: "not run"}
+            within = found is not None and found.off
+            exact = {
+                True: "within rounding" if within else "exact",
+                False: "DIFFERENT",
+                None: "not run",
+            }
             rows.append(
                 (
                     *(layer.name or "(root)", layer.op, bits[layer.bits]),

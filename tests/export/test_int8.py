@@ -255,6 +255,21 @@ def test_accuracy_on_labels(tmp_path):
         export("digits", tmp_path, calibrate=[data], labels=labels[:, None])
 
 
+def test_activations_that_are_always_zero(tmp_path):
+    """Their range is empty, and XNNPACK would refuse the quantizer's scale for it."""
+    model, params, (x,) = MODELS["digits"]()
+    params["params"]["conv1"]["bias"] -= 100
+    data = np.asarray(normal(24, *x.shape[1:], seed=5))
+    report = fc.export(
+        *(model, params, x[:1]),
+        path=tmp_path / "m.tflite",
+        calibrate=[data],
+        progress=False,
+    )
+    assert report.passed, report.failures
+    assert all(layer.exact for layer in report.layers)
+
+
 def test_ranges_are_those_of_all_examples(tmp_path):
     """The quantizer's moving average would cut off the one large example."""
     _, _, (x,) = MODELS["digits"]()

@@ -1,5 +1,6 @@
 """Each operation of JAX in each runtime: the same numbers, or a refusal by name."""
 
+import dataclasses
 from collections import Counter
 
 import flax.linen as nn
@@ -9,7 +10,9 @@ import numpy as np
 import pytest
 from jax import lax
 
+from fcconv_jax.export import arguments
 from fcconv_jax.export.export import export
+from fcconv_jax.export.runtimes import runtime_of, runtimes
 from fcconv_jax.messages.errors import ExportError
 
 from .models import normal
@@ -101,6 +104,7 @@ SEVERAL = {
     "prod": lambda x: x.prod(2),
     "repeat": lambda x: jnp.repeat(x, 2, axis=1),
     "reshape": lambda x: x.reshape(3, 40).T.reshape(8, 15),
+    "rms_norm": lambda x: nn.RMSNorm().apply({"params": {"scale": NORM["scale"]}}, x),
     "roll": lambda x: jnp.roll(x, 1, axis=2),
     "slice": lambda x: x[:, 1:, ::2, 1:4:2],
     "softmax": nn.softmax,
@@ -317,10 +321,26 @@ ONE = {
         jnp.pad(x, ((0, 0), (1, 0), (2, 1), (0, 0)), constant_values=-jnp.inf),
         *((2, 3), (1, 2)),
     ),
+    "l2_normalize": lambda x: x / jnp.linalg.norm(x, axis=-1, keepdims=True),
+    "l2_normalize, bounded": lambda x: (
+        x * lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
+    ),
+    "resize, corners aligned": lambda x: _aligned(x, 5, 9),
     "space_to_depth": lambda x: (
         x[:, :2].reshape(2, 1, 2, 2, 2, 5).swapaxes(2, 3).reshape(2, 1, 2, 20)
     ),
 }
+
+
+def _aligned(x, *size):
+    """A bilinear resize with aligned corners, as PyTorch's ``align_corners=True``."""
+    scale = jnp.array([(n - 1) / (m - 1) for n, m in zip(size, x.shape[1:3])])
+    shape = (x.shape[0], *size, x.shape[3])
+    return jax.image.scale_and_translate(
+        *(x, shape, (1, 2), scale, 0.5 - 0.5 * scale, "linear"), antialias=False
+    )
+
+
 NORM = {"scale": normal(5, seed=1), "bias": normal(5, seed=2)}
 # How many more each takes where a runtime lacks a part of it.
 MORE = {
@@ -339,6 +359,45 @@ def test_layers_are_one_operation(name, to, run):
         ops = Counter(report.figures[0].ops)
         ops -= Counter(["Transpose", "Transpose", "Slice", "STRIDED_SLICE"])
         assert ops.total() <= 2 + MORE.get(to, {}).get(name, 0), ops
+
+
+@pytest.mark.parametrize("chosen", [True, False])
+def test_one_hot(chosen, to, run):
+    """Zeros for numbers outside; ONNX's own would count negative ones from the end."""
+
+    def model(params, x):
+        ids = x.argmax(-1) if chosen else (3 * x[..., 0]).astype(jnp.int32)
+        return nn.one_hot(ids, 5) * params["scale"]
+
+    ops = Counter(run(model, X).figures[0].ops)
+    if to == "litert" or (to == "onnx" and chosen):
+        assert ops["ONE_HOT"] + ops["OneHot"] == 1
+        assert ops["EQUAL"] + ops["Equal"] == 0
+
+
+@pytest.mark.parametrize("name", ["l2_normalize", "one_hot", "resize"])
+def test_it_is_what_the_operations_compute(name, to, tmp_path, monkeypatch):
+    """The file with one operation against the file without."""
+    target = runtimes()[to]
+    if name not in target.fused:
+        pytest.skip(f"{to} does not have it")
+    whole = {
+        "l2_normalize": ONE["l2_normalize"],
+        "one_hot": lambda x: nn.one_hot(x.argmax(-1), 5),
+        "resize": ONE["resize, corners aligned"],
+    }[name]
+    found = []
+    for fused in (target.fused, target.fused - {name}):
+        changed = dataclasses.replace(target, fused=fused)
+        monkeypatch.setattr(arguments, "runtime_of", lambda *_, to=changed: to)
+        path = tmp_path / f"{len(found)}.{SUFFIX[to]}"
+        options = {"path": path, "progress": False}
+        report = export(lambda p, x: whole(x) * p, np.float32(1), X, **options)
+        file = runtime_of(path).open(path)
+        found.append((sum(report.figures[0].ops.values()), file.run([np.asarray(X)])))
+    (fewer, (one,)), (more, (several,)) = found
+    assert fewer < more or to == "openvino"  # whose reader takes some apart
+    np.testing.assert_allclose(one, several, rtol=1e-6, atol=1e-7)
 
 
 @pytest.mark.parametrize("layer", [nn.Conv, nn.Dense])

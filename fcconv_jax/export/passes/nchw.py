@@ -178,7 +178,7 @@ def _moved(
         attrs["axis"] = perm[node.attrs["axis"]]
         left = [p for p in perm if p != attrs["axis"]]
         order = [sorted(left).index(p) for p in left]
-    elif op in ("softmax", "log_softmax", "concat", "cumsum"):
+    elif op in ("softmax", "log_softmax", "l2_normalize", "concat", "cumsum"):
         attrs["axis"] = perm[attrs.get("axis", rank - 1)]
     elif op == "reverse":
         attrs["axes"] = tuple(perm[axis] for axis in attrs["axes"])

@@ -119,8 +119,9 @@ def find_fused(graph: Graph, names: frozenset[str] = FUSED) -> bool:
             if found is None:
                 continue
             inputs = found[0] if isinstance(found[0], list) else [found[0]]
-            if inputs[0].shape == node.out.shape:
+            if inputs[0].shape == node.out.shape or name == "one_hot":
                 node.op, node.inputs, node.attrs = name, inputs, found[1]
+                graph.notes += [_NOTES[name]] if name in _NOTES else []
                 changed = True
                 break
     return changed
@@ -300,6 +301,61 @@ def _hard_swish(node: Node, makers: Makers) -> Match | None:
     return None
 
 
+def _l2_normalize(node: Node, makers: Makers) -> Match | None:
+    """``x / sqrt(sum(x * x))`` over the last axis, or with ``rsqrt``.
+
+    The norm may be kept from 0 by a bound of at most 1e-6, LiteRT's own.
+    """
+    root = {"div": "sqrt", "mul": "rsqrt"}.get(node.op)
+    if root is None:
+        return None
+    for x, by in (node.inputs, node.inputs[::-1])[: 1 if node.op == "div" else 2]:
+        norm = _behind_bound(by, 1e-6, makers)
+        if norm is None or norm.op != root or not 2 <= len(x.shape) <= 4:
+            continue
+        total = _behind_bound(norm.inputs[0], 1e-12, makers)
+        if total is None or total.op != "reduce_sum":
+            continue
+        square = makers.get(total.inputs[0])
+        last = (len(x.shape) - 1,)
+        if square is None or square.op != "mul" or total.attrs["axes"] != last:
+            continue
+        if square.inputs[0] is square.inputs[1] is x and x.dtype == np.float32:
+            return x, {}
+    return None
+
+
+def _behind_bound(value: Value, most: float, makers: Makers) -> Node | None:
+    """The node of a value, or of one that is bounded below by so much at most."""
+    node = _behind_views(value, makers)
+    if node is None or node.op != "max":
+        return node
+    bounds = [v for v in node.inputs if v.data is not None]
+    inner = [v for v in node.inputs if v.data is None]
+    if len(bounds) != 1 or bounds[0].data is None or (bounds[0].data > most).any():
+        return None
+    return _behind_views(inner[0], makers)
+
+
+def _one_hot(node: Node, makers: Makers) -> Match | None:
+    """``(ids[..., None] == arange(depth)).astype(float)``."""
+    test = makers.get(node.inputs[0]) if node.op == "cast" else None
+    if test is None or test.op != "eq" or node.out.dtype != np.float32:
+        return None
+    *lead, depth = node.out.shape
+    for ids, row in (test.inputs, test.inputs[::-1]):
+        if row.data is None or row.dtype != np.int32 or row.shape[-1:] != (depth,):
+            continue
+        maker = makers.get(ids)
+        while ids.shape != tuple(lead) and maker and maker.op in _VIEWED:
+            ids = maker.inputs[0]
+            maker = makers.get(ids)
+        if ids.shape == tuple(lead) and bool((row.data == np.arange(depth)).all()):
+            natural = maker is not None and maker.op in ("argmax", "argmin")
+            return ids, {"depth": depth, "natural": natural}
+    return None
+
+
 # Each is tried only for runtimes that have the operation.
 _ACTIVATIONS: dict[str, Callable[[Node, Makers], Match | None]] = {
     "elu": _elu,
@@ -308,7 +364,14 @@ _ACTIVATIONS: dict[str, Callable[[Node, Makers], Match | None]] = {
     "prelu": _prelu,
     "hard_swish": _hard_swish,
     "hard_sigmoid": _hard_sigmoid,
+    "l2_normalize": _l2_normalize,
+    "one_hot": _one_hot,
 }
+_NOTES = {
+    "l2_normalize": "L2 norms: vectors of zeros stay zeros in the runtimes, and LiteRT "
+    "takes norms below 1e-6 as 1e-6"
+}
+_VIEWED = ("reshape", "broadcast")
 
 
 def _positive(node: Node, makers: Makers) -> Value | None:

@@ -17,6 +17,7 @@ from .patterns import (
     find_means,
     find_softmax,
 )
+from .resizes import find_resizes
 from .views import (
     delay_reshapes,
     delay_views,
@@ -49,6 +50,8 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
         find_softmax,
         fuse,
     )
+    if "resize" in fused:
+        passes += (find_resizes,)
     if "log_softmax" in fused:
         passes += (find_log_softmax,)
     if "layer_norm" in fused:

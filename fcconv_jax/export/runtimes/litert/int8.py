@@ -5,7 +5,8 @@ from __future__ import annotations
 import contextlib
 import io
 import warnings
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 
@@ -56,7 +57,7 @@ def quantize(
         show("int8: calibration", len(examples), len(examples))
         with _quiet():
             result = made.quantize(
-                found.get_model_qsvs(),
+                _widened(found.get_model_qsvs()),
                 enable_progress_bar=False,
                 enable_progress_report=False,
             )
@@ -65,6 +66,23 @@ def quantize(
             f"LiteRT's quantizer cannot take the model: {error}. Export in float32"
         ) from error
     return bytes(result.quantized_model)
+
+
+def _widened(ranges: Mapping[str, Mapping[str, np.ndarray]]) -> dict[str, Any]:
+    """Give activations that are always 0 a range: XNNPACK refuses scales near 0."""
+    sizes = {
+        key: float(np.max(np.abs([known["min"], known["max"]])))
+        for key, known in ranges.items()
+        if known and np.size(known["max"]) == 1
+    }
+    largest = max(sizes.values())
+    dead = {key for key, size in sizes.items() if size < 1e-6 * largest}
+    return {
+        key: {**known, "max": np.full_like(known["max"], 1e-3 * largest)}
+        if key in dead
+        else known
+        for key, known in ranges.items()
+    }
 
 
 @contextlib.contextmanager

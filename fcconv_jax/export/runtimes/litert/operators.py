@@ -278,6 +278,16 @@ class Emitter(Builder):
         x = self.tensor(node.inputs[0])
         self.op("LOG_SOFTMAX", [x], node.outputs, "LogSoftmaxOptions")
 
+    def _l2_normalize(self, node: Node, fused: str) -> None:
+        x = self.tensor(node.inputs[0])
+        self.op("L2_NORMALIZATION", [x], node.outputs, "L2NormOptions")
+
+    def _one_hot(self, node: Node, fused: str) -> None:
+        ids, depth = self.tensor(node.inputs[0]), self.constant(node.attrs["depth"])
+        values = [self.constant(value, np.float32) for value in (1, 0)]
+        inputs = [ids, depth, *values]
+        self.op("ONE_HOT", inputs, node.outputs, "OneHotOptions", axis=-1)
+
     def _prelu(self, node: Node, fused: str) -> None:
         self.op("PRELU", [self.tensor(v) for v in node.inputs], node.outputs)
 
@@ -286,7 +296,9 @@ class Emitter(Builder):
         name, kind = "RESIZE_BILINEAR", "ResizeBilinearOptions"
         if node.attrs["mode"] == "nearest":
             name, kind = "RESIZE_NEAREST_NEIGHBOR", "ResizeNearestNeighborOptions"
-        self.op(name, inputs, node.outputs, kind, halfPixelCenters=True)
+        aligned = node.attrs["mode"] == "aligned"
+        corners = {"alignCorners": aligned, "halfPixelCenters": not aligned}
+        self.op(name, inputs, node.outputs, kind, **corners)
 
     def _depth_to_space(self, node: Node, fused: str) -> None:
         name, kind = "DEPTH_TO_SPACE", "DepthToSpaceOptions"

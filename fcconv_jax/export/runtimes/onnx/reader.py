@@ -267,6 +267,7 @@ class OnnxFile(Shipped):
             *(shipped.op, shipped.form, shipped.kernel, bias, scales, zero),
             bias_scales=bias_scales,
             behind=behind,
+            dequantized=True,
             entering=(scale_in, zero_in),
             leaving=(scale_out, zero_out),
             run=run_alone,

@@ -277,6 +277,23 @@ class _Writer(Builder):
         axis = node.attrs.get("axis", -1)
         self.add("LogSoftmax", [self.name(node.inputs[0])], out, axis=axis)
 
+    def _l2_normalize(self, node: Node, out: str) -> None:
+        axis = node.attrs.get("axis", -1)
+        self.add("LpNormalization", [self.name(node.inputs[0])], out, axis=axis, p=2)
+
+    def _one_hot(self, node: Node, out: str) -> None:
+        ids, depth = self.name(node.inputs[0]), node.attrs["depth"]
+        if node.attrs["natural"]:
+            values = self.floats(np.array([0, 1], np.float32))
+            count = self.array(("depth", depth), np.array([depth], np.int32), "depth")
+            self.add("OneHot", [ids, count, values], out)
+            return
+        # ONNX's own counts negative numbers from the end; JAX's is zero there.
+        row = self.array(("row", depth), np.arange(depth, dtype=np.int32), "row")
+        ids = self.add("Unsqueeze", [ids, self.ints([-1])], self.unique("ids"))
+        test = self.add("Equal", [ids, row], self.unique("equal"))
+        self.add("Cast", [test], out, to=self.onnx.TensorProto.FLOAT)
+
     def _prelu(self, node: Node, out: str) -> None:
         self.add("PRelu", [self.name(v) for v in node.inputs], out)
 
@@ -284,10 +301,13 @@ class _Writer(Builder):
         # By scales, not sizes: those would contain the batch.
         inner = node.inputs[0].shape[2:]
         scales = np.asarray([1, 1, *map(_scale, inner, node.attrs["size"])], np.float32)
+        mode, corners = node.attrs["mode"], "half_pixel"
+        if mode == "aligned":
+            mode, corners = "linear", "align_corners"
         self.add(
             *("Resize", [self.name(node.inputs[0]), "", self.floats(scales)], out),
-            mode=node.attrs["mode"],
-            coordinate_transformation_mode="half_pixel",
+            mode=mode,
+            coordinate_transformation_mode=corners,
             nearest_mode="round_prefer_ceil",
         )
 
