@@ -94,6 +94,7 @@ def plan_trace(
     }
     matmuls = {path: each for path, each in matmuls.items() if each}
     chosen = _chosen(rules, layers, matmuls, own)
+    # A parameter has one shape: what else reads it expects the one that it has.
     elsewhere = _other_uses(traced, matmuls, to)
     calls, left = {}, {}
     for path, layer in layers.items():
@@ -264,6 +265,7 @@ def _stack_axes(matmuls: Sequence[Matmul]) -> tuple[int, ...]:
     readable = [p for p in matmuls if p.obstacle is None]
     if len({kernel_shape(matmul) for matmul in readable}) > 1:
         raise LeftError(_TWO_ROLES)
+    # A parameter that two loops scan is converted once, so both must see it alike.
     found = [stack_axes(matmul) for matmul in matmuls]
     for matmul, axes in zip(matmuls, found):
         if axes is None:
@@ -291,5 +293,6 @@ def on_leaf(plan: LayerPlan, matmuls: Sequence[Matmul]) -> LayerPlan:
         if move != moves[0]:
             raise LeftError(_TWO_ROLES)
     assert moves[0] is not None
+    # No layer's class is known: the plan shows the operation in its place.
     name = "conv_transpose" if plan.transposed else matmuls[0].eqn.primitive.name
     return dataclasses.replace(plan, layer=name, leaves=(("", moves[0]),))
