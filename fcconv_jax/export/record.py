@@ -59,7 +59,7 @@ class FileRecord:
     def to_text(self) -> str:
         """Return the same for formats whose metadata are text."""
         start, _, rest = self.to_bytes().partition(b" ")
-        return f"{start.decode()} {base64.b64encode(rest).decode()}"
+        return f"{start.decode()} {base64.b85encode(rest).decode()}"
 
     @classmethod
     def from_bytes(cls, content: bytes) -> FileRecord:
@@ -84,7 +84,7 @@ class FileRecord:
         """
         start, _, rest = text.partition(" ")
         try:
-            content = base64.b64decode(rest, validate=True)
+            content = base64.b85decode(rest)
         except ValueError as error:
             raise ExportError(f"the file's record is damaged: {error!r}") from error
         return cls.from_bytes(f"{start} ".encode() + content)
@@ -150,19 +150,23 @@ def _layer_to_json(layer: Layer) -> dict[str, Any]:
 
 
 def _packed(vector: np.ndarray) -> list[Any]:
-    """A vector of float64 as its size and one number, or its bits: short in a file."""
+    """A vector of float64 as its size and one number, or its bits.
+
+    Bytes of one place come together: scales are of one sign and size, which compresses.
+    """
     if (vector == vector[0]).all():
         return [len(vector), float(vector[0])]
     narrow = vector.astype("<f4")
     kept = narrow if (narrow == vector).all() else vector.astype("<f8")
-    return [len(vector), base64.b64encode(kept.tobytes()).decode()]
+    places = kept.view(np.uint8).reshape(len(kept), -1).T
+    return [len(vector), base64.b64encode(places.tobytes()).decode()]
 
 
 def _unpacked(size: int, content: float | str) -> np.ndarray:
     if not isinstance(content, str):
         return np.full(size, float(content))
-    data = base64.b64decode(content)
-    return np.frombuffer(data, f"<f{len(data) // size}").astype(np.float64)
+    places = np.frombuffer(base64.b64decode(content), np.uint8).reshape(-1, size)
+    return places.T.copy().view(f"<f{len(places)}")[:, 0].astype(np.float64)
 
 
 def _folded_from_json(entry: Sequence[Any]) -> Folded:

@@ -19,9 +19,11 @@ from .patterns import (
 )
 from .resizes import find_resizes
 from .views import (
+    delay_pads,
     delay_reshapes,
     delay_views,
     drop_broadcasts,
+    drop_zeros,
     join_views,
     keep_dims,
     share_equal,
@@ -36,6 +38,7 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
     fuse = functools.partial(find_fused, names=fused)
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
+        drop_zeros,
         drop_broadcasts,
         share_equal,
         keep_dims,
@@ -44,6 +47,7 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
         # Here and at the end: a view moved past one of x * x * x hides a gelu.
         fuse,
         delay_views,
+        delay_pads,
         delay_reshapes,
         find_activations,
         find_means,

@@ -197,6 +197,49 @@ def delay_reshapes(graph: Graph) -> bool:
     return False
 
 
+def delay_pads(graph: Graph) -> bool:
+    """Put a pad before a reshape that adds or drops axes of one, to meet others."""
+    makers, changed = graph.producers(), False
+    for node in list(graph.nodes):
+        view = makers.get(node.inputs[0]) if node.op == "pad" else None
+        if view is None or view.op != "reshape":
+            continue
+        before, after = view.inputs[0].shape, view.out.shape
+        widths = node.attrs["widths"]
+        kept = [pair for n, pair in zip(after, widths) if n > 1]
+        lost = any(any(pair) for n, pair in zip(after, widths) if n == 1)
+        if lost or [n for n in before if n > 1] != [n for n in after if n > 1]:
+            continue
+        rest = iter(kept)
+        wide = tuple(next(rest) if n > 1 else (0, 0) for n in before)
+        shape = [n + sum(pair) for n, pair in zip(before, wide)]
+        inner = Value(tuple(shape), node.out.dtype)
+        outer = Value(node.out.shape, node.out.dtype)
+        attrs = {**node.attrs, "widths": wide}
+        at = graph.nodes.index(node)
+        first = Node("pad", [view.inputs[0]], [inner], attrs)
+        graph.nodes[at : at + 1] = [first, Node("reshape", [inner], [outer])]
+        graph.replace(node.out, outer)
+        makers, changed = graph.producers(), True
+    return changed
+
+
+def drop_zeros(graph: Graph) -> bool:
+    """Drop sums with zeros, as ``sum`` of Python begins with one."""
+    changed = False
+    for node in list(graph.nodes):
+        if node.op != "add" or node.out.dtype.kind != "f":
+            continue
+        for x, by in (node.inputs, node.inputs[::-1]):
+            zero = by.data is not None and not by.leaves and not by.data.any()
+            if zero and x.shape == node.out.shape and x.data is None:
+                graph.replace(node.out, x)
+                graph.nodes.remove(node)
+                changed = True
+                break
+    return changed
+
+
 def drop_broadcasts(graph: Graph) -> bool:
     """Leave to elementwise operations what they do themselves: to repeat entries."""
     makers, changed = graph.producers(), False
