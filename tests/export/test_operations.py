@@ -105,7 +105,7 @@ SEVERAL = {
     "repeat": lambda x: jnp.repeat(x, 2, axis=1),
     "reshape": lambda x: x.reshape(3, 40).T.reshape(8, 15),
     "rms_norm": lambda x: nn.RMSNorm().apply({"params": {"scale": NORM["scale"]}}, x),
-    "roll": lambda x: jnp.roll(x, 1, axis=2),
+    "roll": lambda x: jnp.roll(x, (1, 0), axis=(2, 1)),
     "slice": lambda x: x[:, 1:, ::2, 1:4:2],
     "softmax": nn.softmax,
     "softmax, first": lambda x: nn.softmax(x, axis=1),

@@ -74,8 +74,12 @@ def _dynamic_slice(low: Builder, eqn: Equation, x: Value, *starts: Value) -> Val
 
 @rule("concatenate")
 def _concatenate(low: Builder, eqn: Equation, *values: Value) -> Value:
-    out = eqn.outvars[0].aval
-    return low.add("concat", values, out.shape, axis=eqn.params["dimension"])
+    axis, out = eqn.params["dimension"], eqn.outvars[0].aval
+    # A roll by 0 appends nothing; XNNPACK fails to prepare empty arrays.
+    parts = [value for value in values if value.shape[axis]] or values[:1]
+    if len(parts) == 1:
+        return parts[0]
+    return low.add("concat", parts, out.shape, axis=axis)
 
 
 @rule("stack")
