@@ -22,7 +22,7 @@ import numpy as np
 
 from ..dense_prediction.images.base import Affine
 from ..dense_prediction.tiles import read_part
-from ..files.install import allocate, install, is_file, replacing, sync
+from ..files.install import allocate, disk_fault, install, is_file, replacing, sync
 from ..messages.extras import require
 from .inputs import ArgumentError
 
@@ -101,10 +101,15 @@ def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]
                 if part.is_dir():  # holds what was replaced
                     shutil.rmtree(part)
                 part.unlink(missing_ok=True)
-    except OSError as error:
+    except Exception as error:
+        why = error.strerror if isinstance(error, OSError) else disk_fault(error)
+        if why is None:
+            raise
         nbytes = math.prod(grid.shape) * grid.dtype.itemsize
+        left = f", then go on with --resume from {part}" if part.exists() else ""
         raise ArgumentError(
-            f"{file}: {nbytes} bytes can't be written ({error.strerror or error})"
+            f"{file}: {nbytes} bytes can't be written ({why}). Make room{left}, or "
+            "pass another --out"
         ) from None
 
 

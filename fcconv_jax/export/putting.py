@@ -7,7 +7,7 @@ import os
 from collections.abc import Iterator
 from pathlib import Path
 
-from ..files.install import install, is_file, sync, workspace
+from ..files.install import disk_fault, install, is_file, sync, workspace
 from ..messages.errors import ExportError
 
 
@@ -34,7 +34,7 @@ def folder_for(path: Path) -> Iterator[Path]:
       path: the file, or the package, to be written; its folder is made.
 
     Raises:
-      ExportError: the folder cannot be made or written to.
+      ExportError: the folder cannot be made or written to, or its disk is full.
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -47,7 +47,15 @@ def folder_for(path: Path) -> Iterator[Path]:
         ) from None
     with contextlib.ExitStack() as stack:
         stack.push(made)
-        yield folder
+        try:
+            yield folder
+        except Exception as error:
+            why = disk_fault(error)
+            if why is None:
+                raise
+            raise ExportError(
+                f"{path} cannot be written: {why}. Make room, or pass another path."
+            ) from error
 
 
 def put(folder: Path, path: Path, passed: bool) -> Path:

@@ -25,6 +25,29 @@ _NOREPLACE, _EXCHANGE, _AT_FDCWD = 1, 2, -100
 _ZEROS = 1 << 20
 
 
+# Of what a disk refuses, whatever is written to it.
+_DISK = frozenset({errno.ENOSPC, errno.EFBIG, errno.EIO, errno.EROFS, errno.EDQUOT})
+
+
+def disk_fault(error: BaseException) -> str | None:
+    """Return why a disk took no more, in the system's words; None for other errors.
+
+    TensorStore, safetensors and OpenVINO raise errors of their own for a full disk.
+
+    Example:
+      >>> disk_fault(OSError(errno.ENOSPC, "No space left on device"))
+      'No space left on device'
+      >>> disk_fault(ValueError("another")) is None
+      True
+    """
+    if isinstance(error, OSError) and error.errno in _DISK:
+        return error.strerror
+    for known in ("No space left on device", "iostream error"):
+        if known in str(error):
+            return known
+    return None
+
+
 def is_file(there: Path) -> bool:
     """Return whether a regular file is there, which a new one may replace."""
     return there.is_file()

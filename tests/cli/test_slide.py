@@ -262,6 +262,18 @@ def test_a_full_disk_leaves_what_was_there(monkeypatch):
     assert not list(Path().glob(".grid*"))
 
 
+def test_a_disk_that_fills_up_leaves_what_resume_continues(monkeypatch):
+    """TensorStore raises a ValueError then."""
+
+    def full(*_, **__):
+        raise ValueError("RESOURCE_EXHAUSTED: [...] No space left on device")
+
+    monkeypatch.setattr(fc.Slide, "write", full)
+    said = run(f"{START} --window 8 --out grid.zarr", 2).stderr
+    assert "can't be written (No space left on device). Make room, then go on" in said
+    assert "--resume from grid.zarr.part" in said
+
+
 TORCH = """
 import torch
 

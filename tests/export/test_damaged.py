@@ -1,5 +1,7 @@
 """Damaged files: refused by name, or different; never a raw error, never proved."""
 
+import errno
+import importlib
 import random
 
 import jax
@@ -208,6 +210,29 @@ def test_what_is_no_file_is_found_before_the_work(tmp_path):
     folder.mkdir()
     with pytest.raises(ExportError, match=r"net\.onnx cannot be replaced"):
         export(folder, function=None)
+
+
+@pytest.mark.parametrize(
+    "error",
+    [
+        OSError(errno.ENOSPC, "No space left on device"),
+        RuntimeError("basic_ios::clear: iostream error"),  # OpenVINO
+        ValueError("I/O error: No space left on device (os error 28)"),  # safetensors
+    ],
+)
+def test_a_full_disk(error, path, monkeypatch):
+    good = path.read_bytes()
+
+    def full(*_):
+        raise error
+
+    # By its name: fcconv_jax.export is the function.
+    module = importlib.import_module("fcconv_jax.export.export")
+    monkeypatch.setattr(module, "seal", full)
+    with pytest.raises(ExportError, match=r"net\.\w+ cannot be written: .*Make room"):
+        export(path)
+    assert path.read_bytes() == good
+    assert {each.stem for each in path.parent.iterdir()} == {"net"}
 
 
 def test_abstract_params_and_inputs(tmp_path):
