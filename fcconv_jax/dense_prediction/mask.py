@@ -1,13 +1,16 @@
-"""Where to look: windows that hold no pixel of a mask are left out."""
+"""Where to look: windows without a pixel of a mask, or not inside it, are left out."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
-from .tiles import Place, Sliced, Tiles, read_part
+from .tiles import Place, Sliced, Tiles, dtype_of, read_part
 
 
 class Mask:
@@ -66,3 +69,17 @@ class Mask:
             sums = np.concatenate([first, counts.cumsum(axis)], axis)
             counts = sums.take(high - start, axis) - sums.take(low - start, axis)
         return (counts > 0) != self._whole
+
+
+def check_holds_nan(out: PyTree) -> None:
+    """Refuse outputs that can't hold NaN.
+
+    Raises:
+      ValueError: one of them holds integers.
+    """
+    for target in jax.tree.leaves(out):
+        if not jnp.issubdtype(dtype_of(target), jnp.inexact):
+            raise ValueError(
+                f"mask: expected an output of floats, which hold NaN, got "
+                f"{target.dtype}. Pass an array of float32."
+            )

@@ -11,7 +11,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
@@ -21,7 +20,7 @@ from ..backends.options import pool_options
 from ..messages.progress import ProgressOption, shown
 from ..tracing import arguments
 from .mapped import release
-from .mask import Mask
+from .mask import Mask, check_holds_nan
 from .resume import FinishedTiles, identity
 from .tiles import Place, Sliced, dtype_of, one_window, read_part, shard_of, tiles_of
 
@@ -117,7 +116,7 @@ def write_tiles(
     if options.mask is not None:
         sizes = [images.shape[axis] for axis in grid.axes]
         mask = Mask(options.mask, sizes, tiles, options.whole_windows)
-        _check_holds_nan(out)
+        check_holds_nan(out)
     devices, rank, hosts = _workers(options.mesh)
     mine = tiles.of_writer(shard_of(out, len(stride)), rank, hosts)
     record = None
@@ -393,12 +392,3 @@ def _shape(target: Any, tile: _Read) -> tuple[int, ...]:
 
 def _written(out: PyTree, where: tuple[slice, ...]) -> list[Any]:
     return [read_part(target, where) for target in jax.tree.leaves(out)]
-
-
-def _check_holds_nan(out: PyTree) -> None:
-    for target in jax.tree.leaves(out):
-        if not jnp.issubdtype(dtype_of(target), jnp.inexact):
-            raise ValueError(
-                f"mask: expected an output of floats, which hold NaN, got "
-                f"{target.dtype}. Pass an array of float32."
-            )
