@@ -11,15 +11,18 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.typing import ArrayLike
 
 from .maps import PADDING, Map
 
+Array = np.ndarray | jax.Array
 # Rows in more groups, or more stretches of a row, are gathered.
 _MOST_GROUPS, _MOST_STRETCHES = 4, 8
 
@@ -44,7 +47,7 @@ class Blocks:
 
     axes: tuple[int, ...]
     segments: tuple[tuple[tuple[int, int], ...], ...]
-    arrays: dict[tuple[int, ...], Any]
+    arrays: Mapping[tuple[int, ...], Array]
 
     @property
     def shape(self) -> tuple[int, ...]:
@@ -56,7 +59,10 @@ class Blocks:
         return tuple(shape)
 
 
-def take(data: Any, places: Any, axis: int) -> Any:
+Held = Array | Blocks
+
+
+def take(data: Array, places: ArrayLike, axis: int) -> Array:
     """Read an axis at places known beforehand; a slice where they are in a row."""
     places = np.asarray(places)
     size = data.shape[axis]
@@ -72,12 +78,12 @@ def take(data: Any, places: Any, axis: int) -> Any:
     return jnp.take(data, places, axis=axis, mode="clip")
 
 
-def array_from(held: Any) -> Any:
+def array_from(held: Held) -> Array:
     """Return the whole array of blocks; an array as it is."""
     while isinstance(held, Blocks):
         *axes, axis = held.axes
         k = len(axes)
-        whole: dict[tuple[int, ...], Any] = {}
+        whole: dict[tuple[int, ...], Array] = {}
         for key in itertools.product(*(range(len(s)) for s in held.segments[:-1])):
             pieces = [
                 _flat(held.arrays[*key, i], k, axis)
@@ -90,7 +96,7 @@ def array_from(held: Any) -> Any:
     return held
 
 
-def as_blocks(held: Any, axes: Sequence[int]) -> Blocks:
+def as_blocks(held: Held, axes: Sequence[int]) -> Blocks:
     """Return an array as blocks along these axes, of one segment where it is whole."""
     axes = tuple(axes)
     if isinstance(held, Blocks) and held.axes == axes:
@@ -101,7 +107,7 @@ def as_blocks(held: Any, axes: Sequence[int]) -> Blocks:
     return Blocks(axes, segments, {(0,) * len(axes): one})
 
 
-def simplest(blocks: Blocks) -> Any:
+def simplest(blocks: Blocks) -> Held:
     """Return blocks as an array, where they are one."""
     if all(segments[0][0] == 1 == len(segments) for segments in blocks.segments):
         return array_from(blocks)
@@ -122,7 +128,7 @@ def cut(places: Map, segments: Sequence[tuple[int, int]]) -> list[Map]:
     ]
 
 
-def reread(blocks: Blocks, k: int, targets: Sequence[Map], fill: Any) -> Blocks:
+def reread(blocks: Blocks, k: int, targets: Sequence[Map], fill: ArrayLike) -> Blocks:
     """Return blocks whose ``k``-th cut axis is read at other places.
 
     Args:
@@ -140,7 +146,7 @@ def reread(blocks: Blocks, k: int, targets: Sequence[Map], fill: Any) -> Blocks:
     count = len(blocks.segments[k])
     others = [range(len(s)) for s in blocks.segments]
     others[k] = range(1)
-    arrays: dict[tuple[int, ...], Any] = {}
+    arrays: dict[tuple[int, ...], Array] = {}
     for key in itertools.product(*others):
         pieces = [blocks.arrays[*key[:k], i, *key[k + 1 :]] for i in range(count)]
         for i, target in enumerate(targets):
@@ -151,7 +157,7 @@ def reread(blocks: Blocks, k: int, targets: Sequence[Map], fill: Any) -> Blocks:
     return Blocks(blocks.axes, tuple(segments), arrays)
 
 
-def segments_along(held: Any, axis: int) -> tuple[tuple[int, int], ...] | None:
+def segments_along(held: Held, axis: int) -> tuple[tuple[int, int], ...] | None:
     """Return how an axis is cut; None where it is not."""
     if not isinstance(held, Blocks) or axis not in held.axes:
         return None
@@ -159,13 +165,13 @@ def segments_along(held: Any, axis: int) -> tuple[tuple[int, int], ...] | None:
 
 
 def retaken(
-    held: Any,
+    held: Held,
     places: Map,
     axis: int,
     segments: Sequence[tuple[int, int]] | None,
-) -> Any:
+) -> Held:
     """Read an axis at places in a row, cut into segments if it is an axis of blocks."""
-    if segments_along(held, axis) is None:
+    if not isinstance(held, Blocks) or segments_along(held, axis) is None:
         return take(array_from(held), places, axis)
     if held.shape[axis] == len(places) == int((places == np.arange(len(places))).sum()):
         return held
@@ -195,7 +201,7 @@ def blockwise(run: Callable[[Sequence[Any]], Any], helds: Sequence[Any]) -> Any:
     ]
 
 
-def _cut_like(held: Any, like: Blocks) -> dict[tuple[int, ...], Any]:
+def _cut_like(held: Held, like: Blocks) -> Mapping[tuple[int, ...], Array]:
     if isinstance(held, Blocks) and held.segments == like.segments:
         return held.arrays
     blocks = as_blocks(held, like.axes)
@@ -212,7 +218,9 @@ def _cut_like(held: Any, like: Blocks) -> dict[tuple[int, ...], Any]:
     }
 
 
-def _read(pieces: Sequence[Any], k: int, axis: int, target: Map, fill: Any) -> Any:
+def _read(
+    pieces: Sequence[Array], k: int, axis: int, target: Map, fill: ArrayLike
+) -> Array:
     """Read the stretches of ``target`` from all segments along an axis."""
     bounds = np.cumsum([0, *(piece.shape[k] * piece.shape[axis] for piece in pieces)])
     which = np.searchsorted(bounds, target, side="right") - 1  # -1 where it is padding
@@ -250,8 +258,8 @@ def _read(pieces: Sequence[Any], k: int, axis: int, target: Map, fill: Any) -> A
 
 
 def _run(
-    piece: Any, k: int, axis: int, rows: Map, columns: Map, length: int
-) -> Any | None:
+    piece: Array, k: int, axis: int, rows: Map, columns: Map, length: int
+) -> Array | None:
     """Read a stretch from each of some rows of a block; None if it has no order."""
     in_a_row = (np.diff(rows) == 1).all()
     if in_a_row and (columns == columns[0]).all():
@@ -266,7 +274,9 @@ def _run(
     return jnp.moveaxis(take(one, places, axis - 1), axis - 1, k)
 
 
-def _gathered(pieces: Sequence[Any], k: int, axis: int, target: Map, fill: Any) -> Any:
+def _gathered(
+    pieces: Sequence[Array], k: int, axis: int, target: Map, fill: ArrayLike
+) -> Array:
     flat = _concatenate([_flat(p, k, axis - k - 1) for p in pieces], axis - 1)
     if (target == PADDING).any():
         widths = [(0, 0, 0)] * flat.ndim
@@ -276,13 +286,15 @@ def _gathered(pieces: Sequence[Any], k: int, axis: int, target: Map, fill: Any) 
     return jnp.moveaxis(take(flat, target, axis - 1), axis - 1, k)
 
 
-def _padding(piece: Any, k: int, axis: int, sizes: tuple[int, int], fill: Any) -> Any:
+def _padding(
+    piece: Array, k: int, axis: int, sizes: tuple[int, int], fill: ArrayLike
+) -> Array:
     shape = list(piece.shape)
     shape[k], shape[axis] = sizes
     return jnp.full(shape, fill, piece.dtype)
 
 
-def _flat(array: Any, k: int, axis: int) -> Any:
+def _flat(array: Array, k: int, axis: int) -> Array:
     """Set the rows of axis ``k`` side by side along an axis of the array."""
     array = jnp.moveaxis(array, k, k + axis)
     shape = array.shape
@@ -290,5 +302,5 @@ def _flat(array: Any, k: int, axis: int) -> Any:
     return array.reshape(*shape[:at], math.prod(shape[at : at + 2]), *shape[at + 2 :])
 
 
-def _concatenate(arrays: Sequence[Any], axis: int) -> Any:
+def _concatenate(arrays: Sequence[Array], axis: int) -> Array:
     return lax.concatenate(arrays, axis) if len(arrays) > 1 else arrays[0]

@@ -11,11 +11,21 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.typing import ArrayLike
 
 from ..messages.errors import PlanError
 from ..tracing.protocols import Equation
 from . import costs
-from .blocks import Blocks, array_from, as_blocks, cut, reread, segments_along, simplest
+from .blocks import (
+    Blocks,
+    Held,
+    array_from,
+    as_blocks,
+    cut,
+    reread,
+    segments_along,
+    simplest,
+)
 from .maps import WindowPasses, whole_layout, window_passes
 from .values import CropArray, Grid, Part, merged, own_arrays
 
@@ -105,7 +115,7 @@ def swept(
     eqn: Equation,
     sweeps: Sequence[Sweep],
     each: float,
-    fill: Any,
+    fill: ArrayLike,
 ) -> CropArray:
     """Run windows over shared axes, laid out in the way that costs least.
 
@@ -127,7 +137,7 @@ def swept(
     }
     changed = {sweep.axis: layout.stride for sweep, layout in todo}
 
-    def one(held: Any) -> Any:
+    def one(held: Held) -> Any:
         return passes(lambda x: run(x, changed), held, todo, fill)
 
     shape = eqn.outvars[0].aval.shape
@@ -143,9 +153,9 @@ def swept(
 
 def passes(
     run: Callable[[Any], Any],
-    held: Any,
+    held: Held,
     todo: Sequence[tuple[Sweep, WindowPasses]],
-    fill: Any,
+    fill: ArrayLike,
 ) -> Any:
     """Run windows over axes that are laid out; the results stay in blocks."""
     if not todo:

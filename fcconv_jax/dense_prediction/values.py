@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from .blocks import Blocks, array_from, take
+from .blocks import Array, Blocks, Held, array_from, take
 from .maps import Map, distinct
 
 
@@ -65,7 +65,7 @@ class CropArray:
       ranks: how many parts make up each axis of the array; none for a size of 1.
     """
 
-    held: Any
+    held: Held
     fronts: tuple[Grid, ...]
     parts: tuple[Part, ...]
     ranks: tuple[int, ...]
@@ -77,7 +77,7 @@ class CropArray:
         return cls(array, (), parts, (1,) * len(parts))
 
     @property
-    def data(self) -> Any:
+    def data(self) -> Array:
         """The array, whole."""
         return array_from(self.held)
 
@@ -113,7 +113,7 @@ class CropArray:
             changes["held"] = changes.pop("data")
         return dataclasses.replace(self, **changes)
 
-    def with_groups(self, groups: Sequence[Sequence[Part]], data: Any) -> CropArray:
+    def with_groups(self, groups: Sequence[Sequence[Part]], data: Held) -> CropArray:
         """Other data with other parts."""
         parts = tuple(part for group in groups for part in group)
         return CropArray(data, self.fronts, parts, tuple(map(len, groups)))
@@ -256,7 +256,7 @@ def split_part(value: CropArray, index: int, sizes: Sequence[int]) -> CropArray:
 
 
 def _with_parts(
-    value: CropArray, index: int, new: Sequence[Part], data: Any
+    value: CropArray, index: int, new: Sequence[Part], data: Array
 ) -> CropArray:
     ends = np.cumsum(value.ranks)
     dim = int(np.searchsorted(ends, index, side="right"))
