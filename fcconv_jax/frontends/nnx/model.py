@@ -16,13 +16,13 @@ from flax.core.frozen_dict import FrozenDict
 from flax.nnx import reprlib
 from jax import lax
 
-from ...geometry.meshes import OutSharding
 from ...messages.errors import PlanError
 from ...params.inplace import convert_in_place
 from ...params.leaves import convert_leaf, move_metadata
 from ...params.move import Move
 from ...plan import Form, LayerPlan, Plan
 from ...plan import layer_forms as forms
+from ...plan.layer_forms import OutSharding
 from ...versions import (
     graph_mode,
     is_data,

@@ -11,9 +11,9 @@ import jax
 from flax import nnx
 from jaxtyping import PyTree
 
-from ...geometry.meshes import OutSharding
 from ...params.variables import is_variable
 from ...plan import UNCALLED_REASON, Form, LayerPlan, Plan
+from ...plan.layer_forms import OutSharding
 from ...plan.paths import join_path
 from ...plan.rules import Rule
 from ...planning.from_trace import Own, plan_trace
