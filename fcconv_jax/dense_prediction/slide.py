@@ -45,10 +45,11 @@ def slide(
 
     The result is that of the function on each crop alone, zero padding inside the
     network, norms and all; what crops have in common is computed once. Convolutions,
-    pools, dense layers behind a flatten, global pools and everything that works entry
-    by entry are shared. From where crops differ everywhere on (a norm over space, a
-    position embedding, attention) each crop is computed separately, in a batch; so is
-    the whole function where sharing would not pay. ``grid.report(...)`` shows which.
+    pools, dense layers behind a flatten, global pools, attention within windows that
+    crops have in common (Swin) and everything that works entry by entry are shared.
+    From where crops differ everywhere on (a norm over space, a position embedding,
+    other attention) each crop is computed separately, in a batch; so is the whole
+    function where sharing would not pay. ``grid.report(...)`` shows which.
 
     Args:
       model: a function ``f(params, crops)`` (what is before the crops may be anything,
@@ -59,7 +60,7 @@ def slide(
         that slides; one alone is the length of a 1-D crop (audio).
       stride: step between crops in pixels; an int holds for all axes. None takes the
         network's total stride, the product of the strides of its layers, or the window
-        where that is smaller.
+        where that is smaller or the total isn't known (windows made by reshapes).
       axes: the axes of the image that slide; those behind the batch by default.
       padding: where the zeros of padded layers lie: around each of the ``"crops"``, as
         the function has them, or around the ``"image"`` alone, as a network has that is
