@@ -21,6 +21,7 @@ from typing import Any
 import numpy as np
 
 from ..dense_prediction.images.base import Affine
+from ..dense_prediction.mapped import in_memory
 from ..dense_prediction.tiles import read_part
 from ..files.install import allocate, disk_fault, install, is_file, replacing, sync
 from ..messages.extras import require
@@ -299,7 +300,7 @@ def _write_tiff(file: Path, array: Any, grid: Grid) -> None:
                 for left in range(0, columns, _CHUNK):
                     part = array[top : top + _CHUNK, left : left + _CHUNK]
                     window = rasterio.windows.Window(left, top, *part.shape[1::-1])
-                    values = np.moveaxis(np.asarray(part), -1, 0).astype(dtype)
+                    values = np.moveaxis(in_memory(part), -1, 0).astype(dtype)
                     dataset.write(values, window=window)
     except rasterio.errors.RasterioError as error:
         raise ArgumentError(f"{file}: can't be written ({error})") from None

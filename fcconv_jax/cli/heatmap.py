@@ -16,6 +16,8 @@ from .inputs import ArgumentError
 
 # A heat map is a picture to look at; those of larger images are reduced.
 _MOST_PIXELS = 4096
+# Its rows are drawn so many at a time, in floats of several times its size.
+_BAND = 256
 # The legend below it, which is legible beside a small image, too.
 _LEGEND_WIDTH, _LEGEND_HEIGHT, _MARGIN = 360, 56, 10
 
@@ -56,7 +58,8 @@ class Heat:
             # The shift changes no share, and keeps exp from overflowing.
             scores = np.exp(scores - scores.max(-1, keepdims=True))
             scores /= scores.sum(-1, keepdims=True)
-        values = scores.max(-1) if label is None else scores[..., label]
+        # A view would keep all classes of all bands in memory.
+        values = scores.max(-1) if label is None else scores[..., label].copy()
         what = "largest output" if label is None else f"class {label}"
         return cls(values, f"{what}, {'softmax' if softmax else 'raw outputs'}")
 
@@ -139,23 +142,33 @@ def write_heatmap(
       ArgumentError: the file can't be written.
     """
     known = np.isfinite(heat.values)
-    values = heat.values[known] if known.any() else np.array([np.nan])
-    low, high = values.min(), values.max()
-    # Equal values have a range of 0: don't divide by it.
-    shares = np.where(known, heat.values - low, 0) / np.fmax(high - low, 1e-30)
-    picture = image.thumbnail(_MOST_PIXELS).astype(np.float32) / scale
-    picture = np.nan_to_num(picture)  # pixels without data are black
-    height, width = picture.shape[:2]
+    low, high = np.nan, np.nan
+    if known.any():
+        low = heat.values.min(where=known, initial=np.inf)
+        high = heat.values.max(where=known, initial=-np.inf)
+    pixels = image.thumbnail(_MOST_PIXELS)
+    height, width = pixels.shape[:2]
     rows, columns = (
         np.clip(((at + 0.5) * size / len(at) - (across - step) / 2) // step, 0, n - 1)
         for at, size, across, step, n in zip(
             *((np.arange(height), np.arange(width)), image.shape[1:3]),
-            *(window, stride, shares.shape),
+            *(window, stride, heat.values.shape),
         )
     )
     rows, columns = rows.astype(int), columns.astype(int)
-    gray = np.clip(picture.mean(-1), 0, 1)
-    over = _colored(gray, shares[rows[:, None], columns])
+
+    def part(start: int) -> np.ndarray[Any, Any]:
+        band = slice(start, start + _BAND)
+        below = pixels[band].astype(np.float32) / scale
+        gray = np.clip(np.nan_to_num(below).mean(-1), 0, 1)  # without data: black
+        found = heat.values[rows[band, None], columns]
+        # Equal values have a range of 0: don't divide by it.
+        found = np.where(np.isfinite(found), found - low, 0) / np.fmax(
+            high - low, 1e-30
+        )
+        return _colored(gray, found)
+
+    over = np.concatenate([part(start) for start in range(0, height, _BAND)])
     Pillow = _pillow("Image")
     canvas = Pillow.new(
         "RGB", (max(width, _LEGEND_WIDTH), height + _LEGEND_HEIGHT), "white"

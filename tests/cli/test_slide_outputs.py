@@ -17,6 +17,7 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fcconv_jax as fc
+from fcconv_jax.cli.heatmap import Heat
 from fcconv_jax.cli import app
 
 MODEL = """
@@ -246,6 +247,12 @@ def test_a_mask_without_a_pixel_leaves_nothing(want):
     assert "skipped 1 of 1 tiles" in done.stderr
     assert "no position has an output other than NaN" in done.stdout
     assert np.isnan(np.load("grid.npy")).all()
+
+
+def test_a_heat_map_keeps_one_class_in_memory():
+    heat = Heat.of(np.arange(60.0).reshape(3, 4, 5), 2, softmax=False)
+    assert heat.values.base is None
+    assert heat.values.tolist() == (np.arange(0.0, 60, 5) + 2).reshape(3, 4).tolist()
 
 
 def test_heat_lies_at_the_centre_of_its_window(tmp_path, monkeypatch):
