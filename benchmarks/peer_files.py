@@ -16,23 +16,24 @@ from typing import Any
 
 import jax
 import numpy as np
-from peer_networks import DESCRIPTIONS, flax_network, keras_network
+from peer_networks import DESCRIPTIONS, examples, flax_network, keras_network
 
 
 def keras_files(name: str, folder: Path) -> None:
     """Writes what Keras and TensorFlow make of a network, in float32 and int8."""
     tf = importlib.import_module("tensorflow")
-    _, variables, x = flax_network(name)
+    _, variables, _ = flax_network(name)
     converter = tf.lite.TFLiteConverter.from_keras_model(
         keras_network(name, jax.tree.map(np.asarray, variables), tf.keras)
     )
     (folder / "keras.tflite").write_bytes(converter.convert())
 
-    def examples() -> Iterator[list[np.ndarray]]:
-        yield [np.asarray(x)]
+    def batches() -> Iterator[list[np.ndarray]]:
+        for image in examples(name, 16, seed=1):
+            yield [image[None]]
 
     converter.optimizations = [tf.lite.Optimize.DEFAULT]
-    converter.representative_dataset = examples
+    converter.representative_dataset = batches
     converter.target_spec.supported_ops = [tf.lite.OpsSet.TFLITE_BUILTINS_INT8]
     converter.inference_input_type = converter.inference_output_type = tf.int8
     (folder / "keras-int8.tflite").write_bytes(converter.convert())

@@ -417,11 +417,21 @@ def flax_network(name: str) -> tuple[nn.Module, Any, jax.Array]:
     variables = jax.jit(model.init)(jax.random.key(0), x)
     if "batch_stats" not in variables:
         return model, variables, x
-    stats = jax.tree.map(
-        lambda leaf: jnp.asarray(rng.uniform(0.8, 1.2, leaf.shape), leaf.dtype),
-        variables["batch_stats"],
-    )
+
+    def draw(path: Any, leaf: jax.Array) -> jax.Array:
+        # Means near those of activations: with others every relu returns zeros.
+        if path[-1].key == "mean":
+            return jnp.asarray(rng.normal(0, 0.1, leaf.shape), leaf.dtype)
+        return jnp.asarray(rng.uniform(0.3, 1.2, leaf.shape), leaf.dtype)
+
+    stats = jax.tree_util.tree_map_with_path(draw, variables["batch_stats"])
     return model, {**variables, "batch_stats": stats}, x
+
+
+def examples(name: str, count: int, seed: int) -> np.ndarray:
+    """Images that a described network is calibrated on, or compared on."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(count, *DESCRIPTIONS[name][1])).astype(np.float32)
 
 
 def keras_network(name: str, variables: Any, keras: Any) -> Any:

@@ -20,12 +20,13 @@ from typing import Any
 
 import jax
 import numpy as np
-from peer_networks import DESCRIPTIONS, NETWORKS, flax_network
+from peer_networks import DESCRIPTIONS, NETWORKS, examples, flax_network
 from running import Case, MissingError, bound, largest_error, race
 
 import fcconv_jax as fc
 from fcconv_jax.export import vela
 from fcconv_jax.export.chips import CHIPS
+from fcconv_jax.export.int8 import check
 from fcconv_jax.export.runtimes import runtime_of
 from fcconv_jax.export.size import size_of
 
@@ -87,6 +88,38 @@ def compare(network: str, suffix: str, peer: str) -> dict[str, Any]:
         return {**found, "errors": errors, "operators": operators, "bounds": limits}
 
 
+def compare_int8(network: str) -> dict[str, Any]:
+    """Compares the error of int8 files with that of Keras's, on other images.
+
+    All are calibrated on the same images; the float file is that of this package.
+    """
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        peer_files(network, folder)
+        model, variables, x = flax_network(network)
+        names = {"keras": "keras-int8.tflite", "litert": "m.tflite", "onnx": "m.onnx"}
+        for suffix, calibrate in ((".tflite", 1), (".onnx", 1), ("-float.tflite", 0)):
+            report = fc.export(
+                *(model, variables, x),
+                path=folder / f"m{suffix}",
+                calibrate=[examples(network, 16, seed=1)] if calibrate else None,
+                progress=False,
+            )
+            assert report.passed, report.failures
+        files = {
+            key: runtime_of(folder / n).open(folder / n) for key, n in names.items()
+        }
+        original = runtime_of(folder / "m.tflite").open(folder / "m-float.tflite")
+        calls = [[image[None]] for image in examples(network, 64, seed=2)]
+        off = {
+            key: check(file, original, calls, None, lambda *_: None).differences[0]
+            for key, file in files.items()
+        }
+        # ONNX Runtime's quantizer has no peer here: its error is shown alone.
+        limits = [bound("error / keras", off["litert"] / off["keras"], 1.05)]
+        return {"errors": off, "bounds": limits}
+
+
 def compare_cycles(network: str) -> dict[str, Any]:
     """Compares the cycles of an Ethos-U with those of Keras's int8 file."""
     if not vela.available():
@@ -95,7 +128,7 @@ def compare_cycles(network: str) -> dict[str, Any]:
         folder = Path(name)
         peer_files(network, folder)
         model, variables, x = flax_network(network)
-        calibrate = [np.asarray(x)]
+        calibrate = [examples(network, 16, seed=1)]
         report = fc.export(
             *(model, variables, x),
             path=folder / "m.tflite",
@@ -131,6 +164,10 @@ CASES: dict[str, Case] = {
     **{
         f"{name} in ONNX": functools.partial(compare, name, ".onnx", "jax2onnx")
         for name in NETWORKS
+    },
+    **{
+        f"{name} in int8": functools.partial(compare_int8, name)
+        for name in ("ds-cnn", "mobilenet-v2", "resnet18")
     },
     **{
         f"{name} on {_CHIP}": functools.partial(compare_cycles, name)

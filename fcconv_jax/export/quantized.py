@@ -17,6 +17,7 @@ from ..plan.rules import Rule
 from . import vela
 from .fingerprint import fingerprint_of, resealed
 from .forms import FileForm
+from .graph import LOOPS, Graph
 from .int8 import batches, check, same_outputs
 from .integers import prove_layers
 from .report import FormFigures
@@ -82,6 +83,7 @@ def quantized(
     if calibrate is not None:
         examples = batches(calibrate, [x.shape for x in arrays])
         labels = _checked(labels, len(calibrate[0]))
+        _check_loops(made[form][0].graph)
     contents: dict[FileForm, bytes] = {}
     opened: dict[FileForm, Shipped] = {}
     rows: list[FormFigures] = []
@@ -173,6 +175,16 @@ def _quantize(
         if record is None:
             return content
         return resealed(content, record.fingerprint, fingerprint_of(shipped, record))
+
+
+def _check_loops(graph: Graph) -> None:
+    """Refuse loops, whose layers the quantizers leave in float32."""
+    loops = sorted({node.op for node in graph.nodes} & LOOPS)
+    if loops:
+        raise ExportError(
+            f"Expected no loop or branch for an int8 file, got {', '.join(loops)}. "
+            "Pass unroll=N to write out loops of up to N steps, or drop calibrate=."
+        )
 
 
 def _checked(labels: Any, count: int) -> np.ndarray | None:

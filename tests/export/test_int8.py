@@ -3,6 +3,7 @@
 import dataclasses
 from pathlib import Path
 
+import flax.linen as nn
 import jax
 import numpy as np
 import pytest
@@ -268,6 +269,21 @@ def test_activations_that_are_always_zero(tmp_path):
     )
     assert report.passed, report.failures
     assert all(layer.exact for layer in report.layers)
+
+
+@pytest.mark.parametrize("suffix", ["tflite", "onnx"])
+def test_loops_are_to_be_written_out(suffix, tmp_path):
+    model, x = nn.RNN(nn.SimpleCell(3)), normal(1, 3, 4)
+    params = model.init(jax.random.key(0), x)
+    given = {"path": tmp_path / f"m.{suffix}", "progress": False}
+    given["calibrate"] = [np.asarray(normal(4, 3, 4))]
+    with pytest.raises(
+        ExportError, match="Expected no loop or branch for an int8 file"
+    ):
+        fc.export(model, params, x, **given)
+    report = fc.export(model, params, x, unroll=3, **given)
+    assert report.passed, report.failures
+    assert len(report.layers) > 3
 
 
 def test_ranges_are_those_of_all_examples(tmp_path):
