@@ -17,8 +17,8 @@ from PIL import Image
 from typer.testing import CliRunner
 
 import fcconv_jax as fc
-from fcconv_jax.cli.heatmap import Heat
 from fcconv_jax.cli import app
+from fcconv_jax.cli.heatmap import Heat
 
 MODEL = """
 import jax.numpy as jnp
