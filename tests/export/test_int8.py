@@ -10,7 +10,8 @@ import pytest
 
 import fcconv_jax as fc
 from fcconv_jax.export.int8 import batches
-from fcconv_jax.export.layers import compute
+from fcconv_jax.export.integers import Int8Layer, _on_integers
+from fcconv_jax.export.layers import Layer, compute
 from fcconv_jax.export.runtimes.onnx import OnnxFile
 from fcconv_jax.messages.errors import ExportError
 
@@ -215,6 +216,25 @@ def test_an_entry_that_is_one_step_off_is_counted(tmp_path, monkeypatch):
     assert (layer.arithmetic.off, layer.arithmetic.largest) == (2, 1)
 
 
+def test_a_step_is_allowed_next_to_a_half_alone():
+    """Where a runtime may compute in float32; elsewhere no entry may be off."""
+    layer = Layer("fc", "dense", None, (4, 3), None, False, (1, 4), (1, 3), ())
+    kernel = np.random.default_rng(3).integers(-127, 127, (4, 3)).astype(np.int8)
+
+    def run(x, move=0.0):
+        sums = compute(layer, x.astype(np.int64) - 2, kernel, None) * scale
+        return np.clip(np.rint(sums + move) + 3, -128, 127).astype(np.int8)
+
+    scale = 0.01 * 0.02 / 0.05
+    known = {"kernel": kernel, "bias": None, "zero": 0, "bias_scales": None}
+    known |= {"op": "Gemm", "form": "dense", "entering": (0.01, 2)}
+    known |= {"scales": np.full(3, 0.02), "leaving": (0.05, 3), "dequantized": True}
+    for move, off in ((0.0, False), (1e-9, False), (0.2, True), (1.0, True)):
+        mine = Int8Layer(run=lambda x, move=move: run(x, move), **known)
+        _, failures = _on_integers(layer, mine)
+        assert bool(failures) is off
+
+
 def test_the_kernels_without_xnnpack_round_by_fixed_point(tmp_path):
     from ai_edge_litert.interpreter import Interpreter, OpResolverType
 
@@ -323,10 +343,10 @@ def test_onnx_with_a_scale_for_each_feature(name, form, qdq):
     report = qdq(name, form)
     assert report.passed, report.failures
     for layer in report.layers:
+        # Which layers are fused, and are exact then, depends on the processor.
         assert layer.exact
-        assert (layer.arithmetic.off, layer.arithmetic.largest) == (0, 0)
+        assert layer.arithmetic.largest <= 1
         assert layer.arithmetic.entries > 0
-        assert layer.arithmetic.rounding == "float32 scale"
     difference = float(report.int8["difference from float32"].split()[0])
     assert 0 < difference < 0.1
     file = OnnxFile(Path(report.path))
