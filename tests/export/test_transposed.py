@@ -43,6 +43,28 @@ def test_a_decoder(to, tmp_path):
     assert len(report.layers) == 1 + 4 + 1
 
 
+@pytest.mark.parametrize("to", RUNTIMES)
+def test_several_with_biases(to, tmp_path):
+    """OpenVINO names the sum with the bias after such a layer, not the layer."""
+    needs(to)
+
+    def up(params, x):
+        for number in "12":
+            x = lax.conv_transpose(x, params[f"w{number}"], (2, 2), "VALID")
+            x = jnp.maximum(x + params[f"b{number}"], 0)
+        return jnp.tanh(x)
+
+    params = {"w1": normal(2, 2, 6, 4), "b1": normal(4), "w2": normal(2, 2, 4, 3)}
+    params["b2"] = normal(3, seed=2)
+    path = tmp_path / f"m.{SUFFIX[to]}"
+    report = export(up, params, X, path=path, progress=False)
+    assert report.passed, report.failures
+    assert [(x.name, x.bits, x.exact) for x in report.layers] == [
+        ("w1", True, True),
+        ("w2", True, True),
+    ]
+
+
 def test_one_dimension(tmp_path):
     needs("onnx")
 

@@ -174,12 +174,19 @@ class OpenVinoFile(Shipped):
         OpenVINO calls what comes last by the output's name: that is the one layer that
         no other operation is called by.
         """
-        found = {_label(op): op for op in _linear(model)}
+        found = {self._layer_of(op): op for op in _linear(model)}
         unknown = [name for name in found if name not in self._records]
         missing = [name for name in self._records if name not in found]
         if len(unknown) == len(missing) == 1:
             found[missing[0]] = found.pop(unknown[0])
         return found
+
+    def _layer_of(self, op: Any) -> str:
+        """The layer of an operation: of a transposed one, its bias bears the name."""
+        ends = [target.get_node() for target in op.output(0).get_target_inputs()]
+        added = [node for node in ends if node.get_type_name() == "Add"]
+        names = [_label(each) for each in (op, *added)]
+        return next((name for name in names if name in self._records), names[0])
 
     def run_layer(
         self,
