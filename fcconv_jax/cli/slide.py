@@ -150,7 +150,7 @@ def slide(
     memory: Annotated[
         int,
         typer.Option(help="Memory limit for a tile of a large image, in MiB.", min=1),
-    ] = 512,
+    ] = 384,
     kwargs: Kwargs = None,
     method: Method = None,
 ) -> None:

@@ -236,7 +236,7 @@ class Slide:
         self,
         *args: PyTree,
         out: PyTree,
-        memory: int = 2**29,
+        memory: int = 384 * 2**20,
         resume: str | Path | None = None,
         progress: ProgressOption = None,
         mask: Sliced | None = None,
@@ -255,7 +255,9 @@ class Slide:
           out: where the result is written as it comes: an array, or a PyTree of arrays,
             of the result's shape, likewise. Where it is stored in chunks or shards, a
             tile covers whole ones, unless it is smaller than one.
-          memory: bytes that a tile may take; an estimate decides its size.
+          memory: bytes that a tile may take; an estimate decides its size. The process
+            takes some two to three times as much beside the libraries: tiles are read
+            ahead, and written behind.
           resume: a file that records the finished tiles, with digests of what they were
             made from. A stopped run continues from there, and removes it at its end.
           progress: called with what is done, how many tiles are, and of how many; None
