@@ -6,6 +6,7 @@ Batches go through ``eqx.filter_vmap(model)``, which is a Module, too.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -32,11 +33,8 @@ class BoundEquinox(BoundHeld):
         """Floats are params, other arrays state, the rest stays in the function."""
         arrays, static = eqx.partition(model, eqx.is_array)
         params, state = eqx.partition(arrays, eqx.is_inexact_array)
-
-        def call(params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
-            return eqx.combine(params, state, static)(*args, **kwargs)
-
-        call.__name__ = type(model).__name__
+        call = functools.partial(_call, static)  # pickles, as a closure doesn't
+        call.__name__ = type(model).__name__  # pyright: ignore[reportAttributeAccessIssue]
         return call, {"params": params, "state": state}
 
     @classmethod
@@ -49,6 +47,12 @@ class BoundEquinox(BoundHeld):
     def levels(cls, path: str) -> tuple[str, ...]:
         """Leave out the field in which ``eqx.filter_vmap(model)`` keeps the model."""
         return super().levels(path.removeprefix("_fun/"))
+
+
+def _call(
+    static: PyTree, params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree
+) -> Any:
+    return eqx.combine(params, state, static)(*args, **kwargs)
 
 
 FRONTEND = BoundEquinox

@@ -76,25 +76,8 @@ class BoundTorch(BoundHeld):
         held = {**dict(model.named_buffers(remove_duplicate=False)), **_unnamed(model)}
         params, state = env.t2j_copy((_detached(learned), _detached(held)))
 
-        def run(values: PyTree, args: PyTree, kwargs: PyTree) -> Any:
-            values, args, kwargs = env.j2t_iso((values, args, kwargs))
-            with env:
-                # Tied weights stay apart, as they do in a state_dict.
-                return torch.func.functional_call(
-                    model, values, args, kwargs, tie_weights=False
-                )
-
-        def call(params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
-            with warnings.catch_warnings():
-                # torchax asks for the 64 bits of PyTorch's integers.
-                warnings.filterwarnings("ignore", "Explicitly requested dtype")
-                try:
-                    return _as_tree(run({**params, **state}, args, kwargs))
-                except Exception as error:
-                    _explain(error, type(model).__name__)
-                    raise
-
-        call.__name__ = type(model).__name__
+        call = functools.partial(_call, model)  # pickles, as a closure doesn't
+        call.__name__ = type(model).__name__  # pyright: ignore[reportAttributeAccessIssue]
         return call, {"params": params, "state": state}
 
     @classmethod
@@ -347,6 +330,24 @@ def _explain(error: Exception, name: str) -> None:
             f"Expected parameters, buffers or attributes as tensors, got others in "
             f"{name}{at}. Call register_buffer for tensors in lists and globals."
         ) from error
+
+
+def _call(
+    model: Any, params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree
+) -> Any:
+    env = _environment()
+    with warnings.catch_warnings():
+        # torchax asks for the 64 bits of PyTorch's integers.
+        warnings.filterwarnings("ignore", "Explicitly requested dtype")
+        try:
+            given = env.j2t_iso(({**params, **state}, args, kwargs))
+            with env:
+                # Tied weights stay apart, as they do in a state_dict.
+                out = torch.func.functional_call(model, *given, tie_weights=False)
+            return _as_tree(out)
+        except Exception as error:
+            _explain(error, type(model).__name__)
+            raise
 
 
 FRONTEND = BoundTorch

@@ -36,7 +36,8 @@ def model():
 def test_a_model(model):
     want = np.asarray(model(X))
     plan = check_model(model, X, "net/head/kernel", "HWC")
-    back = check_held(model, X, plan, want)
+    # Keras gives variables other names in copies.
+    back = check_held(model, X, plan, want, pickles=False)
     np.testing.assert_array_equal(back["net/head/kernel"], model.layers[-1].kernel)
     check_slide(model, X, (1, 2), want)
 
