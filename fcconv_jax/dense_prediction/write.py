@@ -17,6 +17,7 @@ from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
 from ..backends.options import pool_options
+from ..messages.errors import ImageError
 from ..messages.progress import ProgressOption, shown
 from ..tracing import arguments
 from .mapped import release
@@ -391,4 +392,11 @@ def _shape(target: Any, tile: _Read) -> tuple[int, ...]:
 
 
 def _written(out: PyTree, where: tuple[slice, ...]) -> list[Any]:
-    return [read_part(target, where) for target in jax.tree.leaves(out)]
+    try:
+        return [read_part(target, where) for target in jax.tree.leaves(out)]
+    except Exception as error:  # libraries raise what they like for damaged chunks
+        said = (str(error) or type(error).__name__).splitlines()[0]
+        raise ImageError(
+            f"out: the output can't be read back ({said}). Remove the record of the "
+            "stopped run, and pass a fresh output."
+        ) from error

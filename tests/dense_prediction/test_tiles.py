@@ -280,6 +280,22 @@ def test_zarr_arrays_in_and_out(tmp_path):
     chex.assert_trees_all_close(np.asarray(out.read().result()), want, atol=1e-6)
 
 
+def test_an_output_with_a_damaged_chunk(tmp_path):
+    tensorstore = pytest.importorskip("tensorstore")
+    spec = {
+        "driver": "zarr3",
+        "kvstore": {"driver": "file", "path": str(tmp_path / "out")},
+        "metadata": {"shape": list(WANT.shape), "data_type": "float32"},
+    }
+    out = tensorstore.open(spec, create=True).result()
+    stopped(tmp_path, out)
+    (chunk,) = [each for each in (tmp_path / "out" / "c").rglob("*") if each.is_file()]
+    chunk.write_bytes(chunk.read_bytes()[:-9])
+    again = tensorstore.open(spec, open=True).result()
+    with pytest.raises(fc.ImageError, match=r"can't be read back .*a fresh output"):
+        GRID.write(W, IMAGES, **options(again, tmp_path))
+
+
 def held(mask, row, column):
     """Whether a window holds a pixel of a mask, by looking at each of its pixels."""
     height, width = IMAGES.shape[1:3]
