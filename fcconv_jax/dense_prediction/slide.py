@@ -182,7 +182,7 @@ class Slide:
         return self._call(*args, **kwargs)
 
     def each_crop(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
-        """Return a function of the same value that computes each crop by itself.
+        """Return a function of the same value that computes each crop separately.
 
         What crops share depends on the size of the images. This is one program for all
         sizes, symbolic ones too.

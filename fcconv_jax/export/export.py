@@ -114,7 +114,7 @@ def export(
         that doesn't is refused.
       any_size: whether the file takes images of any spatial size from that of the
         inputs on, in ONNX, OpenVINO and StableHLO: a fully convolutional network, or
-        what :func:`fcconv_jax.slide` returns, which computes each crop by itself then.
+        what :func:`fcconv_jax.slide` returns, which computes each crop separately then.
         Networks that take multiples of 8 only, say, are exported for such steps. It is
         run with three sizes.
       weights: the dtype that kernels and embeddings are rounded to in the file, half
