@@ -6,6 +6,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from conftest import one_in, same_bits
+from zoo.in_linen import Dpt, Mae
 
 import fcconv_jax as fc
 
@@ -24,36 +25,6 @@ class Unet(nn.Module):
             x = nn.ConvTranspose(width, (2, 2), (2, 2))(x)
             x = nn.relu(nn.Conv(width, (3, 3))(jnp.concatenate([skip, x], -1)))
         return nn.Conv(2, (1, 1), padding="VALID")(x)
-
-
-class Mae(nn.Module):
-    """A masked autoencoder: patches, some of them masked, and pixels again."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(12, (4, 4), (4, 4), padding="VALID")(x)
-        n, height, width, features = x.shape
-        x = x.reshape(n, -1, features)
-        mask = self.param("mask", nn.initializers.normal(), (features,))
-        x = jnp.where(jnp.arange(height * width)[:, None] % 3 == 1, mask, x)
-        x = x + nn.MultiHeadDotProductAttention(3)(nn.LayerNorm()(x))
-        x = x + nn.Dense(12)(nn.gelu(nn.Dense(20)(nn.LayerNorm()(x))))
-        x = x.reshape(n, height, width, features)
-        return nn.ConvTranspose(3, (4, 4), (4, 4), name="pixels")(x)
-
-
-class Dpt(nn.Module):
-    """DPT's reassembling: tokens to maps of several sizes, fused on the way up."""
-
-    @nn.compact
-    def __call__(self, x):
-        x = nn.Conv(8, (4, 4), (4, 4), padding="VALID")(x)
-        large = nn.ConvTranspose(6, (4, 4), (4, 4))(nn.Conv(5, (1, 1))(x))
-        middle = nn.ConvTranspose(6, (2, 2), (2, 2))(nn.Conv(5, (1, 1))(x))
-        small = nn.Conv(6, (1, 1))(x)
-        for finer in (middle, large):
-            small = nn.ConvTranspose(6, (3, 3), (2, 2))(nn.relu(small)) + finer
-        return nn.Conv(1, (3, 3))(small)
 
 
 # A model, and how many of its layers are of each case.

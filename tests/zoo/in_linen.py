@@ -124,6 +124,37 @@ class UNet(nn.Module):
         return nn.Conv(2, (1, 1))(jnp.concatenate([up, image], -1))
 
 
+class Mae(nn.Module):
+    """A masked autoencoder: patches, some of them masked, and pixels again."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(12, (4, 4), (4, 4), padding="VALID")(x)
+        n, height, width, features = x.shape
+        x = x.reshape(n, -1, features)
+        mask = self.param("mask", nn.initializers.normal(), (features,))
+        x = jnp.where(jnp.arange(height * width)[:, None] % 3 == 1, mask, x)
+        x = x + nn.MultiHeadDotProductAttention(3)(nn.LayerNorm()(x))
+        x = x + nn.Dense(12)(nn.gelu(nn.Dense(20)(nn.LayerNorm()(x))))
+        x = x.reshape(n, height, width, features)
+        return nn.ConvTranspose(3, (4, 4), (4, 4), name="pixels")(x)
+
+
+class Dpt(nn.Module):
+    """DPT's reassembling: tokens to maps of several sizes, fused on the way up."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (4, 4), (4, 4), padding="VALID")(x)
+        x = nn.gelu(nn.Dense(8, name="readout")(x))
+        large = nn.ConvTranspose(6, (4, 4), (4, 4))(nn.Conv(5, (1, 1))(x))
+        middle = nn.ConvTranspose(6, (2, 2), (2, 2))(nn.Conv(5, (1, 1))(x))
+        small = nn.Conv(6, (1, 1))(x)
+        for finer in (middle, large):
+            small = nn.ConvTranspose(6, (3, 3), (2, 2))(nn.relu(small)) + finer
+        return nn.Conv(1, (3, 3))(small)
+
+
 class Depthwise(nn.Module):
     """Depthwise and grouped convolutions, and a squeeze-and-excite gate."""
 
@@ -223,6 +254,8 @@ def entries() -> list[Entry]:
         (Experts(), (normal(2, 5, 6),)),
         (MappedExperts(), (normal(4, 3, 5),)),
         (UNet(), (normal(2, 4, 6, 3),)),
+        (Mae(), (normal(2, 8, 12, 3),)),
+        (Dpt(), (normal(2, 8, 12, 3),)),
         (Depthwise(), (normal(2, 6, 5, 3),)),
         (Heads(), (normal(2, 5, 8),)),
         (Conv1D(9), (normal(2, 5, 7),)),
