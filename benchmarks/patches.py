@@ -23,7 +23,7 @@ from typing import Any
 
 import jax
 import numpy as np
-import torch
+import torch  # pyright: ignore[reportMissingImports]
 
 import fcconv_jax as fc
 
