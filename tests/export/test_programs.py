@@ -121,6 +121,21 @@ def test_bfloat16(to, tmp_path):
     assert fc.verify_file(path, params, progress=False).passed
 
 
+def test_outputs_whose_tree_jax_export_cannot_write(tmp_path):
+    if find("flatbuffers") is None:
+        pytest.skip("needs: pip install -e '.[stablehlo]'")
+    params, x = {"kernel": normal(6, 4), "bias": normal(4)}, normal(3, 6)
+
+    def run(params, x):
+        y = x @ params["kernel"] + params["bias"]
+        return {0: y, 1: [jnp.tanh(y)]}
+
+    report = fc.export(run, params, x, path=tmp_path / "m.stablehlo", progress=False)
+    assert report.passed, report.failures
+    assert "its outputs are a list" in str(report)
+    assert fc.verify_file(report.path, params, model=run, x=x).passed
+
+
 def test_outputs_that_no_input_changes(to, tmp_path):
     def model(params, x):
         return {"a": jnp.float32(3), "b": x @ params["w"], "c": params["w"] + 1}

@@ -89,7 +89,16 @@ def write_program(
             ) from error
         notes.append(f"its batch is fixed at {shapes[0].shape[:1]}: {why}")
         made = exporting(*shapes)
-    content = bytes(made.serialize())
+    try:
+        content = bytes(made.serialize())
+    except (TypeError, ValueError):  # integer keys, and classes it doesn't know
+        run_made = made.call
+        made = jax_export.export(
+            jax.jit(lambda *inputs: jax.tree.leaves(run_made(*inputs))),
+            platforms=PLATFORMS,
+        )(*(jax.ShapeDtypeStruct(x.shape, x.dtype) for x in made.in_avals))
+        content = bytes(made.serialize())
+        notes.append("its outputs are a list: jax.export can't write their PyTree")
     about = json.dumps({"record": record.to_text(), "outputs": list(names)}).encode()
     size = len(about).to_bytes(8, "little")
     path.write_bytes(content + about + size + _MARK)
