@@ -409,7 +409,8 @@ class _Call:
         if self.runtime.executed or reference is None or not folded:
             return proof.outputs
         made = folded_outputs(self.bound)
-        return working_errors("outputs", reference.exact, reference.own, made)
+        exact = reference.exact[: len(made)]  # the state that a call returns is last
+        return working_errors("outputs", exact, reference.own, made)
 
     def figures(
         self, written: Written, reference: ReferenceOutputs | None
