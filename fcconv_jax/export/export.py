@@ -204,13 +204,14 @@ def export(
                 there = Path(folder) / f"{other}{target.suffix}"
                 again = call.write(call.plan(other, as_rules(rules)), other, there)
                 made[other] = again, call.figures(again, reference)
-        found: Mapping[str, Any] = {}
+        found: dict[str, Any] = {}
         if target.quantize is not None:
-            found = quantized(call, made, calibrate, labels, form, last, show)
+            found |= quantized(call, made, calibrate, labels, form, last, show)
         report = call.report(
             *(written, proof, [each for _, each in made.values()], notes)
         )
-        report = dataclasses.replace(report, path=str(path), **found)
+        about = {"notes": (*report.notes, *found.pop("notes", ()))}
+        report = dataclasses.replace(report, path=str(path), **about, **found)
         final = put(place, Path(path), report.passed)
         if final != Path(path):
             kept = f"{path} was there and stays; the new file is {final}"

@@ -1,13 +1,16 @@
 """What lies between a file's layers: a change of it is found without the model."""
 
+import dataclasses
 import importlib.util
 import json
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 
 import fcconv_jax as fc
+from fcconv_jax.export.record import FileRecord
 from fcconv_jax.messages.errors import ExportError
 
 from .models import MODELS, normal
@@ -98,15 +101,16 @@ def test_the_record_of_onnx(what, tmp_path):
     )
     editor = Onnx(Path(report.path))
     (entry,) = editor.model.metadata_props
-    record = json.loads(entry.value)
+    record = FileRecord.from_text(entry.value)
     if what == "kernel":
-        record["layers"][0]["kernel"] = None
+        first = dataclasses.replace(record.layers[0], kernel=None)
+        changes: dict[str, Any] = {"layers": (first, *record.layers[1:])}
     elif what == "fingerprint":
-        record["fingerprint"] = None
+        changes = {"fingerprint": None}
     else:
-        record["digests"] = [["params/fc1/bias", "0"]]
+        changes = {"digests": (("params/fc1/bias", "0"),)}
         editor.model.doc_string = "changed"
-    entry.value = json.dumps(record)
+    entry.value = dataclasses.replace(record, **changes).to_text()
     editor.save()
     _, params, _ = MODELS["digits"]()
     found = fc.verify_file(report.path, params, progress=False)
