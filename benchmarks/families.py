@@ -12,9 +12,6 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,6 +19,7 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from running import cpu_seconds, write_row
 from slide import Pools, ResNet, crops_of
 
 import fcconv_jax as fc
@@ -209,13 +207,7 @@ def measure(name: str) -> dict[str, Any]:
     error = float(jnp.abs(outs["slide"] - want).max() / jnp.abs(want).max())
     assert error < 1e-4, (name, error)
     runs = {key: functools.partial(run, variables, x) for key, run in functions.items()}
-    taken: dict[str, list[float]] = {key: [] for key in runs}
-    for _ in range(_ROUNDS):
-        for key, run in runs.items():
-            start = time.process_time()
-            jax.block_until_ready(run())
-            taken[key].append(time.process_time() - start)
-    medians = {key: statistics.median(times) for key, times in taken.items()}
+    medians = cpu_seconds(runs, _ROUNDS)
     return {
         "family": name,
         "stride": step,
@@ -233,15 +225,10 @@ def main() -> None:
     parser.add_argument("names", nargs="*", choices=[[], *FAMILIES], metavar="NAME")
     parser.add_argument("--out", type=Path, required=True)
     options = parser.parse_args()
-    file = options.out / "slide.json"
     for name in options.names or FAMILIES:
         found = measure(name)
         print(found, flush=True)
-        results = json.loads(file.read_text(encoding="utf-8"))
-        kept = {each["family"]: each for each in results.get("families", [])}
-        kept[name] = found
-        results["families"] = [kept[key] for key in FAMILIES if key in kept]
-        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        write_row(options.out / "slide.json", "families", FAMILIES, found)
 
 
 if __name__ == "__main__":

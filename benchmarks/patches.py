@@ -13,10 +13,7 @@ from __future__ import annotations
 
 import argparse
 import functools
-import json
-import statistics
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -24,6 +21,7 @@ from typing import Any
 import jax
 import numpy as np
 import torch  # pyright: ignore[reportMissingImports]
+from running import cpu_seconds, write_row
 
 import fcconv_jax as fc
 
@@ -141,13 +139,7 @@ def measure(name: str) -> dict[str, Any]:
     got = np.asarray(runs["slide"]()).reshape(want.shape)
     error = float(np.abs(got - want).max() / np.abs(want).max())
     assert error < 1e-4, (name, error)
-    taken: dict[str, list[float]] = {key: [] for key in runs}
-    for _ in range(_ROUNDS):
-        for key, run in runs.items():
-            start = time.process_time()
-            jax.block_until_ready(run())
-            taken[key].append(1e3 * (time.process_time() - start))
-    medians = {key: statistics.median(times) for key, times in taken.items()}
+    medians = {key: 1e3 * each for key, each in cpu_seconds(runs, _ROUNDS).items()}
     gain = min(medians[f"by {count}"] for count in _BATCHES) / medians["slide"]
     return {
         "case": name,
@@ -170,15 +162,8 @@ def main() -> int:
         found = measure(name)
         every &= found["times"] >= found["bound"]
         print(found, flush=True)
-        if options.out is None:
-            continue
-        file = options.out / "slide.json"
-        results = json.loads(file.read_text(encoding="utf-8"))
-        kept = {each["case"]: each for each in results.get("patches", [])} | {
-            name: found
-        }
-        results["patches"] = [kept[key] for key in CASES if key in kept]
-        file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+        if options.out is not None:
+            write_row(options.out / "slide.json", "patches", CASES, found)
     return int(not every)
 
 

@@ -298,3 +298,31 @@ def write(folder: Path, found: Mapping[str, Any]) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     content = {"device": found["device"], "results": results}
     file.write_text(json.dumps(content, indent=1) + "\n")
+
+
+def cpu_seconds(runs: Mapping[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
+    """Medians of interleaved calls, in CPU seconds of all threads."""
+    taken: dict[str, list[float]] = {key: [] for key in runs}
+    for _ in range(rounds):
+        for key, run in runs.items():
+            start = time.process_time()
+            jax.block_until_ready(run())
+            taken[key].append(time.process_time() - start)
+    return {key: statistics.median(times) for key, times in taken.items()}
+
+
+def write_row(
+    file: Path, table: str, order: Collection[str], row: Mapping[str, Any]
+) -> None:
+    """Puts a row into a table of a file, in the place of an earlier run.
+
+    Args:
+      file: of several tables.
+      table: its name in the file.
+      order: the names of its rows, which are in their first column.
+      row: begins with its name.
+    """
+    results = json.loads(file.read_text(encoding="utf-8"))
+    rows = {next(iter(each.values())): each for each in [*results.get(table, []), row]}
+    results[table] = [rows[name] for name in order if name in rows]
+    file.write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")

@@ -20,7 +20,7 @@ from .program import AllCrops
 
 
 class Sliced(Protocol):
-    """What is read by slices: in memory, in a file, or computed on demand."""
+    """Data read by slices: in memory, in a file, or computed on demand."""
 
     @property
     def shape(self) -> Sequence[int]:

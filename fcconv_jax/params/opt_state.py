@@ -78,14 +78,14 @@ def convert_opt_state(
     if probe_kwargs is not None:
         wanted = "a dictionary of keywords of tx.update"
         check_kind("probe_kwargs=", probe_kwargs, Mapping, wanted, "{'value': loss}")
-    out = move_opt_state(opt_state, plan, tx, params)
+    out, move = _moved(opt_state, plan, tx, params)
     if check:
         try:
             found = different_update(
                 tx,
                 opt_state,
                 params,
-                _mover(plan, tx, params),
+                move,
                 lambda tree: map_leaves(tree, plan),
                 probe_kwargs or {},
             )
@@ -104,6 +104,13 @@ def move_opt_state(
     Raises:
       PlanError: the state does not follow the shape of the parameters.
     """
+    return _moved(opt_state, plan, tx, params)[0]
+
+
+def _moved(
+    opt_state: PyTree, plan: Plan, tx: optax.GradientTransformation, params: PyTree
+) -> tuple[Any, Callable[[PyTree], PyTree]]:
+    """Return a state in the plan's form, and what moves others of its optimizer."""
     # Shapes alone: no second copy of the params, and none for the state.
     old = jax.eval_shape(lambda tree: tree, params)
     wanted = jax.eval_shape(tx.init, map_leaves(old, plan))
@@ -124,7 +131,7 @@ def move_opt_state(
         if np.shape(got) != np.shape(want):
             found = f"expected {path!r} of shape {np.shape(want)}, got {np.shape(got)}"
             raise PlanError(_NOT_ENTRYWISE.format(found))
-    return out
+    return out, move
 
 
 def _mover(

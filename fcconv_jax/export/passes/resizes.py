@@ -12,9 +12,8 @@ def find_resizes(graph: Graph) -> bool:
 
     ``jax.image.resize``, whose pixels have their corners elsewhere, is found as a call.
     """
-    uses = graph.uses()
+    uses, makers = graph.uses(), graph.producers()
     for second in graph.nodes:
-        makers = graph.producers()
         before = makers.get(second.inputs[0])
         perm: tuple[int, ...] = (0, 1, 2, 3)
         first = before

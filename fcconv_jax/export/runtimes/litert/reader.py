@@ -299,8 +299,10 @@ class LiteRTFile(Shipped):
     def _int8_layer(
         self, shipped: ShippedLayer, operator: Any, layer: Layer
     ) -> Int8Layer:
-        def run_alone(x: np.ndarray) -> np.ndarray:
-            return run(self._cut(*self._chain(operator, layer)), [x], integers=True)[0]
+        # Cut when it first runs: the weights are compared even where that fails.
+        @functools.cache
+        def alone() -> Callable[[Sequence[np.ndarray]], list[np.ndarray]]:
+            return caller(self._cut(*self._chain(operator, layer)), integers=True)
 
         place = self.bias_of(operator)
         (scale_in,), zero_in = self.scales(self._entering(operator))
@@ -313,7 +315,7 @@ class LiteRTFile(Shipped):
             entering=(scale_in, zero_in),
             leaving=(scale_out, zero_out),
             bounds=_BOUNDS[number],
-            run=run_alone,
+            run=lambda x: alone()([x])[0],
         )
 
     def scales(self, index: int) -> tuple[np.ndarray, int]:

@@ -154,10 +154,14 @@ class OnnxFile(Shipped):
 
     def _before(self, name: str) -> str:
         """Return what a value is before it was quantized and dequantized."""
-        makers = {name: each for each in self.nodes for name in each.output}
-        while name in makers and makers[name].op_type in _QDQ:
-            name = makers[name].input[0]
+        while name in self._makers and self._makers[name].op_type in _QDQ:
+            name = self._makers[name].input[0]
         return name
+
+    @functools.cached_property
+    def _makers(self) -> dict[str, Any]:
+        """The node that makes each value."""
+        return {name: node for node in self.nodes for name in node.output}
 
     def _bias(self, node: Any) -> str | None:
         if node.op_type != "MatMul":
@@ -231,7 +235,7 @@ class OnnxFile(Shipped):
         }
 
     def _int8_layer(self, shipped: ShippedLayer, node: Any, layer: Layer) -> Int8Layer:
-        makers = {name: each for each in self.nodes for name in each.output}
+        makers = self._makers
         side = self._side(node)
         assert side is not None
         inputs: list[Any] = [makers.get(name) for name in node.input]
