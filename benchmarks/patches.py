@@ -5,8 +5,8 @@
 Both run the same PyTorch Module at the network's own stride, on an image in memory. The
 loop cuts patches, stacks them and calls the Module, in batches of 4 and of 16: the
 quickest counts. Calls are interleaved in one process; medians of CPU seconds; float32.
-Run it on idle cores: on busy ones, PyTorch's threads wait by spinning, which counts. The
-Module needs the extra ``torch``.
+Run it on idle cores: on busy ones, PyTorch's threads wait by spinning, which counts.
+The Module needs the extra ``torch``.
 """
 
 from __future__ import annotations
