@@ -35,7 +35,14 @@ from .graph import Graph, Source
 from .layers import computed_values, constants_of, layers_of, leaves_read
 from .lowering.trace import input_names, lower
 from .memory import peak_bytes
-from .open_sizes import BATCHES, OpenSizes, first_step, image_axes, repeat_rows
+from .open_sizes import (
+    BATCHES,
+    OpenSizes,
+    fails_with_others,
+    first_step,
+    image_axes,
+    repeat_rows,
+)
 from .passes.fold import fold_norms
 from .passes.nchw import to_nchw
 from .passes.round import round_weights
@@ -305,7 +312,7 @@ class _Call:
         if self.runtime.write is not None:
             base, others = self.sizes.variants(changed)
         graph = self._lowered(base, leaves)
-        more = {name: self._lowered(each, leaves) for name, each in others.items()}
+        more = self._other_sizes(others, leaves)
         if self.sizes.batch and more:
             repeat_rows([graph, *more.values()])
         layers = tuple(layers_of(graph))
@@ -348,6 +355,16 @@ class _Call:
             )
         seal(path, self.runtime.open(path))
         return Written(path, form, plan, graph, record, leaves, computed)
+
+    def _other_sizes(
+        self, others: Mapping[str, BoundModel], leaves: Mapping[str, np.ndarray]
+    ) -> dict[str, Graph]:
+        try:
+            return {name: self._lowered(each, leaves) for name, each in others.items()}
+        except Exception as error:  # models refuse sizes with errors of every kind
+            if isinstance(error, ExportError) or not self.sizes.axes:
+                raise
+            raise fails_with_others(error) from error
 
     def _lowered(self, bound: BoundModel, leaves: Mapping[str, np.ndarray]) -> Graph:
         """The graph of a model; an empty one where only JAX can say it, and may."""

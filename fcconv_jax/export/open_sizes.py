@@ -181,19 +181,23 @@ def first_step(write: Callable[[int], Any]) -> Any:
     Raises:
       ExportError: there is none; that of the smallest.
     """
-    first: Exception | None = None
+    first: ExportError | None = None
     for step in STEPS:
         try:
             return write(step)
-        except Exception as error:  # models refuse sizes with errors of every kind
+        except ExportError as error:
             first = first or error
-    if isinstance(first, ExportError):
-        raise first
-    why = (str(first).strip().splitlines() or [type(first).__name__])[0]
-    raise ExportError(
+    assert first is not None
+    raise first
+
+
+def fails_with_others(error: Exception) -> ExportError:
+    """Return the error for a model that raises on images of another size."""
+    why = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    return ExportError(
         f"Expected a model for images of any size, got one that fails with others: "
         f"{why}. Drop any_size=True, or pass fc.slide(model, window=...)."
-    ) from first
+    )
 
 
 def repeat_rows(graphs: Sequence[Graph]) -> None:

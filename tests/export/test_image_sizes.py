@@ -1,5 +1,8 @@
 """Files for any image size: run with sizes that the model was not exported with."""
 
+import errno
+import importlib
+
 import flax.linen as nn
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +98,22 @@ def test_a_grid(suffix, tmp_path):
     around = fc.slide(model, window=(6, 4), stride=(2, 2), padding="image")
     with pytest.raises(ValueError, match="Expected padding='crops'"):
         export(around, params, images, path)
+
+
+def test_a_full_disk_is_not_taken_for_a_size(suffix, tmp_path, monkeypatch):
+    tried = []
+
+    def full(*_):
+        tried.append(1)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(
+        importlib.import_module("fcconv_jax.export.export"), "seal", full
+    )
+    model, params, (x,) = _made(nn.Conv(2, (3, 3)), normal(1, 6, 5, 3))
+    with pytest.raises(fc.ExportError, match="cannot be written: No space left"):
+        export(model, params, x, tmp_path / f"net{suffix}")
+    assert len(tried) == 1
 
 
 def test_one_size_only(suffix, tmp_path):
