@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from importlib import import_module
 from typing import Any
 
@@ -45,24 +45,12 @@ class BoundKeras(BoundHeld):
                 "it once on an input, or build(input_shape)."
             )
 
-        def call(params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
-            if kwargs.pop("training", None):
-                raise TypeError("Expected training=False, got True. Drop training=.")
-            values = {**params, **state}
-            trainable = [values[v.path] for v in model.trainable_variables]
-            others = [values[v.path] for v in model.non_trainable_variables]
-            out, _ = model.stateless_call(
-                trainable, others, *args, training=False, **kwargs
-            )
-            return out
-
-        call.__name__ = model.name
         params, state = {}, {}
         for variable in model.variables:
             # A frozen kernel is a parameter, too; running statistics have one axis.
             is_param = variable.trainable or len(variable.shape) > 1
             (params if is_param else state)[variable.path] = variable.value
-        return call, {"params": params, "state": state}
+        return _Call(model), {"params": params, "state": state}
 
     @classmethod
     def split_params(cls, model: Any, params: PyTree) -> dict[str, Any]:
@@ -80,6 +68,42 @@ class BoundKeras(BoundHeld):
             name: {path: params.get(path, value) for path, value in tree.items()}
             for name, tree in own.items()
         }
+
+
+class _Call:
+    """A model as a function of its params; pickles, as a closure doesn't.
+
+    Args:
+      model: built.
+      paths: those of its variables in the params; their own by default.
+    """
+
+    def __init__(self, model: Any, paths: Sequence[str] | None = None):
+        self.model, self.__name__ = model, model.name
+        own = [variable.path for variable in model.variables]
+        # Variables of a copy have other paths, in the same order.
+        self.paths = dict(zip(own, paths or own, strict=True))
+
+    def __reduce__(self) -> Any:
+        return type(self), (self.model, tuple(self.paths.values()))
+
+    def __call__(
+        self, params: PyTree, state: PyTree, *args: PyTree, **kwargs: PyTree
+    ) -> Any:
+        if kwargs.pop("training", None):
+            raise TypeError("Expected training=False, got True. Drop training=.")
+        values = {**params, **state}
+        trainable, others = (
+            [values[self.paths[v.path]] for v in variables]
+            for variables in (
+                self.model.trainable_variables,
+                self.model.non_trainable_variables,
+            )
+        )
+        out, _ = self.model.stateless_call(
+            trainable, others, *args, training=False, **kwargs
+        )
+        return out
 
 
 FRONTEND = BoundKeras

@@ -24,14 +24,14 @@ def check_model(model, x, path, order, params=None):
     return plan
 
 
-def check_held(model, x, plan, y, pickles=True):
+def check_held(model, x, plan, y):
     """A converted model of a library whose models hold their params."""
     converted = fc.convert_model(model, plan)
     np.testing.assert_allclose(np.asarray(converted(x)), y, atol=1e-5)
     back = fc.restore_params(converted.params, plan)
     assert not fc.make_plan(converted, x)
     # Used or not, it is pickled and copied as the model is.
-    for made in (converted, fc.convert_model(model, plan)) if pickles else ():
+    for made in (converted, fc.convert_model(model, plan)):
         for again in (pickle.loads(pickle.dumps(made)), copy.deepcopy(made)):
             np.testing.assert_array_equal(again(x), converted(x))
     return back
