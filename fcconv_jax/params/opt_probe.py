@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
@@ -86,6 +87,25 @@ def different_update(
             return _compare(tx, trees, moves, _NARROW_THRESHOLD)
         except Exception as error:
             raise ProbeError(f"{type(error).__name__}: {error}") from error
+
+
+def updated_shapes(
+    tx: optax.GradientTransformation, params: PyTree, kwargs: Mapping[str, Any]
+) -> Any:
+    """Return the shapes of a state after an update; None if no update can be traced."""
+    import optax
+
+    update = optax.with_extra_args_support(tx).update
+    for extras in _EXTRAS:
+
+        def updated(params: PyTree, extras: Sequence[str] = extras) -> Any:
+            known = {"value": jnp.ones(()), "grad": params}
+            extra = {name: known[name] for name in extras} | kwargs
+            return update(params, tx.init(params), params, **extra)[1]
+
+        with contextlib.suppress(Exception):  # another keyword, or a fault of its own
+            return jax.eval_shape(updated, params)
+    return None
 
 
 def _compare(

@@ -17,7 +17,7 @@ from ..plan import Plan
 from .leaves import flatten_with_path, is_leaf_node
 from .move import Move
 from .moves import map_leaves, moved, tree_moves
-from .opt_probe import ProbeError, different_update
+from .opt_probe import ProbeError, different_update, updated_shapes
 
 if TYPE_CHECKING:
     import optax
@@ -78,7 +78,7 @@ def convert_opt_state(
     if probe_kwargs is not None:
         wanted = "a dictionary of keywords of tx.update"
         check_kind("probe_kwargs=", probe_kwargs, Mapping, wanted, "{'value': loss}")
-    out, move = _moved(opt_state, plan, tx, params)
+    out, move = _moved(opt_state, plan, tx, params, probe_kwargs or {})
     if check:
         try:
             found = different_update(
@@ -104,16 +104,24 @@ def move_opt_state(
     Raises:
       PlanError: the state does not follow the shape of the parameters.
     """
-    return _moved(opt_state, plan, tx, params)[0]
+    return _moved(opt_state, plan, tx, params, {})[0]
 
 
 def _moved(
-    opt_state: PyTree, plan: Plan, tx: optax.GradientTransformation, params: PyTree
+    opt_state: PyTree,
+    plan: Plan,
+    tx: optax.GradientTransformation,
+    params: PyTree,
+    kwargs: Mapping[str, PyTree],
 ) -> tuple[Any, Callable[[PyTree], PyTree]]:
     """Return a state in the plan's form, and what moves others of its optimizer."""
     # Shapes alone: no second copy of the params, and none for the state.
     old = jax.eval_shape(lambda tree: tree, params)
-    wanted = jax.eval_shape(tx.init, map_leaves(old, plan))
+    there = map_leaves(old, plan)
+    first, wanted = jax.eval_shape(tx.init, old), jax.eval_shape(tx.init, there)
+    if jax.tree.structure(opt_state) != jax.tree.structure(first):
+        # The state of optax.monitor has no measurements before its first update.
+        wanted = updated_shapes(tx, there, kwargs) or wanted
     move = _mover(plan, tx, params)
     try:
         out = move(opt_state)
@@ -157,12 +165,22 @@ def _mover(
     def is_leaf(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode) or is_leaf_node(node)
 
+    def followed(state: PyTree) -> Any:
+        return map_leaves({"params": old, "opt_state": state}, plan)["opt_state"]
+
     def move_state(state: PyTree) -> Any:
         if isinstance(params, optax.LookaheadParams):
             # Its init takes pairs alone, which tree_map_params does not give it.
-            return map_leaves({"params": old, "opt_state": state}, plan)["opt_state"]
+            return followed(state)
         with default_settings():  # it calls tx.init, which makes arrays
-            return optax.tree_map_params(tx, move, state, tree, is_leaf=is_leaf)
+            try:
+                return optax.tree_map_params(tx, move, state, tree, is_leaf=is_leaf)
+            except PlanError:
+                raise
+            except Exception:
+                # An init that computes with the params takes no placeholders, and a
+                # state may have another structure than at first.
+                return followed(state)
 
     return move_state
 

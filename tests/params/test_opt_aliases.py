@@ -100,6 +100,21 @@ RIGHT = {
     ).gradient_transformation(),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(0.1), 3),
     "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(0.1),
+    # Their init measures the params, and monitor's state grows with its first update.
+    "snapshot": lambda: optax.chain(
+        optax.adam(0.1), optax.snapshot("last", lambda updates: updates)
+    ),
+    "monitor": lambda: optax.chain(
+        optax.monitor(
+            {
+                "norm": optax.tree.norm,
+                "norms": lambda g: jax.tree.map(jnp.linalg.norm, g),
+                "ema": optax.measure_with_ema(optax.tree.norm, 0.9),
+                "gradients": optax.ema(0.9),
+            }
+        ),
+        optax.adam(0.1),
+    ),
 }
 # What is refused: the state means another thing, or the next update would differ.
 REFUSED = {
@@ -165,6 +180,26 @@ def test_what_would_go_on_otherwise_is_refused_by_name(name):
         fc.convert_opt_state(tx.init(PARAMS), PLAN, tx=tx, params=PARAMS)
 
 
+def test_measurements_move_with_the_params():
+    for name in ("snapshot", "monitor"):
+        tx = RIGHT[name]()
+        state = state_of(tx)
+        moved = fc.convert_opt_state(state, PLAN, tx=tx, params=PARAMS)
+        key = "last" if name == "snapshot" else "gradients"
+        want = fc.convert_params(optax.tree.get(state, key), PLAN)
+        jax.tree.map(np.testing.assert_array_equal, optax.tree.get(moved, key), want)
+
+
+def test_a_measurement_of_entries_in_a_row_is_refused():
+    rows = optax.snapshot("rows", lambda updates: jax.tree.leaves(updates)[1].ravel())
+    tx = optax.chain(optax.adam(0.1), rows)
+    for check in (True, False):
+        with pytest.raises(fc.PlanError, match="may hold entries of parameters"):
+            fc.convert_opt_state(
+                tx.init(PARAMS), PLAN, tx=tx, params=PARAMS, check=check
+            )
+
+
 def test_the_check_can_be_left_out():
     tx = REFUSED["adamw by ndim"]()
     state = tx.init(PARAMS)
@@ -183,7 +218,7 @@ def test_abstract_states_are_checked_too():
 
 
 def _aliases(module, prefix=""):
-    """What a module of optax offers that takes a learning rate: its optimizers."""
+    """Yield the optimizers of a module of optax: what takes a learning rate."""
     for name, value in vars(module).items():
         if name.startswith(("_", "scale_by_")) or not inspect.isfunction(value):
             continue
