@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import errno
 import io
 import itertools
 import json
@@ -81,19 +82,25 @@ def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]
     """
     part, record, _ = check_leftovers(file)
     as_zarr = file.suffix.lower() == ".zarr"
-    if file.suffix.lower() in (".tif", ".tiff"):
+    as_tiff = file.suffix.lower() in (".tif", ".tiff")
+    if as_tiff:
         _check_tiff(file, grid)
+    left = f", then go on with --resume from {part}"
     try:
         with _locked(file):
             if not resume or not part.exists() or not record.exists():
                 record.unlink(missing_ok=True)
                 shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
-            opened = _open_zarr if as_zarr else _open_npy
-            array = opened(part, grid)
+            if as_zarr:
+                array = _open_zarr(part, grid)
+            else:
+                array = _open_npy(part, grid, spare=_tiff_bytes(grid) * as_tiff)
             yield array, record
+            left = f" and take the result from {part}" + ", a .npy array" * as_tiff
             if not as_zarr:
                 array.flush()
-            if file.suffix.lower() in (".tif", ".tiff"):
+            if as_tiff:
+                os.truncate(part, array.offset + array.nbytes)
                 _write_tiff(file, array, grid)
                 part.unlink()
             else:
@@ -107,10 +114,9 @@ def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]
         if why is None:
             raise
         nbytes = math.prod(grid.shape) * grid.dtype.itemsize
-        left = f", then go on with --resume from {part}" if part.exists() else ""
         raise ArgumentError(
-            f"{file}: {nbytes} bytes can't be written ({why}). Make room{left}, or "
-            "pass another --out"
+            f"{file}: {nbytes} bytes can't be written ({why}). Make room"
+            f"{left * part.exists()}, or pass another --out"
         ) from None
 
 
@@ -186,8 +192,8 @@ def _locked(file: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _open_npy(part: Path, grid: Grid) -> Any:
-    """Open or create a ``.npy`` array.
+def _open_npy(part: Path, grid: Grid, spare: int) -> Any:
+    """Open or create a ``.npy`` array, with bytes to spare behind it.
 
     Its blocks are allocated first: on a full disk, writing to mapped memory would end
     the process.
@@ -199,6 +205,8 @@ def _open_npy(part: Path, grid: Grid) -> Any:
             raise _other_run(part, str(error)) from None
         if (array.shape, array.dtype) != (grid.shape, grid.dtype):
             raise _other_run(part, f"{array.dtype} of shape {array.shape}")
+        with part.open("r+b") as opened:
+            allocate(opened.fileno(), array.offset + array.nbytes + spare)
         return array
     header = io.BytesIO()
     described = np.lib.format.dtype_to_descr(grid.dtype)
@@ -207,15 +215,14 @@ def _open_npy(part: Path, grid: Grid) -> Any:
     )
     start = header.getbuffer().nbytes
     with part.open("w+b") as opened:
+        opened.write(header.getbuffer())
+        opened.flush()
         try:
-            allocate(
-                opened.fileno(), start + math.prod(grid.shape) * grid.dtype.itemsize
-            )
+            nbytes = math.prod(grid.shape) * grid.dtype.itemsize
+            allocate(opened.fileno(), start + nbytes + spare)
         except OSError:
             part.unlink()
             raise
-        # Not before: allocating may write zeros from the file's start.
-        opened.write(header.getbuffer())
     return np.memmap(part, grid.dtype, "r+", start, grid.shape)
 
 
@@ -263,16 +270,29 @@ def _check_tiff(file: Path, grid: Grid) -> None:
         )
 
 
+def _tiff_bytes(grid: Grid) -> int:
+    """Return what a TIFF takes at most: that of pixels that don't compress."""
+    _, rows, columns, *rest = grid.shape
+    pixels = math.prod(grid.shape) * np.dtype(_tiff_dtype(grid)).itemsize
+    blocks = -(-rows // _CHUNK) * -(-columns // _CHUNK) * math.prod(rest)
+    # Deflate adds 5 bytes to each 16 KiB. Blocks are padded with zeros, a run or
+    # a few for each row, and take an entry of the file's tables.
+    return pixels + pixels // 1024 + blocks * (16 * _CHUNK + 1024) + (1 << 16)
+
+
+def _tiff_dtype(grid: Grid) -> str:
+    # GDAL has no bool, and float16 only from version 3.11 on.
+    known = {"bool": "uint8", "float16": "float32"}
+    return known.get(grid.dtype.name, grid.dtype.name)
+
+
 def _write_tiff(file: Path, array: Any, grid: Grid) -> None:
     """Write a tiled TIFF whose pixels are the positions and bands the outputs."""
     rasterio: Any = require("rasterio", "geotiff", "Writing TIFF files")
     _, rows, columns, *rest = grid.shape
     bands = math.prod(rest)
     array = array.reshape(rows, columns, bands)
-    # GDAL has no bool, and float16 only from version 3.11 on.
-    dtype = {"bool": "uint8", "float16": "float32"}.get(
-        grid.dtype.name, grid.dtype.name
-    )
+    dtype = _tiff_dtype(grid)
     floats = dtype.startswith("float")
     options = {
         "driver": "GTiff",
@@ -293,17 +313,34 @@ def _write_tiff(file: Path, array: Any, grid: Grid) -> None:
         "blockxsize": _CHUNK,
         "blockysize": _CHUNK,
     }
+    windows = [
+        rasterio.windows.Window(
+            left, top, min(_CHUNK, columns - left), min(_CHUNK, rows - top)
+        )
+        for top in range(0, rows, _CHUNK)
+        for left in range(0, columns, _CHUNK)
+    ]
+
+    def values(window: Any) -> np.ndarray[Any, Any]:
+        part = array[window.toslices()]
+        return np.moveaxis(in_memory(part), -1, 0).astype(dtype)
+
     try:
-        with replacing(file) as fresh, rasterio.open(fresh, "w", **options) as dataset:
-            dataset.update_tags(fcconv_jax=json.dumps(grid.attributes))
-            for top in range(0, rows, _CHUNK):
-                for left in range(0, columns, _CHUNK):
-                    part = array[top : top + _CHUNK, left : left + _CHUNK]
-                    window = rasterio.windows.Window(left, top, *part.shape[1::-1])
-                    values = np.moveaxis(in_memory(part), -1, 0).astype(dtype)
-                    dataset.write(values, window=window)
+        with replacing(file) as fresh:
+            with rasterio.open(fresh, "w", **options) as dataset:
+                dataset.update_tags(fcconv_jax=json.dumps(grid.attributes))
+                for window in windows:
+                    dataset.write(values(window), window=window)
+            # GDAL writes its last blocks as it closes, where it raises no error.
+            with rasterio.open(fresh) as dataset:
+                for window in windows:
+                    found = dataset.read(window=window)
+                    if found.tobytes() != values(window).tobytes():
+                        raise OSError(errno.EIO, "it reads back other than written")
     except rasterio.errors.RasterioError as error:
-        raise ArgumentError(f"{file}: can't be written ({error})") from None
+        raise ArgumentError(
+            f"{file}: can't be written ({error}). Make room, or pass --out grid.npy"
+        ) from None
 
 
 def rows_of(array: Any, image: int, start: int, stop: int) -> np.ndarray[Any, Any]:

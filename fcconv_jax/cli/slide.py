@@ -163,8 +163,8 @@ def slide(
     import numpy as np
 
     from ..frontends.bind import frontend_of
-    from .grid_files import grid_file
-    from .heatmap import check_class
+    from .grid_files import bands_of, grid_file
+    from .heatmap import Heat, check_class, write_heatmap
     from .images import Pixels, Scaling, open_images, open_mask
 
     read = [*images, *(Path(each) for each in (params, mask) if each)]
@@ -221,13 +221,15 @@ def slide(
             raise typer.Exit(130) from None
         _print_counts(done, masked=where is not None)
         _print_places(images, batch, result, described, top)
+        heat = None
         if heatmap is not None:
-            _write_heatmap(
-                *(heatmap, images[0], batch[0], result, described),
-                *(scaling.scale, label, softmax),
-            )
+            heat = Heat.of_rows(bands_of(result, 0), label, softmax)
     if out is not None:
         typer.echo(f"wrote {out}: {described.shape}", err=True)
+    if heatmap is not None and heat is not None:  # its errors leave --out whole
+        write_heatmap(heatmap, heat, batch[0], scaling.scale, sizes, described.stride)
+        typer.echo(f"wrote {heatmap}", err=True)
+        typer.echo(f"{images[0]}: {heat.summary(described.stride, sizes)}")
 
 
 def _check_destinations(
@@ -325,25 +327,6 @@ def _print_places(
             typer.echo(f"{file}: no position has an output other than NaN")
         for place in places:
             typer.echo(f"{file}: {place_text(place, image, grid.window, grid.stride)}")
-
-
-def _write_heatmap(
-    file: Path,
-    name: Path,
-    image: Image,
-    result: Any,
-    grid: Grid,
-    scale: float,
-    label: int | None,
-    softmax: bool,
-) -> None:
-    from .grid_files import bands_of
-    from .heatmap import Heat, write_heatmap
-
-    heat = Heat.of_rows(bands_of(result, 0), label, softmax)
-    write_heatmap(file, heat, image, scale, grid.window, grid.stride)
-    typer.echo(f"wrote {file}", err=True)
-    typer.echo(f"{name}: {heat.summary(grid.stride, grid.window)}")
 
 
 def _with_params(

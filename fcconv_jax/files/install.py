@@ -268,7 +268,7 @@ def _rename(one: Path, other: Path, flags: int) -> bool:
 
 
 def allocate(fd: int, nbytes: int) -> None:
-    """Give an empty file its size, with the blocks allocated on the disk.
+    """Extend a file to a size, with the blocks allocated on the disk.
 
     Raises:
       OSError: there is not enough space.
@@ -277,8 +277,8 @@ def allocate(fd: int, nbytes: int) -> None:
         if nbytes:
             os.posix_fallocate(fd, 0, nbytes)
         return
-    with open(fd, "wb", closefd=False) as file:  # macOS, Windows
-        for start in range(0, nbytes, _ZEROS):
+    with open(fd, "ab", closefd=False) as file:  # macOS, Windows
+        for start in range(file.tell(), nbytes, _ZEROS):
             file.write(bytes(min(_ZEROS, nbytes - start)))
 
 

@@ -1,5 +1,6 @@
 """fcconv slide: files with coordinates, masks, places, and stopped runs."""
 
+import errno
 import json
 import os
 import re
@@ -145,6 +146,43 @@ def test_a_geotiff_lies_where_its_windows_do(want, region):
             )
             middle = (column + 2 * j + 6, row + 4 * i + 4)
             assert max(abs(np.subtract(found, middle))) < 1e-6
+
+
+@pytest.fixture
+def old(want):
+    """A TIFF that is to stay, and the size of the new one's pixels."""
+    geotiff("grid.tif", PIXELS)
+    return Path("grid.tif").read_bytes(), want.nbytes
+
+
+def test_a_tiff_without_room_is_refused_before_the_work(old, monkeypatch):
+    kept, nbytes = old
+
+    def allocate(fd, start, size):
+        if size > 1.5 * nbytes:  # the part fits, the file beside it doesn't
+            raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(os, "posix_fallocate", allocate)
+    monkeypatch.setattr(fc.Slide, "write", lambda *_, **__: pytest.fail("worked"))
+    said = run(f"image.npy {OPTIONS} --out grid.tif", 2).stderr
+    assert "bytes can't be written (No space left on device). Make room, or" in said
+    assert Path("grid.tif").read_bytes() == kept
+    assert set(os.listdir()) - {"__pycache__"} == {"grid.tif", "image.npy", "model.py"}
+
+
+def test_a_tiff_that_reads_back_other_than_written_stays_out(want, old, monkeypatch):
+    import rasterio
+
+    write = rasterio.io.DatasetWriter.write
+    monkeypatch.setattr(
+        *(rasterio.io.DatasetWriter, "write"),
+        lambda self, values, **options: write(self, 0 * values, **options),
+    )
+    said = run(f"image.npy {OPTIONS} --out grid.tif", 2).stderr
+    assert "it reads back other than written). Make room and take the result" in said
+    assert "from grid.tif.part, a .npy array, or pass another --out" in said
+    assert Path("grid.tif").read_bytes() == old[0]
+    np.testing.assert_allclose(np.load("grid.tif.part"), want, atol=1e-6)
 
 
 def test_a_tiff_of_a_picture_has_pixels_as_coordinates(want):
