@@ -123,6 +123,8 @@ def write_tiles(
     record = None
     if options.resume is not None:
         run = identity(program, (before, kwargs), images, tiles.tile)
+        # Which mask it is, the tiles tell.
+        run["mask"] = "none" if mask is None else "given"
         file = Path(options.resume)
         if hosts > 1:  # each has its own record
             run["processes"] = f"{rank} of {hosts}"

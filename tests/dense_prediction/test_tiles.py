@@ -341,6 +341,8 @@ def test_another_mask_is_another_run(tmp_path):
     other[:2, :2] = 0
     with pytest.raises(ValueError, match="another run, with other image or mask"):
         GRID.write(W, IMAGES, **options(out, tmp_path, mask=other))
+    with pytest.raises(ValueError, match="another run, with other mask"):
+        GRID.write(W, IMAGES, **options(out, tmp_path))
     found = GRID.write(W, IMAGES, **options(out, tmp_path, mask=mask))
     assert found.resumed >= 3
     chex.assert_trees_all_close(out, WANT, atol=1e-6)
