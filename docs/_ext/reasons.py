@@ -14,7 +14,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGE = Path(__file__).parents[2] / "fcconv_jax"
-ROOMS = ("geometry/reasons.py", "plan", "planning", "frontends")
+SOURCES = ("geometry/reasons.py", "plan", "planning", "frontends")
 _SHORT = 12  # characters; shorter strings are fragments, not reasons
 
 WORKAROUNDS: dict[str, dict[str, str]] = tomllib.loads(
@@ -85,8 +85,8 @@ def _gives_reasons(name: str) -> bool:
 def reasons() -> dict[str, str]:
     """Map each reason to the module that gives it."""
     found: dict[str, str] = {}
-    for room in ROOMS:
-        path = PACKAGE / room
+    for source in SOURCES:
+        path = PACKAGE / source
         for file in sorted(path.rglob("*.py")) if path.is_dir() else [path]:
             for text in _found_in(ast.parse(file.read_text())):
                 text = " ".join(text.split())

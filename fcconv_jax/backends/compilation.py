@@ -291,7 +291,7 @@ def _export(program: Program, backend: Backend) -> Any:
         return export.export(jax.jit(run), platforms=[backend.platform])(named)
     except Exception as error:
         raise BackendError(
-            f"{backend}: the program cannot be lowered for {backend.platform} "
+            f"{backend}: the program can't be lowered for {backend.platform} "
             f"({type(error).__name__}: {error})"
         ) from error
 
@@ -301,7 +301,7 @@ def _serialized(exported: Any, backend: Backend) -> bytes:
         return bytes(exported.serialize())
     except Exception as error:
         raise BackendError(
-            f"{backend}: the program cannot be handed to its compiler "
+            f"{backend}: the program can't be passed to its compiler "
             f"({type(error).__name__}: {error})"
         ) from error
 

@@ -131,11 +131,13 @@ class ConversionRecord:
             }
             return cls(Plan.from_json(plan), MappingProxyType(read))
         except PlanError as error:
-            raise CheckpointError(f"{path}: the plan stored in it: {error}") from None
+            raise CheckpointError(
+                f"{path}: the stored plan is invalid: {error}"
+            ) from None
         except (TypeError, ValueError, AttributeError, RecursionError) as error:
             raise CheckpointError(
-                f"{path}: the list of leaves stored with its plan is damaged "
-                f"({error!r}); get another copy of the file"
+                f"{path}: the list of leaves stored with the plan is damaged "
+                f"({error!r}). Get another copy of the file."
             ) from None
 
 

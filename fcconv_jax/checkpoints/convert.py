@@ -114,8 +114,9 @@ def convert_checkpoint(
     def job(source: Checkpoint) -> Job:
         if source.plan is not None:
             raise CheckpointError(
-                f"{src}: converted to {in_words(source.plan.to)} already (it holds the "
-                "plan); restore_checkpoint (fcconv restore) takes it back"
+                f"{src}: expected a checkpoint that isn't converted yet, got one "
+                f"converted to {in_words(source.plan.to)}. restore_checkpoint (fcconv "
+                "restore) converts it back."
             )
         return make_job(
             source, plan, True, prefixes, format or format_for(dst, source.format)
@@ -198,8 +199,8 @@ def restore_checkpoint(
             _require_same_leaves(source, source.record, src)
             if plan not in (None, source.record.plan):
                 raise CheckpointError(
-                    f"{src}: holds another plan than the one given; leave out plan= "
-                    "(--plan)"
+                    f"{src}: expected the plan stored in the checkpoint, got another "
+                    "one. Drop plan= (--plan)."
                 )
             found = source.record.plan
         elif found is None:
@@ -300,9 +301,9 @@ def _plan_of_the_run(src: PathLike) -> tuple[Plan, str]:
             plans[plan] = name
     if len(plans) != 1:
         raise CheckpointError(
-            f"{src}: holds {'several plans' if plans else 'no plan'}: it was not "
-            "written by convert_checkpoint. Pass the plan that converted its params, "
-            "restore_checkpoint(src, dst, plan) or fcconv restore --plan"
+            f"{src}: expected one stored plan, got {'several' if plans else 'none'}: "
+            "convert_checkpoint didn't write it. Pass the plan that converted its "
+            "params: restore_checkpoint(src, dst, plan) or fcconv restore --plan."
         )
     return next(iter(plans.items()))
 
@@ -314,16 +315,17 @@ def _require_same_leaves(
     for name, shape in record.shapes.items():
         if name not in found:
             raise CheckpointError(
-                f"{src}: leaf {name!r} is missing; it was there when the checkpoint "
-                "was converted. Restore from the file that convert_checkpoint wrote"
+                f"{src}: expected leaf {name!r}, which the converted checkpoint had, "
+                "got none. Restore from the file that convert_checkpoint wrote."
             )
         if found[name] != shape:
             raise CheckpointError(
-                f"{src}: leaf {name!r} has shape {found[name]}, it was written with "
-                f"{shape}. Restore from the file that convert_checkpoint wrote"
+                f"{src}: expected leaf {name!r} of shape {shape}, as it was written, "
+                f"got {found[name]}. Restore from the file that convert_checkpoint "
+                "wrote."
             )
     for name in found.keys() - record.shapes.keys():
         raise CheckpointError(
-            f"{src}: leaf {name!r} was not there when the checkpoint was converted. "
-            "Restore from the file that convert_checkpoint wrote"
+            f"{src}: got leaf {name!r}, which the converted checkpoint didn't have. "
+            "Restore from the file that convert_checkpoint wrote."
         )

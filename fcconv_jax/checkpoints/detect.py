@@ -61,7 +61,9 @@ def full_path(path: PathLike) -> Path:
             "(src, dst, plan): two paths and what make_plan returned."
         )
     if "\0" in os.fspath(path):
-        raise CheckpointError(f"{path!r}: a path cannot hold a NUL character")
+        raise CheckpointError(
+            f"{path!r}: expected a path, got one with a NUL character. Remove it."
+        )
     path = Path(path).absolute()
     # Where a folder before the ".." is a link, only the file system knows the rest.
     return path.resolve() if ".." in path.parts else path
@@ -79,7 +81,9 @@ def detect(path: PathLike) -> tuple[Path, FileFormat | FolderFormat]:
             found = [*FOLDERS, FOLDER]
             return path, next((f for f in found if f.looks_like(path)), FOLDERS[0])
         if not path.exists():
-            raise CheckpointError(f"{path}: no such file or directory")
+            raise CheckpointError(
+                f"{path}: no such file or directory. Pass the path of a checkpoint."
+            )
         require_regular(path)
         with path.open("rb") as file:
             head = file.read(16)
@@ -111,7 +115,7 @@ def detect(path: PathLike) -> tuple[Path, FileFormat | FolderFormat]:
 
 
 def _no_checkpoint(
-    path: Path, why: str, fix: str = "Pass the file or directory that was saved"
+    path: Path, why: str, fix: str = "Pass the saved file or directory"
 ) -> CheckpointError:
     formats = ", ".join(FORMATS)
     return CheckpointError(

@@ -256,8 +256,8 @@ class Moved:
         """
         if isinstance(self.dtype, str):
             raise CheckpointError(
-                f"dtype {self.dtype} cannot be held in memory: neither NumPy nor "
-                "ml_dtypes stores it as the file does"
+                f"dtype {self.dtype} can't be loaded: neither NumPy nor ml_dtypes "
+                "stores it as the file does."
             )
         out = _in_memory(self.entries).view(self.dtype)
         return out if self.move is None else self.move(out)

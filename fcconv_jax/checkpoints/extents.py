@@ -66,15 +66,17 @@ class File:
         """
         if not hasattr(os, "preadv"):
             raise CheckpointError(
-                f"{path}: checkpoint files are read and written on Linux and macOS "
-                f"only, got {sys.platform}. Convert there, or convert loaded params by "
-                "convert_params"
+                f"{path}: expected Linux or macOS to read and write checkpoint files, "
+                f"got {sys.platform}. Convert there, or load the params and pass them "
+                "to convert_params."
             )
         # O_NONBLOCK: opening a pipe would otherwise wait for a writer before it is
         # refused.
         file = cls(os.open(path, os.O_RDONLY | os.O_NONBLOCK), str(path))
         if not stat.S_ISREG(os.fstat(file.fd).st_mode):
-            raise CheckpointError(f"{path}: is not a regular file. Remove it")
+            raise CheckpointError(
+                f"{path}: expected a regular file, got something else. Remove it."
+            )
         return file
 
     @classmethod

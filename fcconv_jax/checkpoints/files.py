@@ -44,7 +44,10 @@ def open_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint
         if isinstance(format, FolderFormat):
             return format.open(path, _step_name(format.step_names(path), step))
         if step is not None:
-            raise CheckpointError(f"{path}: is one file, and has no step {step!r}")
+            raise CheckpointError(
+                f"{path}: expected a directory of steps for step={step!r}, got a "
+                "single file. Drop step=."
+            )
         return format.open(path)
 
 
@@ -143,7 +146,7 @@ def merged(checkpoint: Checkpoint) -> Checkpoint:
             if key in tree:
                 raise CheckpointError(
                     f"{checkpoint.path}: {key!r} is in {name} and in another of its "
-                    "files; remove one"
+                    "files. Remove one."
                 )
             tree[key] = node
     return dataclasses.replace(
@@ -225,5 +228,5 @@ def require_headers(checkpoint: Checkpoint, info: CheckpointInfo) -> None:
         if not wrote or not got or (wrote.shape, wrote.dtype) != (got.shape, got.dtype):
             raise CheckpointError(
                 f"{info.path.name}: leaf {name!r} was written as {wrote} and reads "
-                f"back as {got}; nothing was kept"
+                f"back as {got}. Nothing was kept; check the disk."
             )

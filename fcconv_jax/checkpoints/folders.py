@@ -56,8 +56,8 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
     formats = {Path(name).suffix for name in names}
     if len(formats) > 1:
         raise CheckpointError(
-            f"{path}: holds weights in two formats, {names[:5]}; name the file to "
-            "convert, or remove the others"
+            f"{path}: expected weights in one format, got two: {names[:5]}. Pass the "
+            "file to convert, or remove the others."
         )
     indexes = sorted(e.name for e in path.iterdir() if e.name.endswith(INDEX))
     for index in indexes:
@@ -65,8 +65,8 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
         missing = sorted(listed - set(names))
         if missing:
             raise CheckpointError(
-                f"{path / index}: lists {missing[:5]}, which {path} does not hold; "
-                "get the missing files"
+                f"{path / index}: lists {missing[:5]}, which {path} doesn't contain. "
+                "Get the missing files."
             )
     opened = {name: FILES[Path(name).suffix].open(path / name) for name in names}
     records = {name: part.record for name, part in opened.items()}
@@ -74,8 +74,8 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
     if len(plans) > 1:
         none = [name for name, record in records.items() if record is None]
         raise CheckpointError(
-            f"{path}: its files are converted by several plans, or not all of them "
-            f"({none[:5]} are not); get another copy of the folder"
+            f"{path}: its files were converted by different plans, or only in part "
+            f"({none[:5]} weren't). Get another copy of the folder."
         )
     (plan,) = plans
     shapes: dict[str, tuple[int, ...]] = {}
@@ -156,7 +156,7 @@ def _listed(index: Path) -> set[str]:
         return {str(name) for name in weights.values()}
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise CheckpointError(
-            f"{index}: damaged, no list of files ({error!r}); get another copy"
+            f"{index}: damaged: it has no list of files ({error!r}). Get another copy."
         ) from None
 
 

@@ -112,8 +112,8 @@ def _moved(leaf: Any, move: Move) -> Moved:
     whole = move.rearrange.stacked(leaf.shape[:n]) if n else move.rearrange
     if not leaf.itemsize and not whole.is_reshape:
         raise ValueError(
-            f"entries of dtype {leaf.dtype} are smaller than a byte and would have to "
-            "be transposed. Widen them first"
+            f"entries of dtype {leaf.dtype} are smaller than a byte and can't be "
+            "transposed. Cast them to a wider dtype first."
         )
     return dataclasses.replace(leaf, move=whole)
 

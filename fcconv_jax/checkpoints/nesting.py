@@ -36,7 +36,7 @@ def split_paths(leaves: list[Parts], separator: str, file: str) -> dict[Parts, P
         if split in seen:
             raise CheckpointError(
                 f"{file}: leaves {'/'.join(seen[split])!r} and {'/'.join(parts)!r} "
-                "have one path; rename one"
+                "have the same path. Rename one."
             )
         out[parts], seen[split] = split, parts
     return out
@@ -77,8 +77,8 @@ def nested(flat: Mapping[str, Any], file: str) -> dict[str, Any]:
                 break
         if not isinstance(node, dict) or last in node:
             raise CheckpointError(
-                f"{file}: leaf {name!r} lies below another leaf; only safetensors "
-                "holds such names, keep that format"
+                f"{file}: leaf {name!r} is below another leaf, which only safetensors "
+                "supports. Keep that format."
             )
         node[last] = leaf
     return tree
@@ -110,7 +110,7 @@ def fit_flat(tree: PyTree, file: str) -> dict[str, Any]:
     flat = {"/".join(parts): leaf for parts, leaf in iter_leaves(tree)}
     for name, leaf in flat.items():
         if not is_array(leaf):
-            raise _cannot(file, f"leaf {name!r} is {leaf!r}, no array")
+            raise _cannot(file, f"leaf {name!r} is {leaf!r}, not an array")
     # Widest dtypes first, as the format's own writer does: every tensor is aligned.
     return dict(sorted(flat.items(), key=lambda item: -item[1].dtype.itemsize))
 

@@ -52,7 +52,9 @@ def check_free(
     for folder in path.parents:
         if folder.exists():
             if not folder.is_dir():
-                raise CheckpointError(f"{folder}: no folder; choose another place")
+                raise CheckpointError(
+                    f"{folder}: not a folder. Choose another destination."
+                )
             break
 
 

@@ -75,10 +75,13 @@ def chosen_steps(
     if not all_steps:
         return [step]
     if step is not None:
-        raise CheckpointError("expected step= or all_steps=, got both; pass one")
+        raise CheckpointError("Expected step= or all_steps=, got both. Pass one.")
     names = step_names(src)
     if not names:
-        raise CheckpointError(f"{src}: has no steps; leave out all_steps (--all-steps)")
+        raise CheckpointError(
+            f"{src}: expected a directory of steps, got a checkpoint without steps. "
+            "Drop all_steps (--all-steps)."
+        )
     return list(names)
 
 
@@ -98,8 +101,8 @@ def rewrite(
     there = final.resolve()
     if here == there or here in there.parents or there in here.parents:
         raise CheckpointError(
-            f"{dst}: is {src}, or one lies in the other; a checkpoint is converted to "
-            "a new place, never in its own"
+            f"{dst}: expected a destination apart from {src}, got the same path, or "
+            "one inside the other. Pass another destination."
         )
     sources = [open_checkpoint(src, step) for step in steps]
     stamps = [Stamp.of(source) for source in sources]
@@ -118,7 +121,7 @@ def rewrite(
     total = report.nbytes * (2 if options.check else 1)
     with named(final), fresh_place(final) as fresh, shown(options.progress) as bars:
         bytes_done = ByteCount(bars, total)
-        _require_room(fresh.parent, report.nbytes, final)
+        _require_space(fresh.parent, report.nbytes, final)
         for job in jobs:
             write_one(fresh, job.meant, bytes_done.advancing("writing"))
         # Before the comparison, which would find other bytes and not the reason.
@@ -144,9 +147,9 @@ def _require_content(
     wrong: Difference | None = next(differences(meant, written, scratch, advance), None)
     if wrong is not None:
         raise CheckpointError(
-            f"{scratch.parent}: leaf {wrong.path!r} reads back as {wrong.what}; "
-            "nothing was kept. Is something else writing to the source, or the disk "
-            "failing?"
+            f"{scratch.parent}: leaf {wrong.path!r} reads back as {wrong.what}. "
+            "Nothing was kept. Check whether something else writes to the source, or "
+            "the disk is failing."
         )
 
 
@@ -169,9 +172,10 @@ def _report(jobs: Sequence[Job], final: Path, several: bool) -> CheckpointReport
     )
 
 
-def _require_room(folder: Path, nbytes: int, final: Path) -> None:
+def _require_space(folder: Path, nbytes: int, final: Path) -> None:
     free = shutil.disk_usage(folder).free
     if free < nbytes:
         raise CheckpointError(
-            f"{final}: needs {nbytes} bytes, {free} are free there; choose another disk"
+            f"{final}: needs {nbytes} bytes, but only {free} are free. Choose another "
+            "disk."
         )

@@ -39,8 +39,8 @@ class Stamp:
             if now != before:
                 what = "is gone" if now is None else "changed"
                 raise CheckpointError(
-                    f"{path}: {what} while it was read; wait until nothing writes to "
-                    f"{self.root}, and convert again"
+                    f"{path}: {what} while it was being read. Wait until nothing "
+                    f"writes to {self.root}, and convert again."
                 )
 
 

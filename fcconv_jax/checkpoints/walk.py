@@ -48,7 +48,7 @@ def _walk(
         real = entry.resolve()
         if entry.is_symlink() and real in seen:
             raise CheckpointError(
-                f"{entry}: a link to {real}, which was visited before. Remove it"
+                f"{entry}: a link to {real}, which was already visited. Remove it."
             )
         seen.add(real)
         _walk(entry, inside / entry.name, set(), seen, found)
@@ -66,7 +66,7 @@ def require_regular(path: Path, folders: bool = False) -> int:
         raise CheckpointError(f"{path}: {error.strerror}") from None
     if not (stat.S_ISREG(mode) or (folders and stat.S_ISDIR(mode))):
         raise CheckpointError(
-            f"{path}: is not a regular file, but a pipe, device or socket. Remove it"
+            f"{path}: expected a regular file, got a pipe, device or socket. Remove it."
         )
     return mode
 
@@ -91,7 +91,7 @@ def refuse_links_out(folder: Path, files: Iterable[Path]) -> None:
     if out:
         raise CheckpointError(
             f"{folder}: {len(out)} links leave the folder: {out[:5]}. Remove them, or "
-            "pass follow_links=True (--follow-links) to copy what they lead to"
+            "pass follow_links=True (--follow-links) to copy their targets."
         )
 
 

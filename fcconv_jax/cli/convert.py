@@ -65,15 +65,20 @@ def convert(
 
     if (plan_file is None) == (model is None) and (plan_file or not plan_options.rules):
         raise ArgumentError(
-            "give one of --plan FILE, --model MODULE:NAME with --input, or --rule alone"
+            "Expected one source of the plan. Pass --plan FILE, --model MODULE:NAME "
+            "with --input, or --rule alone."
         )
     if plan_file is not None and given(plan_options):
         raise ArgumentError(
-            "--to, --rule and --for do not go with --plan, which has decided the form "
-            "of every layer. To go back by a plan: fcconv restore --plan"
+            "Expected --plan alone, which already contains the form of every layer, "
+            "got --to, --rule or --for. Drop them; to convert back, run fcconv restore "
+            "--plan."
         )
     if model is None and given(call):
-        raise ArgumentError("--input, --kwarg and --method need --model")
+        raise ArgumentError(
+            "Expected --model with --input, --kwarg and --method, got none. Pass "
+            "--model MODULE:NAME."
+        )
     made = None if plan_file is None else read_plan(plan_file)
     check_target(src, dst, overwrite=transfer.overwrite)
     if file_format is not None:

@@ -42,7 +42,7 @@ def export(
     out: Annotated[
         Path,
         typer.Option(
-            help="The file to write. Its suffix selects the runtime: .tflite, .onnx, "
+            help="The file to write; the suffix selects the runtime: .tflite, .onnx, "
             ".xml (OpenVINO), .vmfb (IREE), .mlpackage, .stablehlo."
         ),
     ],
@@ -50,11 +50,16 @@ def export(
     params: Params = None,
     to: Annotated[
         FileForm | None,
-        typer.Option(help="The form of its layers; mix with --chip, else conv."),
+        typer.Option(
+            help="The form of the layers; the default is mix with --chip, and conv "
+            "otherwise."
+        ),
     ] = None,
     runtime: Annotated[
         str | None,
-        typer.Option(help="The runtime, to check the suffix: litert, onnx, ..."),
+        typer.Option(
+            help="The runtime, such as litert or onnx; must match the suffix of --out."
+        ),
     ] = None,
     chip: Annotated[
         str | None,
@@ -62,42 +67,46 @@ def export(
             "--chip",  # else, up to Typer 0.27, it is --CHIP, as its metavar
             metavar="CHIP",
             # No list: the names are in export/chips.py, which --help doesn't import.
-            help="The chip whose rules decide, such as ethos-u55 or edgetpu; an "
-            "unknown name lists them all.",
+            help="The chip to export for, such as ethos-u55 or edgetpu. It decides "
+            "each layer's form; an unknown name prints the list.",
         ),
     ] = None,
     plan: Annotated[
-        Path | None, typer.Option(help="A plan, instead of --to and --rule.")
+        Path | None,
+        typer.Option(
+            help="A plan from 'fcconv plan --out', instead of --to and --rule."
+        ),
     ] = None,
     rules: Rules = None,
     int8: Annotated[
-        bool, typer.Option("--int8", help="Quantize with --calibrate's data.")
+        bool, typer.Option("--int8", help="Quantize to int8; needs --calibrate.")
     ] = False,
     calibrate: Annotated[
         Path | None,
         typer.Option(
             metavar="DATA.npz",
-            help="Examples, an array for each input, the first axis over examples; "
-            "an array named labels has their classes, for the accuracy.",
+            help="Calibration data: an array for each input, with examples along the "
+            "first axis. An array named labels holds their classes, to report the "
+            "accuracy.",
         ),
     ] = None,
     unroll: Annotated[
-        int, typer.Option(help="Write out loops of up to this many steps.", min=0)
+        int, typer.Option(help="Unroll loops of up to this many steps.", min=0)
     ] = 0,
     fold: Annotated[
         bool,
         typer.Option(
             "--fold/--no-fold",
-            help="Fold norms into the layers; without, every weight keeps its bits.",
+            help="Fold norms into the layers. --no-fold keeps every weight's bits.",
         ),
     ] = True,
     any_batch: Annotated[
         bool,
-        typer.Option("--any-batch", help="Leave the batch size open."),
+        typer.Option("--any-batch", help="Accept any batch size."),
     ] = False,
     any_size: Annotated[
         bool,
-        typer.Option("--any-size", help="Leave the size of images open."),
+        typer.Option("--any-size", help="Accept images of any size."),
     ] = False,
     weights: Annotated[
         str | None,
@@ -107,16 +116,21 @@ def export(
         ),
     ] = None,
     compare: Annotated[
-        bool, typer.Option("--compare", help="Make the other forms too, for figures.")
+        bool,
+        typer.Option(
+            "--compare", help="Also export the other forms, to compare sizes and times."
+        ),
     ] = False,
-    seed: Annotated[int, typer.Option(help="Of the inputs, and params if random.")] = 0,
+    seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
     report: Annotated[
         Path | None,
-        typer.Option(help="Write the report here: JSON to *.json, else Markdown."),
+        typer.Option(
+            help="Write the report to this file, as JSON (*.json) or Markdown."
+        ),
     ] = None,
     as_json: AsJson = False,
     as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print Markdown.")
+        bool, typer.Option("--markdown", help="Print the report as Markdown.")
     ] = False,
 ) -> None:
     """Write a model as a file for an edge runtime, and prove what was written.
@@ -132,9 +146,12 @@ def export(
     from .variables import load_variables
 
     if int8 != (calibrate is not None):
-        raise ArgumentError("--int8 and --calibrate go together: pass both, or neither")
+        raise ArgumentError(
+            "Expected --int8 and --calibrate together, got one of them. Pass both, or "
+            "neither."
+        )
     if as_json and as_markdown:
-        raise ArgumentError("give one of --json and --markdown")
+        raise ArgumentError("Expected --json or --markdown, got both. Pass one.")
     runtime_of(out, runtime)
     if chip is not None:
         chip_of(chip)
@@ -142,8 +159,8 @@ def export(
     check_destination("--report", report, REPORTS)
     if plan is not None and (to or rules):
         raise ArgumentError(
-            "--to and --rule do not go with --plan, which has decided the form of "
-            "every layer"
+            "Expected --plan alone, which already contains the form of every layer, "
+            "got --to or --rule. Drop them."
         )
     given = None if plan is None else read_plan(plan)
     arrays = None if calibrate is None else _read_arrays(calibrate)
@@ -186,7 +203,7 @@ def _read_arrays(file: Path) -> dict[str, Any]:
     # A .npy file loads as an array, and `with` raises TypeError.
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArgumentError(
-            f"--calibrate: expected a file of np.savez, got {file} ({error})"
+            f"--calibrate: expected a file written by np.savez, got {file} ({error})."
         ) from None
 
 
@@ -221,13 +238,13 @@ def verify_exported(
 
     if against is None:
         raise ArgumentError(
-            f"{file} is held against a checkpoint: pass --against CKPT; with --model "
-            "and --input the whole file is compared too"
+            f"{file}: expected the checkpoint to compare it with, got none. Pass "
+            "--against CKPT, and --model with --input to compare the outputs, too."
         )
     if model is None and (call.inputs or call.kwargs or call.method):
         raise ArgumentError(
-            "--input, --kwarg and --method need --model MODULE:NAME, which is called "
-            "to compare the outputs"
+            "Expected --model with --input, --kwarg and --method, got none. Pass "
+            "--model MODULE:NAME to compare the outputs."
         )
     if model is not None:
         bound = load_variables(require_inputs(read_model(model, call)), against)

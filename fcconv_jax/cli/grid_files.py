@@ -116,7 +116,7 @@ def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]
         nbytes = math.prod(grid.shape) * grid.dtype.itemsize
         raise ArgumentError(
             f"{file}: {nbytes} bytes can't be written ({why}). Make room"
-            f"{left * part.exists()}, or pass another --out"
+            f"{left * part.exists()}, or pass another --out."
         ) from None
 
 
@@ -164,8 +164,8 @@ def check_leftovers(file: Path) -> tuple[Path, Path, Path]:
             regular = _is_only_zarr(path)
         if not regular:
             raise ArgumentError(
-                f"{path}: expected what a stopped run left, got something else. Move "
-                "it away, or pass another name"
+                f"{path}: expected the leftovers of a stopped run, got something else. "
+                "Move it away, or pass another name."
             )
     return part, record, lock
 
@@ -266,7 +266,7 @@ def _check_tiff(file: Path, grid: Grid) -> None:
     if grid.shape[0] > 1:
         raise ArgumentError(
             f"{file}: expected one image for a TIFF, got {grid.shape[0]}. Run the "
-            "command for each, or pass --out grid.npy"
+            "command for each, or pass --out grid.npy."
         )
 
 

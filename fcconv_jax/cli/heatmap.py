@@ -90,14 +90,17 @@ def check_heatmap(file: Path | None, label: int | None, softmax: bool) -> None:
     """
     if file is None:
         if label is not None or softmax:
-            raise ArgumentError("--class and --softmax need --heatmap FILE")
+            raise ArgumentError(
+                "Expected --heatmap with --class and --softmax, got none. Pass "
+                "--heatmap FILE."
+            )
         return
     pillow = _pillow("Image")
     format_ = pillow.registered_extensions().get(file.suffix.lower())
     if format_ not in pillow.SAVE:
         raise ArgumentError(
-            f"--heatmap: expected a picture's name such as heat.png or heat.jpg, got "
-            f"{file.name}"
+            "--heatmap: expected the name of an image, such as heat.png or heat.jpg, "
+            f"got {file.name}."
         )
 
 
@@ -110,11 +113,12 @@ def check_class(label: int | None, softmax: bool, outputs: Sequence[int]) -> Non
     if (label is not None or softmax) and len(outputs) != 1:
         raise ArgumentError(
             "--class and --softmax: expected a model with one output for each class, "
-            f"got outputs of shape {tuple(outputs)} for a crop"
+            f"got outputs of shape {tuple(outputs)} for a crop. Drop them."
         )
     if label is not None and label >= outputs[0]:
         raise ArgumentError(
-            f"--class: expected 0 to {outputs[0] - 1}, the model's classes, got {label}"
+            f"--class: expected 0 to {outputs[0] - 1}, the model's classes, got "
+            f"{label}."
         )
 
 

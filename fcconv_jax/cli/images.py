@@ -52,7 +52,7 @@ def open_images(
         if len(kinds) > 1:
             raise ArgumentError(
                 f"expected images of one {what}, got {' and '.join(kinds)}. Run the "
-                "command for each"
+                "command for each."
             )
     return found
 
@@ -62,7 +62,7 @@ def _ints(option: str, text: str) -> list[int]:
         return [int(each) for each in text.split(",")]
     except ValueError:
         raise ArgumentError(
-            f"{option}: expected numbers separated by commas, got {text!r}"
+            f"{option}: expected numbers separated by commas, got {text!r}."
         ) from None
 
 
@@ -104,12 +104,12 @@ class Scaling:
             scale = image.largest
         if scale is None:
             raise ArgumentError(
-                f"the range of {image.dtype} pixels isn't known. Pass --scale, such as "
-                "--scale 4095 for 12 bits"
+                f"Expected --scale for {image.dtype} pixels, whose range isn't known, "
+                "got none. Pass --scale, such as --scale 4095 for 12 bits."
             )
         # A range of Typer's lets nan pass, in some versions.
         if not math.isfinite(scale):
-            raise ArgumentError(f"--scale: expected a finite number, got {scale}")
+            raise ArgumentError(f"--scale: expected a finite number, got {scale}.")
         numbers: list[tuple[float, ...]] = []
         for option, text, otherwise in (("--mean", mean, 0.0), ("--std", std, 1.0)):
             try:
@@ -121,7 +121,7 @@ class Scaling:
             if bad or len(found) not in (0, 1, image.shape[3]):
                 raise ArgumentError(
                     f"{option}: expected one number, or {image.shape[3]} separated by "
-                    f"commas, one for each channel, got {text!r}"
+                    f"commas, one for each channel, got {text!r}."
                 )
             numbers.append(tuple(found) or (otherwise,))
         return cls(scale, numbers[0], numbers[1], channel_axis)
@@ -238,8 +238,8 @@ class DataMask:
     def __init__(self, image: Image):
         if not image.has_nodata:
             raise ArgumentError(
-                f"--mask nodata: expected a GeoTIFF with a nodata value, got "
-                f"{image.file}. Pass --mask FILE"
+                "--mask nodata: expected a GeoTIFF with a nodata value, got "
+                f"{image.file}. Pass --mask FILE."
             )
         self._image, self.shape = image, image.shape[1:3]
 
@@ -257,7 +257,7 @@ def open_mask(mask: str | None, images: Sequence[Image]) -> MaskImage | DataMask
         return None
     if len(images) > 1:
         raise ArgumentError(
-            f"--mask: expected one image, got {len(images)}. Run the command for each"
+            f"--mask: expected one image, got {len(images)}. Run the command for each."
         )
     if mask == "nodata":
         return DataMask(images[0])

@@ -51,8 +51,8 @@ def load_model(text: str) -> LoadedModel:
     where, _, name = text.rpartition(":")
     if not where or not name:
         raise ArgumentError(
-            f"{text!r} is not of the form MODULE:NAME, such as 'pkg.model:Net' or "
-            "'path/to/model.py:Net'"
+            "Expected MODULE:NAME, such as 'pkg.model:Net' or 'path/to/model.py:Net', "
+            f"got {text!r}."
         )
     module = _import(where)
     value: Any = module
@@ -61,13 +61,16 @@ def load_model(text: str) -> LoadedModel:
             value = getattr(value, part)
         except AttributeError:
             raise ArgumentError(
-                f"{where} has no {name!r}; it has: {', '.join(_offers(module)) or '-'}"
+                f"{where} has no {name!r}. Pass one of its names: "
+                f"{', '.join(_offers(module)) or '-'}."
             ) from None
     if is_model(value):
         return LoadedModel(value)
     if not callable(value) or is_model(_inside(value)):
         wanted = _WANTED_OF_A_WRAPPER if is_model(_inside(value)) else _WANTED
-        raise ArgumentError(f"{text} is a {type(value).__name__}; {wanted}")
+        raise ArgumentError(
+            f"Expected a model, got {text}, a {type(value).__name__}. {wanted}"
+        )
     frontend = frontend_of_class(value)
     kind: Any = value
     options = {} if frontend is None else frontend.class_options(kind)
@@ -75,25 +78,29 @@ def load_model(text: str) -> LoadedModel:
         inspect.signature(value).bind(**options)
     except TypeError as error:
         raise ArgumentError(
-            f"{text} cannot be called without arguments ({error}); {_WANTED}"
+            f"{text} can't be called without arguments: {error}. {_WANTED}"
         ) from None
     model = value(**options)
     if isinstance(model, tuple) and len(model) == 2 and callable(model[0]):
         return LoadedModel(*model)
     if not is_model(model):
         wanted = _WANTED_OF_A_WRAPPER if is_model(_inside(model)) else _WANTED
-        raise ArgumentError(f"{text} makes a {type(model).__name__}; {wanted}")
+        raise ArgumentError(
+            f"Expected a model, got {text}, which returns a {type(model).__name__}. "
+            f"{wanted}"
+        )
     return LoadedModel(model)
 
 
 _WANTED = (
-    "name a linen or NNX Module, a class of one that needs no arguments (but rngs), or "
-    "a function without arguments that makes one, or makes (function, params)"
+    "Pass a linen or NNX Module, a Module class without required arguments (except "
+    "rngs), or a function without arguments that returns a Module or (function, "
+    "params)."
 )
 # Hugging Face's Flax models take keyword arguments of their own and return objects.
 _WANTED_OF_A_WRAPPER = (
-    "which wraps a Module and its params. Name a function that returns its call and "
-    "its params: def make(): m = ...; return (lambda params, ids: m(ids, "
+    "It wraps a Module and its params: pass a function that returns its call and its "
+    "params, def make(): m = ...; return (lambda params, ids: m(ids, "
     "params=params).last_hidden_state), m.params"
 )
 
@@ -117,8 +124,8 @@ def _import(where: str) -> ModuleType:
             if where != missing and not where.startswith(f"{missing}."):
                 raise
             raise ArgumentError(
-                f"no module {missing!r} in {os.getcwd()} or among the installed ones; "
-                "a file is named with its ending, as in 'path/to/model.py:Net'"
+                f"No module {missing!r} in {os.getcwd()} or among the installed ones. "
+                "Pass a file with its suffix, as in 'path/to/model.py:Net'."
             ) from None
     if not file.is_file():
         raise ArgumentError(f"{file}: no such file")
@@ -172,14 +179,15 @@ def parse_input(text: str) -> jax.ShapeDtypeStruct:
             raise ValueError("a negative size")
     except (ValueError, TypeError):
         raise ArgumentError(
-            f"--input {text!r} is not of the form SHAPE[:DTYPE], such as '1,28,28,1' "
-            "or '2,16:int32'"
+            "--input: expected SHAPE[:DTYPE], such as '1,28,28,1' or '2,16:int32', got "
+            f"{text!r}."
         ) from None
     # JAX would cut them to 32 bits, with a warning at most.
     wide = dtype.name in ("float64", "int64", "uint64", "complex128")
     if wide and not jax.config.read("jax_enable_x64"):
         raise ArgumentError(
-            f"--input {text!r}: JAX has 64-bit types switched off; set JAX_ENABLE_X64=1"
+            f"--input: expected a dtype of 32 bits or fewer, got {text!r}. Set "
+            "JAX_ENABLE_X64=1 to enable 64-bit types."
         )
     return jax.ShapeDtypeStruct(shape, dtype)
 
@@ -222,7 +230,7 @@ def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not name.isidentifier() or not equals:
             raise ArgumentError(
-                f"--kwarg {text!r} is not of the form NAME=VALUE, such as 'train=false'"
+                f"--kwarg: expected NAME=VALUE, such as 'train=false', got {text!r}."
             )
         kwargs[name] = _value(value)
     return kwargs
@@ -248,7 +256,9 @@ def parse_sizes(option: str, text: str) -> int | tuple[int, ...]:
       ((3, 5), 2)
     """
     if not re.fullmatch(r"\d+([x,]\d+)*", text):
-        raise ArgumentError(f"{option} {text!r} is not a size such as 7 or 7x7")
+        raise ArgumentError(
+            f"{option}: expected a size such as 7 or 7x7, got {text!r}."
+        )
     return int(text) if text.isdigit() else tuple(map(int, re.split("[x,]", text)))
 
 
@@ -267,8 +277,8 @@ def parse_padding(text: str) -> Any:
     number = r"-?\d+(:-?\d+)?"
     if not re.fullmatch(f"{number}([x,]{number})*", text):
         raise ArgumentError(
-            f"--padding {text!r} is neither a name such as VALID or SAME, nor numbers "
-            "such as 1, or 1,2 (per dimension), or 0:1,0:1 (low:high per dimension)"
+            "--padding: expected a name such as VALID or SAME, or numbers such as 1, "
+            f"1,2 (per dimension) or 0:1,0:1 (low:high per dimension), got {text!r}."
         )
     if re.fullmatch(r"-?\d+", text):
         return int(text)

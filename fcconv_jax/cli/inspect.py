@@ -52,8 +52,8 @@ def inspect_(
     ]
     if match and not leaves:
         raise ArgumentError(
-            f"--match: no leaf of {src} matches {match!r}; there are: "
-            f"{[leaf.path for leaf in info.leaves[:5]]}"
+            f"--match: no leaf of {src} matches {match!r}. Pass a pattern for "
+            f"{[leaf.path for leaf in info.leaves[:5]]}, ..."
         )
     if as_json:
         content = {
@@ -78,7 +78,7 @@ def inspect_(
         typer.echo("converted, with this plan:")
         print_plan(info.plan)
     else:
-        typer.echo("never converted: it holds no plan")
+        typer.echo("not converted: no plan is stored")
     typer.echo(f"{info.path}: {info.format}, {_summary(leaves)}")
 
 

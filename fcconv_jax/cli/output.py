@@ -45,28 +45,31 @@ def check_destination(
     if file is None:
         return
     if file.is_dir() and file.suffix != ".mlpackage":  # Core ML's files are folders
-        raise ArgumentError(f"{option}: {file} is a folder. Pass the name of a file")
+        raise ArgumentError(
+            f"{option}: expected the name of a file, got the folder {file}. Pass a "
+            "file."
+        )
     device = file.exists() and not (file.is_file() or file.is_dir())  # /dev/stdout
     if suffixes and file.suffix.lower() not in suffixes and not device:
         raise ArgumentError(
-            f"{option}: expected a file that ends in {', '.join(suffixes)}, got {file}"
+            f"{option}: expected a file that ends in {', '.join(suffixes)}, got {file}."
         )
     if any(file.exists() and each.exists() and file.samefile(each) for each in read):
         raise ArgumentError(
-            f"{option}: {file} is read by this command, which would replace it. Pass "
-            "another name"
+            f"{option}: {file} is an input of this command, which would replace it. "
+            "Pass another name."
         )
     folder = file.parent
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise ArgumentError(
-            f"{option}: the folder {folder} cannot be made ({error.strerror}). Pass "
-            "another destination"
+            f"{option}: the folder {folder} can't be created ({error.strerror}). Pass "
+            "another destination."
         ) from None
     if not os.access(folder, os.W_OK):
         raise ArgumentError(
-            f"{option}: nothing can be written to {folder}. Pass another destination"
+            f"{option}: {folder} isn't writable. Pass another destination."
         )
 
 

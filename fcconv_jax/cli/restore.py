@@ -30,7 +30,7 @@ def restore(
     plan_file: Annotated[
         Path | None,
         typer.Option(
-            "--plan", help="The plan of the conversion, if SRC does not hold it."
+            "--plan", help="The plan of the conversion, if SRC doesn't contain it."
         ),
     ] = None,
 ) -> None:

@@ -39,25 +39,26 @@ def slide(
         list[Path],
         typer.Argument(
             metavar="IMAGE...",
-            help="Images: TIFF, OME-TIFF, SVS or NDPI (extra tiff), GeoTIFF (extra "
-            "geotiff), what Pillow reads, or .npy arrays (H,W,C).",
+            help="The images: TIFF, OME-TIFF, SVS or NDPI (extra tiff), GeoTIFF (extra "
+            "geotiff), any format of Pillow, or .npy arrays (H,W,C).",
         ),
     ],
     window: Annotated[
-        str, typer.Option(help="Size of a crop, such as 224 or 224x160.")
+        str, typer.Option(help="Crop size in pixels, such as 224 or 224x160.")
     ],
     params: Annotated[
         Path | None,
         typer.Option(
             metavar="CKPT",
-            help="A checkpoint with the model's params, in either form. Optional for "
-            "models that hold their params.",
+            help="A checkpoint with the model's params, in either form. Not needed for "
+            "a model that holds its params.",
         ),
     ] = None,
     stride: Annotated[
         str | None,
         typer.Option(
-            help="Step between crops, such as 8 or 8x4; by default the model's own."
+            help="Step between crops in pixels, such as 8 or 8x4; by default the "
+            "model's total stride."
         ),
     ] = None,
     out: Annotated[
@@ -70,41 +71,45 @@ def slide(
     resume: Annotated[
         bool,
         typer.Option(
-            "--resume", help="Go on with what a stopped run to --out left, if anything."
+            "--resume",
+            help="Continue a stopped run to the same --out, if there is one.",
         ),
     ] = False,
     heatmap: Annotated[
         Path | None,
         typer.Option(
-            help="Write a picture of the outputs over the image, with a legend: the "
-            "largest at each position, or those of --class."
+            help="Write a heat map over the image, with a legend. It shows the largest "
+            "output at each position, or that of --class."
         ),
     ] = None,
     label: Annotated[
         int | None,
         typer.Option(
-            "--class", help="The class that the heat map shows, from 0.", min=0
+            "--class", help="The class that the heat map shows, counted from 0.", min=0
         ),
     ] = None,
     softmax: Annotated[
         bool,
         typer.Option(
             "--softmax/--raw",
-            help="Show the softmax of the outputs in the heat map, or the raw outputs.",
+            help="Show softmax probabilities or raw outputs in the heat map.",
         ),
     ] = False,
     top: Annotated[
         int,
         typer.Option(
-            help="Print this many places of the largest outputs, a window apart.", min=1
+            help="Print the positions of this many largest outputs, at least a window "
+            "apart.",
+            min=1,
         ),
     ] = 1,
     mask: Annotated[
         str | None,
         typer.Option(
             metavar="FILE|nodata",
-            help="Where to look: an image of the same proportions, nonzero there, or "
-            "nodata for windows without a nodata pixel. The result is NaN elsewhere.",
+            help="Compute only where this image, of the same proportions, is nonzero; "
+            "or, with nodata, in windows without a nodata pixel. The result is NaN "
+            "elsewhere.",
         ),
     ] = None,
     scale: Annotated[
@@ -124,17 +129,20 @@ def slide(
         ),
     ] = None,
     std: Annotated[
-        str | None, typer.Option(help="Divide by this afterwards, likewise.")
+        str | None,
+        typer.Option(help="Then divide by this: one number, or one for each channel."),
     ] = None,
     level: Annotated[
         int,
-        typer.Option(help="Level of the file's pyramid; 0 is the largest.", min=0),
+        typer.Option(
+            help="Pyramid level of the file; 0 is the full resolution.", min=0
+        ),
     ] = 0,
     region: Annotated[
         str | None,
         typer.Option(
             metavar="ROW,COLUMN,HEIGHT,WIDTH",
-            help="Use this part only, in pixels of the level.",
+            help="Use only this part, in pixels of the level.",
         ),
     ] = None,
     bands: Annotated[
@@ -145,7 +153,7 @@ def slide(
     ] = None,
     mode: Annotated[
         str | None,
-        typer.Option(help="Convert images to this Pillow mode first: RGB, L, ..."),
+        typer.Option(help="Convert the images to this Pillow mode first: RGB, L, ..."),
     ] = None,
     memory: Annotated[
         int,
@@ -176,7 +184,7 @@ def slide(
     if height < sizes[0] or width < sizes[1]:
         raise ArgumentError(
             f"--window: expected at most {height}x{width}, the size of {images[0]}, "
-            f"got {sizes[0]}x{sizes[1]}"
+            f"got {sizes[0]}x{sizes[1]}."
         )
     where = open_mask(mask, batch)
     first = frontend_of(load_model(model).model).first_spatial_axis
@@ -190,7 +198,8 @@ def slide(
     check_class(label, softmax, described.shape[3:])
     if where is not None and described.dtype.kind != "f":
         raise ArgumentError(
-            f"--mask: expected outputs of floats for NaN, got {described.dtype}"
+            f"--mask: expected float outputs, which hold NaN, got {described.dtype}. "
+            "Drop --mask."
         )
     mesh = None
     if jax.local_device_count() > 1:
@@ -215,7 +224,7 @@ def slide(
             if out is not None:
                 typer.echo(
                     f"stopped: the finished tiles are in {out}.part. Run the same "
-                    "command with --resume to go on",
+                    "command with --resume to continue",
                     err=True,
                 )
             raise typer.Exit(130) from None
@@ -249,7 +258,9 @@ def _check_destinations(
     if out is not None:
         check_leftovers(out)
     if resume and out is None:
-        raise ArgumentError("--resume: expected --out, the file to go on with")
+        raise ArgumentError(
+            "--resume: expected --out, the file to continue, got none. Pass --out FILE."
+        )
     check_destination("--heatmap", heatmap, read=[*read, *([out] if out else [])])
     check_heatmap(heatmap, label, softmax)
 
@@ -293,7 +304,10 @@ def _described(grid: Slide, variables: PyTree, pixels: Pixels, image: Image) -> 
     typer.echo(str(report), err=True)
     each = grid.eval_shape(variables, one_window(grid, pixels))
     if not isinstance(each, jax.ShapeDtypeStruct):
-        raise ArgumentError("the model returns several arrays: use fcconv_jax.slide")
+        raise ArgumentError(
+            "Expected a model that returns one array, got several. Use "
+            "fcconv_jax.slide in Python."
+        )
     # .npy files have no name for bfloat16.
     known = np.dtype(each.dtype).isbuiltin == 1
     dtype = np.dtype(each.dtype if known else np.float32)
@@ -345,8 +359,10 @@ def _with_params(
     if params is None:
         leaves = jax.tree.leaves(bound.variables)
         if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-            raise ArgumentError("the model holds no params. Pass --params CKPT")
-        typer.echo("params: those that the model holds", err=True)
+            raise ArgumentError(
+                "Expected params, got a model without any. Pass --params CKPT."
+            )
+        typer.echo("params: the model's own", err=True)
         return bound
     try:
         return load_variables(bound, params)
@@ -359,8 +375,8 @@ def _with_params(
             except Exception:  # a model may refuse these channels in any way
                 continue
             raise ArgumentError(
-                f"the channels of {image} are {channels}, the model in {params} takes "
-                f"{other}. Pass --mode {name} to convert the image"
+                f"Expected an image with {other} channels for the model in {params}, "
+                f"got {image} with {channels}. Pass --mode {name} to convert it."
             ) from None
         raise
 
@@ -376,6 +392,6 @@ def _sizes(option: str, text: str) -> tuple[int, int]:
     sizes = (found, found) if isinstance(found, int) else found
     if len(sizes) != 2 or min(sizes) < 1:
         raise ArgumentError(
-            f"{option}: expected a size such as 224 or 224x160, got {text!r}"
+            f"{option}: expected a size such as 224 or 224x160, got {text!r}."
         )
     return sizes

@@ -34,8 +34,8 @@ def require_inputs(bound: BoundModel) -> BoundModel:
     """Refuse a call without inputs where a file is made for them."""
     if not bound.args:
         raise ArgumentError(
-            "--input: expected the shapes of what the model is called on, got none. "
-            "Pass --input 1,8,8,3"
+            "Expected the shapes of the model's inputs, got none. Pass --input, such "
+            "as --input 1,8,8,3."
         )
     return bound
 
@@ -55,7 +55,7 @@ def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
         cause = error.__cause__ if isinstance(error, PlanError) else error
         if not bound.args and cause is not None:
             raise ArgumentError(
-                f"{cause}. Pass what it is called on: --input 1,8,8,3"
+                f"{cause}. Pass the shapes of the model's inputs: --input 1,8,8,3."
             ) from error
         if isinstance(error, PlanError):
             raise
@@ -112,7 +112,10 @@ def require_layers(made: Plan) -> None:
 
     if not made:
         why = "; ".join(f"{path}: {reason}" for path, reason in made.skipped.items())
-        raise PlanError(f"no layer converts to {made.to}: {why or 'none is linear'}")
+        raise PlanError(
+            f"Expected a layer that converts to {made.to}, got none: "
+            f"{why or 'the model has no linear layer'}."
+        )
 
 
 def read_plan(file: Path) -> Plan:

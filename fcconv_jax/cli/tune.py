@@ -43,26 +43,27 @@ def tune(
         typer.Option(
             "--for",
             metavar="BACKEND",
-            help="The backend to tune for, such as cpu or tpu:v5e; if it is not "
-            "present, its compiler's estimates are used. JAX's default otherwise.",
+            help="The backend to tune for, such as cpu or tpu:v5e; by default JAX's. A "
+            "backend that isn't present is tuned by its compiler's estimates.",
         ),
     ] = None,
     objective: Annotated[
         Goal | None,
         typer.Option(
-            help="By default latency if the device is present, and cycles otherwise. "
-            "training counts the loss (the sum of squared outputs) and its gradient."
+            help="What to minimize; by default latency if the device is present, and "
+            "cycles otherwise. training measures the loss (the sum of squared "
+            "outputs) with its gradient."
         ),
     ] = None,
     budget: Annotated[
         float,
-        typer.Option(help="Approximate time for measurements, in seconds.", min=0),
+        typer.Option(help="Approximate measuring time, in seconds.", min=0),
     ] = 120.0,
     timings: Annotated[
         Path | None,
         typer.Option(
-            help="File of this device's measurements, read and extended, so that later "
-            "runs return the same plan."
+            help="A file that stores this device's measurements, so that later runs "
+            "return the same plan."
         ),
     ] = None,
     rules: Rules = None,
@@ -108,5 +109,5 @@ def tune(
         return
     typer.echo(str(plan.tuning))
     if plan.options:
-        told = ", ".join(f"{name}={value!r}" for name, value in plan.options)
-        typer.echo(f"\ncompiled with {told}")
+        options = ", ".join(f"{name}={value!r}" for name, value in plan.options)
+        typer.echo(f"\ncompiled with {options}")

@@ -85,13 +85,13 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
                 value = np.zeros(leaf.shape, leaf.dtype) if abstract else own
             elif value is None:
                 raise CheckpointError(
-                    f"{other}it has no leaf {text!r}, the model has one of shape "
-                    f"{leaf.shape}; it has {['/'.join(p) for p in found][:5]}"
+                    f"{other}expected the leaf {text!r} of shape {leaf.shape}, got "
+                    f"{['/'.join(p) for p in found][:5]}, ..."
                 )
             else:
                 raise CheckpointError(
-                    f"{other}leaf {text!r} has shape {shape}, the model's has "
-                    f"{leaf.shape}"
+                    f"{other}expected the leaf {text!r} of shape {leaf.shape}, got "
+                    f"{shape}."
                 )
         values.append(value)
     top = prefix if bare else (*prefix, "params")
@@ -101,7 +101,7 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
         if path[: len(top)] == top and _is_param(path[len(prefix) :], names, bound):
             raise CheckpointError(
                 f"{other}it has the leaf {'/'.join(path)!r}, which the model lacks. "
-                "Pass the model that these params are of"
+                "Pass the model of these params."
             )
     _list_unread(file, found, found.keys() & (unread | more))
     variables = jax.tree.unflatten(treedef, values)
@@ -138,7 +138,10 @@ def _list_unread(file: str, paths: Iterable[Parts], unread: Collection[Parts]) -
     if len(shown) > 8:
         shown = [*shown[:8], f"and {len(shown) - 8} more"]
     if shown:
-        typer.echo(f"note: of {file}, the call reads no {', '.join(shown)}", err=True)
+        typer.echo(
+            f"note: the call doesn't use these leaves of {file}: {', '.join(shown)}",
+            err=True,
+        )
 
 
 def checkpoint_leaves(checkpoint: Checkpoint) -> dict[tuple[str, ...], Any]:

@@ -60,7 +60,8 @@ def verify(
     timeout: Annotated[
         float,
         typer.Option(
-            help="Time limit per backend compiled ahead of time, in seconds.", min=1
+            help="Time limit for compiling ahead of time, in seconds per backend.",
+            min=1,
         ),
     ] = 600.0,
     gradients: Annotated[
@@ -74,8 +75,7 @@ def verify(
         Path | None,
         typer.Option(
             metavar="CKPT",
-            help="With a file written by fcconv export as the model: the checkpoint "
-            "to compare it with.",
+            help="The checkpoint to compare an exported file with.",
         ),
     ] = None,
     code: Annotated[
@@ -83,7 +83,7 @@ def verify(
         typer.Option(
             "--model",
             metavar="MODULE:NAME",
-            help="With such a file: its model, to compare the outputs on --input.",
+            help="The model of an exported file, to compare the outputs on --input.",
         ),
     ] = None,
     out: Annotated[
@@ -94,7 +94,7 @@ def verify(
     ] = None,
     as_json: AsJson = False,
     as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print Markdown.")
+        bool, typer.Option("--markdown", help="Print the report as Markdown.")
     ] = False,
 ) -> None:
     """Verify that both forms of a model are equivalent on this machine.
@@ -112,12 +112,16 @@ def verify(
     1 otherwise.
     """
     if as_json and as_markdown:
-        raise ArgumentError("give one of --json and --markdown")
+        raise ArgumentError("Expected --json or --markdown, got both. Pass one.")
     check_destination("--out", out, REPORTS)
     on = parse_backends(backends)
     if other is not None:
         if params or backends or given(call) or given(plan_options):
-            raise ArgumentError("two checkpoints are compared with no other option")
+            raise ArgumentError(
+                "Expected two checkpoints alone, got options for a model as well. Drop "
+                "--params, --backend, --input, --kwarg, --method, --to, --rule and "
+                "--for."
+            )
         start_jax()
         from ..checkpoints import verify_checkpoint
 
@@ -126,14 +130,14 @@ def verify(
         return
     if not is_exported(model) and (against or code):
         raise ArgumentError(
-            f"--against and --model go with a file of fcconv export, got {model}. Pass "
-            "--params CKPT to verify a model with a checkpoint's params"
+            "Expected a file written by fcconv export with --against or --model, got "
+            f"{model}. Pass --params CKPT to verify a model with a checkpoint's params."
         )
     if is_exported(model):
         if given(plan_options) or params:
             raise ArgumentError(
-                "--params, --to, --rule and --for do not go with an exported file, "
-                "which has its plan. Pass --against CKPT"
+                "Expected --against with an exported file, which contains its plan, "
+                "got --params, --to, --rule or --for. Pass --against CKPT."
             )
         file = verify_exported(model, against, code, call, seed)
         show_report(file, out, as_json, as_markdown)
@@ -190,25 +194,25 @@ def _verify_checkpoint(
     if saved.plan is not None:
         if given(plan_options):
             raise ArgumentError(
-                f"--to, --rule and --for do not go with {checkpoint}: it is converted, "
-                "and holds the plan that decided"
+                "Expected no --to, --rule or --for with the converted checkpoint "
+                f"{checkpoint}, which contains its plan. Drop them."
             )
         for form in dict.fromkeys(layer.to for layer in made.values()):
             now = plan_model(bound, PlanOptions(To(form)))
-            _tell_differences(made, now, checkpoint)
+            _print_differences(made, now, checkpoint)
     found = find_variables(saved, bound, str(checkpoint))
     bound = with_random_inputs(bound, seed).with_variables(found.original)
     return verify(bound, plan=made, converted_params=found.converted, **options)
 
 
-def _tell_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:
+def _print_differences(stored: Plan, traced: Plan, checkpoint: Path) -> None:
     """Report where a stored plan, such as one from rules, differs from the code's."""
     for path in stored.keys() & traced.keys():
         then, now = stored[path], traced[path]
         if (then.window, then.order) != (now.window, now.order):
             typer.echo(
-                f"note: {checkpoint} has {path!r} in the window {then.window} "
-                f"{then.order}, the model's code tells {now.window} {now.order}: a "
-                "model written by hand must flatten as the checkpoint says",
+                f"note: {checkpoint} has {path!r} with the window {then.window} "
+                f"{then.order}, the model's code has {now.window} {now.order}; a "
+                "handwritten model must flatten as the checkpoint does",
                 err=True,
             )

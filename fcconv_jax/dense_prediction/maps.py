@@ -167,8 +167,8 @@ def whole_layout(
         raise ValueError("crops see the axis in another order than it has")
     if (starts % stride).any():
         raise ValueError(
-            f"expected a step of crops that is a multiple of a layer's stride, here "
-            f"{stride}. Pass a larger one."
+            f"expected crops a multiple of a layer's stride {stride} apart. Pass a "
+            "larger stride."
         )
     if low < 0 or high < 0:
         raise ValueError("negative padding")

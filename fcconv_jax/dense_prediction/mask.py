@@ -80,6 +80,6 @@ def check_holds_nan(out: PyTree) -> None:
     for target in jax.tree.leaves(out):
         if not jnp.issubdtype(dtype_of(target), jnp.inexact):
             raise ValueError(
-                f"mask: expected an output of floats, which hold NaN, got "
-                f"{target.dtype}. Pass an array of float32."
+                f"mask: expected a float output, which holds NaN, got {target.dtype}. "
+                "Pass an array of float32."
             )

@@ -51,8 +51,8 @@ class AllCrops:
             outs = jaxpr_as_fun(self._shared[0])(*operands)
         else:
             outs = self._outputs(True, *operands)
+        _ = self.outputs  # refuses outputs without a batch, which have no axis to move
         fronts = [jnp.moveaxis(out, len(self.axes), 0) for out in outs]
-        _ = self.outputs
         return jax.tree.unflatten(jax.tree.structure(self.out), fronts)
 
     @property
@@ -66,9 +66,9 @@ class AllCrops:
         for shape in shapes:
             if not shape.shape or shape.shape[0] != self.images.shape[0]:
                 raise ValueError(
-                    f"slide expected outputs with the batch of {self.images.shape[0]} "
-                    f"first, got one of shape {shape.shape} from crops. Return one row "
-                    "for each crop"
+                    f"Expected outputs with the batch of {self.images.shape[0]} first, "
+                    f"got one of shape {shape.shape} from crops. Return one row for "
+                    "each crop."
                 )
         return shapes
 

@@ -48,8 +48,8 @@ def identity(
     jaxpr = program.jaxpr
     if called := _callbacks(jaxpr):
         raise ImageError(
-            f"resume: expected a function that JAX traces, got one with {called[0]}: "
-            "no record identifies the Python code that it calls. Drop resume=."
+            f"resume: expected a function that JAX traces, got one with {called[0]}, "
+            "whose Python code can't be identified in a later run. Drop resume=."
         )
     # Functions in a trace are printed with their addresses, which differ in the next.
     text = re.sub(r"0x[0-9a-f]+", "", str(jaxpr))
@@ -125,7 +125,7 @@ class FinishedTiles:
         self._run = dict(run)
         self.tiles: dict[int, Tile] = {}
         if not file.parent.is_dir():
-            raise ImageError(f"resume: {file.parent} doesn't exist. Make it first.")
+            raise ImageError(f"resume: {file.parent} doesn't exist. Create it first.")
         if not file.exists():
             return
         found, tiles = _parsed(file)
@@ -170,8 +170,8 @@ class FinishedTiles:
     def _refuse(self, other: Sequence[str]) -> None:
         raise ImageError(
             f"resume: {self.file} is the record of another run, with other "
-            f"{', '.join(other)}. Pass what that run had, or remove the file to start "
-            "again."
+            f"{', '.join(other)}. Pass the same as in that run, or remove the file to "
+            "start again."
         )
 
 

@@ -174,9 +174,9 @@ class Slide:
         args = self._complete(args)
         if args and _is_lazy(args[-1]):
             raise TypeError(
-                "slide expected images as a JAX or NumPy array, got a "
-                f"{type(args[-1]).__name__}. Pass it to grid.write(..., out=...): it "
-                "reads a tile at a time."
+                "Expected images as a JAX or NumPy array, got a "
+                f"{type(args[-1]).__name__}. Pass it to grid.write(..., out=...), "
+                "which reads one tile at a time."
             )
         self._check_library(args, kwargs)
         return self._call(*args, **kwargs)
@@ -368,7 +368,7 @@ def _check(
     shape = getattr(images, "shape", None)
     if shape is None or len(shape) <= max(axes):
         raise ValueError(
-            f"slide expected images with the axes {tuple(axes)} as the last positional "
+            f"Expected images with the axes {tuple(axes)} as the last positional "
             f"argument, got {shape if shape is not None else type(images).__name__}. "
             "Pass the model's params first, and the images with the batch in front."
         )
@@ -384,7 +384,7 @@ def _check(
             if len(shape) == 1 + len(window):  # no channels, or no batch
                 fix += " If this is one image (H, W, C), pass images[None]."
             raise ValueError(
-                f"slide expected images of at least {tuple(window)} along the axes "
+                f"Expected images of at least {tuple(window)} along the axes "
                 f"{tuple(axes)}, got {tuple(shape)}. {fix}"
             )
 

@@ -192,7 +192,10 @@ def _check_out(one: Sequence[Any], out: PyTree, counts: Sequence[int]) -> None:
         )
     found = [tuple(target.shape) for target in targets]
     if wanted != found:
-        raise ValueError(f"out: expected arrays of shape {wanted}, got {found}.")
+        raise ValueError(
+            f"out: expected arrays of shape {wanted}, got {found}. Pass arrays of "
+            "these shapes."
+        )
     for leaf, target in zip(one, targets):
         if not _holds(dtype_of(target), dtype_of(leaf)):
             raise ValueError(
@@ -201,7 +204,7 @@ def _check_out(one: Sequence[Any], out: PyTree, counts: Sequence[int]) -> None:
             )
         if isinstance(target, jax.Array) or not _is_writable(target):
             raise ValueError(
-                "out: expected an array that can be written, got a read-only "
+                "out: expected a writable array, got a read-only "
                 f"{type(target).__name__}. Pass a NumPy array or a writable file."
             )
 
@@ -239,9 +242,9 @@ def _tile(
                 return tile
         if max(tile) == 1:
             raise PlanError(
-                "memory: expected room for one window, which takes some "
-                f"{max(_ALIVE * needed, least)} bytes, got {memory}. "
-                "Pass more, or fewer images at once"
+                f"memory: expected at least {max(_ALIVE * needed, least)} bytes, "
+                f"enough for one window, got {memory}. Pass more, or fewer images at "
+                "once."
             )
         longest = tile.index(max(tile))
         tile[longest] = -(-tile[longest] // 2)

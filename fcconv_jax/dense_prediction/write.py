@@ -101,8 +101,8 @@ def write_tiles(
     *before, images = args
     if grid.padding != "crops":
         raise ValueError(
-            "padding='image' can't be written by tiles: their borders would count as "
-            "the image's. Pass padding='crops', which is exact."
+            "Expected padding='crops' to write tiles, got padding='image', which would "
+            "pad each tile. Pass padding='crops', which is exact."
         )
     if not hasattr(images, "shape") or not hasattr(images, "dtype"):
         raise TypeError(
@@ -400,5 +400,5 @@ def _written(out: PyTree, where: tuple[slice, ...]) -> list[Any]:
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ImageError(
             f"out: the output can't be read back ({said}). Remove the record of the "
-            "stopped run, and pass a fresh output."
+            "stopped run, and pass a new output."
         ) from error

@@ -55,13 +55,13 @@ def check_arguments(
     if form not in FORMS:
         raise ExportError(
             f"Expected to= one of {', '.join(FORMS)}, the form of the layers, got "
-            f"{form!r}. The runtime is selected by the suffix of path= or by runtime="
+            f"{form!r}. The suffix of path= or runtime= selects the runtime."
         )
     made_for = None if chip is None else chip_of(chip)
     if form == "mix" and made_for is None and plan is None:
         raise ExportError(
-            "Expected a chip for to='mix', whose rules decide, got none. Pass "
-            "chip='ethos-u55', or plan= of your own."
+            "Expected a chip for to='mix', got none. Pass chip='ethos-u55', or your "
+            "own plan=."
         )
     if calibrate is not None and not isinstance(calibrate, list | tuple):
         raise ExportError(
@@ -75,8 +75,8 @@ def check_arguments(
         )
     if labels is not None and calibrate is None:
         raise ExportError(
-            "Expected calibrate= with labels=, the examples that they belong to, got "
-            "none. Pass calibrate=[images], labels=labels."
+            "Expected calibrate=, the labeled examples, with labels=, got none. Pass "
+            "calibrate=[images], labels=labels."
         )
     for flag, wanted in open_sizes.items():
         if wanted and (flag not in target.open_sizes or calibrate is not None):

@@ -94,8 +94,8 @@ def chip_of(name: str) -> Chip:
     """
     if name not in CHIPS:
         raise ExportError(
-            f"expected chip= one of {', '.join(CHIPS)}, got {name!r}. For another chip "
-            "pass to='conv' or to='dense', or plan= of your own"
+            f"Expected chip= one of {', '.join(CHIPS)}, got {name!r}. For another "
+            "chip, pass to='conv' or to='dense', or your own plan=."
         )
     return CHIPS[name]
 

@@ -257,13 +257,13 @@ def _check_arrays(bound: BoundModel) -> None:
     if bound.params is bound.given is None and hasattr(bound.model, "init"):
         raise ExportError(
             "Expected the params after the model, got None. Pass the variables that "
-            "model.init returns, {} for a model without params."
+            "model.init returns, or an empty dict for a model without."
         )
     leaves = jax.tree.leaves((bound.variables, bound.arrays))
     if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
         raise ExportError(
             "Expected arrays as params and inputs, got abstract ones, which have no "
-            "values to write or to compare. Pass arrays."
+            "values. Pass arrays."
         )
 
 

@@ -92,5 +92,8 @@ def seal(path: Path, shipped: Shipped) -> None:
 def resealed(content: bytes, old: str | None, new: str) -> bytes:
     """Return a file's content with another fingerprint in its record."""
     if old is None or content.count(old.encode()) != 1:
-        raise ExportError("the file does not say its fingerprint once")
+        raise ExportError(
+            "Expected one fingerprint in the file, got several or none. Export it "
+            "again."
+        )
     return content.replace(old.encode(), new.encode())

@@ -123,8 +123,8 @@ class _Program:
         missing = sorted({*self.names.values()} - {*params})
         if missing:
             raise ExportError(
-                f"Expected the params that fold_norms returned, got none named "
-                f"{missing[0]!r}. Pass them as the first argument."
+                "Expected the params that fold_norms returned, got a tree without "
+                f"{missing[0]!r}. Pass those params first."
             )
         values: dict[Value, Any] = {v: params[name] for v, name in self.names.items()}
         values |= zip(self.graph.inputs, arrays, strict=True)

@@ -32,34 +32,36 @@ def batches(
     """
     if len(arrays) != len(shapes):
         raise ExportError(
-            f"expected calibration data for {len(shapes)} inputs, got {len(arrays)}. "
-            "Pass calibrate=[...] with an array for each input"
+            f"Expected calibration data for {len(shapes)} inputs, got {len(arrays)}. "
+            "Pass calibrate=[...] with an array for each input."
         )
     calls: list[list[np.ndarray]] = []
     for array, shape in zip(map(np.asarray, arrays), shapes):
         if array.ndim != len(shape) or array.shape[1:] != tuple(shape[1:]):
             wanted = ", ".join(map(str, ("N", *shape[1:])))
             raise ExportError(
-                f"expected calibration data of shape ({wanted}), got {array.shape}"
+                f"Expected calibration data of shape ({wanted}), got {array.shape}. "
+                "Pass examples along the first axis."
             )
         numbers = array.astype(np.float64) if array.dtype.kind == "V" else array
         # LiteRT's quantizer takes a range of NaN for an address, and crashes.
         if numbers.dtype.kind not in "biuf" or not np.isfinite(numbers).all():
             raise ExportError(
-                f"expected finite numbers as calibration data, got {array.dtype} with "
-                "NaN, infinity or something else. Pass examples of real inputs"
+                f"Expected finite numbers as calibration data, got {array.dtype} with "
+                "NaN, infinity or something else. Pass real inputs."
             )
     counts = {len(array) for array in arrays}
     if len(counts) > 1:
         raise ExportError(
-            f"expected as many examples for each input, got {sorted(counts)}"
+            "Expected the same number of examples for each input, got "
+            f"{sorted(counts)}. Pass as many for each."
         )
     size = shapes[0][0]
     count = len(arrays[0]) // size
     if not count:
         raise ExportError(
-            f"expected at least {size} examples of calibration data, one batch; got "
-            f"{len(arrays[0])}"
+            f"Expected at least {size} examples of calibration data, one batch, got "
+            f"{len(arrays[0])}. Pass more."
         )
     for i in range(count):
         calls.append([np.asarray(a[i * size : (i + 1) * size]) for a in arrays])

@@ -195,7 +195,7 @@ def fails_with_others(error: Exception) -> ExportError:
     """Return the error for a model that raises on images of another size."""
     why = (str(error).strip().splitlines() or [type(error).__name__])[0]
     return ExportError(
-        f"Expected a model for images of any size, got one that fails with others: "
+        "Expected a model for images of any size, got one that fails on other sizes: "
         f"{why}. Drop any_size=True, or pass fc.slide(model, window=...)."
     )
 

@@ -415,7 +415,7 @@ def whole_errors(
     paths = [path for path, _ in reference.exact]
     kept = [paths.index(name) for name in names] if names else range(len(paths))
     if len(got) != len(kept):
-        raise ValueError(f"expected {len(kept)} outputs, the file has {len(got)}")
+        raise ValueError(f"expected {len(kept)} outputs, got {len(got)} in the file")
     return tuple(
         working_errors(
             "outputs",

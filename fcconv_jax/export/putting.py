@@ -19,8 +19,8 @@ def check_free(path: Path) -> None:
     """
     if os.path.lexists(path) and not _may_replace(path):
         raise ExportError(
-            f"{path} cannot be replaced: it is not a file of an export. Pass another "
-            "path, or move it away."
+            f"{path} can't be replaced: export didn't write it. Pass another path, or "
+            "move it away."
         )
 
 
@@ -43,7 +43,7 @@ def folder_for(path: Path) -> Iterator[Path]:
         folder = made.__enter__()
     except OSError as error:
         raise ExportError(
-            f"{path} cannot be written: {error.strerror}. Pass another path."
+            f"{path} can't be written: {error.strerror}. Pass another path."
         ) from None
     with contextlib.ExitStack() as stack:
         stack.push(made)
@@ -54,7 +54,7 @@ def folder_for(path: Path) -> Iterator[Path]:
             if why is None:
                 raise
             raise ExportError(
-                f"{path} cannot be written: {why}. Make room, or pass another path."
+                f"{path} can't be written: {why}. Make room, or pass another path."
             ) from error
 
 
@@ -85,7 +85,7 @@ def put(folder: Path, path: Path, passed: bool) -> Path:
     except OSError as error:
         name = error.filename2 or error.filename or final
         raise ExportError(
-            f"{name} cannot be replaced: {error.strerror}. Pass another path."
+            f"{name} can't be replaced: {error.strerror}. Pass another path."
         ) from None
     return final
 

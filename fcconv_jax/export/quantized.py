@@ -183,7 +183,7 @@ def _check_loops(graph: Graph) -> None:
     if loops:
         raise ExportError(
             f"Expected no loop or branch for an int8 file, got {', '.join(loops)}. "
-            "Pass unroll=N to write out loops of up to N steps, or drop calibrate=."
+            "Pass unroll=N to unroll loops of up to N steps, or drop calibrate=."
         )
 
 

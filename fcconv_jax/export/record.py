@@ -72,7 +72,9 @@ class FileRecord:
         try:
             record, fingerprint = cls.from_json(zlib.decompress(rest)), start.decode()
         except (zlib.error, UnicodeDecodeError) as error:
-            raise ExportError(f"the file's record is damaged: {error!r}") from error
+            raise ExportError(
+                f"the file's manifest is damaged: {error!r}. Export it again."
+            ) from error
         return dataclasses.replace(record, fingerprint=fingerprint or None)
 
     @classmethod
@@ -86,7 +88,9 @@ class FileRecord:
         try:
             content = base64.b85decode(rest)
         except ValueError as error:
-            raise ExportError(f"the file's record is damaged: {error!r}") from error
+            raise ExportError(
+                f"the file's manifest is damaged: {error!r}. Export it again."
+            ) from error
         return cls.from_bytes(f"{start} ".encode() + content)
 
     def to_json(self) -> str:
@@ -117,8 +121,8 @@ class FileRecord:
             content = json.loads(text)
             if content["format"] != FORMAT or content["version"] > VERSION:
                 raise ExportError(
-                    f"the file's record has version {content['version']}, this "
-                    f"fcconv_jax reads up to {VERSION}: upgrade fcconv_jax"
+                    f"the file's manifest has version {content['version']}, this "
+                    f"fcconv_jax reads up to {VERSION}. Upgrade fcconv_jax."
                 )
             layers = tuple(map(_layer_from_json, content["layers"]))
             plan = Plan.from_json(json.dumps(content["plan"]))
@@ -129,7 +133,9 @@ class FileRecord:
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ExportError):
                 raise
-            raise ExportError(f"the file's record is damaged: {error!r}") from error
+            raise ExportError(
+                f"the file's manifest is damaged: {error!r}. Export it again."
+            ) from error
 
 
 def digest_of(array: np.ndarray) -> str:

@@ -103,7 +103,7 @@ class Shipped(abc.ABC):
           kernel: in the graph's arrangement.
           bias: likewise.
         """
-        raise ExportError(f"layer {layer.name!r} of {self.runtime} is not run alone")
+        raise ExportError(f"layer {layer.name!r} can't run alone in {self.runtime}")
 
     def int8_layers(self) -> Mapping[str, Callable[[Layer], Any]]:
         """Return what reads each layer of an int8 file, by name; none of a float one.
@@ -114,7 +114,7 @@ class Shipped(abc.ABC):
 
     def run(self, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
         """Run the whole file in its runtime."""
-        raise ExportError(f"{self.runtime} does not run here")
+        raise ExportError(f"{self.runtime} doesn't run on this machine")
 
     def caller(
         self, integers: bool = False

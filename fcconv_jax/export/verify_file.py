@@ -92,8 +92,8 @@ def verify_file(
         record = shipped.record()
         if record is None:
             raise ExportError(
-                f"{path} has no record of its parameters: it was not written by "
-                "fcconv_jax. Export the model with fcconv export."
+                f"{path} has no manifest of its parameters: fcconv_jax didn't write "
+                "it. Export the model with fcconv export."
             )
         known = record.fingerprint == fingerprint_of(shipped, record)
         try:

@@ -1,1 +1,1 @@
-"""Models as people have them: one room for each framework."""
+"""Models as people have them: a module or folder for each library."""

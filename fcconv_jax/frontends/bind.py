@@ -92,8 +92,8 @@ def bind_crops(model: object) -> OnCrops:
 def _alone(bound: Any, more: Sequence[Any], params: PyTree = None) -> BoundModel:
     if more or params is not None:
         raise TypeError(
-            f"Expected a bound model alone, got {len(more) + 1} more arguments. Bind "
-            "the model to its params, inputs and keyword arguments all at once."
+            f"Expected a bound model alone, got {len(more) + 1} more arguments. Pass "
+            "its params, inputs and keyword arguments when you bind it."
         )
     return bound
 

@@ -159,7 +159,7 @@ class BoundModel(abc.ABC):
         del plan
         raise TypeError(
             f"Expected an NNX model for inplace=True, got a {type(model).__name__}. "
-            "Drop inplace: params that keep their order are not copied."
+            "Drop inplace=; params that keep their order aren't copied."
         )
 
     # Keyword arguments of a call that the library adds to those of the model.
@@ -335,8 +335,8 @@ class BoundModel(abc.ABC):
             name = type(self.model).__name__
             shapes = ", ".join(str(tuple(array.shape)) for array in self.arrays)
             raise PlanError(
-                f"A size of 0 comes out of {name} on inputs of shape {shapes}. Pass "
-                "inputs of the shapes that it was written for."
+                f"Expected positive sizes, got 0 from {name} on inputs of shape "
+                f"{shapes}. Pass larger inputs."
             ) from error
 
     @abc.abstractmethod

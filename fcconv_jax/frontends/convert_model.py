@@ -82,9 +82,9 @@ def convert_model(model: object, plan: Plan, *, inplace: bool = False) -> object
     ]
     if both:
         raise PlanError(
-            f"Expected a model that is not converted yet, got one with {both[0]!r} in "
-            "the plan's form. Pass the model that was planned; "
-            "restore_params(params, plan) gives its params back."
+            f"Expected a model that isn't converted yet, got one with {both[0]!r} in "
+            "the plan's form. Pass the planned model; restore_params(params, plan) "
+            "returns its params."
         )
     frontend = frontend_of(model)
     if inplace:

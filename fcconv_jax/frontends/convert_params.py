@@ -134,9 +134,9 @@ def _refuse_apply(apply_fn: Any) -> None:
             return
         apply_fn = found[0]
     raise PlanError(
-        "the state's apply_fn is its model's own apply, which fails on params in the "
-        "other form. Pass convert_train_state(state, plan, model), or "
-        "restore_train_state to go back: they set apply_fn, too"
+        "Expected params, got a TrainState whose apply_fn would fail on params in the "
+        "other form. Call convert_train_state(state, plan, model), or "
+        "restore_train_state to convert back; they set apply_fn, too."
     )
 
 

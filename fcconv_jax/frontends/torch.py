@@ -184,9 +184,9 @@ def _require_eval(model: Any) -> None:
     training = [name for name, each in model.named_modules() if each.training]
     if training and not exported:
         raise TypeError(
-            f"Expected a Module in eval mode, got a {type(model).__name__} in "
-            f"training mode (at {training[0]!r}). Call model.eval(); on the command "
-            "line, name a function that makes the model and does so."
+            f"Expected a Module in eval mode, got a {type(model).__name__} in training "
+            f"mode (at {training[0]!r}). Call model.eval() first; on the command line, "
+            "pass a function that does so and returns the model."
         )
 
 
@@ -302,8 +302,8 @@ def _as_tree(out: PyTree, leaf: Callable[[Any], Any] | None = None) -> Any:
     if out is None or isinstance(out, jax.Array | bool | int | float | complex):
         return out
     raise TypeError(
-        f"Expected outputs of tensors, got {type(out).__name__}. Leave it out, such as "
-        "by use_cache=False, or wrap the Module in one that returns the tensors."
+        f"Expected outputs of tensors, got {type(out).__name__}. Disable it, such as "
+        "with use_cache=False, or wrap the Module in one that returns tensors only."
     )
 
 
@@ -316,8 +316,8 @@ def _explain(error: Exception, name: str) -> None:
         raise PlanError(
             f"Expected operations that torchax runs, got {operation} in {name}. Export "
             "the Module to simpler operations first, and pass the result: "
-            "torch.export.export(model, (x,)).run_decompositions().module(). If that "
-            "has it, too, write it in other operations."
+            "torch.export.export(model, (x,)).run_decompositions().module(). If the "
+            "result has it, too, replace the operation."
         ) from error
     if isinstance(error, NEEDS_A_VALUE):
         raise PlanError(

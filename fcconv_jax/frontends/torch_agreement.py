@@ -72,9 +72,9 @@ def require_agreement(
         path = f" at {path!r} ({type(part).__name__})"
     raise PlanError(
         f"Expected torchax to compute {name} as PyTorch does, got another "
-        f"result{path}: {far}. Write that part in other operations, or export the "
-        "Module to simpler ones first, and pass the result: "
-        "torch.export.export(model, (x,)).run_decompositions().module()."
+        f"result{path}: {far}. Rewrite that part with other operations, or export the "
+        "Module to simpler ones first, and pass the result: torch.export.export(model, "
+        "(x,)).run_decompositions().module()."
     )
 
 

@@ -74,7 +74,7 @@ def classify(
     if transposed:
         if any(d != 1 for d in per_dimension("input_dilation", input_dilation, None)):
             raise ValueError(
-                "input_dilation: Expected 1 for a transposed convolution (its strides "
+                "input_dilation: expected 1 for a transposed convolution (its strides "
                 f"space the inputs), got {input_dilation}. Pass strides alone."
             )
         return _classify(

@@ -72,7 +72,7 @@ def resolve_transposed(
         name = padding.upper()
         if name not in ("SAME", "VALID"):
             raise ValueError(
-                "padding: Expected SAME, VALID or (low, high) pairs for a transposed "
+                "padding: expected SAME, VALID or (low, high) pairs for a transposed "
                 f"convolution, got {padding!r}. Pass the pairs."
             )
         padding = [
@@ -113,18 +113,18 @@ def resolve_geometry(
         name = padding.upper()
         if name not in _PADDING_NAMES:
             raise ValueError(
-                f"padding: unknown name {padding!r}; use one of "
-                f"{', '.join(_PADDING_NAMES)}, an int, or (low, high) pairs"
+                f"padding: expected one of {', '.join(_PADDING_NAMES)}, an int, or "
+                f"(low, high) pairs, got {padding!r}."
             )
         if name != "VALID" and any(d != 1 for d in holes):
             raise ValueError(
-                f"padding: {name} is not defined with input_dilation {holes} (jax "
-                "refuses it too); give the padding as (low, high) pairs"
+                f"padding: {name} isn't defined with input_dilation {holes} (JAX "
+                "refuses it, too). Pass (low, high) pairs."
             )
         if name == "CAUSAL" and rank != 1:
             raise ValueError(
-                f"padding: CAUSAL is for one dimension, input_shape has {rank}; give "
-                "the padding as (low, high) pairs"
+                f"padding: CAUSAL is for one dimension, input_shape has {rank}. Pass "
+                "(low, high) pairs."
             )
         # The other names are amounts of zeros; these two fill the same amounts.
         if name in ("CIRCULAR", "REFLECT"):
@@ -184,25 +184,26 @@ class ConvGeometry:
         ):
             check_sizes(name, getattr(self, name), rank)
         if self.groups < 1:
-            raise ValueError(f"groups: must be at least 1, got {self.groups}")
+            raise ValueError(f"groups: expected at least 1, got {self.groups}.")
         if len(self.padding) != rank:
             raise ValueError(
-                f"padding: {len(self.padding)} pairs for {rank} dimensions; give one "
-                "(low, high) pair per dimension"
+                f"padding: expected {rank} (low, high) pairs, one per dimension, got "
+                f"{len(self.padding)}."
             )
         if self.padding_mode not in get_args(PaddingMode):
             raise ValueError(
-                f"padding_mode: {self.padding_mode!r} is none of "
-                f"{', '.join(get_args(PaddingMode))}"
+                f"padding_mode: expected one of {', '.join(get_args(PaddingMode))}, "
+                f"got {self.padding_mode!r}."
             )
         if self.padding_mode != "zeros" and any(d != 1 for d in self.input_dilation):
             raise ValueError(
-                f"padding: {self.padding_mode} needs input_dilation 1, got "
-                f"{self.input_dilation}"
+                f"padding: expected input_dilation 1 with {self.padding_mode}, got "
+                f"{self.input_dilation}."
             )
         if self.padding_mode != "zeros" and min(map(min, self.padding)) < 0:
             raise ValueError(
-                f"padding: {self.padding_mode} cannot crop, got {self.padding}"
+                f"padding: expected 0 or more with {self.padding_mode}, got "
+                f"{self.padding}."
             )
         for i, d in enumerate(self.dimensions):
             # A model that is traced with a symbolic size has a kernel that fits.
@@ -210,8 +211,9 @@ class ConvGeometry:
                 raise ValueError(
                     f"kernel_size: {d.kernel} taps"
                     + f" with kernel_dilation {d.spread}" * (d.spread > 1)
-                    + f" span {d.extent} inputs in dimension {i}, but the padded input"
-                    f" has {max(d.padded, 0)}; use a smaller kernel or more padding"
+                    + f" span {d.extent} inputs in dimension {i}, but the padded "
+                    f"input has {max(d.padded, 0)}. Use a smaller kernel or more "
+                    "padding."
                 )
 
     @property

@@ -122,7 +122,7 @@ def conv_kernel_axes(
     """
     if len(shape) < 3:
         raise ValueError(
-            f"kernel: Expected a conv kernel (*window, in, out), got shape {shape}."
+            f"kernel: expected a conv kernel (*window, in, out), got shape {shape}."
         )
     *window, inside, features = shape
     if groups < 1 or features % groups:
@@ -178,7 +178,7 @@ def kernel_rearrangement(
     if flat % taps:
         what = "columns" if transposed else "rows"
         raise ValueError(
-            f"kernel: Expected a multiple of the {taps} taps of kernel_size {window}, "
+            f"kernel: expected a multiple of the {taps} taps of kernel_size {window}, "
             f"got {flat} {what} in the dense kernel {dense_shape}. Check kernel_size."
         )
     # Axes of the flatten: the window's are 0, 1, ..., the channels' is the last.

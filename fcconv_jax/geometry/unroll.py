@@ -139,8 +139,8 @@ def roll_dense(
     """
     if isinstance(matrix, Tracer):
         raise TypeError(
-            "roll_dense compares the matrix's bits and cannot be traced; call it "
-            "outside jit, grad and vmap"
+            "roll_dense compares the matrix's bits and can't be traced. Call it "
+            "outside jit, grad and vmap."
         )
     geometry = resolve_geometry(
         input_shape,
@@ -230,8 +230,8 @@ def _tap_table(geometry: ConvGeometry) -> np.ndarray:
                     raise ValueError(
                         f"padding: with {geometry.padding_mode} padding, output "
                         f"position {position} of dimension {i} reads input {source} "
-                        "with two taps, whose entries would have to be added; pad the "
-                        "input before the layer instead and unroll with padding VALID"
+                        "with two taps, whose entries would have to be added. Pad the "
+                        "input before the layer instead, and unroll with padding VALID."
                     )
                 line[source, position] = tap
         # Combine with the dimensions before: none if either reads nothing.
@@ -255,8 +255,8 @@ def _first_entries(
         place = tuple(map(int, np.unravel_index(missing, geometry.kernel_size)))
         raise ValueError(
             f"kernel_size: tap {place} of {geometry} meets no input at any output "
-            "position, so the matrix does not hold its entries; give the kernel "
-            "without it"
+            "position, so the matrix doesn't contain its entries. Pass the kernel "
+            "without it."
         )
     inside, each = channels // groups, features // groups
     n, p = np.unravel_index(first, table.shape)
@@ -276,8 +276,8 @@ def _check_structure(matrix: np.ndarray, expected: np.ndarray) -> None:
         raise ValueError(
             f"matrix: not an unrolled convolution: {int(differ.sum())} of "
             f"{matrix.size} entries differ, first row {row}, column {column}: got "
-            f"{got}, expected {want} (bits {_hex(got)}, {_hex(want)}); use the "
-            "geometry that it was unrolled with, or keep it a Dense"
+            f"{got}, expected {want} (bits {_hex(got)}, {_hex(want)}); Use the "
+            "geometry that it was unrolled with, or keep it a Dense."
         )
 
 
@@ -305,8 +305,8 @@ def _check_bytes(
         columns = geometry.output_elements * features
         raise ValueError(
             f"unroll_conv: the matrix ({rows}, {columns}) of {geometry} takes "
-            f"{needed / 2**20:,.1f} MiB, more than max_bytes={max_bytes}; raise "
-            "max_bytes if there is room, or keep the convolution"
+            f"{needed / 2**20:,.1f} MiB, more than max_bytes={max_bytes}. Raise "
+            "max_bytes if memory allows, or keep the convolution."
         )
 
 
@@ -314,5 +314,5 @@ def _check_zero(dtype: np.dtype) -> None:
     # float8_e8m0fnu holds powers of two only; a cast of 0 would be a NaN or 2**-127.
     if np.zeros((), np.int8).astype(dtype) != 0:
         raise ValueError(
-            f"kernel: {dtype} has no zero to fill the matrix with; cast it first"
+            f"kernel: {dtype} has no zero to fill the matrix with. Cast it first."
         )

@@ -69,25 +69,22 @@ def padding_pairs(
       >>> padding_pairs([1, (0, 2)], 2)
       ((1, 1), (0, 2))
     """
-    hint = f"give an int, {rank} ints, {rank} (low, high) pairs, or a name"
+    hint = f"an int, {rank} ints, {rank} (low, high) pairs, or a name"
     if not isinstance(padding, Sequence):
         try:
             both = whole_number(padding)
         except TypeError:
-            raise ValueError(f"padding: got {padding!r}; {hint}") from None
+            raise ValueError(f"padding: expected {hint}, got {padding!r}.") from None
         return ((both, both),) * rank
     if len(padding) != rank:
-        raise ValueError(
-            f"padding: {padding!r} has {len(padding)} entries for {rank} "
-            f"dimensions; {hint}"
-        )
+        raise ValueError(f"padding: expected {hint}, got {padding!r}.")
     pairs = []
     for entry in padding:
         pair = tuple(entry) if isinstance(entry, Sequence) else (entry, entry)
         try:
             low, high = map(_size, pair)
         except (TypeError, ValueError):
-            raise ValueError(f"padding: got {padding!r}; {hint}") from None
+            raise ValueError(f"padding: expected {hint}, got {padding!r}.") from None
         pairs.append((low, high))
     return tuple(pairs)
 
@@ -112,7 +109,7 @@ def per_dimension(
         numbers = tuple(map(_size, entries))
     except TypeError:
         raise ValueError(
-            f"{name}: got {value!r:.60}; give an int or a tuple of ints"
+            f"{name}: expected an int or a tuple of ints, got {value!r:.60}."
         ) from None
     check_sizes(name, numbers, len(numbers) if rank is None else rank)
     return numbers
@@ -131,23 +128,25 @@ def single(name: str, value: int) -> int:
     try:
         number = whole_number(value)
     except TypeError:
-        raise ValueError(f"{name}: got {value!r}; give an int") from None
+        raise ValueError(f"{name}: expected an int, got {value!r}.") from None
     if number < 1:
-        raise ValueError(f"{name}: must be at least 1, got {number}")
+        raise ValueError(f"{name}: expected at least 1, got {number}.")
     return number
 
 
 def check_sizes(name: str, numbers: tuple[int, ...], rank: int) -> None:
     """Raise a ValueError that names the argument unless all are positive sizes."""
     if rank < 1:
-        raise ValueError(f"{name}: got (); give at least one spatial dimension")
+        raise ValueError(f"{name}: expected at least one spatial dimension, got ().")
     if len(numbers) != rank:
         raise ValueError(
-            f"{name}: {numbers} has {len(numbers)} entries, but input_shape has "
-            f"{rank} dimensions; give {rank}, or one int for all"
+            f"{name}: expected {rank} entries, one per dimension of input_shape, or "
+            f"one int, got {numbers}."
         )
     if any(not is_symbolic(number) and number < 1 for number in numbers):
-        raise ValueError(f"{name}: every entry must be at least 1, got {numbers}")
+        raise ValueError(
+            f"{name}: expected every entry to be at least 1, got {numbers}."
+        )
 
 
 def is_symbolic(size: Any) -> bool:

@@ -38,7 +38,7 @@ def shown(progress: ProgressOption) -> Iterator[Progress]:
     if progress is not None and progress is not True:
         raise TypeError(
             "Expected progress=True, False, None or a function (what, done, total), "
-            f"got {progress!r}."
+            f"got {progress!r}. Pass one of these."
         )
     from rich.console import Console
     from rich.progress import (

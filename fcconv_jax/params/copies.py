@@ -35,9 +35,9 @@ def copies(
             if leaf.shape is not ... and model.may_hold_entries(path, leaf.shape):
                 raise PlanError(
                     f"leaf {leaf.name!r} of shape {leaf.shape} may hold entries of "
-                    "parameters that the plan moves, one after the other, as "
-                    "optax.flatten does. Save the params alone, convert those, and "
-                    "start a fresh tx.init"
+                    "converted parameters in one vector, as optax.flatten's state "
+                    "does. Save the params alone, convert them, and start with a fresh "
+                    "tx.init."
                 )
             continue
         if owner not in wanted or not model.mirrors(path, owner):
@@ -47,9 +47,9 @@ def copies(
             raise PlanError(
                 f"leaf {leaf.name!r} of shape {leaf.shape} belongs to "
                 f"{original.name!r} of shape {original.shape}, which the plan "
-                "converts, but does not follow it entry by entry, as with the factored "
-                "statistics of adafactor. Save the params alone, convert those, and "
-                "start a fresh tx.init"
+                "converts, but does not follow it entry by entry, as with adafactor's "
+                "factored statistics. Save the params alone, convert them, and start "
+                "with a fresh tx.init."
             )
         yield path, wanted[owner]
 
@@ -126,7 +126,7 @@ class _Model:
             f"{'/'.join(group)!r} may be a copy of {'/'.join(self.bases[0])!r}, which "
             f"the plan converts, or another model's: {_unlike(theirs, self.inner)}. "
             "Pass prefix= (--prefix), the levels above the params to convert, once for "
-            "each copy"
+            "each copy."
         )
 
     def _is_ours(self, group: Parts, path: Parts) -> bool:
@@ -150,7 +150,7 @@ class _Model:
             return True
         raise PlanError(
             f"leaf {self.leaves[path].name!r} may follow the params of several models. "
-            "Save the one you mean as a checkpoint of its own"
+            "Save the one to convert as a separate checkpoint."
         )
 
     def refuse_lists(self) -> None:
@@ -168,7 +168,7 @@ class _Model:
                     "shapes of the params, and may be a copy of them. Store it as a "
                     "tree like them, jax.tree.unflatten(jax.tree.structure(params), "
                     "leaves), or pass prefix= (--prefix), the levels above the params "
-                    "to convert, if it is none"
+                    "to convert, if it isn't a copy."
                 )
 
     def may_hold_entries(self, path: Parts, shape: Shape) -> bool:

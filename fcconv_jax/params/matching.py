@@ -150,8 +150,8 @@ def _bases(
         if not alike(tree, trees[0]):
             raise PlanError(
                 f"the plan fits under {'/'.join(best[0])!r} and under "
-                f"{'/'.join(prefix)!r}, which are not alike. Pass prefix= (--prefix), "
-                "the levels above the params to convert, once for each"
+                f"{'/'.join(prefix)!r}, which differ. Pass prefix= (--prefix), the "
+                "levels above the params to convert, once for each."
             )
     return best
 

@@ -104,8 +104,8 @@ def moved(path: str, leaf: Any, move: Move) -> Any:
     if move.to_grouped_conv and over_mesh(leaf):
         raise PlanError(
             f"leaf {path!r} is sharded as {getattr(leaf, 'sharding', leaf)}, and its "
-            "layer becomes a grouped convolution, which XLA partitions wrongly. Leave "
-            "the layer out with a rule, or convert it on one device"
+            "layer becomes a grouped convolution, which XLA partitions wrongly. Skip "
+            "the layer with a rule, or convert it on one device."
         )
     try:
         return convert_leaf(move.rearrange, leaf, move.stack_axes)
@@ -140,8 +140,8 @@ def check_converted(shapes: Mapping[str, Sequence[int]], plan: Plan) -> None:
             continue
         if inner_shape(shape, layer.stack_axes, source) == source:
             raise PlanError(
-                f"params {key!r} have shape {shape}: they are not "
-                "converted yet; pass convert_params(params, plan)"
+                f"Expected converted params, got {key!r} of shape {shape}. Pass "
+                "convert_params(params, plan)."
             )
         raise PlanError(
             f"Expected params {key!r} of shape {target}, got {shape}. Pass this "

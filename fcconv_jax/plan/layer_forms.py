@@ -179,9 +179,9 @@ def output_positions(layer: LayerPlan, spatial: Sequence[int]) -> tuple[int, ...
     """
     if layer.base == "full_window" and tuple(spatial) != layer.window:
         raise PlanError(
-            f"planned as a full window of {layer.window}, called on an input of "
-            f"spatial size {tuple(spatial)}: the two forms differ there; call it on "
-            f"{layer.window} or leave the layer out with a rule"
+            f"Expected an input of spatial size {layer.window}, the planned full "
+            f"window, got {tuple(spatial)}, where the forms differ. Pass inputs of "
+            "that size, or skip the layer with a rule."
         )
     if layer.transposed:
         return tuple(n * k for n, k in zip(spatial, layer.window))

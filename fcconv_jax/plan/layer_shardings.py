@@ -81,8 +81,7 @@ def dense_sharding(
     if layer.groups > 1:
         raise PlanError(
             f"a grouped layer on {jax.typeof(x)} with a kernel {jax.typeof(kernel)}: "
-            "XLA partitions grouped convolutions wrongly; leave the layer out with a "
-            "rule"
+            "XLA partitions grouped convolutions wrongly. Skip the layer with a rule."
         )
     matrix = jax.ShapeDtypeStruct(
         shape, kernel.dtype, sharding=NamedSharding(known[0].mesh, spec)

@@ -60,8 +60,8 @@ def check_no_mesh(sharding: Any, *arrays: Array) -> None:
     if sharding is not None or any(s is not None and any(s.spec) for s in found):
         raise PlanError(
             "Expected a transposed convolution without explicitly sharded axes, got "
-            f"{', '.join(str(jax.typeof(array)) for array in arrays)}. Leave the layer "
-            "out with a rule, or use a mesh with automatic axes."
+            f"{', '.join(str(jax.typeof(array)) for array in arrays)}. Skip the layer "
+            "with a rule, or use a mesh with automatic axes."
         )
 
 

@@ -133,10 +133,14 @@ class Plan(Mapping[str, LayerPlan]):
         for path in self.keys() & other.keys():
             mine, yours = self[path], other[path]
             if dataclasses.replace(mine, input_shape=yours.input_shape) != yours:
-                raise PlanError(f"{path!r} is planned in two ways: {mine} and {yours}")
+                raise PlanError(
+                    f"{path!r} is planned in two ways: {mine} and {yours}. Join plans "
+                    "that agree."
+                )
         if self.layers and other.layers and self.options != other.options:
             raise PlanError(
-                f"plans with other compiler options: {self.options}, {other.options}"
+                f"Expected plans with the same compiler options, got {self.options} "
+                f"and {other.options}. Tune the joined plan."
             )
         layers = {**self._by_path, **other._by_path, **self._by_path}
         left = {**dict(self.left), **dict(other.left), **dict(self.left)}
@@ -205,8 +209,8 @@ class Plan(Mapping[str, LayerPlan]):
         """
         if not isinstance(text, str | bytes):
             raise PlanError(
-                f"Expected the text of a plan, got {type(text).__name__}. Pass what "
-                "to_json returned."
+                f"Expected the text of a plan, got {type(text).__name__}. Pass the "
+                "result of to_json."
             )
         try:
             content = loads(text)
@@ -218,7 +222,7 @@ class Plan(Mapping[str, LayerPlan]):
         if type(version) is not int or not 1 <= version <= VERSION:
             raise PlanError(
                 f"the plan has version {version}, this fcconv_jax reads up to "
-                f"{VERSION}: upgrade fcconv_jax"
+                f"{VERSION}. Upgrade fcconv_jax."
             )
         try:
             to = content["to"]
@@ -288,7 +292,7 @@ def check_plan(plan: object) -> None:
     """
     if not isinstance(plan, Plan):
         raise PlanError(
-            f"Expected a Plan, got {type(plan).__name__}. Pass what make_plan returns."
+            f"Expected a Plan, got {type(plan).__name__}. Pass the result of make_plan."
         )
 
 

@@ -100,7 +100,7 @@ class Rule:
         for word in value.split(":"):
             name = _meaning(word)
             if not pattern or name is None or name in found:
-                raise PlanError(f"rule {text!r} is not of the form {_SYNTAX}")
+                raise PlanError(f"Expected a rule {_SYNTAX}, got {text!r}.")
             found[name] = word
             if name == "window":
                 found[name] = tuple(map(int, word.split("x")))
@@ -141,7 +141,8 @@ def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
         found.append(Rule.parse(rule) if isinstance(rule, str) else rule)
         if found[-1].to not in (None, "conv", "dense"):
             raise PlanError(
-                f"rule {found[-1]}: expected to='conv' or 'dense', got {found[-1].to!r}"
+                f"rule {found[-1]}: expected to='conv' or to='dense', got "
+                f"{found[-1].to!r}."
             )
     return tuple(found)
 

@@ -155,8 +155,8 @@ def _plan_conv(
     window, groups = found[0].geometry.kernel_size, found[0].geometry.groups
     if rule is not None and rule.window not in (None, window):
         raise PlanError(
-            f"rule {rule.pattern!r} says {rule.window}, the kernel of {path!r} is "
-            f"{window}"
+            f"rule {rule.pattern!r}: expected the window {window} of the kernel of "
+            f"{path!r}, got {rule.window}. Correct the rule."
         )
     _check_order(rule, len(window))
     # Patches of such images are flattened in this order by F.unfold and nn.Flatten.
@@ -224,8 +224,8 @@ def _classify(call: Call) -> Equivalence:
         return classify(**geometry)
     except InconclusiveDimensionOperation:
         raise LeftError(
-            "whether it has a dense form cannot be said for the symbolic sizes of its "
-            f"input, {geometry['input_shape']}: make the plan with fixed ones"
+            "whether it has a dense form isn't known for the symbolic sizes of its "
+            f"input, {geometry['input_shape']}: plan with fixed sizes"
         ) from None
 
 
@@ -252,8 +252,9 @@ def _check_order(rule: Rule | None, rank: int) -> None:
     letters = channel_last(rank)
     if rule is not None and rule.order and not is_order(rule.order, rank):
         raise PlanError(
-            f"rule {rule.pattern!r}: the order {rule.order!r} must hold each of "
-            f"{', '.join(letters)} once, slowest axis first, such as {letters!r}"
+            f"rule {rule.pattern!r}: expected an order with each of "
+            f"{', '.join(letters)} once, slowest axis first, such as {letters!r}, got "
+            f"{rule.order!r}."
         )
 
 
@@ -271,8 +272,8 @@ def _choose_flatten(
         window = rule.window
         if len(window) > 3 or fan_in % math.prod(window):
             raise PlanError(
-                f"rule {rule.pattern!r}: a window of {'x'.join(map(str, window))} does "
-                f"not divide the {fan_in} input features of {path!r}"
+                f"rule {rule.pattern!r}: expected a window that divides the {fan_in} "
+                f"input features of {path!r}, got {'x'.join(map(str, window))}."
             )
         same = [f.order for f in split if f.window == window]
         default = same[0] if len(same) == 1 else channel_last(len(window))

@@ -21,9 +21,9 @@ from .layouts import lay_out
 
 Shape = tuple[int, ...]
 
-_WAY_OUT = (
-    "plan from the model's code (make_plan, or --model), or leave the layer out with a "
-    "rule {skip!r} before the one that matches it"
+_FIX = (
+    "Plan from the model's code (make_plan, or --model), or skip the layer with a rule "
+    "{skip!r} before the one that matches it."
 )
 # What holds the array of a boxed parameter (nn.Partitioned, nnx.Variable).
 _BOXES = ("value", "raw_value")
@@ -87,15 +87,16 @@ def plan_from_params(
       >>> plan_from_params({"attend": {"kernel": (8, 2, 4)}}, ["*=1"])
       Traceback (most recent call last):
       ...
-      fcconv_jax.messages.errors.PlanError: leaf 'attend/kernel' of shape ...
+      fcconv_jax.messages.errors.PlanError: Expected a kernel of two axes for a ...
     """
     if to not in ("conv", "dense"):
         raise PlanError(f"Expected to='conv' or to='dense', got {to!r}.")
     rules = as_rules(rules)
     if not rules:
         raise PlanError(
-            "no rules: shapes alone don't determine which layers convert; give rules "
-            "such as 'head=7x7', or plan from the model's code (make_plan, or --model)"
+            "Expected rules, because shapes alone don't determine which layers "
+            "convert, got none. Pass rules such as 'head=7x7', or plan from the "
+            "model's code (make_plan, or --model)."
         )
     shapes = _below_params(dict(_shapes(params)))
     for library in (_FLAX, _TORCH):
@@ -108,8 +109,9 @@ def plan_from_params(
             break
     else:
         raise PlanError(
-            "no leaf called 'kernel' (Flax) or 'weight' (PyTorch) with two axes or "
-            f"more: only their layers are known by name; there are: {list(shapes)[:10]}"
+            "Expected a leaf called 'kernel' (Flax) or 'weight' (PyTorch) with two "
+            f"axes or more, got {list(shapes)[:10]}. Plan from the model's code "
+            "(make_plan, or --model)."
         )
     chosen = match_rules(
         rules, {path: math.prod(shapes[name]) for path, name in kernels.items()}
@@ -182,8 +184,8 @@ def _layer(
         window = kernel[:-2]
     if window is None:
         raise PlanError(
-            f"rule {rule.pattern!r} has no window, and the shape {stored} of {name!r} "
-            f"does not tell it; write it as '{rule.pattern}=7x7'"
+            f"rule {rule.pattern!r}: expected a window, which the shape {stored} of "
+            f"{name!r} doesn't determine, got none. Write '{rule.pattern}=7x7'."
         )
     if grouped_dense:
         dense = _grouped_dense_shape(name, stored, groups)
@@ -204,8 +206,8 @@ def _layer(
     ones = (1,) * (len(bias or ()) - 1 if library is _TORCH else 0)
     if bias not in (None, (features, *ones)):
         raise PlanError(
-            f"leaf {_beside(name)!r} has shape {bias}, the kernel {stored} "
-            f"beside it is of a layer with the bias {(features,)}; {_way_out(path)}"
+            f"Expected leaf {_beside(name)!r} of shape {(features,)}, as its kernel "
+            f"{stored} has it, got {bias}. {_fix(path)}"
         )
     if library is _FLAX and to == "conv" and not rule.order:
         _require_order(rule, name, window, dense[0])
@@ -252,9 +254,8 @@ def _refuse_others(path: str, name: str, shapes: Mapping[str, Shape]) -> None:
     ]
     if path and others:
         raise PlanError(
-            f"layer {path!r} has more than a kernel and a bias: {others[:5]}; it may "
-            "be adapted (LoRA), normalised or quantised, and its kernel alone is not "
-            f"the layer; {_way_out(path)}"
+            f"Expected a kernel and a bias in layer {path!r}, got {others[:5]}, too: "
+            f"it may be adapted (LoRA), normalized or quantized. {_fix(path)}"
         )
 
 
@@ -279,8 +280,8 @@ def _refuse_unclear(
         )
     if bias is not None and to == "dense" and bias[:1] != (out,):
         raise PlanError(
-            f"leaf {_beside(name)!r} has shape {bias}, the weight {shape} beside it is "
-            f"not a convolution's; it may be a transposed one's; {_way_out(name)}"
+            f"leaf {_beside(name)!r} has shape {bias}, the weight {shape} beside it "
+            f"isn't a convolution's; it may be a transposed one's. {_fix(name)}"
         )
     wide = any(letter in rule.pattern for letter in "*?[")
     if to == "conv" and len(shape) == 2 and bias is None and wide:
@@ -307,10 +308,10 @@ def _require_order(rule: Rule, name: str, window: Shape, features: int) -> None:
         said = f"{rule.pattern}={'x'.join(map(str, window))}"
         last = channel_last(len(window))
         raise PlanError(
-            f"rule {said!r} leaves open in which order {name!r} gets the window and "
-            f"its {features // math.prod(window)} channels; shapes cannot tell. Write "
-            f"'{said}:{last}' for channels last, as Flax's images are flattened, or "
-            f"'{said}:C{last[:-1]}' for channels first, as those of PyTorch are"
+            f"Expected a rule with the order in which {name!r} gets the window and its "
+            f"{features // math.prod(window)} channels, got {said!r}. Write "
+            f"'{said}:{last}' for channels last, as in Flax, or '{said}:C{last[:-1]}' "
+            "for channels first, as in PyTorch."
         )
 
 
@@ -331,8 +332,8 @@ def _dense_shape(
         if len(kernel) == 2:
             return kernel
         raise PlanError(
-            f"leaf {name!r} of shape {stored} is ambiguous: a Dense has a kernel of "
-            f"two axes, this may be {_guesses(len(kernel))}; {_way_out(path)}"
+            f"Expected a kernel of two axes for a Dense, got leaf {name!r} of shape "
+            f"{stored}, which may be {_guesses(len(kernel))}. {_fix(path)}"
         )
     size = "x".join(map(str, window))
     if len(kernel) != len(window) + 2:
@@ -342,14 +343,14 @@ def _dense_shape(
             else f"a Conv of another rank, or {_guesses(len(kernel), conv=False)}"
         )
         raise PlanError(
-            f"leaf {name!r} of shape {stored} is ambiguous: the kernel of a Conv with "
-            f"the window {size} has {len(window) + 2} axes, this may be {what}; "
-            f"{_way_out(path)}"
+            f"Expected a kernel of {len(window) + 2} axes for a Conv with the window "
+            f"{size}, got leaf {name!r} of shape {stored}, which may be {what}. "
+            f"{_fix(path)}"
         )
     if kernel[:-2] != window:
         raise PlanError(
-            f"leaf {name!r} of shape {stored} has the window "
-            f"{'x'.join(map(str, kernel[:-2]))}, the rule says {size}; correct the rule"
+            f"Expected the window {'x'.join(map(str, kernel[:-2]))} of leaf {name!r} "
+            f"of shape {stored}, got {size} in the rule. Correct the rule."
         )
     return (math.prod(kernel[:-1]), kernel[-1])
 
@@ -364,8 +365,8 @@ def _guesses(rank: int, conv: bool = True) -> str:
     return ", ".join(found[:-1]) + " or " + found[-1]
 
 
-def _way_out(path: str) -> str:
-    return _WAY_OUT.format(skip=f"{path or '*'}=skip")
+def _fix(path: str) -> str:
+    return _FIX.format(skip=f"{path or '*'}=skip")
 
 
 def _join(path: str, name: str) -> str:
@@ -406,7 +407,8 @@ def _below_params(shapes: Mapping[str, Shape]) -> dict[str, Shape]:
         outermost = sorted(p for p in prefixes if p.count("/") == depth)
         if len(outermost) > 1:
             raise PlanError(
-                f"several levels called 'params': {outermost}; pass the one you mean"
+                f"Expected one level called 'params', got {outermost}. Pass one of "
+                "them."
             )
         prefix = outermost[0]
         shapes = {

@@ -88,9 +88,9 @@ def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool
         if not layer.is_matmul or matmul.backward:
             return False
         raise PlanError(
-            f"{path!r} was planned as {layer.kernel.source} -> {layer.kernel.target} "
-            "and is now multiplied in another way: make the plan from this function "
-            "with these arguments"
+            f"{path!r} was planned as {layer.kernel.source} -> {layer.kernel.target}, "
+            "but is now multiplied in another way. Plan this function with these "
+            "arguments."
         )
     if form_of(matmul) == "conv" and not layer.stack_axes:
         geometry = conv_arguments(matmul)
@@ -99,17 +99,16 @@ def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool
         except InconclusiveDimensionOperation:
             raise PlanError(
                 f"layer {path or '(root)'!r} was planned as {layer.case}. For the "
-                f"symbolic sizes {geometry['input_shape']} it cannot be said whether "
-                "it still is. Give multiples of the window, or leave the layer out "
-                "with a rule"
+                f"symbolic sizes {geometry['input_shape']}, that isn't known. Pass "
+                "multiples of the window, or skip the layer with a rule."
             ) from None
         if not holds(layer, found):
             now = found.geometry.input_shape
             raise PlanError(
                 f"layer {path or '(root)'!r} was planned as {layer.case} on an input "
                 f"of shape {layer.input_shape}; on one of spatial size {now} it is "
-                f"something else: {found.reason} Plan again with that input, or leave "
-                "the layer out with a rule"
+                f"something else: {found.reason} Plan with that input, or skip the "
+                "layer with a rule."
             )
     return True
 

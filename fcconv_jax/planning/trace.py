@@ -82,6 +82,8 @@ def parameter_paths(params: PyTree) -> dict[str, tuple[int, ...]]:
             if not arguments.is_array(leaf):
                 continue
             if path in found:
-                raise PlanError(f"two parameters have the path {path!r}: rename one")
+                raise PlanError(
+                    f"Expected one parameter per path, got two at {path!r}. Rename one."
+                )
             found[path] = tuple(leaf.shape)
     return found

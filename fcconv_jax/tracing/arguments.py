@@ -55,8 +55,8 @@ def split_hashable(tree: PyTree, caller: str) -> tuple[list[Any], Static]:
         hash(static)
     except TypeError as error:
         raise TypeError(
-            f"{caller}: an argument other than an array must be hashable, as in "
-            f"jax.jit ({error})"
+            f"{caller}: expected arguments that are arrays or hashable, as in jax.jit: "
+            f"{error}."
         ) from None
     return arrays, static
 

@@ -155,8 +155,8 @@ class Meter:
         found = {key: getattr(outcome[key], field) for key in programs}
         if None in found.values():
             raise BackendError(
-                f"{chosen.backend}: its compiler gives no {field} ahead of time. Pass "
-                'objective="memory", or tune where the device is present'
+                f"{chosen.backend}: its compiler doesn't report {field} ahead of time. "
+                'Pass objective="memory", or tune where the device is present.'
             )
         return {key: _exactly(value) for key, value in found.items()}
 

@@ -45,7 +45,7 @@ class Timings:
         if self._file is not None:
             if not self._file.parent.is_dir():
                 raise PlanError(
-                    f"{file}: no such folder. Make it, or pass another timings=."
+                    f"{file}: no such folder. Create it, or pass another timings=."
                 )
             self._merge(self._file)
 
@@ -87,8 +87,8 @@ class Timings:
                     fresh.write_text(json.dumps(self._content(), indent=1) + "\n")
         except OSError as error:
             raise PlanError(
-                f"{self._file}: cannot be written ({error.strerror}). It holds the "
-                "figures of earlier runs; make room, or pass another timings=."
+                f"{self._file}: can't be written ({error.strerror}); the measurements "
+                "of earlier runs are kept. Make room, or pass another timings=."
             ) from None
 
     def _content(self) -> dict[str, Any]:
@@ -121,8 +121,8 @@ class Timings:
                 raise TypeError("expected text")
         except (ValueError, KeyError, TypeError, AttributeError, OSError) as error:
             raise PlanError(
-                f"{file}: not a file of timings ({error!r}). Delete it to measure "
-                "again, or pass another timings=."
+                f"{file}: expected a file of timings, got something else ({error!r}). "
+                "Delete it to measure again, or pass another timings=."
             ) from None
         if content["device"] != self._device:
             raise PlanError(

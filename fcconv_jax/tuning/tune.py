@@ -229,13 +229,13 @@ def _objective(objective: Objective | None, chosen: Resolution) -> Objective:
         )
     if objective == "latency" and not present:
         raise BackendError(
-            f"{chosen.backend}: {chosen.reason}, so that no run can be timed. Pass "
-            'objective="cycles" or "memory"'
+            f"{chosen.backend}: {chosen.reason}, so no run can be timed. Pass "
+            'objective="cycles" or "memory".'
         )
     if objective == "cycles" and present:
         raise BackendError(
-            f"{chosen.backend} is present, and cycles are estimated for TPUs that are "
-            'not. Pass objective="latency"'
+            f"{chosen.backend} is present, but cycles are estimated only for TPUs you "
+            'don\'t have. Pass objective="latency".'
         )
     return objective
 
@@ -254,8 +254,8 @@ def _check_arrays(chosen: Resolution, trees: PyTree) -> None:
     )
     if abstract and chosen.how == "executed":
         raise TypeError(
-            f"tune needs arrays to run on {chosen.backend}, got abstract ones. Pass "
-            "arrays, or name a backend that is not present"
+            f"Expected arrays to run on {chosen.backend}, got abstract ones. Pass "
+            "arrays, or a backend that isn't present."
         )
 
 

@@ -102,7 +102,8 @@ def number_classes(
     if index is not None:
         if np.shape(index) != rest:
             raise ValueError(
-                f"reduction_index must have x's shape {rest}, got {np.shape(index)}"
+                f"Expected reduction_index of shape {rest}, as x has it, got "
+                f"{np.shape(index)}."
             )
         flat = np.asarray(index).reshape(-1)
     elif size == reduction or (rest and rest[-1] % reduction == 0):

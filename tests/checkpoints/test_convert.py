@@ -230,7 +230,9 @@ def test_what_is_converted_already_is_refused(case, save, tmp_path, format, list
 def test_what_holds_no_plan_cannot_be_restored(case, save, tmp_path, format, listing):
     src = save(case.dense, format)
     before = listing()
-    with pytest.raises(CheckpointError, match=r"dense: holds no plan.*--plan"):
+    with pytest.raises(
+        CheckpointError, match=r"dense: expected one stored plan.*--plan"
+    ):
         restore_checkpoint(src, tmp_path / "back")
     assert listing() == before
 
@@ -279,7 +281,7 @@ def test_the_suffix_chooses_the_format(case, save, tmp_path):
     [
         ({"l": [np.ones(2)]}, "'l' is a list"),
         ({"e": {}}, "'e' is empty"),
-        ({"s": 3}, "leaf 's' is 3, no array"),
+        ({"s": 3}, "leaf 's' is 3, not an array"),
         ({"a/b": np.ones(1)}, "the keys"),
     ],
 )

@@ -47,7 +47,7 @@ NOT_CHECKPOINTS = {
     "pickle2": (pickle.dumps({"params": Bomb()}, protocol=2), "pickle"),
     "zip": (b"PK\x03\x04" + bytes(40), r"zip.*safetensors\.torch\.save_file"),
     "m.safetensors.index.json": (b'{"weight_map": {}}', "Pass the folder"),
-    "model.safetensors": (b"no header at all in here", "no valid safetensors"),
+    "model.safetensors": (b"no header at all in here", "not a valid safetensors"),
     "number": (b"\x07", "begins with"),
 }
 
@@ -150,7 +150,7 @@ def test_packed_dtypes_are_bytes_where_their_order_is_kept(tmp_path):
 
     with pytest.raises(CheckpointError, match=r"fc\.kernel'.*F4.*smaller than a byte"):
         convert_checkpoint(path, tmp_path / "no", planned((8, 3), (2, 2), "CHW"))
-    with pytest.raises(CheckpointError, match=r"fc\.kernel'.*F4 cannot be held"):
+    with pytest.raises(CheckpointError, match=r"fc\.kernel'.*F4 can't be loaded"):
         read_checkpoint(path)
     with pytest.raises(
         CheckpointError, match=r"cannot change its format.*fc\.kernel' has dtype F4"
@@ -199,11 +199,11 @@ def test_restore_compares_with_what_the_conversion_wrote(
     write_checkpoint(tmp_path / "changed", changed)
     before = listing()
     why = {
-        "missing": "is missing",
-        "extra": "new' was not there",
-        "shape": r"has shape \(7,\), it was written with \(6,\)",
+        "missing": "', which .* had, got none",
+        "extra": "new', which .* didn't have",
+        "shape": r"' of shape \(6,\), as it was written, got \(7,\)",
     }[change]
-    with pytest.raises(CheckpointError, match=f"changed: leaf '.*{why}"):
+    with pytest.raises(CheckpointError, match=f"changed: .* leaf '.*{why}"):
         restore_checkpoint(tmp_path / "changed", tmp_path / "back")
     assert listing() == before
 
@@ -323,7 +323,7 @@ def test_places_that_cannot_be_written_are_refused(
 ):
     src = save(case.dense, "orbax")
     before = listing()
-    with pytest.raises(CheckpointError, match="never in its own"):
+    with pytest.raises(CheckpointError, match="Pass another destination"):
         convert_checkpoint(src, tmp_path / where, case.plan, overwrite=True)
     assert listing() == before
 
@@ -333,7 +333,7 @@ def test_a_missing_folder_is_made(case, save, tmp_path):
     convert_checkpoint(src, tmp_path / "no" / "such" / "conv", case.plan)
     assert (tmp_path / "no" / "such" / "conv").is_file()
     (tmp_path / "file").touch()
-    with pytest.raises(CheckpointError, match="file: no folder; choose another"):
+    with pytest.raises(CheckpointError, match="file: not a folder"):
         convert_checkpoint(src, tmp_path / "file" / "conv", case.plan)
 
 

@@ -113,7 +113,7 @@ def test_a_file_without_an_array_for_the_plan_is_refused(case, save, tmp_path):
     assert record is None
     convert_checkpoint(save(case.dense, "msgpack"), tmp_path / "conv", case.plan)
     record = read_checkpoint(tmp_path / "conv").record
-    with pytest.raises(CheckpointError, match="to keep the plan with"):
+    with pytest.raises(CheckpointError, match="to store the plan with"):
         write_checkpoint(tmp_path / "no", Checkpoint("msgpack", {"l": tree}, record))
     assert not (tmp_path / "no").exists()
 
@@ -143,7 +143,7 @@ ARRAY = serialization.msgpack_serialize({"a": np.arange(6.0).reshape(2, 3)})
 def test_damage_is_named(tmp_path, content, why):
     (tmp_path / "m").write_bytes(content)
     with pytest.raises(
-        CheckpointError, match=f"m: no valid Flax msgpack file: .*{why}"
+        CheckpointError, match=f"m: not a valid Flax msgpack file: .*{why}"
     ):
         read_checkpoint(tmp_path / "m")
 

@@ -259,9 +259,7 @@ def test_a_directory_cannot_claim_more_than_its_files_hold(case, tmp_path):
             json.dumps({**content, "shape": [2**21, 2**20], "chunks": chunks})
         )
         for look in (read_checkpoint, inspect_checkpoint):
-            with pytest.raises(
-                CheckpointError, match=r"'head/kernel' says that it has"
-            ):
+            with pytest.raises(CheckpointError, match=r"'head/kernel' claims to have"):
                 look(tmp_path / "dense")
 
 

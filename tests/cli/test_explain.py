@@ -42,13 +42,13 @@ def test_json(options, case):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ("--input 7x --kernel 7", "--input '7x' is not a size"),
-        ("--input 7x7 --kernel 0", "kernel_size: every entry"),
+        ("--input 7x --kernel 7", "--input: expected a size .* got '7x'"),
+        ("--input 7x7 --kernel 0", "kernel_size: expected every entry"),
         ("--input 7x7 --kernel 9", "span 9 inputs"),
         ("--input 7x7 --kernel 1x1x1", "kernel_size.*entries"),
-        ("--input 7x7 --kernel 7 --padding 1:", "--padding '1:' is neither"),
+        ("--input 7x7 --kernel 7 --padding 1:", "--padding: expected .* got '1:'"),
         ("--input 7x7 --kernel 7 --padding SOME", "padding.*SOME"),
-        ("--input 7x7 --kernel 7 --groups 0", "groups: must be"),
+        ("--input 7x7 --kernel 7 --groups 0", "groups: expected at least 1"),
     ],
 )
 def test_wrong_arguments(options, message):

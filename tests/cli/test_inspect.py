@@ -17,7 +17,7 @@ def test_leaves_and_total(params):
     assert "ckpt: msgpack, 6 leaves, 1.17 KiB: 299 float32" in out
     assert re.search(r"fc1/\s+2 leaves\s+980 B", out)
     assert re.search(r"fc1/kernel\s+float32\s+\(48, 5\)\s+960 B", out)
-    assert "never converted" in out
+    assert "not converted" in out
 
 
 def test_some_of_the_leaves(params):

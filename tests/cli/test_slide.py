@@ -109,7 +109,7 @@ def test_a_heat_map_of_a_class(folder):
     message = f"--class: expected 0 to {count - 1}, the model's classes, got {count}"
     assert message in run(f"{start} --class {count}", 2).stderr
     without = f"{START} --window 8x8 --class 1"
-    assert "--class and --softmax need --heatmap" in run(without, 2).stderr
+    assert "Expected --heatmap with --class" in run(without, 2).stderr
 
 
 def test_a_heat_map_where_nothing_was_computed():
@@ -151,7 +151,7 @@ def net():
         ("--window 8 --scale 0", "--scale", 2),
         ("--window 8 --scale nan", "--scale", 2),
         ("--window 8 --scale inf", "--scale", 2),
-        ("--window 8 --heatmap heat.xyz", "--heatmap: expected a picture's name", 2),
+        ("--window 8 --heatmap heat.xyz", "--heatmap: expected the name of", 2),
         ("--window 8 --out grid.h5", "--out: expected a file that ends in .npy,", 2),
         ("--window 8 --resume", "--resume: expected --out", 2),
         ("--window 8 --top 0", "--top", 2),
@@ -177,13 +177,13 @@ def test_files_that_are_no_images():
     np.save("signed.npy", np.zeros((20, 28, 3), np.int32))
     for images, message in (
         ("none.png", "no such file"),
-        ("model.py", "Pillow cannot read it"),
+        ("model.py", "Pillow can't read it"),
         ("broken.npy", "not a .npy array"),
         ("header.npy", "not a .npy array"),
         ("text.npy", "expected numbers"),
         ("first.png small.npy", "expected images of one shape"),
         ("first.png signed.npy", "expected images of one dtype"),
-        ("signed.npy", "the range of int32 pixels isn't known. Pass --scale"),
+        ("signed.npy", "int32 pixels, whose range isn't known, got none. Pass --scale"),
     ):
         command = f"model.py:Net {images} --params ckpt.msgpack --window 8"
         assert message in run(command, 2).stderr
@@ -227,7 +227,7 @@ def test_images_of_other_channels(folder):
     options = "--params ckpt.msgpack --window 8 --stride 2 --out grid.npy"
     for name, count in (("rgba.png", 4), ("gray.png", 1)):
         said = run(f"model.py:Net {name} {options}", 2).stderr
-        assert f"the channels of {name} are {count}, the model in ckpt.msgpack" in said
+        assert f"for the model in ckpt.msgpack, got {name} with {count}" in said
         assert "Pass --mode RGB" in said
         run(f"model.py:Net {name} {options} --mode RGB")
     run(f"model.py:Net opaque.png {options} --mode RGB")

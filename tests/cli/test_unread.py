@@ -22,11 +22,11 @@ def test_every_command_lists_them(command, params, verified):
     if "stablehlo" in command:
         pytest.importorskip("flatbuffers", reason=install_command("stablehlo"))
     save("ckpt", {"params": params})
-    assert "note: of" not in run(command).stderr
+    assert "note: the call" not in run(command).stderr
     average = {"fc1": params["fc1"], "fc2": {"bias": np.ones(5)}}
     save("ckpt", {"params": params, "average": average, "step": np.int32(3)})
     told = run(command.replace("out.npy", "o2.npy").replace("m.st", "m2.st")).stderr
-    assert "note: of ckpt, the call reads no average (3 leaves), step" in told
+    assert "use these leaves of ckpt: average (3 leaves), step" in told
 
 
 def test_nnx_modules_that_the_call_does_not_use(folder):
@@ -43,10 +43,10 @@ def test_nnx_modules_that_the_call_does_not_use(folder):
     aux = {"kernel": jnp.ones((6, 2)), "bias": jnp.ones(2)}
     command = "tune nets.py:Net --input 2,6 --budget 0 --objective memory --params c"
     save("c", {"fc": fc, "aux": aux})
-    assert "note: of c, the call reads no aux (2 leaves)" in run(command).stderr
+    assert "use these leaves of c: aux (2 leaves)" in run(command).stderr
     save("c", {"fc": {**fc, "sown": jnp.ones(4)}, "aux": aux})
-    assert "the call reads no aux (2 leaves), fc/sown" in run(command).stderr
+    assert "leaves of c: aux (2 leaves), fc/sown" in run(command).stderr
     save("c", {"fc": {**fc, "scale": jnp.ones(3)}, "aux": aux})
-    fails(command, "the leaf 'fc/scale', which the model lacks. Pass the model that")
+    fails(command, "the leaf 'fc/scale', which the model lacks. Pass the model of")
     save("c", {"fc": fc, "aux": aux, "head": fc})
     fails(command, "the leaf 'head/bias', which the model lacks")

@@ -91,7 +91,7 @@ def test_padding_around_the_image_is_read_beside_a_crop():
     found = laid_out(layout, 3)[layout.map]
     assert found[0].tolist() == [[PADDING, 0, 1], [0, 1, 2], [1, 2, 3]]
     assert found[1].tolist() == [[1, 2, 3], [2, 3, 4], [3, 4, 5]]
-    with pytest.raises(ValueError, match="multiple of a layer's stride, here 2"):
+    with pytest.raises(ValueError, match="multiple of a layer's stride 2 apart"):
         whole_layout(crops(9, 4, 3), 9, 2, 2, (0, 0))
     with pytest.raises(ValueError, match="another order"):
         whole_layout(crops(9, 4, 2)[:, ::-1], 9, 2, 2, (0, 0))

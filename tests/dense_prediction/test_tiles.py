@@ -144,7 +144,7 @@ def test_wrong_outputs_and_too_little_memory():
     frozen.setflags(write=False)
     with pytest.raises(ValueError, match="read-only ndarray"):
         GRID.write(W, IMAGES, out=frozen)
-    with pytest.raises(ValueError, match="room for one window"):
+    with pytest.raises(ValueError, match="enough for one window"):
         GRID.write(W, IMAGES, out=np.zeros_like(WANT), memory=1000, progress=False)
 
 
@@ -292,7 +292,7 @@ def test_an_output_with_a_damaged_chunk(tmp_path):
     (chunk,) = [each for each in (tmp_path / "out" / "c").rglob("*") if each.is_file()]
     chunk.write_bytes(chunk.read_bytes()[:-9])
     again = tensorstore.open(spec, open=True).result()
-    with pytest.raises(fc.ImageError, match=r"can't be read back .*a fresh output"):
+    with pytest.raises(fc.ImageError, match=r"can't be read back .*a new output"):
         GRID.write(W, IMAGES, **options(again, tmp_path))
 
 
@@ -326,7 +326,7 @@ def test_positions_without_any_of_the_mask_are_nan(shape, memory):
 def test_masks_that_cannot_be():
     grid = fc.slide(lambda x: (x > 0).any((1, 2)), WINDOW, STRIDE)
     out = np.zeros((*WANT.shape[:-1], 2), bool)
-    with pytest.raises(ValueError, match="mask: expected an output of floats"):
+    with pytest.raises(ValueError, match="mask: expected a float output"):
         grid.write(IMAGES, out=out, mask=np.ones((9, 7)), progress=False)
     for wrong in (np.ones((90, 70, 2)), np.ones((91, 70)), np.ones((0, 7)), 3):
         with pytest.raises(ValueError, match="mask: expected an array of the images'"):

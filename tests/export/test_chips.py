@@ -111,7 +111,7 @@ def test_a_mix_needs_a_chip(tmp_path):
     options = {"path": tmp_path / "m.tflite", "to": "mix"}
     with pytest.raises(ExportError, match="Pass chip='ethos-u55'"):
         fc.export(model, params, *inputs, **options)
-    with pytest.raises(ExportError, match="expected chip= one of ethos-u55, "):
+    with pytest.raises(ExportError, match="Expected chip= one of ethos-u55, "):
         fc.export(model, params, *inputs, chip="abacus", **options)
 
 

@@ -113,13 +113,13 @@ def test_int8_for_a_chip(folder):
         (["export", *MODEL, "--out", "net.h5"], ".onnx (onnx)"),
         (
             ["export", *MODEL, "--out", "a.tflite", "--int8"],
-            "--int8 and --calibrate go together",
+            "Expected --int8 and --calibrate together",
         ),
         (
             ["export", *MODEL, "--out", "a.tflite", "--chip", "abacus"],
-            "expected chip= one of ethos-u55",
+            "Expected chip= one of ethos-u55",
         ),
-        (["verify", "net.tflite"], "pass --against CKPT"),
+        (["verify", "net.tflite"], "Pass --against CKPT"),
         (
             ["verify", "net.tflite", "--against", "a.msgpack"],
             "net.tflite: no such file",

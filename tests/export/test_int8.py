@@ -77,7 +77,7 @@ def test_layers_with_and_without_a_bias(tmp_path):
 
 def test_calibration_data_that_does_not_fit(tmp_path):
     with pytest.raises(
-        ExportError, match=r"expected calibration data of shape \(N, 8, 6"
+        ExportError, match=r"Expected calibration data of shape \(N, 8, 6"
     ):
         export("digits", tmp_path, calibrate=[np.zeros((4, 8, 8, 1))])
     with pytest.raises(ExportError, match="for 1 inputs, got 0"):
@@ -270,7 +270,7 @@ def test_accuracy_on_labels(tmp_path):
     assert "of 24 labels, 75.0 % in float32" in report.int8["accuracy"]
     with pytest.raises(ExportError, match="Expected labels= as 24 integers"):
         export("digits", tmp_path, calibrate=[data], labels=labels[:5])
-    with pytest.raises(ExportError, match="Expected calibrate= with labels="):
+    with pytest.raises(ExportError, match="examples, with labels=, got none"):
         export("digits", tmp_path, calibrate=None, labels=labels)
     with pytest.raises(ExportError, match=r"Expected labels= of shape \(N\)"):
         export("digits", tmp_path, calibrate=[data], labels=labels[:, None])

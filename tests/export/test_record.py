@@ -47,7 +47,7 @@ def test_float32_takes_half_the_space():
 
 @pytest.mark.parametrize("damaged", ["", "sha256:0 ", "sha256:0 abc", "sha256:0 é"])
 def test_damaged_records(damaged):
-    with pytest.raises(ExportError, match="record is damaged"):
+    with pytest.raises(ExportError, match="manifest is damaged"):
         FileRecord.from_text(damaged)
 
 

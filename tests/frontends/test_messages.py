@@ -73,7 +73,9 @@ def test_what_was_never_converted_and_what_is_already():
         fc.restore_params(VARIABLES, PLAN)
     with pytest.raises(fc.PlanError, match=never):
         fc.convert_params(MOVED, PLAN)
-    with pytest.raises(fc.PlanError, match=r"not converted yet; pass convert_params"):
+    with pytest.raises(
+        fc.PlanError, match=r"Expected converted params, .* Pass convert_params"
+    ):
         CONVERTED.apply(VARIABLES, X)
 
 
@@ -84,9 +86,9 @@ def test_a_class_in_the_place_of_a_model(cls):
 
 
 def test_a_converted_model():
-    with pytest.raises(TypeError, match=r"Net that is converted already\. Pass its"):
+    with pytest.raises(TypeError, match=r"got a converted Net\. Pass its"):
         fc.make_plan(CONVERTED, X)
-    with pytest.raises(TypeError, match=r"call apply\(variables, \.\.\.\)"):
+    with pytest.raises(TypeError, match=r"Call apply\(variables, \.\.\.\)"):
         CONVERTED(X)
 
 
@@ -143,7 +145,7 @@ def test_a_model_that_is_converted_already():
     plan = fc.make_plan(model, x)
     converted = fc.convert_model(model, plan)
     for again in (plan, plan.inverse()):
-        with pytest.raises(fc.PlanError, match="not converted yet, got one with ''"):
+        with pytest.raises(fc.PlanError, match="n't converted yet, got one with ''"):
             fc.convert_model(converted, again)
     params = {"w": jnp.ones((4, 3))}
 
@@ -151,7 +153,7 @@ def test_a_model_that_is_converted_already():
         return x @ params["w"]
 
     plan = fc.make_plan(function, params, x)
-    with pytest.raises(fc.PlanError, match="not converted yet, got one with 'w'"):
+    with pytest.raises(fc.PlanError, match="n't converted yet, got one with 'w'"):
         fc.convert_model(fc.convert_model(function, plan), plan)
     with pytest.raises(fc.PlanError, match=r"^Expected a Plan, got str\."):
         fc.convert_model(model, "plan")
@@ -188,11 +190,11 @@ NNX = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
         (lambda: fc.make_plan(MODEL, "2,4"), r"got a str\. Pass numpy.asarray"),
         (lambda: fc.make_plan(MODEL.apply, X), r"Pass the model itself"),
         (lambda: fc.make_plan(MODEL, X, method="run"), r"name of Net, got 'run'"),
-        (lambda: fc.make_plan(divides, X, X), r"A size of 0 .*\(2, 4, 3, 2\)"),
+        (lambda: fc.make_plan(divides, X, X), r"got 0 from .*\(2, 4, 3, 2\)"),
         (lambda: fc.make_plan(MODEL, X, rules=[5]), r"text such as 'head=7x7', got 5"),
         (
             lambda: fc.make_plan(MODEL, X, rules=[fc.Rule("head", to="both")]),  # pyright: ignore
-            r"expected to='conv' or 'dense', got 'both'",
+            r"expected to='conv' or to='dense', got 'both'",
         ),
         (
             lambda: fc.convert_opt_state(
@@ -264,7 +266,7 @@ def test_windows_and_axes_that_are_no_whole_numbers():
     assert fc.slide(MODEL, np.array([4, 3]), np.int64(1)).window == (4, 3)
     with pytest.raises(ValueError, match=r"got \(1\.0, 2\.0\)\. Pass axes=\(1, 2\)"):
         fc.slide(MODEL, (4, 3), 1, axes=(1.0, 2.0))  # pyright: ignore
-    with pytest.raises(ValueError, match="input_shape: got None"):
+    with pytest.raises(ValueError, match=r"input_shape: .*, got None"):
         fc.classify(None, 7)  # pyright: ignore
     with pytest.raises(ValueError, match=r"array, got list\. Pass jnp\.asarray"):
         fc.dense_kernel_to_conv([[1.0, 2.0]], 1)  # pyright: ignore

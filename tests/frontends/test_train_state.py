@@ -65,7 +65,7 @@ def test_training_goes_on(training):
 def test_the_apply_of_a_module_is_refused_where_it_would_fail(training, wrap):
     model, _, state, plan = training
     state = state.replace(apply_fn=wrap(model.apply))
-    with pytest.raises(fc.PlanError, match="Pass convert_train_state"):
+    with pytest.raises(fc.PlanError, match="Call convert_train_state"):
         fc.convert_params(state, plan)
     moved = fc.convert_train_state(state, plan, model)
     with pytest.raises(fc.PlanError, match="restore_train_state"):

@@ -194,7 +194,9 @@ def test_a_measurement_of_entries_in_a_row_is_refused():
     rows = optax.snapshot("rows", lambda updates: jax.tree.leaves(updates)[1].ravel())
     tx = optax.chain(optax.adam(0.1), rows)
     for check in (True, False):
-        with pytest.raises(fc.PlanError, match="may hold entries of parameters"):
+        with pytest.raises(
+            fc.PlanError, match="may hold entries of converted parameters"
+        ):
             fc.convert_opt_state(
                 tx.init(PARAMS), PLAN, tx=tx, params=PARAMS, check=check
             )

@@ -211,7 +211,7 @@ def test_where_the_leading_axes_go(layout, lead, rank, shape):
 
 def test_a_full_window_refuses_another_size():
     layer = layer_plan("full_window", (4, 3), 5, 2).inverse()
-    with pytest.raises(fc.PlanError, match=r"of \(4, 3\), called .* \(8, 6\)"):
+    with pytest.raises(fc.PlanError, match=r"size \(4, 3\), .* got \(8, 6\)"):
         forms.output_positions(layer, (8, 6))
     patches = layer_plan("patchify", (2, 3), 5, 2)
     assert forms.output_positions(patches, (5, 7)) == (2, 2)

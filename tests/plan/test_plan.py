@@ -107,7 +107,7 @@ def test_str_is_a_table():
         ("[]", "not a plan"),
         ("{}", "not a plan"),
         ('{"format": "other"}', "not a plan"),
-        (damaged(lambda c: c.update(version=4)), "version 4.*upgrade fcconv_jax"),
+        (damaged(lambda c: c.update(version=4)), "version 4.*Upgrade fcconv_jax"),
         (damaged(lambda c: c.update(version="1")), "version"),
         (damaged(lambda c: c.update(version=True)), "version"),
         (damaged(lambda c: c.update(version=0)), "version"),
@@ -209,7 +209,7 @@ def test_rules_from_text(text, rule):
     ],
 )
 def test_texts_that_are_no_rules(text):
-    with pytest.raises(fc.PlanError, match="not of the form PATTERN="):
+    with pytest.raises(fc.PlanError, match="Expected a rule PATTERN="):
         fc.Rule.parse(text)
 
 

@@ -85,7 +85,7 @@ def test_only_the_outermost_params_count():
 
 def test_two_levels_of_params_are_refused():
     tree = {"a": {"params": {"kernel": (4, 2)}}, "b": {"params": {"kernel": (4, 2)}}}
-    with pytest.raises(fc.PlanError, match=r"several.*'a/params/', 'b/params/'"):
+    with pytest.raises(fc.PlanError, match=r"one level .*'a/params/', 'b/params/'"):
         plan_from_params(tree, ["*=1"])
 
 
@@ -136,7 +136,7 @@ REFUSED = {
         {"f/kernel": (10, 4)},
         ["f=2x2"],
         "conv",
-        "'f/kernel'.*Expected a multiple",
+        "'f/kernel'.*expected a multiple",
     ),
     "order": ({"f/kernel": (8, 4)}, ["f=2x2:HWX"], "conv", "'f'.*order: 'HWX'"),
     "rank 4": ({"f/kernel": (16, 4)}, ["f=2x2x2x2"], "conv", "1 to 3 dimensions"),
@@ -144,21 +144,21 @@ REFUSED = {
         {"f/kernel": (8, 4), "f/bias": (2, 4)},
         ["f=2"],
         "conv",
-        r"leaf 'f/bias' has shape \(2, 4\).*bias \(4,\)",
+        r"leaf 'f/bias' of shape \(4,\), .* got \(2, 4\)",
     ),
     "lora": (
         {"f/kernel": (8, 4), "f/lora/lora_a": (8, 2)},
         ["f=2"],
         "conv",
-        r"'f' has more than.*'lora/lora_a'",
+        r"a kernel and a bias in layer 'f'.*'lora/lora_a'",
     ),
-    "no window": ({"f/kernel": (8, 4)}, [fc.Rule("f")], "conv", "has no window"),
-    "no rules": ({"f/kernel": (8, 4)}, [], "conv", "no rules"),
-    "no kernel": ({"f/w": (8, 4)}, ["f=2"], "conv", r"no leaf called 'kernel'.*'f/w'"),
+    "no window": ({"f/kernel": (8, 4)}, [fc.Rule("f")], "conv", "expected a window"),
+    "no rules": ({"f/kernel": (8, 4)}, [], "conv", "Expected rules"),
+    "no kernel": ({"f/w": (8, 4)}, ["f=2"], "conv", r"a leaf called 'kernel'.*'f/w'"),
     "unused": ({"head/kernel": (8, 4)}, ["haed=2"], "conv", r"'haed'.*\['head'\]"),
     "dense already": ({"f/kernel": (8, 4)}, ["f=2"], "dense", "a Dense already"),
     "other rank": ({"f/kernel": (2, 2, 8, 4)}, ["f=2"], "dense", "another rank"),
-    "other window": ({"f/kernel": (2, 8, 4)}, ["f=3"], "dense", "window 2.*says 3"),
+    "other window": ({"f/kernel": (2, 8, 4)}, ["f=3"], "dense", "window 2 .*got 3"),
     "direction": ({"f/kernel": (8, 4)}, ["f=2"], "back", "got 'back'"),
 }
 
@@ -178,7 +178,7 @@ def test_refuses_a_normalised_layer():
             return nn.Dense(4, name="b")(x)
 
     variables = Normed().init(KEY, jnp.ones((2, 6)))
-    with pytest.raises(fc.PlanError, match=r"'a' has more than.*a/kernel/scale"):
+    with pytest.raises(fc.PlanError, match=r"in layer 'a', got .*a/kernel/scale"):
         plan_from_params(variables, ["a=2"])
     assert list(plan_from_params(variables, ["b=2:WC"])) == ["b"]
 

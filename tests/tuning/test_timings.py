@@ -119,7 +119,7 @@ def _figure(**changes):
 )
 def test_a_damaged_file_is_one_error(file, text):
     file.write_bytes(text.encode("latin1"))
-    with pytest.raises(fc.PlanError, match=r"not a file of timings .*Delete it"):
+    with pytest.raises(fc.PlanError, match=r"expected a file of timings, .*Delete it"):
         Timings(file, "latency", "cpu")
 
 

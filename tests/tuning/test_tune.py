@@ -396,7 +396,7 @@ def test_what_cannot_be_measured_is_refused(variables):
     with pytest.raises(fc.PlanError, match="'training', got 'speed'"):
         fc.tune(Net(), variables, X, objective="speed", progress=False)  # pyright: ignore
     abstract = jax.ShapeDtypeStruct(X.shape, X.dtype)
-    with pytest.raises(TypeError, match="needs arrays to run on cpu"):
+    with pytest.raises(TypeError, match="Expected arrays to run on cpu"):
         fc.tune(Net(), variables, abstract, progress=False)
 
 

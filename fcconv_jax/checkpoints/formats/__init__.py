@@ -29,6 +29,7 @@ def format_named(name: str) -> FileFormat | FolderFormat:
     """
     if name not in FORMATS:
         raise CheckpointError(
-            f"Expected a format of {sorted(FORMATS)}, got {name!r}. Pass one of these"
+            f"Expected a format among {sorted(FORMATS)}, got {name!r}. Pass one of "
+            "these."
         )
     return FORMATS[name]

@@ -46,8 +46,8 @@ def open_(path: Path) -> Checkpoint:
             raise FrameError(f"{reader.size - reader.at} bytes too many")
     except FrameError as error:
         raise CheckpointError(
-            f"{path}: no valid Flax msgpack file: {error}; it is truncated or damaged, "
-            "get another copy"
+            f"{path}: not a valid Flax msgpack file: {error}. It is truncated or "
+            "damaged; get another copy."
         ) from None
     record = ConversionRecord.take(reader.record, path)
     return Checkpoint("msgpack", tree, record, path=path)
@@ -69,8 +69,9 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
         arrays = list(_in_dicts(checkpoint.tree))
         if not arrays:
             raise CheckpointError(
-                f"{path.name}: expected an array with axes, in dicts all the way, to "
-                "keep the plan with; write the checkpoint as Orbax or safetensors"
+                f"{path.name}: expected an array with axes, nested in dicts only, to "
+                "store the plan with, got none. Write the checkpoint as Orbax or "
+                "safetensors."
             )
         keeper = min(arrays, key=lambda leaf: leaf.nbytes)
     file = File.create(path)
@@ -80,9 +81,11 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
             if isinstance(piece, bytes):
                 out.put(piece)
             else:
-                out.leave_room(piece)
+                out.reserve(piece)
     except (TypeError, ValueError, OverflowError) as error:
-        raise CheckpointError(f"{path.name}: Flax cannot pack it: {error}") from None
+        raise CheckpointError(
+            f"{path.name}: Flax can't serialize it: {error}"
+        ) from None
     out.flush()
     out.write_entries(path, advance)
 
@@ -97,7 +100,7 @@ def _in_dicts(node: Any) -> Iterator[Any]:
 
 
 class _Writer:
-    """Writes the frame, and leaves room for the entries."""
+    """Writes the frame, and reserves space for the entries."""
 
     def __init__(self, file: File):
         self.file, self.at = file, 0
@@ -110,8 +113,8 @@ class _Writer:
         self._waiting.append(piece)
         self.at += len(piece)
 
-    def leave_room(self, piece: tuple[Moved, int]) -> None:
-        """Leave room for the next bytes of a leaf."""
+    def reserve(self, piece: tuple[Moved, int]) -> None:
+        """Reserve space for the next bytes of a leaf."""
         leaf, nbytes = piece
         self.flush()
         if not self.leaves or self.leaves[-1][0] is not leaf:
@@ -128,7 +131,7 @@ class _Writer:
         self._waiting, self._from = [], self.at
 
     def write_entries(self, path: Path, advance: Advance) -> None:
-        """Write the entries to where room was left."""
+        """Write the entries into the reserved space."""
         for leaf, spans in self.leaves:
             if len(spans) == 1:
                 write_leaves([(spans[0][0], leaf)], self.file, path, advance)

@@ -135,7 +135,7 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
     except (TypeError, ValueError) as error:
         if isinstance(error, CheckpointError):
             raise
-        raise CheckpointError(f"{path.name}: Orbax cannot store it: {error}") from None
+        raise CheckpointError(f"{path.name}: Orbax can't store it: {error}") from None
     for inside, source in companions(checkpoint).items():
         (path / inside).parent.mkdir(parents=True, exist_ok=True)
         shutil.copyfile(source, path / inside)
@@ -154,8 +154,8 @@ def _check_names(tree: PyTree, path: Path, item: str) -> None:
         stored, name = ".".join(parts), "/".join(filter(None, (item, *parts)))
         if stored in seen:
             raise CheckpointError(
-                f"{path.name}: leaves {seen[stored]!r} and {name!r} would have one "
-                f"name in Orbax, {stored!r}; keep the format, or rename one"
+                f"{path.name}: leaves {seen[stored]!r} and {name!r} would both be "
+                f"called {stored!r} in Orbax. Keep the format, or rename one."
             )
         seen[stored] = name
 
@@ -274,7 +274,7 @@ def _custom(path: Path, contents: OrbaxItems) -> dict[str, Any]:
                 )
             except (ValueError, TypeError, KeyError, OSError) as error:
                 raise CheckpointError(
-                    f"{place}: damaged ({error!r}); get another copy of the directory"
+                    f"{place}: damaged ({error!r}). Get another copy of the directory."
                 ) from None
             return custom
     return {}

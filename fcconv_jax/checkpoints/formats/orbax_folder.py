@@ -94,13 +94,14 @@ def locate(path: Path, step: str | None = None) -> tuple[OrbaxItems, dict[str, P
     names = sorted(entry.name for entry in path.iterdir())
     if any(_UNFINISHED in name for name in names):
         raise CheckpointError(
-            f"{path}: holds only unfinished Orbax saves ({names[:5]}); save again"
+            f"{path}: expected a finished Orbax save, got unfinished ones only "
+            f"({names[:5]}). Save again."
         )
     found = f"it holds {names[:5]}" if names else "it is empty"
     raise CheckpointError(
-        f"{path}: no Orbax checkpoint: neither it, nor an item or a step in it, has a "
-        f"file {TREE}; {found}. Name the directory that was passed to save, or save "
-        "again with Orbax 0.5 or later"
+        f"{path}: not an Orbax checkpoint: neither it, nor an item or a step in it, "
+        f"has a file {TREE}; {found}. Pass the directory that was passed to save, or "
+        "save again with Orbax 0.5 or later."
     )
 
 

@@ -69,8 +69,8 @@ def open_(path: Path) -> Checkpoint:
         header, metadata, start = _header(file)
     except (ValueError, TypeError) as error:
         raise CheckpointError(
-            f"{path}: no valid safetensors file: {error}; it is truncated or damaged, "
-            "get another copy"
+            f"{path}: not a valid safetensors file: {error}. It is truncated or "
+            "damaged; get another copy."
         ) from None
     tree = {}
     for name, (dtype, shape, begin, end) in header.items():

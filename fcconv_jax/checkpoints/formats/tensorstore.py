@@ -94,10 +94,10 @@ class Storage:
             too_large = self.whole and total > _MOST_PACKED * (self.nbytes + 1024)
             if chunk_bytes > memory or too_large:
                 raise CheckpointError(
-                    f"{leaf.directory}: leaf {info.path!r} says that it has "
+                    f"{leaf.directory}: leaf {info.path!r} claims to have "
                     f"{info.nbytes} bytes, {chunk_bytes} in a chunk: more than "
-                    f"{'its files can hold' if too_large else 'this machine has'}; "
-                    "the directory is damaged, get another copy"
+                    f"{'its files can hold' if too_large else 'this machine has'}. The "
+                    "directory is damaged; get another copy."
                 )
 
     def leaf(self, described: Any, name: str) -> Any:
@@ -165,6 +165,6 @@ class Stored:
         except (ValueError, OSError) as error:
             text = " ".join(str(error).split())
             raise CheckpointError(
-                f"leaf {self.name!r} cannot be read: {text[:400]}; the directory is "
-                "damaged, get another copy"
+                f"leaf {self.name!r} can't be read: {text[:400]}. The directory is "
+                "damaged; get another copy."
             ) from None

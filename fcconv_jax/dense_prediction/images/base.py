@@ -234,7 +234,7 @@ def check_level(
     )
     raise ImageError(
         f"{file}: expected one of its levels ({shown}), got level {level!r}. Pass one "
-        "of these numbers"
+        "of these numbers."
     )
 
 
@@ -247,10 +247,13 @@ def whole(file: Path, pixels: Pixels, level: int, bits: int | None = None) -> So
     pixels = pixels[..., None] if pixels.ndim == 2 else pixels
     if pixels.ndim != 3:
         raise ImageError(
-            f"{file}: expected an image (height, width, channels), got {pixels.shape}"
+            f"{file}: expected an image (height, width, channels), got shape "
+            f"{pixels.shape}. Extract one plane."
         )
     if pixels.dtype.kind not in "uifb":
-        raise ImageError(f"{file}: expected numbers, got {pixels.dtype}")
+        raise ImageError(
+            f"{file}: expected numbers, got {pixels.dtype}. Convert the file."
+        )
     check_level(file, level, [pixels.shape[:2]])
 
     def read(box: Box, bands: Sequence[int]) -> Pixels:
@@ -288,7 +291,7 @@ def _region(file: Path, region: Sequence[int] | None, size: tuple[int, int]) -> 
     if not fits:
         raise ImageError(
             f"{file}: expected a region (row, column, height, width) inside "
-            f"{size[0]}x{size[1]} pixels, got {region!r}"
+            f"{size[0]}x{size[1]} pixels, got {region!r}. Pass a smaller one."
         )
     return Box(*map(operator.index, region))
 
@@ -306,7 +309,7 @@ def _bands(file: Path, bands: Sequence[int] | None, count: int) -> tuple[int, ..
         return tuple(range(count))
     if not _are_ints(bands) or not all(1 <= band <= count for band in bands):
         raise ImageError(
-            f"{file}: expected bands from 1 to {count}, got {bands!r}. Pass a "
-            "list of them, such as [1] for the first"
+            f"{file}: expected bands from 1 to {count}, got {bands!r}. Pass a list of "
+            "them, such as [1] for the first."
         )
     return tuple(band - 1 for band in bands)

@@ -56,11 +56,11 @@ def _opened(rasterio: Any, file: Path, level: int) -> Source:
     if len(set(dataset.dtypes)) > 1:
         raise ImageError(
             f"{file}: expected bands of one type, got {', '.join(dataset.dtypes)}. "
-            "Convert it: gdal_translate -ot Float32"
+            "Convert it with gdal_translate -ot Float32."
         )
     dtype = np.dtype(dataset.dtypes[0])
     if dtype.kind not in "uifb":
-        raise ImageError(f"{file}: expected numbers, got {dtype}")
+        raise ImageError(f"{file}: expected numbers, got {dtype}. Convert the file.")
     lock = threading.Lock()  # GDAL's datasets are for one thread at a time
 
     def read(box: Box, bands: Sequence[int]) -> Pixels:
@@ -108,7 +108,7 @@ def _naming(file: Path) -> Iterator[None]:
         cause = error.__cause__ or error  # GDAL's own words are in the cause
         said = (str(cause) or type(cause).__name__).splitlines()[0]
         raise ImageError(
-            f"{file}: rasterio cannot read it ({said}). Get another copy, or convert it"
+            f"{file}: rasterio can't read it ({said}). Get another copy, or convert it."
         ) from None
 
 

@@ -17,12 +17,16 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
       ImageError: the file isn't one, or it is shorter than its header says.
     """
     if mode is not None:
-        raise ImageError(f"{file}: expected no mode for an array. Pass bands=")
+        raise ImageError(
+            f"{file}: expected no mode for an array, got one. Pass bands= instead."
+        )
     try:
         array = np.load(file, mmap_mode="r", allow_pickle=False)
     # The header is Python, of which tokenize raises errors that derive from Exception.
     except Exception as error:
-        raise ImageError(f"{file}: not a .npy array ({error})") from None
+        raise ImageError(
+            f"{file}: not a .npy array ({error}). Save it with numpy.save."
+        ) from None
     return whole(file, array, level)
 
 

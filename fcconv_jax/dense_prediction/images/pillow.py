@@ -43,7 +43,7 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
     except Exception as error:  # its plugins raise errors of any kind
         said = (str(error) or type(error).__name__).splitlines()[0]
         raise ImageError(
-            f"{file}: Pillow cannot read it ({said}). Get another copy, or convert it."
+            f"{file}: Pillow can't read it ({said}). Get another copy, or convert it."
         ) from None
     finally:
         pillow.MAX_IMAGE_PIXELS = limit

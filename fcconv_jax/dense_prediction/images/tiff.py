@@ -93,12 +93,13 @@ def _opened(file: Path, tif: Any, level: int) -> Source:
     page = chosen.keyframe
     if page.photometric == _PALETTE:
         raise ImageError(
-            f"{file}: its pixels are numbers of colours. Pass a mode, such as RGB"
+            f"{file}: expected colors, got indices into a palette. Pass a mode, such "
+            "as RGB."
         )
     pages = [_Page(file, each, tif.filehandle.size) for each in chosen.pages]
     dtype = chosen.dtype.newbyteorder("=")
     if dtype.kind not in "uifb":
-        raise ImageError(f"{file}: expected numbers, got {dtype}")
+        raise ImageError(f"{file}: expected numbers, got {dtype}. Convert the file.")
     bands = [
         (number, band)
         for number, each in enumerate(pages)
@@ -139,7 +140,7 @@ def _size(file: Path, level: Any) -> tuple[int, int]:
     if several or "Y" not in found or "X" not in found:
         raise ImageError(
             f"{file}: expected an image with rows (Y), columns (X) and channels (S, "
-            f"C), got axes {level.axes} of shape {level.shape}. Extract one plane"
+            f"C), got axes {level.axes} of shape {level.shape}. Extract one plane."
         )
     return found["Y"], found["X"]
 
@@ -155,11 +156,14 @@ class _Page:
 
     def __init__(self, file: Path, page: Any, size: int):
         if page is None:
-            raise ImageError(f"{file}: one of its pages is missing. Get another copy")
+            raise ImageError(f"{file}: one of its pages is missing. Get another copy.")
         self._file, self._page, self._keyframe = file, page, page.keyframe
         planes, depth, height, width, samples = self._keyframe.shaped
         if depth != 1:
-            raise ImageError(f"{file}: expected one plane, got a depth of {depth}")
+            raise ImageError(
+                f"{file}: expected one plane, got a depth of {depth}. Extract one "
+                "plane."
+            )
         self.channels = planes * samples
         self._offsets = page.dataoffsets
         self._counts = page.databytecounts
@@ -174,7 +178,7 @@ class _Page:
         if max(ends, default=0) > size:
             raise ImageError(
                 f"{file}: truncated: its pixels end at byte {max(ends)}, the file at "
-                f"{size}. Get another copy"
+                f"{size}. Get another copy."
             )
         self._raw: Pixels | None = None
         if self._keyframe.is_contiguous and page.dataoffsets[0]:
@@ -189,15 +193,15 @@ class _Page:
         wanted = planes * self._across * self._down
         if not len(self._offsets) == len(self._counts) == wanted:
             raise ImageError(
-                f"{file}: damaged: an image of {height}x{width} has {wanted} segments "
-                f"of {rows}x{columns}, the file has {len(self._offsets)} places and "
-                f"{len(self._counts)} sizes of some. Get another copy"
+                f"{file}: damaged: an image of {height}x{width} needs {wanted} "
+                f"segments of {rows}x{columns}, the file has {len(self._offsets)} "
+                f"offsets and {len(self._counts)} sizes. Get another copy."
             )
         nbytes = math.prod(self._segment) * samples * self._keyframe.dtype.itemsize
         if nbytes > _LARGEST_SEGMENT:
             raise ImageError(
-                f"{file}: it can't be read by the part: it is compressed in segments "
-                f"of {rows}x{columns}. Convert it: gdal_translate -co TILED=YES"
+                f"{file}: expected tiles, got segments of {rows}x{columns}, which can "
+                "only be read whole. Convert it with gdal_translate -co TILED=YES."
             )
         kept = max(4, _KEPT // max(nbytes, 1))
         self._decoded = functools.lru_cache(kept)(self._decode)

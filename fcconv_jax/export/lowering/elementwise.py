@@ -27,18 +27,18 @@ def _elementwise(low: Builder, eqn: Equation, *values: Value) -> Value:
     integers = np.issubdtype(values[0].dtype, np.integer)
     if name in ("and", "or", "not") and values[0].dtype != np.bool_:
         raise ExportError(
-            f"the model has {name!r} on the bits of {values[0].dtype}: edge runtimes "
-            "have it for booleans. Compute it before the model"
+            f"the model has {name!r} on the bits of {values[0].dtype}, which edge "
+            "runtimes support for booleans only. Compute it before the model."
         )
     if name == "div" and integers:
         raise ExportError(
-            "the model divides integers, which runtimes round in different ways. "
-            "Divide floats"
+            "the model divides integers, which runtimes round differently. Divide "
+            "floats."
         )
     if name == "round" and int(eqn.params["rounding_method"]) != 1:
         raise ExportError(
-            "the model rounds halves away from zero; the runtimes round to even. "
-            "Use jnp.round"
+            "the model rounds halves away from zero; the runtimes round them to even. "
+            "Use jnp.round."
         )
     op = "add" if name == "add_any" else name
     return low.add(op, values, out.shape, out.dtype)
@@ -52,7 +52,10 @@ def _same(low: Builder, eqn: Equation, *values: Value) -> Sequence[Value]:
             info.nexp,
             info.nmant,
         ):
-            raise ExportError("the model has 'reduce_precision', which no runtime has")
+            raise ExportError(
+                "the model has 'reduce_precision', which no runtime supports. Remove "
+                "it for the export."
+            )
     return values
 
 
@@ -128,8 +131,8 @@ def _select(low: Builder, eqn: Equation, which: Value, *cases: Value) -> Value:
     out = eqn.outvars[0].aval
     if which.dtype != np.bool_ or len(cases) != 2:
         raise ExportError(
-            "the model chooses among more than two values with lax.select_n. Use "
-            "jnp.where"
+            "the model selects among more than two values with lax.select_n. Use "
+            "jnp.where."
         )
     if which.data is not None and len(set(which.data.flat)) == 1:
         chosen = cases[int(which.data.flat[0])]

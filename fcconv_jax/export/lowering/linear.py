@@ -19,7 +19,7 @@ def _conv(low: Any, eqn: Equation, x: Value, kernel: Value) -> Value:
     if kernel.data is None:
         raise ExportError(
             "the model has a convolution whose kernel depends on its inputs; edge "
-            "runtimes take constants"
+            "runtimes require constants. Write it as a matmul."
         )
     spaced = set(p["lhs_dilation"]) - {1}
     spread = dict[str, Any]()
@@ -30,8 +30,8 @@ def _conv(low: Any, eqn: Equation, x: Value, kernel: Value) -> Value:
     elif spaced:
         raise ExportError(
             "the model has a convolution with strides over spaced inputs (lhs_dilation "
-            f"{tuple(p['lhs_dilation'])}), which edge runtimes lack. Slice the output "
-            "of one with strides of 1"
+            f"{tuple(p['lhs_dilation'])}), which edge runtimes lack. Use strides of 1, "
+            "and slice the output."
         )
     if p["batch_group_count"] != 1 or any(a < 0 or b < 0 for a, b in p["padding"]):
         raise ExportError(
@@ -87,7 +87,7 @@ def _dot(low: Builder, eqn: Equation, a: Value, b: Value) -> Value:
     out = eqn.outvars[0].aval
     if a.dtype != b.dtype:
         raise ExportError(
-            f"the model multiplies {a.dtype} by {b.dtype}. Cast both to one dtype"
+            f"the model multiplies {a.dtype} by {b.dtype}. Cast both to one dtype."
         )
     weight_first = a.data is not None
     if (weight_first or b.data is not None) and not ba:
@@ -117,8 +117,8 @@ def _as(low: Builder, y: Value, out: Any) -> Value:
     if y.dtype == out.dtype:
         return y
     raise ExportError(
-        f"the model multiplies {y.dtype} and asks for {out.dtype}; runtimes give what "
-        "they take. Drop preferred_element_type"
+        f"the model multiplies {y.dtype} to {out.dtype}; runtimes keep the dtype of "
+        "the inputs. Drop preferred_element_type."
     )
 
 

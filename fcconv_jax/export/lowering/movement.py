@@ -61,8 +61,8 @@ def _dynamic_slice(low: Builder, eqn: Equation, x: Value, *starts: Value) -> Val
     sizes = eqn.params["slice_sizes"]
     if any(start.data is None for start in starts):
         raise ExportError(
-            "the model takes a slice whose place depends on its inputs. Use jnp.take, "
-            "or a fixed place"
+            "the model takes a slice whose start depends on its inputs. Use jnp.take, "
+            "or a fixed start."
         )
     first = [
         min(max(int(start.data), 0), n - size)  # as JAX does
@@ -130,7 +130,8 @@ def _pad(low: Builder, eqn: Equation, x: Value, fill: Value) -> Value:
     if fill.data is None or any(inner for *_, inner in config):
         raise ExportError(
             "the model pads between entries, or with a value that depends on its "
-            "inputs; edge runtimes pad at the ends, with a constant"
+            "inputs; edge runtimes pad at the ends, with a constant. Concatenate "
+            "instead."
         )
     first = [max(-low_, 0) for low_, _, _ in config]
     last = [n - max(-high, 0) for n, (_, high, _) in zip(x.shape, config)]
@@ -171,7 +172,7 @@ def _gather(low: Builder, eqn: Equation, x: Value, indices: Value) -> Value:
         return low.reshape(taken, out.shape)
     raise ExportError(
         f"the model indexes {list(x.shape)} with {list(indices.shape)} in a way that "
-        "edge runtimes lack. Use jnp.take along one axis"
+        "edge runtimes lack. Use jnp.take along one axis."
     )
 
 

@@ -36,8 +36,8 @@ def _top_k(low: Builder, eqn: Equation, x: Value) -> list[Value]:
     axis, last = eqn.params.get("axis", -1), len(x.shape) - 1
     if axis % len(x.shape) != last:
         raise ExportError(
-            f"the model takes a top-k over axis {axis}; edge runtimes have the last. "
-            "Transpose before it"
+            f"the model takes a top-k along axis {axis}; edge runtimes support only "
+            "the last one. Transpose first."
         )
     low.notes.append("top-k: JAX puts 0.0 before -0.0, runtimes take them as equal")
     outs = [Value(tuple(v.aval.shape), np.dtype(v.aval.dtype)) for v in eqn.outvars]
@@ -57,8 +57,8 @@ def _pool(low: Builder, eqn: Equation, x: Value) -> Value:
     if {*p["base_dilation"], *p["window_dilation"]} - {1}:
         raise ExportError(
             f"the model pools {list(x.shape)} with dilation {p['window_dilation']}, "
-            f"spread by {p['base_dilation']}; edge runtimes pool undilated. Take every "
-            "n-th row and column with a slice, before or after the pool"
+            f"spread by {p['base_dilation']}; edge runtimes lack dilation there. Take "
+            "every n-th row and column with a slice before or after the pool."
         )
     windows = list(zip(p["window_dimensions"], p["window_strides"], p["padding"]))
     pooled = [i for i, (k, s, pad) in enumerate(windows) if k > 1 or s > 1 or any(pad)]

@@ -118,8 +118,8 @@ def lower(
     for var, name in zip(body.invars[count:], input_names, strict=True):
         if jnp.issubdtype(var.aval.dtype, jax.dtypes.extended):
             raise ExportError(
-                f"the input {name!r} is a random key: call the model as in inference "
-                "(train=False, deterministic=True), without rngs="
+                f"the input {name!r} is a random key. Call the model as for inference "
+                "(train=False, deterministic=True), without rngs=."
             )
     inputs = [
         Value(tuple(map(int, var.aval.shape)), np.dtype(var.aval.dtype))
@@ -136,7 +136,10 @@ def lower(
         )
     kept = [(n, v) for n, v in zip(names, outs) if v.data is None]
     if not kept:
-        raise ExportError("the model returns nothing that depends on its inputs")
+        raise ExportError(
+            "Expected outputs that depend on the inputs, got constants only. Check the "
+            "inputs."
+        )
     return Graph(
         inputs,
         [value for _, value in kept],

@@ -97,17 +97,19 @@ def runtime_of(path: Path, name: str | None = None) -> Runtime:
     if name is not None and name not in known:
         raise ExportError(
             f"Expected runtime= one of {', '.join(known)}, got {name!r}. Drop it to "
-            "choose the runtime by the suffix of path="
+            "select the runtime by the suffix of path=."
         )
     if name is not None:
         if path.suffix != known[name].suffix:
             raise ExportError(
                 f"Expected a path that ends in {known[name].suffix} for "
-                f"runtime={name!r}, got {path}. Rename it, or drop runtime="
+                f"runtime={name!r}, got {path}. Rename it, or drop runtime=."
             )
         return known[name]
     found = next((each for each in known.values() if each.suffix == path.suffix), None)
     if found is None:
         wanted = ", ".join(f"{each.suffix} ({key})" for key, each in known.items())
-        raise ExportError(f"Expected a path that ends in one of {wanted}, got {path}.")
+        raise ExportError(
+            f"Expected a path that ends in one of {wanted}, got {path}. Rename it."
+        )
     return found

@@ -110,7 +110,8 @@ class IreeFile(Shipped):
         beside = path.with_suffix(".safetensors")
         if not beside.exists():
             raise ExportError(
-                f"{beside}: no such file; {path} takes its params from it"
+                f"{beside}: no such file, but {path} reads its params from it. Keep "
+                "both files together."
             )
         safetensors = require("safetensors", "iree", "an IREE module's params")
         try:
@@ -119,7 +120,9 @@ class IreeFile(Shipped):
                 names = self.about.get("params", list(file.keys()))
                 self.params = {name: file.get_tensor(name) for name in names}
         except (safetensors.SafetensorError, ValueError) as error:
-            raise ExportError(f"{beside} is damaged: {error}") from None
+            raise ExportError(
+                f"{beside} is damaged: {error}. Export it again."
+            ) from None
         self._compiled: dict[str, Callable[..., list[np.ndarray]]] = {}
 
     def load(self) -> None:

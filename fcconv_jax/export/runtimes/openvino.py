@@ -200,7 +200,9 @@ class OpenVinoFile(Shipped):
         model = self._load()  # a copy: what is cut is changed
         op = self._named(model).get(layer.name)
         if op is None:
-            raise ExportError(f"{self.path} has no layer {layer.name!r}")
+            raise ExportError(
+                f"{self.path} has no layer {layer.name!r}. Export it again."
+            )
         kind, side = op.get_type_name(), _side(op)
         assert side is not None
         stored = _constant(op, side).data
@@ -226,7 +228,8 @@ class OpenVinoFile(Shipped):
             laid = laid.swapaxes(-1, -2) if _swapped(op, side) else laid
             if laid.shape != stored.shape:
                 raise ExportError(
-                    f"expected a weight of shape {laid.shape}, got {stored.shape}"
+                    f"Expected a weight of shape {laid.shape}, got {stored.shape} in "
+                    "the file. Export it again."
                 )
         ops = require("openvino.opset13", "openvino", "running an OpenVINO file")
         floats = stored.dtype

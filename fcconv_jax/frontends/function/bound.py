@@ -33,8 +33,9 @@ class BoundFunction(BoundModel):
         """Bind the first argument as the params."""
         if not args:
             raise TypeError(
-                "Expected the params that the function takes first, got no arguments. "
-                "Pass make_plan(f, params, *inputs), arrays or jax.ShapeDtypeStruct."
+                "Expected the params as the function's first argument, got no "
+                "arguments. Call make_plan(f, params, *inputs) with arrays or "
+                "jax.ShapeDtypeStruct."
             )
         method = getattr(model, "__name__", "")
         if method in ("apply", "init") and arguments.is_array(args[0]):
@@ -67,7 +68,7 @@ class BoundFunction(BoundModel):
                 raise TypeError(
                     f"Expected params of arrays, got {type(leaf).__name__} at "
                     f"{jax.tree_util.keystr(path)}. Pass the arrays alone (as "
-                    "eqx.partition returns them) and a function that puts in the rest."
+                    "eqx.partition returns them), and a function that adds the rest."
                 )
         return {"params": self.params}
 

@@ -21,8 +21,8 @@ def plan_function(
     """The plan of ``function(params, *inputs)``; see :func:`fcconv_jax.make_plan`."""
     if not inputs:
         raise TypeError(
-            "make_plan(f, params, *inputs) needs the params that f takes first: arrays "
-            "or jax.ShapeDtypeStruct"
+            "Expected the params as the function's first argument, got none. Call "
+            "make_plan(f, params, *inputs) with arrays or jax.ShapeDtypeStruct."
         )
     traced = trace(function, inputs, kwargs)
     own = dict.fromkeys(traced.shapes, Own())

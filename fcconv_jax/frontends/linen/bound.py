@@ -58,12 +58,13 @@ class BoundLinen(BoundModel):
         if not args:
             raise TypeError(
                 "Expected the variables of a linen Module and its inputs, got no "
-                "arguments. Pass what its apply takes."
+                "arguments. Pass the arguments of its apply."
             )
         if not isinstance(args[0], Mapping):
             raise TypeError(
                 "Expected the variables of a linen Module first, got "
-                f"{type(args[0]).__name__}. Pass what its apply takes: [variables, x]."
+                f"{type(args[0]).__name__}. Pass the arguments of its apply: "
+                "[variables, x]."
             )
         return cls(model, args[0], tuple(args[1:]), kwargs)
 
@@ -127,8 +128,9 @@ class BoundLinen(BoundModel):
     def _plan(self, to: Form, rules: Sequence[Rule]) -> Plan:
         if isinstance(self.model, ConvertedLinen):
             raise TypeError(
-                f"Expected a Module, got a {type(self.model.model).__name__} that is "
-                "converted already. Pass its .model; plan.inverse() goes back."
+                "Expected a Module that isn't converted yet, got a converted "
+                f"{type(self.model.model).__name__}. Pass its .model; plan.inverse() "
+                "converts back."
             )
         options = self._init_options()
         rngs, method = options.pop("rngs", None), options.pop("method", None)

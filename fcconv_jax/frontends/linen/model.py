@@ -67,15 +67,15 @@ class ConvertedLinen:
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Refused: a linen Module is called with its variables."""
         raise TypeError(
-            f"a converted {type(self.model).__name__} holds no variables: call "
-            "apply(variables, ...) with converted ones"
+            f"A converted {type(self.model).__name__} has no variables. Call "
+            "apply(variables, ...) with converted ones."
         )
 
     def bind(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Refused: a bound module would run outside of the conversion."""
         raise TypeError(
-            "a converted model cannot be bound; call apply(variables, ..., method=f) "
-            "with a function of the module"
+            "A converted model can't be bound. Call apply(variables, ..., method=f) "
+            "with a function of the module."
         )
 
     def clone(self, **kwargs: PyTree) -> ConvertedLinen:
@@ -117,7 +117,7 @@ class ConvertedLinen:
             raise PlanError(
                 f"{str(error).partition(' (https')[0]} The plan was made for other "
                 f"inputs, with these shapes at its layers: {inputs}. Call the model on "
-                "inputs of that size, or make the plan and the params for this one"
+                "inputs of that size, or make a plan and params for this one."
             ) from error
         if kwargs.get("mutable", False) is False:
             return out

@@ -168,7 +168,7 @@ class BoundNnx(BoundModel):
             raise PlanError(
                 f"Expected a {type(self.model).__name__} in eval mode, got one whose "
                 f"call changes {changed[0]!r}. Call model.eval() first; on the command "
-                "line, name a function that makes the model and does so."
+                "line, pass a function that does so and returns the model."
             )
 
     def _merged(self, variables: PyTree) -> Any:

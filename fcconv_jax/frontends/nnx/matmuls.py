@@ -378,8 +378,8 @@ def _as_present(path: str, layer: LayerPlan, value: Any) -> LayerPlan:
     axes = layer.stack_axes[: max(len(value.shape) - len(target), 0)]
     if inner_shape(value.shape, axes, target) != target:
         raise PlanError(
-            f"{path!r} has shape {tuple(value.shape)}, and was converted to {target}: "
-            "the model does not hold the converted params"
+            f"Expected {path!r} of shape {target}, as converted, got "
+            f"{tuple(value.shape)}. Update the model with the converted params."
         )
     return dataclasses.replace(layer, stack_axes=axes)
 

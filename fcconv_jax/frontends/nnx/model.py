@@ -51,8 +51,8 @@ def convert_nnx(model: Model, plan: Plan, *, inplace: bool = False) -> Model:
             what = "parameter" if layer.is_matmul else "module"
             close = difflib.get_close_matches(path, known, n=3, cutoff=0.4)
             raise PlanError(
-                f"the model has no {what} {path!r}, which the plan converts; close to "
-                f"it: {close or list(known)[:5]}. Pass the model that was planned"
+                f"Expected a model with the {what} {path!r}, which the plan converts, "
+                f"got {close or list(known)[:5]}. Pass the planned model."
             )
         if layer.is_matmul:
             _check_matmul(path, variables[path], layer, matmuls)
@@ -215,29 +215,32 @@ def _check(path: str, module: Any, layer: LayerPlan) -> None:
     if isinstance(module, _SWAPPED):
         if module._layer != layer.inverse():
             raise PlanError(
-                f"{path!r} is converted already, by another plan; go back with that "
-                "plan's inverse() first"
+                f"{path!r} is already converted by another plan. Convert it back with "
+                "that plan's inverse() first."
             )
     else:
         kind = nnx_layers.layer_kind(module)
         if kind is None or (kind == "Conv") != (layer.to == "dense"):
             raise PlanError(
-                f"{path!r} is a {type(module).__name__}, and the plan takes a "
-                f"{layer.layer} to {layer.to}: pass the model that was planned"
+                f"Expected a {layer.layer} at {path!r}, which the plan converts to "
+                f"{layer.to}, got a {type(module).__name__}. Pass the planned model."
             )
         canonical = 2 + (layer.groups > 1)
         if layer.to == "dense" and len(layer.kernel.target) != canonical:
             raise PlanError(
-                f"{path!r} is a plain nnx.Conv, and the plan goes back to a "
-                f"{layer.layer} with a kernel of shape {layer.kernel.target}: plan the "
-                "way to dense from this model"
+                f"Expected a converted layer at {path!r}, which the plan converts back "
+                f"to a {layer.layer} with a kernel of shape {layer.kernel.target}, got "
+                "a plain nnx.Conv. Plan this model with to='dense'."
             )
         if (reason := nnx_layers.obstacle(module)) is not None:
             raise PlanError(f"{path!r}: {reason}")
     for name, move in layer.leaves:
         variable = getattr(module, name)
         if variable is None:
-            raise PlanError(f"{path!r} has no {name}, which the plan converts")
+            raise PlanError(
+                f"Expected {path!r} to have a {name}, which the plan converts, got "
+                "none. Pass the planned model."
+            )
         _check_move(f"the {name} of {path!r}", variable, Move(move, layer.stack_axes))
 
 
@@ -255,14 +258,15 @@ def _check_matmul(
     before = matmuls.get(id(variable))
     if before is not None and before.kernel != layer.inverse().kernel:
         raise PlanError(
-            f"{path!r} is converted already, by another plan; go back with that plan's "
-            "inverse() first"
+            f"{path!r} is already converted by another plan. Convert it back with that "
+            "plan's inverse() first."
         )
     forms = sorted({each.to for each in matmuls.values()} - {layer.to})
     if before is None and forms:
         raise PlanError(
-            f"the plan takes {path!r} to {layer.to}, and other parameters of the model "
-            f"went to {forms[0]} before; go back with that plan's inverse() first"
+            f"The plan converts {path!r} to {layer.to}, but other parameters of the "
+            f"model are already converted to {forms[0]}. Convert them back with that "
+            "plan's inverse() first."
         )
     _check_move(repr(path), variable, Move(layer.kernel, layer.stack_axes))
 
@@ -271,8 +275,8 @@ def _check_move(what: str, variable: Any, move: Move) -> None:
     """Refuse a parameter whose shape or names do not move as planned."""
     if not move.fits(tuple(variable.shape)):
         raise PlanError(
-            f"{what} has shape {tuple(variable.shape)}, the plan is for "
-            f"{move.rearrange.source}: pass the model that was planned"
+            f"Expected {what} of shape {move.rearrange.source}, as planned, got "
+            f"{tuple(variable.shape)}. Pass the planned model."
         )
     try:
         move_metadata(move.rearrange, variable, move.stack_axes)

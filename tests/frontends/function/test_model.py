@@ -423,7 +423,7 @@ def test_python_numbers_stay_static(check):
     x = integers((2, 4), seed=1)
     checked = check(f, params, x, 3, gradient=False)
     assert checked.moved["scale"] == 2.0
-    with pytest.raises(TypeError, match="must be hashable"):
+    with pytest.raises(TypeError, match="arrays or hashable"):
         checked.converted(checked.moved, x, bytearray())
 
 
@@ -451,7 +451,9 @@ def test_an_optimizer_steps_alike(check):
 def test_params_that_are_not_converted_are_refused_by_name():
     params, x = integers(MLP), integers((5, 4))
     plan = fc.make_plan(mlp, params, x)
-    with pytest.raises(fc.PlanError, match=r"'0/weight' have shape \(6, 4\).*not conv"):
+    with pytest.raises(
+        fc.PlanError, match=r"converted params, .*'0/weight' of shape \(6, 4\)"
+    ):
         fc.convert_model(mlp, plan)(params, x)
 
 
@@ -470,7 +472,7 @@ def test_a_convolution_that_pads_on_another_input_is_refused():
     kernel, x = integers((2, 2, 3, 4)), integers((1, 4, 6, 3))
     plan = fc.make_plan(f, kernel, x, to="dense")
     dense = fc.convert_model(f, plan)
-    with pytest.raises(fc.PlanError, match="Plan again with that input"):
+    with pytest.raises(fc.PlanError, match="Plan with that input"):
         dense(fc.convert_params(kernel, plan), integers((1, 5, 6, 3)))
 
 

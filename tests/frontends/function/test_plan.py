@@ -262,7 +262,7 @@ def test_rules_are_for_leaf_paths():
     assert "excluded by rule" in plan.skipped["b"]
     with pytest.raises(fc.PlanError, match=r"'c' matches no linear layer.*'b'"):
         make(rules=["c=skip"])
-    with pytest.raises(fc.PlanError, match="does not divide the 12"):
+    with pytest.raises(fc.PlanError, match="divides the 12"):
         make(rules=["b=5"])
 
 
@@ -485,5 +485,5 @@ def test_two_parameters_of_one_path_are_refused():
 
 
 def test_params_are_needed():
-    with pytest.raises(TypeError, match="params that the function takes first"):
+    with pytest.raises(TypeError, match="params as the function's first"):
         fc.make_plan(lambda: 0)

@@ -149,25 +149,27 @@ def test_flags_that_are_equal_but_of_other_types_are_told_apart():
 
 
 def test_unhashable_arguments_are_refused_by_name():
-    with pytest.raises(TypeError, match=r"Net\.apply: an argument other than an array"):
+    with pytest.raises(TypeError, match=r"Net\.apply: expected arguments"):
         CONV.apply(MOVED, X, scale={1, 2})
 
 
 def test_unconverted_params_are_refused_by_name():
-    with pytest.raises(fc.PlanError, match=r"'fc6/kernel'.*not converted yet"):
+    with pytest.raises(
+        fc.PlanError, match=r"Expected converted params, got .*'fc6/kernel'"
+    ):
         CONV.apply(VARIABLES, X)
     # Same rank in both forms: only the sizes tell.
     attention = nn.MultiHeadDotProductAttention(2)
     x = np.ones((2, 3, 4), np.float32)
     plan = fc.make_plan(attention, x)
-    with pytest.raises(fc.PlanError, match=r"'query/kernel'.*not converted yet"):
+    with pytest.raises(fc.PlanError, match=r"converted params, got .*'query/kernel'"):
         fc.convert_model(attention, plan).apply(attention.init(KEY, x), x)
     missing = {"params": {k: v for k, v in MOVED["params"].items() if k != "fc6"}}
     with pytest.raises(Exception, match="fc6"):
         CONV.apply({**MOVED, **missing}, X)
     with pytest.raises(TypeError, match=r"got the class Dense\. Pass an instance"):
         fc.convert_model(nn.Dense, PLAN)
-    with pytest.raises(TypeError, match="cannot be bound"):
+    with pytest.raises(TypeError, match="can't be bound"):
         CONV.bind(MOVED)
 
 

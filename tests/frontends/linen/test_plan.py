@@ -479,11 +479,13 @@ def test_rules():
     assert fc.make_plan(model, x, rules="fc6=skip").skipped["fc6"]
     with pytest.raises(fc.PlanError, match=r"'fc9' matches no linear layer.*'fc6'"):
         fc.make_plan(model, x, rules=["fc9=skip"])
-    with pytest.raises(fc.PlanError, match="5x2 does not divide the 24 input features"):
+    with pytest.raises(fc.PlanError, match=r"divides the 24 input features .* got 5x2"):
         fc.make_plan(model, x, rules=["fc7=5x2"])
-    with pytest.raises(fc.PlanError, match="rule 'fc7': the order 'CWX' must"):
+    with pytest.raises(
+        fc.PlanError, match=r"rule 'fc7': expected an order .* got 'CWX'"
+    ):
         fc.make_plan(model, x, rules=["fc7=2x3:CWX"])
-    with pytest.raises(fc.PlanError, match="not of the form"):
+    with pytest.raises(fc.PlanError, match="Expected a rule PATTERN="):
         fc.make_plan(model, x, rules=["fc7"])
 
 

@@ -441,7 +441,7 @@ def test_a_plan_from_the_converted_model_goes_back():
     other = fc.convert_model(model, fc.make_plan(model, X, rules=["fc=skip"]))
     plan = fc.make_plan(other, X, to="dense")
     assert set(plan) == {"w", "turned", "scaled", "heads"}
-    with pytest.raises(fc.PlanError, match="is converted already, by another"):
+    with pytest.raises(fc.PlanError, match="is already converted by another"):
         fc.convert_model(other, plan)
     plan = fc.make_plan(other, X, to="dense", rules=["[!w]*=skip"])
     back = fc.convert_model(other, plan)
@@ -497,20 +497,18 @@ def test_mistakes_are_named_and_leave_the_model_whole():
     model = Own()
     plan = fc.make_plan(model, X)
     other = fc.convert_model(model, plan)
-    with pytest.raises(fc.PlanError, match="'fc' is converted already"):
+    with pytest.raises(fc.PlanError, match="'fc' is already converted"):
         fc.convert_model(other, plan)
-    with pytest.raises(fc.PlanError, match=r"no parameter 'w'.*close to it"):
+    with pytest.raises(fc.PlanError, match=r"with the parameter 'w'"):
         fc.convert_model(Adapted(), fc.make_plan(model, X, rules=["fc=skip"]))
     broken = Own()
     broken.turned = param(6, 4)
     before = nnx.graphdef(broken)
-    with pytest.raises(fc.PlanError, match=r"'turned' has shape \(6, 4\)"):
+    with pytest.raises(fc.PlanError, match=r"'turned' of shape .*, got \(6, 4\)"):
         fc.convert_model(broken, plan, inplace=True)
     assert nnx.graphdef(broken) == before
     nnx.update(other, nnx.state(model, nnx.PathContains("w")))
-    with pytest.raises(
-        fc.PlanError, match=r"'w' has shape \(4, 5\), and was converted"
-    ):
+    with pytest.raises(fc.PlanError, match=r"Expected 'w' of shape .*, got \(4, 5\)"):
         other(X)
 
     class Turned(nnx.Module):

@@ -441,7 +441,7 @@ def test_a_failed_conversion_in_place_leaves_the_model_whole():
     plan = fc.make_plan(model, X)
     model.fc2 = linear(8, 3)
     before = nnx.graphdef(model)
-    with pytest.raises(fc.PlanError, match=r"'fc2' has shape \(8, 3\)"):
+    with pytest.raises(fc.PlanError, match=r"'fc2' of shape .*, got \(8, 3\)"):
         fc.convert_model(model, plan, inplace=True)
     assert nnx.graphdef(model) == before
 
@@ -450,12 +450,12 @@ def test_mistakes_are_named():
     model = Net()
     plan = fc.make_plan(model, X)
     conv = fc.convert_model(model, plan)
-    with pytest.raises(fc.PlanError, match="'fc1' is converted already"):
+    with pytest.raises(fc.PlanError, match="'fc1' is already converted"):
         fc.convert_model(conv, plan)
-    with pytest.raises(fc.PlanError, match=r"no module 'fc1'.*close to it"):
+    with pytest.raises(fc.PlanError, match=r"with the module 'fc1'"):
         fc.convert_model(linear(8, 3), plan)
     model.fc1 = nnx.Dropout(0.5)  # pyright: ignore
-    with pytest.raises(fc.PlanError, match="'fc1' is a Dropout"):
+    with pytest.raises(fc.PlanError, match=r"at 'fc1', .* got a Dropout"):
         fc.convert_model(model, plan)
     with pytest.raises(TypeError, match=r"got str.*flax\.nnx Module"):
         fc.convert_model("model", plan)
@@ -464,7 +464,7 @@ def test_mistakes_are_named():
 def test_a_window_of_another_size_is_refused_when_called():
     conv = nnx.Conv(3, 2, (6, 5), padding="VALID", rngs=nnx.Rngs(0))
     dense = fc.convert_model(conv, fc.make_plan(conv, X, to="dense"))
-    with pytest.raises(fc.PlanError, match="planned as a full window of"):
+    with pytest.raises(fc.PlanError, match="the planned full window"):
         dense(jnp.ones((1, 7, 5, 3)))
 
 

@@ -165,15 +165,15 @@ REFUSED = {
         r"'a\.bias' has shape \(4,\).*transposed",
     ),
     "embedding": ({"a.weight": (50, 8)}, ["*=1x1"], "may be an Embedding's.*in full"),
-    "linear": ({"a.weight": (50, 8)}, ["a=dense"], "no window"),
+    "linear": ({"a.weight": (50, 8)}, ["a=dense"], "expected a window"),
     "window": ({"a.weight": (50, 8)}, ["a=3x3"], "multiple of the 9 taps"),
     "another window": (
         {"a.weight": (5, 2, 3, 3)},
         ["a=dense:2x2"],
-        "the rule says 2x2",
+        "got 2x2 in the rule",
     ),
     "a conv already": ({"a.weight": (5, 2, 3, 3)}, ["a=3x3"], "conv form already"),
-    "experts": ({"a.weight": (4, 6, 8)}, ["a=1"], "ambiguous"),
+    "experts": ({"a.weight": (4, 6, 8)}, ["a=1"], "Expected a kernel of two axes"),
     "grouped experts": (
         {"a.weight": (4, 6, 8)},
         ["a=1:groups3"],
@@ -182,7 +182,7 @@ REFUSED = {
     "lora": (
         {"a.weight": (6, 4), "a.lora_A.weight": (2, 4)},
         ["a=1"],
-        r"more than a kernel.*lora_A\.weight",
+        r"a kernel and a bias in layer .*lora_A\.weight",
     ),
     "no such layer": ({"a.weight": (6, 4)}, ["b=1"], "matches no linear layer"),
 }

@@ -80,7 +80,8 @@ def write(graph: Graph, record: FileRecord, path: Path) -> None:
     for value, name in zip(graph.inputs, graph.input_names):
         if str(value.dtype) not in kinds:
             raise ExportError(
-                f"Core ML takes float32 and int32 inputs, got {value.dtype} at {name!r}"
+                f"Expected float32 or int32 inputs for Core ML, got {value.dtype} at "
+                f"{name!r}. Cast inside the model."
             )
         placeholders[name] = mil.Builder.placeholder(
             shape=value.shape, dtype=kinds[str(value.dtype)]
@@ -161,7 +162,9 @@ class _Writer:
                 keep_dims=node.attrs["keepdims"],
                 name=name,
             )
-        raise ExportError(f"Core ML has no {node.op!r} here; a .onnx file takes it")
+        raise ExportError(
+            f"Core ML doesn't support {node.op!r} here. Pass a path that ends in .onnx."
+        )
 
     def _conv(self, node: Node, name: str) -> Any:
         kernel, p = node.inputs[1], node.attrs
@@ -288,6 +291,8 @@ class _Writer:
     def _cast(self, node: Node, name: str) -> Any:
         kinds = {"float32": "fp32", "int32": "int32", "bool": "bool"}
         if str(node.out.dtype) not in kinds:
-            raise ExportError(f"Core ML has no {node.out.dtype}. Cast to float32")
+            raise ExportError(
+                f"Core ML doesn't support {node.out.dtype}. Cast to float32."
+            )
         to = kinds[str(node.out.dtype)]
         return self.mb.cast(x=self.value(node.inputs[0]), dtype=to, name=name)

@@ -87,8 +87,8 @@ class Builder:
         if kind is None or (kind == "FLOAT16" and value.data is None):
             other = "iree" if str(value.dtype) == "bfloat16" else "onnx"
             raise ExportError(
-                f"LiteRT has no {value.dtype} in its kernels, found at {name!r}. Cast "
-                f"params and inputs to float32, or pass runtime={other!r}"
+                f"LiteRT's kernels don't support {value.dtype}, found at {name!r}. "
+                f"Cast params and inputs to float32, or pass runtime={other!r}."
             )
         tensor.type = getattr(self.s.TensorType, kind)
         if value.data is not None:

@@ -63,7 +63,7 @@ def quantize(
             )
     except (RuntimeError, ValueError) as error:
         raise ExportError(
-            f"LiteRT's quantizer cannot take the model: {error}. Export in float32"
+            f"LiteRT's quantizer can't process the model: {error}. Export in float32."
         ) from error
     return bytes(result.quantized_model)
 

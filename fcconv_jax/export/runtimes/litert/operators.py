@@ -82,8 +82,8 @@ class Emitter(Builder):
             self.op(_PLAIN[node.op], inputs, node.outputs, **options)
         else:
             raise ExportError(
-                f"LiteRT has no {node.op!r}{_HINTS.get(node.op, '')}; "
-                "runtime='onnx' takes it"
+                f"LiteRT doesn't support {node.op!r}{_HINTS.get(node.op, '')}. Pass "
+                "runtime='onnx'."
             )
 
     def _conv(self, node: Node, fused: str) -> None:
@@ -114,8 +114,8 @@ class Emitter(Builder):
         if len(window) == 3:
             if groups > 1:
                 raise ExportError(
-                    f"LiteRT has no groups in three dimensions, found at {node.name!r}."
-                    " Pass a path that ends in .onnx"
+                    "LiteRT doesn't support groups in three dimensions, found at "
+                    f"{node.name!r}. Pass a path that ends in .onnx."
                 )
             weight = self.arranged(kernel, lambda k: k, "DHWIO")
             name, kind = "CONV_3D", "Conv3DOptions"

@@ -65,11 +65,16 @@ class LiteRTFile(Shipped):
         self.path = path
         self.content = path.read_bytes() if content is None else content
         if self.content[4:8] != b"TFL3":
-            raise ExportError(f"{path} is not a LiteRT file: it lacks the mark 'TFL3'")
+            raise ExportError(
+                f"{path} is not a LiteRT file: it lacks the identifier 'TFL3'. Pass "
+                "the path of an exported file."
+            )
         try:
             self.model = s.ModelT.InitFromPackedBuf(self.content, 0)
         except Exception as error:  # struct's and flatbuffers' own kinds
-            raise ExportError(f"{path} is a damaged LiteRT file: {error}") from None
+            raise ExportError(
+                f"{path} is a damaged LiteRT file: {error}. Export it again."
+            ) from None
         with reading(path):
             self._bring_in_buffers()
             self._index(s)
@@ -109,7 +114,7 @@ class LiteRTFile(Shipped):
             if start > 1:
                 if start + size > len(self.content):
                     raise ExportError(
-                        f"{self.path} is cut short: a buffer of {size} bytes begins at "
+                        f"{self.path} is truncated: a buffer of {size} bytes begins at "
                         f"{start}, the file has {len(self.content)}. Export it again."
                     )
                 buffer.data = np.frombuffer(self.content, np.uint8, size, start)
@@ -286,7 +291,7 @@ class LiteRTFile(Shipped):
             for operator in part.linear_operators():
                 if part._label(operator.outputs[0]) == layer.name:
                     return part._run_operator(operator, layer, x, kernel, bias)
-        raise ExportError(f"{self.path} has no layer {layer.name!r}")
+        raise ExportError(f"{self.path} has no layer {layer.name!r}. Export it again.")
 
     def int8_layers(self) -> Mapping[str, Callable[[Layer], Int8Layer]]:
         """Return what reads each linear operator of an int8 file, by name."""
@@ -409,8 +414,9 @@ class LiteRTFile(Shipped):
             if data is not None:
                 if tuple(data.shape) != tuple(tensor.shape):
                     raise ExportError(
-                        f"expected a weight of shape {data.shape} at "
-                        f"{self._label(index)!r}, the file has {tuple(tensor.shape)}"
+                        f"Expected a weight of shape {data.shape} at "
+                        f"{self._label(index)!r}, got {tuple(tensor.shape)} in the "
+                        "file. Export it again."
                     )
                 buffer = s.BufferT()
                 raw = np.ascontiguousarray(data).tobytes()

@@ -32,8 +32,8 @@ class Builder:
         """Return a dtype that ONNX Runtime computes in, or raise an ExportError."""
         if str(dtype) not in _DTYPES:
             raise ExportError(
-                f"ONNX Runtime has no {dtype} in its CPU kernels. Cast params and "
-                "inputs to float32, or pass runtime='iree'"
+                f"ONNX Runtime's CPU kernels don't support {dtype}. Cast params and "
+                "inputs to float32, or pass runtime='iree'."
             )
         return dtype
 

@@ -64,7 +64,7 @@ def quantize(
             )
         except Exception as error:  # the quantizer's and the runtime's own kinds
             raise ExportError(
-                f"ONNX Runtime's quantizer cannot take the model: {error}. Export in "
+                f"ONNX Runtime's quantizer can't process the model: {error}. Export in "
                 "float32."
             ) from error
         return made.read_bytes()

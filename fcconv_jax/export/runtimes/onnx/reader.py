@@ -179,7 +179,9 @@ class OnnxFile(Shipped):
         """Run one node, cut out of the file, with other numbers for its weights."""
         node = next((n for n in self._linear() if _label(n) == layer.name), None)
         if node is None:
-            raise ExportError(f"{self.path} has no layer {layer.name!r}")
+            raise ExportError(
+                f"{self.path} has no layer {layer.name!r}. Export it again."
+            )
         side = self._side(node)
         assert side is not None
         stored = self.arrays[node.input[side]]
@@ -199,7 +201,8 @@ class OnnxFile(Shipped):
                 laid = laid.swapaxes(-1, -2)
         if laid.shape != stored.shape:
             raise ExportError(
-                f"expected a weight of shape {laid.shape}, the file has {stored.shape}"
+                f"Expected a weight of shape {laid.shape}, got {stored.shape} in the "
+                "file. Export it again."
             )
         nodes = [node]
         add = self._add_of(node) if node.op_type == "MatMul" else None

@@ -168,7 +168,9 @@ class _Writer(Builder):
         elif node.op in _PLAIN:
             self.add(_PLAIN[node.op], inputs, out)
         else:
-            raise ExportError(f"the ONNX writer has no {node.op!r}")
+            raise ExportError(
+                f"The ONNX writer doesn't support {node.op!r}. Pass another runtime=."
+            )
 
     def _conv(self, node: Node, out: str) -> None:
         x, kernel = node.inputs[:2]
