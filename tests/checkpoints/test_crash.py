@@ -261,7 +261,9 @@ def test_a_disk_that_is_too_small(case, save, tmp_path, monkeypatch):
     src = save(case.dense, "safetensors")
     usage = shutil.disk_usage(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=100))
-    with pytest.raises(CheckpointError, match="conv: needs 1100 bytes, 100 are free"):
+    with pytest.raises(
+        CheckpointError, match="conv: needs 1100 bytes, but only 100 are free"
+    ):
         convert_checkpoint(src, tmp_path / "conv", case.plan)
     assert {p.name for p in tmp_path.iterdir()} == {"dense"}
 

@@ -208,7 +208,7 @@ def test_a_number_of_steps_that_is_none(unroll, tmp_path):
 def test_what_is_no_file_is_found_before_the_work(tmp_path):
     folder = tmp_path / "net.onnx"
     folder.mkdir()
-    with pytest.raises(ExportError, match=r"net\.onnx cannot be replaced"):
+    with pytest.raises(ExportError, match=r"net\.onnx can't be replaced"):
         export(folder, function=None)
 
 
@@ -229,7 +229,7 @@ def test_a_full_disk(error, path, monkeypatch):
     # By its name: fcconv_jax.export is the function.
     module = importlib.import_module("fcconv_jax.export.export")
     monkeypatch.setattr(module, "seal", full)
-    with pytest.raises(ExportError, match=r"net\.\w+ cannot be written: .*Make room"):
+    with pytest.raises(ExportError, match=r"net\.\w+ can't be written: .*Make room"):
         export(path)
     assert path.read_bytes() == good
     assert {each.stem for each in path.parent.iterdir()} == {"net"}

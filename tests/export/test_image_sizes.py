@@ -111,7 +111,7 @@ def test_a_full_disk_is_not_taken_for_a_size(suffix, tmp_path, monkeypatch):
         importlib.import_module("fcconv_jax.export.export"), "seal", full
     )
     model, params, (x,) = _made(nn.Conv(2, (3, 3)), normal(1, 6, 5, 3))
-    with pytest.raises(fc.ExportError, match="cannot be written: No space left"):
+    with pytest.raises(fc.ExportError, match="can't be written: No space left"):
         export(model, params, x, tmp_path / f"net{suffix}")
     assert len(tried) == 1
 
