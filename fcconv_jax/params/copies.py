@@ -44,6 +44,8 @@ def copies(
             continue
         original = leaves[bases[0] + owner]
         if not exact or not leaf.like(original):
+            if leaf.shape == (1,):  # one number for a whole leaf, in optax
+                continue
             raise PlanError(
                 f"leaf {leaf.name!r} of shape {leaf.shape} belongs to "
                 f"{original.name!r} of shape {original.shape}, which the plan "

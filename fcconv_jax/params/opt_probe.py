@@ -100,7 +100,7 @@ def updated_shapes(
 
         def updated(params: PyTree, extras: Sequence[str] = extras) -> Any:
             known = {"value": jnp.ones(()), "grad": params}
-            extra = {name: known[name] for name in extras} | kwargs
+            extra = {**{name: known[name] for name in extras}, **kwargs}
             return update(params, tx.init(params), params, **extra)[1]
 
         with contextlib.suppress(Exception):  # another keyword, or a fault of its own

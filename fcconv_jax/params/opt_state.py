@@ -158,9 +158,15 @@ def _mover(
     def move(leaf: Any, how: _Opaque) -> Any:
         if isinstance(leaf, optax.MaskedNode):  # stands for any subtree of params
             return leaf
-        # One number for a whole leaf stays, as in novograd.
-        single = not is_leaf_node(leaf) and np.shape(leaf) == ()
-        return leaf if how.move is None or single else moved(how.path, leaf, how.move)
+        # One number for a whole leaf stays, as in novograd and, of shape (1,),
+        # scale_by_distance_over_gradients.
+        if how.move is None or (
+            not is_leaf_node(leaf)
+            and np.shape(leaf) in ((), (1,))
+            and np.shape(leaf) != how.move.rearrange.source
+        ):
+            return leaf
+        return moved(how.path, leaf, how.move)
 
     def is_leaf(node: Any) -> bool:
         return isinstance(node, optax.MaskedNode) or is_leaf_node(node)

@@ -1,3 +1,4 @@
+import jax
 import numpy as np
 import optax
 import pytest
@@ -96,6 +97,12 @@ def test_two_alike_move_both_or_by_the_prefix(converted):
     tree["disc"]["params"]["more"] = np.ones(3)
     with pytest.raises(CheckpointError, match=r"fits under .*prefix= \(--prefix\)"):
         converted(tree)
+
+
+def test_single_numbers_for_each_leaf_stay(converted):
+    one = jax.tree.map(lambda _: np.ones(1, np.float32), params())
+    tree = {"params": params(), "opt_state": {"init_dist": one}}
+    assert converted(tree) == {"params/fc", "params/out"}
 
 
 def test_averages_move_along_and_what_is_like_one_in_part_is_asked(converted):

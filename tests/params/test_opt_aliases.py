@@ -100,6 +100,10 @@ RIGHT = {
     ).gradient_transformation(),
     "apply_if_finite": lambda: optax.apply_if_finite(optax.adam(0.1), 3),
     "inject_hyperparams": lambda: optax.inject_hyperparams(optax.adam)(0.1),
+    # A number of shape (1,) for each leaf.
+    "scale_by_distance_over_gradients": lambda: optax.chain(
+        optax.scale_by_distance_over_gradients(), optax.sgd(0.1)
+    ),
     # Their init measures the params, and monitor's state grows with its first update.
     "snapshot": lambda: optax.chain(
         optax.adam(0.1), optax.snapshot("last", lambda updates: updates)
