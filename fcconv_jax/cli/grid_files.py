@@ -15,7 +15,7 @@ import json
 import math
 import os
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -201,8 +201,8 @@ def _open_npy(part: Path, grid: Grid, spare: int) -> Any:
     if part.exists():
         try:
             array = np.load(part, mmap_mode="r+", allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
-            raise _other_run(part, str(error)) from None
+        except (OSError, ValueError, EOFError):
+            raise _other_run(part, "not a .npy array") from None
         if (array.shape, array.dtype) != (grid.shape, grid.dtype):
             raise _other_run(part, f"{array.dtype} of shape {array.shape}")
         with part.open("r+b") as opened:
@@ -245,7 +245,24 @@ def _open_zarr(part: Path, grid: Grid) -> Any:
         opened: Any = tensorstore.open(spec, open=True, create=True)
         return opened.result()
     except ValueError as error:
-        raise _other_run(part, str(error).splitlines()[0]) from None
+        found = _other_fields(part / "zarr.json", spec["metadata"])
+        raise _other_run(part, found or str(error).partition(" [")[0]) from None
+
+
+def _other_fields(file: Path, wanted: Mapping[str, Any]) -> str:
+    """Name what a zarr's metadata has otherwise; empty if they can't be read."""
+    try:
+        found = json.loads(file.read_bytes())
+        held = found | found["attributes"]["fcconv_jax"]
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):
+        return ""
+    # As JSON has it: lists in place of tuples.
+    asked = json.loads(json.dumps(wanted | wanted["attributes"]["fcconv_jax"]))
+    return ", ".join(
+        f"{name.replace('_', ' ')} {held.get(name)}"
+        for name in ("shape", "data_type", "window", "stride", "crs", "transform")
+        if held.get(name) != asked[name]
+    )
 
 
 def _other_run(part: Path, what: str) -> ArgumentError:

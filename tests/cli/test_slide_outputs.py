@@ -121,6 +121,22 @@ def test_what_others_left_is_not_touched(tmp_path, monkeypatch, end, make, resum
     assert all(path.read_text() == "years" for path in Path().rglob("thesis"))
 
 
+def test_a_stopped_zarr_with_other_coordinates(want, monkeypatch):
+    def stop(*_, resume, **__):
+        resume.write_text("{}")
+        raise ValueError("stopped")
+
+    geotiff("image.tif", PIXELS)
+    with monkeypatch.context() as patch:
+        patch.setattr(fc.Slide, "write", stop)
+        run(f"image.tif {OPTIONS} --out grid.zarr", 1)
+    geotiff("image.tif", PIXELS, crs="EPSG:32634")
+    said = run(f"image.tif {OPTIONS} --out grid.zarr --resume", 2).stderr
+    assert 'got that of another (crs PROJCS["WGS 84 / UTM zone 33N"' in said
+    said = run(f"image.npy {OPTIONS} --out grid.zarr --resume", 2).stderr
+    assert re.search(r"another \(crs .*, transform \[0\.6, .*\]\)\. Pass that", said)
+
+
 @pytest.mark.parametrize("region", [None, (8, 15, 40, 61)])
 def test_a_geotiff_lies_where_its_windows_do(want, region):
     rasterio = pytest.importorskip("rasterio")
