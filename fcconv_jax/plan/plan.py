@@ -238,9 +238,11 @@ class Plan(Mapping[str, LayerPlan]):
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise PlanError(f"damaged plan: {error!r}") from None
         try:
-            return cls(to, layers, left, options, tuning)
-        except PlanError as error:
+            found = cls(to, layers, left, options, tuning)
+            hash(found)  # fails for options that are lists
+        except (PlanError, TypeError) as error:
             raise PlanError(f"damaged plan: {error}") from None
+        return found
 
     def table(self) -> list[tuple[str, ...]]:
         """Return the layers as rows of text, below a row of headings."""

@@ -119,6 +119,7 @@ def test_str_is_a_table():
         (damaged(lambda c: c.update(to="dense")), "plan to dense, with 'head' to conv"),
         (damaged(lambda c: c["layers"]["head"].update(to="mix")), "damaged.*to 'mix'"),
         (damaged(lambda c: c.update(layers=[1])), "damaged"),
+        (damaged(lambda c: c.update(options={"name": {}})), "damaged"),
         (damaged(lambda c: c["layers"].update(head=3)), "damaged"),
         (damaged(lambda c: c["layers"]["head"].pop("window")), "damaged"),
         (damaged(lambda c: c["layers"]["head"].update(extra=1)), "damaged"),
