@@ -102,8 +102,12 @@ class OpenVinoFile(Shipped):
 
     def _load(self) -> Any:
         try:
+            # OpenVINO tries readers of all its formats on other text, which print.
+            root = ElementTree.parse(self.path).getroot()
+            if root.tag != "net":
+                raise ValueError(f"<{root.tag}> in place of <net>")
             return self.core.read_model(str(self.path))
-        except RuntimeError as error:
+        except (RuntimeError, SyntaxError, ValueError, LookupError) as error:
             raise ExportError(f"{self.path} is not an OpenVINO file: {error}") from None
 
     def load(self) -> None:
