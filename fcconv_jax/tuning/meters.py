@@ -29,6 +29,8 @@ from .timings import Timings
 # Among programs this near to the best one, the plainest is taken.
 AS_GOOD = 1.02
 _LEAST_ROUNDS = 5
+# Between two slow programs: with 5, each round would have to agree. With 15, 12 do.
+_SETTLING_ROUNDS = 15
 _MAX_ROUNDS = 101
 # Rounds before what is slower by half leaves the race.
 _TRIAL_ROUNDS = 3
@@ -67,6 +69,7 @@ class Meter:
         candidates: Mapping[str, Candidate],
         seconds: float,
         again: str = "",
+        settle: bool = False,
     ) -> dict[str, Figure]:
         """Return the figure of each program; programs that are the same one share it.
 
@@ -75,6 +78,7 @@ class Meter:
           seconds: how long they may run.
           again: a word that tells a repeated measurement of run times from the first;
             other figures stay what they are.
+          settle: as for :func:`race`.
         """
         if self._objective != "latency":
             again = ""
@@ -92,9 +96,8 @@ class Meter:
         if wanted:
             new = {key: candidates[name] for key, name in wanted.items()}
             if self._resolution.how == "executed":
-                found = self._present(
-                    new, {key: lowered[name] for key, name in wanted.items()}, seconds
-                )
+                texts = {key: lowered[name] for key, name in wanted.items()}
+                found = self._present(new, texts, seconds, settle)
             else:
                 found = self._absent(new)
             self.timings.add(found)
@@ -106,6 +109,7 @@ class Meter:
         candidates: Mapping[str, Candidate],
         lowered: Mapping[str, Any],
         seconds: float,
+        settle: bool,
     ) -> dict[str, Figure]:
         same = {key: key.partition(" ")[0] for key in candidates}  # measured again
         correct = correct_options(jax.default_backend())
@@ -130,7 +134,7 @@ class Meter:
             key: functools.partial(program, *self._placed(candidates[key].program.args))
             for key, program in compiled.items()
         }
-        return race(runs, seconds)
+        return race(runs, seconds, settle)
 
     def _placed(self, args: PyTree) -> Any:
         """Put the arguments on the device; draw random numbers for abstract ones."""
@@ -161,19 +165,24 @@ class Meter:
         return {key: _exactly(value) for key, value in found.items()}
 
 
-def race(runs: Mapping[str, Callable[[], Any]], seconds: float) -> dict[str, Figure]:
+def race(
+    runs: Mapping[str, Callable[[], Any]], seconds: float, settle: bool = False
+) -> dict[str, Figure]:
     """Run times in turns, in milliseconds, with an interval of the median.
 
     Args:
       runs: by name, the original first, which stays to the end unless it is slow.
       seconds: how long they may run.
+      settle: whether to run at least 15 rounds, however slow they are, unless all but
+        one program are slower by 2 % beyond the noise before that.
 
     Example:
       >>> list(race({"a": lambda: 1, "b": lambda: 2}, 0.01))
       ['a', 'b']
     """
     original = next(iter(runs))
-    times = race_times(runs, seconds, stays=(original,))
+    stays, least = ((), _SETTLING_ROUNDS) if settle else ((original,), _LEAST_ROUNDS)
+    times = race_times(runs, seconds, stays=stays, least=least)
     name_of_race = uuid.uuid4().hex
     return {
         name: Figure.of([1e3 * t for t in taken], name_of_race)
@@ -188,6 +197,7 @@ def race_times(
     trial: int = _TRIAL_ROUNDS,
     opponents: Collection[str] = (),
     stays: Collection[str] | None = None,
+    least: int = _LEAST_ROUNDS,
 ) -> dict[str, list[float]]:
     """Return the seconds of every run, in turns; each round starts with the next one.
 
@@ -204,6 +214,7 @@ def race_times(
       opponents: runs that may be quicker, without making the others leave.
       stays: if given, all but these also leave once they are slower by 2 %, beyond the
         noise, so that those that are nearly as quick get more rounds.
+      least: rounds that are run even if the time is over.
 
     Example:
       >>> all(race_times({"a": lambda: 1, "b": lambda: 2}, 0.01).values())
@@ -218,14 +229,12 @@ def race_times(
     running = dict(runs)
     begin = time.perf_counter()
     for number in range(_MAX_ROUNDS):
-        if number >= _LEAST_ROUNDS and time.perf_counter() - begin > seconds:
+        if number >= least and time.perf_counter() - begin > seconds:
             break
         if number == 0:
-            least = quickest(first)
+            best = quickest(first)
             # A first run may read memory in; none is slower by that alone when long.
-            slow = [
-                name for name, t in first.items() if t > max(_HOPELESS * least, 1.0)
-            ]
+            slow = [name for name, t in first.items() if t > max(_HOPELESS * best, 1.0)]
             for name in slow:
                 times[name].append(first[name])
                 del running[name]
@@ -237,11 +246,11 @@ def race_times(
                 seconds_of(run)
             times[name].append(seconds_of(run))
         middle = {name: statistics.median(times[name]) for name in running}
-        least = quickest(middle)
-        is_long = least > _LONG
+        best = quickest(middle)
+        is_long = best > _LONG
         is_over = number + 1 >= (_TRIAL_ROUNDS if is_long else trial)
         if is_over or is_long:  # One run may be slow by chance, but not hopelessly.
-            most = (_SLOWER if is_over else _HOPELESS) * least
+            most = (_SLOWER if is_over else _HOPELESS) * best
             running = {n: r for n, r in running.items() if middle[n] <= most}
         if stays is not None and number >= _LEAST_ROUNDS - 1:
             leader = Figure.of(times[min(running, key=lambda name: middle[name])])

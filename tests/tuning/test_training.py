@@ -99,7 +99,7 @@ def test_the_step_decides_not_the_forward_pass(variables, monkeypatch):
     """On a device where dense forms are slower forwards and faster in the step."""
     trained = []
 
-    def race(runs, seconds):
+    def race(runs, seconds, settle):
         figures = {}
         for key, run in runs.items():
             outputs = jax.tree.leaves(run())
