@@ -4,7 +4,7 @@ Everything here is arithmetic on small integers; no array is made. A convolution
 has a dense layer's parameters exactly when, in every dimension, output position
 ``i`` reads input ``i * kernel + j`` with tap ``j``: each tap meets a real input,
 positions share none, and none is skipped (Raschka, *Machine Learning Q and AI*,
-ch. 12).
+ch. 12). A single tap may skip inputs: a Dense on every ``stride``-th input.
 """
 
 from __future__ import annotations
@@ -65,8 +65,8 @@ def classify(
     Example:
       >>> classify((7, 7), (7, 7), strides=2).case
       'full_window'
-      >>> classify((8, 8), 1, strides=2).fix[:65]
-      'It equals the Dense on the strided subsample x[:, ::2, ::2]: take'
+      >>> classify((8, 8), 1, strides=2).reason[-66:]
+      'the Dense on the strided subsample x[:, ::2, ::2], 4x4 of 8x8.'
       >>> classify((14, 14), 16, strides=16, transposed=True).case
       'unpatchify'
     """
@@ -80,7 +80,8 @@ def classify(
         return _classify(
             resolve_transposed(
                 input_shape, kernel_size, strides, padding, kernel_dilation, groups
-            )
+            ),
+            transposed,
         )
     geometry = resolve_geometry(
         input_shape,
@@ -186,10 +187,10 @@ class Equivalence:
         return f"{text} {self.fix}" if self.fix else text
 
 
-def _classify(geometry: ConvGeometry) -> Equivalence:
+def _classify(geometry: ConvGeometry, transposed: bool = False) -> Equivalence:
     base = geometry.base
     if base == "unrolled":
-        return Equivalence(base, base, *why_it_fails(geometry), geometry)
+        return Equivalence(base, base, *why_it_fails(geometry, transposed), geometry)
     case = "grouped" if geometry.groups > 1 else base
     return Equivalence(case, base, why_it_holds(geometry), "", geometry)
 
@@ -201,7 +202,8 @@ def _dense_side(equivalence: Equivalence) -> str:
     if equivalence.case == "grouped":
         dense = f"{geometry.groups} Denses, one per group of channels,"
     if equivalence.base == "pointwise":
-        return f"{dense} on the last axis, at every position"
+        subsample = f" of {geometry.subsample}" * bool(geometry.subsample)
+        return f"{dense} on the last axis, at every position{subsample}"
     if equivalence.base == "full_window":
         return f"flatten the window (row-major, channel last), then {dense}".rstrip(",")
     if equivalence.base == "unpatchify":

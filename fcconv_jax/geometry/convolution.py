@@ -242,9 +242,17 @@ class ConvGeometry:
 
         What lies beyond is the remainder that the windows drop.
         """
-        if self.base == "unpatchify":
+        if self.base in ("pointwise", "unpatchify"):
             return self.input_shape
         return tuple(d.output * d.kernel for d in self.dimensions)
+
+    @property
+    def subsample(self) -> str:
+        """The inputs that a pointwise convolution reads, if its strides skip any."""
+        if self.base != "pointwise" or self.output_shape == self.input_shape:
+            return ""
+        index = ", ".join(f"::{s}" if s > 1 else ":" for s in self.strides)
+        return f"x[:, {index}]"
 
     @property
     def window_elements(self) -> int:
@@ -274,6 +282,8 @@ class ConvGeometry:
     def base(self) -> Case:
         """The case of one group; ``"unrolled"`` if no Dense has the same parameters."""
         if not all(d.reads_in_order for d in self.dimensions):
+            if all(d.picks_in_order for d in self.dimensions):
+                return "pointwise"  # of the inputs that the strides leave
             windows = all(d.writes_in_order for d in self.dimensions)
             return "unpatchify" if windows else "unrolled"
         # A 1x1 kernel on a 1x1 input is also a full window, but pointwise is true of

@@ -46,7 +46,13 @@ def why_it_holds(geometry: ConvGeometry) -> str:
             f"The windows of {kernel} lie side by side, so each input is read by one "
             "position."
         )
-    if one and any(s != 1 for s in geometry.strides):
+    if geometry.subsample:
+        words.append(
+            f"Strides {strides} skip inputs: it equals the Dense on the strided "
+            f"subsample {geometry.subsample}, {times(geometry.output_shape)} of "
+            f"{times(geometry.input_shape)}."
+        )
+    elif one and any(s != 1 for s in geometry.strides):
         words.append(f"Strides {strides} change nothing: there is one position.")
     if geometry.covered_shape != geometry.input_shape:
         words.append(
@@ -61,9 +67,15 @@ def why_it_holds(geometry: ConvGeometry) -> str:
     return " ".join(words)
 
 
-def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
-    """Return the first condition that fails and its fix."""
-    if geometry.transposed:
+def why_it_fails(geometry: ConvGeometry, transposed: bool = False) -> tuple[str, str]:
+    """Return the first condition that fails and its fix.
+
+    Args:
+      geometry: without the parameters of a dense layer.
+      transposed: whether it was given as a transposed convolution; one with strides of
+        1 can't be told from a plain convolution.
+    """
+    if transposed or geometry.transposed:
         return _transposed_failure(geometry)
     dimensions = list(enumerate(geometry.dimensions))
     for i, d in dimensions:
@@ -94,6 +106,8 @@ def why_it_fails(geometry: ConvGeometry) -> tuple[str, str]:
 
 def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
     """Return the first failing condition of a transposed convolution and its fix."""
+    # At strides of 1, or with taps spread like the inputs, phases would change nothing.
+    way_out = PHASES if geometry.transposed else _NO_FIX
     # One input has the output to itself, so nothing is left for the stride to do.
     steps = tuple(d.holes if d.size > 1 else d.kernel for d in geometry.dimensions)
     equal = f"Use strides equal to the kernel size {times(geometry.kernel_size)}"
@@ -102,20 +116,20 @@ def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
             return (
                 f"Kernel dilation {d.spread} spreads the taps of dimension {i}, so the "
                 "outputs of one input are not adjacent.",
-                f"Use kernel_dilation 1. {PHASES}",
+                f"Use kernel_dilation 1. {way_out}",
             )
         if steps[i] > d.kernel:
             return (
                 f"Stride {steps[i]} in dimension {i} is larger than the kernel "
                 f"{d.kernel}: no input reaches the outputs in between.",
-                f"{equal}. {PHASES}",
+                f"{equal}. {way_out}",
             )
         if steps[i] < d.kernel:
             return (
                 f"Stride {steps[i]} in dimension {i} is smaller than the kernel "
                 f"{d.kernel}: windows of outputs overlap, so an output adds up several "
                 "inputs.",
-                f"{equal}. {PHASES}",
+                f"{equal}. {way_out}",
             )
     i, d = next(
         (i, d) for i, d in enumerate(geometry.dimensions) if not d.writes_in_order
@@ -129,7 +143,7 @@ def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
         f"dimension {i}: it has {d.output} entries, the windows fill "
         f"{d.size * d.kernel}.",
         f"Use padding {valid} {(need, need)} here, and slice or pad the output. "
-        f"{PHASES}",
+        f"{way_out}",
     )
 
 
@@ -170,20 +184,6 @@ def _padding_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str,
 
 
 def _stride_failure(geometry: ConvGeometry, i: int, d: Dimension) -> tuple[str, str]:
-    kernel, strides = times(geometry.kernel_size), times(geometry.strides)
-    subsampled = all(
-        dim.output == -(-dim.size // dim.stride) and not dim.reaches_padding
-        for dim in geometry.dimensions
-    )
-    if geometry.window_elements == 1 and subsampled and _plain(geometry):
-        index = ", ".join(f"::{s}" if s > 1 else ":" for s in geometry.strides)
-        return (
-            f"Strides {strides} with a kernel {kernel} skip inputs: of "
-            f"{times(geometry.input_shape)}, {times(geometry.output_shape)} are "
-            "read.",
-            f"It equals the Dense on the strided subsample x[:, {index}]: take that "
-            "first, or use strides 1.",
-        )
     step = d.holes * d.kernel
     fix = (
         f"Use strides equal to the kernel size"

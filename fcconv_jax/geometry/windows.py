@@ -263,6 +263,15 @@ class Dimension:
         )
 
     @property
+    def picks_in_order(self) -> bool:
+        """Whether its one tap reads every ``stride``-th input, from the first on."""
+        return (
+            self.kernel == self.holes == 1
+            and self.output == -(-self.size // self.stride)
+            and not self.reaches_padding
+        )
+
+    @property
     def writes_in_order(self) -> bool:
         """Whether output ``i * kernel + j`` is tap ``kernel - 1 - j`` of input ``i``.
 

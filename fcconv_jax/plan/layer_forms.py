@@ -112,7 +112,11 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
         return reshape(x, (*batch, *spatial, *groups, channels // layer.groups))
     positions = output_positions(layer, spatial)
     if math.prod(layer.window) > 1 or positions != spatial:
-        covered = [slice(p * k) for p, k in zip(positions, layer.window)]
+        # A single tap reads one input of each stride; windows lie side by side.
+        covered = [
+            slice(p * k) if k > 1 else slice(0, (p - 1) * s + 1, s)
+            for p, k, s in zip(positions, layer.window, layer.strides)
+        ]
         x = x[(..., *covered, slice(None))]
     pairs = [size for pair in zip(positions, layer.window) for size in pair]
     per_group = channels // layer.groups

@@ -191,6 +191,8 @@ def _plan_conv(
         raise LeftError(
             f"it reads each input once only by its padding or dilation: {found[0]}"
         )
+    if not all(holds(plan, each) for each in found):
+        raise LeftError("called with several strides")
     return plan
 
 

@@ -192,6 +192,8 @@ def _work(layer: LayerPlan) -> float:
     """Multiplications of a call."""
     entries = math.prod(layer.kernel.source)
     rows = math.prod(layer.input_shape) * layer.groups
+    if layer.base == "pointwise":  # the others skip no inputs
+        rows /= math.prod(layer.strides)
     *window, channels, _ = (
         layer.canonical_target
         if layer.to == "conv"

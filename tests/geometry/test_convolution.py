@@ -86,6 +86,18 @@ def block_matrix(geometry, kernel, outputs):
     return result.reshape(-1, *outputs)
 
 
+def picked_matrix(geometry, kernel, outputs):
+    """Output p reads input p * stride with the one tap; others are skipped."""
+    left = tuple(-(-n // s) for n, s in zip(geometry.input_shape, geometry.strides))
+    if kernel.size > 1 or outputs != left:
+        return None
+    result = np.zeros((*geometry.input_shape, *outputs), np.int64)
+    for position in np.ndindex(*outputs):
+        read = tuple(p * s for p, s in zip(position, geometry.strides))
+        result[(*read, *position)] = kernel.item()
+    return result.reshape(-1, *outputs)
+
+
 def window_matrix(geometry, kernel, outputs):
     """Input p holds the reversed kernel at the outputs of its own window."""
     size = tuple(n * k for n, k in zip(geometry.input_shape, geometry.kernel_size))
@@ -163,13 +175,15 @@ def check_against_brute_force(geometry):
     kernel = distinct_entries(geometry.kernel_size)
     matrix = brute_force_matrix(geometry, kernel)
     assert matrix.shape[1:] == geometry.output_shape
-    reads, writes = (
+    reads, picks, writes = (
         expected is not None and np.array_equal(matrix, expected)
         for expected in (
             block_matrix(geometry, kernel, matrix.shape[1:]),
+            picked_matrix(geometry, kernel, matrix.shape[1:]),
             window_matrix(geometry, kernel, matrix.shape[1:]),
         )
     )
+    reads |= picks and geometry.input_dilation == (1,) * len(geometry.input_shape)
     assert (geometry.base not in ("unrolled", "unpatchify")) == reads, geometry
     assert (geometry.base == "unpatchify") == (writes and not reads), geometry
     return reads or writes
@@ -276,6 +290,21 @@ def test_transposed_geometry_is_the_one_of_lax(sizes, padding, spread):
         ((1, 3, 5, "VALID"), "unrolled", "enlarges", "Use padding of (2, 2) here"),
         ((4, 2, 2, 2), "unrolled", "enlarges or shifts", "slice or pad"),
         ((4, 3, 3, "VALID", 1, 2), "unrolled", "are not adjacent", "kernel_dilation 1"),
+        # With strides of 1, and where dilation undoes them, phases change nothing.
+        (
+            (8, 3, 1, "SAME"),
+            "unrolled",
+            "Stride 1 in dimension 0",
+            "3. Or opt in to un",
+        ),
+        (
+            (4, 2, 2, "VALID", 1, 2),
+            "unrolled",
+            "are not adjacent",
+            "1. Or opt in to un",
+        ),
+        (((3, 4), (1, 2), (2, 2)), "unrolled", "Stride 2 in dimension 0 is larger", ""),
+        (((3, 4, 2), (2, 3, 3), (2, 3, 2), "VALID", 1, 1, 5), "unrolled", "ion 2", ""),
     ],
 )
 def test_transposed_reason_and_fix(arguments, case, reason, fix):
@@ -392,7 +421,9 @@ def test_output_shape_is_flax(padding, size, kernel, stride, spread):
         ("patchify", {"input_shape": (6, 4), "kernel_size": (1, 4)}),
         ("unrolled", {"input_shape": (6, 7), "kernel_size": (2, 3), "strides": (2, 2)}),
         ("unrolled", {"input_shape": 6, "kernel_size": 6, "padding": "SAME"}),
-        ("unrolled", {"input_shape": 6, "kernel_size": 1, "strides": 2}),
+        ("pointwise", {"input_shape": (6, 5), "kernel_size": 1, "strides": (1, 2)}),
+        ("unrolled", {"input_shape": 6, "kernel_size": 1, "strides": 2, "padding": 1}),
+        ("unrolled", {"input_shape": (6, 4), "kernel_size": (1, 4), "strides": 2}),
         ("unrolled", {"input_shape": 6, "kernel_size": 6, "padding": "CIRCULAR"}),
         ("unrolled", {"input_shape": 6, "kernel_size": 3, "padding": "CAUSAL"}),
     ],
@@ -451,10 +482,26 @@ def test_the_value_stands_where_the_words_say(shape, padding, strides):
 
 
 @pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (((8, 8), 1, 2), "x[:, ::2, ::2], 4x4 of 8x8."),
+        (((8, 7), 1, (1, 3), "SAME"), "x[:, :, ::3], 8x3 of 8x7."),
+        ((8, 1, 8), "Strides 8 change nothing: there is one position. Inputs beyond"),
+    ],
+)
+def test_strides_of_a_single_tap_skip_inputs(arguments, words):
+    found = classify(*arguments)
+    assert found.same_parameters
+    assert not found.fix
+    assert words in found.reason
+    subsample = f", at every position of {words.split(', 4')[0]}\n"
+    assert "4x4" not in words or subsample in explain(found)
+
+
+@pytest.mark.parametrize(
     ("arguments", "reason", "fix"),
     [
-        (((8, 8), 1, 2), "skip inputs: of 8x8, 4x4", "x[:, ::2, ::2]"),
-        (((8, 6), 1, (1, 3)), "skip inputs", "x[:, :, ::3]"),
+        ((8, 1, 2, ((0, -2),)), "larger than the kernel 1", "strides equal"),
         ((8, 3, 2), "smaller than the kernel 3", "makes it patchify"),
         ((8, 2, 3), "larger than the kernel 2", "makes it patchify"),
         ((8, 3, 1, "SAME"), "meet no input", "the next condition fails: Stride 1"),

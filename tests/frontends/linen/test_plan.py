@@ -542,6 +542,11 @@ def test_planning_compiles_nothing(caplog):
 
 CONVS = {
     "1x1": ({"features": 5, "kernel_size": (1, 1)}, (2, 4, 3, 6), "pointwise"),
+    "1x1, strides": (
+        {"features": 5, "kernel_size": (1, 1), "strides": (2, 3)},
+        (2, 5, 7, 6),
+        "pointwise",
+    ),
     "full window": (
         {"features": 5, "kernel_size": (4, 3), "padding": "VALID"},
         (2, 4, 3, 2),
@@ -612,7 +617,7 @@ def test_convs_that_are_not_dense_say_why():
     def body(_, x):
         return (
             nn.Conv(3, (3, 3), name="overlapping", padding="VALID")(x),
-            nn.Conv(3, (1, 1), strides=2, name="skipping")(x),
+            nn.Conv(3, (2, 2), strides=3, padding=0, name="skipping")(x),
             nn.Conv(3, (6, 4), name="same")(x),
             nn.Conv(3, (2, 2), 2, kernel_dilation=2, padding=0, name="dilated")(x),
         )
@@ -620,7 +625,7 @@ def test_convs_that_are_not_dense_say_why():
     plan = fc.make_plan(net(body), zeros(2, 6, 4, 2), to="dense")
     assert not plan
     assert "windows overlap" in plan.skipped["overlapping"]
-    assert "skip inputs" in plan.skipped["skipping"]
+    assert "between two windows are skipped" in plan.skipped["skipping"]
     assert "VALID" in plan.skipped["same"]
     assert "ilat" in plan.skipped["dilated"]
 
