@@ -41,7 +41,7 @@ class Shipped(abc.ABC):
     Attributes:
       runtime: what runs the file.
       executed: whether that runs here.
-      native: whether loading it runs machine code of its own, as damage may crash.
+      native: whether damage may crash the process that reads or loads it.
       moving: the runtime's words for a transpose and for a reshape.
     """
 

@@ -96,6 +96,8 @@ def verify_file(
                 "it. Export the model with fcconv export."
             )
         known = record.fingerprint == fingerprint_of(shipped, record)
+        if not (known or runtime.layers) and shipped.native:
+            raise ExportError(f"{path}: {_CHANGED}.")
         try:
             # The reader accepts what the runtime refuses: one byte of 1,000 is enough.
             # Machine code that was changed would crash here, or do anything.

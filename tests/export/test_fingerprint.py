@@ -167,6 +167,10 @@ def test_another_program(to, tmp_path):
         assert json.loads(first[-sizes[0] : -25])
         second = second[: -sizes[1]] + first[-sizes[0] :]
     paths[0].write_bytes(second)
+    if to == "stablehlo":  # not read any further: MLIR crashes on some damage
+        with pytest.raises(ExportError, match=rf"one\.stablehlo: {CHANGED}"):
+            fc.verify_file(paths[0], params, progress=False)
+        return
     found = fc.verify_file(paths[0], params, progress=False)
     assert found.failures[0].startswith(CHANGED)
 

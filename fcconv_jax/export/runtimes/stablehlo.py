@@ -8,6 +8,7 @@ reads. The leading axis of the inputs stays symbolic where the model allows it.
 from __future__ import annotations
 
 import datetime
+import functools
 import json
 import re
 from collections import Counter
@@ -158,6 +159,7 @@ class StableHloFile(Shipped):
     """
 
     runtime = "JAX, from StableHLO"
+    native = True
     moving = ("transpose", "reshape")
 
     def __init__(self, path: Path):
@@ -176,7 +178,11 @@ class StableHloFile(Shipped):
             raise ExportError(
                 f"{path} was not written by jax.export: {error}"
             ) from None
-        self.text = self.exported.mlir_module()
+
+    @functools.cached_property
+    def text(self) -> str:
+        """The program. MLIR's parser crashes on some damaged bytes."""
+        return self.exported.mlir_module()
 
     def load(self) -> None:
         """Nothing more: JAX has read the whole file already."""
