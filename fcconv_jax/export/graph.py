@@ -51,7 +51,7 @@ BINARY = frozenset(
 FUSED = frozenset("elu gelu hard_sigmoid hard_swish leaky_relu prelu".split())
 # What else some runtimes have one operation for.
 WHOLE = frozenset(
-    "l2_normalize layer_norm log_softmax one_hot resize transposed".split()
+    "l2_normalize layer_norm log_softmax one_hot resize rms_norm transposed".split()
 )
 # What holds graphs of its own.
 LOOPS = frozenset("cond scan while".split())

@@ -329,6 +329,10 @@ ONE = {
         x * lax.rsqrt(jnp.maximum((x * x).sum(-1, keepdims=True), 1e-12))
     ),
     "resize, corners aligned": lambda x: _aligned(x, 5, 9),
+    "rms_norm": SEVERAL["rms_norm"],
+    "rms_norm, by division": lambda x: (
+        x / jnp.sqrt((x * x).mean(-1, keepdims=True) + 0.1) * NORM["scale"]
+    ),
     "space_to_depth": lambda x: (
         x[:, :2].reshape(2, 1, 2, 2, 2, 5).swapaxes(2, 3).reshape(2, 1, 2, 20)
     ),
@@ -356,9 +360,9 @@ MORE = {
 def test_layers_are_one_operation(name, to, run):
     """Between the transposes of an image, and a slice."""
     report = run(lambda params, x: ONE[name](x) * params["scale"], X)
-    if to not in ("iree", "stablehlo", "openvino") and (to, name[:5]) != (
-        *("litert", "layer"),
-    ):
+    lacking = {"litert": ("layer", "rms_n"), "coreml": ("rms_n",)}
+    several = to in ("iree", "stablehlo", "openvino")
+    if not several and name[:5] not in lacking.get(to, ()):
         ops = Counter(report.figures[0].ops)
         ops -= Counter(["Transpose", "Transpose", "Slice", "STRIDED_SLICE"])
         assert ops.total() <= 2 + MORE.get(to, {}).get(name, 0), ops
@@ -378,7 +382,7 @@ def test_one_hot(chosen, to, run):
         assert ops["EQUAL"] + ops["Equal"] == 0
 
 
-@pytest.mark.parametrize("name", ["l2_normalize", "one_hot", "resize"])
+@pytest.mark.parametrize("name", ["l2_normalize", "one_hot", "resize", "rms_norm"])
 def test_it_is_what_the_operations_compute(name, to, tmp_path, monkeypatch):
     """The file with one operation against the file without."""
     target = runtimes()[to]
@@ -388,6 +392,7 @@ def test_it_is_what_the_operations_compute(name, to, tmp_path, monkeypatch):
         "l2_normalize": ONE["l2_normalize"],
         "one_hot": lambda x: nn.one_hot(x.argmax(-1), 5),
         "resize": ONE["resize, corners aligned"],
+        "rms_norm": ONE["rms_norm"],
     }[name]
     found = []
     for fused in (target.fused, target.fused - {name}):
@@ -515,3 +520,21 @@ ALMOST = {
 @pytest.mark.parametrize("name", ALMOST)
 def test_what_is_almost_an_activation(name, run):
     run(lambda params, x: params["scale"] * ALMOST[name](x), 3 * X)
+
+
+def test_openvino_runs_an_rms_norm_as_one_operation(tmp_path):
+    """Its files spell it out; its CPU plugin finds it again."""
+    ov = pytest.importorskip("openvino", reason="needs: pip install -e '.[openvino]'")
+    path = tmp_path / "m.xml"
+    x = normal(2, 7, 64)
+
+    def model(params, x):
+        return nn.RMSNorm().apply({"params": params}, x * 2) + 1
+
+    report = export(model, {"scale": normal(64)}, x, path=path, progress=False)
+    assert report.passed, report.failures
+    core = ov.Core()
+    compiled = core.compile_model(core.read_model(path), "CPU")
+    operations = compiled.get_runtime_model().get_ops()
+    kinds = {str(op.get_rt_info()["layerType"].value) for op in operations}
+    assert "RMS" in kinds, kinds

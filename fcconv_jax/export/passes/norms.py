@@ -8,6 +8,8 @@ import numpy as np
 
 from ..graph import Graph, Node, Value, constant
 
+_NORMS = ("layer_norm", "rms_norm")
+
 
 def find_batch_norms(graph: Graph) -> bool:
     """``(x - mean) * scale + shift`` of channel-first images, in three operations."""
@@ -41,21 +43,20 @@ def find_batch_norms(graph: Graph) -> bool:
     return changed
 
 
-def find_layer_norms(graph: Graph) -> bool:
-    """``(x - mean) / sqrt(variance + epsilon) * scale + shift`` over the last axis."""
+def find_norms(graph: Graph, names: frozenset[str]) -> bool:
+    """Layer norms and RMS norms over the last axis, with their scale and shift."""
     makers, uses, changed = graph.producers(), graph.uses(), False
     for node in graph.nodes:
         before = makers.get(node.inputs[0])
-        if before is not None and before.op == "layer_norm" and uses[before.out] == 1:
+        if before is not None and before.op in _NORMS and uses[before.out] == 1:
             changed |= _with_vector(node, before)
         if node.op not in ("mul", "div") or node.out.dtype != np.float32:
             continue
-        found = _layer_norm(node, makers)
-        if found is not None:
-            x, scale, epsilon = found
+        found = _norm(node, makers, uses)
+        if found is not None and found[0] in names:
+            op, x, scale, epsilon = found
             ones = np.ones(x.shape[-1], np.float32)
-            scale = scale or constant(ones)
-            node.op, node.inputs = "layer_norm", [x, scale]
+            node.op, node.inputs = op, [x, scale or constant(ones)]
             node.attrs = {"epsilon": epsilon}
             changed = True
     return changed
@@ -63,7 +64,8 @@ def find_layer_norms(graph: Graph) -> bool:
 
 def _with_vector(node: Node, norm: Node) -> bool:
     """Turn a factor or a term behind a norm into its scale or its shift."""
-    if node.op not in ("mul", "add") or node.inputs[1].data is None:
+    ops = ("mul", "add") if norm.op == "layer_norm" else ("mul",)
+    if node.op not in ops or node.inputs[1].data is None:
         return False
     vector, features = node.inputs[1], norm.out.shape[-1]
     plain = norm.inputs[1].source is None and (norm.inputs[1].data == 1).all()
@@ -74,50 +76,61 @@ def _with_vector(node: Node, norm: Node) -> bool:
     x, scale = norm.inputs
     flat = vector.moved("reshape", (features,)) if len(vector.shape) > 1 else vector
     node.inputs = [x, flat] if node.op == "mul" else [x, scale, flat]
-    node.op, node.attrs = "layer_norm", dict(norm.attrs)
+    node.op, node.attrs = norm.op, dict(norm.attrs)
     return True
 
 
-def _layer_norm(
-    node: Node, makers: Mapping[Value, Node]
-) -> tuple[Value, Value | None, float] | None:
-    """Return the x of a layer norm, its scale, and its epsilon."""
-    above, below = _product(node, makers)
-    scale = None
-    for centred in above:
-        shifted = makers.get(centred)
-        if shifted is None or shifted.op != "sub":
-            continue
-        x = shifted.inputs[0]
-        if _mean(shifted.inputs[1], makers) is not x:
-            continue
-        rest = [value for value in above if value is not centred]
-        vectors = [value for value in rest if value.data is not None]
-        roots = [value for value in rest if value.data is None]
-        if len(vectors) > 1 or len(roots) + len(below) != 1:
+def _norm(
+    node: Node, makers: Mapping[Value, Node], uses: Mapping[Value, int]
+) -> tuple[str, Value, Value | None, float] | None:
+    """Return the operation that a product is, its x, its scale, and its epsilon.
+
+    ``(x - mean) / sqrt(variance + epsilon) * scale``, or with x itself and its mean
+    square.
+    """
+    above, below = _product(node, makers, uses)
+    vectors = [value for value in above if value.data is not None]
+    rest = [value for value in above if value.data is None]
+    if len(vectors) > 1 or len(rest) + len(below) != 2:
+        return None
+    for numerator in rest:
+        roots = [value for value in rest if value is not numerator]
+        if not roots + below:  # a square
             return None
         root = makers.get((roots or below)[0])
         if root is None or root.op != ("rsqrt" if roots else "sqrt"):
-            return None
+            continue
         total = makers.get(root.inputs[0])
         if total is None or total.op != "add" or total.inputs[1].size != 1:
-            return None
+            continue
         variance, epsilon = total.inputs
-        if epsilon.data is None or not _is_variance(variance, x, makers):
+        x, op = numerator, "rms_norm"
+        shifted = makers.get(numerator)
+        if shifted is not None and shifted.op == "sub":
+            inner, mean = shifted.inputs
+            if _mean(mean, makers) is inner:
+                x, op = inner, "layer_norm"
+        if op == "layer_norm":
+            alike = _is_variance(variance, x, makers)
+        else:
+            alike = _square(_mean(variance, makers), makers) is x
+        if epsilon.data is None or not alike or x.shape != node.out.shape:
+            continue
+        features = x.shape[-1]
+        if any(v.size != features or v.shape[-1:] != (features,) for v in vectors):
             return None
-        for vector in vectors:
-            features = x.shape[-1]
-            if vector.size != features or vector.shape[-1:] != (features,):
-                return None
-            scale = vector.moved("reshape", (features,))
-        return x, scale, float(epsilon.data.item())
+        scale = vectors[0].moved("reshape", (features,)) if vectors else None
+        return op, x, scale, float(epsilon.data.item())
     return None
 
 
 def _product(
-    node: Node, makers: Mapping[Value, Node]
+    node: Node, makers: Mapping[Value, Node], uses: Mapping[Value, int]
 ) -> tuple[list[Value], list[Value]]:
-    """Return the factors of a product, and the divisors."""
+    """Return the factors of a product, and the divisors.
+
+    A factor that others read, too, is one: the x of a norm may be a product.
+    """
     above: list[Value] = []
     below: list[Value] = []
     for place, value in enumerate(node.inputs):
@@ -125,8 +138,8 @@ def _product(
         while maker is not None and maker.op in ("reshape", "broadcast"):
             value, maker = maker.inputs[0], makers.get(maker.inputs[0])
         ups, downs = [value], list[Value]()
-        if maker is not None and maker.op in ("mul", "div"):
-            ups, downs = _product(maker, makers)
+        if maker is not None and maker.op in ("mul", "div") and uses[value] == 1:
+            ups, downs = _product(maker, makers, uses)
         if node.op == "div" and place == 1:
             ups, downs = downs, ups
         above, below = above + ups, below + downs

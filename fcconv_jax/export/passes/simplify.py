@@ -9,7 +9,7 @@ from collections.abc import Callable
 import numpy as np
 
 from ..graph import FUSED, Graph, constant
-from .norms import find_layer_norms
+from .norms import find_norms
 from .patterns import (
     find_activations,
     find_fused,
@@ -58,8 +58,7 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
         passes += (find_resizes,)
     if "log_softmax" in fused:
         passes += (find_log_softmax,)
-    if "layer_norm" in fused:
-        passes += (find_layer_norms,)
+    passes += (functools.partial(find_norms, names=fused),)
     for part in graph.graphs():
         part.rewrite(passes)
     _name_layers(graph)

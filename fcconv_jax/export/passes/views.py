@@ -225,12 +225,16 @@ def delay_pads(graph: Graph) -> bool:
 
 
 def drop_zeros(graph: Graph) -> bool:
-    """Drop sums with zeros, as ``sum`` of Python begins with one."""
+    """Drop sums with zeros, as ``sum`` of Python begins with one.
+
+    And differences: a norm without a mean subtracts zeros.
+    """
     changed = False
     for node in list(graph.nodes):
-        if node.op != "add" or node.out.dtype.kind != "f":
+        if node.op not in ("add", "sub") or node.out.dtype.kind != "f":
             continue
-        for x, by in (node.inputs, node.inputs[::-1]):
+        pairs = (node.inputs, node.inputs[::-1])
+        for x, by in pairs if node.op == "add" else pairs[:1]:
             zero = by.data is not None and not by.leaves and not by.data.any()
             if zero and x.shape == node.out.shape and x.data is None:
                 graph.replace(node.out, x)

@@ -11,7 +11,7 @@ __all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
 
 RUNTIME = Runtime(
     *("litert", "LiteRT", ".tflite", "litert", LiteRTFile, write),
-    fused=(FUSED | WHOLE | LOOPS) - {"hard_sigmoid", "layer_norm"},
+    fused=(FUSED | WHOLE | LOOPS) - {"hard_sigmoid", "layer_norm", "rms_norm"},
     # A scan's stacked results are filled with zeros at first: that shape is fixed.
     one_batch=frozenset({"transposed", "scan"}),
     open_sizes=frozenset({"any_batch"}),

@@ -18,7 +18,9 @@ from ...shipped import arrange_conv, crops, reversed_window
 from .builder import Builder
 
 RECORD = "fcconv_jax"
-OPSET = 20
+OPSET, IR = 20, 9
+# RMSNormalization needs a later one, which fewer readers take.
+_OPSET_OF_RMS, _IR_OF_RMS = 23, 11
 _PLAIN = {
     "abs": "Abs",
     "add": "Add",
@@ -105,11 +107,13 @@ class _Writer(Builder):
         made = self.helper.make_graph(
             self.nodes, "main", inputs, outputs, self.initializers
         )
+        late = any(part.count("rms_norm") for part in graph.graphs())
+        opset, ir = (_OPSET_OF_RMS, _IR_OF_RMS) if late else (OPSET, IR)
         model = self.helper.make_model(
             made,
-            opset_imports=[self.helper.make_opsetid("", OPSET)],
+            opset_imports=[self.helper.make_opsetid("", opset)],
             producer_name="fcconv_jax",
-            ir_version=9,
+            ir_version=ir,
         )
         self.helper.set_model_props(model, {RECORD: record.to_text()})
         return model
@@ -321,6 +325,11 @@ class _Writer(Builder):
         inputs = [self.name(value) for value in node.inputs]
         epsilon = node.attrs["epsilon"]
         self.add("LayerNormalization", inputs, out, axis=-1, epsilon=epsilon)
+
+    def _rms_norm(self, node: Node, out: str) -> None:
+        inputs = [self.name(value) for value in node.inputs]
+        epsilon = node.attrs["epsilon"]
+        self.add("RMSNormalization", inputs, out, axis=-1, epsilon=epsilon)
 
     def _depth_to_space(self, node: Node, out: str) -> None:
         name = "DepthToSpace" if node.op == "depth_to_space" else "SpaceToDepth"
