@@ -112,7 +112,9 @@ def compare_int8(network: str) -> dict[str, Any]:
         original = runtime_of(folder / "m.tflite").open(folder / "m-float.tflite")
         calls = [[image[None]] for image in examples(network, 64, seed=2)]
         off = {
-            key: check(file, original, calls, None, lambda *_: None).differences[0]
+            key: check(file, original, calls, None, lambda *_: None)
+            .differences[0]
+            .share
             for key, file in files.items()
         }
         # ONNX Runtime's quantizer has no peer here: its error is shown alone.

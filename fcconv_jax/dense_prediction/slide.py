@@ -196,8 +196,9 @@ class Slide:
         """
         if self.padding == "image":
             raise ValueError(
-                "Expected padding='crops' for images of any size, got padding='image'. "
-                "Pass fc.slide(model, window=...) without it."
+                "Expected padding='crops' for images of any size, got padding='image', "
+                "whose positions and phases are constants of one size. Drop "
+                "any_size=True, or pass fc.slide(model, window=...) without padding=."
             )
         stride = self._program(self._complete(args), kwargs).stride
         ways = sorted(zip(self.axes, self.window, stride))

@@ -68,19 +68,70 @@ def batches(
     return calls
 
 
+@dataclasses.dataclass
+class Difference:
+    """How far an int8 file's output is from what it is to be, over all examples.
+
+    Example:
+      >>> found = Difference()
+      >>> found.add(np.array([0.0, 4.0]), np.array([0.5, 4.5]))
+      >>> round(found.share, 3), round(found.allowed, 3)
+      (0.177, 0.354)
+    """
+
+    off: float = 0.0
+    squares: float = 0.0
+    total: float = 0.0
+    count: int = 0
+
+    def add(self, exact: np.ndarray, found: np.ndarray) -> None:
+        """Count the output of one call."""
+        exact = exact.astype(np.float64)
+        self.off += float(((exact - found) ** 2).sum())
+        self.squares += float((exact**2).sum())
+        self.total += float(exact.sum())
+        self.count += exact.size
+
+    @property
+    def share(self) -> float:
+        """The root mean square of the difference, as a part of that of the output."""
+        return (self.off / (self.squares or self.count or 1)) ** 0.5
+
+    @property
+    def allowed(self) -> float:
+        """The largest share that passes: half of the output's standard deviation.
+
+        An output off by all of it has as much in common with the model's as a constant.
+        A single number has no deviation: half of it passes.
+        """
+        squares, mean = self.squares / (self.count or 1), self.total / (self.count or 1)
+        if self.count < 2 or not squares:
+            return 0.5
+        return (max(squares - mean**2, 0) / squares) ** 0.5 / 2
+
+    def failures(self, name: str) -> list[str]:
+        """Return the sentence about an output that is too far off."""
+        if self.share <= self.allowed:
+            return []
+        return [
+            f"{name!r} is {self.share:.1e} from the float model's (root mean square), "
+            f"{self.allowed:.1e} allowed, half of its standard deviation. Calibrate on "
+            "examples like the real inputs, or export in float32"
+        ]
+
+
 @dataclasses.dataclass(frozen=True)
 class Int8Check:
     """An int8 file as a whole, against the float file.
 
     Args:
-      differences: the root mean square of the difference of each float output, as a
-        part of that of the output.
+      differences: of each output.
       same_choice: the part of examples whose largest first output is at the same place.
       right: how many choices of the float file and of the int8 file are the labels.
       labelled: how many choices have a label.
     """
 
-    differences: tuple[float, ...]
+    differences: tuple[Difference, ...]
     same_choice: float
     right: tuple[int, int]
     labelled: int
@@ -106,18 +157,14 @@ def check(
       ExportError: the labels have another shape than the choices.
     """
     exact, rounded = original.caller(), quantized.caller()
-    off: list[float] = []
-    total: list[float] = []
+    differences = [Difference() for _ in quantized.output_names()]
     same = count = labelled = 0
     right = [0, 0]
     for done, each in enumerate(examples):
         show("int8: against float32", done, len(examples))
         pairs = list(zip(exact(each), rounded(each)))
-        off = off or [0.0] * len(pairs)
-        total = total or [0.0] * len(pairs)
-        for i, (a, b) in enumerate(pairs):
-            off[i] += float(((a.astype(np.float64) - b) ** 2).sum())
-            total[i] += float((a.astype(np.float64) ** 2).sum())
+        for difference, (a, b) in zip(differences, pairs):
+            difference.add(a, b)
         # A model may return its choice itself.
         chosen = [y.argmax(-1) if y.dtype.kind == "f" else y for y in pairs[0]]
         same, count = same + int((chosen[0] == chosen[1]).sum()), count + chosen[0].size
@@ -134,14 +181,14 @@ def check(
         labelled += wanted.size
         right = [n + int((c == wanted).sum()) for n, c in zip(right, chosen)]
     show("int8: against float32", len(examples), len(examples))
-    differences = tuple((a / b) ** 0.5 if b else a**0.5 for a, b in zip(off, total))
-    return Int8Check(differences, same / count, (right[0], right[1]), labelled)
+    found = tuple(differences), same / count
+    return Int8Check(*found, (right[0], right[1]), labelled)
 
 
-def difference(
+def differences(
     file: Shipped, reference: ReferenceOutputs, names: Sequence[str] = ()
-) -> float:
-    """How far an int8 file is from its model in float64, as a part of the outputs.
+) -> dict[str, Difference]:
+    """How far each output of an int8 file is from its model in float64.
 
     Args:
       file: the int8 file.
@@ -149,11 +196,12 @@ def difference(
       names: the outputs that the file has, as for :func:`.proof.whole_errors`.
     """
     exact = dict(reference.exact)
-    off = total = 0.0
+    found = {}
     for name, got in zip(names or exact, file.run(reference.inputs), strict=True):
-        off += float(((got - exact[name]) ** 2).sum())
-        total += float((exact[name].astype(np.float64) ** 2).sum())
-    return (off / total) ** 0.5 if total else off**0.5
+        if got.dtype.kind == "f":  # others are indices
+            found[name] = Difference()
+            found[name].add(exact[name], got)
+    return found
 
 
 def same_outputs(

@@ -125,13 +125,15 @@ def quantized(
     layers = prove_layers(shipped.int8_layers(), *about_layers)
     original = call.runtime.open(written.path)
     found = check(shipped, original, examples, labels, show)
+    outputs = dict(zip(written.graph.output_names, found.differences))
     about: dict[str, Any] = {
         "weights": f"{len(layers)} layers, the parameters rounded",
         "difference from float32": ", ".join(
-            f"{name} {off:.1e}" if len(found.differences) > 1 else f"{off:.1e}"
-            for name, off in zip(written.graph.output_names, found.differences)
+            (f"{name} " if len(outputs) > 1 else "")
+            + f"{each.share:.1e} ({each.allowed:.1e} allowed)"
+            for name, each in outputs.items()
         )
-        + " (root mean square)",
+        + ", root mean square",
         "same choice as float32": f"{100 * found.same_choice:.1f} %",
         "calibrated on": f"{len(examples)} calls",
     }
@@ -157,6 +159,12 @@ def quantized(
         "notes": tuple(notes),
         "int8": about,
         "int8_layers": layers,
+        "int8_failures": tuple(
+            why
+            for value, (name, each) in zip(written.graph.outputs, outputs.items())
+            if value.dtype.kind == "f"  # others are indices: see the choices
+            for why in each.failures(name)
+        ),
     }
 
 

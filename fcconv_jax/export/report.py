@@ -62,6 +62,7 @@ class ExportReport(Report):
       int8: what quantizing changed.
       int8_layers: the checks of the int8 file; ``proof`` is that of the float file that
         it was made from.
+      int8_failures: outputs of the int8 file that are too far from the float file's.
 
     Example:
       >>> proof = Proof((), (), 0, (), ())
@@ -85,11 +86,13 @@ class ExportReport(Report):
     notes: tuple[str, ...] = ()
     int8: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     int8_layers: tuple[LayerProof, ...] = ()
+    int8_failures: tuple[str, ...] = ()
 
     @property
     def failures(self) -> tuple[str, ...]:
         """Each failed check, by layer or output."""
         found = [*self.proof.all_failures]
+        found += [f"int8: {why}" for why in self.int8_failures]
         for layer in self.int8_layers:
             found += [f"int8: layer {layer.name!r}: {why}" for why in layer.failures]
         return tuple(found)

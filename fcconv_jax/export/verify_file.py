@@ -19,7 +19,7 @@ from ..messages.flags import check_kind
 from ..messages.progress import Progress, ProgressOption, shown
 from ..params.moves import map_leaves
 from .fingerprint import fingerprint_of
-from .int8 import difference
+from .int8 import differences
 from .integers import prove_layers
 from .proof import Proof, ReferenceOutputs, parameter_leaves, prove, reference_of
 from .record import FileRecord
@@ -162,12 +162,17 @@ def _prove(
         if record.constants:
             count = len(record.constants)
             notes.append(f"other parameters, rounded too, were not compared: {count}")
-        if reference is not None:
-            off = difference(shipped, reference, names)
-            notes.append(f"the whole file is {off:.1e} from float64 (root mean square)")
+        failures: list[str] = []
+        found = differences(shipped, reference, names) if reference is not None else {}
+        for name, each in found.items():
+            notes.append(
+                f"{name!r} is {each.share:.1e} from float64, root mean square "
+                f"({each.allowed:.1e} allowed)"
+            )
+            failures += each.failures(name)
         known = {layer.name for layer in record.layers}
         more = [layer.name for layer in shipped.layers() if layer.name not in known]
-        failures = [f"the file has a layer {x!r} that the model has not" for x in more]
+        failures += [f"the file has a layer {x!r} that the model has not" for x in more]
         layers = prove_layers(shipped.int8_layers(), record, leaves, show)
         return Proof(layers, (), 0, tuple(failures), tuple(notes))
     return prove(shipped, record, leaves, show, None, reference, names)

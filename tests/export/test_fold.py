@@ -117,7 +117,10 @@ def test_norms_that_cost_accuracy_are_not_folded(runtime, options, tmp_path):
     model, params, (x,) = _made(model, normal(1, 6, 8, 3))
     path = tmp_path / f"net.{SUFFIX[runtime]}"
     report = fc.export(model, params, x + 1000, path=path, progress=False, **options)
-    assert report.passed, report.failures
+    # int8 has steps of 4 for inputs of 1000, which differ by 1: nothing is left.
+    far = tuple(f for f in report.failures if f.startswith("int8: 'output' is "))
+    assert report.failures == far
+    assert bool(far) == ("calibrate" in options)
     assert "not folded: layers_1: with norms" in str(report)
     assert not any(layer.folded for layer in report.layers)
     assert norms(report) >= 1

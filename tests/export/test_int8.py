@@ -391,5 +391,41 @@ def test_what_verify_says_of_the_whole_file(tmp_path):
     one = inputs[0][:1]
     again = fc.verify_file(report.path, params, one, model=model, progress=False)
     assert again.passed
-    (note,) = (n for n in again.proof.notes if n.startswith("the whole file is "))
-    assert 0 < float(note.split()[4]) < 0.2
+    (note,) = (n for n in again.proof.notes if " from float64, root mean" in n)
+    assert 0 < float(note.split()[2]) < 0.2
+
+
+def test_a_file_that_is_far_off_fails(tmp_path):
+    """One example in 24 is so large that the range of all has no steps for the rest."""
+    model, params, (x,) = MODELS["digits"]()
+    data = np.array(normal(24, *x.shape[1:], seed=5))
+    data[3] *= 1e4
+    report = export("digits", tmp_path, calibrate=[data])
+    given = {"model": model, "progress": False}
+    large = fc.verify_file(report.path, params, data[3:4], **given)
+    assert large.passed, large.failures
+    again = fc.verify_file(report.path, params, x[:1], **given)
+    (why,) = again.failures
+    assert "allowed, half of its standard deviation. Calibrate on" in why
+
+
+def test_a_network_that_int8_cannot_hold_is_not_written(tmp_path):
+    """Two features that cancel, each a hundred times what is left of them."""
+
+    def model(params, x):
+        return (x @ params["w"] + 100) @ params["v"]
+
+    rng = np.random.default_rng(0)
+    w, v = rng.normal(size=(6, 8)), rng.normal(size=(8, 3))
+    v[4:] = -v[:4]
+    w[:, 4:] = 0.99 * w[:, :4]
+    params = {"w": np.float32(w), "v": np.float32(v)}
+    path = tmp_path / "m.tflite"
+    path.write_text("the one before")
+    data = np.asarray(normal(24, 6, seed=5))
+    report = fc.export(
+        *(model, params, data[:1]), path=path, calibrate=[data], progress=False
+    )
+    (why,) = report.failures
+    assert why.startswith("int8: 'output' is ")
+    assert path.read_text() == "the one before"
