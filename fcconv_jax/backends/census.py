@@ -10,11 +10,7 @@ import collections
 import dataclasses
 import math
 import re
-from collections.abc import Callable, Mapping
-from typing import Any
-
-import jax
-from jaxtyping import PyTree
+from collections.abc import Mapping
 
 _STABLEHLO = re.compile(r'"?stablehlo\.(\w+)"?')
 _STABLEHLO_CALL = re.compile(r'(?:func\.)?call @("[^"]+"|[\w.$-]+)')
@@ -65,14 +61,6 @@ class OpCounts:
     collective_bytes: Mapping[str, int] = dataclasses.field(default_factory=dict)
     copies: int = 0
     fusions: int = 0
-
-
-@dataclasses.dataclass(frozen=True)
-class Census:
-    """The counts before and after compilation; None if the text is unavailable."""
-
-    stablehlo: OpCounts | None
-    hlo: OpCounts | None
 
 
 def count_stablehlo(text: str) -> OpCounts:
@@ -147,7 +135,7 @@ def count_hlo(text: str) -> OpCounts:
                 seen.add(part)
             # An asynchronous one is two operations: the second has the result alone.
             total[f"collective:{kind}"] += not op.endswith("-done")
-            exchanged[kind] += 0 if op.endswith("-start") else _bytes(shape)
+            exchanged[kind] += 0 if op.endswith("-start") else array_bytes(shape)
         elif op == "custom-call":
             target = HLO_TARGET.search(line)
             total[f"custom_call:{target.group(1) if target else None}"] += 1
@@ -159,8 +147,13 @@ def count_hlo(text: str) -> OpCounts:
     return dataclasses.replace(counts, collective_bytes=dict(sorted(exchanged.items())))
 
 
-def _bytes(shape: str) -> int:
-    """Size of an array, or of a tuple of arrays, by its type in HLO."""
+def array_bytes(shape: str) -> int:
+    """Return the size of an array, or of a tuple of arrays, by its type in HLO.
+
+    Example:
+      >>> array_bytes("(f32[2,3]{1,0}, pred[])")
+      25
+    """
     sizes = (
         int(bits or 8) * math.prod(int(n) for n in dims.split(",") if n)
         for bits, dims in _HLO_ARRAY.findall(shape)
@@ -184,35 +177,3 @@ def _op_counts(total: collections.Counter, dots: tuple[str, ...]) -> OpCounts:
         copies=total["copy"] + total["transpose"],
         fusions=total["fusion"],
     )
-
-
-def census(
-    program: Callable[..., Any] | Any, *args: PyTree, **kwargs: PyTree
-) -> Census:
-    """Count the operations of a program, before and after it is compiled.
-
-    Args:
-      program: a function (jitted or not), a ``jax.stages.Lowered`` or ``Compiled``, or
-        the text of a module in StableHLO or HLO.
-      *args: arguments (arrays or abstract ones) of the function.
-      **kwargs: keyword arguments of the function.
-
-    Returns:
-      The counts.
-
-    Example:
-      >>> import jax.numpy as jnp
-      >>> census(lambda x: x @ x, jnp.ones((3, 3))).stablehlo.dots
-      1
-    """
-    if isinstance(program, str):
-        if "stablehlo." in program or program.lstrip().startswith("module"):
-            return Census(count_stablehlo(program), None)
-        return Census(None, count_hlo(program))
-    if isinstance(program, jax.stages.Compiled):
-        return Census(None, count_hlo(program.as_text() or ""))
-    if not isinstance(program, jax.stages.Lowered):
-        jitted: Any = program if hasattr(program, "lower") else jax.jit(program)
-        return census(jitted.lower(*args, **kwargs))
-    compiled = program.compile().as_text() or ""
-    return Census(count_stablehlo(program.as_text()), count_hlo(compiled))

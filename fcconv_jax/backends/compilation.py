@@ -20,7 +20,7 @@ from .census import HLO_CYCLES, OpCounts, count_hlo, count_stablehlo
 from .name import Backend
 from .options import correct_options
 from .relayout import relayout_bytes
-from .resolution import Resolution, resolve
+from .resolution import Resolution
 from .worker import describe
 
 TIMEOUT = 600.0
@@ -81,44 +81,6 @@ class Compilation:
     def relayout_bytes(self) -> int | None:
         """Bytes that the program only moves to another layout; None if not compiled."""
         return None if self.hlo is None else relayout_bytes(self.text)
-
-
-def compile_for(
-    function: Callable[..., Any],
-    args: Sequence[Any],
-    backend: str | Backend,
-    *,
-    timeout: float = TIMEOUT,
-) -> Compilation:
-    """Compile a function for a backend, whether or not such a device is present.
-
-    Args:
-      function: any function of PyTrees of arrays.
-      args: its arguments, arrays or abstract ones.
-      backend: such as 'cpu', 'tpu:v5e' or 'cuda:h100'.
-      timeout: seconds for compiling ahead of time.
-
-    Returns:
-      The compiled program. Without a compiler on this machine, the lowered program;
-      ``reason`` names what is missing.
-
-    Raises:
-      BackendError: the backend is unknown, or its compiler failed.
-
-    Example:
-      >>> found = compile_for(lambda x: x @ x, [jnp.ones((8, 8))], "cpu")
-      >>> found.how, found.stablehlo.dots, found.executable(jnp.ones((8, 8)))[0, 0]
-      ('compiled', 1, Array(8., dtype=float32))
-    """
-    chosen = resolve(backend)
-    program = Program(function, tuple(args))
-    if chosen.how == "executed":
-        return compile_present(program, chosen)
-    with Compiling({"program": program}, [chosen], timeout=timeout) as compiling:
-        (found,) = compiling.results().values()
-    if isinstance(found, BackendError):
-        raise found
-    return found["program"]
 
 
 def compile_present(program: Program, resolution: Resolution) -> Compilation:

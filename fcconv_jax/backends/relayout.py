@@ -2,19 +2,17 @@
 
 from __future__ import annotations
 
-import math
 import re
 from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import NamedTuple
 
-from .census import HLO_INSTRUCTION
+from .census import HLO_INSTRUCTION, array_bytes
 
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) \(.*\{$")
 _OPERAND = re.compile(r"%([\w.-]+)")
 _CALLED = re.compile(r"(?:calls|to_apply|body|condition)=%?([\w.-]+)")
 _BRANCHES = re.compile(r"branch_computations=\{([^}]*)\}")
 _ARRAY = re.compile(r"([a-z]\w*)\[([\d,]*)\](?:\{([\d,]*)(?::([^{}]*))?\})?")
-_BITS = re.compile(r"\d+")
 _CALLS = frozenset(("call", "conditional", "while"))
 _MOVES = frozenset(
     "concatenate convert copy dynamic-slice dynamic-update-slice pad reshape slice "
@@ -59,7 +57,7 @@ def relayout_bytes(text: str) -> int:
         # traffic would be there without the transpose.
         ops = {each.op for each, _ in body} - _BESIDE
         if ops <= _MOVES and any(_reorders(*each) for each in body):
-            total += _size(line.shape)
+            total += array_bytes(line.shape)
     return total
 
 
@@ -125,13 +123,3 @@ def _memory_order(array: str) -> list[int]:
         return []
     sizes = [int(size) for size in found[2].split(",")]
     return [axis for axis in map(int, found[3].split(",")) if sizes[axis] > 1]
-
-
-def _size(shape: str) -> int:
-    """Bytes of an array, or of a tuple of arrays, by its type."""
-    total = 0
-    for found in _ARRAY.finditer(shape):
-        bits = _BITS.search(found[1])
-        count = math.prod(int(size) for size in found[2].split(",") if size)
-        total += (count * int(bits[0] if bits else 8) + 7) // 8
-    return total

@@ -1,14 +1,14 @@
-"""Both forms over a pod of 256 chips that is not there; skips without the extra."""
+"""Both forms over a pod of 256 chips that you don't have; skips without the extra."""
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import pytest
+from compilers import compile_for
 from jax.sharding import AbstractMesh, AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fcconv_jax as fc
-from fcconv_jax.backends.compilation import compile_for
 from fcconv_jax.backends.resolution import missing_extra
 
 POD = "tpu:v5e:16x16"

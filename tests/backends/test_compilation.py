@@ -1,4 +1,4 @@
-"""compile_for, where no extra is needed: on a present device, and lowered."""
+"""Compiled programs where no extra is needed: on a present device, and lowered."""
 
 import dataclasses
 import os
@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import compile_for
 
 import fcconv_jax as fc
 from fcconv_jax.backends import processes
-from fcconv_jax.backends.census import census
-from fcconv_jax.backends.compilation import compile_for
+from fcconv_jax.backends.census import count_hlo
 from fcconv_jax.backends.name import Backend
 from fcconv_jax.messages.errors import BackendError
 
@@ -42,7 +42,7 @@ def test_on_a_present_device(forms):
         ones = jax.tree.map(lambda s: np.ones(s.shape, s.dtype), variables)
         assert got.how == "compiled"
         assert (got.executable(ones, x) == 9).all()
-        assert got.hlo == census(got.text).hlo
+        assert got.hlo == count_hlo(got.text)
         assert got.flops >= 2 * 4 * 8 * 16
         assert got.temp_bytes is not None
         assert got.seconds > 0

@@ -18,7 +18,7 @@ from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 import fcconv_jax as fc
-from fcconv_jax.backends.census import census
+from fcconv_jax.backends.census import count_hlo, count_stablehlo
 
 CASES = {}
 
@@ -80,10 +80,11 @@ def compare(original, converted, params, moved, x, plan):
         (y, dx, grad, after),
         (z, dx2, *back),
     )
+    lowered = jax.jit(converted).lower(moved, x)
     found = {
         "equal": all(jax.tree.leaves(same)),
         "typed": jax.typeof(y) == jax.typeof(z) and jax.typeof(dx) == jax.typeof(dx2),
-        "convolutions": census(jax.jit(converted), moved, x).stablehlo.convolutions,
+        "convolutions": count_stablehlo(lowered.as_text()).convolutions,
         "shards": [
             leaf.sharding.shard_shape(leaf.shape) for leaf in jax.tree.leaves(moved)
         ],
@@ -94,7 +95,7 @@ def compare(original, converted, params, moved, x, plan):
             ("converted", converted, moved),
         ):
             program = jax.jit(f) if phase == "forward" else runs[name][0]
-            hlo = census(program, p, x).hlo
+            hlo = count_hlo(program.lower(p, x).compile().as_text())
             found[f"{phase}/{name}"] = (hlo.collectives, hlo.collective_bytes)
     return found
 

@@ -5,9 +5,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from compilers import compile_for
 
 import fcconv_jax as fc
-from fcconv_jax.backends.compilation import compile_for
 from fcconv_jax.tuning.layer_programs import layer_forms
 
 
