@@ -54,12 +54,7 @@ def is_file(there: Path) -> bool:
 
 
 @contextlib.contextmanager
-def replacing(
-    final: Path,
-    *,
-    nbytes: int | None = None,
-    may_replace: Callable[[Path], bool] = is_file,
-) -> Iterator[Path]:
+def replacing(final: Path) -> Iterator[Path]:
     """Yield a path to write at; afterwards, move what was written to its destination.
 
     Files written beside the yielded path are moved first: ``model.xml`` never appears
@@ -67,11 +62,8 @@ def replacing(
     folder of a killed run is removed by the next run to the same destination.
 
     Args:
-      final: the destination. Its folder must exist.
-      nbytes: create a file of this size first, with its blocks allocated. A full disk
-        then raises here; a write to a memory map would die with SIGBUS.
-      may_replace: whether what is at a destination may be replaced. By default,
-        a regular file may be; a folder, link to nowhere, device or pipe may not.
+      final: the destination. Its folder must exist. Of what may be there, only a
+        regular file is replaced: no folder, link to nowhere, device or pipe.
 
     Raises:
       FileExistsError: something is at the destination that may not be replaced.
@@ -86,16 +78,12 @@ def replacing(
       ('{}', ['timings.json'])
     """
     with workspace(final) as folder:
-        fresh = folder / final.name
-        if nbytes is not None:
-            with fresh.open("wb") as file:
-                allocate(file.fileno(), nbytes)
-        yield fresh
+        yield folder / final.name
         written = sorted(folder.iterdir(), key=lambda each: each.name == final.name)
         for each in written:
             sync(each)
         for each in written:
-            install(each, final.with_name(each.name), may_replace)
+            install(each, final.with_name(each.name), is_file)
 
 
 @contextlib.contextmanager

@@ -1,6 +1,5 @@
 """Files are installed whole or not at all, and killed runs leave nothing."""
 
-import errno
 import os
 import shutil
 import signal
@@ -77,26 +76,13 @@ def test_a_folder_replaces_a_folder_where_it_may(tmp_path):
     final = tmp_path / "m.mlpackage"
     final.mkdir()
     (final / "old").touch()
-    with replacing(final, may_replace=lambda there: there.is_dir()) as fresh:
+    with install.workspace(final) as folder:
+        fresh = folder / final.name
         fresh.mkdir()
         (fresh / "new").touch()
+        install.install(fresh, final, lambda there: there.is_dir())
     assert names(final) == ["new"]
     assert names(tmp_path) == ["m.mlpackage"]
-
-
-def test_a_full_disk_is_an_error_before_the_work(tmp_path, monkeypatch):
-    def full(fd, start, nbytes):
-        raise OSError(errno.ENOSPC, "No space left on device")
-
-    monkeypatch.setattr(os, "posix_fallocate", full, raising=False)
-    (tmp_path / "m").write_text("old")
-    with (
-        pytest.raises(OSError, match="No space"),
-        replacing(tmp_path / "m", nbytes=1 << 20),
-    ):
-        pytest.fail("the body ran")
-    assert (tmp_path / "m").read_text() == "old"
-    assert names(tmp_path) == ["m"]
 
 
 @pytest.mark.parametrize("system", ["posix_fallocate", "none"])
@@ -104,10 +90,11 @@ def test_a_full_disk_is_an_error_before_the_work(tmp_path, monkeypatch):
 def test_the_size_is_allocated(tmp_path, nbytes, system, monkeypatch):
     if system == "none":
         monkeypatch.delattr(os, "posix_fallocate")
-    with replacing(tmp_path / "m", nbytes=nbytes) as fresh:
-        stat = fresh.stat()
-        assert stat.st_size == nbytes
-        assert stat.st_blocks * 512 >= nbytes
+    with (tmp_path / "m").open("wb") as file:
+        install.allocate(file.fileno(), nbytes)
+    stat = (tmp_path / "m").stat()
+    assert stat.st_size == nbytes
+    assert stat.st_blocks * 512 >= nbytes
     assert (tmp_path / "m").read_bytes() == bytes(nbytes)
 
 
