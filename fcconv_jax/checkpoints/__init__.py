@@ -12,5 +12,4 @@ from .convert import verify_checkpoint as verify_checkpoint
 from .files import inspect_checkpoint as inspect_checkpoint
 from .files import open_checkpoint as open_checkpoint
 from .files import read_checkpoint as read_checkpoint
-from .files import write_checkpoint as write_checkpoint
 from .places import check_target as check_target

@@ -205,22 +205,15 @@ class CheckpointInfo:
       path: the file or directory.
       format: ``"orbax"``, ``"msgpack"`` or ``"safetensors"``.
       leaves: its leaves in the order of the file.
-      record: what its conversion left in it, or None.
-      metadata: its other metadata.
-      contents: which entries of its directory hold it.
+      plan: the plan that it was converted with; None where it was not.
+      step: name of its step, where its directory holds several.
     """
 
     path: Path
     format: str
     leaves: tuple[LeafInfo, ...]
-    record: ConversionRecord | None = None
-    metadata: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    contents: OrbaxItems | FolderFiles = OrbaxItems()
-
-    @property
-    def plan(self) -> Plan | None:
-        """The plan that it was converted with; None where it was not."""
-        return self.record.plan if self.record else None
+    plan: Plan | None = None
+    step: str | None = None
 
     @property
     def nbytes(self) -> int:
@@ -228,8 +221,7 @@ class CheckpointInfo:
         return sum(leaf.nbytes for leaf in self.leaves)
 
     def __str__(self) -> str:
-        step = getattr(self.contents, "step", None)
-        where = f" step {step}" if step else ""
+        where = f" step {self.step}" if self.step else ""
         plan = "never converted" if self.plan is None else f"converted, {self.plan}"
         rows = [
             (leaf.path, leaf.dtype, str(leaf.shape), str(leaf.nbytes))

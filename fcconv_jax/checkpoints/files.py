@@ -17,12 +17,11 @@ from .checkpoint import (
     step_number,
     with_leaves,
 )
-from .detect import PathLike, detect, full_path, named
+from .detect import PathLike, detect, named
 from .entries import Moved
 from .extents import Advance, silent
 from .folders import FOLDER
 from .formats import FILES, FORMATS, FileFormat, FolderFormat
-from .places import check_free, fresh_place, put
 
 
 def open_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint:
@@ -87,11 +86,12 @@ def read_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint
     Example:
       >>> import tempfile
       >>> import numpy as np
+      >>> from flax import serialization
       >>> with tempfile.TemporaryDirectory() as folder:
-      ...     path = Path(folder, "model.safetensors")
-      ...     tree = {"fc.kernel": np.ones((8, 3), np.float32)}
-      ...     _ = write_checkpoint(path, Checkpoint("safetensors", tree))
-      ...     read_checkpoint(path).tree["fc.kernel"].shape
+      ...     path = Path(folder, "model.msgpack")
+      ...     tree = {"fc": {"kernel": np.ones((8, 3), np.float32)}}
+      ...     _ = path.write_bytes(serialization.msgpack_serialize(tree))
+      ...     read_checkpoint(path).tree["fc"]["kernel"].shape
       (8, 3)
     """
     opened = merged(open_checkpoint(path, step))
@@ -122,14 +122,9 @@ def described(checkpoint: Checkpoint) -> CheckpointInfo:
         LeafInfo.of("/".join(parts), leaf)
         for parts, leaf in iter_leaves(merged(checkpoint).tree)
     )
-    return CheckpointInfo(
-        checkpoint.path or Path(),
-        checkpoint.format,
-        leaves,
-        checkpoint.record,
-        checkpoint.metadata,
-        checkpoint.contents,
-    )
+    step = getattr(checkpoint.contents, "step", None)
+    where = checkpoint.path or Path()
+    return CheckpointInfo(where, checkpoint.format, leaves, checkpoint.plan, step)
 
 
 def merged(checkpoint: Checkpoint) -> Checkpoint:
@@ -152,37 +147,6 @@ def merged(checkpoint: Checkpoint) -> Checkpoint:
     return dataclasses.replace(
         checkpoint, tree=tree, contents=OrbaxItems(), metadata={}, path=None
     )
-
-
-def write_checkpoint(
-    path: PathLike, checkpoint: Checkpoint, *, overwrite: bool = False
-) -> CheckpointInfo:
-    """Write a checkpoint completely, or leave everything unchanged.
-
-    It is written beside the place it goes to, its leaves are looked up there and
-    compared, and only then it is put in its place, in one step.
-
-    Args:
-      path: file, or for Orbax directory, to write; its folder is made where missing.
-      checkpoint: what to write, in its own format.
-      overwrite: replace the checkpoint that is there; it stays if the writing fails.
-
-    Returns:
-      A report on the written leaves.
-
-    Raises:
-      CheckpointError: something is there already, a leaf does not fit the format, or
-        what was written does not read back.
-    """
-    path = full_path(path)
-    check_free(path, overwrite)
-    with named(path), fresh_place(path) as fresh:
-        write_one(fresh, checkpoint)
-        # Read back before it replaces anything: a format's library may drop leaves.
-        info = described(open_checkpoint(fresh, step_of(checkpoint)))
-        require_headers(checkpoint, info)
-        put(fresh, path, overwrite)
-    return dataclasses.replace(info, path=path)
 
 
 def write_one(fresh: Path, checkpoint: Checkpoint, advance: Advance = silent) -> None:

@@ -70,6 +70,7 @@ def open_(path: Path, step: str | None = None) -> Checkpoint:
             )
     opened = {name: FILES[Path(name).suffix].open(path / name) for name in names}
     records = {name: part.record for name, part in opened.items()}
+    # Shards of one model: one that was converted alone has another form than the rest.
     plans = {record and record.plan for record in records.values()}
     if len(plans) > 1:
         none = [name for name, record in records.items() if record is None]

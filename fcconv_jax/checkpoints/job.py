@@ -46,7 +46,7 @@ def make_job(
     source: Checkpoint,
     plan: Plan,
     keep: bool,
-    prefixes: Sequence[str],
+    prefix: str | Sequence[str],
     format: str,
 ) -> Job:
     """Apply a plan to an open checkpoint, lazily."""
@@ -65,7 +65,8 @@ def make_job(
         )
         for parts, (_, leaf) in zip(paths, leaves)
     }
-    bases = [tuple(filter(None, prefix.split("/"))) for prefix in prefixes]
+    prefixes = (prefix,) if isinstance(prefix, str) else prefix
+    bases = [tuple(filter(None, each.split("/"))) for each in prefixes]
     try:
         moves = find_moves(found, plan, prefixes=bases, separator=separator)
     except PlanError as error:

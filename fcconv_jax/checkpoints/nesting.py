@@ -8,10 +8,8 @@ from typing import Any
 from jaxtyping import PyTree
 
 from ..messages.errors import CheckpointError
+from ..plan.paths import BOXES
 from .checkpoint import Parts, is_array, iter_leaves
-
-# What holds the array of a boxed parameter (nn.Partitioned, nnx.Variable).
-_BOX = ("value", "raw_value")
 
 
 def split_paths(leaves: list[Parts], separator: str, file: str) -> dict[Parts, Parts]:
@@ -31,7 +29,7 @@ def split_paths(leaves: list[Parts], separator: str, file: str) -> dict[Parts, P
     seen: dict[Parts, Parts] = {}
     for parts in leaves:
         split = tuple(level for part in parts for level in part.split(separator))
-        if len(split) > 1 and split[-1] in _BOX:
+        if len(split) > 1 and split[-1] in BOXES:
             split = split[:-1]
         if split in seen:
             raise CheckpointError(

@@ -6,7 +6,6 @@ import contextlib
 import os
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from types import MappingProxyType
 
 from ..files.install import install, sync, workspace
 from ..messages.errors import CheckpointError
@@ -97,7 +96,7 @@ def put(
     fresh: Path,
     path: Path,
     overwrite: bool,
-    carried: Mapping[Path, Path] = MappingProxyType({}),
+    carried: Mapping[Path, Path],
 ) -> None:
     """Put what was written in its place, in one step.
 

@@ -97,6 +97,7 @@ def rewrite(
     Raises:
       CheckpointError: as :func:`convert_checkpoint`.
     """
+    # Links resolved: a link to the source is the source.
     here, final = full_path(src).resolve(), full_path(dst)
     there = final.resolve()
     if here == there or here in there.parents or there in here.parents:
@@ -118,6 +119,7 @@ def rewrite(
         folder = next(p for p in final.parents if p.exists())
         free = shutil.disk_usage(folder).free
         return dataclasses.replace(report, dry=True, free=free)
+    # A comparison reads as many bytes as were written.
     total = report.nbytes * (2 if options.check else 1)
     with named(final), fresh_place(final) as fresh, shown(options.progress) as bars:
         bytes_done = ByteCount(bars, total)

@@ -37,6 +37,7 @@ def _walk(
     seen: set[Path],
     found: dict[Path, Path],
 ) -> None:
+    # Sorted: file systems list in orders of their own, and errors name the first.
     for entry in sorted(folder.iterdir()):
         if entry.name in leave:
             continue

@@ -148,12 +148,13 @@ def checkpoint_leaves(checkpoint: Checkpoint) -> dict[tuple[str, ...], Any]:
     """Return the leaves of a checkpoint by path, without the boxes around some."""
     from ..checkpoints.checkpoint import iter_leaves
     from ..checkpoints.formats import FORMATS
+    from ..plan.paths import BOXES
 
     leaves = {}
     for path, leaf in iter_leaves(checkpoint.tree):
         if FORMATS[checkpoint.format].flat:
             path = split_key(path[0], checkpoint.tree)
-        boxed = len(path) > 1 and path[-1] in ("value", "raw_value")
+        boxed = len(path) > 1 and path[-1] in BOXES
         leaves[path[:-1] if boxed else path] = leaf
     return leaves
 

@@ -16,6 +16,7 @@ from ..geometry.kernels import bias_rearrangement, channel_last, kernel_rearrang
 from ..messages.errors import PlanError
 from ..params.leaves import leaf_path
 from ..plan import Form, KernelLayout, LayerPlan, Plan, direction
+from ..plan.paths import BOXES, join_path
 from ..plan.rules import Rule, as_rules, match_rules
 from .layouts import lay_out
 
@@ -25,8 +26,6 @@ _FIX = (
     "Plan from the model's code (make_plan, or --model), or skip the layer with a rule "
     "{skip!r} before the one that matches it."
 )
-# What holds the array of a boxed parameter (nn.Partitioned, nnx.Variable).
-_BOXES = ("value", "raw_value")
 
 
 def plan_from_params(
@@ -369,10 +368,6 @@ def _fix(path: str) -> str:
     return _FIX.format(skip=f"{path or '*'}=skip")
 
 
-def _join(path: str, name: str) -> str:
-    return f"{path}/{name}" if path else name
-
-
 def _shapes(params: PyTree) -> Iterator[tuple[str, Shape]]:
     """Path and shape of each leaf, without the boxes that some of them sit in."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(
@@ -381,7 +376,7 @@ def _shapes(params: PyTree) -> Iterator[tuple[str, Shape]]:
     for path, leaf in leaves:
         leaf = meta.unbox(leaf)
         name, _, last = leaf_path(path).rpartition("/")
-        name = name if name and last in _BOXES else _join(name, last)
+        name = name if name and last in BOXES else join_path(name, last)
         yield name, leaf if _is_shape(leaf) else tuple(getattr(leaf, "shape", ()))
 
 

@@ -6,7 +6,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from fcconv_jax.checkpoints import Checkpoint, read_checkpoint, write_checkpoint
+from fcconv_jax.checkpoints import Checkpoint, read_checkpoint
+from fcconv_jax.checkpoints.files import write_one
 from fcconv_jax.geometry.kernels import Rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
 
@@ -150,7 +151,7 @@ def listing(tmp_path) -> Callable[[], dict[str, bytes]]:
 @pytest.fixture
 def write() -> Callable[..., Any]:
     def write(path: Path, tree: Any, format: Any) -> Path:
-        write_checkpoint(path, Checkpoint(format, tree))
+        write_one(path, Checkpoint(format, tree))
         return path
 
     return write

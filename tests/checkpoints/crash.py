@@ -26,8 +26,8 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     restore_checkpoint,
     verify_checkpoint,
-    write_checkpoint,
 )
+from fcconv_jax.checkpoints.files import write_one
 from fcconv_jax.geometry.kernels import kernel_rearrangement
 from fcconv_jax.messages.errors import CheckpointError
 from fcconv_jax.plan import LayerPlan, Plan
@@ -93,9 +93,9 @@ class Scene:
         if format == "safetensors":
             tree = {f"{a}.{b}": leaf for a, d in tree.items() for b, leaf in d.items()}
             other = {"fc.kernel": other["fc"]["kernel"]}
-        write_checkpoint(self.src, Checkpoint(format, tree))
+        write_one(self.src, Checkpoint(format, tree))
         if self.overwrite:
-            write_checkpoint(self.folder / "other", Checkpoint(format, other))
+            write_one(self.folder / "other", Checkpoint(format, other))
             convert_checkpoint(self.folder / "other", self.dst, PLAN)
 
     def convert(self) -> None:

@@ -37,8 +37,8 @@ from fcconv_jax.checkpoints import (
     inspect_checkpoint,
     read_checkpoint,
     restore_checkpoint,
-    write_checkpoint,
 )
+from fcconv_jax.checkpoints.files import write_one
 from fcconv_jax.geometry.kernels import kernel_rearrangement
 from fcconv_jax.messages.errors import CheckpointError, PlanError
 from fcconv_jax.plan import LayerPlan, Plan
@@ -92,7 +92,7 @@ TREE = {
 def safetensors(path: Path) -> None:
     flat = {"fc.kernel": TREE["params"]["fc"]["kernel"], "n": np.ones((0, 2), np.int8)}
     metadata = {"format": "flax"}
-    write_checkpoint(path, Checkpoint("safetensors", flat, metadata=metadata))
+    write_one(path, Checkpoint("safetensors", flat, metadata=metadata))
 
 
 def msgpack(path: Path) -> None:

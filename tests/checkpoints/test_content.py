@@ -11,8 +11,8 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     restore_checkpoint,
     verify_checkpoint,
-    write_checkpoint,
 )
+from fcconv_jax.checkpoints.files import write_one
 from fcconv_jax.messages.errors import CheckpointError
 
 FORMATS = ("orbax", "msgpack", "safetensors")
@@ -58,7 +58,7 @@ def test_every_planted_defect_is_named(case, save, tmp_path, format, name, chang
     for level in levels:
         node = node[level]
     node[last] = np.ascontiguousarray(change(node[last]))
-    write_checkpoint(tmp_path / "wrong", conv)
+    write_one(tmp_path / "wrong", conv)
     report = verify_checkpoint(src, tmp_path / "wrong")
     assert not report.passed
     (difference,) = report.differences
@@ -70,7 +70,7 @@ def test_every_planted_defect_is_named(case, save, tmp_path, format, name, chang
 def test_leaves_that_are_missing_or_new_are_named(case, save, tmp_path):
     src = save(case.dense, "msgpack")
     tree = {"params": {**case.dense, "new": np.ones(3)}, "step": 4}
-    write_checkpoint(tmp_path / "other", Checkpoint("msgpack", tree))
+    write_one(tmp_path / "other", Checkpoint("msgpack", tree))
     report = verify_checkpoint(src, tmp_path / "other")
     assert [(d.path, d.what) for d in sorted(report.differences, key=str)] == [
         ("params/new", "is not expected"),

@@ -15,6 +15,7 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     restore_checkpoint,
 )
+from fcconv_jax.checkpoints.files import write_one
 from fcconv_jax.geometry.kernels import Rearrangement
 from fcconv_jax.messages.errors import CheckpointError
 from fcconv_jax.plan import LayerPlan, Plan
@@ -243,9 +244,9 @@ def test_a_plan_goes_back_by_hand_too(case, save, leaves, tmp_path, format):
     src = save(case.dense, format)
     convert_checkpoint(src, tmp_path / "conv", case.plan)
     conv = read_checkpoint(tmp_path / "conv")
-    from fcconv_jax.checkpoints import Checkpoint, write_checkpoint
+    from fcconv_jax.checkpoints import Checkpoint
 
-    write_checkpoint(tmp_path / "bare", Checkpoint(format, conv.tree))
+    write_one(tmp_path / "bare", Checkpoint(format, conv.tree))
     convert_checkpoint(tmp_path / "bare", tmp_path / "back", case.plan.inverse())
     want = leaves(src)
     for name, leaf in leaves(tmp_path / "back").items():

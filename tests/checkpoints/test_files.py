@@ -13,8 +13,8 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     restore_checkpoint,
     rewrite,
-    write_checkpoint,
 )
+from fcconv_jax.checkpoints.files import write_one
 from fcconv_jax.checkpoints.formats import FORMATS as FORMATS_BY_NAME
 from fcconv_jax.checkpoints.formats import safetensors
 from fcconv_jax.geometry.kernels import kernel_rearrangement
@@ -196,7 +196,7 @@ def test_restore_compares_with_what_the_conversion_wrote(
         params[name] = {**params[name], "norm": {"scale": np.ones(7, np.float32)}}
     tree = params if FORMATS_BY_NAME[format].flat else {"params": params}
     changed = Checkpoint(format, tree, conv.record)
-    write_checkpoint(tmp_path / "changed", changed)
+    write_one(tmp_path / "changed", changed)
     before = listing()
     why = {
         "missing": "', which .* had, got none",

@@ -11,8 +11,8 @@ from fcconv_jax.checkpoints import (
     inspect_checkpoint,
     read_checkpoint,
     restore_checkpoint,
-    write_checkpoint,
 )
+from fcconv_jax.checkpoints.files import write_one
 from fcconv_jax.checkpoints.formats import msgpack, msgpack_frame
 from fcconv_jax.messages.errors import CheckpointError
 
@@ -57,7 +57,7 @@ def test_flax_and_this_read_and_write_the_same_bytes(tmp_path_factory, tree):
     opened = read_checkpoint(path) if tree else None
     if opened is not None:
         again = path.with_name("again")
-        write_checkpoint(again, Checkpoint("msgpack", opened.tree))
+        write_one(again, Checkpoint("msgpack", opened.tree))
         assert again.read_bytes() == content
 
 
@@ -114,7 +114,7 @@ def test_a_file_without_an_array_for_the_plan_is_refused(case, save, tmp_path):
     convert_checkpoint(save(case.dense, "msgpack"), tmp_path / "conv", case.plan)
     record = read_checkpoint(tmp_path / "conv").record
     with pytest.raises(CheckpointError, match="to store the plan with"):
-        write_checkpoint(tmp_path / "no", Checkpoint("msgpack", {"l": tree}, record))
+        write_one(tmp_path / "no", Checkpoint("msgpack", {"l": tree}, record))
     assert not (tmp_path / "no").exists()
 
 

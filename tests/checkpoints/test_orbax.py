@@ -11,6 +11,7 @@ from fcconv_jax.checkpoints import (
     convert_checkpoint,
     entries,
     inspect_checkpoint,
+    open_checkpoint,
     read_checkpoint,
     restore_checkpoint,
     verify_checkpoint,
@@ -111,8 +112,8 @@ def test_a_manager_directory_gives_its_latest_step_as_a_manager_directory(
                 metrics={"loss": 0.5},
             )
         manager.wait_until_finished()
-    info = inspect_checkpoint(tmp_path / "dense")
-    assert info.contents == OrbaxItems("10", ("state",))
+    opened = open_checkpoint(tmp_path / "dense")
+    assert opened.contents == OrbaxItems("10", ("state",))
     convert_checkpoint(tmp_path / "dense", tmp_path / "conv", case.plan)
     like = jax.tree.map(jnp.zeros_like, converted)
     with ocp.CheckpointManager(tmp_path / "conv") as manager:

@@ -4,7 +4,6 @@ import contextlib
 import os
 import signal
 
-import numpy as np
 import pytest
 
 from fcconv_jax.checkpoints import (
@@ -14,8 +13,8 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     restore_checkpoint,
     verify_checkpoint,
-    write_checkpoint,
 )
+from fcconv_jax.checkpoints.files import write_one
 from fcconv_jax.messages.errors import CheckpointError
 
 
@@ -155,7 +154,6 @@ def test_dots_in_paths(case, save, tmp_path, format, monkeypatch):
     monkeypatch.chdir(tmp_path / "sub")
     convert_checkpoint("../dense", "../sub/../conv", case.plan)
     assert verify_checkpoint("../dense", "../conv").passed
-    write_checkpoint("../w", Checkpoint("msgpack", {"a": np.ones(2)}))
 
 
 # ------------------------------------------------------------ overwriting
@@ -210,7 +208,7 @@ def test_a_plan_goes_back_where_none_is_stored(case, save, tmp_path):
     src = save(case.dense, "msgpack")
     convert_checkpoint(src, tmp_path / "conv", case.plan)
     tree = read_checkpoint(tmp_path / "conv").tree
-    write_checkpoint(tmp_path / "on", Checkpoint("msgpack", tree))
+    write_one(tmp_path / "on", Checkpoint("msgpack", tree))
     with pytest.raises(
         CheckpointError, match=r"on: expected one stored plan.*restore --plan"
     ):

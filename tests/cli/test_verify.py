@@ -11,7 +11,8 @@ import numpy as np
 import pytest
 import safetensors.numpy
 
-from fcconv_jax.checkpoints import read_checkpoint, write_checkpoint
+from fcconv_jax.checkpoints import read_checkpoint
+from fcconv_jax.checkpoints.files import write_one
 from fcconv_jax.verification import layer_certificates as certificates_module
 
 from .commands import (
@@ -126,7 +127,8 @@ def test_a_conversion_that_was_changed(params):
     run("convert ckpt conv.msgpack --model model.py:Net --input 1,8,8,1")
     conv = read_checkpoint("conv.msgpack")
     conv.tree["fc2"]["bias"] = np.ones(5, np.float32)
-    write_checkpoint("conv.msgpack", conv, overwrite=True)
+    Path("conv.msgpack").unlink()
+    write_one(Path("conv.msgpack"), conv)
     command = "verify model.py:Net --input 2,8,8,1 --params conv.msgpack"
     fails(command, r"'fc2/bias' of shape \(4,\), got \(5,\)")
 

@@ -145,6 +145,7 @@ def _packed(
     """Yield the bytes of a tree; for entries, the leaf and its number of bytes."""
     import msgpack
 
+    # As flax.serialization packs; else a tuple would come back as a list.
     packer = msgpack.Packer(strict_types=True)
     if isinstance(node, Mapping):
         yield packer.pack_map_header(len(node))
