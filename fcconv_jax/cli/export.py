@@ -231,8 +231,10 @@ def verify_exported(
     Raises:
       ArgumentError: no checkpoint is given to check it against.
     """
+    from flax.traverse_util import unflatten_dict
+
     from ..checkpoints import read_checkpoint
-    from ..export.verify_file import tree_of, verify_file
+    from ..export.verify_file import verify_file
     from ..params.moves import map_leaves
     from .variables import checkpoint_leaves, load_variables
 
@@ -251,7 +253,7 @@ def verify_exported(
         return verify_file(file, model=with_random_inputs(bound, seed))
     start_jax()
     saved = read_checkpoint(against)
-    tree = tree_of(_below_params(checkpoint_leaves(saved)))
+    tree = unflatten_dict(_below_params(checkpoint_leaves(saved)))
     if saved.plan is not None:
         tree = map_leaves(tree, saved.plan.inverse())
     return verify_file(file, tree)

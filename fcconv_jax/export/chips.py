@@ -8,6 +8,7 @@ follows from such a document, and was not tried. No file was run on any of these
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable, Sequence
 from typing import Literal
 
@@ -233,12 +234,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             "artpec-9",
             "Axis ARTPEC-9",
-            (
-                ("patchify", ("conv", "dense")),
-                ("full_window", ("conv", "dense")),
-                ("tokens", ("conv", "dense")),
-                ("head", ("conv", "dense")),
-            ),
+            _uniform(("conv", "dense")),
             "convolutions where their window is one of its sizes; multiples of 16 "
             "channels are best",
             "inferred",
@@ -296,12 +292,7 @@ CHIPS: dict[str, Chip] = {
         Chip(
             "k210",
             "Kendryte K210",
-            (
-                ("patchify", ("dense", "conv")),
-                ("full_window", ("dense", "conv")),
-                ("tokens", ("dense", "conv")),
-                ("head", ("dense", "conv")),
-            ),
+            _uniform(("dense", "conv")),
             "a convolution with an output below 4x4 goes to its CPU",
             "read",
             _K210,
@@ -345,7 +336,8 @@ CHIPS: dict[str, Chip] = {
                 ChipRule(
                     "FULLY_CONNECTED has 1, 2, 4 or 8 rows",
                     lambda layer: (
-                        layer.op == "dense" and _rows(layer) not in (1, 2, 4, 8)
+                        layer.op == "dense"
+                        and math.prod(layer.input_shape[:-1]) not in (1, 2, 4, 8)
                     ),
                     "read",
                     "MediaTek MDLA 3.0 guidelines",
@@ -375,10 +367,3 @@ CHIPS: dict[str, Chip] = {
         ),
     )
 }
-
-
-def _rows(layer: Layer) -> int:
-    rows = 1
-    for n in layer.input_shape[:-1]:
-        rows *= n
-    return rows

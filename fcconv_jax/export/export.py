@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
+from numpy.typing import ArrayLike
 
 from ..backends.default_settings import default_settings
 from ..backends.timing import milliseconds
@@ -25,6 +26,7 @@ from ..messages.flags import check_flags
 from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
+from ..tracing.arguments import is_key
 from ..verification.agreement import WorkingError, named_leaves, working_errors
 from .arguments import check_arguments
 from .chips import Chip
@@ -51,7 +53,6 @@ from .passes.symbolic import make_symbolic, rescale
 from .proof import (
     Proof,
     ReferenceOutputs,
-    is_random_key,
     parameter_leaves,
     prove,
     reference_of,
@@ -81,8 +82,8 @@ def export(
     any_batch: bool = False,
     any_size: bool = False,
     weights: str | None = None,
-    calibrate: Sequence[Any] | None = None,
-    labels: Any = None,
+    calibrate: Sequence[ArrayLike] | None = None,
+    labels: ArrayLike | None = None,
     compare: bool = False,
     progress: ProgressOption = None,
     **kwargs: PyTree,
@@ -190,6 +191,7 @@ def export(
             plan = call.plan(form, as_rules(rules))
         show("planning", 1, 1)
         last = place / Path(path).name
+        # Quantizers make an int8 file from a float one, which isn't kept.
         first = last if calibrate is None else Path(folder) / f"float{target.suffix}"
         written = call.write(plan, form, first)  # refuses what it cannot, at once
         reference, notes = reference_of(call.bound, weights)
@@ -370,7 +372,7 @@ class _Call:
         """The graph of a model; an empty one where only JAX can say it, and may."""
         flat, tree = jax.tree.flatten(bound.variables)
         # No file holds the keys of dropout: they are constants, which nothing may read.
-        stored = [i for i, leaf in enumerate(flat) if not is_random_key(leaf)]
+        stored = [i for i, leaf in enumerate(flat) if not is_key(leaf)]
 
         def call(values: PyTree, arrays: PyTree) -> Any:
             merged = flat.copy()

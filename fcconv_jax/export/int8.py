@@ -63,6 +63,7 @@ def batches(
             f"Expected at least {size} examples of calibration data, one batch, got "
             f"{len(arrays[0])}. Pass more."
         )
+    # A rest smaller than a batch is left out: the file takes no other batch.
     for i in range(count):
         calls.append([np.asarray(a[i * size : (i + 1) * size]) for a in arrays])
     return calls

@@ -23,7 +23,7 @@ import numpy as np
 from ..messages.errors import ExportError
 from ..messages.progress import Progress
 from .layers import Layer, compute, expected
-from .proof import Arithmetic, LayerProof, first_line
+from .proof import Int8Comparison, LayerProof, first_line
 from .record import FileRecord
 
 _INT8 = np.iinfo(np.int8)
@@ -171,7 +171,9 @@ def prove_layers(
     return tuple(found)
 
 
-def _on_integers(layer: Layer, mine: Int8Layer) -> tuple[Arithmetic | None, list[str]]:
+def _on_integers(
+    layer: Layer, mine: Int8Layer
+) -> tuple[Int8Comparison | None, list[str]]:
     """Compare an operation, cut out of its file, with integer arithmetic."""
     wants: dict[str, list[np.ndarray]] = {name: [] for name in _ROUNDINGS}
     gots, exact, most = [], [], []
@@ -196,7 +198,7 @@ def _on_integers(layer: Layer, mine: Int8Layer) -> tuple[Arithmetic | None, list
     off = {name: np.abs(got - np.stack(want)) for name, want in wants.items()}
     name = min(off, key=lambda name: int(np.count_nonzero(off[name])))
     count, largest = int(np.count_nonzero(off[name])), int(off[name].max(initial=0))
-    found = Arithmetic(got.size, count, largest, name)
+    found = Int8Comparison(got.size, count, largest, name)
     if not count:
         return found, []
     if mine.dequantized and (np.abs(got - np.stack(exact)) <= np.stack(most)).all():

@@ -22,6 +22,7 @@ from ..frontends.bound import BoundModel
 from ..messages.errors import ExportError
 from ..messages.progress import Progress
 from ..params.leaves import flatten_with_path
+from ..tracing.arguments import is_key
 from ..tracing.jaxprs import evaluate
 from ..verification.agreement import WorkingError, named_leaves, working_errors
 from ..verification.moved import MOVED, moved_by_an_ulp
@@ -35,7 +36,7 @@ from .shipped import Shipped, ShippedLayer
 
 
 @dataclasses.dataclass(frozen=True)
-class Arithmetic:
+class Int8Comparison:
     """An int8 layer of a file, compared with integer arithmetic.
 
     Args:
@@ -80,7 +81,7 @@ class LayerProof:
     stored: str = ""
     constant: bool = False
     folded: bool = False
-    arithmetic: Arithmetic | None = None
+    arithmetic: Int8Comparison | None = None
 
     @property
     def passed(self) -> bool:
@@ -164,17 +165,12 @@ def reference_of(
     return ReferenceOutputs(list(zip(names, outs)), leaves, inputs), []
 
 
-def is_random_key(leaf: Any) -> bool:
-    """Return whether an array holds random keys, as dropout's state does."""
-    return jnp.issubdtype(leaf.dtype, jax.dtypes.extended)
-
-
 def parameter_leaves(tree: PyTree) -> dict[str, np.ndarray]:
     """Return the arrays of a tree of variables by path."""
     found = {}
     for path, node in flatten_with_path(tree)[0]:
         for leaf in jax.tree.leaves(node):
-            if not is_random_key(leaf):
+            if not is_key(leaf):
                 found[path] = np.asarray(leaf)
     return found
 

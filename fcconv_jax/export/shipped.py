@@ -201,6 +201,23 @@ def _axes(kernel: np.ndarray, order: str) -> tuple[str, str]:
     return f"{height}WIO", order.replace("H", height)
 
 
+def is_rows(kernel: np.ndarray, shape: Sequence[int]) -> bool:
+    """Return whether a file's kernel takes the channels of a row as columns.
+
+    Args:
+      kernel: as a channel-first runtime stores it.
+      shape: of the model's kernel, ``(H, W, C, O)``; others are never stored so.
+
+    Example:
+      >>> is_rows(np.zeros((7, 1, 3, 10)), (3, 5, 2, 7))
+      True
+    """
+    if len(shape) != 4:
+        return False
+    height, width, channels, _ = shape
+    return channels > 1 and kernel.shape[1:] == (1, height, width * channels)
+
+
 def channels_first(rank: int) -> tuple[int, ...]:
     """Return the permutation of a channel-last image of so many axes."""
     return (0, rank - 1, *range(1, rank - 1))

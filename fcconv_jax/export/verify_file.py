@@ -6,7 +6,6 @@ import dataclasses
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 from jaxtyping import PyTree
@@ -217,19 +216,3 @@ def _report(
         executed=runtime.executed,
         notes=tuple(notes),
     )
-
-
-def tree_of(leaves: Mapping[tuple[str, ...], Any]) -> dict[str, Any]:
-    """Nested dictionaries of leaves, from their paths.
-
-    Example:
-      >>> tree_of({("params", "fc", "bias"): 1})
-      {'params': {'fc': {'bias': 1}}}
-    """
-    tree: dict[str, Any] = {}
-    for path, leaf in leaves.items():
-        node = tree
-        for level in path[:-1]:
-            node = node.setdefault(level, {})
-        node[path[-1]] = leaf
-    return tree

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
@@ -59,6 +60,17 @@ def split_hashable(tree: PyTree, caller: str) -> tuple[list[Any], Static]:
             f"{error}."
         ) from None
     return arrays, static
+
+
+def is_key(array: Any) -> bool:
+    """Return whether an array holds random keys, whose dtype NumPy lacks.
+
+    Example:
+      >>> is_key(jax.random.key(0)), is_key(np.ones(2)), is_key("text")
+      (True, False, False)
+    """
+    dtype = getattr(array, "dtype", None)
+    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
 def is_array(leaf: Any) -> bool:

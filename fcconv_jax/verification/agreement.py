@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 
 from ..params.leaves import leaf_path
 from ..plan.paths import join_path
+from ..tracing.arguments import is_key
 
 Quantity = Literal["outputs", "layers", "gradients", "one step"]
 
@@ -198,7 +199,7 @@ def _agree(
         off = np.where(want == got, 0.0, np.maximum(far, 1.0))
         nonfinite, limit = 0, np.zeros(want.shape)
     else:
-        off, nonfinite = _off(want, got)
+        off, nonfinite = off_by(want, got)
         limit = np.broadcast_to(np.maximum(THRESHOLD * scale, extra), off.shape)
     worst, allowed = float(off.max(initial=0.0)), float(limit.max(initial=0.0))
     beyond = off > limit
@@ -217,8 +218,11 @@ def _agree(
     return dataclasses.replace(found, reason=reason)
 
 
-def _off(want: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, int]:
-    """The difference of each entry, infinite where only one is a number."""
+def off_by(want: np.ndarray, got: np.ndarray) -> tuple[np.ndarray, int]:
+    """Return the difference of each entry, infinite where only one is a number.
+
+    And how many entries are NaN or infinite in both alike.
+    """
     with np.errstate(invalid="ignore", over="ignore"):
         off = abs(want - got)
     alike = (want == got) | (np.isnan(want) & np.isnan(got))
@@ -329,9 +333,3 @@ def unseen(array: np.ndarray) -> bool:
     """Whether an array of floats has entries, and none that is finite."""
     inexact = jnp.issubdtype(array.dtype, jnp.inexact)
     return bool(inexact and array.size and not np.isfinite(array).any())
-
-
-def is_key(array: Any) -> bool:
-    """Whether an array holds random keys."""
-    dtype = getattr(array, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from ...messages.errors import ExportError
-from ...tracing.arguments import is_array
+from ...tracing.arguments import is_array, is_key
 from ...tracing.jaxprs import AnyJaxpr, bind, call_body, evaluate, opened
 from ...tracing.primitives import MOVES, SAME
 from ...tracing.protocols import Equation
@@ -64,9 +64,7 @@ class Lowering(Builder):
         moved = name in SAME | MOVES and not keys
         if name == "random_bits":
             raise refusal(eqn)
-        if known and not moved and name not in ("scan", "while", "cond"):
-            return computed(eqn, values)
-        if name in ("scan", "while", "cond") and known:
+        if known and not moved:
             return computed(eqn, values)
         if name == "cond" and values[0].data is not None:
             branches = eqn.params["branches"]
@@ -172,7 +170,7 @@ def parameters(leaves: Iterable[tuple[str, Any]]) -> list[Value]:
     """Return a constant for each parameter, which remembers its path."""
     made = []
     for path, leaf in leaves:
-        if _is_key(leaf):
+        if is_key(leaf):
             made.append(as_value(leaf))
             continue
         array = np.asarray(leaf)
@@ -185,14 +183,9 @@ def as_value(operand: Any, aval: Any = None) -> Value:
     """Return a value, or a number of the trace as one."""
     if isinstance(operand, Value):
         return operand
-    if _is_key(operand):
+    if is_key(operand):
         return Value(tuple(operand.shape), _KEY, operand)
     return constant(operand, None if aval is None else aval.dtype)
-
-
-def _is_key(array: Any) -> bool:
-    dtype = getattr(array, "dtype", None)
-    return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
 def computed(eqn: Equation, values: Sequence[Value]) -> list[Value]:
@@ -210,7 +203,7 @@ def computed(eqn: Equation, values: Sequence[Value]) -> list[Value]:
     same = eqn.primitive.name == "convert_element_type"
     found = []
     for out in outs:
-        if _is_key(out):
+        if is_key(out):
             found.append(Value(tuple(out.shape), _KEY, out, None, leaves))
             continue
         data = np.asarray(out)

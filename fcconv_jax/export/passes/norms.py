@@ -7,6 +7,7 @@ from collections.abc import Mapping
 import numpy as np
 
 from ..graph import Graph, Node, Value, constant
+from .patterns import behind_views
 
 _NORMS = ("layer_norm", "rms_norm")
 
@@ -147,16 +148,9 @@ def _product(
     return [v for v in above if v not in ones], below
 
 
-def _behind(value: Value, makers: Mapping[Value, Node]) -> Node | None:
-    node = makers.get(value)
-    while node is not None and node.op in ("reshape", "broadcast"):
-        node = makers.get(node.inputs[0])
-    return node
-
-
 def _mean(value: Value, makers: Mapping[Value, Node]) -> Value | None:
     """Return the x of a mean over the last axis."""
-    node = _behind(value, makers)
+    node = behind_views(value, makers)
     if node is None or node.op != "reduce_mean":
         return None
     x = node.inputs[0]
@@ -164,7 +158,7 @@ def _mean(value: Value, makers: Mapping[Value, Node]) -> Value | None:
 
 
 def _square(value: Value | None, makers: Mapping[Value, Node]) -> Value | None:
-    node = _behind(value, makers) if value is not None else None
+    node = behind_views(value, makers) if value is not None else None
     if node is None or node.op != "mul" or node.inputs[0] is not node.inputs[1]:
         return None
     return node.inputs[0]
@@ -172,13 +166,13 @@ def _square(value: Value | None, makers: Mapping[Value, Node]) -> Value | None:
 
 def _is_variance(value: Value, x: Value, makers: Mapping[Value, Node]) -> bool:
     """Return whether a value is the variance of x, in one pass over it or in two."""
-    node = _behind(value, makers)
+    node = behind_views(value, makers)
     if node is not None and node.op in ("max", "relu"):  # against rounding below 0
         bounds = [v for v in node.inputs if v.data is not None]
         if any((v.data != 0).any() for v in bounds if v.data is not None):
             return False
         value = next(v for v in node.inputs if v.data is None)
-        node = _behind(value, makers)
+        node = behind_views(value, makers)
     if node is None:
         return False
     if node.op == "sub":

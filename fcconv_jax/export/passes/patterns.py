@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
 
 from ..graph import FUSED, Graph, Node, Value
 
-Makers = dict[Value, Node]
+Makers = Mapping[Value, Node]
 Match = tuple[Value | list[Value], dict[str, Any]]
 
 
@@ -91,7 +91,7 @@ def find_softmax(graph: Graph) -> bool:
         if node.op != "div":
             continue
         top = makers.get(node.inputs[0])
-        total = _behind_views(node.inputs[1], makers)
+        total = behind_views(node.inputs[1], makers)
         if top is None or top.op != "exp" or total is None:
             continue
         last = (len(node.out.shape) - 1,)
@@ -133,10 +133,10 @@ def find_log_softmax(graph: Graph) -> bool:
     for node in graph.nodes:
         if node.op != "sub":
             continue
-        shifted, log = makers.get(node.inputs[0]), _behind_views(node.inputs[1], makers)
+        shifted, log = makers.get(node.inputs[0]), behind_views(node.inputs[1], makers)
         if log is None or log.op != "log" or shifted is None or shifted.op != "sub":
             continue
-        total = _behind_views(log.inputs[0], makers)
+        total = behind_views(log.inputs[0], makers)
         top = (
             makers.get(total.inputs[0]) if total and total.op == "reduce_sum" else None
         )
@@ -152,7 +152,8 @@ def find_log_softmax(graph: Graph) -> bool:
     return changed
 
 
-def _behind_views(value: Value, makers: Makers) -> Node | None:
+def behind_views(value: Value, makers: Makers) -> Node | None:
+    """Return what makes a value, seen through reshapes and broadcasts."""
     node = makers.get(value)
     while node is not None and node.op in ("reshape", "broadcast"):
         node = makers.get(node.inputs[0])
@@ -161,13 +162,13 @@ def _behind_views(value: Value, makers: Makers) -> Node | None:
 
 def _peak(value: Value, makers: Makers, axes: tuple[int, ...]) -> Value | None:
     """The x of ``max(x)`` over these axes, or of ``jnp.max(x, initial=-inf)``."""
-    node = _behind_views(value, makers)
+    node = behind_views(value, makers)
     if node is not None and node.op == "max":
         low = [v for v in node.inputs if v.data is not None]
         rest = [v for v in node.inputs if v.data is None]
         if len(low) != 1 or len(rest) != 1 or not _lowest(low[0]):
             return None
-        node = _behind_views(rest[0], makers)
+        node = behind_views(rest[0], makers)
     if node is None or node.op != "reduce_max" or node.attrs["axes"] != axes:
         return None
     return node.inputs[0]
@@ -327,14 +328,14 @@ def _l2_normalize(node: Node, makers: Makers) -> Match | None:
 
 def _behind_bound(value: Value, most: float, makers: Makers) -> Node | None:
     """The node of a value, or of one that is bounded below by so much at most."""
-    node = _behind_views(value, makers)
+    node = behind_views(value, makers)
     if node is None or node.op != "max":
         return node
     bounds = [v for v in node.inputs if v.data is not None]
     inner = [v for v in node.inputs if v.data is None]
     if len(bounds) != 1 or bounds[0].data is None or (bounds[0].data > most).any():
         return None
-    return _behind_views(inner[0], makers)
+    return behind_views(inner[0], makers)
 
 
 def _one_hot(node: Node, makers: Makers) -> Match | None:

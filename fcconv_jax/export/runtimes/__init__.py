@@ -31,7 +31,6 @@ class Runtime:
       name: as ``runtime=`` takes it.
       title: the runtime's own name.
       suffix: of its files.
-      extra: of this package, which installs what writes and runs the files.
       open: reads a file back.
       write: writes a graph; None if the file is written from JAX's own program.
       write_program: writes JAX's own program, given ``(call, variables, arrays, output
@@ -51,7 +50,6 @@ class Runtime:
     name: str
     title: str
     suffix: str
-    extra: str
     open: Callable[[Path], Shipped]
     write: Callable[[Graph, FileRecord, Path], None] | None = None
     write_program: Callable[..., list[str]] | None = None

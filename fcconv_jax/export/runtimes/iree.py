@@ -87,6 +87,7 @@ def compiled(text: str) -> bytes:
             text,
             target_backends=[BACKEND],
             input_type="stablehlo",
+            # By default the code is for a generic processor, without vector extensions.
             extra_args=["--iree-llvmcpu-target-cpu=host"],
         )
     except compiler.CompilerToolError as error:
@@ -227,7 +228,7 @@ def _as_jax(layer: Layer, x: Any, kernel: Any, bias: Any = None) -> Any:
 
 
 RUNTIME = Runtime(
-    *("iree", "IREE", ".vmfb", "iree", IreeFile),
+    *("iree", "IREE", ".vmfb", IreeFile),
     write_program=write_program,
     beside=".safetensors",
 )

@@ -33,6 +33,7 @@ from ..shipped import (
     canonical_conv,
     channels_first,
     channels_last,
+    is_rows,
     reversed_window,
 )
 from . import Runtime
@@ -75,6 +76,7 @@ def write(graph: Graph, record: FileRecord, path: Path) -> None:
     manager.register_pass(passes.ConstantFolding())
     manager.run_passes(model)
     model.set_rt_info(record.to_text(), [RECORD])
+    # By default OpenVINO rounds weights to float16.
     ov.save_model(model, str(path), compress_to_fp16=False)
 
 
@@ -212,7 +214,7 @@ class OpenVinoFile(Shipped):
         stored = _constant(op, side).data
         conv = kind in _CONVS
         if conv:
-            rows = _is_rows(stored, kind, layer.kernel_shape)
+            rows = is_rows(stored, layer.kernel_shape)
             if rows:
                 n, h, w, c = x.shape
                 x = x.reshape(n, 1, h, w * c)
@@ -340,20 +342,12 @@ def _adjoint(options: Mapping[str, Any], side: int) -> bool:
     return bool(options["adj_b" if side == 1 else "adj_a"])
 
 
-def _is_rows(kernel: np.ndarray, kind: str, shape: Sequence[int]) -> bool:
-    """Return whether a kernel takes the channels of a row as columns."""
-    if kind != "Convolution" or len(shape) != 4 or kernel.shape[1] != 1:
-        return False
-    h, w, c, _ = shape
-    return c > 1 and tuple(kernel.shape[2:]) == (h, w * c)
-
-
 def _canonical(kernel: np.ndarray, kind: str, shape: Sequence[int]) -> np.ndarray:
     if kind == "GroupConvolution":  # (G, O/G, I, H, W)
         kernel = kernel.reshape(-1, *kernel.shape[2:])
     elif kind == _TRANSPOSED:
         return reversed_window(canonical_conv(kernel, "IOHW"))
-    elif _is_rows(kernel, kind, shape):
+    elif is_rows(kernel, shape):
         return canonical_conv(kernel.reshape(kernel.shape[0], *shape[:-1]), "OHWI")
     return canonical_conv(kernel, "OIHW")
 
@@ -364,7 +358,7 @@ def _label(op: Any) -> str:
 
 
 RUNTIME = Runtime(
-    *("openvino", "OpenVINO", ".xml", "openvino", OpenVinoFile, write),
+    *("openvino", "OpenVINO", ".xml", OpenVinoFile, write),
     beside=".bin",
     images="first",
     open_sizes=frozenset({"any_batch", "any_size"}),

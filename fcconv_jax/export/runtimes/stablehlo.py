@@ -259,7 +259,7 @@ def _number(word: str, dtype: Any) -> Any:
 
 
 RUNTIME = Runtime(
-    *("stablehlo", "StableHLO", ".stablehlo", "stablehlo", StableHloFile),
+    *("stablehlo", "StableHLO", ".stablehlo", StableHloFile),
     write_program=write_program,
     layers=False,
     open_sizes=frozenset({"any_batch", "any_size"}),

@@ -6,7 +6,7 @@ from .reader import CoreMlFile
 from .writer import write
 
 RUNTIME = Runtime(
-    *("coreml", "Core ML", ".mlpackage", "coreml", CoreMlFile, write),
+    *("coreml", "Core ML", ".mlpackage", CoreMlFile, write),
     images="first",
     executed=False,
     fused=(FUSED | {"layer_norm", "transposed"}) - {"hard_swish", "prelu"},

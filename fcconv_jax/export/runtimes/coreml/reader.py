@@ -21,6 +21,7 @@ from ...shipped import (
     ShippedLayer,
     canonical_conv,
     crops,
+    is_rows,
     reversed_window,
 )
 
@@ -134,7 +135,7 @@ class CoreMlFile(Shipped):
         padding = options["padding"]
         if "spread" in options:
             padding = crops(layer.kernel_shape, padding)
-        if _is_rows(np.asarray(op.weight.val), layer):
+        if is_rows(np.asarray(op.weight.val), layer.kernel_shape):
             strides[1] *= layer.kernel_shape[2]
         wanted = {
             "strides": strides,
@@ -172,7 +173,7 @@ def _shipped(op: Any, name: str, layer: Layer | None) -> ShippedLayer:
     array = None if bias is None or bias.val is None else np.asarray(bias.val)
     if op.op_type == "linear":
         return ShippedLayer(name, "linear", "dense", kernel.T, array)
-    if layer is not None and layer.op == "conv" and _is_rows(kernel, layer):
+    if layer is not None and layer.op == "conv" and is_rows(kernel, layer.kernel_shape):
         inner = layer.kernel_shape[:-1]
         kernel = canonical_conv(kernel.reshape(kernel.shape[0], *inner), "OHWI")
     elif op.op_type == "conv_transpose":
@@ -180,9 +181,3 @@ def _shipped(op: Any, name: str, layer: Layer | None) -> ShippedLayer:
     else:
         kernel = canonical_conv(kernel, "OIHW")
     return ShippedLayer(name, op.op_type, "conv", kernel, array)
-
-
-def _is_rows(kernel: np.ndarray, layer: Layer) -> bool:
-    """Return whether a kernel takes the channels of a row as columns."""
-    h, w, c, _ = layer.kernel_shape
-    return c > 1 and kernel.shape[1:] == (1, h, w * c)

@@ -23,22 +23,10 @@ from ...record import FileRecord
 from ...shipped import arrange_conv, crops, reversed_window
 from .reader import RECORD, coremltools
 
-_UNARY = {
-    "abs": "abs",
-    "ceil": "ceil",
-    "cos": "cos",
-    "erf": "erf",
-    "exp": "exp",
-    "floor": "floor",
+_NAMESAKES = "abs ceil cos erf exp floor relu relu6 round sign sin sqrt tanh".split()
+_UNARY = {op: op for op in _NAMESAKES} | {
     "not": "logical_not",
-    "relu": "relu",
-    "relu6": "relu6",
-    "round": "round",
-    "sign": "sign",
     "logistic": "sigmoid",
-    "sin": "sin",
-    "sqrt": "sqrt",
-    "tanh": "tanh",
 }
 _BINARY = {
     "add": "add",
@@ -56,13 +44,6 @@ _BINARY = {
     "or": "logical_or",
     "pow": "pow",
     "sub": "sub",
-}
-_REDUCTIONS = {
-    "reduce_sum": "reduce_sum",
-    "reduce_mean": "reduce_mean",
-    "reduce_max": "reduce_max",
-    "reduce_min": "reduce_min",
-    "reduce_prod": "reduce_prod",
 }
 
 
@@ -155,8 +136,8 @@ class _Writer:
             return getattr(mb, _UNARY[node.op])(x=inputs[0], name=name)
         if node.op in _BINARY:
             return getattr(mb, _BINARY[node.op])(x=inputs[0], y=inputs[1], name=name)
-        if node.op in _REDUCTIONS:
-            return getattr(mb, _REDUCTIONS[node.op])(
+        if node.op.startswith("reduce_"):  # whose names are Core ML's
+            return getattr(mb, node.op)(
                 x=inputs[0],
                 axes=list(node.attrs["axes"]),
                 keep_dims=node.attrs["keepdims"],
@@ -282,6 +263,7 @@ class _Writer:
         return self.mb.gather(x=x, indices=ids, axis=node.attrs["axis"], name=name)
 
     def _rsqrt(self, node: Node, name: str) -> Any:
+        # Core ML adds 1e-12 by default.
         return self.mb.rsqrt(x=self.value(node.inputs[0]), epsilon=0.0, name=name)
 
     def _neg(self, node: Node, name: str) -> Any:

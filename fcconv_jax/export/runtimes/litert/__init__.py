@@ -4,13 +4,10 @@ from ...graph import FUSED, LOOPS, WHOLE
 from .. import Runtime
 from .int8 import quantize
 from .reader import LiteRTFile
-from .session import run
 from .writer import write
 
-__all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
-
 RUNTIME = Runtime(
-    *("litert", "LiteRT", ".tflite", "litert", LiteRTFile, write),
+    *("litert", "LiteRT", ".tflite", LiteRTFile, write),
     fused=(FUSED | WHOLE | LOOPS) - {"hard_sigmoid", "layer_norm", "rms_norm"},
     # A scan's stacked results are filled with zeros at first: that shape is fixed.
     one_batch=frozenset({"transposed", "scan"}),

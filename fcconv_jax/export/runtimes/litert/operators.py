@@ -13,42 +13,23 @@ from ...shipped import reversed_window
 from .builder import Builder
 from .schema import DTYPES
 
-_PLAIN = {
-    "abs": "ABS",
-    "add": "ADD",
+_NAMESAKES = """
+    abs add ceil cos div elu exp floor hard_swish log logistic mul neg pow relu
+    relu6 round rsqrt sign sin sqrt sub tanh
+""".split()
+_PLAIN = {op: op.upper() for op in _NAMESAKES} | {
     "and": "LOGICAL_AND",
-    "ceil": "CEIL",
-    "cos": "COS",
-    "div": "DIV",
-    "elu": "ELU",
     "eq": "EQUAL",
-    "exp": "EXP",
-    "floor": "FLOOR",
     "ge": "GREATER_EQUAL",
     "gt": "GREATER",
-    "hard_swish": "HARD_SWISH",
     "le": "LESS_EQUAL",
-    "log": "LOG",
-    "logistic": "LOGISTIC",
     "lt": "LESS",
     "max": "MAXIMUM",
     "min": "MINIMUM",
-    "mul": "MUL",
     "ne": "NOT_EQUAL",
-    "neg": "NEG",
     "not": "LOGICAL_NOT",
     "or": "LOGICAL_OR",
-    "pow": "POW",
-    "relu": "RELU",
-    "relu6": "RELU6",
-    "round": "ROUND",
-    "rsqrt": "RSQRT",
     "select": "SELECT_V2",
-    "sign": "SIGN",
-    "sin": "SIN",
-    "sqrt": "SQRT",
-    "sub": "SUB",
-    "tanh": "TANH",
 }
 _REDUCTIONS = {
     "reduce_sum": "SUM",
@@ -158,6 +139,7 @@ class Emitter(Builder):
 
     def _dense(self, node: Node, fused: str) -> None:
         x, kernel = node.inputs[:2]
+        # keepNumDims: else the operator joins all axes but the last into rows.
         weight = self.arranged(kernel, lambda k: k.T, "OI")
         self.op(
             *("FULLY_CONNECTED", [self.tensor(x), weight]),
@@ -168,6 +150,7 @@ class Emitter(Builder):
         if len(node.inputs) > 2:
             self.operators[-1].inputs.append(self._bias(node, kernel.shape[-1]))
         else:
+            # The schema's number for an operand that is left out.
             self.operators[-1].inputs.append(-1)
 
     def _bias(self, node: Node, features: int) -> int:

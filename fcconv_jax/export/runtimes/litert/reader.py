@@ -60,10 +60,9 @@ class LiteRTFile(Shipped):
     runtime = "LiteRT"
     moving = ("TRANSPOSE", "RESHAPE")
 
-    def __init__(self, path: Path, content: bytes | None = None):
+    def __init__(self, path: Path):
         s = schema()
-        self.path = path
-        self.content = path.read_bytes() if content is None else content
+        self.path, self.content = path, path.read_bytes()
         if self.content[4:8] != b"TFL3":
             raise ExportError(
                 f"{path} is not a LiteRT file: it lacks the identifier 'TFL3'. Pass "
@@ -119,11 +118,6 @@ class LiteRTFile(Shipped):
                     )
                 buffer.data = np.frombuffer(self.content, np.uint8, size, start)
                 buffer.offset = buffer.size = 0
-
-    @classmethod
-    def of(cls, content: bytes, path: Path) -> LiteRTFile:
-        """Return a file that is in memory."""
-        return cls(path, content)
 
     def name(self, operator: Any) -> str:
         """Return the runtime's word for an operator."""

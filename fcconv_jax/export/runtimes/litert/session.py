@@ -47,11 +47,9 @@ def caller(
     return call
 
 
-def run(
-    content: bytes, inputs: Sequence[np.ndarray], integers: bool = False
-) -> list[np.ndarray]:
+def run(content: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
     """Run a file's content once, see :func:`caller`."""
-    return caller(content, integers)(inputs)
+    return caller(content)(inputs)
 
 
 def feed(runner: Any, inputs: Sequence[np.ndarray]) -> None:

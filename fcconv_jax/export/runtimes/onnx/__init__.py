@@ -7,7 +7,7 @@ from .reader import OnnxFile
 from .writer import write
 
 RUNTIME = Runtime(
-    *("onnx", "ONNX", ".onnx", "onnx", OnnxFile, write),
+    *("onnx", "ONNX", ".onnx", OnnxFile, write),
     images="first",
     open_sizes=frozenset({"any_batch", "any_size"}),
     quantize=quantize,

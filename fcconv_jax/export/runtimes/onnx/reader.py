@@ -25,6 +25,7 @@ from ...shipped import (
     canonical_conv,
     channels_first,
     channels_last,
+    is_rows,
     reversed_window,
 )
 from .writer import RECORD
@@ -116,7 +117,7 @@ class OnnxFile(Shipped):
             if node.op_type == "Conv":
                 layer = self._records.get(name)
                 shape = layer.kernel_shape if layer else ()
-                if _is_rows(kernel, shape):
+                if is_rows(kernel, shape):
                     kernel = kernel.reshape(kernel.shape[0], *shape[:-1])
                     kernel = canonical_conv(kernel, "OHWI")
                 else:
@@ -188,7 +189,7 @@ class OnnxFile(Shipped):
         dtype = stored.dtype
         if node.op_type == "ConvTranspose":
             laid = arrange_conv(reversed_window(kernel), "IOHW")
-        elif node.op_type == "Conv" and _is_rows(stored, layer.kernel_shape):
+        elif node.op_type == "Conv" and is_rows(stored, layer.kernel_shape):
             laid = arrange_conv(kernel, "OHWI").reshape(stored.shape)
         elif node.op_type == "Conv":
             laid = arrange_conv(kernel, "OIHW")
@@ -221,7 +222,7 @@ class OnnxFile(Shipped):
         side = self._side(node)
         assert side is not None
         stored = self.arrays[node.input[side]]
-        if node.op_type == "Conv" and _is_rows(stored, layer.kernel_shape):
+        if node.op_type == "Conv" and is_rows(stored, layer.kernel_shape):
             n, h, w, c = x.shape
             return x.reshape(n, 1, h, w * c)
         if node.op_type in _CONVS:
@@ -374,11 +375,3 @@ def run(content: bytes, inputs: Sequence[np.ndarray]) -> list[np.ndarray]:
 def _label(node: Any) -> str:
     """Return a node's name, without the number that keeps names apart."""
     return node.name.partition("@")[0]
-
-
-def _is_rows(kernel: np.ndarray, shape: Sequence[int]) -> bool:
-    """Return whether a kernel takes the channels of a row as columns."""
-    if len(shape) != 4 or kernel.ndim != 4 or kernel.shape[1] != 1:
-        return False
-    h, w, c, _ = shape
-    return c > 1 and kernel.shape[2:] == (h, w * c)

@@ -18,43 +18,23 @@ from ...shipped import arrange_conv, crops, reversed_window
 from .builder import Builder
 
 RECORD = "fcconv_jax"
+# The first opset with Gelu; its files have the IR version 9.
 OPSET, IR = 20, 9
 # RMSNormalization needs a later one, which fewer readers take.
 _OPSET_OF_RMS, _IR_OF_RMS = 23, 11
-_PLAIN = {
-    "abs": "Abs",
-    "add": "Add",
-    "and": "And",
-    "ceil": "Ceil",
-    "cos": "Cos",
-    "div": "Div",
-    "elu": "Elu",
+_NAMESAKES = """
+    abs add and ceil cos div elu erf exp floor log max min mul neg not or pow
+    relu round sign sin sqrt sub tanh
+""".split()
+_PLAIN = {op: op.capitalize() for op in _NAMESAKES} | {
     "eq": "Equal",
-    "erf": "Erf",
-    "exp": "Exp",
-    "floor": "Floor",
     "ge": "GreaterOrEqual",
     "gt": "Greater",
     "hard_swish": "HardSwish",
     "le": "LessOrEqual",
-    "log": "Log",
     "logistic": "Sigmoid",
     "lt": "Less",
-    "max": "Max",
-    "min": "Min",
-    "mul": "Mul",
-    "neg": "Neg",
-    "not": "Not",
-    "or": "Or",
-    "pow": "Pow",
-    "relu": "Relu",
-    "round": "Round",
     "select": "Where",
-    "sign": "Sign",
-    "sin": "Sin",
-    "sqrt": "Sqrt",
-    "sub": "Sub",
-    "tanh": "Tanh",
 }
 _REDUCTIONS = {
     "reduce_sum": "ReduceSum",
@@ -307,6 +287,8 @@ class _Writer(Builder):
         # By scales, not sizes: those would contain the batch.
         inner = node.inputs[0].shape[2:]
         scales = np.asarray([1, 1, *map(_scale, inner, node.attrs["size"])], np.float32)
+        # JAX takes the nearest pixel by floor(place), which is place - 0.5 with halves
+        # rounded up: half_pixel and round_prefer_ceil.
         mode, corners = node.attrs["mode"], "half_pixel"
         if mode == "aligned":
             mode, corners = "linear", "align_corners"
@@ -319,6 +301,7 @@ class _Writer(Builder):
 
     def _batch_norm(self, node: Node, out: str) -> None:
         inputs = [self.name(value) for value in node.inputs]
+        # The scale contains variance and epsilon already: here they are 1 and 0.
         self.add("BatchNormalization", inputs, out, epsilon=0.0)
 
     def _layer_norm(self, node: Node, out: str) -> None:
