@@ -137,7 +137,7 @@ class Slide:
         stride: tuple[int, ...] | None,
         axes: tuple[int, ...] | None = None,
         padding: Literal["crops", "image"] = "crops",
-    ):
+    ) -> None:
         # What a model holds itself is read again at each call, so it may be trained.
         bound = bind_crops(model)
         self.function, self._complete = bound.function, bound.complete
@@ -181,7 +181,7 @@ class Slide:
         self._check_library(args, kwargs)
         return self._call(*args, **kwargs)
 
-    def each_crop(self, *args: Any, **kwargs: Any) -> Callable[..., Any]:
+    def each_crop(self, *args: PyTree, **kwargs: PyTree) -> Callable[..., PyTree]:
         """Return a function of the same value that computes each crop separately.
 
         What crops share depends on the size of the images. This is one program for all

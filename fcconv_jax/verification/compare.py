@@ -24,6 +24,7 @@ from .agreement import (
     Quantity,
     largest,
     named_leaves,
+    off_by,
     unseen,
     working_errors,
 )
@@ -124,15 +125,30 @@ def compare(
         return _compare(first, second, gradients, values_only, show)
 
 
-def assert_same(f: object, g: object, *args: PyTree, **options: Any) -> None:
+def assert_same(
+    f: object,
+    g: object,
+    f_args: Sequence[PyTree] = (),
+    g_args: Sequence[PyTree] | None = None,
+    *,
+    f_kwargs: Mapping[str, PyTree] | None = None,
+    g_kwargs: Mapping[str, PyTree] | None = None,
+    gradients: bool | None = None,
+    values_only: bool = False,
+    progress: ProgressOption = False,
+) -> None:
     """Assert that two programs are one function, as :func:`compare` finds it.
 
     Args:
       f: the first program or Flax module.
       g: the second.
-      *args: what :func:`compare` takes next: the arguments of ``f``, and those of
-        ``g`` where they are others.
-      **options: what else it takes.
+      f_args: as for :func:`compare`, like all that follows.
+      g_args: likewise.
+      f_kwargs: likewise.
+      g_kwargs: likewise.
+      gradients: likewise.
+      values_only: likewise.
+      progress: likewise; none by default.
 
     Raises:
       AssertionError: names the output, what was expected and got, and for Flax modules
@@ -144,7 +160,14 @@ def assert_same(f: object, g: object, *args: PyTree, **options: Any) -> None:
     Example:
       >>> assert_same(lambda x: x + x, lambda x: 2 * x, [np.ones(3, np.float32)])
     """
-    found = compare(f, g, *args, **{"progress": False, **options})
+    found = compare(
+        *(f, g, f_args, g_args),
+        f_kwargs=f_kwargs,
+        g_kwargs=g_kwargs,
+        gradients=gradients,
+        values_only=values_only,
+        progress=progress,
+    )
     if not found.passed:
         raise AssertionError(f"{found.verdict}\n" + "\n".join(found.failures))
 
@@ -386,8 +409,5 @@ def _leaves(tree: PyTree) -> list[np.ndarray]:
 def _difference(a: np.ndarray, b: np.ndarray) -> float:
     """The largest difference of two arrays; NaN and infinities count where one has."""
     wide = np.complex128 if np.iscomplexobj(a) else np.float64
-    a, b = a.astype(wide), b.astype(wide).reshape(a.shape)
-    with np.errstate(invalid="ignore"):
-        off = np.where((a == b) | (np.isnan(a) & np.isnan(b)), 0.0, abs(a - b))
-    off = np.where(np.isnan(off), np.inf, off)
+    off, _ = off_by(a.astype(wide), b.astype(wide).reshape(a.shape))
     return float(off.max(initial=0.0))

@@ -27,6 +27,7 @@ CALLS = [
     (fc.restore_checkpoint, ("src", "dst", PLAN)),
     (fc.verify, (MODEL, PARAMS, X)),
     (fc.compare, (MODEL, MODEL, [PARAMS, X])),
+    (fc.assert_same, (MODEL, MODEL, [PARAMS, X])),
     (fc.classify, (4, 4)),
     (fc.dense_kernel_to_conv, (np.ones((4, 3)), 1)),
     (fc.conv_kernel_to_dense, (np.ones((1, 4, 3)),)),

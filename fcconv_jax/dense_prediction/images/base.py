@@ -238,7 +238,7 @@ def check_level(
     )
 
 
-def whole(file: Path, pixels: Pixels, level: int, bits: int | None = None) -> Source:
+def whole(file: Path, pixels: Pixels, level: int) -> Source:
     """Return the source of an array ``(height, width[, channels])``.
 
     Raises:
@@ -263,7 +263,7 @@ def whole(file: Path, pixels: Pixels, level: int, bits: int | None = None) -> So
         return in_memory(part if everything else part[..., list(bands)])
 
     dtype = pixels.dtype.newbyteorder("=")
-    return Source(pixels.shape, dtype, read, bits=bits)
+    return Source(pixels.shape, dtype, read)
 
 
 def _span(where: Any, size: int) -> tuple[int, int, Any]:
