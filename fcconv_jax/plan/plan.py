@@ -61,6 +61,7 @@ class Plan(Mapping[str, LayerPlan]):
     layers: tuple[tuple[str, LayerPlan], ...] = ()
     left: tuple[tuple[str, str], ...] = ()
     options: Options = ()
+    # Plans that convert alike are equal, and share jit's cache, whatever was measured.
     tuning: Tuning | None = dataclasses.field(default=None, compare=False)
 
     def __post_init__(self):

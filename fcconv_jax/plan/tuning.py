@@ -52,6 +52,8 @@ class Figure:
           Figure(median=2.0, low=1.0, high=3.0)
         """
         ordered = sorted(runs)
+        # Runs below the median are a binomial count of deviation sqrt(n) / 2; 1.96 of
+        # these hold 95 %.
         reach = 0.98 * math.sqrt(len(ordered))
         middle = (len(ordered) - 1) / 2
         low = max(math.floor(middle - reach), 0)

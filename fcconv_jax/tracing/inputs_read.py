@@ -31,6 +31,7 @@ def _read(body: OpenJaxpr, wanted: list[bool]) -> list[bool]:
     }
     for eqn in reversed(body.eqns):
         outs = [var in live for var in eqn.outvars]
+        # An effect, such as a callback's, reads operands for no output.
         if not (any(outs) or eqn.effects):
             continue
         inner = call_body(eqn)

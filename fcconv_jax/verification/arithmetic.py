@@ -131,7 +131,9 @@ def measure_precision(
 @functools.cache
 def _measure(dtype, out, form, precision, device, default, x64) -> Arithmetic:
     del default, x64  # part of the key only: they change what is compiled
-    forms = {"dot": [_dot], "conv": [_pointwise, _full_window]}[form]
+    windows = ((1, 1), (4, 4))
+    convs = [functools.partial(_conv, window=window) for window in windows]
+    forms = {"dot": [_dot], "conv": convs}[form]
     found = []
     # The caller may be tracing; the probes must run now.
     with jax.ensure_compile_time_eval():
@@ -181,37 +183,19 @@ def _conv(
     columns: jax.Array,
     window: tuple[int, int],
     precision: PrecisionLike,
-    preferred: DTypeLike | None,
+    out: DTypeLike | None = None,
 ) -> jax.Array:
     shape = (*window, rows.shape[1] // math.prod(window))
-    out = jax.lax.conv_general_dilated(
+    made = jax.lax.conv_general_dilated(
         rows.reshape(rows.shape[0], *shape),
         columns.reshape(*shape, columns.shape[1]),
         (1, 1),
         "VALID",
         dimension_numbers=("NHWC", "HWIO", "NHWC"),
         precision=precision,
-        preferred_element_type=preferred,
+        preferred_element_type=out,
     )
-    return out.reshape(rows.shape[0], columns.shape[1])
-
-
-def _pointwise(
-    rows: jax.Array,
-    columns: jax.Array,
-    precision: PrecisionLike,
-    out: DTypeLike | None = None,
-) -> jax.Array:
-    return _conv(rows, columns, (1, 1), precision, out)
-
-
-def _full_window(
-    rows: jax.Array,
-    columns: jax.Array,
-    precision: PrecisionLike,
-    out: DTypeLike | None = None,
-) -> jax.Array:
-    return _conv(rows, columns, (4, 4), precision, out)
+    return made.reshape(rows.shape[0], columns.shape[1])
 
 
 def _power_above(error: float) -> float:

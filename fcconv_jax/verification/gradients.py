@@ -71,6 +71,8 @@ def random_projection(outputs: PyTree) -> Any:
         for leaf in jax.tree.leaves(outputs)
         if jnp.issubdtype(jnp.result_type(leaf), jnp.inexact)
     ]
+    # Signs: in a plain sum, errors of opposite sign would cancel, and the outputs of a
+    # softmax, whose sum is 1, would have no gradient at all.
     rng, signs = np.random.default_rng(0), np.array([-1, 1], np.int8)
     return sum(
         jnp.sum(jnp.real(leaf) * rng.choice(signs, leaf.shape)) for leaf in floats

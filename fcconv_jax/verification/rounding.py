@@ -18,8 +18,9 @@ import jax
 import numpy as np
 
 from ..messages.progress import Progress
+from ..tracing.arguments import is_key
 from ..tracing.jaxprs import opened
-from .agreement import THRESHOLD, Agreement, Quantity, agree, is_key
+from .agreement import THRESHOLD, Agreement, Quantity, agree, largest
 from .arithmetic import unit_roundoff
 from .nudges import SMALL, Constant, constants, half_ulp, is_floating
 from .reading import Reading
@@ -79,14 +80,12 @@ class Explanation:
       distance: the norm of the moves after which the two agree, even where it is too
         large for rounding; None where no moves of constants make them agree.
       tables: whether arrays of constants differ by their rounding.
-      found: by quantity, both programs' arrays as they were compared.
     """
 
     arrays: list[Agreement]
     moves: Mapping[Constant, float]
     distance: float | None
     tables: bool
-    found: ByQuantity
 
     @property
     def passed(self) -> bool:
@@ -158,7 +157,7 @@ def explain(
     dtypes = {dtype for dtype, _ in movable} | set(tables.values())
     unit = max(map(unit_roundoff, dtypes), default=0.0)
     if all_passed(arrays) or not _off(arrays) < _SENSITIVE * LIMIT * unit:
-        return Explanation(arrays, {}, None, False, results)
+        return Explanation(arrays, {}, None, False)
     show("float64: constants", 0, 1)
     readings = _Readings(pairs, movable, tables)
     found = mine, theirs = readings.run()
@@ -175,9 +174,9 @@ def explain(
         again = _agree(pairs, *found, _table_noise(readings, mine, theirs, noise))
     show("float64: constants", 1, 1)
     if not all_passed(again):
-        return Explanation(arrays, {}, distance, False, results)
+        return Explanation(arrays, {}, distance, False)
     moves = {c: float(step) for c, step in zip(movable, steps) if abs(step) > 1e-3}
-    return Explanation(again, moves, distance, spread, _by_quantity(pairs, *found))
+    return Explanation(again, moves, distance, spread)
 
 
 def _off(arrays: Sequence[Agreement]) -> float:
@@ -263,18 +262,13 @@ def _scales(pairs: Sequence[Pair], results: Results) -> list[list[float]]:
     found = []
     for pair, quantity in zip(pairs, results):
         given = max(
-            (_scale(np.asarray(x)) for x in pair.traces[0].operands if is_floating(x)),
+            (largest(np.asarray(x)) for x in pair.traces[0].operands if is_floating(x)),
             default=0.0,
         )
-        sizes = [_scale(y) for y in quantity]
+        sizes = [largest(y) for y in quantity]
         least = max([1e-8 * given, *(1e-2 * size for size in sizes)])
         found.append([max(size, least) or 1.0 for size in sizes])
     return found
-
-
-def _scale(array: np.ndarray) -> float:
-    sizes = abs(array * 1.0)
-    return float(np.where(np.isfinite(sizes), sizes, 0.0).max(initial=0.0))
 
 
 def _solve(
@@ -310,7 +304,7 @@ def _picker(mine: Results, theirs: Results) -> Any:
     rng = np.random.default_rng(0)
     places = []
     for ys, zs in zip(mine, theirs):
-        largest = max((_scale(y) for y in ys), default=0.0)
+        most = max((largest(y) for y in ys), default=0.0)
         for y, z in zip(ys, zs):
             if not np.issubdtype(y.dtype, np.inexact):
                 places.append((np.zeros(0, int), 1.0))
@@ -320,7 +314,7 @@ def _picker(mine: Results, theirs: Results) -> Any:
             finite = np.flatnonzero(np.isfinite(off))
             chosen = finite[np.argsort(-off[finite])[:_ENTRIES]]
             more = rng.choice(finite, min(_ENTRIES, finite.size), replace=False)
-            scale = max(_scale(y), 1e-2 * largest) or 1.0
+            scale = max(largest(y), 1e-2 * most) or 1.0
             places.append((np.union1d(chosen, more), scale))
 
     def pick(mine: Results, theirs: Results) -> np.ndarray:

@@ -73,6 +73,7 @@ def compare_layers(
         if arrays[0] is None:
             unknown.append(path)
             continue
+        # The layer promotes its operands to the dtype that comes out.
         dtype = outputs[path][0].dtype
         arrays = [jnp.asarray(getattr(a, "value", a)).astype(dtype) for a in arrays]
         found[path] = _compare(path, layer, inputs[path], arrays)

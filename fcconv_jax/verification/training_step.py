@@ -30,6 +30,7 @@ class TrainingStep:
         import optax
 
         plan, params = pair.plan, pair.variables["params"]
+        # Momentum, so that there is a state to convert.
         tx = optax.sgd(1e-2, momentum=0.9) if tx is None else tx
         self.state = jax.jit(tx.init)(params)
         # The step itself is compared, so no updates need to be run beforehand.

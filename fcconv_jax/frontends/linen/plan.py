@@ -207,6 +207,8 @@ def _trace(
       Exception: whatever the model's code raises.
     """
     args, kwargs = inputs
+    # A call may change any other collection, as a BatchNorm in training does; fixed
+    # ones would raise.
     kwargs = {**kwargs, "mutable": DenyList("params")}
     params = variables.get("params", {})
     rest = {name: tree for name, tree in variables.items() if name != "params"}

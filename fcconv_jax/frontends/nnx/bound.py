@@ -21,7 +21,7 @@ from ...versions import graph_mode
 from ..bound import BoundModel, OnCrops
 from . import layers as nnx_layers
 from .model import convert_nnx
-from .plan import plan_nnx
+from .plan import bound_method, plan_nnx
 
 _PATH = "_fcconv_jax_path"
 
@@ -132,7 +132,9 @@ class BoundNnx(BoundModel):
         super()._explain_inputs(error)
 
     def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any:
-        return _method(self._merged(variables), kwargs)(*args, **_without(kwargs))
+        return bound_method(self._merged(variables), kwargs.get("method"))(
+            *args, **_without(kwargs)
+        )
 
     def call(self, variables: PyTree, arrays: Any = None) -> Any:
         """The output, and the batch statistics after the call if there are any."""
@@ -150,7 +152,7 @@ class BoundNnx(BoundModel):
         args, kwargs = self._arguments(arrays)
         model = self._merged(variables)
         prepare(model)
-        out = _method(model, kwargs)(*args, **_without(kwargs))
+        out = bound_method(model, kwargs.get("method"))(*args, **_without(kwargs))
         updated = nnx.to_pure_dict(nnx.state(model, nnx.BatchStat))
         return (out, updated) if updated else out
 
@@ -176,14 +178,6 @@ class BoundNnx(BoundModel):
         state = jax.tree.map(lambda leaf: leaf, params)
         nnx.replace_by_pure_dict(state, variables["params"])
         return nnx.merge(graphdef, state, variables["state"], copy=True)
-
-
-def _method(model: Any, kwargs: Mapping[str, Any]) -> Callable[..., Any]:
-    """The method to call: ``__call__``, one by name, or a function of the model."""
-    method = kwargs.get("method")
-    if isinstance(method, str):
-        return getattr(model, method)
-    return model if method is None else functools.partial(method, model)
 
 
 def _without(kwargs: Mapping[str, Any]) -> dict[str, Any]:

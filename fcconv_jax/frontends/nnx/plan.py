@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import types
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -164,7 +165,7 @@ def _trace(
 
     def run(params: PyTree, rest: Any, args: PyTree, kwargs: PyTree) -> list[Any]:
         called = nnx.merge(graphdef, params, rest, copy=True)
-        out = _bound(called, method)(*args, **kwargs)
+        out = bound_method(called, method)(*args, **kwargs)
         return arguments.split(out)[0]
 
     traced = trace(run, (state, rest, tuple(inputs), dict(kwargs)), {})
@@ -182,13 +183,16 @@ def _abstract(model: nnx.Module) -> nnx.Module:
     return nnx.merge(graphdef, jax.tree.unflatten(treedef, leaves), copy=True)
 
 
-def _bound(model: object, method: Any) -> Any:
-    """The method to call: the model's own ``__call__``, one by name, or a function."""
-    if method is None:
-        return model
+def bound_method(model: Any, method: Any) -> Callable[..., Any]:
+    """Return what to call: ``__call__``, a method by name, or a function of the model.
+
+    Example:
+      >>> bound_method("text", "upper")(), bound_method("text", len)()
+      ('TEXT', 4)
+    """
     if isinstance(method, str):
         return getattr(model, method)
-    return lambda *args, **kwargs: method(model, *args, **kwargs)
+    return model if method is None else functools.partial(method, model)
 
 
 def _holds_references(model: nnx.Module) -> bool:
