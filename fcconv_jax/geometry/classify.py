@@ -65,7 +65,7 @@ def classify(
     Example:
       >>> classify((7, 7), (7, 7), strides=2).case
       'full_window'
-      >>> classify((8, 8), 1, strides=2).reason[-66:]
+      >>> classify((8, 8), 1, strides=2).reason[-62:]
       'the Dense on the strided subsample x[:, ::2, ::2], 4x4 of 8x8.'
       >>> classify((14, 14), 16, strides=16, transposed=True).case
       'unpatchify'

@@ -4,7 +4,10 @@ from ...graph import FUSED, LOOPS, WHOLE
 from .. import Runtime
 from .int8 import quantize
 from .reader import LiteRTFile
+from .session import run
 from .writer import write
+
+__all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
 
 RUNTIME = Runtime(
     *("litert", "LiteRT", ".tflite", LiteRTFile, write),
