@@ -99,8 +99,7 @@ def updated_shapes(
     for extras in _EXTRAS:
 
         def updated(params: PyTree, extras: Sequence[str] = extras) -> Any:
-            known = {"value": jnp.ones(()), "grad": params}
-            extra = {**{name: known[name] for name in extras}, **kwargs}
+            extra = _extra(extras, params, kwargs)
             return update(params, tx.init(params), params, **extra)[1]
 
         with contextlib.suppress(Exception):  # another keyword, or a fault of its own
@@ -143,17 +142,23 @@ def _compare_with(
     }
     for given in gradients:
         moved = move_params(given)
-        known = {"value": jnp.ones(()), "grad": given}
-        extra = {name: known[name] for name in extras} | kwargs
+        extra = _extra(extras, given, kwargs)
         updates, state = update(given, state, params, **extra)
-        known["grad"] = moved
-        extra = {name: known[name] for name in extras} | kwargs_there
+        extra = _extra(extras, moved, kwargs_there)
         found, other = update(moved, other, there, **extra)
         wrong = _first_difference(move_params(updates), found, threshold)
         if wrong:
             return f"its next update of {wrong}"
     wrong = _first_difference(move_state(state), other, threshold)
     return f"its state after two updates, {wrong}" if wrong else ""
+
+
+def _extra(
+    names: Sequence[str], gradients: PyTree, kwargs: Mapping[str, Any]
+) -> dict[str, Any]:
+    """Return the keyword arguments of an update: those named, and the caller's."""
+    known = {"value": jnp.ones(()), "grad": gradients}
+    return {name: known[name] for name in names} | dict(kwargs)
 
 
 def _first_difference(want: Any, got: Any, threshold: float) -> str:
