@@ -66,7 +66,7 @@ def in_turns(
     steps: Mapping[str, Callable[[], Any]],
     rounds: int,
     clock: Callable[[], float] = time.perf_counter,
-    anew: Collection[str] = (),
+    remade: Collection[str] = (),
 ) -> dict[str, list[float]]:
     """Seconds of each step in every round: what it costs with nothing in JAX's caches.
 
@@ -77,13 +77,14 @@ def in_turns(
       steps: by name.
       rounds: that are counted.
       clock: gives seconds.
-      anew: the steps that are made anew, uncounted: their functions give the step.
+      remade: names of functions that return the step; each round calls them again,
+        uncounted.
     """
     times: dict[str, list[float]] = {name: [] for name in steps}
     for number in range(rounds + 1):
         for name, step in steps.items():
             jax.clear_caches()
-            if name in anew:
+            if name in remade:
                 step = step()
             gc.collect()
             gc.disable()
