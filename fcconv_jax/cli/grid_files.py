@@ -356,7 +356,7 @@ def _write_tiff(file: Path, array: Any, grid: Grid) -> None:
                         raise OSError(errno.EIO, "it reads back other than written")
     except rasterio.errors.RasterioError as error:
         raise ArgumentError(
-            f"{file}: can't be written ({error}). Make room, or pass --out grid.npy"
+            f"{file}: can't be written ({error}). Make room, or pass --out grid.npy."
         ) from None
 
 

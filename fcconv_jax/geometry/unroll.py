@@ -276,7 +276,7 @@ def _check_structure(matrix: np.ndarray, expected: np.ndarray) -> None:
         raise ValueError(
             f"matrix: not an unrolled convolution: {int(differ.sum())} of "
             f"{matrix.size} entries differ, first row {row}, column {column}: got "
-            f"{got}, expected {want} (bits {_hex(got)}, {_hex(want)}); Use the "
+            f"{got}, expected {want} (bits {_hex(got)}, {_hex(want)}). Use the "
             "geometry that it was unrolled with, or keep it a Dense."
         )
 
