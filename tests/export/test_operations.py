@@ -117,6 +117,14 @@ SEVERAL = {
     "tile": lambda x: jnp.tile(x, (1, 2, 1, 1)),
     "top_k": lambda x: lax.top_k(x, 2)[0] * (1 + lax.top_k(-x, 3)[1][..., 1:]),
     "transpose": lambda x: x.transpose(2, 0, 3, 1),
+    "windows": lambda x: jax.vmap(
+        lambda i: jax.vmap(lambda j: lax.dynamic_slice(x, (0, i, j, 1), (2, 2, 3, 2)))(
+            jnp.arange(2)
+        )
+    )(jnp.array([2, 0, 1])),
+    "windows of one axis": lambda x: jax.vmap(
+        lambda i: lax.dynamic_slice_in_dim(x, i, 2, 2), out_axes=3
+    )(jnp.array([2, 0])),
 }
 # Refused by a runtime that lacks it.
 LACKING = {"litert": {"erf": lax.erf, "rem": lambda x: lax.rem(x, 0.7 + 0 * x)}}

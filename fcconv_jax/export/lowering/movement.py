@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import jax
 import numpy as np
 
@@ -170,10 +173,61 @@ def _gather(low: Builder, eqn: Equation, x: Value, indices: Value) -> Value:
             first[axis] = int(np.clip(start, 0, x.shape[axis] - sizes[axis]))
         taken = low.slice(x, first, [a + n for a, n in zip(first, sizes)])
         return low.reshape(taken, out.shape)
+    if indices.data is not None and not axes and not batch:
+        starts = indices.data
+        if p["mode"] == jax.lax.GatherScatterMode.CLIP:
+            last = [x.shape[axis] - sizes[axis] for axis in d.start_index_map]
+            starts = np.clip(starts, 0, last)
+        windows = _windows(low, x, starts, d, sizes)
+        if windows is not None:
+            return low.reshape(windows, out.shape)
     raise ExportError(
         f"the model indexes {list(x.shape)} with {list(indices.shape)} in a way that "
         "edge runtimes lack. Use jnp.take along one axis."
     )
+
+
+def _windows(
+    low: Builder, x: Value, starts: Any, d: Any, sizes: Sequence[int]
+) -> Value | None:
+    """Take windows at fixed places, such as all crops of an image, an axis at a time.
+
+    Returns:
+      None where the places along one axis depend on those along another, or one lies
+      outside.
+    """
+    lead = starts.shape[:-1]
+    # Where each axis of the operand is in what was made so far, and each of the starts.
+    order: list[tuple[str, int]] = [("operand", axis) for axis in range(len(x.shape))]
+    for axis, start in zip(d.start_index_map, np.moveaxis(starts, -1, 0)):
+        at = order.index(("operand", axis))
+        if start.min() < 0 or start.max() > x.shape[at] - sizes[axis]:
+            return None
+        varies = [i for i in range(len(lead)) if np.ptp(start, i).any()]
+        if len(varies) > 1:
+            return None
+        if not varies:
+            first, last = [0] * len(x.shape), list(x.shape)
+            first[at] = int(start.flat[0])
+            last[at] = first[at] + sizes[axis]
+            x = low.slice(x, first, last)
+            continue
+        (i,) = varies
+        if ("starts", i) in order:
+            return None
+        along = np.moveaxis(start, i, 0).reshape(lead[i], -1)[:, 0]
+        ids = constant((along[:, None] + np.arange(sizes[axis])).astype(np.int32))
+        shape = (*x.shape[:at], lead[i], sizes[axis], *x.shape[at + 1 :])
+        x = low.add("gather", [x, ids], shape, axis=at)
+        order.insert(at, ("starts", i))
+    if any(n > 1 and ("starts", i) not in order for i, n in enumerate(lead)):
+        return None
+    operand, places = iter(range(len(sizes))), iter(range(len(lead)))
+    wanted = [
+        ("operand", next(operand)) if i in d.offset_dims else ("starts", next(places))
+        for i in range(len(sizes) + len(lead))
+    ]
+    return low.transpose(x, [order.index(each) for each in wanted if each in order])
 
 
 @rule("iota")
