@@ -10,6 +10,8 @@ from typing import Any
 import jax
 import jaxlib.version
 
+from ..tracing.jaxprs import AnyJaxpr, opened, subjaxprs
+from ..tracing.primitives import POOLS
 from .faults import STALE
 
 # XLA's CPU backend (jaxlib 0.10) can hand parts of a program to a library (YNNPACK).
@@ -52,6 +54,26 @@ def convolution_options(backend: str) -> dict[str, Any]:
     """
     plain = backend == "cpu" and _is_known(_PLAIN_CPU)
     return correct_options(backend) | (dict(_PLAIN_CPU) if plain else {})
+
+
+def has_pools(program: AnyJaxpr) -> bool:
+    """Return whether a trace computes a pool, in its loops and branches, too.
+
+    Example:
+      >>> import jax.numpy as jnp
+      >>> from flax import linen as nn
+      >>> x = jnp.ones((1, 4, 4, 1))
+      >>> has_pools(jax.make_jaxpr(lambda x: nn.max_pool(x, (2, 2)))(x))
+      True
+      >>> has_pools(jax.make_jaxpr(lambda x: x.max((1, 2)))(x))
+      False
+    """
+    body, _ = opened(program)
+    return any(
+        eqn.primitive.name in POOLS
+        or any(has_pools(inner) for _, inner in subjaxprs(eqn))
+        for eqn in body.eqns
+    )
 
 
 def pool_options(backend: str) -> dict[str, Any]:

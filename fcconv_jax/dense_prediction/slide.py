@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ..backends.options import pool_options
+from ..backends.options import has_pools, pool_options
 from ..frontends.bind import bind_crops
 from ..frontends.jitted import Jitted
 from ..messages.progress import ProgressOption
@@ -149,11 +149,10 @@ class Slide:
         behind = tuple(range(first, first + len(window)))
         self.axes = behind if axes is None else axes
         self._given = model, window, stride, axes, padding
-        self._call = Jitted(
-            self._run,
-            f"slide_{_name(self.function)}",
-            options=lambda: pool_options(jax.default_backend()),
-        )
+        self._name = f"slide_{_name(self.function)}"
+        # Most functions hold no pool, and compile without the options for them, which
+        # cost up to a third of the time. At the first trace with one, _on makes anew.
+        self._call = Jitted(self._run_without_pools, self._name)
 
     def __reduce__(self) -> tuple[type[Slide], tuple[object, ...]]:
         # Compiled programs don't pickle, and the next process has devices of its own.
@@ -179,7 +178,7 @@ class Slide:
                 "which reads one tile at a time."
             )
         self._check_library(args, kwargs)
-        return self._call(*args, **kwargs)
+        return self._on("__call__", args, kwargs)
 
     def each_crop(self, *args: PyTree, **kwargs: PyTree) -> Callable[..., PyTree]:
         """Return a function of the same value that computes each crop separately.
@@ -227,11 +226,11 @@ class Slide:
 
     def lower(self, *args: PyTree, **kwargs: PyTree) -> jax.stages.Lowered:
         """Lower the call, as ``jax.jit`` does."""
-        return self._call.lower(*self._complete(args), **kwargs)
+        return self._on("lower", self._complete(args), kwargs)
 
     def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Return the shapes that a call returns, as ``jax.jit`` has it."""
-        return self._call.eval_shape(*self._complete(args), **kwargs)
+        return self._on("eval_shape", self._complete(args), kwargs)
 
     def write(
         self,
@@ -326,8 +325,25 @@ class Slide:
             self._bind(*call, **kwargs).check_library()
             self._checked.add(key)
 
+    def _on(self, method: str, args: Sequence[PyTree], kwargs: PyTree) -> Any:
+        try:
+            return getattr(self._call, method)(*args, **kwargs)
+        except _PoolsError:
+            self._call = Jitted(
+                self._run,
+                self._name,
+                options=lambda: pool_options(jax.default_backend()),
+            )
+        return getattr(self._call, method)(*args, **kwargs)
+
     def _run(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self._program(args, kwargs).run()
+
+    def _run_without_pools(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
+        program = self._program(args, kwargs)
+        if pool_options(jax.default_backend()) and has_pools(program.jaxpr):
+            raise _PoolsError
+        return program.run()
 
     def _program(self, args: Sequence[Any], kwargs: PyTree) -> AllCrops:
         *before, images = args
@@ -361,6 +377,10 @@ class Slide:
         return AllCrops(
             jaxpr, out, leaves, images, self.window, stride, self.axes, around
         )
+
+
+class _PoolsError(Exception):
+    """A traced function has a pool, for which XLA needs options."""
 
 
 def _check(

@@ -16,7 +16,7 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ..backends.options import pool_options
+from ..backends.options import correct_options, has_pools, pool_options
 from ..messages.errors import ImageError
 from ..messages.progress import ProgressOption, shown
 from ..tracing import arguments
@@ -146,7 +146,8 @@ def write_tiles(
             done = read(number)
             record.check(number, done.evidence, _written(out, done.place.new))
         todo = [number for number in mine if number not in set(finished)]
-        compute = _compute(grid, before, kwargs, devices)
+        pools = has_pools(program.jaxpr)
+        compute = _compute(grid, before, kwargs, devices, pools)
         writer = _Writer(out, record)
         count, skipped = len(finished), 0
         show("tiles", count, len(mine))
@@ -217,7 +218,11 @@ _Computed = tuple[list[_Read], Any]
 
 
 def _compute(
-    grid: Any, before: Sequence[Any], kwargs: Mapping[str, Any], devices: Sequence[Any]
+    grid: Any,
+    before: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    devices: Sequence[Any],
+    pools: bool,
 ) -> Callable[[Iterator[_Read]], Iterator[_Computed]]:
     """Return what computes tiles, in groups of one for each device.
 
@@ -225,8 +230,10 @@ def _compute(
     device by then. What it yields may still be computed.
     """
     size = max(len(devices), 1)
-    on = _on_devices if size > 1 else _on_one_device
-    put, call = on(grid, before, kwargs, devices)
+    if size > 1:
+        put, call = _on_devices(grid, before, kwargs, devices, pools)
+    else:
+        put, call = _on_one_device(grid, before, kwargs, devices)
 
     def computed(parts: Iterator[_Read]) -> Iterator[_Computed]:
         running: _Computed | None = None
@@ -280,7 +287,11 @@ def _on_one_device(
 
 
 def _on_devices(
-    grid: Any, before: Sequence[Any], kwargs: Mapping[str, Any], devices: Sequence[Any]
+    grid: Any,
+    before: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    devices: Sequence[Any],
+    pools: bool,
 ) -> tuple[Callable[[Sequence[Any]], Any], Callable[[Any], Any]]:
     """Return what places tiles on devices, and what computes them, one on each.
 
@@ -297,16 +308,15 @@ def _on_devices(
         out = grid._run(*before, pixels[0], **kwargs)
         return [leaf[None] for leaf in jax.tree.leaves(out)]
 
-    jitted = jax.jit(
-        jax.shard_map(
-            run,
-            mesh=mesh,
-            in_specs=(PartitionSpec(), one_each),
-            out_specs=one_each,
-            check_vma=False,
-        ),
-        compiler_options=dict(pool_options(devices[0].platform)) or None,
+    sharded = jax.shard_map(
+        run,
+        mesh=mesh,
+        in_specs=(PartitionSpec(), one_each),
+        out_specs=one_each,
+        check_vma=False,
     )
+    options = (pool_options if pools else correct_options)(devices[0].platform)
+    jitted = jax.jit(sharded, compiler_options=options or None)
 
     def put(pixels: Sequence[Any]) -> Any:
         shape = (len(devices), *pixels[0].shape)

@@ -95,6 +95,20 @@ def test_a_pool_behind_an_addition():
 
 
 @cpu
+def test_slide_guards_pools_that_come_with_a_later_shape():
+    def crops(b, x):
+        pooled = jax.vmap(lambda x: pool(x[None], b)[0])
+        return pooled(x) if x.shape[-1] == 8 else x.sum((1, 2))
+
+    rng = np.random.default_rng(0)
+    b, y = np.arange(8, dtype=np.float32), rng.standard_normal((1, 236, 236, 8), "f")
+    grid = fc.slide(crops, (236, 236))
+    ones = np.ones((1, 236, 236, 1), np.float32)
+    assert grid(b, ones).item() == 236**2  # compiled without the options for pools
+    np.testing.assert_array_equal(grid(b, y)[:, 0, 0], pool(jnp.asarray(y), b))
+
+
+@cpu
 def test_a_convolution_with_negative_padding():
     rng = np.random.default_rng(0)
     x = rng.integers(-3, 4, (2, 5, 7, 4)).astype(np.float32)
