@@ -172,6 +172,11 @@ def holds(layer: LayerPlan, found: Equivalence) -> bool:
         found.same_parameters
         and (layer.base != "full_window" or spatial == layer.window)
         and found.geometry.output_shape == output_positions(layer, spatial)
+        # A single tap may skip inputs: other strides may leave as many positions.
+        and all(
+            d.kernel > 1 or d.output == 1 or d.stride == stride * d.holes
+            for d, stride in zip(found.geometry.dimensions, layer.strides)
+        )
     )
 
 

@@ -84,14 +84,42 @@ def test_an_nnx_layer_goes_to_dense_and_back():
     assert same_bits(nnx.state(back), nnx.state(model))
 
 
-def test_one_kernel_of_two_strides_is_skipped():
+@pytest.mark.parametrize(
+    ("size", "strides"),
+    [
+        (5, (1, 2)),
+        (4, (2, 3)),  # as many positions, of other inputs
+    ],
+)
+def test_one_kernel_of_two_strides_is_skipped(size, strides):
     def f(w, x):
         return [
             jax.lax.conv_general_dilated(
                 *(x, w, (s, s), "VALID"), dimension_numbers=NUMBERS[2]
             )
-            for s in (1, 2)
+            for s in strides
         ]
 
-    plan = fc.make_plan(f, jnp.ones((1, 1, 3, 4)), jnp.ones((2, 5, 6, 3)), to="dense")
+    x = jnp.ones((2, size, size, 3))
+    plan = fc.make_plan(f, jnp.ones((1, 1, 3, 4)), x, to="dense")
     assert plan.skipped == {"": "called with several strides"}
+
+
+def test_other_strides_than_the_planned_ones_are_refused():
+    """Of a single position each, the calls agree; of two, they read other inputs."""
+
+    def f(w, x):
+        return [
+            jax.lax.conv_general_dilated(
+                *(x, w, (s,), "VALID"), dimension_numbers=NUMBERS[1]
+            )
+            for s in (8, 5)
+        ]
+
+    w, x = np.ones((4, 3, 1), "f4"), np.ones((2, 3, 5), "f4")
+    plan = fc.make_plan(f, w, x, to="dense")
+    assert len(plan) == 1
+    run, dense = fc.convert_model(f, plan), fc.convert_params(w, plan)
+    np.testing.assert_array_equal(run(dense, x)[1], f(w, x)[1])
+    with pytest.raises(fc.PlanError, match="it is something else"):
+        run(dense, np.ones((2, 3, 9), "f4"))
