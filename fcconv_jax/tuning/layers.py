@@ -104,7 +104,9 @@ def choose_alone(
     for path in plan:
         if path not in bound:
             kinds.setdefault(alike[path], []).append(path)
-    costly = sorted(kinds.items(), key=lambda kind: -_work(kind[0][0]) * len(kind[1]))
+    costly = sorted(
+        kinds.items(), key=lambda kind: -products_in(kind[0][0]) * len(kind[1])
+    )
     end = time.monotonic() + seconds
 
     def passed(paths: Sequence[str], why: str) -> AlikeLayers:
@@ -188,10 +190,10 @@ def _in_context(program: Program, layer: LayerPlan) -> Program:
     return Program(looped, program.args)
 
 
-def _work(layer: LayerPlan) -> float:
-    """Multiplications of a call."""
+def products_in(layer: LayerPlan) -> float:
+    """Return how many products one call of a layer sums."""
     entries = math.prod(layer.kernel.source)
-    rows = math.prod(layer.input_shape) * layer.groups
+    rows = math.prod(layer.input_shape) / layer.groups
     if layer.base == "pointwise":  # the others skip no inputs
         rows /= math.prod(layer.strides)
     *window, channels, _ = (
@@ -199,7 +201,9 @@ def _work(layer: LayerPlan) -> float:
         if layer.to == "conv"
         else (canonical_layer(layer) if layer.is_matmul else layer).kernel.source
     )
-    return rows / max(math.prod(window) * channels, 1) * entries
+    # Each input of a transposed convolution meets every tap.
+    read = channels if layer.transposed else math.prod(window) * channels
+    return rows / max(read, 1) * entries
 
 
 def _in_words(layer: LayerPlan, dtype: DTypeLike) -> str:

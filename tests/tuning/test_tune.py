@@ -17,7 +17,7 @@ from fcconv_jax.messages.errors import BackendError
 from fcconv_jax.plan import Plan
 from fcconv_jax.plan.tuning import Figure, Tuning
 from fcconv_jax.tuning import meters, tune
-from fcconv_jax.tuning.layers import _in_context, _ways
+from fcconv_jax.tuning.layers import _in_context, _ways, products_in
 
 RNG = np.random.default_rng(0)
 X = jnp.asarray(RNG.normal(size=(2, 8, 4, 3)), jnp.float32)
@@ -469,3 +469,23 @@ def test_the_record_reads_what_it_wrote(rigged, variables):
     del damaged["tuning"]["layers"]
     with pytest.raises(fc.PlanError, match="damaged"):
         Plan.from_json(json.dumps(damaged))
+
+
+@pytest.mark.parametrize(
+    ("model", "shape", "products"),
+    [
+        (nn.Dense(3), (2, 4), 2 * 4 * 3),
+        (nn.Conv(6, (2, 2), (2, 2), padding="VALID"), (2, 4, 8, 3), 16 * 12 * 6),
+        (nn.Conv(5, (1, 1), (2, 2)), (2, 4, 6, 3), 12 * 3 * 5),
+        (nn.Conv(6, (1, 1), feature_group_count=3), (2, 4, 4, 3), 32 * 6),
+        (nn.ConvTranspose(5, (2, 3), (2, 3)), (2, 3, 4, 6), 24 * 6 * 6 * 5),
+        (nn.ConvTranspose(5, (4, 4), (2, 2)), (2, 3, 4, 6), 24 * 6 * 16 * 5),
+    ],
+)
+def test_costly_layers_are_those_of_many_products(model, shape, products):
+    x = jax.ShapeDtypeStruct(shape, jnp.float32)
+    (layer,) = (
+        fc.make_plan(model, x)
+        or fc.make_plan(model, x, to="dense", rules=["*=phases", "*=auto"])
+    ).values()
+    assert products_in(layer) == products
