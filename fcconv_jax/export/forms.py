@@ -86,7 +86,8 @@ def _mixed(to_conv: Plan, ones: Plan, to_dense: Plan, chip: Chip) -> Plan:
         else:
             left[path] = f"{chip.title} takes it better in dense form"
     for path, layer in to_dense.layers:
-        if _choice(path, layer, chip, place_of(layer), "conv") == "dense":
+        asked = layer.base == "phases"  # by a rule; without one, the file decides
+        if asked or _choice(path, layer, chip, place_of(layer), "conv") == "dense":
             layers[path] = layer
         else:
             left[path] = f"{chip.title} takes it better in conv form"
@@ -130,6 +131,8 @@ def as_layer(path: str, layer: LayerPlan, form: str) -> Layer:
         "padding": ((0, 0), (0, 0)),
         "strides": strides,
     }
+    if layer.transposed:
+        geometry |= {"strides": (1, 1), "spread": strides}
     made = tuple(sorted(geometry.items()))
     return Layer(path, "conv", None, kernel, None, False, x, y, made)
 
@@ -146,11 +149,14 @@ def _dense_shapes(layer: LayerPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:
     if layer.to == "conv":
         x = layer.dense_input_shape()
         return x, (*x[:-1], _features(layer) // layer.groups)
-    rank = len(layer.window)
+    rank, taps = len(layer.window), math.prod(layer.window)
     spatial = layer.input_shape[-1 - rank : -1]
+    inner, out = layer.input_shape[-1] // layer.groups, _features(layer) // layer.groups
+    if layer.transposed:  # a row for each input
+        lead = layer.input_shape[:-1]
+        return (*lead, inner), (*lead, taps * out)
     lead = (*layer.input_shape[: -1 - rank], *output_positions(layer, spatial))
-    inner = math.prod(layer.window) * layer.input_shape[-1] // layer.groups
-    return (*lead, inner), (*lead, _features(layer) // layer.groups)
+    return (*lead, taps * inner), (*lead, out)
 
 
 def _conv_shapes(layer: LayerPlan) -> tuple[tuple[int, ...], tuple[int, ...]]:

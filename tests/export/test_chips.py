@@ -58,6 +58,19 @@ def test_places():
     }
 
 
+def test_an_unpatchify_is_judged_by_its_own_shapes():
+    """One row for each input, and outputs larger than the input."""
+    model = nn.ConvTranspose(3, (16, 16), (16, 16))
+    (layer,) = fc.make_plan(model, normal(1, 2, 4, 20), to="dense").values()
+    assert place_of(layer) == "tokens"
+    dense, conv = (as_layer("up", layer, form) for form in ("dense", "conv"))
+    assert (dense.input_shape, dense.output_shape) == ((1, 2, 4, 20), (1, 2, 4, 768))
+    assert dense.kernel_shape == (20, 768)
+    assert (conv.input_shape, conv.output_shape) == ((1, 2, 4, 20), (1, 32, 64, 3))
+    assert conv.kernel_shape == (16, 16, 20, 3)
+    assert conv.options["spread"] == (16, 16)
+
+
 @pytest.mark.parametrize(
     ("chip", "embed", "tokens", "window", "head"),
     [
