@@ -150,8 +150,8 @@ class Slide:
         self.axes = behind if axes is None else axes
         self._given = model, window, stride, axes, padding
         self._name = f"slide_{_name(self.function)}"
-        # Most functions hold no pool, and compile without the options for them, which
-        # cost up to a third of the time. At the first trace with one, _on makes anew.
+        # Most functions hold no pool, and compile without the options for pools, which
+        # cost up to a third of the time. _on replaces this at the first that has one.
         self._call = Jitted(self._run_without_pools, self._name)
 
     def __reduce__(self) -> tuple[type[Slide], tuple[object, ...]]:
