@@ -355,7 +355,7 @@ class _Call:
                 *(self.outputs, record, path),
                 **({"sizes": self.sizes} if self.sizes else {}),
             )
-        seal(path, self.runtime.open(path))
+        seal(path, self.runtime.beside)
         return Written(path, form, plan, graph, record, leaves, computed)
 
     def _other_sizes(

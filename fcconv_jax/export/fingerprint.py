@@ -1,91 +1,76 @@
-"""A file's fingerprint: all that it says, the record of this package included.
+"""A file's fingerprint: of every byte of it and of what belongs to it.
 
 The record names the parameter of each weight; it leaves out what is between the
 layers. The fingerprint covers that, too: an activation, the order of layers or a scale
-of int8 that was changed after the proof gives another one. It is taken of what a file
-says, not of its bytes, so that a file which was read and saved again keeps it.
+of int8 that was changed after the proof gives another one. It is taken of the bytes,
+since what a format's reader doesn't show may still change what a runtime computes.
 """
 
 from __future__ import annotations
 
-import dataclasses
 import hashlib
 from pathlib import Path
-from typing import Any
-
-import numpy as np
 
 from ..messages.errors import ExportError
-from .record import FileRecord
-from .shipped import Shipped
 
 _START = "sha256:"
 # Stands in the record until the file is there: as long as the fingerprint itself.
 BLANK = _START + "0" * 64
 
 
-def digest(*parts: bytes) -> str:
-    """Return one fingerprint of several parts.
+def files_of(path: Path, beside: str = "") -> list[Path]:
+    """Return a file, the one beside it, or all files of a folder.
+
+    Args:
+      path: the file.
+      beside: the suffix of another file that belongs to it.
+    """
+    if path.is_dir():
+        return sorted(each for each in path.rglob("*") if each.is_file())
+    other = path.with_suffix(beside) if beside else None
+    return [path, other] if other is not None and other.exists() else [path]
+
+
+def fingerprint_of(path: Path, beside: str, own: str | None) -> str:
+    """Return the fingerprint of a file as it was before its own was written into it.
+
+    Args:
+      path: the file.
+      beside: the suffix of another file that belongs to it.
+      own: the fingerprint in its record.
 
     Example:
-      >>> len(digest(b"a", b"b")) == len(BLANK), digest(b"a", b"b") == digest(b"ab")
+      >>> import tempfile
+      >>> path = Path(tempfile.mkdtemp()) / "m.onnx"
+      >>> _ = path.write_text(f"net {BLANK}")
+      >>> new = fingerprint_of(path, "", BLANK)
+      >>> _ = path.write_text(f"net {new}")
+      >>> fingerprint_of(path, "", new) == new, fingerprint_of(path, "", None) == new
       (True, False)
     """
     made = hashlib.sha256()
-    for part in parts:
-        made.update(len(part).to_bytes(8, "little"))
-        made.update(part)
+    for file in files_of(path, beside):
+        # A file may be renamed, in a package only the package.
+        name = str(file.relative_to(path)) if path.is_dir() else file.suffix
+        content = file.read_bytes()
+        if own:
+            content = content.replace(own.encode(), BLANK.encode())
+        for part in (name.encode(), content):
+            made.update(len(part).to_bytes(8, "little"))
+            made.update(part)
     return _START + made.hexdigest()
 
 
-def plain(thing: Any) -> Any:
-    """Return an object of a schema as plain values; what has its default is left out.
-
-    A later schema may have more fields, which are at their defaults then.
-
-    Example:
-      >>> plain({"a": 0, "b": np.int32(2), "c": [], "d": (1, np.float32(0))})
-      [('b', 2), ('d', [1, 0.0])]
-    """
-    if isinstance(thing, np.ndarray):
-        if thing.nbytes > 64:
-            kind = [str(thing.dtype), list(thing.shape)]
-            return [*kind, digest(np.ascontiguousarray(thing).tobytes())]
-        return thing.tolist()
-    if isinstance(thing, np.generic):
-        return thing.item()
-    if isinstance(thing, bytes):
-        return thing.decode("latin1")
-    if isinstance(thing, list | tuple):
-        return [plain(each) for each in thing]
-    fields = thing if isinstance(thing, dict) else getattr(thing, "__dict__", None)
-    if fields is None:
-        return thing
-    pairs = ((key, plain(value)) for key, value in sorted(fields.items()))
-    return [(key, value) for key, value in pairs if value]
-
-
-def fingerprint_of(shipped: Shipped, record: FileRecord) -> str:
-    """Return the fingerprint of a file with its record.
-
-    A record that names no parameter of a layer would leave its weights unchecked.
-    """
-    said = dataclasses.replace(record, fingerprint=None).to_json()
-    return digest(shipped.fingerprint().encode(), said.encode())
-
-
-def seal(path: Path, shipped: Shipped) -> None:
+def seal(path: Path, beside: str = "") -> None:
     """Write a new file's fingerprint into its record.
 
     Args:
-      path: the file, alone with what belongs to it in its folder.
-      shipped: the same, read back.
+      path: the file.
+      beside: the suffix of another file that belongs to it.
     """
-    record = shipped.record()
-    assert record is not None
-    found = fingerprint_of(shipped, record)
-    for file in path.parent.rglob("*"):
-        if file.is_file() and BLANK.encode() in (content := file.read_bytes()):
+    found = fingerprint_of(path, beside, BLANK)
+    for file in files_of(path, beside):
+        if BLANK.encode() in (content := file.read_bytes()):
             file.write_bytes(content.replace(BLANK.encode(), found.encode()))
 
 

@@ -178,11 +178,11 @@ def _quantize(
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / file.name
         made.write_bytes(content)
-        shipped = call.runtime.open(made)
-        record = shipped.record()
+        record = call.runtime.open(made).record()
         if record is None:
             return content
-        return resealed(content, record.fingerprint, fingerprint_of(shipped, record))
+        old = record.fingerprint
+        return resealed(content, old, fingerprint_of(made, call.runtime.beside, old))
 
 
 def _check_loops(graph: Graph) -> None:

@@ -55,10 +55,6 @@ class Shipped(abc.ABC):
         """Return the file's own record; None if another tool wrote the file."""
 
     @abc.abstractmethod
-    def fingerprint(self) -> str:
-        """Return that of all that the file says, its record aside."""
-
-    @abc.abstractmethod
     def layers(self) -> Sequence[ShippedLayer]:
         """Return the linear operations with a weight."""
 

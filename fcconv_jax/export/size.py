@@ -4,6 +4,8 @@ from __future__ import annotations
 
 from pathlib import Path
 
+from .fingerprint import files_of
+
 
 def size_of(path: Path, beside: str = "") -> int:
     """Return the bytes of a file, or of all files in a folder.
@@ -16,8 +18,4 @@ def size_of(path: Path, beside: str = "") -> int:
       >>> size_of(Path(__file__)) > 0
       True
     """
-    if path.is_dir():
-        return sum(each.stat().st_size for each in path.rglob("*") if each.is_file())
-    other = path.with_suffix(beside) if beside else None
-    more = other.stat().st_size if other and other.exists() else 0
-    return path.stat().st_size + more
+    return sum(each.stat().st_size for each in files_of(path, beside))

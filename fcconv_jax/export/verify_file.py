@@ -28,8 +28,8 @@ from .shipped import Shipped, reading
 from .size import size_of
 
 _CHANGED = (
-    "the file has been changed since it was proved: its weights and layers are the "
-    "same, what lies between them is not. Export it again"
+    "the file has been changed since it was proved: no weight and no layer that was "
+    "read is another, but its bytes are not those that were proved. Export it again"
 )
 
 
@@ -94,7 +94,8 @@ def verify_file(
                 f"{path} has no manifest of its parameters: fcconv_jax didn't write "
                 "it. Export the model with fcconv export."
             )
-        known = record.fingerprint == fingerprint_of(shipped, record)
+        sealed = record.fingerprint
+        known = sealed == fingerprint_of(path, runtime.beside, sealed)
         if not (known or runtime.layers) and shipped.native:
             raise ExportError(f"{path}: {_CHANGED}.")
         try:

@@ -22,7 +22,6 @@ from jaxtyping import PyTree
 
 from ...messages.errors import ExportError
 from ...messages.extras import require
-from ..fingerprint import digest
 from ..layers import Layer, expected
 from ..proof import parameter_leaves
 from ..record import FileRecord
@@ -134,12 +133,6 @@ class IreeFile(Shipped):
         """Return the file's own record."""
         text = self.about.get("record")
         return None if text is None else FileRecord.from_text(text)
-
-    def fingerprint(self) -> str:
-        """Of the module, and of the params and what order it takes them in."""
-        about = {key: value for key, value in self.about.items() if key != "record"}
-        arrays = [np.ascontiguousarray(x).tobytes() for x in self.params.values()]
-        return digest(self.content, json.dumps(about).encode(), *arrays)
 
     def ops(self) -> Mapping[str, int]:
         """Return how many operations were handed to IREE."""

@@ -21,7 +21,6 @@ import numpy as np
 
 from ...messages.errors import ExportError
 from ...messages.extras import require
-from ..fingerprint import digest
 from ..graph import FUSED, WHOLE, Graph
 from ..layers import Layer, compute
 from ..probes import probes
@@ -121,15 +120,6 @@ class OpenVinoFile(Shipped):
         if not self.model.has_rt_info([RECORD]):
             return None
         return FileRecord.from_text(self.model.get_rt_info([RECORD]).value)
-
-    def fingerprint(self) -> str:
-        """Of the .xml without what it says about itself, and of the .bin."""
-        root = ElementTree.parse(self.path).getroot()
-        for about in root.findall("rt_info"):
-            root.remove(about)
-        text = ElementTree.canonicalize(ElementTree.tostring(root), strip_text=True)
-        weights = self.path.with_suffix(".bin")
-        return digest(text.encode(), weights.read_bytes() if weights.exists() else b"")
 
     def ops(self) -> Mapping[str, int]:
         """Return how many operations there are of each kind; constants are none."""

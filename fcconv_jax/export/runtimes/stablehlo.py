@@ -24,7 +24,6 @@ from jaxtyping import PyTree
 
 from ...messages.errors import ExportError
 from ...messages.extras import require
-from ..fingerprint import digest
 from ..open_sizes import OpenSizes
 from ..record import FileRecord
 from ..shipped import Shipped, ShippedLayer
@@ -191,10 +190,6 @@ class StableHloFile(Shipped):
         """Return the file's own record."""
         text = self.about.get("record")
         return None if text is None else FileRecord.from_text(text)
-
-    def fingerprint(self) -> str:
-        """Of what JAX wrote, and of the outputs' names."""
-        return digest(self.program, json.dumps(self.output_names()).encode())
 
     def ops(self) -> Mapping[str, int]:
         """Return how many operations there are of each kind; constants are none."""

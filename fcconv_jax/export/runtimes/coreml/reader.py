@@ -13,7 +13,6 @@ import numpy as np
 
 from ....messages.errors import ExportError
 from ....messages.extras import require
-from ...fingerprint import digest
 from ...layers import Layer
 from ...record import FileRecord
 from ...shipped import (
@@ -74,16 +73,6 @@ class CoreMlFile(Shipped):
         """Return the file's own record."""
         text = self.model.user_defined_metadata.get(RECORD)
         return None if text is None else FileRecord.from_text(text)
-
-    def fingerprint(self) -> str:
-        """Of the program without what it says about itself, and of the weights."""
-        spec = type(self.spec)()
-        spec.CopyFrom(self.spec)
-        spec.description.ClearField("metadata")
-        parts = [spec.SerializeToString(deterministic=True)]
-        for file in sorted(Path(self.model.weights_dir).rglob("*")):
-            parts += [file.read_bytes()] if file.is_file() else []
-        return digest(*parts)
 
     def ops(self) -> Mapping[str, int]:
         """Return how many operations there are of each kind; constants are none."""

@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 
 from ....messages.errors import ExportError
-from ...fingerprint import digest, plain
 from ...integers import Int8Layer
 from ...layers import Layer
 from ...record import FileRecord
@@ -168,16 +167,6 @@ class LiteRTFile(Shipped):
                 data = np.asarray(self.model.buffers[entry.buffer].data, np.uint8)
                 return FileRecord.from_bytes(data.tobytes())
         return None
-
-    def fingerprint(self) -> str:
-        """Of the schema's objects; a file that is packed again keeps it."""
-        fields = vars(self.model)
-        entries = fields["metadata"] or ()
-        buffers = [buffer.data for buffer in fields["buffers"]]
-        for entry in entries:
-            buffers[entry.buffer] = None
-        content = {**fields, "metadata": None, "buffers": buffers}
-        return digest(repr(plain(content)).encode())
 
     def ops(self) -> Mapping[str, int]:
         """Return how many operators there are of each kind."""

@@ -14,7 +14,6 @@ import numpy as np
 
 from ....messages.errors import ExportError
 from ....messages.extras import require
-from ...fingerprint import digest
 from ...integers import Int8Layer
 from ...layers import Layer
 from ...record import FileRecord
@@ -77,13 +76,6 @@ class OnnxFile(Shipped):
             if entry.key == RECORD:
                 return FileRecord.from_text(entry.value)
         return None
-
-    def fingerprint(self) -> str:
-        """Of the model without its properties."""
-        model = type(self.model)()
-        model.CopyFrom(self.model)
-        del model.metadata_props[:]
-        return digest(model.SerializeToString(deterministic=True))
 
     def ops(self) -> Mapping[str, int]:
         """Return how many nodes there are of each kind."""
