@@ -175,7 +175,8 @@ def export(
     bound.check_library()
     axes = axes or (image_axes(bound) if any_size else ())
     sizes = OpenSizes(any_batch, axes)
-    call = _Call(bound, target, made_for, unroll, fold, sizes, weights)
+    int8 = calibrate is not None
+    call = _Call(bound, target, made_for, unroll, fold, sizes, weights, int8)
     with (
         default_settings(),
         shown(progress) as show,
@@ -281,8 +282,9 @@ class _Call:
         fold: bool,
         sizes: OpenSizes,
         weights: str | None,
+        int8: bool,
     ):
-        self.bound, self.runtime, self.chip = bound, runtime, chip
+        self.bound, self.runtime, self.chip, self.int8 = bound, runtime, chip, int8
         self.unroll, self.fold, self.sizes = unroll, fold, sizes
         self.weights = weights
         self.whole = runtime.fused - (runtime.one_batch if sizes else frozenset())
@@ -326,7 +328,9 @@ class _Call:
         # Constants turn with the images: they are recorded as the file has them.
         for each in (graph, *more.values()):
             if self.runtime.images == "first":
-                to_nchw(each, rows=not self.sizes.axes)
+                fixed = not self.sizes.axes
+                columns = fixed and not self.int8 and self.runtime.columns
+                to_nchw(each, rows=fixed, columns=columns)
         folded = sorted({leaf for x in layers if x.folded for leaf in x.folded.leaves})
         record = FileRecord(
             layers,

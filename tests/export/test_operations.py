@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from jax import lax
 
+import fcconv_jax as fc
 from fcconv_jax.export import arguments
 from fcconv_jax.export.export import export
 from fcconv_jax.export.runtimes import runtime_of, runtimes
@@ -435,6 +436,38 @@ def test_a_gate_adds_no_transpose(layer, run):
 
     report = run(Gated(), X, params=Gated().init(jax.random.key(0), X))
     assert report.figures[0].transposes <= 1  # of the input
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("bias", [True, False])
+def test_a_dense_layer_between_images_adds_no_transpose(batch, bias, to, tmp_path):
+    """ONNX multiplies the columns of an image: one is a Gemm, several a MatMul."""
+
+    class Pointwise(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.relu(nn.Conv(6, (3, 3), name="before")(x))
+            x = nn.relu(nn.Conv(7, (1, 1), use_bias=bias, name="point")(x))
+            return nn.Conv(5, (3, 3), name="behind")(x).mean((1, 2))
+
+    x = normal(batch, 4, 3, 2)
+    params = Pointwise().init(jax.random.key(0), x)
+    params = jax.tree.map(lambda p: p + 0.1 * normal(*p.shape, seed=3), params)
+    options = {"to": "dense", "progress": False}
+    for any_batch in (False, True):
+        path = tmp_path / f"{any_batch}.{SUFFIX[to]}"
+        more = {**options, "any_batch": any_batch} if any_batch else options
+        report = export(Pointwise(), params, x, path=path, **more)
+        assert report.passed, report.failures
+        assert {e.name: e.form for e in report.layers}["point"] == "dense"
+        if to == "onnx":
+            ops = report.figures[0].ops
+            assert ops.get("Transpose", 0) <= 1  # of the input
+            single = batch == 1 and not any_batch
+            assert ops.get("Gemm", 0) == single
+            assert ops.get("Add", 0) == (bias and not single)
+            alone = fc.verify_file(path, params, x, model=Pointwise(), progress=False)
+            assert alone.passed
 
 
 @pytest.mark.parametrize("order", [(0, 1, 3, 2, 4, 5), (0, 1, 4, 2, 5, 3)])

@@ -8,6 +8,8 @@ leaves them, and tokens that are folded into the batch, need a reshape only.
 
 from __future__ import annotations
 
+import functools
+import math
 from collections.abc import Callable, Sequence
 
 from ..graph import ELEMENTWISE, VIEWS, Graph, Node, Value
@@ -22,19 +24,22 @@ from .views import (
 )
 
 _IMAGES = ("conv", "pool_max", "pool_mean", "resize")
+# What a transpose may sink through on its way to another one.
+_PASSED = ELEMENTWISE | {"concat", "dense", "pad", "reshape", "reverse", "slice"}
 
 
-def to_nchw(graph: Graph, rows: bool = True) -> Graph:
+def to_nchw(graph: Graph, rows: bool = True, columns: bool = False) -> Graph:
     """Rewrite a graph in place; images of ``conv`` and ``pool_*`` are NCHW then.
 
     Args:
       graph: what is rewritten.
       rows: whether patches may be rows of pixels, whose number of columns is fixed.
+      columns: whether a dense layer may multiply the columns of an NCHW image.
     """
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
         share_equal,
-        sink_transposes,
+        functools.partial(sink_transposes, columns=columns),
         delay_views,
         delay_reshapes,
         drop_broadcasts,
@@ -99,14 +104,19 @@ def _expand_adjoints(graph: Graph) -> None:
     graph.nodes = nodes
 
 
-def sink_transposes(graph: Graph) -> bool:
+def sink_transposes(graph: Graph, columns: bool = False) -> bool:
     """Move transposes behind the operations that work in any order of axes."""
     makers, changed = graph.producers(), False
     for node in list(graph.nodes):
         perm = _common(node, makers)
         if perm is None:
             continue
-        moved = _moved(node, perm, makers)
+        if node.op != "dense":
+            moved = _moved(node, perm, makers)
+        elif columns and _meets(node.out, graph):
+            moved = _on_columns(node, perm, makers)
+        else:
+            continue
         if moved is None:
             continue
         before, inner, order = moved
@@ -192,6 +202,38 @@ def _moved(
     back = [list(order).index(i) for i in range(len(order))]
     out = Value(_permuted(shape, back), node.out.dtype)
     return before, Node(op, inputs, [out], attrs, node.name), tuple(order)
+
+
+def _on_columns(
+    node: Node, perm: tuple[int, ...], makers: dict[Value, Node]
+) -> tuple[list[Node], Node, tuple[int, ...]] | None:
+    """Like :func:`_moved`, of a dense layer: ``kernel.T @ x`` for each example.
+
+    One example is a matrix, whose product has the bias in it.
+    """
+    x = makers[node.inputs[0]].inputs[0]
+    n, inner, *places = x.shape
+    if perm != channels_last(len(x.shape)) or "columns" in node.attrs:
+        return None
+    lead, features = (n,) if n > 1 else (), node.out.shape[-1]
+    sizes = inner, features
+    flat, made = (Value((*lead, m, math.prod(places)), x.dtype) for m in sizes)
+    out = Value((n, features, *places), node.out.dtype)
+    inputs, attrs = [flat, *node.inputs[1:]], {"columns": True}
+    layer = Node("dense", inputs, [made], attrs, node.name, node.folded)
+    return [Node("reshape", [x], [flat]), layer], Node("reshape", [made], [out]), perm
+
+
+def _meets(value: Value, graph: Graph) -> bool:
+    """Return whether a transpose of a value would meet another one, or vanish."""
+    reached = {value}
+    for node in graph.nodes:
+        if reached.intersection(node.inputs):
+            if node.op == "transpose" or node.op.startswith("reduce_"):
+                return True
+            if node.op in _PASSED:
+                reached.update(node.outputs)
+    return False
 
 
 def _as_rows(node: Node, makers: dict[Value, Node]) -> bool:

@@ -116,10 +116,12 @@ class OnnxFile(Shipped):
                     kernel = canonical_conv(kernel, "OIHW")
             elif node.op_type == "ConvTranspose":
                 kernel = reversed_window(canonical_conv(kernel, "IOHW"))
-            elif attributes.get("transB"):
+            elif attributes.get("transB") or self._is_left(
+                node, self._records.get(name)
+            ):
                 kernel = kernel.T
             form = "conv" if node.op_type in _CONVS else "dense"
-            array = None if bias is None else self.arrays[bias]
+            array = None if bias is None else self.arrays[bias].reshape(-1)
             found.append(ShippedLayer(name, node.op_type, form, kernel, array))
         return found
 
@@ -186,7 +188,8 @@ class OnnxFile(Shipped):
         elif node.op_type == "Conv":
             laid = arrange_conv(kernel, "OIHW")
         else:
-            laid = kernel.T if self._attributes(node).get("transB") else kernel
+            turned = self._attributes(node).get("transB")
+            laid = kernel.T if turned or self._is_left(node, layer) else kernel
             if (
                 layer.op == "matmul"
                 and layer.options["adj_a" if side == 0 else "adj_b"]
@@ -204,10 +207,17 @@ class OnnxFile(Shipped):
         new = {node.input[side]: laid.astype(dtype)}
         name = self._bias(node)
         if name is not None and bias is not None:
-            new[name] = bias.astype(dtype)
+            new[name] = bias.astype(dtype).reshape(self.arrays[name].shape)
         turned = self._turned(node, layer, x).astype(dtype)
         y = self._run_nodes(nodes, node.input[1 - side], turned, new)
+        if side == 0 and layer.op == "dense":
+            return y.swapaxes(-1, -2).reshape(*x.shape[:-1], y.shape[-2])
         return y.transpose(channels_last(y.ndim)) if node.op_type in _CONVS else y
+
+    def _is_left(self, node: Any, layer: Layer | None) -> bool:
+        """Return whether a dense layer's node takes ``kernel.T`` on the left."""
+        dense = layer is not None and layer.op == "dense"
+        return dense and node.op_type == "MatMul" and self._side(node) == 0
 
     def _turned(self, node: Any, layer: Layer, x: np.ndarray) -> np.ndarray:
         """Return a layer's input as its node takes it."""
@@ -219,6 +229,9 @@ class OnnxFile(Shipped):
             return x.reshape(n, 1, h, w * c)
         if node.op_type in _CONVS:
             return x.transpose(channels_first(x.ndim))
+        if side == 0 and layer.op == "dense":  # on the columns of one image, or more
+            lead = x.shape[:1] if node.op_type == "MatMul" else ()
+            return x.reshape(*lead, -1, x.shape[-1]).swapaxes(-1, -2)
         swap = layer.op == "matmul" and layer.options["adj_b" if side == 0 else "adj_a"]
         return x.swapaxes(-1, -2) if swap else x
 

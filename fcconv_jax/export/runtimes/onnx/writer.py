@@ -187,6 +187,9 @@ class _Writer(Builder):
         )
 
     def _dense(self, node: Node, out: str) -> None:
+        if "columns" in node.attrs:
+            self._columns(node, out)
+            return
         inputs = [self.name(value) for value in node.inputs]
         if self.gemm and len(node.inputs[0].shape) == 2:
             self.add("Gemm", inputs, out, node.name)
@@ -196,6 +199,25 @@ class _Writer(Builder):
             product = self.unique(f"{node.name}/product")
             self.add("MatMul", inputs[:2], product, node.name)
             self.add("Add", [product, inputs[2]], out, f"{node.name}/bias")
+
+    def _columns(self, node: Node, out: str) -> None:
+        x, kernel, *biases = node.inputs
+        assert kernel.data is not None
+        label = kernel.source.leaf if kernel.source else "weight"
+        added = [
+            self.array((bias, "column"), np.asarray(bias.data)[:, None], "bias")
+            for bias in biases
+        ]
+        if len(x.shape) == 2:
+            inputs = [self.name(kernel), self.name(x), *added]
+            self.add("Gemm", inputs, out, node.name, transA=1)
+            return
+        laid = self.array((kernel, "rows"), kernel.data.T, label, kernel.stored)
+        inputs = [laid, self.name(x)]
+        product = self.unique(f"{node.name}/product") if added else out
+        self.add("MatMul", inputs, product, node.name)
+        if added:
+            self.add("Add", [product, *added], out, f"{node.name}/bias")
 
     def _matmul(self, node: Node, out: str) -> None:
         self.add("MatMul", [self.name(v) for v in node.inputs], out, node.name)
