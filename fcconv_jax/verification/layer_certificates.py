@@ -92,7 +92,7 @@ def prepare_layer(
         preferred_element_type=preferred_element_type,
     )
     bias = layer.bias
-    if to == "conv":
+    if to == "conv" and layer.base != "phases":  # which read the conv's own input
         rest = layer.dense_input_shape()[-2 if layer.groups > 1 else -1 :]
         reduction = rest[-1]
         index = np.broadcast_to(np.arange(reduction), rest)

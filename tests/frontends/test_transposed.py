@@ -245,6 +245,24 @@ def test_spaced_inputs_with_any_padding(pads, holes, spread, case):
     np.testing.assert_array_equal(got, run(params, X))
 
 
+def test_strides_of_a_single_position():
+    """Phases would give a position for each step of the window."""
+
+    def run(params, x):
+        return jax.lax.conv_general_dilated(
+            *(x, params["w"], (3, 1), [(1, 1), (0, 1)], (3, 2)),
+            dimension_numbers=("NHWC", "HWIO", "NHWC"),
+        )
+
+    params, x = {"w": integers(np.zeros((1, 3, 6, 4), "f4"))}, integers(X[:, :1])
+    plan = fc.make_plan(run, params, x, to="dense", rules=["w=phases"])
+    assert [layer.case for layer in plan.values()] == ["phases"]
+    got = fc.convert_model(run, plan)(fc.convert_params(params, plan), x)
+    np.testing.assert_array_equal(got, run(params, x))
+    with pytest.raises(fc.PlanError, match="it is something else"):
+        fc.convert_model(run, plan)(fc.convert_params(params, plan), X)
+
+
 def test_a_reversed_kernel_of_a_dense_is_followed():
     def f(params, x):
         return x.reshape(2, -1) @ params["w"][::-1]
@@ -352,6 +370,7 @@ def test_nnx_layers_run_in_phases_and_back():
     back = fc.convert_model(phased, plan.inverse())
     assert same_bits(nnx.state(back), nnx.state(model))
     assert fc.verify(model, None, X, plan=plan, progress=False).passed
+    assert fc.verify(phased, None, X, plan=plan.inverse(), progress=False).passed
 
 
 def test_phases_of_functions_with_groups_layouts_and_dilations():
