@@ -12,7 +12,7 @@ from ..messages.flags import check_flags, check_kind
 from ..params.moves import map_leaves
 from ..plan import Plan
 from .bind import frontend_of_instance
-from .train_state import is_train_state, map_train_state
+from .train_state import has_train_state, map_train_states
 
 Tree = TypeVar("Tree")
 
@@ -71,9 +71,8 @@ def convert_params(
     check_kind("prefix=", prefix, (str, Sequence), "levels of the tree", "'actor'")
     prefixes = (prefix,) if isinstance(prefix, str) else prefix
     parts = [tuple(filter(None, each.split("/"))) for each in prefixes]
-    if is_train_state(params):
-        _refuse_apply(getattr(params, "apply_fn", None))
-        return map_train_state(params, plan, strict, parts)
+    if has_train_state(params):
+        return map_train_states(params, plan, _checked_apply, strict, parts)
     return map_leaves(params, plan, strict, parts)
 
 
@@ -124,14 +123,15 @@ def _refuse_model(params: PyTree) -> None:
         )
 
 
-def _refuse_apply(apply_fn: Any) -> None:
+def _checked_apply(given: Any) -> Any:
     """Refuse the ``apply`` of a model: it fails on params in the other form."""
+    apply_fn = given
     while not _is_of_a_model(apply_fn):
         # jax.jit and functools.wraps, functools.partial, a converted model's apply.
         inner = "__wrapped__", "func"
         found = [getattr(apply_fn, name) for name in inner if hasattr(apply_fn, name)]
         if not found:
-            return
+            return given
         apply_fn = found[0]
     raise PlanError(
         "Expected params, got a TrainState whose apply_fn would fail on params in the "

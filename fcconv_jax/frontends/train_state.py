@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import operator
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import flax.linen as nn
-from flax.training.train_state import TrainState
+import jax
 from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
@@ -16,7 +17,7 @@ from ..params.opt_state import convert_opt_state
 from ..plan import Plan
 from .convert_model import convert_model
 
-State = TypeVar("State", bound=TrainState)
+State = TypeVar("State")
 
 
 def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
@@ -24,7 +25,7 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
 
     Args:
       state: with params (or variables) and optimizer state in the form that the plan
-        comes from.
+        comes from; or a tree of such states, as a dataclass of an agent's.
       plan: from :func:`fcconv_jax.make_plan`.
       model: the linen Module that was planned.
 
@@ -32,7 +33,8 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
       The state with its ``params``, every copy of them in its other fields (a target
       network, a running average) and its ``opt_state`` converted, as
       :func:`convert_params` and :func:`convert_opt_state` do, and the ``apply`` of the
-      converted model as its ``apply_fn``.
+      converted model as its ``apply_fn``. In a tree, each state whose params convert
+      is changed like that.
 
     Raises:
       PlanError: as those two.
@@ -43,6 +45,7 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import fcconv_jax as fc
+      >>> from flax.training.train_state import TrainState
       >>> model, x = nn.Dense(3), jnp.ones((2, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> state = TrainState.create(
@@ -53,7 +56,7 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
       ((2, 3), (1, 4, 3))
     """
     converted = convert_model(model, plan)  # before the work on the state
-    return map_train_state(state, plan).replace(apply_fn=converted.apply)
+    return _map(state, plan, converted.apply)
 
 
 def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
@@ -78,6 +81,7 @@ def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
     Example:
       >>> import jax, jax.numpy as jnp, optax
       >>> import fcconv_jax as fc
+      >>> from flax.training.train_state import TrainState
       >>> model, x = nn.Dense(3), jnp.ones((2, 4))
       >>> params = model.init(jax.random.key(0), x)["params"]
       >>> state = TrainState.create(
@@ -88,7 +92,7 @@ def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
       >>> fc.restore_train_state(conv, plan, model).params["kernel"].shape
       (4, 3)
     """
-    return map_train_state(state, plan.inverse()).replace(apply_fn=model.apply)
+    return _map(state, plan.inverse(), model.apply)
 
 
 def is_train_state(tree: PyTree) -> bool:
@@ -96,18 +100,49 @@ def is_train_state(tree: PyTree) -> bool:
     return all(hasattr(tree, name) for name in ("params", "opt_state", "tx", "replace"))
 
 
-def map_train_state(
-    state: PyTree, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
+def map_train_states(
+    tree: PyTree,
+    plan: Plan,
+    apply: Callable[[Any], Any],
+    strict: bool = True,
+    prefixes: Sequence[Parts] = (),
 ) -> Any:
-    """Return a TrainState in the plan's form; its ``apply_fn`` stays."""
-    if not is_train_state(state):
-        raise PlanError(
-            f"Expected a TrainState, got {type(state).__name__}. Pass "
-            "TrainState.create(...), or convert params alone with convert_params."
-        )
-    opt_state = convert_opt_state(
-        state.opt_state, plan, tx=state.tx, params=state.params
-    )
+    """Return a TrainState, or a tree with several, in the plan's form.
+
+    Args:
+      tree: a state, or for example a dataclass of an agent's states.
+      plan: the plan.
+      apply: returns the ``apply_fn`` of a state that converts, given the old one.
+      strict: as :func:`convert_params` takes it.
+      prefixes: the levels above the params to convert.
+    """
+    olds, treedef = jax.tree.flatten(tree, is_leaf=is_train_state)
     # Only the optimizer knows which of its leaves follow a parameter.
-    rest = map_leaves(state.replace(opt_state=None), plan, strict, prefixes)
-    return rest.replace(opt_state=opt_state)
+    bare = [x.replace(opt_state=None) if is_train_state(x) else x for x in olds]
+    moved = map_leaves(jax.tree.unflatten(treedef, bare), plan, strict, prefixes)
+
+    def joined(old: Any, new: Any) -> Any:
+        if not is_train_state(old):
+            return new
+        leaves = map(jax.tree.leaves, (old.params, new.params))
+        if all(map(operator.is_, *leaves)):
+            return new.replace(opt_state=old.opt_state)
+        opt_state = convert_opt_state(old.opt_state, plan, tx=old.tx, params=old.params)
+        return new.replace(opt_state=opt_state, apply_fn=apply(old.apply_fn))
+
+    news = jax.tree.leaves(moved, is_leaf=is_train_state)
+    return jax.tree.unflatten(treedef, list(map(joined, olds, news)))
+
+
+def has_train_state(tree: PyTree) -> bool:
+    """Return whether a tree is a ``TrainState`` or holds one."""
+    return any(map(is_train_state, jax.tree.leaves(tree, is_leaf=is_train_state)))
+
+
+def _map(state: Any, plan: Plan, apply: Callable[..., Any]) -> Any:
+    if not has_train_state(state):
+        raise PlanError(
+            f"Expected a TrainState, or a tree with some, got {type(state).__name__}. "
+            "Pass TrainState.create(...), or convert params alone with convert_params."
+        )
+    return map_train_states(state, plan, lambda _: apply)

@@ -134,7 +134,10 @@ def _moved(
     got_leaves, got_tree = flatten_with_path(out)
     wanted_leaves, wanted_tree = flatten_with_path(wanted)
     if got_tree != wanted_tree:
-        raise PlanError(_NOT_ENTRYWISE.format(f"{got_tree} instead of {wanted_tree}"))
+        here, there = ({path for path, _ in x} for x in (got_leaves, wanted_leaves))
+        first = min(here ^ there, default="its structure")
+        found = f"{first!r} is in the state of one form alone, as with choices by rank"
+        raise PlanError(_NOT_ENTRYWISE.format(found))
     for (path, got), (_, want) in zip(got_leaves, wanted_leaves):
         if np.shape(got) != np.shape(want):
             found = f"expected {path!r} of shape {np.shape(want)}, got {np.shape(got)}"

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from flax import traverse_util
+from flax import struct, traverse_util
 from flax.training.train_state import TrainState
 
 import fcconv_jax as fc
@@ -145,3 +145,54 @@ def test_an_apply_fn_of_ones_own_stays(training):
     _, _, state, plan = training
     state = state.replace(apply_fn=jnp.sum)
     assert fc.convert_params(state, plan).apply_fn is jnp.sum
+
+
+@struct.dataclass
+class Agent:
+    """As reinforcement learning keeps them: twins, a target and another model."""
+
+    critics: tuple[TrainState, TrainState]
+    target: Any
+    actor: TrainState
+
+
+def test_states_in_a_tree(training):
+    model, x, state, plan = training
+    other = nn.Dense(2)
+    variables = other.init(jax.random.key(2), x)
+    actor = TrainState.create(
+        apply_fn=other.apply, params=variables["params"], tx=optax.sgd(0.1)
+    )
+    agent = Agent((state, state.replace(step=7)), state.params, actor)
+    moved = fc.convert_train_state(agent, plan, model)
+    alone = fc.convert_train_state(state, plan, model)
+    for critic in moved.critics:
+        chex.assert_trees_all_equal(critic.params, alone.params)
+        chex.assert_trees_all_equal(critic.opt_state, alone.opt_state)
+        critic.apply_fn({"params": critic.params}, x)
+    assert moved.critics[1].step == 7
+    chex.assert_trees_all_equal(moved.target, alone.params)
+    assert moved.actor.apply_fn == other.apply
+    chex.assert_trees_all_equal(moved.actor, actor)
+    back = fc.restore_train_state(moved, plan, model)
+    chex.assert_trees_all_equal(back, agent)
+    with pytest.raises(fc.PlanError, match="a TrainState whose apply_fn would fail"):
+        fc.convert_params(agent, plan)
+
+
+def test_an_optimizer_in_a_tree_of_states_is_checked(training):
+    model, _, state, plan = training
+    by_rank = optax.masked(
+        optax.add_decayed_weights(0.5),
+        lambda tree: jax.tree.map(lambda leaf: leaf.ndim == 2, tree),
+    )
+    params = state.params
+    bad = TrainState.create(apply_fn=None, params=params, tx=by_rank)
+    for convert in (
+        lambda: fc.convert_train_state({"a": state, "b": bad}, plan, model),
+        lambda: fc.convert_params({"b": bad}, plan),
+    ):
+        with pytest.raises(fc.PlanError, match="by ndim"):
+            convert()
+    with pytest.raises(fc.PlanError, match="a TrainState, or a tree with some, got"):
+        fc.convert_train_state(params, plan, model)
