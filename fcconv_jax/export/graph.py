@@ -67,7 +67,7 @@ class Source:
 
     Args:
       leaf: the parameter's path.
-      steps: reshapes, transposes, slices, reversals and roundings, in order.
+      steps: reshapes, transposes, slices, reversals, tilings and roundings, in order.
     """
 
     leaf: str
@@ -100,6 +100,7 @@ _STEPS: dict[str, Any] = {
     "transpose": lambda x, perm: x.transpose(perm),
     "slice": lambda x, start, stop, step: x[tuple(map(slice, start, stop, step))],
     "reverse": lambda x, axes: np.flip(x, axes),
+    "tile": np.tile,
     "round": lambda x, dtype: x.astype(jnp.dtype(dtype)).astype(x.dtype),
 }
 

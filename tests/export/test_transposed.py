@@ -2,12 +2,15 @@
 
 from collections import Counter
 
+import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from jax import lax
 
 from fcconv_jax.export.export import export
+from fcconv_jax.export.verify_file import verify_file
 
 from .models import normal
 from .test_files import RUNTIMES, SUFFIX, needs
@@ -120,3 +123,40 @@ def test_any_batch_needs_plain_convolutions(tmp_path):
     path, params = tmp_path / "m.tflite", {"w": normal(3, 3, 6, 5)}
     report = export(up, params, X, path=path, any_batch=True, progress=False)
     assert report.passed, report.failures
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("to", RUNTIMES)
+def test_a_skip_beside_a_dense_transposed_layer(batch, to, tmp_path):
+    """Its bias, repeated for the pixels of a window, is part of the layer."""
+    needs(to)
+
+    class Up(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            skip = nn.Conv(5, (3, 3), name="skip")(x)
+            x = nn.Conv(6, (3, 3), (2, 2), name="down")(skip)
+            x = nn.ConvTranspose(3, (2, 2), (2, 2), padding="VALID", name="up")(x)
+            return nn.Conv(4, (3, 3), name="last")(jnp.concatenate([skip, x], -1))
+
+    x = normal(batch, 6, 4, 2)
+    params = Up().init(jax.random.key(0), x)
+    params = jax.tree.map(lambda p: p + 0.1 * normal(*p.shape, seed=3), params)
+    path = tmp_path / f"m.{SUFFIX[to]}"
+    report = export(Up(), params, x, path=path, to="dense", progress=False)
+    assert report.passed, report.failures
+    (layer,) = (each for each in report.layers if each.name == "up")
+    assert layer.form == "dense"
+    assert layer.bits
+    if to == "openvino":
+        return
+    ops = report.figures[0].ops
+    assert ops.get("ADD", 0) == 0
+    if to == "onnx":
+        assert ops["DepthToSpace"] == 1
+        assert ops["Transpose"] == 2  # of the input and the output
+        assert ops.get("Add", 0) == (batch > 1)  # the bias of a MatMul
+    wrong = jax.tree.map(lambda p: p, params)
+    wrong["params"]["up"]["bias"] = wrong["params"]["up"]["bias"][::-1]
+    assert verify_file(path, params, progress=False).passed
+    assert not verify_file(path, wrong, progress=False).passed

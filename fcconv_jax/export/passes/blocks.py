@@ -6,7 +6,7 @@ from typing import Any, Literal
 
 import numpy as np
 
-from ..graph import VIEWS, Graph, Node
+from ..graph import VIEWS, Graph, Node, Value
 
 
 def find_blocks(graph: Graph, images: Literal["first", "last"]) -> bool:
@@ -21,14 +21,34 @@ def find_blocks(graph: Graph, images: Literal["first", "last"]) -> bool:
                 break
             chain.append(before)
         x = chain[-1].inputs[0]
-        if len(chain) < 3 or len(x.shape) != 4:
+        if len(chain) < 3:
             continue
-        found = _block(x.shape, chain[::-1], images)
+        if images == "first" and len(x.shape) in (2, 3):
+            changed |= _from_columns(graph, node, x, chain[::-1])
+            continue
+        found = _block(x.shape, chain[::-1], images) if len(x.shape) == 4 else None
         if found is not None:
             node.op, node.inputs, node.attrs = found[0], [x], found[1]
             changed = True
     graph.prune()
     return changed
+
+
+def _from_columns(graph: Graph, node: Node, x: Value, chain: list[Node]) -> bool:
+    """Replace a chain that begins with columns, which are the pixels of images."""
+    n, c, h, w = node.out.shape
+    for size in range(2, min(h, w) + 1):
+        shape = (n, c * size**2, h // size, w // size)
+        if h % size or w % size or x.shape[-2] != shape[1]:
+            continue
+        whole = Value(shape, x.dtype)
+        view = Node("reshape", [x], [whole])
+        found = _block(shape, chain, "first")
+        if found is not None:
+            graph.nodes.insert(graph.nodes.index(node), view)
+            node.op, node.inputs, node.attrs = found[0], [whole], found[1]
+            return True
+    return False
 
 
 def _block(

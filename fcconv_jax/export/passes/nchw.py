@@ -108,7 +108,7 @@ def sink_transposes(graph: Graph, columns: bool = False) -> bool:
     """Move transposes behind the operations that work in any order of axes."""
     makers, changed = graph.producers(), False
     for node in list(graph.nodes):
-        perm = _common(node, makers)
+        perm = _common(node, makers, graph)
         if perm is None:
             continue
         if node.op != "dense":
@@ -129,7 +129,9 @@ def sink_transposes(graph: Graph, columns: bool = False) -> bool:
     return changed
 
 
-def _common(node: Node, makers: dict[Value, Node]) -> tuple[int, ...] | None:
+def _common(
+    node: Node, makers: dict[Value, Node], graph: Graph
+) -> tuple[int, ...] | None:
     """Return the one permutation that all operands of an operation went through."""
     makes = [makers.get(value) for value in node.inputs if value.data is None]
     perms = {m.attrs["perm"] for m in makes if m is not None and m.op == "transpose"}
@@ -140,8 +142,12 @@ def _common(node: Node, makers: dict[Value, Node]) -> tuple[int, ...] | None:
         if maker is None or maker.op not in VIEWS:
             return None
         # A gate (N, 1, 1, C), as of squeeze-and-excite, is (N, C, 1, 1) by a reshape.
+        # Beside a skip, what blocks of pixels were moved to is turned as they move.
         if maker.op == "reshape" and not _renames(maker.out.shape, perm):
-            return None
+            moved = makers.get(maker.inputs[0])
+            turned = moved is not None and moved.op == "transpose"
+            if node.op != "concat" or not turned or not _meets(node.out, graph):
+                return None
     return perm
 
 
@@ -163,7 +169,9 @@ def _moved(
     for value in node.inputs:
         if value.data is None and makers[value].op == "reshape":
             inputs.append(Value(_permuted(value.shape, inverse), value.dtype))
-            before.append(Node("reshape", [value], [inputs[-1]]))
+            turn = {} if _renames(value.shape, perm) else {"perm": tuple(inverse)}
+            op = "transpose" if turn else "reshape"
+            before.append(Node(op, [value], [inputs[-1]], turn))
         elif value.data is None:
             inputs.append(makers[value].inputs[0])
         elif value.size == 1 or node.op == "gather":

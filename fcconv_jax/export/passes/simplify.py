@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import functools
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 
-from ..graph import FUSED, Graph, constant
+from ..graph import FUSED, VIEWS, Graph, Node, Value, constant
 from .norms import find_norms
 from .patterns import (
     find_activations,
@@ -72,21 +72,28 @@ def add_biases(graph: Graph) -> bool:
         if node.op != "add":
             continue
         for y, bias in (node.inputs, node.inputs[::-1]):
-            # Between them at most a reshape that keeps the features, as in heads, or a
-            # slice that does, as of a transposed convolution.
-            layer = makers.get(y)
-            if layer and layer.op in ("reshape", "slice") and uses[y] == 1:
+            # Between them at most views that keep the features, as in heads, or a slice
+            # that does, as of a transposed convolution.
+            layer, views = makers.get(y), list[Node]()
+            while layer and layer.op in VIEWS | {"slice"} and uses[layer.out] == 1:
+                views.append(layer)
                 layer = makers.get(layer.inputs[0])
             if layer is None or layer.op not in ("conv", "dense"):
                 continue
+            if bias.data is None or len(layer.inputs) > 2 or node.out.shape != y.shape:
+                continue
+            if uses[layer.out] > 1 or uses[y] > 1:
+                continue
             features = layer.out.shape[-1]
-            ends = bias.data is not None and _covers(bias.shape, y.shape, features)
-            if len(layer.inputs) > 2 or not ends or uses[layer.out] > 1 or uses[y] > 1:
+            short = not views or (len(views) == 1 and views[0].op != "transpose")
+            if short and _covers(bias.shape, y.shape, features):
+                flat = bias if bias.shape == (features,) else None
+                layer.inputs.append(flat or bias.moved("reshape", (features,)))
+            elif layer.op == "dense" and _repeats(bias, layer, views[::-1]):
+                flat = bias.moved("reshape", (bias.size,))
+                layer.inputs.append(flat.moved("tile", features // bias.size))
+            else:
                 continue
-            if node.out.shape != y.shape:
-                continue
-            flat = bias if bias.shape == (features,) else None
-            layer.inputs.append(flat or bias.moved("reshape", (features,)))
             graph.replace(node.out, y)
             node.inputs = []
             node.outputs = []
@@ -139,6 +146,24 @@ def _covers(bias: tuple[int, ...], y: tuple[int, ...], features: int) -> bool:
     while trimmed and trimmed[0] == 1 and math.prod(trimmed) == math.prod(trimmed[1:]):
         trimmed = trimmed[1:]
     return features == 1 or tuple(trimmed) == tuple(y[len(y) - len(trimmed) :])
+
+
+def _repeats(bias: Value, layer: Node, views: Sequence[Node]) -> bool:
+    """Whether views move a layer's features so that a bias is added to each block.
+
+    So do those of a transposed convolution, whose window is in the features.
+    """
+    features = layer.out.shape[-1]
+    if bias.size < 2 or features % bias.size or any(v.op == "slice" for v in views):
+        return False
+    places = np.arange(features, dtype=np.int32) % bias.size
+    moved = np.broadcast_to(places, layer.out.shape)
+    for view in views:
+        turned = view.op == "transpose"
+        shape = view.out.shape
+        moved = moved.transpose(view.attrs["perm"]) if turned else moved.reshape(shape)
+    wanted = np.arange(bias.size, dtype=np.int32).reshape(bias.shape)
+    return bool((moved == wanted).all())
 
 
 def _name_layers(graph: Graph) -> None:
