@@ -35,6 +35,7 @@ GROUPS: dict[str, dict[str, Case]] = {
     "costs": costs.CASES,
     "training": training.CASES,
     "cycles": cycles.CASES,
+    "operators": peers.COUNTED,
     "peers": peers.CASES,
 }
 _ALL = {case: run for group in GROUPS.values() for case, run in group.items()}

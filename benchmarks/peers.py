@@ -2,7 +2,7 @@
 
     pip install '.[litert,onnx,vela]'
     python -m venv peers && peers/bin/pip install -r benchmarks/peers.txt
-    PEERS_PYTHON=peers/bin/python python benchmarks peers
+    PEERS_PYTHON=peers/bin/python python benchmarks operators peers
 
 The peers write their files of the same network and weights in a process of that
 environment; all files run in turns here, in the same runtime.
@@ -15,6 +15,7 @@ import os
 import subprocess
 import sys
 import tempfile
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -52,40 +53,79 @@ def peer_files(network: str, folder: Path) -> None:
     subprocess.run(command, check=True, stdout=sys.stderr, env=quiet)
 
 
+def written(network: str, folder: Path, suffix: str, peer: str) -> dict[str, Path]:
+    """The files of a network in both forms, and that of a peer, which is there."""
+    model, variables, x = flax_network(network)
+    paths = {peer: folder / f"{peer}{suffix}"}
+    for form in ("conv", "dense"):
+        paths[form] = folder / f"{form}{suffix}"
+        options = {"path": paths[form], "to": form, "progress": False}
+        report = fc.export(model, variables, x, **options)
+        assert report.passed, report.failures
+    return paths
+
+
+def operators(
+    paths: Mapping[str, Path], peer: str, about: str = ""
+) -> tuple[dict[str, dict[str, int]], list[dict[str, Any]]]:
+    """The operators of files by form, and bounds: no more than a peer's file has.
+
+    Keras may have one less: it knows no other layout than LiteRT's.
+    """
+    files = {form: runtime_of(path).open(path) for form, path in paths.items()}
+    found = {form: dict(file.ops()) for form, file in files.items()}
+    counts = {form: sum(each.values()) for form, each in found.items()}
+    transposes = {form: file.moves()[0] for form, file in files.items()}
+    more = int(peer == "keras")
+    limits = []
+    for form in ("conv", "dense"):
+        for what, each in (("operators", counts), ("transposes", transposes)):
+            limits.append(
+                bound(f"{about}{form}: {what}", each[form], each[peer] + more, what)
+            )
+    return found, limits
+
+
+def count(network: str) -> dict[str, Any]:
+    """Counts the operators of files in both forms, and of each peer's file."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        peer_files(network, folder)
+        peers = {".onnx": "jax2onnx"}
+        if network in DESCRIPTIONS:
+            peers[".tflite"] = "keras"
+        found: dict[str, Any] = {"operators": {}, "bounds": []}
+        for suffix, peer in peers.items():
+            title = runtime_of(Path(f"m{suffix}")).title
+            paths = written(network, folder, suffix, peer)
+            counts, limits = operators(paths, peer, f"{title}, ")
+            found["operators"][title] = counts
+            found["bounds"] += limits
+        return found
+
+
 def compare(network: str, suffix: str, peer: str) -> dict[str, Any]:
     """Exports a network in both forms, and compares the files with a peer's."""
     with tempfile.TemporaryDirectory() as name:
         folder = Path(name)
         peer_files(network, folder)
-        model, variables, x = flax_network(network)
-        paths = {peer: folder / f"{peer}{suffix}"}
-        for form in ("conv", "dense"):
-            paths[form] = folder / f"{form}{suffix}"
-            options = {"path": paths[form], "to": form, "progress": False}
-            report = fc.export(model, variables, x, **options)
-            assert report.passed, report.failures
+        paths = written(network, folder, suffix, peer)
+        _, variables, x = flax_network(network)
         files = {form: runtime_of(path).open(path) for form, path in paths.items()}
         image = [np.asarray(x)]
         outs = {form: file.run(image)[0] for form, file in files.items()}
         runs = {form: file.runner(image) for form, file in files.items()}
-        counts = {form: sum(file.ops().values()) for form, file in files.items()}
-        moves = {form: file.moves() for form, file in files.items()}
         found = race(runs, _SECONDS, opponents=[peer])
         ms = found["milliseconds"]
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-        more = 1 if suffix == ".tflite" else 0
-        limits = []
+        counts, limits = operators(paths, peer)
         for form in ("conv", "dense"):
-            most, transposes = counts[peer] + more, moves[peer][0] + more
             limits += [
-                bound(f"{form}: operators", counts[form], most, "operators"),
-                bound(f"{form}: transposes", moves[form][0], transposes, "transposes"),
                 bound(f"{form}: time / {peer}", ms[form] / ms[peer], 1.05),
                 bound(f"{form}: bytes / weights", size_of(paths[form]) / weights, 1.03),
             ]
         errors = {name: largest_error(outs[name], outs[peer]) for name in outs}
-        operators = {name: dict(file.ops()) for name, file in files.items()}
-        return {**found, "errors": errors, "operators": operators, "bounds": limits}
+        return {**found, "errors": errors, "operators": counts, "bounds": limits}
 
 
 def compare_int8(network: str) -> dict[str, Any]:
@@ -158,6 +198,10 @@ def compare_cycles(network: str) -> dict[str, Any]:
         }
 
 
+# Nothing is timed: these need no idle machine.
+COUNTED: dict[str, Case] = {
+    f"operators-{name}": functools.partial(count, name) for name in NETWORKS
+}
 CASES: dict[str, Case] = {
     **{
         f"{name} in LiteRT": functools.partial(compare, name, ".tflite", "keras")

@@ -62,6 +62,26 @@ _WORDS = {
     "verify-digits": "verify a small classifier",
     "verify-vit": "verify a ViT of 4 blocks",
     "verify-bert": "verify BERT-base",
+    "operators-ds-cnn": "DS-CNN",
+    "operators-mobilenet-v1": "MobileNetV1",
+    "operators-mobilenet-v2": "MobileNetV2",
+    "operators-mobilenet-v3": "MobileNetV3",
+    "operators-efficientnet-b0": "EfficientNet-B0",
+    "operators-vgg16": "VGG16",
+    "operators-resnet18": "ResNet-18",
+    "operators-autoencoder": "convolutional autoencoder",
+    "operators-mlp": "MLP of ten layers",
+    "operators-bert-tiny": "BERT-tiny",
+    "operators-vit": "ViT",
+    "operators-mixer": "MLP-Mixer",
+    "operators-convnext": "ConvNeXt",
+    "operators-unet": "U-Net",
+    "operators-mae-decoder": "MAE's decoder",
+    "operators-encoder": "encoder layer of BERT-base",
+    "operators-yolo": "detector like YOLO",
+    "operators-pointnet": "PointNet",
+    "operators-wavenet": "WaveNet",
+    "operators-siamese": "Siamese network",
 }
 
 Found = dict[str, Any]
@@ -185,14 +205,19 @@ def _times(title: str, results: Sequence[Found], names: Sequence[str]) -> str:
     rows = [[title, *names, "tuned / original", "bounds"]]
     for found in results:
         cells = [_time(found, name) for name in names]
-        missed = [
-            f"{each['what']} {_value(each)}, not {each['bound']:g}x"
-            for each in found["bounds"]
-            if each["value"] > each["bound"]
-        ]
-        verdict = f"**missed**: {'; '.join(missed)}" if missed else "hold"
-        rows.append([words(found["case"]), *cells, _value(found["bounds"][0]), verdict])
+        first, *_ = bounds = found["bounds"]
+        rows.append([words(found["case"]), *cells, _value(first), _verdict(bounds)])
     return _markdown(rows)
+
+
+def _verdict(bounds: Sequence[Found]) -> str:
+    """Format whether bounds hold, and those that are missed."""
+    missed = [
+        f"{each['what']} {_value(each)}, not {_number(each['bound'], each['unit'])}"
+        for each in bounds
+        if each["value"] > each["bound"]
+    ]
+    return f"**missed**: {'; '.join(missed)}" if missed else "hold"
 
 
 def _costs(results: Sequence[Found]) -> str:
@@ -210,6 +235,25 @@ def _cycles(results: Sequence[Found]) -> str:
         both = [f"{cycles[name]:,.0f}" for name in ("as it is", choice)]
         rows.append([words(found["case"]), *both, choice, *_bound(found["bounds"][0])])
     return _markdown(rows)
+
+
+def _operators(results: Sequence[Found]) -> str:
+    rows = [["network", "file", "conv form", "dense form", "peer", "bounds"]]
+    for found in results:
+        for title, forms in found["operators"].items():
+            (peer,) = forms.keys() - {"conv", "dense"}
+            counts = [_moves(forms[form]) for form in ("conv", "dense", peer)]
+            counts[-1] += f" ({peer})"
+            own = [e for e in found["bounds"] if e["what"].startswith(title)]
+            rows.append([words(found["case"]), title, *counts, _verdict(own)])
+    return _markdown(rows)
+
+
+def _moves(ops: dict[str, int]) -> str:
+    """Format how many operators there are, and how many of them only move entries."""
+    moving = ("transpose", "reshape")
+    moves = [sum(n for op, n in ops.items() if op.lower() == m) for m in moving]
+    return f"{sum(ops.values())}: {moves[0]}, {moves[1]}"
 
 
 def _slide(results: Sequence[Found]) -> str:
@@ -272,8 +316,11 @@ def _time(found: Found, name: str) -> str:
 def _bound(each: Found) -> tuple[str, str]:
     """Format a figure and its bound, marked if missed."""
     missed = "" if each["value"] <= each["bound"] else ", **missed**"
-    unit = each["unit"] if each["unit"] == "x" else f" {each['unit']}"
-    return _value(each), f"{each['bound']:g}{unit}{missed}"
+    return _value(each), f"{_number(each['bound'], each['unit'])}{missed}"
+
+
+def _number(value: float, unit: str) -> str:
+    return f"{value:g}{unit if unit == 'x' else f' {unit}'}"
 
 
 def _value(each: Found) -> str:
@@ -299,4 +346,5 @@ _TABLES = {
     "loops": (_is_loop, _layers),
     "costs": (lambda found: found["group"] == "costs", _costs),
     "training": (lambda found: found["group"] == "training", _training),
+    "operators": (lambda found: found["group"] == "operators", _operators),
 }

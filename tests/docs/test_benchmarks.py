@@ -38,7 +38,7 @@ def test_every_case_has_a_name_in_words():
 
 def test_tables_are_there_before_anything_is_measured(tmp_path):
     tables = report.tables(tmp_path)
-    groups = ("models", "layers", "loops", "costs", "training")
+    groups = ("models", "layers", "loops", "costs", "training", "operators")
     assert {*tables} == {*(f"{group}-cpu" for group in groups), "cycles"}
 
 
@@ -53,6 +53,22 @@ def test_a_table_has_times_and_what_missed(tmp_path):
     assert cells[:2] == ["net-8", "10 ms ±10%"]
     missed = "**missed**: tuned / original 2.00x, not 1.02x"
     assert cells[-3:] == ["20 ms", "2.00x", missed]
+
+
+def test_operators_are_compared_with_each_peer(tmp_path):
+    counts = {"conv": 3, "dense": 5, "jax2onnx": 4}
+    ops = {k: {"Conv": n - 1, "Transpose": 1} for k, n in counts.items()}
+    what = {"what": "ONNX, dense: operators", "unit": "operators"}
+    bounds = [{**what, "value": 5, "bound": 4}]
+    operators = {"ONNX": ops, "LiteRT": {"conv": {}, "dense": {}, "keras": {}}}
+    case = found("operators-unet", "operators", operators=operators)
+    running.write(tmp_path, {**case, "bounds": bounds})
+    *_, onnx, litert = report.tables(tmp_path)["operators-a-chip"].splitlines()
+    cells = [cell.strip() for cell in onnx.strip("|").split("|")]
+    assert cells[:5] == ["U-Net", "ONNX", "3: 1, 0", "5: 1, 0", "4: 1, 0 (jax2onnx)"]
+    missed = "**missed**: ONNX, dense: operators 5 operators, not 4 operators"
+    assert cells[-1] == missed
+    assert litert.endswith("| 0: 0, 0 (keras) | hold |")
 
 
 def test_what_tuning_leaves_is_not_run_again(tmp_path):
