@@ -116,7 +116,7 @@ class ConversionRecord:
         """Extract the record from metadata entries; None if missing.
 
         Raises:
-          CheckpointError: the record is damaged, or of a newer version.
+          CheckpointError: the record is damaged, or has another version.
         """
         plan, shapes = entries.pop(PLAN_KEY, None), entries.pop(LEAVES_KEY, None)
         if plan is None:

@@ -66,7 +66,7 @@ class FileRecord:
         """Read what :meth:`to_bytes` wrote.
 
         Raises:
-          ExportError: it is not a record, or is of a newer version.
+          ExportError: it is not a record, or has another version.
         """
         start, _, rest = content.partition(b" ")
         try:
@@ -82,7 +82,7 @@ class FileRecord:
         """Read what :meth:`to_text` wrote.
 
         Raises:
-          ExportError: it is not a record, or is of a newer version.
+          ExportError: it is not a record, or has another version.
         """
         start, _, rest = text.partition(" ")
         try:
@@ -115,21 +115,21 @@ class FileRecord:
         """Read what :meth:`to_json` wrote.
 
         Raises:
-          ExportError: the text is not a record, or is of a newer version.
+          ExportError: the text is not a record, or has another version.
         """
         try:
             content = json.loads(text)
-            if content["format"] != FORMAT or content["version"] > VERSION:
+            if content["format"] != FORMAT or content["version"] != VERSION:
                 raise ExportError(
-                    f"the file's manifest has version {content['version']}, this "
-                    f"fcconv_jax reads up to {VERSION}. Upgrade fcconv_jax."
+                    f"Expected the file's manifest to have version {VERSION}, got "
+                    f"{content['version']!r}. Use the fcconv_jax that wrote the file."
                 )
             layers = tuple(map(_layer_from_json, content["layers"]))
             plan = Plan.from_json(json.dumps(content["plan"]))
             constants = tuple(map(_source_from_json, content["constants"]))
             about = content["form"], content["chip"], constants, content["kind"]
-            digests = _tuples(content.get("digests", []))
-            return cls(layers, plan, *about, content.get("fingerprint"), digests)
+            digests = _tuples(content["digests"])
+            return cls(layers, plan, *about, content["fingerprint"], digests)
         except (KeyError, TypeError, ValueError) as error:
             if isinstance(error, ExportError):
                 raise

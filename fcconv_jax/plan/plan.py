@@ -206,7 +206,7 @@ class Plan(Mapping[str, LayerPlan]):
         """Read what :meth:`to_json` wrote.
 
         Raises:
-          PlanError: the text isn't a plan, is damaged, or is of a newer version.
+          PlanError: the text isn't a plan, is damaged, or has another version.
         """
         if not isinstance(text, str | bytes):
             raise PlanError(
@@ -220,20 +220,20 @@ class Plan(Mapping[str, LayerPlan]):
         if not isinstance(content, dict) or content.get("format") != FORMAT:
             raise PlanError(f'not a plan: no \'"format": "{FORMAT}"\' in it')
         version = content.get("version")
-        if type(version) is not int or not 1 <= version <= VERSION:
+        if type(version) is not int or version != VERSION:
+            newer = type(version) is int and version > VERSION
             raise PlanError(
-                f"the plan has version {version}, this fcconv_jax reads up to "
-                f"{VERSION}. Upgrade fcconv_jax."
+                f"Expected a plan of version {VERSION}, got version {version!r}. "
+                f"{'Upgrade fcconv_jax' if newer else 'Make the plan again'}."
             )
         try:
             to = content["to"]
             layers = tuple(
-                # Layers of version 1 do not say themselves where they go.
-                (path, layer_from_json({"to": to, **entry}))
+                (path, layer_from_json(entry))
                 for path, entry in content["layers"].items()
             )
             left = tuple((str(p), str(w)) for p, w in content["skipped"].items())
-            options = tuple(content.get("options", {}).items())
+            options = tuple(content["options"].items())
             tuning = content.get("tuning") and Tuning.from_content(content["tuning"])
             json.dumps(dict(options))
         except (KeyError, TypeError, ValueError, AttributeError) as error:

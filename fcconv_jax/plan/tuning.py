@@ -270,14 +270,14 @@ class Tuning:
                 entry["what"],
                 _figures(entry["figures"]),
                 entry["choice"],
-                _figures(entry.get("forward", {})),
+                _figures(entry["forward"]),
             )
             for entry in content["layers"]
         )
         rest = {
             **content,
             "programs": _figures(content["programs"]),
-            "forward": _figures(content.get("forward", {})),
+            "forward": _figures(content["forward"]),
             "layers": layers,
             "left": tuple(content["left"].items()),
         }

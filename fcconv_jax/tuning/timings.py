@@ -115,7 +115,7 @@ class Timings:
                 raise ValueError("another format or version")
             entries, passed = content["figures"].items(), content["no time for"]
             figures = {key: _figure(entry, self._objective) for key, entry in entries}
-            measured = content.get("measured", [])  # files of earlier versions lack it
+            measured = content["measured"]
             texts = [*passed, *measured, content["device"]]
             if not all(isinstance(each, str) for each in texts):
                 raise TypeError("expected text")

@@ -24,9 +24,10 @@ def test_what_is_no_shape_is_refused(value):
 
 KERNEL = '"source": [8, 3], "split": [8, 3], "perm": [0, 1], "target": [2, 2, 2, 3]'
 PLAN = (
-    '{"format": "fcconv_jax.plan", "version": 2, "to": "conv", "skipped": {}, "layers":'
-    ' {"fc": {"base": "full_window", "layer": "Dense", "window": [2, 2],'
-    ' "order": "HWC", "input_shape": [1, 8], "strides": [1, 1], "stack_axes": [],'
+    '{"format": "fcconv_jax.plan", "version": 3, "to": "conv", "skipped": {},'
+    ' "options": {}, "layers": {"fc": {'
+    '"base": "full_window", "layer": "Dense", "window": [2, 2], "order": "HWC",'
+    ' "input_shape": [1, 8], "strides": [1, 1], "stack_axes": [],'
     ' "leaves": {"kernel": {' + KERNEL + "}}}}}"
 )
 

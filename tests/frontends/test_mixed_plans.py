@@ -1,7 +1,5 @@
 """Plans that take some layers to conv and others to dense, in one go."""
 
-import json
-
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -175,16 +173,6 @@ def test_the_json_says_where_each_layer_goes(linen):
     assert lines[1].split() == ["path", "layer", "case", "kernel", "order", "to"]
     assert lines[2].endswith("conv")
     assert lines[5].endswith("dense")
-
-
-@pytest.mark.parametrize("to", ["conv", "dense"])
-def test_version_1_said_it_for_all(to):
-    plan = fc.make_plan(Net(), X, to=to)
-    content = json.loads(plan.to_json())
-    content["version"] = 1
-    for entry in content["layers"].values():
-        del entry["to"]
-    assert fc.Plan.from_json(json.dumps(content)) == plan
 
 
 def test_what_goes_one_way_only_does_not_join_its_opposite():

@@ -108,6 +108,7 @@ def test_str_is_a_table():
         ("{}", "not a plan"),
         ('{"format": "other"}', "not a plan"),
         (damaged(lambda c: c.update(version=4)), "version 4.*Upgrade fcconv_jax"),
+        (damaged(lambda c: c.update(version=2)), "version 2.*Make the plan again"),
         (damaged(lambda c: c.update(version="1")), "version"),
         (damaged(lambda c: c.update(version=True)), "version"),
         (damaged(lambda c: c.update(version=0)), "version"),

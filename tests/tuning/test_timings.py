@@ -94,7 +94,8 @@ def _no_larger_than(size):
 
 def _content(**changes):
     content = {"format": "fcconv_jax.timings", "version": 1, "figures": {}}
-    content |= {"device": "latency on cpu", "no time for": []} | changes
+    content |= {"device": "latency on cpu", "no time for": [], "measured": []}
+    content |= changes
     return json.dumps({key: value for key, value in content.items() if value != "-"})
 
 
@@ -109,6 +110,7 @@ def _figure(**changes):
         *(_content(version=2), _content(format="x"), _content(device=3)),
         *(_content(figures=None), _content(figures=[]), _content(figures={"a": 1})),
         *(_content(device="-"), _content(**{"no time for": [1]})),
+        *(_content(measured="-"), _content(measured=[1])),
         *(_figure(median="x"), _figure(median=None), _figure(median=True)),
         *(_figure(median=0), _figure(low=0), _figure(median=-2, low=-3)),
         *(_figure(high=float("inf")), _figure(median=float("nan"))),
