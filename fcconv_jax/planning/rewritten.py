@@ -92,7 +92,7 @@ def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool
             "but is now multiplied in another way. Plan this function with these "
             "arguments."
         )
-    if form_of(matmul) == "conv" and not layer.stack_axes:
+    if form_of(matmul) == "conv":
         geometry = conv_arguments(matmul)
         try:
             found = classify(**geometry)

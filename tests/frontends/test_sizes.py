@@ -50,3 +50,27 @@ def test_equal_dilations_are_left_alone():
     plan = fc.make_plan(model, jnp.zeros((1, 4, 5)), to="dense")
     assert not plan
     assert "only by its padding or dilation" in plan.skipped[""]
+
+
+def test_a_stacked_layer_is_refused_by_name_where_its_case_ends():
+    class Patches(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            return nn.Conv(4, (2, 2), (2, 2), name="patches")(x)
+
+    stack = nn.vmap(
+        Patches,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+    )()
+    x = jnp.ones((3, 2, 4, 6, 3))
+    variables = stack.init(jax.random.key(0), x)
+    plan = fc.make_plan(stack, x, to="dense")
+    dense = fc.convert_params(variables, plan)
+    run = fc.convert_model(stack, plan).apply
+    smaller, padded = x[:, :, :, :4], x[:, :, :, :5]
+    np.testing.assert_allclose(
+        run(dense, smaller), stack.apply(variables, smaller), rtol=1e-5, atol=1e-6
+    )
+    with pytest.raises(fc.PlanError, match="planned as patchify"):
+        run(dense, padded)
