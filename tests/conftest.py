@@ -8,6 +8,7 @@ from typing import Any
 import jax
 import numpy as np
 import pytest
+from _pytest.doctest import DoctestModule
 from flax.core import meta
 
 import fcconv_jax as fc
@@ -64,6 +65,12 @@ def pytest_addoption(parser):
         action="store_true",
         help="write tests/slow.txt by what tests take",
     )
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_collect_file(file_path):
+    """Collects no doctests of tests: they hide that a module fails to import."""
+    return [x for x in (yield) if not isinstance(x, DoctestModule)]
 
 
 def pytest_collection_modifyitems(config, items):

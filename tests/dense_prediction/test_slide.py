@@ -3,7 +3,6 @@
 import copy
 import pickle
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -13,6 +12,7 @@ from conftest import needs, one_in
 from flax import nnx
 from jax.test_util import check_grads
 from random_networks import crops_one_by_one
+from trees import assert_trees_all_close, assert_trees_all_equal
 
 import fcconv_jax as fc
 from fcconv_jax.versions import enable_x64
@@ -71,7 +71,7 @@ def test_linen(padding):
     got = grid(variables, IMAGES, train=False)
     want = by_crops(lambda x: model.apply(variables, x))
     assert got.shape == (2, 10, 6, 5)
-    chex.assert_trees_all_close(got, want, atol=1e-5)
+    assert_trees_all_close(got, want, atol=1e-5)
 
 
 @pytest.mark.parametrize("padding", one_in(2, ["SAME", "VALID"]))
@@ -95,9 +95,9 @@ def test_compare_calls_it_the_function_on_every_crop(padding):
 def test_nnx_models_and_their_training():
     model = NnxNet(nnx.Rngs(0))
     grid = fc.slide(model, WINDOW, STRIDE)
-    chex.assert_trees_all_close(grid(IMAGES), by_crops(lambda x: model(x)), atol=1e-5)
+    assert_trees_all_close(grid(IMAGES), by_crops(lambda x: model(x)), atol=1e-5)
     model.head.kernel[...] *= 2
-    chex.assert_trees_all_close(grid(IMAGES), by_crops(lambda x: model(x)), atol=1e-5)
+    assert_trees_all_close(grid(IMAGES), by_crops(lambda x: model(x)), atol=1e-5)
     assert "crops of 12x10" in str(grid.report(IMAGES))
 
 
@@ -110,7 +110,7 @@ def test_converted_models():
         converted = fc.convert_model(model, plan)
         moved = fc.convert_params(variables, plan)
         got = fc.slide(converted, WINDOW, STRIDE)(moved, IMAGES)
-        chex.assert_trees_all_close(got, want, atol=1e-5)
+        assert_trees_all_close(got, want, atol=1e-5)
 
 
 def test_functions_with_any_arguments():
@@ -120,9 +120,9 @@ def test_functions_with_any_arguments():
     params = jax.random.normal(jax.random.key(2), (240, 3))
     got = fc.slide(scores, WINDOW, STRIDE)(2.0, params, IMAGES, shift=1)
     want = by_crops(lambda x: scores(2.0, params, x, shift=1))
-    chex.assert_trees_all_close(got, want, atol=1e-4)
+    assert_trees_all_close(got, want, atol=1e-4)
     alone = fc.slide(lambda x: x.mean((1, 2)), WINDOW, STRIDE)(IMAGES)
-    chex.assert_trees_all_close(alone, by_crops(lambda x: x.mean((1, 2))), atol=1e-6)
+    assert_trees_all_close(alone, by_crops(lambda x: x.mean((1, 2))), atol=1e-6)
 
 
 def test_channels_first_by_axes():
@@ -134,7 +134,7 @@ def test_channels_first_by_axes():
     images = IMAGES.transpose(0, 3, 1, 2)
     got = fc.slide(scores, WINDOW, STRIDE, axes=(2, 3))(params, images)
     want = by_crops(lambda x: scores(params, x.transpose(0, 3, 1, 2)))
-    chex.assert_trees_all_close(got, want, atol=1e-5)
+    assert_trees_all_close(got, want, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -157,7 +157,7 @@ def test_gradients_are_those_over_crops():
 
     got = jax.grad(on_grid)(variables["params"])
     want = jax.jit(jax.grad(on_crops))(variables["params"])
-    chex.assert_trees_all_close(got, want, atol=2e-4, rtol=1e-4)
+    assert_trees_all_close(got, want, atol=2e-4, rtol=1e-4)
 
 
 def test_the_derivative_rule_of_an_activation_is_kept():
@@ -178,9 +178,9 @@ def test_jit_vmap_and_shards():
     variables = initialised(model)
     grid = fc.slide(model, WINDOW, STRIDE)
     want = grid(variables, IMAGES)
-    chex.assert_trees_all_close(jax.jit(grid)(variables, IMAGES), want, atol=1e-5)
+    assert_trees_all_close(jax.jit(grid)(variables, IMAGES), want, atol=1e-5)
     each = jax.vmap(lambda x: grid(variables, x[None])[0])(IMAGES)
-    chex.assert_trees_all_close(each, want, atol=1e-5)
+    assert_trees_all_close(each, want, atol=1e-5)
 
 
 def test_one_trace_a_shape():
@@ -232,7 +232,7 @@ def test_what_is_not_shared_is_said():
     text = str(grid.report(params, IMAGES))
     assert "sort, which is not known to share" in text
     want = by_crops(lambda x: f(params, x))
-    chex.assert_trees_all_close(grid(params, IMAGES), want, atol=1e-5)
+    assert_trees_all_close(grid(params, IMAGES), want, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -269,7 +269,7 @@ def test_what_lies_at_the_border_of_a_crop_only():
 
     got = fc.slide(f, (6, 6), 1)(images)
     want = crops_one_by_one(f, images, (6, 6), (1, 1))
-    chex.assert_trees_all_equal(np.asarray(got), want)
+    assert_trees_all_equal(np.asarray(got), want)
 
 
 def test_wrong_calls():
@@ -318,7 +318,7 @@ def test_padding_around_the_image_is_the_network_on_the_image():
     got = cheaper(variables, images)
     whole = model.apply(variables, images)
     assert got.shape == (2, 11, 13, 1, 1, 3)
-    chex.assert_trees_all_close(got[:, :, :, 0, 0], whole, atol=1e-5)
+    assert_trees_all_close(got[:, :, :, 0, 0], whole, atol=1e-5)
     assert "not what the crops give alone" in str(cheaper.report(variables, images))
     exact = fc.slide(model, (12, 12), 2)
     assert not fc.compare(exact, cheaper, (variables, images), progress=False).passed
@@ -383,7 +383,7 @@ def test_a_head_over_a_flatten_is_a_convolution(order, stride, left):
 
         got = jax.jit(jax.grad(loss(grid), (0, 1)))(weights, x)
         asked = jax.jit(jax.grad(loss(apart), (0, 1)))(weights, x)
-        chex.assert_trees_all_close(got, asked, rtol=1e-9, atol=1e-9)
+        assert_trees_all_close(got, asked, rtol=1e-9, atol=1e-9)
 
 
 def test_a_head_whose_crops_do_not_overlap_stays_a_product():
@@ -416,7 +416,7 @@ def test_unscaled_integers_are_pointed_out():
     with pytest.warns(UserWarning, match="are uint8 .* pass images / 255"):
         fc.slide(weighted, (4, 4), 1)(w, images)
     grid = fc.slide(lambda w, x: weighted(w, x / 255), (4, 4), 1)
-    chex.assert_trees_all_close(
+    assert_trees_all_close(
         grid(w, images),
         fc.slide(weighted, (4, 4), 1)(w, images / np.float32(255)),
         atol=1e-5,
@@ -461,4 +461,4 @@ def test_copies(kind, used, copied):
         grid(*args)
     again = copied(grid)
     assert repr(again) == repr(grid)
-    chex.assert_trees_all_equal(again(*args), grid(*args))
+    assert_trees_all_equal(again(*args), grid(*args))

@@ -5,12 +5,12 @@ import os
 import sys
 from pathlib import Path
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from trees import assert_trees_all_close
 
 import fcconv_jax as fc
 from fcconv_jax.dense_prediction.tiles import Tiles
@@ -78,7 +78,7 @@ def test_tiles_write_what_one_call_returns(tmp_path):
     )
     assert [done for done, _ in seen] == list(range(seen[0][1] + 1))
     assert len(seen) > 4
-    chex.assert_trees_all_close(np.asarray(out), WANT, atol=1e-5)
+    assert_trees_all_close(np.asarray(out), WANT, atol=1e-5)
 
 
 def resident(file):
@@ -102,7 +102,7 @@ def test_pages_of_mapped_files_are_released(tmp_path):
     out = np.lib.format.open_memmap(files[1], "w+", np.float32, shape)
     GRID.write(W, source, out=out, memory=300_000, progress=False)
     assert [resident(file) for file in files] == [0, 0]
-    chex.assert_trees_all_close(np.asarray(out), np.asarray(GRID(W, images)), atol=1e-5)
+    assert_trees_all_close(np.asarray(out), np.asarray(GRID(W, images)), atol=1e-5)
     assert min(resident(file) for file in files[1:]) > 100
     # What is in the pages alone is kept.
     scratch = np.load(files[1], mmap_mode="c")
@@ -157,7 +157,7 @@ def test_a_stopped_run_goes_on(tmp_path):
     )
     assert seen[0] >= 3  # those that waited to be written are finished, too
     assert not (tmp_path / "state").exists()
-    chex.assert_trees_all_close(out, WANT, atol=1e-6)
+    assert_trees_all_close(out, WANT, atol=1e-6)
 
 
 def other_pixel():
@@ -198,7 +198,7 @@ def test_arrays_that_a_model_closes_over_are_part_of_it(tmp_path):
     with pytest.raises(ValueError, match="with other model"):
         closing(W + 1).write(IMAGES, **options(out, tmp_path))
     closing(W.copy()).write(IMAGES, **options(out, tmp_path))
-    chex.assert_trees_all_close(out, WANT, atol=1e-6)
+    assert_trees_all_close(out, WANT, atol=1e-6)
 
 
 @pytest.mark.parametrize(
@@ -248,7 +248,7 @@ class Lazy:
 def test_images_are_read_by_the_tile(tmp_path):
     images, out = Lazy(IMAGES), Lazy(np.zeros_like(WANT))
     GRID.write(W, images, **options(out, tmp_path))
-    chex.assert_trees_all_close(out.array, WANT, atol=1e-5)
+    assert_trees_all_close(out.array, WANT, atol=1e-5)
     assert 0 < images.most <= 20_000  # three arrays of it take 60,000
     assert GRID.report(W, images) == GRID.report(W, IMAGES)
     with pytest.raises(TypeError, match=r"got a Lazy\. Pass it to grid\.write"):
@@ -277,7 +277,7 @@ def test_zarr_arrays_in_and_out(tmp_path):
     grid.write(
         made("images", images, images.shape), out=out, memory=60_000, progress=False
     )
-    chex.assert_trees_all_close(np.asarray(out.read().result()), want, atol=1e-6)
+    assert_trees_all_close(np.asarray(out.read().result()), want, atol=1e-6)
 
 
 def test_an_output_with_a_damaged_chunk(tmp_path):
@@ -345,7 +345,7 @@ def test_another_mask_is_another_run(tmp_path):
         GRID.write(W, IMAGES, **options(out, tmp_path))
     found = GRID.write(W, IMAGES, **options(out, tmp_path, mask=mask))
     assert found.resumed >= 3
-    chex.assert_trees_all_close(out, WANT, atol=1e-6)
+    assert_trees_all_close(out, WANT, atol=1e-6)
 
 
 @pytest.mark.parametrize("fails", ["read", "write"])
@@ -375,7 +375,7 @@ def test_errors_of_files_end_the_run_and_it_goes_on(tmp_path, fails):
         GRID.write(W, images, **options(out, tmp_path))
     found = GRID.write(W, images, **options(whole, tmp_path))
     assert 1 <= found.resumed <= 6  # some wait to be written, in either order
-    chex.assert_trees_all_close(whole, WANT, atol=1e-5)
+    assert_trees_all_close(whole, WANT, atol=1e-5)
 
 
 def test_tiles_cover_whole_chunks_of_the_output():
@@ -389,7 +389,7 @@ def test_tiles_cover_whole_chunks_of_the_output():
 
     out = Chunked(np.zeros_like(WANT))
     GRID.write(W, IMAGES, out=out, memory=100_000, progress=False)
-    chex.assert_trees_all_close(out.array, WANT, atol=1e-5)
+    assert_trees_all_close(out.array, WANT, atol=1e-5)
     assert len(out.parts) > 4
     assert all(part[1].start % 2 == part[2].start % 3 == 0 for part in out.parts)
 

@@ -1,6 +1,5 @@
 """What converted models are called through: static values, and what jax.jit has."""
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ import numpy as np
 import pytest
 from jax import export
 from jax.core import Tracer
+from trees import assert_trees_all_close
 
 import fcconv_jax as fc
 from fcconv_jax.frontends.jitted import Jitted
@@ -121,7 +121,7 @@ def test_converted_models_have_what_jit_has(kind, request):
     assert apply.eval_shape(moved, abstract) == jax.eval_shape(call, params, x)
     program = apply.lower(moved, abstract, train=True)
     assert "convolution" in program.as_text()
-    chex.assert_trees_all_close(program.compile()(moved, x), -call(params, x))
+    assert_trees_all_close(program.compile()(moved, x), -call(params, x))
     assert "conv_general_dilated" in str(apply.trace(moved, x).jaxpr)
 
 
@@ -136,7 +136,7 @@ def test_converted_models_are_exported(kind, request):
     exported = export.export(apply)(moved, abstract)
     for size in (1, 5):
         rows = jnp.resize(x, (size, *x.shape[1:]))
-        chex.assert_trees_all_close(exported.call(moved, rows), call(params, rows))
+        assert_trees_all_close(exported.call(moved, rows), call(params, rows))
 
 
 @pytest.mark.parametrize("kind", ["linen", "function"])

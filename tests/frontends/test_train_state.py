@@ -3,7 +3,6 @@
 import dataclasses
 from typing import Any
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -12,6 +11,7 @@ import optax
 import pytest
 from flax import struct, traverse_util
 from flax.training.train_state import TrainState
+from trees import assert_trees_all_close, assert_trees_all_equal
 
 import fcconv_jax as fc
 
@@ -56,9 +56,9 @@ def test_training_goes_on(training):
     back = fc.restore_train_state(there, plan, model)
     want = trained(state, x, 5)
     assert jax.tree.structure(back) == jax.tree.structure(want)
-    chex.assert_trees_all_close(back, want, atol=1e-5)
+    assert_trees_all_close(back, want, atol=1e-5)
     same = fc.restore_train_state(moved, plan, model)
-    chex.assert_trees_all_equal(same, state)
+    assert_trees_all_equal(same, state)
 
 
 @pytest.mark.parametrize("wrap", [lambda apply: apply, jax.jit])
@@ -99,7 +99,7 @@ def test_every_copy_of_the_params_moves_along(training):
             atol=1e-4,
         )
     optax.incremental_update(moved.params, moved.ema_params, 0.1)
-    chex.assert_trees_all_equal(fc.restore_train_state(moved, plan, model), state)
+    assert_trees_all_equal(fc.restore_train_state(moved, plan, model), state)
 
 
 @dataclasses.dataclass
@@ -113,9 +113,7 @@ def test_a_copy_with_tuples_of_levels_moves_and_a_hidden_one_is_refused(training
     _, _, state, plan = training
     flat = traverse_util.flatten_dict(state.params)
     moved = fc.convert_params({"params": state.params, "ema": flat}, plan)
-    chex.assert_trees_all_equal(
-        traverse_util.unflatten_dict(moved["ema"]), moved["params"]
-    )
+    assert_trees_all_equal(traverse_util.unflatten_dict(moved["ema"]), moved["params"])
     hidden = {"params": state.params, "ema": Holder(state.params)}
     with pytest.raises(fc.PlanError, match=r"'ema' is a Holder.*register_dataclass"):
         fc.convert_params(hidden, plan)
@@ -128,7 +126,7 @@ def test_a_clone_of_a_converted_model_is_converted(training):
     conv = fc.convert_model(model, plan)
     params = fc.convert_params(state.params, plan)
     want = conv.apply({"params": params}, x)
-    chex.assert_trees_all_equal(conv.clone().apply({"params": params}, x), want)
+    assert_trees_all_equal(conv.clone().apply({"params": params}, x), want)
 
 
 def test_a_copy_in_part_is_refused_by_name(training):
@@ -167,15 +165,15 @@ def test_states_in_a_tree(training):
     moved = fc.convert_train_state(agent, plan, model)
     alone = fc.convert_train_state(state, plan, model)
     for critic in moved.critics:
-        chex.assert_trees_all_equal(critic.params, alone.params)
-        chex.assert_trees_all_equal(critic.opt_state, alone.opt_state)
+        assert_trees_all_equal(critic.params, alone.params)
+        assert_trees_all_equal(critic.opt_state, alone.opt_state)
         critic.apply_fn({"params": critic.params}, x)
     assert moved.critics[1].step == 7
-    chex.assert_trees_all_equal(moved.target, alone.params)
+    assert_trees_all_equal(moved.target, alone.params)
     assert moved.actor.apply_fn == other.apply
-    chex.assert_trees_all_equal(moved.actor, actor)
+    assert_trees_all_equal(moved.actor, actor)
     back = fc.restore_train_state(moved, plan, model)
-    chex.assert_trees_all_equal(back, agent)
+    assert_trees_all_equal(back, agent)
     with pytest.raises(fc.PlanError, match="a TrainState whose apply_fn would fail"):
         fc.convert_params(agent, plan)
 

@@ -1,4 +1,3 @@
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +6,7 @@ import optax
 import pytest
 from conftest import one_in
 from optax import contrib
+from trees import assert_trees_all_close, assert_trees_all_equal_shapes
 
 import fcconv_jax as fc
 
@@ -124,7 +124,7 @@ def test_training_goes_on_in_the_other_form(name):
     back = fc.convert_opt_state(moved, PLAN.inverse(), tx=tx, params=got)
     got = fc.restore_params(got, PLAN)
     if name in ROUNDED:
-        chex.assert_trees_all_close((got, back), (want, state), rtol=1e-5, atol=1e-7)
+        assert_trees_all_close((got, back), (want, state), rtol=1e-5, atol=1e-7)
     else:
         assert bits((got, back)) == bits((want, state))
 
@@ -226,7 +226,7 @@ def weights_required(updates, state, params=None, *, weights):
 def test_an_update_gets_the_keywords_that_it_takes(tx, kwargs):
     state = tx.init(PARAMS)
     moved = fc.convert_opt_state(state, PLAN, tx=tx, params=PARAMS, probe_kwargs=kwargs)
-    chex.assert_trees_all_equal_shapes(moved, tx.init(fc.convert_params(PARAMS, PLAN)))
+    assert_trees_all_equal_shapes(moved, tx.init(fc.convert_params(PARAMS, PLAN)))
     if kwargs:
         with pytest.raises(
             fc.PlanError, match=r"could not be run.*probe_kwargs={\.\.\.}"
@@ -258,4 +258,4 @@ def test_the_pair_of_lookahead():
     grad = jax.tree.map(jnp.cos, PARAMS)
     want, _ = tx.update(grad, state, pair)
     got, _ = tx.update(fc.convert_params(grad, PLAN), moved, there)
-    chex.assert_trees_all_close(got, fc.convert_params(want, PLAN), rtol=1e-6)
+    assert_trees_all_close(got, fc.convert_params(want, PLAN), rtol=1e-6)

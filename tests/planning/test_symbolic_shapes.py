@@ -1,6 +1,5 @@
 """Models with sizes that jax.export leaves open: planned, converted and exported."""
 
-import chex
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -8,6 +7,7 @@ import pytest
 from conftest import one_in
 from flax import nnx
 from jax import export
+from trees import assert_trees_all_close
 
 import fcconv_jax as fc
 
@@ -72,7 +72,7 @@ def test_linen_models_plan_and_export(name):
     moved = fc.convert_params(variables, plan)
     converted = fc.convert_model(model, plan)
     exported = export.export(converted.apply)(moved, abstract)
-    chex.assert_trees_all_close(
+    assert_trees_all_close(
         exported.call(moved, x), model.apply(variables, x), atol=1e-5
     )
     fc.assert_equivalent(model, variables, x, plan=plan, gradients=False)
@@ -91,7 +91,7 @@ def test_functions_and_nnx_models_plan_and_export():
     assert plan["w"].case == "full_window"
     moved = fc.convert_params(params, plan)
     exported = export.export(fc.convert_model(call, plan))(moved, abstract)
-    chex.assert_trees_all_close(exported.call(moved, x), call(params, x), atol=1e-5)
+    assert_trees_all_close(exported.call(moved, x), call(params, x), atol=1e-5)
 
     class Flat(nnx.Module):
         def __init__(self):
@@ -105,7 +105,7 @@ def test_functions_and_nnx_models_plan_and_export():
     graph, state = nnx.split(fc.convert_model(Flat(), plan))
     run = jax.jit(lambda state, x: nnx.merge(graph, state)(x))
     exported = export.export(run)(state, abstract)
-    chex.assert_trees_all_close(exported.call(state, x), Flat()(x), atol=1e-5)
+    assert_trees_all_close(exported.call(state, x), Flat()(x), atol=1e-5)
 
 
 def test_what_holds_for_some_sizes_only_is_left_or_refused():

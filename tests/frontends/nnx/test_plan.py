@@ -1,6 +1,5 @@
 from typing import Any
 
-import chex
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -8,6 +7,7 @@ import pytest
 from conftest import needs
 from flax import linen, nnx
 from nnx_models import references
+from trees import assert_trees_all_equal
 
 import fcconv_jax as fc
 
@@ -383,7 +383,7 @@ def test_nnx_inside_linen_converts_by_its_matmuls(assert_close):
     options = {"rngs": {"dropout": jax.random.key(2)}, "mutable": ["batch_stats"]}
     outputs = conv.apply(moved, x, **options)
     assert_close(outputs, lambda v: model.apply(v, x, **options), variables)
-    chex.assert_trees_all_equal(conv.init(rngs, x)["params"], moved["params"])
+    assert_trees_all_equal(conv.init(rngs, x)["params"], moved["params"])
 
 
 def test_another_kind_of_model_is_refused():
