@@ -1,5 +1,7 @@
 """The record of a file: all that was written is read, and the bits of folded norms."""
 
+import json
+
 import numpy as np
 import pytest
 
@@ -49,6 +51,14 @@ def test_float32_takes_half_the_space():
 def test_damaged_records(damaged):
     with pytest.raises(ExportError, match="manifest is damaged"):
         FileRecord.from_text(damaged)
+
+
+@pytest.mark.parametrize("version", [0, 2, "1"])
+def test_another_version_is_named(version):
+    content = json.loads(record(np.zeros((2, 5))).to_json())
+    text = json.dumps({**content, "version": version})
+    with pytest.raises(ExportError, match=rf"version 1, got {version!r}\. Use the"):
+        FileRecord.from_json(text)
 
 
 def test_the_bits_decide_whether_float32_is_enough():
