@@ -98,9 +98,10 @@ class Backend:
         if not rest:
             return cls(platform)
         kind, *rest = rest
-        # libtpu's own names: tpu7x and v7x.
-        kind = kind.removeprefix("tpu")
-        kind = "7x" if kind == "v7x" else kind
+        if platform == "tpu":
+            # libtpu's own names: tpu7x and v7x.
+            kind = kind.removeprefix("tpu")
+            kind = kind if kind in kinds else kind.removeprefix("v")
         if kind not in kinds:
             raise _unknown(text)
         if not rest:

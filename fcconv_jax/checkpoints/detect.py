@@ -40,11 +40,11 @@ def format_for(dst: PathLike, default: str) -> str:
     """
     suffix = Path(dst).suffix
     found = FILES.get(suffix)
-    if suffix.lower() in _NOT_WRITTEN:
+    if found is None and suffix.lower() in _NOT_WRITTEN:
+        files = ", ".join(f"dst{each}" for each in FILES)
         raise CheckpointError(
             f"{dst}: expected a name for a checkpoint ({', '.join(FORMATS)}), got one "
-            f"that ends in {suffix}. Pass dst.msgpack, dst.safetensors, or a folder's "
-            "name for Orbax."
+            f"that ends in {suffix}. Pass {files}, or a folder's name for Orbax."
         )
     return found.name if found else default
 

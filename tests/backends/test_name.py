@@ -5,7 +5,7 @@ import types
 import jax
 import pytest
 
-from fcconv_jax.backends.name import Backend, names
+from fcconv_jax.backends.name import GENERATIONS, Backend, Generation, names
 from fcconv_jax.backends.processes import topology
 from fcconv_jax.backends.resolution import missing_extra, resolve
 from fcconv_jax.messages.errors import BackendError
@@ -40,10 +40,17 @@ def test_other_spellings(text, same):
     assert str(Backend.parse(text)) == same
 
 
+def test_a_new_tpu_generation_is_one_entry(monkeypatch):
+    monkeypatch.setitem(GENERATIONS["tpu"], "8t", Generation(("TPU8t",), "tpu8t"))
+    assert {str(Backend.parse(f"tpu:{kind}")) for kind in ("8t", "v8t", "tpu8t")} == {
+        "tpu:8t"
+    }
+
+
 @pytest.mark.parametrize(
     "text",
-    "npu tpu:v9 cuda:v5e cuda:h100:2x2 tpu:v5e: tpu:v5e:2 cpu:x tpu:v5e:2x2:1 "
-    "tpu:2x2".split(),
+    "npu tpu:v9 cuda:vh100 cuda:v5e cuda:h100:2x2 tpu:v5e: tpu:v5e:2 cpu:x "
+    "tpu:v5e:2x2:1 tpu:2x2".split(),
 )
 def test_what_does_not_exist_is_refused_with_what_does(text):
     with pytest.raises(BackendError, match="no backend") as error:

@@ -13,9 +13,8 @@ from fcconv_jax.checkpoints import (
     verify_checkpoint,
 )
 from fcconv_jax.checkpoints.files import write_one
+from fcconv_jax.checkpoints.formats import FORMATS
 from fcconv_jax.messages.errors import CheckpointError
-
-FORMATS = ("orbax", "msgpack", "safetensors")
 
 
 @pytest.mark.parametrize("format", FORMATS)

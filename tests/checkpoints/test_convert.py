@@ -16,11 +16,11 @@ from fcconv_jax.checkpoints import (
     restore_checkpoint,
 )
 from fcconv_jax.checkpoints.files import write_one
+from fcconv_jax.checkpoints.formats import FORMATS
 from fcconv_jax.geometry.kernels import Rearrangement
 from fcconv_jax.messages.errors import CheckpointError
 from fcconv_jax.plan import LayerPlan, Plan
 
-FORMATS = ("orbax", "msgpack", "safetensors")
 DTYPES = (
     "float32 float64 float16 bfloat16 float8_e4m3fn float8_e5m2 int8 int16 int32 int64 "
     "uint8 uint16 uint32 uint64 bool complex64 complex128 int4 float8_e4m3b11fnuz"

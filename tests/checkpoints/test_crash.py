@@ -22,12 +22,12 @@ from fcconv_jax.checkpoints import (
     read_checkpoint,
     verify_checkpoint,
 )
+from fcconv_jax.checkpoints.formats import FORMATS
 from fcconv_jax.files import install
 from fcconv_jax.messages.errors import CheckpointError
 
 HERE = Path(__file__).parent
 sys.path.append(str(HERE))
-FORMATS = ("orbax", "msgpack", "safetensors")
 
 
 @pytest.fixture(scope="session")

@@ -9,19 +9,17 @@ import pytest
 from fcconv_jax.checkpoints import (
     Checkpoint,
     convert_checkpoint,
+    detect,
     inspect_checkpoint,
     read_checkpoint,
     restore_checkpoint,
     rewrite,
 )
 from fcconv_jax.checkpoints.files import write_one
-from fcconv_jax.checkpoints.formats import FORMATS as FORMATS_BY_NAME
-from fcconv_jax.checkpoints.formats import safetensors
+from fcconv_jax.checkpoints.formats import FORMATS, safetensors
 from fcconv_jax.geometry.kernels import kernel_rearrangement
 from fcconv_jax.messages.errors import CheckpointError
 from fcconv_jax.plan import LayerPlan, Plan
-
-FORMATS = ("orbax", "msgpack", "safetensors")
 
 
 def planned(shape, window, order) -> Plan:
@@ -162,7 +160,7 @@ def test_packed_dtypes_are_bytes_where_their_order_is_kept(tmp_path):
 def test_wrong_shapes_and_missing_leaves_name_file_and_leaf(
     case, save, tmp_path, listing, format
 ):
-    sep = "." if FORMATS_BY_NAME[format].flat else "/"
+    sep = "." if FORMATS[format].flat else "/"
     wrong = {**case.dense, "head": {**case.dense["head"], "kernel": np.ones((25, 5))}}
     first = save(wrong, format, "wrong")
     second = save({"head": case.dense["head"]}, format, "short")
@@ -184,17 +182,17 @@ def test_restore_compares_with_what_the_conversion_wrote(
 ):
     convert_checkpoint(save(case.dense, format), tmp_path / "conv", case.plan)
     conv = read_checkpoint(tmp_path / "conv")
-    params = dict(conv.tree if FORMATS_BY_NAME[format].flat else conv.tree["params"])
-    name = "block.norm.scale" if FORMATS_BY_NAME[format].flat else "block"
+    params = dict(conv.tree if FORMATS[format].flat else conv.tree["params"])
+    name = "block.norm.scale" if FORMATS[format].flat else "block"
     if change == "missing":
         del params[name]
     elif change == "extra":
         params["new"] = np.ones(3, np.float32)
-    elif FORMATS_BY_NAME[format].flat:
+    elif FORMATS[format].flat:
         params[name] = np.ones(7, np.float32)
     else:
         params[name] = {**params[name], "norm": {"scale": np.ones(7, np.float32)}}
-    tree = params if FORMATS_BY_NAME[format].flat else {"params": params}
+    tree = params if FORMATS[format].flat else {"params": params}
     changed = Checkpoint(format, tree, conv.record)
     write_one(tmp_path / "changed", changed)
     before = listing()
@@ -311,7 +309,7 @@ def test_a_writer_that_drops_a_leaf_is_caught(case, save, tmp_path, monkeypatch)
         write(path, Checkpoint("safetensors", tree), advance)
 
     format = dataclasses.replace(safetensors.FORMAT, write=forgetful)
-    monkeypatch.setitem(FORMATS_BY_NAME, "safetensors", format)
+    monkeypatch.setitem(FORMATS, "safetensors", format)
     with pytest.raises(CheckpointError, match=r"leaf 'head\.bias' was written as"):
         convert_checkpoint(src, tmp_path / "conv", case.plan)
     assert not (tmp_path / "conv").exists()
@@ -350,7 +348,7 @@ def test_inspect_lists_the_leaves(case, save, tmp_path, format):
         assert info.plan == plan
         assert info.nbytes == 4 * (24 * 5 + 5 + 6 * 4 + 6 + 24 * 5)
         by_name = {leaf.path.replace("/", "."): leaf for leaf in info.leaves}
-        name = "head.kernel" if FORMATS_BY_NAME[format].flat else "params.head.kernel"
+        name = "head.kernel" if FORMATS[format].flat else "params.head.kernel"
         assert by_name[name].shape == shape
         assert by_name[name].dtype == "float32"
         assert by_name[name].nbytes == 480
@@ -383,3 +381,11 @@ def test_a_name_of_another_kind_of_file_is_refused(case, save, tmp_path, name):
     with pytest.raises(CheckpointError, match=rf"{name}: expected a name .*Pass dst"):
         convert_checkpoint(src, tmp_path / name, case.plan)
     assert not (tmp_path / name).exists()
+
+
+def test_a_new_format_may_claim_any_suffix(monkeypatch):
+    with pytest.raises(CheckpointError, match=r"Pass dst\.\w+, dst\.\w+, or a folder"):
+        detect.format_for("conv.npz", "orbax")
+    added = dataclasses.replace(safetensors.FORMAT, name="npz", suffix=".npz")
+    monkeypatch.setitem(detect.FILES, ".npz", added)
+    assert detect.format_for("conv.npz", "orbax") == "npz"
