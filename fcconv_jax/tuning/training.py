@@ -1,4 +1,9 @@
-"""The training step of a program: its loss, and the gradients."""
+"""The training step of a program: its loss, and the gradients.
+
+The optimizer's update isn't part of it, so no params are donated: gradients
+aren't the next params, and each run starts from the same ones. An update is the same
+elementwise work on the same entries in every form, donated or not.
+"""
 
 from __future__ import annotations
 

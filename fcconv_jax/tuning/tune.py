@@ -91,8 +91,9 @@ def tune(
       objective: ``"latency"``, the default where the device is present; ``"memory"``,
         scratch beyond parameters and results; ``"cycles"``, which XLA estimates for
         TPUs that are not present (a loop's body counts once there). ``"training"`` is
-        the latency or the cycles of the loss with its gradient by the params; a layer
-        has one form for both passes, and the whole step counts.
+        the latency or the cycles of the loss with its gradient by the params, without
+        the optimizer's update, which costs the same in every form; a layer has one form
+        for both passes, and the whole step counts.
       loss: for ``"training"``, a float scalar of what the model returns (with the state
         that it changes, if any); by default the sum of the squares of its outputs.
       budget: about how many seconds to measure, compilation of the whole model's forms
