@@ -298,6 +298,27 @@ def test_checkpoints_hold_the_reversed_window(tmp_path):
     assert same_bits(load_file(tmp_path / "c.safetensors"), flat)
 
 
+@pytest.mark.parametrize("transpose_kernel", [False, True])
+def test_checkpoints_convert_with_their_optimizer_state(transpose_kernel, tmp_path):
+    from flax import serialization
+
+    model = Overlapping(transpose_kernel)
+    params = integers(model.init(jax.random.key(1), X)["params"])
+    plan = fc.make_plan(model, X, to="dense", rules=["*=phases"])
+    tx = optax.adam(1e-2)
+    _, state = tx.update(params, tx.init(params), params)
+    moved = fc.convert_opt_state(state, plan, tx=tx, params=params)
+    files = [tmp_path / f"{name}.msgpack" for name in ("a", "b", "c")]
+    tree = {"params": params, "opt_state": state}
+    files[0].write_bytes(serialization.to_bytes(tree))
+    fc.convert_checkpoint(*files[:2], plan, progress=False)
+    fc.restore_checkpoint(*files[1:], progress=False)
+    like = {"params": fc.convert_params(params, plan), "opt_state": moved}
+    found = serialization.from_bytes(like, files[1].read_bytes())
+    assert same_bits(found, like)
+    assert same_bits(serialization.from_bytes(tree, files[2].read_bytes()), tree)
+
+
 def test_a_plan_of_one_input_size_holds_for_others():
     model = Decoder()
     variables = model.init(jax.random.key(1), X)
@@ -329,12 +350,13 @@ def test_a_lost_flip_is_seen():
 class Overlapping(nn.Module):
     """A step up whose windows overlap, between layers that have other forms."""
 
-    groups: int = 1
+    transpose_kernel: bool = False
 
     @nn.compact
     def __call__(self, x):
-        x = nn.ConvTranspose(5, (2, 2), (2, 2), name="apart")(x)
-        return nn.ConvTranspose(4, (4, 3), (2, 2), name="up")(nn.relu(x))
+        options = {"strides": (2, 2), "transpose_kernel": self.transpose_kernel}
+        x = nn.ConvTranspose(5, (2, 2), name="apart", **options)(x)
+        return nn.ConvTranspose(4, (4, 3), name="up", **options)(nn.relu(x))
 
 
 @pytest.mark.slow
