@@ -194,3 +194,23 @@ def test_wrong_use(params):
     save("ckpt", params)
     fails("verify ckpt nothing", "nothing: no such file")
     assert "two checkpoints alone" in run("verify ckpt ckpt --input 1,8", 2).stderr
+
+
+def test_transposed_layers_on_a_named_backend(tmp_path):
+    file = tmp_path / "decoder.py"
+    file.write_text(
+        "import flax.linen as nn\n\n\n"
+        "class Decoder(nn.Module):\n"
+        "    @nn.compact\n"
+        "    def __call__(self, x):\n"
+        "        x = nn.ConvTranspose(4, (2, 2), (2, 2), name='apart')(x)\n"
+        "        return nn.ConvTranspose(3, (3, 3), (2, 2), name='up')(x)\n"
+    )
+    model = f"{file}:Decoder --input 2,3,4,5 --to dense"
+    out = run(f"verify {model} --rule *=phases --backend cpu --no-gradients").stdout
+    rows = [line.split() for line in out.splitlines()]
+    found = {row[0]: row[1:3] for row in rows if row and row[0].endswith("/kernel")}
+    assert found == {
+        "apart/kernel": ["unpatchify", "proved"],
+        "up/kernel": ["phases", "proved"],
+    }
