@@ -338,7 +338,6 @@ class _Call:
             form,
             self.chip.name if self.chip else None,
             constants_of(graph),
-            self.bound.library,
             BLANK,
             tuple((leaf, digest_of(leaves[leaf])) for leaf in folded),
         )

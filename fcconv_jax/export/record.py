@@ -34,7 +34,6 @@ class FileRecord:
       form: the form that was asked for.
       chip: the chip that it is for.
       constants: the parameters besides kernels and biases, as the file has them.
-      kind: the kind of model: ``"linen"``, ``"nnx"``, ``"function"``.
       fingerprint: of the file, see :mod:`fcconv_jax.export.fingerprint`.
       digests: of the parameters that were folded into others, by path.
     """
@@ -44,7 +43,6 @@ class FileRecord:
     form: str
     chip: str | None = None
     constants: tuple[Source, ...] = ()
-    kind: str = "linen"
     fingerprint: str | None = None
     digests: tuple[tuple[str, str], ...] = ()
 
@@ -101,7 +99,6 @@ class FileRecord:
                 "version": VERSION,
                 "form": self.form,
                 "chip": self.chip,
-                "kind": self.kind,
                 "fingerprint": self.fingerprint,
                 "plan": json.loads(self.plan.to_json()),
                 "layers": [_layer_to_json(layer) for layer in self.layers],
@@ -127,7 +124,7 @@ class FileRecord:
             layers = tuple(map(_layer_from_json, content["layers"]))
             plan = Plan.from_json(json.dumps(content["plan"]))
             constants = tuple(map(_source_from_json, content["constants"]))
-            about = content["form"], content["chip"], constants, content["kind"]
+            about = content["form"], content["chip"], constants
             digests = _tuples(content["digests"])
             return cls(layers, plan, *about, content["fingerprint"], digests)
         except (KeyError, TypeError, ValueError) as error:
