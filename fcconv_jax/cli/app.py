@@ -50,13 +50,13 @@ def _shown(text: str) -> str:
 def _in_one_line(error: Exception) -> str | None:
     """Return this package's message, or the user's line with its error."""
     from ..messages.errors import FcconvError
-    from ..messages.user_code import users_line, way_out
+    from ..messages.user_code import known_fix, users_line
 
     if isinstance(error, FcconvError):
         return str(error).partition("\n--------------------\n")[0]
     said = str(error).strip().splitlines() or [""]
     whole = "(FCCONV_TRACEBACK=1 shows all of it)"
-    help_ = way_out(error)
+    help_ = known_fix(error)
     message = f"{type(error).__name__}: {said[0]}" if help_ is None else help_
     called = [n for n in getattr(error, "__notes__", ()) if n.startswith("It was")]
     message = ". ".join([message.rstrip("."), *called])

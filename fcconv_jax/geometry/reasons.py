@@ -107,7 +107,7 @@ def why_it_fails(geometry: ConvGeometry, transposed: bool = False) -> tuple[str,
 def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
     """Return the first failing condition of a transposed convolution and its fix."""
     # At strides of 1, or with taps spread like the inputs, phases would change nothing.
-    way_out = PHASES if geometry.transposed else _NO_FIX
+    fix = PHASES if geometry.transposed else _NO_FIX
     # One input has the output to itself, so nothing is left for the stride to do.
     steps = tuple(d.holes if d.size > 1 else d.kernel for d in geometry.dimensions)
     equal = f"Use strides equal to the kernel size {times(geometry.kernel_size)}"
@@ -116,20 +116,20 @@ def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
             return (
                 f"Kernel dilation {d.spread} spreads the taps of dimension {i}, so the "
                 "outputs of one input are not adjacent.",
-                f"Use kernel_dilation 1. {way_out}",
+                f"Use kernel_dilation 1. {fix}",
             )
         if steps[i] > d.kernel:
             return (
                 f"Stride {steps[i]} in dimension {i} is larger than the kernel "
                 f"{d.kernel}: no input reaches the outputs in between.",
-                f"{equal}. {way_out}",
+                f"{equal}. {fix}",
             )
         if steps[i] < d.kernel:
             return (
                 f"Stride {steps[i]} in dimension {i} is smaller than the kernel "
                 f"{d.kernel}: windows of outputs overlap, so an output adds up several "
                 "inputs.",
-                f"{equal}. {way_out}",
+                f"{equal}. {fix}",
             )
     i, d = next(
         (i, d) for i, d in enumerate(geometry.dimensions) if not d.writes_in_order
@@ -142,8 +142,7 @@ def _transposed_failure(geometry: ConvGeometry) -> tuple[str, str]:
         f"Padding {(d.low, d.high)} around the spaced inputs {what} the output of "
         f"dimension {i}: it has {d.output} entries, the windows fill "
         f"{d.size * d.kernel}.",
-        f"Use padding {valid} {(need, need)} here, and slice or pad the output. "
-        f"{way_out}",
+        f"Use padding {valid} {(need, need)} here, and slice or pad the output. {fix}",
     )
 
 

@@ -37,8 +37,8 @@ def users_line(error: BaseException) -> str | None:
     return None
 
 
-def way_out(error: BaseException) -> str | None:
-    """What helps against an error of a model that is traced, if that is known."""
+def known_fix(error: BaseException) -> str | None:
+    """Return the fix of an error that a model raises when it is traced, if known."""
     if isinstance(error, NEEDS_A_VALUE):
         return (
             "the model is traced here, and this needs the value of an array. Pass what "
@@ -69,7 +69,7 @@ def explained() -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        help_ = way_out(error)
+        help_ = known_fix(error)
         if help_ is not None and help_ not in "".join(getattr(error, "__notes__", ())):
             line = users_line(error)
             error.add_note(f"{line.rstrip(':')}: {help_}." if line else f"{help_}.")
