@@ -60,32 +60,6 @@ from .integer_draws import (
 )
 
 
-def certify(
-    source_form: Callable[[Any, Any, Any], Any],
-    target_form: Callable[[Any, Any, Any], Any],
-    **options: Any,
-) -> Certificate:
-    """Check ``source_form(x, k, b) == target_form(x, map_kernel(k), map_bias(b))``.
-
-    Takes what :func:`prepare_certificate` takes, and waits for the result.
-
-    Example:
-      >>> import jax
-      >>> certificate = certify(
-      ...     lambda x, k, b: x @ k + b,
-      ...     lambda x, k, b: (x[:, None] @ k[0] + b)[:, 0],
-      ...     x=jax.ShapeDtypeStruct((2, 6), "float32"),
-      ...     kernel=jax.ShapeDtypeStruct((6, 3), "float32"),
-      ...     bias=jax.ShapeDtypeStruct((3,), "float32"),
-      ...     map_kernel=lambda k: k[None],
-      ...     reduction=6,
-      ... )
-      >>> certificate.passed, certificate.proved, certificate.miss_probability < 1e-9
-      (True, True, True)
-    """
-    return prepare_certificate(source_form, target_form, **options)()
-
-
 def prepare_certificate(
     source_form: Callable[[Any, Any, Any], Any],
     target_form: Callable[[Any, Any, Any], Any],
@@ -102,7 +76,9 @@ def prepare_certificate(
     seed: int = 0,
     device: Device | None = None,
 ) -> Callable[[], Certificate]:
-    """Prepare :func:`certify`: both forms compile in the background.
+    """Check ``source_form(x, k, b) == target_form(x, map_kernel(k), map_bias(b))``.
+
+    Both forms compile in the background until the result is called.
 
     Args:
       source_form: the layer as it is, a function of x, kernel and bias (None without).
@@ -131,6 +107,20 @@ def prepare_certificate(
     Raises:
       ValueError: the dtype cannot hold even sums of two matmuls exactly, or
         ``reduction_index`` has the wrong shape.
+
+    Example:
+      >>> import jax
+      >>> certificate = prepare_certificate(
+      ...     lambda x, k, b: x @ k + b,
+      ...     lambda x, k, b: (x[:, None] @ k[0] + b)[:, 0],
+      ...     x=jax.ShapeDtypeStruct((2, 6), "float32"),
+      ...     kernel=jax.ShapeDtypeStruct((6, 3), "float32"),
+      ...     bias=jax.ShapeDtypeStruct((3,), "float32"),
+      ...     map_kernel=lambda k: k[None],
+      ...     reduction=6,
+      ... )()
+      >>> certificate.passed, certificate.proved, certificate.miss_probability < 1e-9
+      (True, True, True)
     """
     shapes = (x, kernel, bias)
     mapped = jax.eval_shape(lambda k, b: (map_kernel(k), map_bias(b)), kernel, bias)

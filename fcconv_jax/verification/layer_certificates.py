@@ -52,7 +52,7 @@ def certify_layer(
       dtype: dtype of input and parameters; quantised ones too, such as ``int8`` and
         ``float8_e4m3fn``.
       preferred_element_type: dtype of the matmul's sums, such as ``int32``.
-      **options: of :func:`fcconv_jax.verification.certificate.certify`.
+      **options: of :func:`fcconv_jax.verification.certificate.prepare_certificate`.
 
     Returns:
       The certificate: ``.passed``, and what was compared.

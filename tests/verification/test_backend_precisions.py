@@ -14,7 +14,7 @@ import fcconv_jax as fc
 from fcconv_jax.geometry.kernels import Rearrangement
 from fcconv_jax.verification import arithmetic
 from fcconv_jax.verification.arithmetic import measure_precision
-from fcconv_jax.verification.certificate import certify
+from fcconv_jax.verification.certificate import prepare_certificate
 from fcconv_jax.verification.layer_certificates import certify_layer
 
 _dot, _conv = lax.dot_general, lax.conv_general_dilated
@@ -107,13 +107,13 @@ def test_probes_are_exact_and_defects_are_caught(mode, plan):
     }
     contract = (((1,), (0,)), ((), ()))
     # Against integers: nothing at all is rounded.
-    found = certify(
+    found = prepare_certificate(
         lambda x, k, b: lax.dot_general(x, k, contract) + b,
         exact,
         **shapes,
         map_kernel=lambda k: k,
         reduction=30,
-    )
+    )()
     assert found.passed, str(found)
     layer = plan["fc"]
     found = certify_layer(layer, plan.to)
@@ -158,7 +158,7 @@ def test_a_narrow_matmul_in_a_wide_layer_is_read():
         x, k = x.astype("float8_e4m3fn"), k.astype("float8_e4m3fn")
         return lax.dot_general(x, k, contract, preferred_element_type="float32") + b
 
-    found = certify(
+    found = prepare_certificate(
         quantised,
         lambda x, k, b: jnp.dot(x, k, precision="highest") + b,
         x=jax.ShapeDtypeStruct((2, 30), "float32"),
@@ -166,7 +166,7 @@ def test_a_narrow_matmul_in_a_wide_layer_is_read():
         bias=jax.ShapeDtypeStruct((6,), "float32"),
         map_kernel=lambda k: k,
         reduction=30,
-    )
+    )()
     assert found.passed, str(found)
     assert found.set_size <= 33
 

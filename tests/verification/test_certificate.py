@@ -9,7 +9,7 @@ import pytest
 from jax import lax
 
 from fcconv_jax.verification import certificate, integer_draws
-from fcconv_jax.verification.certificate import certify
+from fcconv_jax.verification.certificate import prepare_certificate
 from fcconv_jax.versions import enable_x64
 
 
@@ -110,7 +110,7 @@ def _certify(case, dtype="float32", **changes):
     }
     values.update(changes)
     target = values.pop("target", case.target)
-    return certify(case.source, target, **values)
+    return prepare_certificate(case.source, target, **values)()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -261,12 +261,12 @@ def test_a_precision_that_is_lowered_for_long_sums_only(lowered):
             del b
             return (rounded(x) if side == 0 else x) @ (rounded(k) if side else k)
 
-        found = certify(
+        found = prepare_certificate(
             lambda x, k, b: x @ k,
             target,
             map_kernel=lambda k: k,
             reduction=4000,
             **shapes,
-        )
+        )()
         assert not found.passed
         assert found.mismatch.probe.startswith("12-bit")
