@@ -69,8 +69,9 @@ def check_arguments(
             f"{type(calibrate).__name__}. Pass calibrate=[images]."
         )
     if calibrate is not None and target.quantize is None:
+        known = " or ".join(r.suffix for r in runtimes().values() if r.quantize)
         raise ExportError(
-            f"Expected a .tflite or .onnx path for an int8 file, got {path}. Drop "
+            f"Expected a {known} path for an int8 file, got {path}. Drop "
             "calibrate= for a file in float32."
         )
     if labels is not None and calibrate is None:
@@ -89,9 +90,12 @@ def check_arguments(
             )
     if weights is not None and (weights not in target.weights or calibrate is not None):
         known = " or ".join(f"weights={name!r}" for name in sorted(target.weights))
+        halved = " or ".join(
+            r.suffix for r in runtimes().values() if "float16" in r.weights
+        )
         raise ExportError(
             f"Expected {known or 'no weights='} for {target.title}, without calibrate=,"
-            f" got weights={weights!r}. Pass a path that ends in .tflite or .onnx with "
+            f" got weights={weights!r}. Pass a path that ends in {halved} with "
             "weights='float16'."
         )
     return target, made_for
