@@ -128,7 +128,10 @@ def _import(where: str) -> ModuleType:
                 "Pass a file with its suffix, as in 'path/to/model.py:Net'."
             ) from None
     if not file.is_file():
-        raise ArgumentError(f"{file}: no such file")
+        raise ArgumentError(
+            f"{file}: no such file. Pass the path of the model's file, as in "
+            "'path/to/model.py:Net'."
+        )
     # A name of its own: model.py must not pass for an installed module "model".
     spec = importlib.util.spec_from_file_location(f"fcconv_file_{file.stem}", file)
     assert spec is not None

@@ -161,6 +161,9 @@ def match_rules(
         if not any(fnmatch.fnmatchcase(path, rule.pattern) for path in paths):
             close = difflib.get_close_matches(rule.pattern, paths, n=3, cutoff=0.3)
             hint = f"close to it: {close}" if close else f"there are: {paths[:10]}"
+            hint += ". Pass the path of a layer, or a pattern such as '*'."
+            if not paths:
+                hint = "none was found for the rule's form. Drop it, or its form."
             raise PlanError(f"rule {rule.pattern!r} matches no linear layer; {hint}")
     return {
         path: next((rule for rule in rules if rule.matches(path, size)), None)

@@ -97,7 +97,7 @@ def test_in_a_folder_with_neighbours(folder):
             "model.py:Nte --input 1",
             "model.py has no 'Nte'. Pass one of .*: Net, Wide, Tokens, .*make_wide, ",
         ),
-        ("nowhere.py:Net --input 1", "nowhere.py: no such file"),
+        ("nowhere.py:Net --input 1", "nowhere.py: no such file. Pass the path"),
         ("nowhere.at:Net --input 1", "No module 'nowhere' in .* its suffix"),
         ("os.nowhere:Net --input 1", "No module 'os.nowhere'"),
         ("model.py:Wide --input 1", "Wide can't be called .*'features'"),
