@@ -74,13 +74,13 @@ def fold_norms(
     with bound.explaining():
         bound.check_inference()
         bound.check_library()
-        first = _program(bound)
+        first = _folded_model(bound)
     programs = {_shapes(bound.args): first}
 
     def function(params: Mapping[str, jax.Array], *inputs: PyTree) -> PyTree:
         called, key = dataclasses.replace(bound, args=inputs), _shapes(inputs)
         if key not in programs:
-            programs[key] = _program(called)
+            programs[key] = _folded_model(called)
         return programs[key](params, called.arrays)
 
     return function, first.params
@@ -88,7 +88,7 @@ def fold_norms(
 
 def folded_outputs(bound: BoundModel) -> list[jax.Array]:
     """Return what a model computes with its norms folded."""
-    program = _program(bound)
+    program = _folded_model(bound)
     return jax.tree.leaves(jax.jit(program)(program.params, bound.arrays))
 
 
@@ -98,7 +98,7 @@ def _shapes(inputs: PyTree) -> object:
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class _Program:
+class _FoldedModel:
     """A graph of JAX's own equations, and the arrays that it takes.
 
     Args:
@@ -144,7 +144,7 @@ class _Program:
         return jax.tree.unflatten(self.tree, [read(v) for v in self.graph.outputs])
 
 
-def _program(bound: BoundModel) -> _Program:
+def _folded_model(bound: BoundModel) -> _FoldedModel:
     """Trace a model, fold its norms, and name the arrays that are left."""
     flat, tree = jax.tree.flatten(bound.variables)
     paths = [
@@ -172,7 +172,7 @@ def _program(bound: BoundModel) -> _Program:
             counts[wanted] = counts.get(wanted, 0) + 1
             number = f"#{counts[wanted]}" if counts[wanted] > 1 else ""
             names[value] = wanted + number
-    return _Program(graph, names, jax.tree.structure(shape))
+    return _FoldedModel(graph, names, jax.tree.structure(shape))
 
 
 def _constants(graph: Graph) -> Iterator[tuple[Value, str]]:
