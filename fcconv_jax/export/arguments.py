@@ -6,6 +6,9 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import jax
+
+from ..frontends.bound import BoundModel
 from ..messages.errors import ExportError
 from ..messages.flags import check_kind
 from ..plan import Plan, check_plan
@@ -99,3 +102,23 @@ def check_arguments(
             "weights='float16'."
         )
     return target, made_for
+
+
+def check_arrays(bound: BoundModel) -> None:
+    """Refuse a call without params or inputs, or with abstract ones."""
+    if not bound.arrays:
+        raise ExportError(
+            "Expected params and then inputs after the model, got no input. Call "
+            "fc.export(model, params, *inputs, path=...)."
+        )
+    if bound.params is bound.given is None and hasattr(bound.model, "init"):
+        raise ExportError(
+            "Expected the params after the model, got None. Pass the variables that "
+            "model.init returns, or an empty dict for a model without."
+        )
+    leaves = jax.tree.leaves((bound.variables, bound.arrays))
+    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
+        raise ExportError(
+            "Expected arrays as params and inputs, got abstract ones, which have no "
+            "values. Pass arrays."
+        )

@@ -28,7 +28,7 @@ from ..plan import Plan
 from ..plan.rules import Rule, as_rules
 from ..tracing.arguments import is_key
 from ..verification.agreement import WorkingError, named_leaves, working_errors
-from .arguments import check_arguments
+from .arguments import check_arguments, check_arrays
 from .chips import Chip
 from .fingerprint import BLANK, seal
 from .fold_norms import folded_outputs
@@ -170,7 +170,7 @@ def export(
         axes, model = model.axes, model.each_crop(*given, **kwargs)
     bound = bind(model, params, *inputs, **kwargs)
     check_options(export, bound)
-    _check_arrays(bound)
+    check_arrays(bound)
     bound.check_inference()
     bound.check_library()
     axes = axes or (image_axes(bound) if any_size else ())
@@ -248,26 +248,6 @@ def _emptied(path: Path) -> Path:
     for each in path.parent.iterdir():
         shutil.rmtree(each) if each.is_dir() else each.unlink()
     return path
-
-
-def _check_arrays(bound: BoundModel) -> None:
-    """Refuse a call without params or inputs, or with abstract ones."""
-    if not bound.arrays:
-        raise ExportError(
-            "Expected params and then inputs after the model, got no input. Call "
-            "fc.export(model, params, *inputs, path=...)."
-        )
-    if bound.params is bound.given is None and hasattr(bound.model, "init"):
-        raise ExportError(
-            "Expected the params after the model, got None. Pass the variables that "
-            "model.init returns, or an empty dict for a model without."
-        )
-    leaves = jax.tree.leaves((bound.variables, bound.arrays))
-    if any(isinstance(leaf, jax.ShapeDtypeStruct) for leaf in leaves):
-        raise ExportError(
-            "Expected arrays as params and inputs, got abstract ones, which have no "
-            "values. Pass arrays."
-        )
 
 
 class _Call:
