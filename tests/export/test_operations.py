@@ -470,6 +470,22 @@ def test_a_dense_layer_between_images_adds_no_transpose(batch, bias, to, tmp_pat
             assert alone.passed
 
 
+def test_skips_are_turned_once(to, run):
+    """Blocks as in DenseNet: each takes the input and all that came before it."""
+
+    def model(params, x):
+        for kernel in params:
+            y = nn.relu(x * jnp.arange(1.0, x.shape[-1] + 1))
+            y = lax.conv_general_dilated(y, kernel, (1, 1), "SAME", **NHWC)
+            x = jnp.concatenate([x, jnp.tanh(y)], -1)
+        return x.mean((1, 2))
+
+    params = [normal(3, 3, 5 + 2 * i, 2, seed=i) for i in range(3)]
+    report = run(model, X, params=params)
+    # In front of the first convolution, and of the first skip.
+    assert report.figures[0].transposes <= 2 * (to != "litert")
+
+
 @pytest.mark.parametrize("order", [(0, 1, 3, 2, 4, 5), (0, 1, 4, 2, 5, 3)])
 def test_pixel_shuffle(order, to, run):
     """Blocks that come first among the channels, and last, as in PyTorch."""

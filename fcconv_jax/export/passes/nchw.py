@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from ..graph import ELEMENTWISE, VIEWS, Graph, Node, Value
+from ..graph import ELEMENTWISE, Graph, Node, Value
 from ..shipped import channels_first, channels_last
 from .views import (
     delay_reshapes,
@@ -133,21 +133,32 @@ def _common(
     node: Node, makers: dict[Value, Node], graph: Graph
 ) -> tuple[int, ...] | None:
     """Return the one permutation that all operands of an operation went through."""
-    makes = [makers.get(value) for value in node.inputs if value.data is None]
+    values = [value for value in node.inputs if value.data is None]
+    makes = [makers.get(value) for value in values]
     perms = {m.attrs["perm"] for m in makes if m is not None and m.op == "transpose"}
     if len(perms) != 1:
         return None
     perm = perms.pop()
-    for maker in makes:
-        if maker is None or maker.op not in VIEWS:
-            return None
+    # Other operands are turned to channel-first only: else two would turn each other,
+    # for ever.
+    images = len(perm) > 3 and perm == channels_last(len(perm))
+    for value, maker in zip(values, makes):
+        if maker is not None and maker.op == "transpose":
+            continue
         # A gate (N, 1, 1, C), as of squeeze-and-excite, is (N, C, 1, 1) by a reshape.
-        # Beside a skip, what blocks of pixels were moved to is turned as they move.
-        if maker.op == "reshape" and not _renames(maker.out.shape, perm):
+        if maker is not None and maker.op == "reshape":
+            if _renames(value.shape, perm):
+                continue
+            # Blocks of pixels are turned as they move.
             moved = makers.get(maker.inputs[0])
             turned = moved is not None and moved.op == "transpose"
-            if node.op != "concat" or not turned or not _meets(node.out, graph):
-                return None
+            blocks = images and node.op == "concat" and turned
+            if blocks and _meets(node.out, graph):
+                continue
+        # What else a sum or a concatenation takes is turned once, for all that follow.
+        beside = node.op in ELEMENTWISE | {"concat"} and len(value.shape) == len(perm)
+        if not (images and beside) or not _meets(node.out, graph, every=True):
+            return None
     return perm
 
 
@@ -167,13 +178,16 @@ def _moved(
     inverse = [perm.index(i) for i in range(rank)]
     inputs, before = [], []
     for value in node.inputs:
-        if value.data is None and makers[value].op == "reshape":
+        maker = makers.get(value)
+        turned = maker is not None and maker.op == "transpose"
+        if value.data is None and not turned:
             inputs.append(Value(_permuted(value.shape, inverse), value.dtype))
             turn = {} if _renames(value.shape, perm) else {"perm": tuple(inverse)}
             op = "transpose" if turn else "reshape"
             before.append(Node(op, [value], [inputs[-1]], turn))
         elif value.data is None:
-            inputs.append(makers[value].inputs[0])
+            assert maker is not None
+            inputs.append(maker.inputs[0])
         elif value.size == 1 or node.op == "gather":
             inputs.append(value)
         else:
@@ -232,16 +246,26 @@ def _on_columns(
     return [Node("reshape", [x], [flat]), layer], Node("reshape", [made], [out]), perm
 
 
-def _meets(value: Value, graph: Graph) -> bool:
-    """Return whether a transpose of a value would meet another one, or vanish."""
+def _meets(value: Value, graph: Graph, every: bool = False) -> bool:
+    """Return whether a transpose of a value would meet another one, or vanish.
+
+    Args:
+      value: what would be transposed.
+      graph: which reads it.
+      every: whether it is to vanish in front of everything that reads it.
+    """
     reached = {value}
     for node in graph.nodes:
-        if reached.intersection(node.inputs):
-            if node.op == "transpose" or node.op.startswith("reduce_"):
+        if reached.isdisjoint(node.inputs):
+            continue
+        if node.op == "transpose" or node.op.startswith("reduce_"):
+            if not every:
                 return True
-            if node.op in _PASSED:
-                reached.update(node.outputs)
-    return False
+        elif node.op in _PASSED:
+            reached.update(node.outputs)
+        elif every:
+            return False
+    return every and reached.isdisjoint(graph.outputs)
 
 
 def _as_rows(node: Node, makers: dict[Value, Node]) -> bool:
