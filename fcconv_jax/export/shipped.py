@@ -146,7 +146,7 @@ def reading(path: Path) -> Iterator[None]:
     except MissingExtraError:
         raise
     except FcconvError as error:  # such as a damaged plan in the record
-        if isinstance(error, ExportError) and path.stem in str(error):
+        if isinstance(error, ExportError) and f"{path.stem}." in str(error):
             raise
         raise ExportError(f"{path}: {error}") from error
     except Exception as error:

@@ -222,6 +222,10 @@ def test_every_byte_counts(to, tmp_path):
             except ExportError:
                 continue
             assert not passed, (file.name, at)
+        file.write_bytes(content + b"\n")
+        if file.name == "Manifest.json":  # which coremltools would write anew
+            assert not fc.verify_file(path, params, progress=False).passed
+            assert file.read_bytes() == content + b"\n"
         file.write_bytes(content)
     assert fc.verify_file(path, params, progress=False).passed
     moved = path.rename(tmp_path / f"other{path.suffix}")

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
+import shutil
+import tempfile
 import warnings
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +39,20 @@ def coremltools() -> Any:
         return require("coremltools", "coreml", "a Core ML package (.mlpackage)")
 
 
+@contextlib.contextmanager
+def _untouched(path: Path) -> Iterator[Path]:
+    """Yield a package with the same data, as coremltools rewrites a manifest it reads.
+
+    That would repair some damage before the fingerprint is compared, too.
+    """
+    with tempfile.TemporaryDirectory() as folder:
+        copy = Path(folder) / path.name
+        copy.mkdir()
+        (copy / "Data").symlink_to((path / "Data").absolute())
+        shutil.copyfile(path / "Manifest.json", copy / "Manifest.json")
+        yield copy
+
+
 class CoreMlFile(Shipped):
     """An .mlpackage, read back; it is not run.
 
@@ -53,10 +70,10 @@ class CoreMlFile(Shipped):
         module = "coremltools.converters.mil.frontend.milproto.load"
         load = require(module, "coreml", "reading a Core ML package")
         try:
-            with warnings.catch_warnings():
+            with warnings.catch_warnings(), _untouched(path) as copy:
                 warnings.simplefilter("ignore")
                 # Not loaded: that compiles the model by Core ML, which only macOS has.
-                self.model = ct.models.MLModel(str(path), skip_model_load=True)
+                self.model = ct.models.MLModel(str(copy), skip_model_load=True)
                 self.spec = self.model.get_spec()
                 self.program = load.load(
                     *(self.spec, self.spec.specificationVersion),
