@@ -429,3 +429,22 @@ def test_a_network_that_int8_cannot_hold_is_not_written(tmp_path):
     (why,) = report.failures
     assert why.startswith("int8: 'output' is ")
     assert path.read_text() == "the one before"
+
+
+def test_a_shared_layer_in_onnx(tmp_path):
+    """ONNX Runtime fails to load shared int8 weights."""
+    pytest.importorskip("onnxruntime")
+
+    class Shared(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            layer = nn.Conv(4, (3, 3), name="shared")
+            for _ in range(3):
+                x = x + nn.relu(layer(x))
+            return x.mean((1, 2))
+
+    x = normal(1, 6, 5, 4, seed=3)
+    params = Shared().init(jax.random.key(0), x)
+    options = {"calibrate": [np.asarray(normal(8, 6, 5, 4))], "progress": False}
+    report = fc.export(Shared(), params, x, path=tmp_path / "m.onnx", **options)
+    assert report.passed, report.failures

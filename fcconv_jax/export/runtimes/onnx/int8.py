@@ -52,8 +52,10 @@ def quantize(
     with tempfile.TemporaryDirectory() as folder, _quiet():
         made = Path(folder) / "int8.onnx"
         try:
+            model = onnx.load_model_from_string(content)
+            _own_weights(model.graph)
             quantization.quantize_static(
-                onnx.load_model_from_string(content),
+                model,
                 made,
                 Reader(),
                 per_channel=True,
@@ -68,6 +70,26 @@ def quantize(
                 "float32."
             ) from error
         return made.read_bytes()
+
+
+def _own_weights(graph: Any) -> None:
+    """Give each layer that shares its weights with others a copy of them.
+
+    ONNX Runtime 1.32 fails to load an int8 file whose layers share weights: "Attempt to
+    replace the existing tensor".
+    """
+    arrays = {each.name: each for each in graph.initializer}
+    seen: set[str] = set()
+    for number, node in enumerate(graph.node):
+        if node.op_type not in ("Conv", "ConvTranspose", "Gemm", "MatMul"):
+            continue
+        for place, name in enumerate(node.input):
+            if name in seen:
+                copy = graph.initializer.add()
+                copy.CopyFrom(arrays[name])
+                copy.name = node.input[place] = f"{name};layer{number}"
+            elif name in arrays:
+                seen.add(name)
 
 
 @contextlib.contextmanager
