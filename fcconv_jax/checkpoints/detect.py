@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import difflib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -36,11 +37,14 @@ def format_for(dst: PathLike, default: str) -> str:
     """Return the format that a name asks for: by its suffix, else the default.
 
     Raises:
-      CheckpointError: the suffix is that of a format that isn't written.
+      CheckpointError: the suffix is that of a format that isn't written, or nearly one
+        that is.
     """
     suffix = Path(dst).suffix
     found = FILES.get(suffix)
-    if found is None and suffix.lower() in _NOT_WRITTEN:
+    # "model.safetensor" is a slip of the pen; "step.1000" may be meant.
+    slip = difflib.get_close_matches(suffix.lower(), FILES, 1, 0.75)
+    if found is None and (slip or suffix.lower() in _NOT_WRITTEN):
         files = ", ".join(f"dst{each}" for each in FILES)
         raise CheckpointError(
             f"{dst}: expected a name for a checkpoint ({', '.join(FORMATS)}), got one "

@@ -389,3 +389,14 @@ def test_a_new_format_may_claim_any_suffix(monkeypatch):
     added = dataclasses.replace(safetensors.FORMAT, name="npz", suffix=".npz")
     monkeypatch.setitem(detect.FILES, ".npz", added)
     assert detect.format_for("conv.npz", "orbax") == "npz"
+
+
+@pytest.mark.parametrize("suffix", [".safetensor", ".MSGPACK", ".mgspack"])
+def test_a_suffix_that_is_nearly_one_of_a_format_is_refused(
+    case, save, suffix, tmp_path
+):
+    dst = tmp_path / f"conv{suffix}"
+    with pytest.raises(CheckpointError, match=f"got one that ends in {suffix}"):
+        convert_checkpoint(save(case.dense, "msgpack"), dst, case.plan)
+    assert not dst.exists()
+    convert_checkpoint(save(case.dense, "msgpack"), tmp_path / "step.1000", case.plan)
