@@ -196,11 +196,13 @@ def test_one_size_is_for_both_axes(folder):
 
 @pytest.mark.usefixtures("folder")
 @pytest.mark.parametrize(
-    ("dtype", "divisor"), [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1)]
+    ("dtype", "divisor"),
+    [(np.uint8, 255), (np.uint16, 65535), (np.float32, 1), (bool, 1)],
 )
 def test_pixels_run_from_0_to_1(dtype, divisor):
     variables = one_channel("gray.msgpack", net())
-    pixels = np.random.default_rng(4).uniform(0, divisor, (20, 28)).astype(dtype)
+    pixels = np.random.default_rng(4).uniform(0, divisor, (20, 28))
+    pixels = pixels > 0.5 if dtype is bool else pixels.astype(dtype)
     if dtype == np.float32:
         np.save("image.npy", pixels)
     else:

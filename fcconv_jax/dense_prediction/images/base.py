@@ -172,6 +172,9 @@ class Image:
         column, width, columns = _span(columns, self.shape[2])
         box = Box(self.region.row + row, self.region.column + column, height, width)
         pixels = self._source.read(box, self._bands)
+        if pixels.dtype == bool:
+            # Pillow stores True as 255, which XLA would convert to 255.0.
+            pixels = pixels.view(np.uint8) != 0
         return pixels[rows, columns][..., channels][None][batch]
 
     def thumbnail(self, most: int) -> Pixels:
