@@ -29,6 +29,7 @@ def check_destination(
     file: Path | None,
     suffixes: Sequence[str] = (),
     read: Sequence[Path] = (),
+    out: Path | None = None,
 ) -> None:
     """Check a destination before any work, and make its folder if that is missing.
 
@@ -37,10 +38,11 @@ def check_destination(
       file: the destination.
       suffixes: that a file there may have; any, if there are none.
       read: files that the command reads, which it must not replace.
+      out: the file of ``--out``, if this one is of another option.
 
     Raises:
-      ArgumentError: it is a folder or one of the files to be read, or has another
-        suffix, or its folder cannot be made or written to.
+      ArgumentError: it is a folder or one of these files, or has another suffix, or its
+        folder cannot be made or written to.
     """
     if file is None:
         return
@@ -58,6 +60,11 @@ def check_destination(
         raise ArgumentError(
             f"{option}: {file} is an input of this command, which would replace it. "
             "Pass another name."
+        )
+    if out is not None and file.resolve() == out.resolve() and not device:
+        raise ArgumentError(
+            f"{option}: expected another file than --out, got {file}. Pass another "
+            "name."
         )
     folder = file.parent
     try:

@@ -261,7 +261,7 @@ def _check_destinations(
         raise ArgumentError(
             "--resume: expected --out, the file to continue, got none. Pass --out FILE."
         )
-    check_destination("--heatmap", heatmap, read=[*read, *([out] if out else [])])
+    check_destination("--heatmap", heatmap, read=read, out=out)
     check_heatmap(heatmap, label, softmax)
 
 

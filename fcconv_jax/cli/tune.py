@@ -84,7 +84,7 @@ def tune(
     from .variables import load_variables
 
     check_destination("--out", out, PLANS)
-    check_destination("--timings", timings)
+    check_destination("--timings", timings, out=out)
     named = [backend_for] if backend_for else None
     (backend,) = parse_backends(named, "--for") or [None]
     bound = read_model(model, call)

@@ -56,6 +56,14 @@ def test_a_missing_folder_is_made(command):
             "slide late.py:Net canvas.npy --window 8 --heatmap canvas.npy",
             "--heatmap: canvas.npy is an input of this command",
         ),
+        (
+            "slide late.py:Net canvas.npy --window 8 --out a.tif --heatmap ./a.tif",
+            "--heatmap: expected another file than --out, got a.tif",
+        ),
+        (
+            "tune late.py:Net --out a.json --timings b/../a.json",
+            "--timings: expected another file than --out, got b/../a.json",
+        ),
         ("verify late.py:Net --against ckpt", "by fcconv export with --against"),
         ("verify m.onnx --against ckpt --to conv", "which contains its plan"),
         ("verify m.onnx --against ckpt --input 1,2", "Pass --model MODULE:NAME"),
