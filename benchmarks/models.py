@@ -1,7 +1,8 @@
 """Whole models: as they are, all in one form, and tuned.
 
 `fc.tune` measures the forms of the model; then its plan runs afresh, in turns with the
-original and with the default plans that take all layers to one form.
+original and with the default plans that take all layers to one form. Where norms can be
+folded, so do the folded model and the plan of it.
 """
 
 from __future__ import annotations
@@ -16,6 +17,8 @@ import jax.numpy as jnp
 import networks
 import numpy as np
 from running import Case, as_record, compare, linen, tuned
+
+import fcconv_jax as fc
 
 _SECONDS = 20.0
 # Tuned, and all to conv by the default plan, as parts of the original's time.
@@ -57,16 +60,27 @@ MAKE: dict[str, Callable[[], Any]] = {
     },
     **{f"bert-base-{n}": functools.partial(texts, n) for n in (8, 4, 1)},
 }
+# Those whose norms inference can fold.
+_NORMED = ("resnet50", "mobilenet")
 # Tuned ones that are to be quicker.
 _QUICKER = {"vgg16-head-8": 0.80, "vit-b-8": 0.80, "resnet50-8": 0.80}
 
 
 def measure(name: str) -> dict[str, Any]:
     """Tunes a model, and measures the plan against the other forms."""
-    forms = tuned(*MAKE[name]())
+    model, variables, x = MAKE[name]()
+    forms = tuned(model, variables, x)
+    runs = dict(forms.runs)
+    if name.startswith(_NORMED):
+        function, folded = fc.fold_norms(model, variables, x)
+        runs["norms folded"] = functools.partial(jax.jit(function), folded, x)
+        plan = fc.tune(function, folded, x)
+        runs["norms folded, tuned"] = functools.partial(
+            fc.convert_model(function, plan), fc.convert_params(folded, plan), x
+        )
     most = {"tuned": _QUICKER.get(name, TUNED), "all to conv": ALL_TO_CONV}
     return {
-        **compare(forms.runs, "original", most, _SECONDS),
+        **compare(runs, "original", most, _SECONDS),
         **as_record(forms.plan, forms.seconds),
     }
 

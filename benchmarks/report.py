@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 _FORMS = ("original", "all to conv", "all to dense", "tuned")
+_FOLDED = ("original", "norms folded", "norms folded, tuned")
 _NOTHING = "Not measured yet."
 # Shown in the README, at batch 8.
 _SHOWN = {"vgg16-8": "VGG16", "vit-b-8": "ViT-B/16", "resnet50-8": "ResNet-50"}
@@ -174,6 +175,16 @@ def readme(results: Sequence[Found]) -> str:
 
 def _models(results: Sequence[Found]) -> str:
     return _times("model, batch", results, _FORMS)
+
+
+def _folded(results: Sequence[Found]) -> str:
+    rows = [["model, batch", *_FOLDED, "folded / original"]]
+    for found in results:
+        ms = found["milliseconds"]
+        ratio = f"{ms['norms folded'] / ms['original']:.2f}x"
+        cells = [_time(found, name) for name in _FOLDED]
+        rows.append([words(found["case"]), *cells, ratio])
+    return _markdown(rows)
 
 
 def _layers(results: Sequence[Found]) -> str:
@@ -342,6 +353,7 @@ def _is_loop(found: Found) -> bool:
 # The results of each table, and how to format them.
 _TABLES = {
     "models": (lambda found: found["group"] == "models", _models),
+    "folded": (lambda f: "norms folded" in f.get("milliseconds", ()), _folded),
     "layers": (lambda f: f["group"] == "layers" and not _is_loop(f), _layers),
     "loops": (_is_loop, _layers),
     "costs": (lambda found: found["group"] == "costs", _costs),
