@@ -62,7 +62,8 @@ def _ints(option: str, text: str) -> list[int]:
         return [int(each) for each in text.split(",")]
     except ValueError:
         raise ArgumentError(
-            f"{option}: expected numbers separated by commas, got {text!r}."
+            f"{option}: expected numbers separated by commas, got {text!r}. Pass them "
+            "as in 0,1,2."
         ) from None
 
 
@@ -109,7 +110,9 @@ class Scaling:
             )
         # A range of Typer's lets nan pass, in some versions.
         if not math.isfinite(scale):
-            raise ArgumentError(f"--scale: expected a finite number, got {scale}.")
+            raise ArgumentError(
+                f"--scale: expected a finite number, got {scale}. Pass --scale 255."
+            )
         numbers: list[tuple[float, ...]] = []
         for option, text, otherwise in (("--mean", mean, 0.0), ("--std", std, 1.0)):
             try:

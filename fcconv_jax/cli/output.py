@@ -54,7 +54,8 @@ def check_destination(
     device = file.exists() and not (file.is_file() or file.is_dir())  # /dev/stdout
     if suffixes and file.suffix.lower() not in suffixes and not device:
         raise ArgumentError(
-            f"{option}: expected a file that ends in {', '.join(suffixes)}, got {file}."
+            f"{option}: expected a file that ends in {', '.join(suffixes)}, got "
+            f"{file}. Pass {file.with_suffix(suffixes[0])}."
         )
     if any(file.exists() and each.exists() and file.samefile(each) for each in read):
         raise ArgumentError(

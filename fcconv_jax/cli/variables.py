@@ -86,12 +86,13 @@ def find_variables(checkpoint: Checkpoint, bound: BoundModel, file: str) -> Foun
             elif value is None:
                 raise CheckpointError(
                     f"{other}expected the leaf {text!r} of shape {leaf.shape}, got "
-                    f"{['/'.join(p) for p in found][:5]}, ..."
+                    f"{['/'.join(p) for p in found][:5]}, ... Pass a checkpoint of "
+                    "this model."
                 )
             else:
                 raise CheckpointError(
                     f"{other}expected the leaf {text!r} of shape {leaf.shape}, got "
-                    f"{shape}."
+                    f"{shape}. Pass a checkpoint of this model."
                 )
         values.append(value)
     top = prefix if bare else (*prefix, "params")

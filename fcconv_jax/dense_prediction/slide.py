@@ -421,9 +421,15 @@ def _sizes(name: str, value: int | Sequence[int], rank: int = 1) -> tuple[int, .
     found: tuple[Any, ...] = _entries(value) or (value,) * rank
     sizes = tuple(map(operator.index, found)) if _whole(found) else ()
     if not sizes or min(sizes) < 1:
-        raise ValueError(f"{name}: expected positive ints, got {value!r}.")
+        raise ValueError(
+            f"{name}: expected positive ints, got {value!r}. Pass {name}=32, or a "
+            "tuple with one for each axis."
+        )
     if name == "stride" and len(sizes) != rank:
-        raise ValueError(f"stride: expected one int or {rank}, got {value!r}.")
+        raise ValueError(
+            f"stride: expected one int or {rank}, got {value!r}. Pass one for each "
+            "axis of the window."
+        )
     return sizes
 
 

@@ -127,7 +127,8 @@ def expected(
             near = ", ".join(sorted(leaves)[:6])
             raise ExportError(
                 f"layer {layer.name!r} has the parameter {source.leaf!r}, which the "
-                f"checkpoint lacks; it has {near}, ..."
+                f"checkpoint lacks; it has {near}, ... Pass the params that were "
+                "exported."
             )
         try:
             found.append(source.apply(np.asarray(leaves[source.leaf])))

@@ -36,13 +36,15 @@ def _conv(low: Any, eqn: Equation, x: Value, kernel: Value) -> Value:
     if p["batch_group_count"] != 1 or any(a < 0 or b < 0 for a, b in p["padding"]):
         raise ExportError(
             "the model has a convolution over groups of the batch, or with negative "
-            "padding, which edge runtimes lack"
+            "padding, which edge runtimes lack. Slice its input, or convolve the "
+            "groups one by one."
         )
     lhs, rhs, made = p["dimension_numbers"]
     rank = len(lhs) - 2
     if rank > 3:
         raise ExportError(
-            f"the model has a convolution of {rank} dimensions; runtimes have up to 3"
+            f"the model has a convolution of {rank} dimensions; runtimes have up to "
+            "3. Write it as a sum of 3-D convolutions."
         )
     x = low.transpose(x, [lhs[0], *lhs[2:], lhs[1]])
     kernel = low.transpose(kernel, [*rhs[2:], rhs[1], rhs[0]])
