@@ -249,6 +249,17 @@ def test_geotiffs(tmp_path):
     assert not fc.open_image(geo_without_nodata(tmp_path)).has_nodata
 
 
+@pytest.mark.filterwarnings("ignore:Dataset has no geotransform")
+def test_levels_without_coordinates_lie_in_pixels(tmp_path):
+    tiled = {"tiled": True, "blockxsize": 16, "blockysize": 16, "nodata": 0}
+    geotiff(tmp_path / "a.tif", RGB, crs=None, transform=None, **tiled)
+    height, width, _ = RGB.shape
+    for level in range(3):
+        image = fc.open_image(tmp_path / "a.tif", level=level)
+        _, rows, columns, _ = image.shape
+        assert image.transform == Affine(width / columns, 0, 0, 0, height / rows, 0)
+
+
 def geo_without_nodata(folder):
     geotiff(folder / "all.tif", RGB)
     return folder / "all.tif"

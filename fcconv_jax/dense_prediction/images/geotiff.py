@@ -49,10 +49,13 @@ def _opened(rasterio: Any, file: Path, level: int) -> Source:
         for factor in dataset.overviews(1)
     ]
     height, width = check_level(file, level, sizes)
+    transform = Affine(*dataset.transform[:6])
     if level:
         dataset.close()
         dataset = rasterio.open(file, driver=driver, overview_level=level - 1)
         height, width = dataset.height, dataset.width
+        # GDAL's own for an overview isn't initialised where the file has none.
+        transform = transform.part(0, 0, sizes[0][1] / width, sizes[0][0] / height)
     if len(set(dataset.dtypes)) > 1:
         raise ImageError(
             f"{file}: expected bands of one type, got {', '.join(dataset.dtypes)}. "
@@ -83,7 +86,7 @@ def _opened(rasterio: Any, file: Path, level: int) -> Source:
         (height, width, dataset.count),
         dtype,
         read,
-        Affine(*dataset.transform[:6]),
+        transform,
         dataset.crs.to_wkt() if dataset.crs else None,
         int(bits) if bits else None,
         None if everywhere else valid,
