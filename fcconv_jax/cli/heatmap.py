@@ -63,20 +63,33 @@ class Heat:
         what = "largest output" if label is None else f"class {label}"
         return cls(values, f"{what}, {'softmax' if softmax else 'raw outputs'}")
 
-    def summary(self, stride: Sequence[int], window: Sequence[int]) -> str:
-        """Describe the values in a sentence."""
+    def summary(
+        self,
+        stride: Sequence[int],
+        window: Sequence[int],
+        corner: Sequence[int] = (0, 0),
+    ) -> str:
+        """Describe the values in a sentence.
+
+        Args:
+          stride: rows and columns from one position to the next.
+          window: rows and columns of a crop.
+          corner: row and column of the first crop.
+        """
         known = np.isfinite(self.values)
         if not known.any():
             return f"heat map of {self.what}: no finite value"
         values = np.where(known, self.values, -np.inf)
-        row, column = np.unravel_index(int(values.argmax()), values.shape)
+        place = np.unravel_index(int(values.argmax()), values.shape)
+        row, column = (
+            start + int(at) * step for start, at, step in zip(corner, place, stride)
+        )
         high, low = self.values[known].max(), self.values[known].min()
         half = (values[known] > (low + high) / 2).mean()
         text = (
             f"heat map of {self.what}: from {low:.4g} to {high:.4g}, highest in the "
-            f"{'x'.join(map(str, window))} crop at row {int(row) * stride[0]}, column "
-            f"{int(column) * stride[1]}; above the middle at {half:.0%} of the "
-            "positions"
+            f"{'x'.join(map(str, window))} crop at row {row}, column {column}; "
+            f"above the middle at {half:.0%} of the positions"
         )
         missing = int((~known).sum())
         return text + (f"; {missing} positions have no finite value" * (missing > 0))

@@ -63,13 +63,16 @@ def place_text(
     place: FoundPlace, image: Image, window: Sequence[int], stride: Sequence[int]
 ) -> str:
     """Return a line on a place: its corner in pixels, and its centre's coordinates."""
+    corner = -image.region.column, -image.region.row
     y = image.region.row + place.row * stride[0]
     x = image.region.column + place.column * stride[1]
     text = f"largest output {place.label}, {place.value:.4g}, at {y},{x}"
-    own = image.crs is not None or image.transform[0] != 1
-    if not own:
+    # Without coordinates of its own, a file has those of the pixels of its level 0.
+    of_pixels = image.crs is None and image.transform.at(*corner) == (0, 0)
+    of_pixels &= image.transform[1] == image.transform[3] == 0 < image.transform[4]
+    if of_pixels and image.transform[0] == image.transform[4] == 1:
         return text
     grid = image.transform.grid(window, stride)
     east, north = grid.at(place.column + 0.5, place.row + 0.5)
-    what = "coordinates" if image.crs is not None else "pixels of the largest level"
+    what = "pixels of the largest level" if of_pixels else "coordinates"
     return f"{text}; centre at x={east:.10g}, y={north:.10g} ({what})"

@@ -238,7 +238,8 @@ def slide(
     if heatmap is not None and heat is not None:  # its errors leave --out whole
         write_heatmap(heatmap, heat, batch[0], scaling.scale, sizes, described.stride)
         typer.echo(f"wrote {heatmap}", err=True)
-        typer.echo(f"{images[0]}: {heat.summary(described.stride, sizes)}")
+        corner = batch[0].region[:2]
+        typer.echo(f"{images[0]}: {heat.summary(described.stride, sizes, corner)}")
 
 
 def _check_destinations(

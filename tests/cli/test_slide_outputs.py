@@ -242,6 +242,27 @@ def test_places_are_printed_with_coordinates(want):
         assert all(abs(y - b) >= 8 or abs(x - a) >= 12 for b, a, _ in found[:n])
 
 
+@pytest.mark.usefixtures("want")
+def test_places_of_a_region_are_those_of_the_level():
+    pytest.importorskip("rasterio")
+    geotiff("image.tif", PIXELS, crs=None)  # coordinates of an unknown system
+    region = "--region 20,30,40,60 --heatmap heat.png"
+    place, heat = run(f"image.tif {OPTIONS} {region}").stdout.splitlines()
+    row, column = re.findall(r"at (\d+),(\d+); centre .*\(coordinates\)", place)[0]
+    assert f"highest in the 8x12 crop at row {row}, column {column};" in heat
+    assert int(row) >= 20
+    assert int(column) >= 30
+    tifffile = pytest.importorskip("tifffile")
+    with tifffile.TiffWriter("scan.tif") as tif:
+        how = {"photometric": "minisblack", "planarconfig": "contig"}
+        how["tile"] = (16, 16)
+        tif.write(PIXELS, subifds=1, **how)
+        tif.write(PIXELS[::2, ::2], subfiletype=1, **how)
+    region = "--level 1 --region 3,7,20,30 --scale 1"
+    assert "(pixels of the largest level)" in run(f"scan.tif {OPTIONS} {region}").stdout
+    assert "centre" not in run(f"scan.tif {OPTIONS} --region 3,7,20,30").stdout
+
+
 def test_masks_from_files_and_nodata(want):
     mask = np.zeros((20, 30), np.uint8)
     mask[3:5, 12:15] = 255  # rows 9 to 14 and columns 36 to 44 of the image
