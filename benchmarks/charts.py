@@ -21,7 +21,7 @@ def charts(folder: Path) -> dict[str, str]:
     """Return the charts as Markdown pages to include, by name.
 
     Charts are ``gains-chart``, ``slide-chart``, ``models-chart``, ``cycles-chart``,
-    ``layers-chart``, ``loops-chart`` and ``training-chart``.
+    ``layers-chart``, ``loops-chart``, ``training-chart`` and ``peers-chart``.
     """
     cpu = read(folder / "cpu.json")
     cpu.sort(key=lambda r: r["bounds"][0]["value"])  # the largest gain first
@@ -60,6 +60,13 @@ def charts(folder: Path) -> dict[str, str]:
         "training-chart": bars(
             {words(r["case"]): _ratios(r, _STEPS) for r in steps},
             "Time relative to the step as a convolution, or of the original model",
+            mark=1,
+            most=2,
+        ),
+        "peers-chart": bars(
+            {words(r["case"]): _against(r) for r in cpu if "keras" in _peer(r)}
+            | {words(r["case"]): _against(r) for r in cpu if "jax2onnx" in _peer(r)},
+            "Time relative to the file of Keras (LiteRT) or jax2onnx (ONNX)",
             mark=1,
             most=2,
         ),
@@ -157,6 +164,19 @@ def _ratios(found: Found, names: Sequence[str]) -> list[Bar]:
         for name in names
         if name in times and name != "original"
     ]
+
+
+def _peer(found: Found) -> set[str]:
+    """The converter whose file ran beside this package's, if any."""
+    timed = found.get("milliseconds", {}) if found["group"] == "peers" else {}
+    return set(timed) - {"conv", "dense"}
+
+
+def _against(found: Found) -> list[Bar]:
+    times = found["milliseconds"]
+    (peer,) = _peer(found)
+    ratios = {form: times[form] / times[peer] for form in ("conv", "dense")}
+    return [(form, ratio, f"{ratio:.2f}x") for form, ratio in ratios.items()]
 
 
 def _speedups(found: Found) -> list[Bar]:

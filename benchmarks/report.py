@@ -109,7 +109,11 @@ def words(case: str, *, batch: bool = True) -> str:
       "ResNet-50's 56x56 map, 1x1 down, batch 8, float32"
       >>> words("vit-b-8 for tpu:v5e")
       'ViT-B/16, batch 8, TPU v5e'
+      >>> words("unet in ONNX")
+      'U-Net in ONNX'
     """
+    if network := re.fullmatch(r"(\S+) ((?:in|on) \S+)", case):
+        return f"{_WORDS['operators-' + network[1]]} {network[2]}"
     name, _, device = case.partition(" for ")
     dtypes = {"f32": "float32", "bf16": "bfloat16"}
     parts = name.split("-")
@@ -260,6 +264,17 @@ def _operators(results: Sequence[Found]) -> str:
     return _markdown(rows)
 
 
+def _peers(results: Sequence[Found]) -> str:
+    rows = [["file", "conv form", "dense form", "peer", "bounds"]]
+    for found in results:
+        (peer,) = found["milliseconds"].keys() - {"conv", "dense"}
+        cells = [_time(found, form) for form in ("conv", "dense", peer)]
+        cells[-1] += f" ({peer})"
+        own = [e for e in found["bounds"] if e["unit"] == "x"]
+        rows.append([words(found["case"]), *cells, _verdict(own)])
+    return _markdown(rows)
+
+
 def _moves(ops: dict[str, int]) -> str:
     """Format how many operators there are, and how many of them only move entries."""
     moving = ("transpose", "reshape")
@@ -359,4 +374,6 @@ _TABLES = {
     "costs": (lambda found: found["group"] == "costs", _costs),
     "training": (lambda found: found["group"] == "training", _training),
     "operators": (lambda found: found["group"] == "operators", _operators),
+    "peers": (lambda f: f["group"] == "peers" and "milliseconds" in f, _peers),
+    "chips": (lambda f: f["group"] == "peers" and "milliseconds" not in f, _costs),
 }

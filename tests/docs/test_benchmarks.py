@@ -38,7 +38,7 @@ def test_every_case_has_a_name_in_words():
 
 def test_tables_are_there_before_anything_is_measured(tmp_path):
     tables = report.tables(tmp_path)
-    groups = ("models", "layers", "loops", "costs", "training", "operators")
+    groups = "models folded layers loops costs training operators peers chips".split()
     assert {*tables} == {*(f"{group}-cpu" for group in groups), "cycles"}
 
 
@@ -69,6 +69,25 @@ def test_operators_are_compared_with_each_peer(tmp_path):
     missed = "**missed**: ONNX, dense: operators 5 operators, not 4 operators"
     assert cells[-1] == missed
     assert litert.endswith("| 0: 0, 0 (keras) | hold |")
+
+
+def test_files_are_timed_beside_a_peer_s(tmp_path):
+    ms = {"conv": 2.0, "dense": 3.0, "keras": 4.0}
+    more = {"milliseconds": ms, "quartiles": {}, "runs": dict.fromkeys(ms, 1)}
+    running.write(tmp_path, found("unet in LiteRT", "peers", **more))
+    running.write(tmp_path, found("ds-cnn in int8", "peers"))
+    made = report.tables(tmp_path)
+    row = "| U-Net in LiteRT | 2 ms | 3 ms | 4 ms (keras) | hold |"
+    assert made["peers-a-chip"].splitlines()[-1] == row
+    assert "| DS-CNN in int8 | tuned / original |" in made["chips-a-chip"]
+
+
+def test_folded_norms_have_a_table_of_their_own(tmp_path):
+    ms = {"original": 4.0, "norms folded": 3.0, "norms folded, tuned": 2.0}
+    more = {"milliseconds": ms, "quartiles": {}, "runs": dict.fromkeys(ms, 1)}
+    running.write(tmp_path, found("resnet50-8", "models", **more))
+    *_, row = report.tables(tmp_path)["folded-a-chip"].splitlines()
+    assert row == "| ResNet-50, batch 8 | 4 ms | 3 ms | 2 ms | 0.75x |"
 
 
 def test_what_tuning_leaves_is_not_run_again(tmp_path):

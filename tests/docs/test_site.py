@@ -58,7 +58,7 @@ def test_tables_are_those_of_the_results():
         "ViT-B/16, batch 8, TPU v6e",
     ):
         assert case in text
-    assert text.count('<figure class="bars">') == 6
+    assert text.count('<figure class="bars">') == 7
     assert "<p>vit-b-8" not in text, "the key of a case, not its name"
 
 
