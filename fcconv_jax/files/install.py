@@ -37,12 +37,14 @@ def disk_fault(error: BaseException) -> str | None:
     Example:
       >>> disk_fault(OSError(errno.ENOSPC, "No space left on device"))
       'No space left on device'
+      >>> disk_fault(ValueError("Failed to write 8 bytes: File too large [27]"))
+      'File too large'
       >>> disk_fault(ValueError("another")) is None
       True
     """
     if isinstance(error, OSError) and error.errno in _DISK:
         return error.strerror
-    for known in ("No space left on device", "iostream error"):
+    for known in (*map(os.strerror, sorted(_DISK)), "iostream error"):
         if known in str(error):
             return known
     return None
