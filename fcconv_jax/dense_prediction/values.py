@@ -272,6 +272,8 @@ def reshaped(value: CropArray, shape: Sequence[int]) -> CropArray:
     Raises:
       NotSharedError: the new axes cut through a shared one.
     """
+    if not all(part.size for part in value.parts):
+        raise NotSharedError("a reshape of no entries")
     ranks: list[int] = []
     index = 0
     for target in shape:

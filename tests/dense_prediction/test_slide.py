@@ -272,6 +272,18 @@ def test_what_lies_at_the_border_of_a_crop_only():
     assert_trees_all_equal(np.asarray(got), want)
 
 
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_batch_without_images(shared):
+    def crops(x):
+        x = x if shared else x - x.mean((1, 2), keepdims=True)
+        x = nn.max_pool(x, (2, 2), (2, 2))
+        return jnp.ones((len(x), 4)) + x.reshape(len(x), 12).sum(1, keepdims=True)
+
+    grid = fc.slide(crops, (4, 4), 2)
+    assert grid(jnp.ones((2, 9, 10, 3))).shape == (2, 3, 4, 4)
+    assert grid(jnp.ones((0, 9, 10, 3))).shape == (0, 3, 4, 4)
+
+
 def test_wrong_calls():
     model = Net()
     variables = initialised(model)
