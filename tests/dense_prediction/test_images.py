@@ -223,6 +223,7 @@ def test_geotiffs(tmp_path):
     file = tmp_path / "a.tif"
     array = RNG.normal(size=(90, 70, 4)).astype(np.float32)
     array[20:30, 40:50] = -9999
+    array[70:80, 5:9, 2] = -9999
     geotiff(file, array, tiled=True, blockxsize=32, blockysize=32, nodata=-9999)
     image = fc.open_image(file)
     check(image, array)
@@ -232,12 +233,21 @@ def test_geotiffs(tmp_path):
     assert image.has_nodata
     valid = np.ones((90, 70), bool)
     valid[20:30, 40:50] = False
+    colors = np.zeros((8, 9, 3), np.uint8)
+    colors[:4, :, 0] = 200
+    geotiff(tmp_path / "color.tif", colors, nodata=0)
+    some = fc.open_image(tmp_path / "color.tif").valid(slice(8), slice(9))
+    np.testing.assert_array_equal(some, colors.any(-1))
     np.testing.assert_array_equal(
         image.valid(slice(5, 60), slice(30, 70)), valid[5:60, 30:70]
     )
     part = fc.open_image(file, region=(15, 35, 40, 30), bands=(4, 2))
     np.testing.assert_array_equal(part[0], array[15:55, 35:65, [3, 1]])
     assert part.transform.at(0, 0) == (500_350, 4_099_850)
+    for bands in ((4, 2), (3,), (1, 3)):
+        found = fc.open_image(file, bands=bands).valid(slice(70, 80), slice(0, 20))
+        assert found[:, 5:9].any() == (3 not in bands)
+        assert found[:, 9:].all()
     np.testing.assert_array_equal(
         part.valid(slice(0, 40), slice(0, 30)), valid[15:55, 35:65]
     )

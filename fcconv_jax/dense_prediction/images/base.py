@@ -77,7 +77,8 @@ class Source:
         own, to the pixels of its largest level.
       crs: what these coordinates are, as WKT.
       bits: of integer pixels that use fewer than their dtype has.
-      valid: which pixels of a box hold data; None if the file has no nodata value.
+      valid: which pixels of a box hold data in these channels; None if the file has no
+        nodata value.
       levels: height and width of each level of the file.
       open_level: opens another of them.
     """
@@ -88,7 +89,7 @@ class Source:
     transform: Affine = _PIXELS
     crs: str | None = None
     bits: int | None = None
-    valid: Callable[[Box], Pixels] | None = None
+    valid: Callable[[Box, Sequence[int]], Pixels] | None = None
     levels: Sequence[tuple[int, int]] = ()
     open_level: Callable[[int], Source] | None = None
 
@@ -212,13 +213,17 @@ class Image:
         return np.concatenate(bands)
 
     def valid(self, rows: slice, columns: slice) -> Pixels:
-        """Return which pixels hold data, as ``(height, width)`` booleans."""
+        """Return which pixels hold data, as ``(height, width)`` booleans.
+
+        With a nodata value, signed and float pixels hold data if all bands do, unsigned
+        ones if any band does: 0 in one band may be a color.
+        """
         row, height, _ = _span(rows, self.shape[1])
         column, width, _ = _span(columns, self.shape[2])
         box = Box(self.region.row + row, self.region.column + column, height, width)
         if self._source.valid is None:
             return np.ones((height, width), bool)
-        return self._source.valid(box)
+        return self._source.valid(box, self._bands)
 
 
 def check_level(

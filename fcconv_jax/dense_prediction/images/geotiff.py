@@ -74,12 +74,20 @@ def _opened(rasterio: Any, file: Path, level: int) -> Source:
             pixels = dataset.read(numbers, window=_window(rasterio, box))
         return np.moveaxis(pixels, 0, -1)
 
-    def valid(box: Box) -> Pixels:
-        with _naming(file), lock:
-            return dataset.dataset_mask(window=_window(rasterio, box)) > 0
+    flags, found = rasterio.enums.MaskFlags, dataset.mask_flag_enums
+    everywhere = all(flags.all_valid in each for each in found)
+    # 0 or 255 in one band may be a color, but -9999 or NaN is no measurement.
+    each_band = dtype.kind != "u"
+    each_band &= not any(flags.per_dataset in each for each in found)
 
-    flags = rasterio.enums.MaskFlags.all_valid
-    everywhere = all(flags in each for each in dataset.mask_flag_enums)
+    def valid(box: Box, bands: Sequence[int]) -> Pixels:
+        window = _window(rasterio, box)
+        with _naming(file), lock:
+            if each_band:
+                numbers = [band + 1 for band in bands]
+                return (dataset.read_masks(numbers, window=window) > 0).all(0)
+            return dataset.dataset_mask(window=window) > 0
+
     # Where a channel has less than 8 or 16 bits.
     bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
     source = Source(
