@@ -76,7 +76,7 @@ def _opened(rasterio: Any, file: Path, level: int) -> Source:
 
     flags, found = rasterio.enums.MaskFlags, dataset.mask_flag_enums
     everywhere = all(flags.all_valid in each for each in found)
-    # 0 or 255 in one band may be a color, but -9999 or NaN is no measurement.
+    # 0 or 255 in one band may be a color, but -9999 or NaN isn't a measurement.
     each_band = dtype.kind != "u"
     each_band &= not any(flags.per_dataset in each for each in found)
 
