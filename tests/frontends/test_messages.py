@@ -231,7 +231,7 @@ NNX = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
         (lambda: CONVERTED.apply(X, VARIABLES), r"variables of Net first, got a"),
         (
             lambda: fc.convert_train_state(VARIABLES, PLAN, MODEL),
-            r"TrainState, got dict",
+            r"Expected a TrainState, or a tree with some, got dict",
         ),  # pyright: ignore
         (lambda: fc.convert_train_state(VARIABLES, PLAN, None), r"got NoneType\. Pass"),  # pyright: ignore
         (
