@@ -177,6 +177,29 @@ def test_sizes_of_segments_that_are_missing(tmp_path):
         fc.open_image(file)
 
 
+def test_segments_without_bytes_are_zeros_in_sparse_files_only(tmp_path):
+    tifffile = pytest.importorskip("tifffile")
+    file = tmp_path / "a.tif"
+    tifffile.imwrite(file, RGB, tile=(32, 32), compression="zlib", photometric="rgb")
+    with tifffile.TiffFile(file) as tif:
+        sizes, offsets = (
+            tif.pages[0].tags[name].valueoffset
+            for name in ("TileByteCounts", "TileOffsets")
+        )
+    for works in (False, True):
+        whole = bytearray(file.read_bytes())
+        whole[sizes : sizes + 2] = bytes(2)
+        if works:
+            whole[offsets : offsets + 4] = bytes(4)
+        (tmp_path / "b.tif").write_bytes(whole)
+        image = fc.open_image(tmp_path / "b.tif")
+        if works:
+            assert not image[0, :32, :32].any()
+        else:
+            with pytest.raises(fc.ImageError, match=r"b\.tif: .*segment 0: 0 bytes"):
+                image[:]
+
+
 @pytest.mark.parametrize("suffix", ["png", "jpg", "gif", "bmp", "tif"])
 def test_any_damage_is_one_error(tmp_path, suffix):
     """Pillow's plugins and rasterio raise errors of many kinds."""

@@ -265,7 +265,7 @@ class _Page:
           ImageError: it is damaged.
         """
         count = self._counts[index]
-        if not count:
+        if not count and not self._offsets[index]:
             return None
         opened = self._page.parent.filehandle
         with opened.lock:
@@ -277,6 +277,8 @@ class _Page:
             if (value := getattr(self._page, name, None)) is not None
         }
         try:
+            if not count:
+                raise ValueError("0 bytes, though it has an offset")
             if len(data) < count:
                 raise ValueError(f"{count} bytes, of which {len(data)} are there")
             pixels, _, shape = self._keyframe.decode(data, index, **options)
