@@ -65,14 +65,18 @@ def written(network: str, folder: Path, suffix: str, peer: str) -> dict[str, Pat
     return paths
 
 
+def opened(paths: Mapping[str, Path]) -> dict[str, Any]:
+    """The files, read for their runtimes."""
+    return {form: runtime_of(path).open(path) for form, path in paths.items()}
+
+
 def operators(
-    paths: Mapping[str, Path], peer: str, about: str = ""
+    files: Mapping[str, Any], peer: str, about: str = ""
 ) -> tuple[dict[str, dict[str, int]], list[dict[str, Any]]]:
     """The operators of files by form, and bounds: no more than a peer's file has.
 
     Keras may have one less: it knows no other layout than LiteRT's.
     """
-    files = {form: runtime_of(path).open(path) for form, path in paths.items()}
     found = {form: dict(file.ops()) for form, file in files.items()}
     counts = {form: sum(each.values()) for form, each in found.items()}
     transposes = {form: file.moves()[0] for form, file in files.items()}
@@ -97,8 +101,8 @@ def count(network: str) -> dict[str, Any]:
         found: dict[str, Any] = {"operators": {}, "bounds": []}
         for suffix, peer in peers.items():
             title = runtime_of(Path(f"m{suffix}")).title
-            paths = written(network, folder, suffix, peer)
-            counts, limits = operators(paths, peer, f"{title}, ")
+            files = opened(written(network, folder, suffix, peer))
+            counts, limits = operators(files, peer, f"{title}, ")
             found["operators"][title] = counts
             found["bounds"] += limits
         return found
@@ -111,14 +115,14 @@ def compare(network: str, suffix: str, peer: str) -> dict[str, Any]:
         peer_files(network, folder)
         paths = written(network, folder, suffix, peer)
         _, variables, x = flax_network(network)
-        files = {form: runtime_of(path).open(path) for form, path in paths.items()}
+        files = opened(paths)
         image = [np.asarray(x)]
         outs = {form: file.run(image)[0] for form, file in files.items()}
         runs = {form: file.runner(image) for form, file in files.items()}
         found = race(runs, _SECONDS, opponents=[peer])
         ms = found["milliseconds"]
         weights = sum(leaf.nbytes for leaf in jax.tree.leaves(variables))
-        counts, limits = operators(paths, peer)
+        counts, limits = operators(files, peer)
         for form in ("conv", "dense"):
             limits += [
                 bound(f"{form}: time / {peer}", ms[form] / ms[peer], 1.05),
