@@ -340,18 +340,19 @@ def _in_a_row(
         places.append(step * np.arange(count, dtype=np.int32))
         sizes[axis] = size
     starts = np.stack(np.meshgrid(*places, indexing="ij"), -1)
-    starts = starts.reshape(-1, len(places))
     data = jax.lax.gather(
         images,
         starts,
         jax.lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(1, 1 + len(sizes))),
+            offset_dims=tuple(range(len(places), len(places) + len(sizes))),
             collapsed_slice_dims=(),
             start_index_map=tuple(axes),
         ),
         sizes,
         mode="promise_in_bounds",
     )
+    # Not -1, which a batch without images leaves undefined.
+    data = data.reshape(math.prod(starts.shape[:-1]), *sizes)
     parts = tuple(Part(size) for size in sizes)
     return CropArray(data, (Grid(0, False),), parts, (1,) * len(parts))
 
