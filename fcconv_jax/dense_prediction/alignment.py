@@ -100,6 +100,8 @@ def _with_same_parts(values: Sequence[CropArray], but: int | None) -> list[CropA
         for group in groups:
             ends |= set(np.cumprod([part.size for part in group]).tolist())
         bounds = sorted(ends - {1})
+        # Where one value's axis ends within a factor of another's, there are no common
+        # factors.
         if any(b % a for a, b in itertools.pairwise(bounds)):
             raise NotSharedError("axes that are made up in different ways")
         sizes = [b // a for a, b in zip([1, *bounds], bounds)]
@@ -168,6 +170,7 @@ def _joined(values: list[CropArray], index: int) -> tuple[list[CropArray], Part]
             continue
         map_, source = part.map, None
         if map_ is None:
+            # Equal entries count as one: the counts of a SAME average pool stay shared.
             known = classes_of(value.held, value.axis(index))
             ids = np.arange(part.size) if known is None else known[0]
             source = None if known is None else known[1]
@@ -184,6 +187,8 @@ def _joined(values: list[CropArray], index: int) -> tuple[list[CropArray], Part]
     segments = None
     for i, place in zip(who, places):
         found = segments_along(values[i].held, values[i].axis(index))
+        # The order of blocks that stay in place is kept, so that only the others are
+        # read again.
         if found and np.array_equal(place, np.arange(len(place))):
             segments = found
     for i, place, source in zip(who, places, sources):

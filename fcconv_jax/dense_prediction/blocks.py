@@ -267,6 +267,7 @@ def _run(
         piece = lax.slice_in_dim(piece, first, first + len(rows), axis=k)
         first = int(columns[0])
         return lax.slice_in_dim(piece, first, first + length, axis=axis)
+    # Rows in any order would be a gather along two axes at once.
     if piece.shape[k] != 1:
         return None
     one = lax.squeeze(piece, (k,))

@@ -78,6 +78,8 @@ class Interpreter:
         if not any(value.differs for value in values):
             return self._plain(eqn, values)
         try:
+            # A custom_vjp is run whole, by crop: its body alone would lose its
+            # derivative.
             if bodies(eqn) and name not in CUSTOM_VJPS:
                 return self._body(eqn, values)
             if name in RULES:
@@ -90,6 +92,7 @@ class Interpreter:
                 return outs
             raise NotSharedError(f"{name}, which is not known to share")
         except NotSharedError as reason:
+            # Without anything shared, nothing stopped here.
             if any(value.shared for value in values):
                 self.left[f"{name}: {reason}"] += 1
         return self._own(eqn, values)
@@ -241,6 +244,7 @@ def _in_blocks(
     axes = [0] * len(operands)
     scalars = [not getattr(v.aval, "shape", ()) and bool(shape) for v in eqn.invars]
     ins = [blocks(x) for x in operands]
+    # A number that was broadcast can't be taken back out of the blocks.
     if any(scalars):
         raise NotSharedError("a derivative rule that takes single numbers")
     outs = jax.vmap(functools.partial(_bind, eqn), in_axes=axes)(*ins)

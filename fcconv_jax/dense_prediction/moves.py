@@ -62,6 +62,8 @@ def _without_axes(value: CropArray, gone: Sequence[int]) -> CropArray:
     for dim in gone:
         for part in value.groups[dim]:
             if part.grid is not None:
+                # One entry that differs between crops: nothing of the axis is left to
+                # share.
                 value = own_arrays(value, part.grid)
         value = without_ones(value, dim)
     groups = [group for dim, group in enumerate(value.groups) if dim not in gone]
@@ -186,8 +188,11 @@ def _tile(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
 def _side_by_side(values: Sequence[CropArray], dim: int) -> CropArray:
     values = [merged(v, dim) if len(v.groups[dim]) != 1 else v for v in values]
     moving = {v.groups[dim][0].grid for v in values} - {None}
+    # A part has one map, of the crops along one of the image's axes.
     if len(moving) > 1:
         raise NotSharedError("an axis that moves with two axes of the image")
+    # Along one axis of the image, crops have all operands of their own or share them
+    # all.
     if any(moving & set(v.fronts) for v in values):
         values = [own_along(value, moving) for value in values]
         moving = set()
@@ -214,6 +219,7 @@ def _side_by_side(values: Sequence[CropArray], dim: int) -> CropArray:
     lengths = [value.data.shape[axis] for value in together]
     shapes = [list(value.data.shape) for value in together]
     for shape in shapes:
+        # Their lengths along the axis that is joined may differ.
         shape[axis] = 1
     shape = list(np.broadcast_shapes(*map(tuple, shapes)))
     data = []

@@ -116,6 +116,7 @@ def _within_windows(eqn: Equation, a: CropArray, b: CropArray) -> CropArray:
     """
     (lhs, rhs), (lhs_batch, rhs_batch) = eqn.params["dimension_numbers"]
     for i, j in zip(lhs_batch, rhs_batch):
+        # Parts of size 1 would hide that the other parts are alike.
         a, b = without_ones(a, i), without_ones(b, j)
     both = (a, lhs, lhs_batch), (b, rhs, rhs_batch)
     alike = a.fronts == b.fronts and all(
@@ -123,6 +124,7 @@ def _within_windows(eqn: Equation, a: CropArray, b: CropArray) -> CropArray:
     )
     for value, _, batch in both:
         for dim, group in enumerate(value.groups):
+            # A product of two shared axes would have an entry for each pair of places.
             alike &= dim in batch or all(part.map is None for part in group)
     if not alike:
         raise NotSharedError("a product of two values that are computed from the image")
@@ -184,6 +186,7 @@ def _full_window(
     shared = [i for i in contracted if value.parts[i].map is not None]
     summed = [i for i in contracted if value.parts[i].map is None]
     data, fronts = value.data, value.fronts
+    # A product may mix dtypes, a convolution may not.
     if data.dtype != weights.dtype or not jnp.issubdtype(data.dtype, jnp.floating):
         return None
     count = len(shared)
@@ -193,6 +196,7 @@ def _full_window(
         assert part.map is not None
         assert part.grid is not None
         layouts = full_window_layouts(part.map)
+        # Windows without overlap share nothing.
         if not layouts:
             return None
         sweeps.append(Sweep(1 + k, 1 + k, layouts, part.grid))

@@ -71,6 +71,7 @@ def lay_out(
             raise PlanError(f"padding='image': {error}") from None
         return value, Sweep(dim, dim, [layout], part.grid)
     cuts = segments_along(value.held, axis)
+    # A window of one entry is pointwise: blocks stay as they are.
     if cuts and (extent, stride, padding, holes) == (1, 1, (0, 0), 1):
         read = tuple(cut(np.arange(size), cuts))
         layout = WindowPasses(read, part.map, size, 1)
@@ -145,6 +146,7 @@ def swept(
     held = value.held
     if value.fronts:
         held = value.data
+        # vmap takes arrays, not blocks.
         run_one, one = one, lambda held: array_from(run_one(held))
         for _ in value.fronts:
             one = jax.vmap(one)

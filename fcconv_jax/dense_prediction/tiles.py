@@ -90,6 +90,7 @@ class Tiles:
             *(self.axes, self.starts[number], self.counts),
             *(self.tile, self.window, self.stride),
         ):
+            # The last tile is moved inwards: all tiles run the same program.
             begin = min(fresh, n - count)
             read[axis] = slice(begin * step, (begin + count - 1) * step + size)
             new.append(slice(fresh, begin + count))
@@ -247,6 +248,7 @@ def _tile(
                 "once."
             )
         longest = tile.index(max(tile))
+        # Rounded up, so that it never takes more tiles than twice as many.
         tile[longest] = -(-tile[longest] // 2)
 
 

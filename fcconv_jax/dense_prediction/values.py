@@ -244,7 +244,9 @@ def split_part(value: CropArray, index: int, sizes: Sequence[int]) -> CropArray:
         with at_once(data):
             data = data.reshape(*shape[:axis], *sizes, *shape[axis + 1 :])
         return _with_parts(value, index, [Part(size) for size in sizes], data)
+    # Factors of 1 take no place: they become parts that are not stored.
     outer, *inner = [size for size in sizes if size > 1] or [1]
+    # Crops that see the same stretch go on sharing it.
     rows, ids = distinct(part.map.reshape(-1, math.prod(inner)))
     data = take(value.data, rows, axis)
     data = data.reshape(*shape[:axis], len(rows), *inner, *shape[axis + 1 :])
@@ -272,6 +274,7 @@ def reshaped(value: CropArray, shape: Sequence[int]) -> CropArray:
     Raises:
       NotSharedError: the new axes cut through a shared one.
     """
+    # Sizes of 0 have no factors to match.
     if not all(part.size for part in value.parts):
         raise NotSharedError("a reshape of no entries")
     ranks: list[int] = []
@@ -284,6 +287,8 @@ def reshaped(value: CropArray, shape: Sequence[int]) -> CropArray:
             if index >= len(value.parts):
                 raise NotSharedError("a reshape of no entries")
             part = value.parts[index]
+            # The part reaches over the end of the new axis: its outer factor belongs
+            # here.
             if target % (size * part.size):
                 outer = target // size
                 if target % size or part.size % outer:

@@ -17,10 +17,12 @@ def find_blocks(graph: Graph, images: Literal["first", "last"]) -> bool:
             continue
         chain = [node]
         while (before := makers.get(chain[-1].inputs[0])) and before.op in VIEWS:
+            # Something else reads the value in between, so it has to stay.
             if uses[before.out] > 1:
                 break
             chain.append(before)
         x = chain[-1].inputs[0]
+        # Moving blocks takes a reshape, a transpose and a reshape at least.
         if len(chain) < 3:
             continue
         if images == "first" and len(x.shape) in (2, 3):
@@ -37,6 +39,7 @@ def find_blocks(graph: Graph, images: Literal["first", "last"]) -> bool:
 def _from_columns(graph: Graph, node: Node, x: Value, chain: list[Node]) -> bool:
     """Replace a chain that begins with columns, which are the pixels of images."""
     n, c, h, w = node.out.shape
+    # Columns don't show the image's sides, so every size that divides both is tried.
     for size in range(2, min(h, w) + 1):
         shape = (n, c * size**2, h // size, w // size)
         if h % size or w % size or x.shape[-2] != shape[1]:
@@ -83,6 +86,7 @@ def _block(
 def _to_space(x: np.ndarray, size: int, mode: str) -> np.ndarray:
     """Depth-to-space of channel-first images, as ONNX defines it."""
     n, c, h, w = x.shape
+    # No blocks of this size: x itself has another shape than the larger image.
     if c % size**2:
         return x
     if mode == "DCR":

@@ -51,6 +51,8 @@ def _fold_one(graph: Graph, changed: dict[Node, Folded]) -> bool:
                 continue
             inner, features = layer.weight.shape[-2:]
             size = features if behind else inner
+            # One number, or one for each of the layer's features; otherwise the axis is
+            # another.
             if {scale.size, shift.size} - {1, size}:
                 continue
             scale, shift = (np.broadcast_to(a, size) for a in (scale, shift))
@@ -73,6 +75,7 @@ def _affine(
         if by.data is None or x.data is not None or x.shape != node.out.shape:
             continue
         axes = [i - len(by.shape) for i, n in enumerate(by.shape) if n > 1]
+        # A factor that varies along two axes isn't a scale of rows or of columns.
         if len(axes) > 1:
             continue
         axis = len(x.shape) + axes[0] if axes else None
@@ -86,6 +89,7 @@ def _affine(
             return x, axis, *scaled
         if node.op == "mul":
             return x, axis, number, zero
+        # number / x is not affine, and a zero would put infinities into the kernel.
         if first and number.all():
             return x, axis, 1 / number, zero
     return None
@@ -119,15 +123,21 @@ def _layer_after(
 ) -> Node | None:
     """Return the layer that sums over a value's axis, seen through views and pads."""
     while uses[value] == 1 and (reader := readers.get(value)):
+        # The value is the second operand, which no layer sums over.
         if reader.inputs[0] is not value:
             break
         if reader.op in ("conv", "dense"):
+            # A row of a grouped kernel belongs to several input features, one in each
+            # group.
             plain = reader.attrs.get("groups", 1) == 1
             padded = "spread" in reader.attrs
             padded |= any(map(any, reader.attrs.get("padding", ())))
             mine = axis in (None, _features(reader, value))
+            # Padding comes behind the shift: in the bias, the shift would count there,
+            # too.
             return reader if plain and mine and not (padded and shifted) else None
         if reader.op == "pad":
+            # Only zeros keep their value, and only under a scale.
             if shifted or reader.attrs["value"]:
                 break
         elif reader.op not in VIEWS:
@@ -150,6 +160,7 @@ def _features(layer: Node, value: Value) -> int:
 
 def _same_axis(shape: tuple[int, ...], axis: int, other: tuple[int, ...]) -> int | None:
     """Return where a reshape puts an axis; None if it doesn't keep it."""
+    # In row-major order an axis is the same one if as many entries lie in front of it.
     before = math.prod(shape[:axis])
     for i, n in enumerate(other):
         if n == shape[axis] and math.prod(other[:i]) == before:

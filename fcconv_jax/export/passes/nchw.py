@@ -69,6 +69,7 @@ def _surround(graph: Graph, as_rows: bool) -> None:
             nodes.append(Node("reshape", [x], [inside]))
             node.inputs = [inside, *node.inputs[1:]]
             node.outputs = [made]
+            # A pixel is c steps along a row, which has its channels side by side.
             strides = (node.attrs["strides"][0], node.attrs["strides"][1] * c)
             node.attrs = {**node.attrs, "rows": c, "strides": strides}
             nodes += [node, Node("transpose", [made], [y], {"perm": back})]
@@ -93,6 +94,7 @@ def _expand_adjoints(graph: Graph) -> None:
                     continue
                 last = len(x.shape) - 1
                 perm = (*range(last - 1), last, last - 1)
+                # A constant is transposed here, once, not in the runtime.
                 if x.data is not None:
                     node.inputs[i] = x.moved("transpose", perm)
                 else:
@@ -113,6 +115,8 @@ def sink_transposes(graph: Graph, columns: bool = False) -> bool:
             continue
         if node.op != "dense":
             moved = _moved(node, perm, makers)
+        # Otherwise the transpose would only move from one side of the layer to the
+        # other.
         elif columns and _meets(node.out, graph):
             moved = _on_columns(node, perm, makers)
         else:
@@ -136,6 +140,7 @@ def _common(
     values = [value for value in node.inputs if value.data is None]
     makes = [makers.get(value) for value in values]
     perms = {m.attrs["perm"] for m in makes if m is not None and m.op == "transpose"}
+    # Operands in two orders: one of them has to be transposed anyway.
     if len(perms) != 1:
         return None
     perm = perms.pop()
@@ -191,6 +196,7 @@ def _moved(
         elif value.size == 1 or node.op == "gather":
             inputs.append(value)
         else:
+            # Broadcasting aligns the last axes; the permutation counts all of them.
             wide = value.moved(
                 "reshape", (*[1] * (rank - len(value.shape)), *value.shape)
             )

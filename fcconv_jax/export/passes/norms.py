@@ -23,6 +23,7 @@ def find_batch_norms(graph: Graph) -> bool:
             if found is None or found.op != op or (chain and uses[value] > 1):
                 break
             x, by = found.inputs
+            # JAX writes a constant on either side of a sum or a product.
             if op != "sub" and x.data is not None:
                 x, by = by, x
             axes = [i - len(by.shape) + rank for i, n in enumerate(by.shape) if n > 1]
@@ -33,6 +34,7 @@ def find_batch_norms(graph: Graph) -> bool:
         if len(chain) < 3 or node.out.dtype != np.float32:
             continue
         shift, scale, mean = chain
+        # The scale already contains the variance, which is 1 then.
         ones = constant(np.ones(mean.size, np.float32))
         node.op, node.inputs, node.attrs = (
             "batch_norm",
@@ -175,6 +177,8 @@ def _is_variance(value: Value, x: Value, makers: Mapping[Value, Node]) -> bool:
         node = behind_views(value, makers)
     if node is None:
         return False
+    # One pass: the mean of squares less the square of the mean, as Flax's norms have
+    # it.
     if node.op == "sub":
         squares, squared = node.inputs
         mean = _square(squared, makers)

@@ -23,6 +23,8 @@ def find_resizes(graph: Graph) -> bool:
             continue
         # The axes of the first product's input; it goes over the last.
         kept = sorted({0, 1, 2} - {perm[3]})
+        # Values that others read stay, and both products along one axis are no resize
+        # of two.
         if uses[second.inputs[0]] > 1 or uses[first.out] > 1 or perm[3] == 3:
             continue
         x = first.inputs[0]
@@ -44,6 +46,7 @@ def find_resizes(graph: Graph) -> bool:
             Node("transpose", [wide], [out], {"perm": back}),
         ]
         graph.replace(second.out, out)
+        # The graph has changed under the loop: rewrite calls again.
         return True
     return False
 
@@ -56,6 +59,7 @@ def _aligned(node: Node) -> bool:
     inner, outer = weight.shape
     if weight.data is None or len(node.out.shape) != 4 or min(inner, outer) < 2:
         return False
+    # Aligned corners: the first and the last pixel stay where they are.
     places = np.arange(outer) * (inner - 1) / (outer - 1)
     first = np.minimum(places.astype(int), inner - 2)
     share = (places - first)[:, None]

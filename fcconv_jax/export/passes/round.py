@@ -22,13 +22,16 @@ def round_weights(graph: Graph, dtype: np.dtype) -> None:
             value = node.inputs[0] if node.op == "gather" else node.weight
             if value is None or value.data is None or value.dtype != np.float32:
                 continue
+            # Tables of numbers, such as a resize's matrix, are no weights.
             if not value.leaves:
                 continue
+            # Layers that share a weight go on sharing the rounded one.
             if value not in done:
                 with np.errstate(over="ignore"):
                     done[value] = value.rounded(dtype)
                 rounded = done[value].data
                 assert rounded is not None
+                # Infinities of the checkpoint's own are not due to the rounding.
                 if np.isinf(rounded).sum() > np.isinf(value.data).sum():
                     name = ", ".join(sorted(value.leaves))
                     raise ExportError(

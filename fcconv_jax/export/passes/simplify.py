@@ -80,6 +80,7 @@ def add_biases(graph: Graph) -> bool:
                 layer = makers.get(layer.inputs[0])
             if layer is None or layer.op not in ("conv", "dense"):
                 continue
+            # A layer has one bias, and a bias does not broadcast the outputs.
             if bias.data is None or len(layer.inputs) > 2 or node.out.shape != y.shape:
                 continue
             if uses[layer.out] > 1 or uses[y] > 1:
@@ -89,6 +90,8 @@ def add_biases(graph: Graph) -> bool:
             if short and _covers(bias.shape, y.shape, features):
                 flat = bias if bias.shape == (features,) else None
                 layer.inputs.append(flat or bias.moved("reshape", (features,)))
+            # Transposed convolutions as a dense layer: one bias for all places of a
+            # window.
             elif layer.op == "dense" and _repeats(bias, layer, views[::-1]):
                 flat = bias.moved("reshape", (bias.size,))
                 layer.inputs.append(flat.moved("tile", features // bias.size))
@@ -110,6 +113,7 @@ def multiply(graph: Graph) -> None:
         if node.op != "div" or by.data is None or by.leaves or by.dtype != np.float32:
             continue
         if node.inputs[0].data is None and by.data.all():
+            # In float64, so that the reciprocal is rounded once.
             inverse = 1 / by.data.astype(np.float64)
             node.op = "mul"
             node.inputs = [node.inputs[0], constant(inverse, np.float32)]
@@ -123,8 +127,10 @@ def absorb_pads(graph: Graph) -> bool:
         if pad is None or pad.op != "pad" or uses[pad.out] > 1:
             continue
         first, *widths, last = pad.attrs["widths"]
+        # Operations pad the spatial axes alone, and with one value each.
         if any(first + last) or pad.attrs["value"] != _PADDED[node.op]:
             continue
+        # A mean over valid entries counts a pad's zeros, but not its own padding.
         if len(widths) != 2 or node.attrs.get("valid"):
             continue
         both = zip(node.attrs["padding"], widths)

@@ -30,6 +30,8 @@ def make_symbolic(graph: Graph, others: Mapping[str, Graph]) -> None:
     """
     names: dict[tuple[int, ...], str] = {}
     for parts in zip(*(each.graphs() for each in (graph, *others.values()))):
+        # Nodes are compared by their position: a model that branches on a size has
+        # others.
         if len({len(part.nodes) for part in parts}) > 1:
             raise depends("number of operations")
         for values in zip(*(part.inputs for part in parts)):
@@ -61,6 +63,7 @@ def _mark(
     for sizes in zip(*(value.shape for value in values)):
         by = [name for name, n in zip(changed, sizes[1:]) if n != sizes[0]]
         if by and sizes not in names:
+            # Sizes that follow from one, such as its half, get names of their own.
             used = sum(known.startswith(by[0]) for known in names.values())
             names[sizes] = f"{by[0]}_{used}" if used else by[0]
         dims.append(names[sizes] if by else sizes[0])
@@ -82,6 +85,7 @@ def _adapt(nodes: Sequence[Node], places: _Places) -> None:
     """Set what one of equal nodes is told about shapes."""
     node = nodes[0]
     for values in zip(*(each.inputs for each in nodes)):
+        # A constant that depends on the size has no place in a file for all sizes.
         if not _equal(values):
             raise depends(node.op)
     shapes = [each.out.shape for each in nodes]
@@ -147,6 +151,7 @@ def _place(places: Sequence[int], sizes: Sequence[int]) -> int:
     behind = {place - size for place, size in zip(places, sizes)}
     if len(behind) > 1:
         raise depends("slice")
+    # An end of 0 from behind would be the start.
     return behind.pop() or END
 
 

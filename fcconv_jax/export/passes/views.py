@@ -235,6 +235,7 @@ def drop_zeros(graph: Graph) -> bool:
             continue
         pairs = (node.inputs, node.inputs[::-1])
         for x, by in pairs if node.op == "add" else pairs[:1]:
+            # A parameter of zeros, such as a new bias, stays: the proof looks for it.
             zero = by.data is not None and not by.leaves and not by.data.any()
             if zero and x.shape == node.out.shape and x.data is None:
                 graph.replace(node.out, x)
@@ -256,6 +257,7 @@ def drop_broadcasts(graph: Graph) -> bool:
                 continue
             small = maker.inputs[0]
             others = [v.shape for j, v in enumerate(node.inputs) if j != i]
+            # Without the broadcast the result must still have its shape.
             if np.broadcast_shapes(small.shape, *others) == node.out.shape:
                 node.inputs[i] = small
                 changed = True

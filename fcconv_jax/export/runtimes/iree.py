@@ -154,6 +154,8 @@ class IreeFile(Shipped):
         for layer in record.layers if record else ():
             kernel, bias = expected(layer, self.params)
             if kernel is None:
+                # Computed inside the module, so no file has its entries; only the shape
+                # counts here.
                 kernel = np.zeros(layer.kernel_shape, np.float32)
             op = {"conv": "convolution"}.get(layer.op, "dot_general")
             found.append(ShippedLayer(layer.name, op, layer.form, kernel, bias))
@@ -165,6 +167,7 @@ class IreeFile(Shipped):
         """Run one layer, compiled alone with the same flags."""
         given = [x, kernel] if bias is None else [x, kernel, bias]
         given = [np.ascontiguousarray(array, np.float32) for array in given]
+        # Weights are arguments, so every draw of integers runs the same code.
         if layer.name not in self._compiled:
             shapes = [jax.ShapeDtypeStruct(a.shape, a.dtype) for a in given]
             text = _stablehlo(lambda *a: [_as_jax(layer, *a)], shapes)
@@ -195,6 +198,7 @@ def loaded(content: bytes) -> Callable[..., list[np.ndarray]]:
 
     def run(*arrays: np.ndarray) -> list[np.ndarray]:
         found = main(*(np.ascontiguousarray(array) for array in arrays))
+        # One result comes without a list.
         several = found if isinstance(found, tuple | list) else [found]
         return [np.array(each.to_host()) for each in several]
 

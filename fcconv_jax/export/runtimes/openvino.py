@@ -173,6 +173,7 @@ class OpenVinoFile(Shipped):
         found = {self._layer_of(op): op for op in _linear(model)}
         unknown = [name for name in found if name not in self._records]
         missing = [name for name in self._records if name not in found]
+        # Only one may have lost its name: two could be each other's.
         if len(unknown) == len(missing) == 1:
             found[missing[0]] = found.pop(unknown[0])
         return found
@@ -205,6 +206,7 @@ class OpenVinoFile(Shipped):
         conv = kind in _CONVS
         if conv:
             rows = is_rows(stored, layer.kernel_shape)
+            # Stored on rows of pixels, see as_rows in passes/nchw.py.
             if rows:
                 n, h, w, c = x.shape
                 x = x.reshape(n, 1, h, w * c)

@@ -79,11 +79,14 @@ class Builder:
             return self._dequantized(key, value, name)
         tensor = self.s.TensorT()
         tensor.shape, tensor.hasRank = list(value.shape), True
+        # The signature has -1 for an open size; the shape is that of the example.
         if value.dims not in (None, value.shape):
             tensor.shapeSignature = [
                 -1 if isinstance(n, str) else n for n in value.dims
             ]
         kind = DTYPES.get(str(value.dtype))
+        # Weights may have 16 bits, as they are dequantized at loading; no kernel
+        # computes in 16.
         if kind is None or (kind == "FLOAT16" and value.data is None):
             other = "iree" if str(value.dtype) == "bfloat16" else "onnx"
             raise ExportError(
@@ -102,6 +105,7 @@ class Builder:
             name = name or (value.source.leaf if value.source else "constant")
         count = self.names.get(name, 0)
         self.names[name] = count + 1
+        # Readers find layers by name, and cut off what keeps equal names apart.
         tensor.name = name if not count else f"{name};{count}"
         self.tensors.append(tensor)
         self.known[key] = len(self.tensors) - 1

@@ -24,10 +24,13 @@ class GraphEmitter(Emitter):
     def __init__(self, s: Any, around: GraphEmitter | None = None):
         super().__init__(s)
         self.subgraphs: list[Any] = []
+        # Graphs of one file have their own tensors and share all else.
         if around is not None:
             self.buffers, self.codes = around.buffers, around.codes
             self.names, self.subgraphs = around.names, around.subgraphs
         self.place = len(self.subgraphs)
+        # Reserves the number, which the loop's operator needs before the graph is
+        # finished.
         self.subgraphs.append(None)
 
     def finish(self, inputs: Sequence[int], outputs: Sequence[int], name: str) -> Any:
@@ -55,6 +58,7 @@ class GraphEmitter(Emitter):
             follower = readers.get(node.out) if len(node.outputs) == 1 else None
             fused = ""
             if node.op in ("conv", "dense", "add", "sub", "mul") and follower:
+                # Another reader would need the value in front of the activation.
                 lone = uses[node.out] == 1 and follower.op in _FUSED
                 if lone and node.out.dtype == np.float32:
                     fused = _FUSED[follower.op]
@@ -195,6 +199,8 @@ class GraphEmitter(Emitter):
             part.op("LESS", [part.tensor(fresh[0]), part.constant(length)], [on])
             return part.tensor(on)
 
+        # WHILE takes as many inputs as it has outputs, so results enter as zeros and
+        # are filled row by row.
         empty = []
         for value in results:
             out = Value(value.shape, value.dtype)
@@ -202,6 +208,7 @@ class GraphEmitter(Emitter):
             self.op("FILL", [self.constant(value.shape), zero], [out], "FillOptions")
             empty.append(self.tensor(out))
         inputs = [self.constant(0), *map(self.tensor, node.inputs), *empty]
+        # What only the loop needs comes out of it, too.
         unread = [Value(v.shape, v.dtype) for v in state]
         n = len(state) - len(made)
         outputs = [

@@ -82,8 +82,11 @@ class Emitter(Builder):
         padding = "SAME" if tuple(p["padding"]) == same else "VALID"
         if not any(map(any, p["padding"])):
             padding = "VALID"
+        # The schema has two kinds of padding and no numbers: anything else is a pad in
+        # front.
         elif padding == "VALID":
             entering = self._padded(x, p["padding"])
+        # An operator of its own, in which every channel is a group.
         depthwise = groups > 1 and groups == x.shape[-1]
         options = {
             "padding": getattr(self.s.Padding, padding),
@@ -116,6 +119,8 @@ class Emitter(Builder):
         weight = self.arranged(
             kernel, lambda k: reversed_window(k).transpose(3, 0, 1, 2), "reversed"
         )
+        # The schema names the forward convolution's padding: VALID takes nothing off
+        # the result.
         whole = tuple((k - 1, k - 1) for k in kernel.shape[:2])
         padding = "VALID" if node.attrs["padding"] == whole else "SAME"
         inputs = [self.constant(node.out.shape), weight, self.tensor(node.inputs[0])]

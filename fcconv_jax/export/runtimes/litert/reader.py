@@ -81,6 +81,7 @@ class LiteRTFile(Shipped):
         self.graph = self.model.subgraphs[0]
         builtin = {v: k for k, v in vars(s.BuiltinOperator).items() if k.isupper()}
         self.codes = [
+            # Older files fill only the older field; newer ones have 127 there.
             builtin[max(code.builtinCode, code.deprecatedBuiltinCode)]
             for code in self.model.operatorCodes
         ]
@@ -214,6 +215,8 @@ class LiteRTFile(Shipped):
             kernel = self.array(op.inputs[side])
             assert kernel is not None
             place = self.bias_of(op)
+            # The operator needs a bias: the writer gives those of no bias zeros of this
+            # name.
             bias = None if self._label(place) == "no bias" else self.array(place)
             if name == "CONV_2D":
                 kernel = canonical_conv(kernel, "OHWI")
@@ -244,11 +247,13 @@ class LiteRTFile(Shipped):
 
     def _entering(self, op: Any) -> int:
         """Return the tensor of a linear operator's input."""
+        # Its first operand is the shape of the result.
         transposed = self.name(op) == "TRANSPOSE_CONV"
         return int(op.inputs[2 if transposed else 1 - self._side(op)])
 
     def _side(self, op: Any) -> Any:
         """Return which operand is the weight."""
+        # A product has its weight on either side; all others have it second.
         for side in (1, 0):
             if self.array(op.inputs[side]) is not None:
                 return side
@@ -380,6 +385,8 @@ class LiteRTFile(Shipped):
         s = schema()
         model, graph = s.ModelT(), s.SubGraphT()
         model.version, model.buffers = 3, [s.BufferT()]
+        # The same codes and versions: the runtime takes the same kernels as for the
+        # file.
         model.operatorCodes = self.model.operatorCodes
         graph.tensors, graph.operators = [], []
         numbers: dict[int, int] = {}
@@ -414,6 +421,7 @@ class LiteRTFile(Shipped):
             part = copy.deepcopy(operator)
             part.inputs = [take(i) for i in operator.inputs]
             part.outputs = [take(i) for i in operator.outputs]
+            # Probes have negative sums, which an activation would hide.
             if new and hasattr(part.builtinOptions, "fusedActivationFunction"):
                 part.builtinOptions.fusedActivationFunction = 0
             graph.operators.append(part)

@@ -37,6 +37,7 @@ def caller(
         runner.invoke()
         found = []
         for detail in runner.get_output_details():
+            # A copy: the interpreter reuses its memory in the next call.
             y = np.array(runner.get_tensor(detail["index"]))
             scale, zero = detail["quantization"]
             if scale and not integers:
