@@ -100,8 +100,7 @@ def _with_same_parts(values: Sequence[CropArray], but: int | None) -> list[CropA
         for group in groups:
             ends |= set(np.cumprod([part.size for part in group]).tolist())
         bounds = sorted(ends - {1})
-        # Where one value's axis ends within a factor of another's, there are no common
-        # factors.
+        # One value's axis ends within a factor of another's: they share no factors.
         if any(b % a for a, b in itertools.pairwise(bounds)):
             raise NotSharedError("axes that are made up in different ways")
         sizes = [b // a for a, b in zip([1, *bounds], bounds)]

@@ -23,8 +23,7 @@ def find_resizes(graph: Graph) -> bool:
             continue
         # The axes of the first product's input; it goes over the last.
         kept = sorted({0, 1, 2} - {perm[3]})
-        # Values that others read stay, and both products along one axis are no resize
-        # of two.
+        # Values that others read stay; a resize goes along two different axes.
         if uses[second.inputs[0]] > 1 or uses[first.out] > 1 or perm[3] == 3:
             continue
         x = first.inputs[0]

@@ -22,7 +22,7 @@ def round_weights(graph: Graph, dtype: np.dtype) -> None:
             value = node.inputs[0] if node.op == "gather" else node.weight
             if value is None or value.data is None or value.dtype != np.float32:
                 continue
-            # Tables of numbers, such as a resize's matrix, are no weights.
+            # The program's own tables, such as a resize's matrix, keep float32.
             if not value.leaves:
                 continue
             # Layers that share a weight go on sharing the rounded one.
