@@ -82,6 +82,8 @@ def detect(path: PathLike) -> tuple[Path, FileFormat | FolderFormat]:
     path = full_path(path)
     with named(path):
         if path.is_dir():
+            # A folder of weights comes last: Orbax's own folders may hold such files,
+            # too.
             found = [*FOLDERS, FOLDER]
             return path, next((f for f in found if f.looks_like(path)), FOLDERS[0])
         if not path.exists():

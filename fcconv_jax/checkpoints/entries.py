@@ -273,6 +273,7 @@ def landed(entries: Entries, scratch: Path | None) -> Held | Filed:
     """
     if isinstance(entries, Held | Filed):
         return entries
+    # Small arrays are cheaper in memory than a file is to make.
     if scratch is None or entries.nbytes <= LARGE:
         return Held(_in_memory(entries))
     file = File.nameless(scratch)
@@ -349,6 +350,7 @@ def _bytes_differ(one: Extent, other: Extent, advance: Advance) -> bool:
 def _same(one: np.ndarray, other: np.ndarray) -> bool:
     """Return whether two contiguous arrays hold the same bytes."""
     a, b = (x.reshape(-1).view(np.uint8) for x in (one, other))
+    # Words of 8 bytes compare faster than bytes; the few at the end follow.
     whole = len(a) // 8 * 8
     return bool(
         len(a) == len(b)

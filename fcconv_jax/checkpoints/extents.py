@@ -236,6 +236,7 @@ def _clone(
     """
     begin = -start % BLOCK
     length = max(0, count - begin) // BLOCK * BLOCK
+    # Only whole blocks are shared, so both ranges must lie in their blocks alike.
     if (start - to) % BLOCK or not length:
         return 0, 0
     import fcntl
@@ -262,6 +263,7 @@ def at_once(work: Callable[[_Item], int], items: Iterable[_Item]) -> Iterator[in
     with ThreadPoolExecutor(WORKERS) as pool:
         waiting: deque[Future[int]] = deque()
         for item in items:
+            # As many results as threads: memory holds no more pieces than that.
             if len(waiting) == WORKERS:
                 yield waiting.popleft().result()
             waiting.append(pool.submit(work, item))

@@ -173,6 +173,7 @@ def _step_name(names: list[str], step: str | int | None) -> str | None:
         isinstance(step, str) and (step in names or not step.isdigit())
     ):
         return step
+    # A number may stand for a longer name, as 20 for step_20.
     by_number = {step_number(name): name for name in names}
     return by_number.get(int(step), str(step))
 

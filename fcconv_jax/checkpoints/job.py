@@ -87,6 +87,7 @@ def make_job(
     tree = with_leaves(source.tree, iter(out))
     meant = dataclasses.replace(source, tree=tree, record=None)
     if format != source.format:
+        # A folder's files are one checkpoint in any other format.
         meant = merged(meant)
         flat = FORMATS[source.format].flat
         tree = nested(meant.tree, file) if flat else meant.tree

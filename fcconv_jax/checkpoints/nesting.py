@@ -120,6 +120,7 @@ def _check_nodes(tree: PyTree, file: str, path: str, empty: bool) -> None:
         return
     elif any(not isinstance(key, str) or "/" in key for key in tree):
         found = f"{path or 'the root'!r} has the keys {list(tree)[:5]}"
+    # A flat dict has no place for an empty level, so it would be lost.
     elif not tree and not empty:
         found = f"{path or 'the root'!r} is empty"
     else:

@@ -106,6 +106,7 @@ class _Model:
         starts = range(len(path) - len(owner) + 1)
         start = next(n for n in starts if path[n : n + len(owner)] == owner)
         group = path[:start]
+        # One verdict for a whole copy, and one error for all of its leaves.
         if group not in self._mirrors:
             self._mirrors[group] = self._follows(group, path)
         return self._mirrors[group]

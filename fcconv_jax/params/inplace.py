@@ -45,6 +45,7 @@ def _within(
     variable: nnx.Variable[Any], move: Rearrangement, stack_axes: Sequence[int]
 ) -> Rearrangement | None:
     """Return the move of the whole stack, if it may free the Variable's array."""
+    # Donation deletes the array, which another holder would still read.
     if not DONATES_RESHAPED or sys.getrefcount(raw_value(variable)) > _held_once():
         return None
     array = raw_value(variable)

@@ -143,6 +143,7 @@ def _bases(
         wanted, leaves, lambda path, end: wanted[end].fits(leaves[path].shape)
     )
     if not order:
+        # Nothing fits: these levels make the error name the path that a reader expects.
         return [("params",) if any(p[:1] == ("params",) for p in leaves) else ()]
     best = [prefix for prefix in order if ranks[prefix] == ranks[order[0]]]
     trees = [below(leaves, prefix) for prefix in best]

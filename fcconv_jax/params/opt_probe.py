@@ -74,6 +74,7 @@ def different_update(
             opt_state, params = jax.tree.map(_host, (opt_state, params))
         # Lookahead's params are a pair, of which one gets the gradients.
         trained = getattr(params, "fast", params)
+        # Two: the state that the first update leaves decides the second.
         gradients = [_random_like(trained, seed) for seed in (1, 2)]
         trees = opt_state, params, gradients, dict(kwargs)
         moves = move_state, move_params

@@ -150,6 +150,7 @@ def _plan_conv(
     for each in failed:
         raise LeftError(f"{each.reason} {each.fix}".strip())
     cases = sorted({each.base for each in found})
+    # Each case has another dense layer, and the kernel is stored for one.
     if len(cases) > 1:
         raise LeftError(f"called in several cases: {', '.join(cases)}")
     window, groups = found[0].geometry.kernel_size, found[0].geometry.groups
@@ -165,6 +166,7 @@ def _plan_conv(
     order = (rule.order if rule else None) or order
     transposed = cases == ["unpatchify"]
     taps, rows, out = math.prod(window), call.kernel[-2], call.kernel[-1] // groups
+    # A transposed convolution puts out a window for each input, instead of reading one.
     canonical = (rows, taps * out) if transposed else (taps * rows, out)
     if groups > 1:
         canonical = (groups, *canonical)
@@ -278,6 +280,7 @@ def _choose_flatten(
                 f"input features of {path!r}, got {'x'.join(map(str, window))}."
             )
         same = [f.order for f in split if f.window == window]
+        # The trace's own order for this window; Flax's flatten is channel-last.
         default = same[0] if len(same) == 1 else channel_last(len(window))
         return Flatten(window, rule.order or default)
     if len(split) > 1:
@@ -289,5 +292,6 @@ def _choose_flatten(
     if split:
         order = split[0].order if rule is None else rule.order or split[0].order
         return Flatten(split[0].window, order)
+    # Never split: any order is the same, only the number of spatial axes counts.
     rank = max((len(f.window) for f in found), default=1)
     return Flatten((1,) * rank, channel_last(rank))

@@ -101,6 +101,7 @@ def analyse(
 
 
 def _constant(value: Any) -> Other:
+    # One number scales every entry of a kernel alike, so the kernel is still followed.
     return NUMBER if math.prod(getattr(value, "shape", ())) == 1 else Other()
 
 
@@ -186,6 +187,7 @@ def _kept(eqn: Equation, ins: Sequence[Tag]) -> list[Tag] | None:
     if name in _KEPT:
         axes = weight.axes
     elif name in ("mul", "div") and isinstance(scale, Other) and scale.uniform:
+        # A scale of a larger shape would repeat the entries.
         axes = weight.axes if shape == tuple(map(size, weight.axes)) else None
     elif name == "reshape":
         order = p["dimensions"] or range(len(weight.axes))  # transposed before
@@ -294,6 +296,7 @@ def _obstacle(eqn: Equation, side: int) -> str | None:
         return "the input of a convolution, not its kernel"
     if p["batch_group_count"] != 1:
         return "in a convolution with batch groups"
+    # The window of a plan has one to three axes.
     if not 1 <= len(p["window_strides"]) <= 3:
         return f"in a convolution of {len(p['window_strides'])} spatial dimensions"
     return None
@@ -327,6 +330,7 @@ def _enter(
 
         inner, carry = _settle(analysis, step, carry, name)
         stacked = inner[0].outs[len(carry) :]
+        # What a scan stacks has an axis of steps, which a weight's axes don't describe.
         outs = [*carry, *_elsewhere_each(analysis, stacked, name)]
     elif name == "while":
         first, second = p["cond_nconsts"], p["cond_nconsts"] + p["body_nconsts"]

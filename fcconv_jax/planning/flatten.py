@@ -123,6 +123,7 @@ def _describe(end: _Place) -> Flatten | None:
     order = "".join(letters[axis] for axis in axes)
     if channel not in axes:
         order += "C"
+    # Sizes at the flatten; further back, before a pool, the array itself is larger.
     size = dict(zip(end.axes, end.sizes))
     return Flatten(tuple(size.get(axis, 1) for axis in spatial), order)
 
@@ -181,6 +182,7 @@ def _sources(place: _Place) -> list[_Place]:
         return _variables([(f, f.jaxpr.outvars[index]) for f in inner], axes, sizes)
     if name == "scan":
         stacked = index >= scan_parts(eqn)[1]
+        # The steps of a loop are not an axis of a map.
         if stacked and 0 in axes:
             return []
         axes = tuple(axis - stacked for axis in axes)
@@ -189,6 +191,7 @@ def _sources(place: _Place) -> list[_Place]:
     if name in ENTRYWISE:
         operands = [eqn.invars[index]] if name in SAME else eqn.invars
         if name == "select_n":
+            # The first operand only selects.
             operands = eqn.invars[1:]
         same = [v for v in operands if _carries(frame, v, place.shape)]
         return _variables([(frame, v) for v in same], axes, sizes)
@@ -273,6 +276,7 @@ def _outer(
         return None
     index = frame.jaxpr.invars.index(var)
     eqn = frame.call
+    # Its body may have changed what it carries, as a scan's may.
     if eqn.primitive.name == "while":
         return None
     if eqn.primitive.name == "scan":
@@ -308,6 +312,7 @@ def _unflatten(
             stop += 1
         if math.prod(before[start:stop]) != size:
             return None
+        # An axis of 1 has no entries of its own to follow.
         if size != 1:
             source += range(start, stop)
     return tuple(source) or None

@@ -214,6 +214,7 @@ def _other_uses(
     """For each parameter, what else happens to it than its matmuls."""
     reasons = {}
     for use in traced.analysis.uses:
+        # A gradient inside the program sees the parameter in the program's own form.
         if use.path in matmuls and not use.gradient:
             reasons[use.path] = f"also {use.reason}"
     for path, each in traced.matmuls().items():
@@ -263,6 +264,7 @@ def _inputs(
 def _stack_axes(matmuls: Sequence[Matmul]) -> tuple[int, ...]:
     """Return the parameter's axes of which each matmul sees one step."""
     readable = [p for p in matmuls if p.obstacle is None]
+    # One kernel can't be rearranged into two shapes at once.
     if len({kernel_shape(matmul) for matmul in readable}) > 1:
         raise LeftError(_TWO_ROLES)
     # A parameter that two loops scan is converted once, so both must see it alike.

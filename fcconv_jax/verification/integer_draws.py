@@ -159,6 +159,7 @@ def placement_draws(shapes: Any, plan: Draws) -> Iterator[tuple[Any, Any, Any]]:
     """Yield one-hot x, and kernels whose entries are their own numbers."""
     x, kernel, bias = shapes
     batch, size = x.shape[0], math.prod(x.shape[1:])
+    # Entries are numbered from 1 in digits of this base, so that each one is exact.
     base = plan.largest_entry
     entries = max(math.prod(kernel.shape), math.prod(bias.shape) if bias else 0)
     digits = 1
@@ -175,6 +176,7 @@ def placement_draws(shapes: Any, plan: Draws) -> Iterator[tuple[Any, Any, Any]]:
         k = digit(kernel.shape, place)
         none = None if bias is None else np.zeros(bias.shape, int)
         for first in range(0, size, batch):
+            # The last call wraps around, to keep one shape and so one compiled program.
             xs = np.eye(size, dtype=int)[np.arange(first, first + batch) % size]
             yield xs.reshape(x.shape), k, none
         if bias is not None:

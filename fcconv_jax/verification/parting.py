@@ -225,6 +225,7 @@ def _matrices(
     leaves = dict(flatten_with_path(bound.variables["params"])[0])
     for path, layer in bound.plan("conv").items():
         leaf = leaves.get(join_path(path, layer.leaves[0][0]))
+        # Their kernels are not one matrix of rows and columns.
         if leaf is None or layer.groups > 1 or layer.stack_axes or layer.transposed:
             continue
         array = np.asarray(getattr(leaf, "value", leaf))

@@ -212,6 +212,8 @@ class _Reader:
         if name == "scan" and self.named is not None:
             return self._scan(eqn, ins, self.named)
         if name in ("while", "cond", "scan"):
+            # A name inside a branch or a while loop may come any number of times, or
+            # never.
             silent = _Reader(None, self.wide, self.nudge)
             runs = [functools.partial(silent, body) for body in inner]
             return rerun(eqn, ins, runs)

@@ -66,6 +66,7 @@ def compare_layers(
     params = dict(flatten_with_path(variables["params"])[0])
     found, unknown = {}, []
     for path, layer in plan.items():
+        # Of a stack or a tied kernel, the params hold no array of this layer alone.
         if path not in inputs or layer.stack_axes or layer.tied:
             unknown.append(path)
             continue

@@ -30,6 +30,7 @@ def looks_like(head: bytes) -> bool:
     """Return whether a file begins with a msgpack map, as a Flax state dict does."""
     if not head:
         return False
+    # Of fixmap, map16 and map32.
     return 0x80 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF)
 
 
@@ -73,6 +74,7 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
                 "store the plan with, got none. Write the checkpoint as Orbax or "
                 "safetensors."
             )
+        # Flax joins the chunks of an array in memory: the smallest one costs least.
         keeper = min(arrays, key=lambda leaf: leaf.nbytes)
     file = File.create(path)
     out = _Writer(file)

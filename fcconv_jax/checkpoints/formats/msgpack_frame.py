@@ -96,6 +96,7 @@ class FrameReader:
                 key = self._text(kind, key)
             elif kind != "value":
                 raise FrameError(f"a {kind} for a key below {'/'.join(path)!r}")
+            # Keys 1 and "1" would be one level in a path.
             if str(key) in names:
                 raise FrameError(f"the key {key!r:.80} is there twice")
             names.add(str(key))
@@ -129,6 +130,7 @@ class FrameReader:
         if (kind, count) != ("list", 3):
             raise FrameError(f"leaf {name!r} is not an array")
         kind, rank = self.head()
+        # NumPy has at most 64 axes (32 before 2.0).
         if kind != "list" or rank > 64:
             raise FrameError(f"leaf {name!r} has no shape")
         shape = tuple(self._size(name) for _ in range(rank))

@@ -221,6 +221,7 @@ def _batches(leaves: Sequence[Moved]) -> Iterator[list[int]]:
     """Yield the numbers of leaves that are in memory together."""
     batch, size = [], 0
     for index, leaf in enumerate(leaves):
+        # A large leaf is a batch of its own.
         if batch and size + leaf.nbytes > LARGE:
             yield batch
             batch, size = [], 0

@@ -123,6 +123,7 @@ def looks_like(path: Path) -> bool:
 
 def step_names(path: Path) -> list[str]:
     """Return the names of the steps in a manager's directory, by number."""
+    # What is saved in the directory itself is not a step.
     if (path / TREE).exists() or _items(path):
         return []
     return [

@@ -139,6 +139,7 @@ def write_leaves(
             continue
         source = leaf.entries.extent
         joined = waiting and _joined(waiting[0], source), out
+        # Neighbours in both files are one copy: a model has thousands of small leaves.
         if waiting and joined[0] and (together := _joined(waiting[1], out)):
             waiting = joined[0], together
             continue
