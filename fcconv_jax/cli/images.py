@@ -9,9 +9,11 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import typer
 
 from ..dense_prediction.images import open_image
 from ..dense_prediction.images.base import Image
+from ..dense_prediction.images.tiff import COLOR_MAP, tags_of
 from ..messages.errors import ImageError
 from .inputs import ArgumentError
 
@@ -25,6 +27,7 @@ def open_images(
     region: str | None,
     bands: str | None,
     mode: str | None,
+    apply_tags: bool | None,
 ) -> list[Image]:
     """Open images of one shape and dtype.
 
@@ -34,6 +37,8 @@ def open_images(
       region: ``ROW,COLUMN,HEIGHT,WIDTH`` in the level.
       bands: numbers of channels, from 1.
       mode: a Pillow mode to convert to.
+      apply_tags: whether tags of the files change the pixels; None for a note on stderr
+        if they would.
 
     Raises:
       ArgumentError: a file isn't an image, or they differ.
@@ -42,11 +47,25 @@ def open_images(
     channels = None if bands is None else _ints("--bands", bands)
     try:
         found = [
-            open_image(file, level=level, region=box, bands=channels, mode=mode)
+            open_image(
+                file,
+                level=level,
+                region=box,
+                bands=channels,
+                mode=mode,
+                apply_tags=bool(apply_tags),
+            )
             for file in files
         ]
     except ImageError as error:
         raise ArgumentError(str(error)) from None
+    for image in found if apply_tags is None else ():
+        if image.unapplied:
+            typer.echo(
+                f"{image.file}: its tags give {image.unapplied}, which isn't applied. "
+                "Pass --apply-tags or --ignore-tags",
+                err=True,
+            )
     for what in ("shape", "dtype"):
         kinds = sorted({str(getattr(image, what)) for image in found})
         if len(kinds) > 1:
@@ -250,7 +269,9 @@ class DataMask:
         return self._image.valid(*where)
 
 
-def open_mask(mask: str | None, images: Sequence[Image]) -> MaskImage | DataMask | None:
+def open_mask(
+    mask: str | None, images: Sequence[Image], apply_tags: bool | None = None
+) -> MaskImage | DataMask | None:
     """Open the mask of an image: ``nodata``, or a file.
 
     Raises:
@@ -264,7 +285,12 @@ def open_mask(mask: str | None, images: Sequence[Image]) -> MaskImage | DataMask
         )
     if mask == "nodata":
         return DataMask(images[0])
+    file = Path(mask)
     try:
-        return MaskImage(open_image(mask), images[0])
+        # A palette colors the numbers of classes, of which 0 is none.
+        colored = file.is_file() and COLOR_MAP in (tags_of(file) or ())
+        mode = "P" if colored else None
+        found = open_image(file, mode=mode, apply_tags=bool(apply_tags))
+        return MaskImage(found, images[0])
     except ImageError as error:
         raise ArgumentError(f"--mask: {error}") from None

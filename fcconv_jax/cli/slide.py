@@ -155,6 +155,15 @@ def slide(
         str | None,
         typer.Option(help="Convert the images to this Pillow mode first: RGB, L, ..."),
     ] = None,
+    apply_tags: Annotated[
+        bool | None,
+        typer.Option(
+            "--apply-tags/--ignore-tags",
+            help="Apply the tags of the files to the pixels: a scale and offset of "
+            "GDAL, or the orientation of TIFF and EXIF. By default, pixels are used as "
+            "they are stored, with a note.",
+        ),
+    ] = None,
     memory: Annotated[
         int,
         typer.Option(help="Memory limit for a tile of a large image, in MiB.", min=1),
@@ -179,14 +188,14 @@ def slide(
     _check_destinations(out, resume, heatmap, label, softmax, read)
     sizes = _sizes("--window", window)
     steps = None if stride is None else _sizes("--stride", stride)
-    batch = open_images(images, level, region, bands, mode)
+    batch = open_images(images, level, region, bands, mode, apply_tags)
     _, height, width, channels = batch[0].shape
     if height < sizes[0] or width < sizes[1]:
         raise ArgumentError(
             f"--window: expected at most {height}x{width}, the size of {images[0]}, "
             f"got {sizes[0]}x{sizes[1]}."
         )
-    where = open_mask(mask, batch)
+    where = open_mask(mask, batch, apply_tags)
     first = frontend_of(load_model(model).model).first_spatial_axis
     scaling = Scaling.parse(batch[0], scale, mean, std, 1 if first == 2 else -1)
     typer.echo(f"{batch[0].dtype} pixels, {scaling}", err=True)

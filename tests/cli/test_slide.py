@@ -428,3 +428,31 @@ def test_models_that_hold_their_params(folder):
         want = fc.slide(model, (8, 8), 4)(pixels[None])
         np.testing.assert_allclose(np.load("grid.npy"), want, atol=1e-5)
     assert "Pass --params" in run("model.py:Net first.png --window 8", 2).stderr
+
+
+@pytest.mark.usefixtures("folder")
+def test_tags_that_turn_an_image(folder):
+    exif = Image.Exif()
+    exif[274] = 3
+    pixels = np.load("second.npy")
+    Image.fromarray(pixels[::-1, ::-1]).save("photo.png", exif=exif)
+    options = "--params ckpt.msgpack --window 8 --stride 2 --out grid.npy"
+    np.save("mask.npy", np.ones((20, 28), np.uint8))
+    for tags, noted in (("--apply-tags", False), ("--ignore-tags", False), ("", True)):
+        said = run(f"model.py:Net photo.png {tags} {options} --mask mask.npy").stderr
+        assert ("an orientation (3)" in said) == noted
+        applied = np.allclose(np.load("grid.npy"), folder[1:], atol=1e-5)
+        assert applied == (tags == "--apply-tags")
+
+
+def test_a_mask_with_a_palette_is_nonzero_where_its_indices_are(folder):
+    tifffile = pytest.importorskip("tifffile")
+    classes = np.zeros((20, 28), np.uint8)
+    classes[:, 14:] = 1
+    colors = np.full((3, 256), 65535, np.uint16)  # of class 0, too
+    tifffile.imwrite("classes.tif", classes, photometric="palette", colormap=colors)
+    options = "--params ckpt.msgpack --window 8 --stride 2 --out grid.npy"
+    run(f"model.py:Net first.png --mask classes.tif {options}")
+    found = np.load("grid.npy")
+    assert np.isnan(found[:, :, :4]).all()
+    np.testing.assert_allclose(found[:, :, 4:], folder[:1, :, 4:], atol=1e-5)

@@ -7,6 +7,7 @@ import importlib
 import importlib.util
 import os
 import pkgutil
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -35,6 +36,7 @@ def open_image(
     region: Sequence[int] | None = None,
     bands: Sequence[int] | None = None,
     mode: str | None = None,
+    apply_tags: bool | None = None,
 ) -> Image:
     """Open an image in a file; its pixels are read when they are sliced.
 
@@ -48,6 +50,10 @@ def open_image(
       region: ``(row, column, height, width)`` in pixels of the level.
       bands: numbers of the channels, counted from 1 as in GDAL; all by default.
       mode: a Pillow mode to convert to, such as ``"RGB"``; Pillow reads the file then.
+        A GeoTIFF with a palette takes ``"RGB"``, ``"RGBA"`` or ``"P"``, its indices.
+      apply_tags: whether tags change the pixels: a scale and offset of GDAL, or the
+        orientation of TIFF and EXIF. By default, pixels are read as they are stored, as
+        rasterio and Pillow do, with a warning; False reads them so without it.
 
     Returns:
       An :class:`Image` of shape ``(1, height, width, channels)``, for
@@ -55,8 +61,11 @@ def open_image(
 
     Raises:
       ImageError: the file isn't an image, is truncated or damaged, or lacks the level,
-        region or band; names the file.
+        region or band, or its tags can't be applied; names the file.
       MissingExtraError: the library that reads it isn't installed.
+
+    Warns:
+      UserWarning: the file has such tags, and ``apply_tags`` isn't given.
 
     Source:
       Adobe, *TIFF Revision 6.0* (1992); OGC, *GeoTIFF Standard 1.1* (2019).
@@ -82,4 +91,20 @@ def open_image(
     present = [each for each in able if importlib.util.find_spec(each.library)]
     # The first one's error has the line that installs it.
     chosen = (present or able)[0]
-    return Image(file, chosen.open(file, level, mode), region, bands)
+    source = chosen.open(file, level, mode)
+    tags = source.tags
+    if tags is not None and apply_tags:
+        if tags.apply is None:
+            raise ImageError(
+                f"{file}: expected tags that can be applied, got {tags.said}. "
+                f"{tags.fix}, or pass apply_tags=False."
+            )
+        source = tags.apply()
+    elif tags is not None and apply_tags is None:
+        fix = tags.fix if tags.apply is None else "Pass apply_tags=True to apply it"
+        warnings.warn(
+            f"{file}: its tags give {tags.said}, which isn't applied. {fix}, or pass "
+            "apply_tags=False.",
+            stacklevel=2,
+        )
+    return Image(file, source, region, bands)

@@ -63,6 +63,31 @@ class Affine(NamedTuple):
 
 
 _PIXELS = Affine()
+# Orientations of TIFF and EXIF: whether rows and columns are swapped, and then whether
+# each is reversed.
+_TURNS = {
+    2: (False, False, True),
+    3: (False, True, True),
+    4: (False, True, False),
+    5: (True, False, False),
+    6: (True, False, True),
+    7: (True, True, True),
+    8: (True, True, False),
+}
+
+
+class Tags(NamedTuple):
+    """Tags of a file that would change its pixels or coordinates.
+
+    Args:
+      said: the tags, in words.
+      apply: opens the image with them applied; None where that needs another tool.
+      fix: what to do then.
+    """
+
+    said: str
+    apply: Callable[[], Source] | None = None
+    fix: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -81,6 +106,7 @@ class Source:
         nodata value.
       levels: height and width of each level of the file.
       open_level: opens another of them.
+      tags: those of the file that are not applied; None if there are none.
     """
 
     shape: tuple[int, int, int]
@@ -92,6 +118,7 @@ class Source:
     valid: Callable[[Box, Sequence[int]], Pixels] | None = None
     levels: Sequence[tuple[int, int]] = ()
     open_level: Callable[[int], Source] | None = None
+    tags: Tags | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -130,6 +157,8 @@ class Image:
       transform: from its pixels to coordinates: those of a georeferenced file, or else
         pixels of the file's largest level.
       crs: the coordinates' reference system as WKT; None without georeference.
+      unapplied: what tags of the file would change, in words; None if they are applied,
+        or change nothing.
     """
 
     def __init__(
@@ -147,6 +176,7 @@ class Image:
         self.shape = (1, self.region.height, self.region.width, len(self._bands))
         self.dtype = source.dtype
         self.crs = source.crs
+        self.unapplied = source.tags.said if source.tags else None
         left, top = self.region.column, self.region.row
         self.transform = source.transform.part(left, top, 1, 1)
 
@@ -272,6 +302,54 @@ def whole(file: Path, pixels: Pixels, level: int) -> Source:
 
     dtype = pixels.dtype.newbyteorder("=")
     return Source(pixels.shape, dtype, read)
+
+
+def with_orientation(source: Source, orientation: int) -> Source:
+    """Return an image whose tag of this orientation is not applied, but can be."""
+    if orientation not in _TURNS:
+        return source
+    tags = Tags(
+        f"an orientation ({orientation}), by which viewers turn or mirror it",
+        lambda: turned(source, orientation),
+    )
+    return dataclasses.replace(source, tags=tags)
+
+
+def turned(source: Source, orientation: int) -> Source:
+    """Return an image turned and mirrored as its orientation tag has it.
+
+    Source:
+      JEITA, *Exif 2.32* (2019), tag 274; the names in Pillow's ``ImageOps``.
+    """
+    swapped, up, left = _TURNS[orientation]
+    height, width, channels = source.shape
+    rows, columns = (width, height) if swapped else (height, width)
+
+    def read(box: Box, bands: Sequence[int]) -> Pixels:
+        row = rows - box.row - box.height if up else box.row
+        column = columns - box.column - box.width if left else box.column
+        stored = Box(row, column, box.height, box.width)
+        if swapped:
+            stored = Box(column, row, box.width, box.height)
+        pixels = source.read(stored, bands)
+        pixels = pixels.swapaxes(0, 1) if swapped else pixels
+        return pixels[:: -1 if up else 1, :: -1 if left else 1]
+
+    levels, transform = source.levels, source.transform
+    if swapped:
+        levels = [(across, down) for down, across in levels]
+        transform = Affine(a=transform.e, e=transform.a)
+    open_level = source.open_level
+    return dataclasses.replace(
+        source,
+        shape=(rows, columns, channels),
+        read=read,
+        transform=transform,
+        levels=levels,
+        open_level=open_level
+        and (lambda level: turned(open_level(level), orientation)),
+        tags=None,
+    )
 
 
 def _span(where: Any, size: int) -> tuple[int, int, Any]:

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import threading
 import weakref
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,19 +14,22 @@ import numpy as np
 
 from ...messages.errors import ImageError
 from ...messages.extras import require
-from .base import Affine, Box, Format, Pixels, Source, check_level
-from .tiff import tags_of
+from .base import Affine, Box, Format, Pixels, Source, Tags, check_level
+from .tiff import COLOR_MAP, tags_of
 
-# ModelPixelScale, ModelTransformation, GeoKeyDirectory; GDAL's nodata.
-_GEOGRAPHIC = frozenset({33550, 34264, 34735, 42113})
+# ModelPixelScale, ModelTransformation, GeoKeyDirectory; GDAL's nodata; tie points and
+# RPCs.
+_GEOGRAPHIC = frozenset({33550, 34264, 34735, 42113, 33922, 50844})
 _DRIVERS = {".jp2": "JP2OpenJPEG"}
+# Modes in which a palette is read, and the channels of each.
+_MODES = {"P": 1, "RGB": 3, "RGBA": 4}
 
 
 def _takes(file: Path, mode: str | None) -> bool:
-    if mode is not None:
-        return False
-    tags = tags_of(file)
-    return file.suffix.lower() in _DRIVERS or bool(tags and tags & _GEOGRAPHIC)
+    tags = tags_of(file) or frozenset()
+    if mode is not None:  # Pillow converts, but loses the coordinates
+        return mode in _MODES and COLOR_MAP in tags and bool(tags & _GEOGRAPHIC)
+    return file.suffix.lower() in _DRIVERS or bool(tags & _GEOGRAPHIC)
 
 
 def open_(file: Path, level: int, mode: str | None) -> Source:
@@ -36,10 +40,10 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
     """
     rasterio: Any = require("rasterio", "geotiff", "Reading GeoTIFFs")
     with _naming(file):
-        return _opened(rasterio, file, level)
+        return _opened(rasterio, file, level, mode)
 
 
-def _opened(rasterio: Any, file: Path, level: int) -> Source:
+def _opened(rasterio: Any, file: Path, level: int, mode: str | None) -> Source:
     # By name, because GDAL would also open files that refer to others.
     driver = _DRIVERS.get(file.suffix.lower(), "GTiff")
     dataset = rasterio.open(file, driver=driver)
@@ -50,6 +54,8 @@ def _opened(rasterio: Any, file: Path, level: int) -> Source:
     ]
     height, width = check_level(file, level, sizes)
     transform = Affine(*dataset.transform[:6])
+    # Overviews have neither.
+    tagged, colors = _tags(dataset), _palette(rasterio, file, dataset, mode)
     if level:
         dataset.close()
         dataset = rasterio.open(file, driver=driver, overview_level=level - 1)
@@ -99,10 +105,91 @@ def _opened(rasterio: Any, file: Path, level: int) -> Source:
         int(bits) if bits else None,
         None if everywhere else valid,
         sizes,
-        lambda level: open_(file, level, None),
+        lambda level: open_(file, level, mode),
     )
     weakref.finalize(read, dataset.close)
-    return source
+    return tagged(source) if colors is None else _colored(source, colors)
+
+
+def _palette(
+    rasterio: Any, file: Path, dataset: Any, mode: str | None
+) -> Pixels | None:
+    """Return the colors of a palette in a mode; None to read the pixels as they are.
+
+    Raises:
+      ImageError: whether colors or indices are wanted isn't known, or there is no
+        palette to convert.
+    """
+    if dataset.colorinterp[0] != rasterio.enums.ColorInterp.palette:
+        if mode is not None:
+            raise ImageError(
+                f"{file}: expected a palette to convert to {mode}, got bands without "
+                "one. Leave the mode out."
+            )
+        return None
+    if mode == "P":
+        return None
+    if mode is None or dataset.count > 1:
+        raise ImageError(
+            f"{file}: expected colors, got indices into a palette. Pass the mode P for "
+            f"the indices{', or RGB for the colors' * (dataset.count == 1)}."
+        )
+    number = np.iinfo(dataset.dtypes[0]).max + 1
+    colors = np.zeros((number, _MODES[mode]), np.uint8)
+    for index, color in dataset.colormap(1).items():
+        colors[index] = color[: _MODES[mode]]
+    return colors
+
+
+def _colored(source: Source, colors: Pixels) -> Source:
+    def read(box: Box, bands: Sequence[int]) -> Pixels:
+        return colors[source.read(box, (0,))[..., 0]][..., list(bands)]
+
+    shape = (*source.shape[:2], colors.shape[1])
+    return dataclasses.replace(
+        source, shape=shape, dtype=colors.dtype, read=read, bits=None
+    )
+
+
+def _tags(dataset: Any) -> Callable[[Source], Source]:
+    """Return what marks an image with the tags of its file that aren't applied."""
+    scales, offsets = np.array(dataset.scales), np.array(dataset.offsets)
+    changed = bool((scales != 1).any() or (offsets != 0).any())
+    said = f"a scale of {scales[0]:g} and an offset of {offsets[0]:g}"
+    if len(set(zip(scales, offsets))) > 1:
+        said = "a scale and an offset of each band"
+    fix = ""
+    if dataset.transform.is_identity and (dataset.gcps[0] or dataset.rpcs):
+        kind = "ground control points" if dataset.gcps[0] else "RPCs"
+        placed = f"coordinates by {kind} instead of a transform"
+        said = f"{said}, and {placed}" if changed else placed
+        fix = "Warp the file with gdalwarp"
+
+    def scaled(source: Source) -> Source:
+        dtype = np.result_type(source.dtype, np.float32)
+
+        def read(box: Box, bands: Sequence[int]) -> Pixels:
+            pixels = source.read(box, bands) * scales[list(bands)]
+            return (pixels + offsets[list(bands)]).astype(dtype)
+
+        open_level = source.open_level
+        assert open_level is not None
+        return dataclasses.replace(
+            source,
+            dtype=dtype,
+            read=read,
+            bits=None,
+            open_level=lambda level: scaled(open_level(level)),
+            tags=None,
+        )
+
+    def tagged(source: Source) -> Source:
+        if not changed and not fix:
+            return source
+        apply = None if fix else lambda: scaled(source)
+        return dataclasses.replace(source, tags=Tags(said, apply, fix))
+
+    return tagged
 
 
 @contextlib.contextmanager

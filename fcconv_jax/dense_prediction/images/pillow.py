@@ -8,7 +8,9 @@ import numpy as np
 
 from ...messages.errors import ImageError
 from ...messages.extras import require
-from .base import Format, Source, whole
+from .base import Format, Source, turned, whole, with_orientation
+
+_ORIENTATION = 274
 
 
 def open_(file: Path, level: int, mode: str | None) -> Source:
@@ -31,6 +33,15 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
             if mode is None and image.mode == "P":
                 # The pixels of a palette image are numbers of colours.
                 mode = "RGBA" if "transparency" in image.info else "RGB"
+            orientation = int(image.getexif().get(_ORIENTATION) or 1)
+            is_tiff = image.format == "TIFF"
+            if is_tiff and orientation in range(5, 9):
+                # Pillow 13 mixes up the rows of uncompressed ones.
+                raise ImageError(
+                    f"{file}: expected rows and columns that aren't swapped, got "
+                    f"orientation {orientation}. Leave the mode out, or store the file "
+                    "upright."
+                )
             image.load()  # any error after this one is of the mode
             try:
                 pixels = np.asarray(image if mode is None else image.convert(mode))
@@ -47,7 +58,11 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
         ) from None
     finally:
         pillow.MAX_IMAGE_PIXELS = limit
-    return whole(file, pixels, level)
+    source = whole(file, pixels, level)
+    if is_tiff and orientation in range(2, 5):
+        # Pillow applies the tag of a TIFF, and of no other format. Each undoes itself.
+        source = turned(source, orientation)
+    return with_orientation(source, orientation)
 
 
 FORMAT = Format("pillow", 9, "PIL", lambda *_: True, open_)

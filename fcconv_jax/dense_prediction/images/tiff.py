@@ -16,13 +16,23 @@ import numpy as np
 
 from ...messages.errors import ImageError
 from ...messages.extras import require
-from .base import Affine, Box, Format, Pixels, Source, check_level
+from .base import (
+    Affine,
+    Box,
+    Format,
+    Pixels,
+    Source,
+    check_level,
+    with_orientation,
+)
 
 # Neighbouring parts of an image share tiles of the file; this much is kept decoded.
 _KEPT = 64 << 20
 # A file in one compressed strip can't be read by the part.
 _LARGEST_SEGMENT = 512 << 20
 _MIN_IS_WHITE, _PALETTE = 0, 3
+# Numbers of tags.
+_ORIENTATION, COLOR_MAP = 274, 320
 
 
 def tags_of(file: Path) -> frozenset[int] | None:
@@ -93,8 +103,8 @@ def _opened(file: Path, tif: Any, level: int) -> Source:
     page = chosen.keyframe
     if page.photometric == _PALETTE:
         raise ImageError(
-            f"{file}: expected colors, got indices into a palette. Pass a mode, such "
-            "as RGB."
+            f"{file}: expected colors, got indices into a palette. Pass the mode RGB, "
+            "or P for the indices."
         )
     pages = [_Page(file, each, tif.filehandle.size) for each in chosen.pages]
     dtype = chosen.dtype.newbyteorder("=")
@@ -119,7 +129,7 @@ def _opened(file: Path, tif: Any, level: int) -> Source:
         return np.invert(out) if inverted else out
 
     top_height, top_width = sizes[0]
-    return Source(
+    source = Source(
         (height, width, len(bands)),
         dtype,
         read,
@@ -128,6 +138,8 @@ def _opened(file: Path, tif: Any, level: int) -> Source:
         levels=sizes,
         open_level=lambda level: open_(file, level, None),
     )
+    orientation = levels[0].keyframe.tags.get(_ORIENTATION)
+    return with_orientation(source, orientation.value if orientation else 1)
 
 
 def _size(file: Path, level: Any) -> tuple[int, int]:
