@@ -11,9 +11,16 @@ from .move import Leaf, Move, Parts, Shape
 
 # Fields of optax's states, beside what has "opt" in its name.
 _OPTAX = frozenset(
-    "mu nu trace inner_state inner_states acc_grads sum_of_squares avg_sq_grad "
-    "prev_grads momentum velocity v_row v_col grad_momenta hidden_state".split()
+    """acc_grads avg_sq_grad cumulative_gradients e_g e_x exp_avg exp_avg_sq found_nan
+    grad_momenta grad_sum grad_sum_of_squares grad_sum_sq hidden_state init_particles
+    inner_state inner_states m1 m2 measure_states measurements momentum mu nu nu_max
+    params0 prev_grads prev_updates previous_gradient step_sizes subgradients
+    sum_of_squares trace v_col v_row velocity""".split()
 )
+# Fields that may also be names of layers, or of copies of the params: they count right
+# above a copy, the words in a chain of optimizers only, whose states are numbered.
+_LETTERS = frozenset("g m n s v x0 z".split())
+_WORDS = frozenset("ema init_params last reward scale".split())
 
 
 def copies(
@@ -112,7 +119,7 @@ class _Model:
         return self._mirrors[group]
 
     def _follows(self, group: Parts, path: Parts) -> bool:
-        if _is_optimizer(group):
+        if _is_optimizer(group) or _is_field(group):
             return self._is_ours(group, path)
         if self.chosen:
             return False
@@ -185,6 +192,14 @@ class _Model:
 
 def _is_optimizer(path: Parts) -> bool:
     return any("opt" in part.lower() or part in _OPTAX for part in path)
+
+
+def _is_field(group: Parts) -> bool:
+    *above, field = group or ("",)
+    chained = any(level.isdecimal() for level in above)
+    return "params" not in above and (
+        field in _LETTERS or (chained and field in _WORDS)
+    )
 
 
 def _root(base: Parts) -> Parts:

@@ -9,9 +9,11 @@ import numpy as np
 import optax
 import pytest
 from conftest import one_in
+from flax import serialization
 from optax import contrib
 
 import fcconv_jax as fc
+from fcconv_jax.params.leaves import flatten_with_path
 
 KERNEL = np.random.default_rng(0).normal(size=(24, 6)).astype(np.float32)
 X = np.ones((2, 3, 2, 4), np.float32)
@@ -174,6 +176,18 @@ def test_the_next_update_is_the_same(name):
     there = [fc.convert_params(tree, PLAN) for tree in (gradients, PARAMS)]
     got = step(there[0], moved, there[1])
     jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=2e-5), got, want)
+
+
+def test_a_checkpoint_shows_whose_state_it_is():
+    """Beside another model, where its own copies stay unless they are asked for."""
+    kernel, other = PARAMS["fc"]["kernel"], {"fc": {"kernel": jnp.ones((3, 2))}}
+    for name, make in RIGHT.items():
+        state = jax.eval_shape(lambda make=make: state_of(make()))
+        model = {"params": PARAMS, "tx": serialization.to_state_dict(state)}
+        tree = {"gen": model, "disc": {"params": other}}
+        moved = fc.convert_params(tree, PLAN, prefix="gen/params")
+        for path, leaf in flatten_with_path(moved["gen"])[0]:
+            assert np.shape(leaf) != kernel.shape, (name, path)
 
 
 @pytest.mark.filterwarnings('ignore:"seed" is deprecated')  # optax's own dpsgd
