@@ -6,14 +6,7 @@ import json
 from pathlib import Path
 from typing import Any
 
-_TITLES = {
-    "litert": "LiteRT",
-    "onnx": "ONNX",
-    "openvino": "OpenVINO",
-    "iree": "IREE",
-    "stablehlo": "StableHLO",
-    "coreml": "Core ML",
-}
+from fcconv_jax.export.runtimes import runtimes as known_runtimes
 
 
 def table(file: Path) -> str:
@@ -23,7 +16,8 @@ def table(file: Path) -> str:
       file: what ``benchmarks/exports.py`` wrote.
     """
     found: dict[str, dict[str, Any]] = json.loads(file.read_text())
-    runtimes = [r for r in _TITLES if any(r in row for row in found.values())]
+    runtimes = dict.fromkeys(name for row in found.values() for name in row)
+    titles = {name: each.title for name, each in known_runtimes().items()}
     lines = [
         "| network | runtime | verdict | operators | KiB | largest error | export, s |",
         "| --- | --- | --- | --- | --- | --- | --- |",
@@ -33,13 +27,13 @@ def table(file: Path) -> str:
         verdicts = [row.get(runtime, {}).get("verdict") for row in found.values()]
         good = "written, not run" if "written, not run" in verdicts else "verified"
         count = f"{verdicts.count(good)} of {len(found)} {good}"
-        lines.append(f"| **{_TITLES[runtime]}** | | {count} | | | | |")
+        lines.append(f"| **{titles[runtime]}** | | {count} | | | | |")
         for name, row in found.items():
             if (cell := row.get(runtime)) is None:
                 continue
-            lines.append(f"| {name} | {_TITLES[runtime]} | {_cells(cell)} |")
+            lines.append(f"| {name} | {titles[runtime]} | {_cells(cell)} |")
             if cell["reason"]:
-                reasons.append(f"- {name}, {_TITLES[runtime]}: {cell['reason']}")
+                reasons.append(f"- {name}, {titles[runtime]}: {cell['reason']}")
     return "\n".join([*lines, "", *reasons]) + "\n"
 
 

@@ -30,7 +30,7 @@ class Difference:
 class ContentReport(Report):
     """What comparing two checkpoints found.
 
-    Args:
+    Attributes:
       src: the one.
       dst: the other.
       plan: that leads from the one to the other; None where their forms are the same.

@@ -13,7 +13,7 @@ from ..messages.reports import Report
 class SlideReport(Report):
     """What :func:`fcconv_jax.slide` will do on images of one shape.
 
-    Args:
+    Attributes:
       window: size of a crop.
       stride: step between crops.
       positions: how many crops along each axis.

@@ -67,11 +67,20 @@ def seal(path: Path, beside: str = "") -> None:
     Args:
       path: the file.
       beside: the suffix of another file that belongs to it.
+
+    Raises:
+      ExportError: the record isn't in the file as it was given to the writer.
     """
-    found = fingerprint_of(path, beside, BLANK)
+    found, sealed = fingerprint_of(path, beside, BLANK), False
     for file in files_of(path, beside):
         if BLANK.encode() in (content := file.read_bytes()):
             file.write_bytes(content.replace(BLANK.encode(), found.encode()))
+            sealed = True
+    if not sealed:
+        raise ExportError(
+            f"Expected the record in {path.name}, uncompressed, got a file without "
+            "its fingerprint. Write FileRecord.to_bytes() or to_text() unchanged."
+        )
 
 
 def resealed(content: bytes, old: str | None, new: str) -> bytes:

@@ -3,6 +3,7 @@
 import dataclasses
 import importlib.util
 import json
+import zlib
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +11,7 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
+from fcconv_jax.export.fingerprint import BLANK, seal
 from fcconv_jax.export.record import FileRecord
 from fcconv_jax.export.runtimes import runtimes
 from fcconv_jax.messages.errors import ExportError
@@ -256,3 +258,10 @@ def test_half_a_file(to, part, tmp_path):
     file.write_bytes(content[: int(part * len(content))])
     with pytest.raises(ExportError, match=rf"m\.({suffix}|{damaged})"):
         fc.verify_file(path, params, progress=False)
+
+
+def test_a_record_that_no_one_finds_in_the_file_is_refused(tmp_path):
+    file = tmp_path / "m.onnx"
+    file.write_bytes(zlib.compress(f"net {BLANK}".encode()))
+    with pytest.raises(ExportError, match=r"m\.onnx, uncompressed, got a file without"):
+        seal(file)
