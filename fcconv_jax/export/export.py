@@ -338,7 +338,8 @@ class _Call:
                 *(self.outputs, record, path),
                 **({"sizes": self.sizes} if self.sizes else {}),
             )
-        seal(path, self.runtime.beside)
+        sealed = seal(path, self.runtime.beside)
+        record = dataclasses.replace(record, fingerprint=sealed)
         return Written(path, form, plan, graph, record, leaves, computed)
 
     def _other_sizes(

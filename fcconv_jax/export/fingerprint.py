@@ -61,8 +61,8 @@ def fingerprint_of(path: Path, beside: str, own: str | None) -> str:
     return _START + made.hexdigest()
 
 
-def seal(path: Path, beside: str = "") -> None:
-    """Write a new file's fingerprint into its record.
+def seal(path: Path, beside: str = "") -> str:
+    """Write a new file's fingerprint into its record, and return it.
 
     Args:
       path: the file.
@@ -81,6 +81,7 @@ def seal(path: Path, beside: str = "") -> None:
             f"Expected the record in {path.name}, uncompressed, got a file without "
             "its fingerprint. Write FileRecord.to_bytes() or to_text() unchanged."
         )
+    return found
 
 
 def resealed(content: bytes, old: str | None, new: str) -> bytes:

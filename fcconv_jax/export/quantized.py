@@ -48,9 +48,9 @@ def fewest_cycles(
         if each in candidates:
             continue
         file = folder / f"candidate{call.runtime.suffix}"
-        call.write(each, form, file)
+        written = call.write(each, form, file)
         try:
-            content = _quantize(call, file, [arrays], show)
+            content = _quantize(call, written, [arrays], show)
             candidates[each] = vela.compile_file(content, accelerator).cycles
         except ExportError:  # the report gives the reason
             continue
@@ -90,7 +90,7 @@ def quantized(
     notes: list[str] = []
     for each, (written, figures) in made.items():
         try:
-            contents[each] = _quantize(call, written.path, examples, show)
+            contents[each] = _quantize(call, written, examples, show)
         except ExportError as error:
             if calibrate is not None:
                 raise
@@ -169,19 +169,20 @@ def quantized(
 
 
 def _quantize(
-    call: Call, file: Path, examples: Sequence[Sequence[np.ndarray]], show: Progress
+    call: Call,
+    written: Written,
+    examples: Sequence[Sequence[np.ndarray]],
+    show: Progress,
 ) -> bytes:
-    """Return the content of an int8 file, made from a float one."""
+    """Return the content of an int8 file, made from a float one and sealed again."""
     quantize = call.runtime.quantize
     assert quantize is not None
-    content = quantize(file.read_bytes(), call.input_names, examples, show)
+    content = quantize(written.path.read_bytes(), call.input_names, examples, show)
+    # The quantizers keep the float file's record, so its fingerprint is known.
+    old = written.record.fingerprint
     with tempfile.TemporaryDirectory() as folder:
-        made = Path(folder) / file.name
+        made = Path(folder) / written.path.name
         made.write_bytes(content)
-        record = call.runtime.open(made).record()
-        if record is None:
-            return content
-        old = record.fingerprint
         return resealed(content, old, fingerprint_of(made, call.runtime.beside, old))
 
 

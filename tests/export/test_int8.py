@@ -9,9 +9,11 @@ import numpy as np
 import pytest
 
 import fcconv_jax as fc
+from fcconv_jax.export import arguments
 from fcconv_jax.export.int8 import batches
 from fcconv_jax.export.integers import Int8Layer, _on_integers
 from fcconv_jax.export.layers import Layer, compute
+from fcconv_jax.export.runtimes import runtime_of
 from fcconv_jax.export.runtimes.onnx import OnnxFile
 from fcconv_jax.messages.errors import ExportError
 
@@ -448,3 +450,23 @@ def test_a_shared_layer_in_onnx(tmp_path):
     options = {"calibrate": [np.asarray(normal(8, 6, 5, 4))], "progress": False}
     report = fc.export(Shared(), params, x, path=tmp_path / "m.onnx", **options)
     assert report.passed, report.failures
+
+
+@pytest.mark.parametrize("suffix", [".tflite", ".onnx"])
+def test_the_int8_file_is_opened_once(suffix, tmp_path, monkeypatch):
+    target = runtime_of(tmp_path / f"m{suffix}")
+    opened = []
+
+    def read(path):
+        file = target.open(path)
+        if file.layers()[0].kernel.dtype == np.int8:
+            opened.append(path)
+        return file
+
+    changed = dataclasses.replace(target, open=read)
+    monkeypatch.setattr(arguments, "runtime_of", lambda *_: changed)
+    report = export("mlp", tmp_path, path=tmp_path / f"m{suffix}")
+    assert report.passed, report.failures
+    assert len(opened) == 1
+    known = fc.verify_file(report.path, MODELS["mlp"]()[1], progress=False)
+    assert known.passed, known.failures
