@@ -48,7 +48,10 @@ BINARY = frozenset(
     """add and div eq ge gt le lt max min mul ne or pow rem sub""".split()
 )
 # Activations that JAX writes in several operations, and runtimes in one.
-FUSED = frozenset("elu gelu hard_sigmoid hard_swish leaky_relu prelu".split())
+FUSED = frozenset(
+    """celu elu gelu hard_sigmoid hard_swish leaky_relu mish prelu selu silu softplus
+    softsign""".split()
+)
 # What else some runtimes have one operation for.
 WHOLE = frozenset(
     "l2_normalize layer_norm log_softmax one_hot resize rms_norm transposed".split()

@@ -104,6 +104,20 @@ def test_planted_geometry(changes, tmp_path):
         assert any(what in x and f"has {value}" in x for x in again.failures)
 
 
+@pytest.mark.parametrize("name", ["silu", "softplus", "soft_sign"])
+def test_activations_are_one_operation(name, tmp_path):
+    report = fc.export(
+        lambda params, x: getattr(nn, name)(x @ params["w"]),
+        {"w": jnp.ones((4, 3))},
+        jnp.ones((2, 4)),
+        path=tmp_path / "m.mlpackage",
+        progress=False,
+    )
+    ops = report.figures[0].ops
+    assert ops[name.replace("_", "")] == 1
+    assert not {"sigmoid", "mul", "exp", "abs", "real_div"} & {*ops}
+
+
 @pytest.mark.parametrize(
     ("approximate", "mode"), [(True, b"TANH_APPROXIMATION"), (False, b"EXACT")]
 )

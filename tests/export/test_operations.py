@@ -26,12 +26,21 @@ def _pool(x, window, strides):
     return lax.reduce_window(x, -jnp.inf, lax.max, window, strides, "VALID")
 
 
+def _crops(x, starts, sizes):
+    """Crops behind the batch at places that the model knows, in their order."""
+    numbers = lax.GatherDimensionNumbers((0, 2, 3, 4), (), (1, 2, 3))
+    starts = jnp.asarray(starts, jnp.int32)
+    return lax.gather(x, starts, numbers, (len(x), *sizes), mode="promise_in_bounds")
+
+
 ONE_BY_ONE = {
     "abs": jnp.abs,
     "ceil": lambda x: jnp.ceil(3 * x),
     "clip": lambda x: jnp.clip(x, -0.5, 0.7),
     "cos": jnp.cos,
+    "celu": lambda x: nn.celu(3 * x, 0.7),
     "elu": nn.elu,
+    "elu, of another alpha": lambda x: nn.elu(3 * x, 0.7),
     "exp": jnp.exp,
     "exp2": jnp.exp2,
     "expm1": jnp.expm1,
@@ -44,6 +53,7 @@ ONE_BY_ONE = {
     "leaky_relu": nn.leaky_relu,
     "log": lambda x: jnp.log(1.5 + jnp.abs(x)),
     "log1p": lambda x: jnp.log1p(jnp.abs(x)),
+    "mish": lambda x: jax.nn.mish(9 * x),
     "logical": lambda x: jnp.where((x > 0) & ~(x > 1) | (x == 0), x, -x),
     "neg": lambda x: -x,
     "pow": lambda x: jnp.power(0.1 + jnp.abs(x), 1.3),
@@ -51,10 +61,13 @@ ONE_BY_ONE = {
     "relu6": lambda x: nn.relu6(4 * x),
     "round": lambda x: jnp.round(3 * x),
     "rsqrt": lambda x: lax.rsqrt(0.1 + x * x),
+    "selu": lambda x: nn.selu(3 * x),
     "sigmoid": nn.sigmoid,
     "sign": jnp.sign,
     "silu": nn.silu,
     "sin": jnp.sin,
+    "softplus": lambda x: nn.softplus(30 * x),
+    "softsign": nn.soft_sign,
     "sqrt": lambda x: jnp.sqrt(jnp.abs(x)),
     "tanh": jnp.tanh,
     "where": lambda x: jnp.where(x > 0.3, x, 2.0),
@@ -123,6 +136,10 @@ SEVERAL = {
             jnp.arange(2)
         )
     )(jnp.array([2, 0, 1])),
+    "windows, of a grid in a list": lambda x: _crops(
+        x, [(i, j, 1) for i in (1, 0) for j in (0, 2, 1)], (2, 2, 2)
+    ),
+    "windows, of one place": lambda x: _crops(x, [(1, 2, 0)], (2, 1, 3)),
     "windows of one axis": lambda x: jax.vmap(
         lambda i: lax.dynamic_slice_in_dim(x, i, 2, 2), out_axes=3
     )(jnp.array([2, 0])),
@@ -249,6 +266,14 @@ LOOPS = [
             "slice whose start depends on its inputs",
         ),
         (
+            lambda params, x: _crops(x, [(0, 0, 0), (0, 1, 0), (1, 0, 0)], (2, 2, 2)),
+            "edge runtimes lack. Use jnp.take",
+        ),
+        (
+            lambda params, x: _crops(x, [(0, 0, 0), (0, 9, 0)], (2, 2, 2)),
+            "edge runtimes lack. Use jnp.take",
+        ),
+        (
             lambda params, x: jnp.ones(3),
             "outputs that depend on the inputs, got constants",
         ),
@@ -293,7 +318,10 @@ def test_what_litert_lacks(name, tmp_path):
 
 
 FUSED = {
+    "celu": nn.celu,
+    "celu, of another alpha": lambda x: nn.celu(x, 0.7),
     "elu": nn.elu,
+    "elu, of another alpha": lambda x: nn.elu(x, 0.7),
     "gelu": lambda x: nn.gelu(x, approximate=False),
     "gelu, of tanh": nn.gelu,
     "hard_sigmoid": nn.hard_sigmoid,
@@ -301,10 +329,24 @@ FUSED = {
     "hard_swish, as torch has it": lambda x: x * nn.relu6(x + 3) * (1 / 6),
     "leaky_relu": lambda x: nn.leaky_relu(x, 0.2),
     "log_softmax": nn.log_softmax,
+    "mish": jax.nn.mish,
     "resize": lambda x: jax.image.resize(x, (2, 7, 8, 5), "bilinear"),
     "resize, down": lambda x: jax.image.resize(x, (2, 2, 3, 5), "linear", False),
     "resize, of one axis": lambda x: jax.image.resize(x, (2, 3, 6, 5), "nearest"),
     "resize, to the nearest": lambda x: jax.image.resize(x, (2, 6, 12, 5), "nearest"),
+    "selu": nn.selu,
+    "silu": nn.silu,
+    "softplus": nn.softplus,
+    "softsign": nn.soft_sign,
+}
+
+
+# What a runtime has no operation for.
+_OTHERS = "celu, of another alpha", "elu, of another alpha"
+LACKS = {
+    "litert": {*_OTHERS, "mish", "selu", "silu", "softplus", "softsign"},
+    "onnx": {"silu"},
+    "openvino": {"celu, of another alpha", "silu"},
 }
 
 
@@ -312,7 +354,8 @@ FUSED = {
 def test_activations_are_one_operation(name, to, run):
     """Where the runtime has it: LiteRT lacks a hard sigmoid, and takes two more."""
     report = run(lambda params, x: FUSED[name](x) * params["scale"], 3 * X)
-    if to not in ("iree", "stablehlo"):  # they are JAX's own program
+    # Those two are JAX's own program.
+    if to not in ("iree", "stablehlo") and name not in LACKS[to]:
         ops = Counter(report.figures[0].ops)
         ops -= Counter(["Transpose", "Transpose"])  # around an image
         more = 0 if name.partition(",")[0] in runtimes()[to].fused else 2
@@ -391,25 +434,32 @@ def test_one_hot(chosen, to, run):
         assert ops["EQUAL"] + ops["Equal"] == 0
 
 
-@pytest.mark.parametrize("name", ["l2_normalize", "one_hot", "resize", "rms_norm"])
+WHOLE = {
+    "celu": lambda x: nn.celu(3 * x, 0.7),
+    "l2_normalize": ONE["l2_normalize"],
+    "mish": lambda x: jax.nn.mish(3 * x),
+    "one_hot": lambda x: nn.one_hot(x.argmax(-1), 5),
+    "resize": ONE["resize, corners aligned"],
+    "rms_norm": ONE["rms_norm"],
+    "selu": lambda x: nn.selu(3 * x) + nn.elu(x, 0.7),
+    "softplus": lambda x: nn.softplus(3 * x),
+    "softsign": nn.soft_sign,
+}
+
+
+@pytest.mark.parametrize("name", WHOLE)
 def test_it_is_what_the_operations_compute(name, to, tmp_path, monkeypatch):
     """The file with one operation against the file without."""
     target = runtimes()[to]
     if name not in target.fused:
         pytest.skip(f"{to} does not have it")
-    whole = {
-        "l2_normalize": ONE["l2_normalize"],
-        "one_hot": lambda x: nn.one_hot(x.argmax(-1), 5),
-        "resize": ONE["resize, corners aligned"],
-        "rms_norm": ONE["rms_norm"],
-    }[name]
     found = []
     for fused in (target.fused, target.fused - {name}):
         changed = dataclasses.replace(target, fused=fused)
         monkeypatch.setattr(arguments, "runtime_of", lambda *_, to=changed: to)
         path = tmp_path / f"{len(found)}.{SUFFIX[to]}"
         options = {"path": path, "progress": False}
-        report = export(lambda p, x: whole(x) * p, np.float32(1), X, **options)
+        report = export(lambda p, x: WHOLE[name](x) * p, np.float32(1), X, **options)
         file = runtime_of(path).open(path)
         found.append((sum(report.figures[0].ops.values()), file.run([np.asarray(X)])))
     (fewer, (one,)), (more, (several,)) = found
@@ -564,7 +614,15 @@ ALMOST = {
     "resize, antialiased": lambda x: jax.image.resize(x, (2, 2, 3, 5), "linear"),
     "resize, cubic": lambda x: jax.image.resize(x, (2, 6, 8, 5), "cubic"),
     "resize, of ties": lambda x: jax.image.resize(x, (2, 2, 6, 5), "nearest"),
-    "elu, with another alpha": lambda x: nn.elu(x, 0.7),
+    "celu, of two alphas": lambda x: (
+        jnp.maximum(x, 0) + 0.7 * jnp.expm1(jnp.minimum(x, 0) / 0.8)
+    ),
+    "celu, of a negative alpha": lambda x: nn.celu(x, -0.7),
+    "mish, of another value": lambda x: x * jnp.tanh(nn.softplus(x[..., ::-1])),
+    "softplus, of base two": lambda x: jnp.logaddexp2(x, 0.0),
+    "softplus, of one": lambda x: jnp.logaddexp(x, 1.0),
+    "softsign, of two": lambda x: x / (jnp.abs(x) + 2),
+    "softsign, without a sign": lambda x: jnp.abs(x) / (jnp.abs(x) + 1),
     "hard_swish, with another bound": lambda x: x * jnp.clip(x + 3, 0, 5) / 6,
     "hard_swish, with another shift": lambda x: x * nn.relu6(x + 2) / 6,
     "hard_swish, of another value": lambda x: x[..., ::-1] * nn.relu6(x + 3) / 6,

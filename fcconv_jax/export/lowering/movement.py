@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -166,14 +168,7 @@ def _gather(low: Builder, eqn: Equation, x: Value, indices: Value) -> Value:
             if ids.data is None:
                 low.notes.append("an index outside of its table is an error there")
             return low.add("gather", [x, ids], out.shape, axis=axis)
-    if indices.data is not None and lead == 0 and not batch:
-        # One fixed place, as x[:, 0] has it.
-        first = [0] * len(x.shape)
-        for axis, start in zip(d.start_index_map, indices.data.reshape(-1)):
-            first[axis] = int(np.clip(start, 0, x.shape[axis] - sizes[axis]))
-        taken = low.slice(x, first, [a + n for a, n in zip(first, sizes)])
-        return low.reshape(taken, out.shape)
-    if indices.data is not None and not axes and not batch:
+    if indices.data is not None and not batch:
         starts = indices.data
         if p["mode"] == jax.lax.GatherScatterMode.CLIP:
             last = [x.shape[axis] - sizes[axis] for axis in d.start_index_map]
@@ -188,46 +183,82 @@ def _gather(low: Builder, eqn: Equation, x: Value, indices: Value) -> Value:
 
 
 def _windows(
-    low: Builder, x: Value, starts: Any, d: Any, sizes: Sequence[int]
+    low: Builder, x: Value, starts: np.ndarray, d: Any, sizes: Sequence[int]
 ) -> Value | None:
     """Take windows at fixed places, such as all crops of an image, an axis at a time.
 
     Returns:
-      None where the places along one axis depend on those along another, or one lies
-      outside.
+      The windows, but for axes of one; None where the places are not those of a grid,
+      or one lies outside.
     """
-    lead = starts.shape[:-1]
+    if 0 in starts.shape[:-1]:
+        return None
+    starts, parts = _as_grid(starts)
+    *lead, _ = starts.shape
+    first, last = [0] * len(x.shape), list(sizes)
+    varying: dict[int, tuple[int, np.ndarray]] = {}
+    for axis, start in zip(d.start_index_map, np.moveaxis(starts, -1, 0)):
+        if start.min() < 0 or start.max() > x.shape[axis] - sizes[axis]:
+            return None
+        ways = [i for i in range(len(lead)) if np.ptp(start, i).any()]
+        if not ways:
+            first[axis] = int(start.flat[0])
+            last[axis] += first[axis]
+            continue
+        along = np.moveaxis(start, ways[0], 0).reshape(lead[ways[0]], -1)[:, 0]
+        varying[axis] = ways[0], along
+        last[axis] = x.shape[axis]
+        if len(ways) > 1:
+            return None
+    if sorted(i for i, _ in varying.values()) != list(range(len(lead))):
+        return None
+    x = low.slice(x, first, last)
     # Where each axis of the operand is in what was made so far, and each of the starts.
     order: list[tuple[str, int]] = [("operand", axis) for axis in range(len(x.shape))]
-    for axis, start in zip(d.start_index_map, np.moveaxis(starts, -1, 0)):
+    for axis, (i, along) in varying.items():
         at = order.index(("operand", axis))
-        if start.min() < 0 or start.max() > x.shape[at] - sizes[axis]:
-            return None
-        varies = [i for i in range(len(lead)) if np.ptp(start, i).any()]
-        if len(varies) > 1:
-            return None
-        if not varies:
-            first, last = [0] * len(x.shape), list(x.shape)
-            first[at] = int(start.flat[0])
-            last[at] = first[at] + sizes[axis]
-            x = low.slice(x, first, last)
-            continue
-        (i,) = varies
-        if ("starts", i) in order:
-            return None
-        along = np.moveaxis(start, i, 0).reshape(lead[i], -1)[:, 0]
         ids = constant((along[:, None] + np.arange(sizes[axis])).astype(np.int32))
         shape = (*x.shape[:at], lead[i], sizes[axis], *x.shape[at + 1 :])
         x = low.add("gather", [x, ids], shape, axis=at)
         order.insert(at, ("starts", i))
-    if any(n > 1 and ("starts", i) not in order for i, n in enumerate(lead)):
-        return None
-    operand, places = iter(range(len(sizes))), iter(range(len(lead)))
-    wanted = [
-        ("operand", next(operand)) if i in d.offset_dims else ("starts", next(places))
-        for i in range(len(sizes) + len(lead))
-    ]
-    return low.transpose(x, [order.index(each) for each in wanted if each in order])
+    dropped = list(d.collapsed_slice_dims)
+    operand = iter([axis for axis in range(len(sizes)) if axis not in dropped])
+    places = iter(parts)
+    wanted: list[tuple[str, int]] = []
+    for i in range(len(sizes) - len(dropped) + len(parts)):
+        if i in d.offset_dims:
+            wanted.append(("operand", next(operand)))
+        else:
+            wanted += [("starts", part) for part in next(places)]
+    wanted += [("operand", axis) for axis in dropped]
+    return low.transpose(x, [order.index(each) for each in wanted])
+
+
+def _as_grid(starts: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
+    """Take a flat list of places apart into rows and columns, if it may be a grid's.
+
+    Returns:
+      The places with more axes, none of one; and what each axis became.
+
+    Example:
+      >>> flat = np.array([(row, column) for row in (0, 4) for column in (1, 2, 3)])
+      >>> starts, parts = _as_grid(flat)
+      >>> starts.shape, parts
+      ((2, 3, 2), [[0, 1]])
+    """
+    shape, parts = list[int](), list[list[int]]()
+    for axis, count in enumerate(starts.shape[:-1]):
+        along = np.moveaxis(starts, axis, 0).reshape(count, -1)
+        changes = along != along[:1]
+        # After how many places each coordinate changes: those of the slowest first.
+        runs = {int(column.argmax()) for column in changes.T if column.any()}
+        ends = sorted({count, *runs, 1}, reverse=True)
+        sizes = [a // b for a, b in itertools.pairwise(ends)]
+        if math.prod(sizes) != count:
+            sizes = [count]
+        parts.append(list(range(len(shape), len(shape) + len(sizes))))
+        shape += sizes
+    return starts.reshape(*shape, starts.shape[-1]), parts
 
 
 @rule("iota")

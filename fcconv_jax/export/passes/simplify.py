@@ -9,14 +9,9 @@ from collections.abc import Callable, Sequence
 import numpy as np
 
 from ..graph import FUSED, VIEWS, Graph, Node, Value, constant
+from .activations import find_fused
 from .norms import find_norms
-from .patterns import (
-    find_activations,
-    find_fused,
-    find_log_softmax,
-    find_means,
-    find_softmax,
-)
+from .patterns import find_activations, find_log_softmax, find_means, find_softmax
 from .resizes import find_resizes
 from .views import (
     delay_pads,

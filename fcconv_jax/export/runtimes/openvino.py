@@ -356,5 +356,5 @@ RUNTIME = Runtime(
     open_sizes=frozenset({"any_batch", "any_size"}),
     # It reads ONNX's Scan over arrays; Loop, If and a Scan that counts fail or differ.
     # OpenVINO's reader takes an LpNormalization apart, into more than it replaces.
-    fused=(FUSED | WHOLE | {"scan"}) - {"l2_normalize"},
+    fused=(FUSED | WHOLE | {"scan"}) - {"l2_normalize", "silu"},
 )

@@ -9,5 +9,6 @@ RUNTIME = Runtime(
     *("coreml", "Core ML", ".mlpackage", CoreMlFile, write),
     images="first",
     executed=False,
-    fused=(FUSED | {"layer_norm", "transposed"}) - {"hard_swish", "prelu"},
+    fused=(FUSED | {"layer_norm", "transposed"})
+    - {"celu", "hard_swish", "mish", "prelu", "selu"},
 )

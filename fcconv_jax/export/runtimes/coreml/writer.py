@@ -23,7 +23,10 @@ from ...record import FileRecord
 from ...shipped import arrange_conv, crops, reversed_window
 from .reader import RECORD, coremltools
 
-_NAMESAKES = "abs ceil cos erf exp floor relu relu6 round sign sin sqrt tanh".split()
+_NAMESAKES = """
+    abs ceil cos erf exp floor relu relu6 round sign silu sin softplus softsign sqrt
+    tanh
+""".split()
 _UNARY = {op: op for op in _NAMESAKES} | {
     "not": "logical_not",
     "logistic": "sigmoid",

@@ -11,7 +11,9 @@ __all__ = ["RUNTIME", "LiteRTFile", "run", "write"]
 
 RUNTIME = Runtime(
     *("litert", "LiteRT", ".tflite", LiteRTFile, write),
-    fused=(FUSED | WHOLE | LOOPS) - {"hard_sigmoid", "layer_norm", "rms_norm"},
+    fused=(FUSED | WHOLE | LOOPS)
+    - {"celu", "hard_sigmoid", "layer_norm", "mish", "rms_norm", "selu", "silu"}
+    - {"softplus", "softsign"},
     # A scan's stacked results are filled with zeros at first: that shape is fixed.
     one_batch=frozenset({"transposed", "scan"}),
     open_sizes=frozenset({"any_batch"}),

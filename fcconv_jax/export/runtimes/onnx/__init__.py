@@ -13,5 +13,5 @@ RUNTIME = Runtime(
     open_sizes=frozenset({"any_batch", "any_size"}),
     quantize=quantize,
     weights=frozenset({"float16", "bfloat16"}),
-    fused=FUSED | WHOLE | LOOPS,
+    fused=(FUSED | WHOLE | LOOPS) - {"silu"},
 )

@@ -23,8 +23,8 @@ OPSET, IR = 20, 9
 # RMSNormalization needs a later one, which fewer readers take.
 _OPSET_OF_RMS, _IR_OF_RMS = 23, 11
 _NAMESAKES = """
-    abs add and ceil cos div elu erf exp floor log max min mul neg not or pow
-    relu round sign sin sqrt sub tanh
+    abs add and ceil cos div elu erf exp floor log max min mish mul neg not or pow
+    relu round sign sin softplus softsign sqrt sub tanh
 """.split()
 _PLAIN = {op: op.capitalize() for op in _NAMESAKES} | {
     "eq": "Equal",
@@ -349,6 +349,17 @@ class _Writer(Builder):
     def _leaky_relu(self, node: Node, out: str) -> None:
         x, alpha = self.name(node.inputs[0]), node.attrs["alpha"]
         self.add("LeakyRelu", [x], out, alpha=alpha)
+
+    def _selu(self, node: Node, out: str) -> None:
+        alpha, gamma = node.attrs["alpha"], node.attrs["gamma"]
+        x = self.name(node.inputs[0])
+        if gamma == 1:
+            self.add("Elu", [x], out, alpha=alpha)
+        else:
+            self.add("Selu", [x], out, alpha=alpha, gamma=gamma)
+
+    def _celu(self, node: Node, out: str) -> None:
+        self.add("Celu", [self.name(node.inputs[0])], out, **node.attrs)
 
     def _hard_sigmoid(self, node: Node, out: str) -> None:
         x = self.name(node.inputs[0])
