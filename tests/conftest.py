@@ -14,7 +14,7 @@ from flax.core import meta
 import fcconv_jax as fc
 from fcconv_jax.backends.resolution import resolve
 from fcconv_jax.verification.agreement import named_leaves, working_errors
-from fcconv_jax.verification.moved import MOVED, moved_by_an_ulp
+from fcconv_jax.verification.perturbed import PERTURBED, perturbed_by_an_ulp
 from fcconv_jax.verification.reading import Reading
 
 # Marked `versions`: modules that touch what releases of JAX, Flax and Orbax change most
@@ -163,7 +163,10 @@ def assert_close():
         jaxpr, out = jax.make_jaxpr(f, return_shape=True)(*args)
         outputs, _ = Reading(jaxpr)(jax.tree.leaves(args))
         reference = jax.tree.unflatten(jax.tree.structure(out), outputs)
-        runs = [f(*args), *(f(*moved_by_an_ulp(args, seed)) for seed in range(MOVED))]
+        runs = [
+            f(*args),
+            *(f(*perturbed_by_an_ulp(args, seed)) for seed in range(PERTURBED)),
+        ]
         leaves = [jax.tree.leaves(each) for each in runs]
         errors = working_errors(
             "outputs", named_leaves(reference, "output"), leaves, jax.tree.leaves(got)

@@ -14,7 +14,7 @@ from ..messages.errors import CheckpointError
 from ..messages.reports import Report, Table
 from ..plan import Plan, in_words
 from .checkpoint import Checkpoint, is_array, iter_leaves
-from .entries import Moved
+from .entries import LazyLeaf
 from .extents import Advance
 
 
@@ -106,12 +106,12 @@ def differences(
 
 
 def _difference(want: Any, have: Any, scratch: Path | None, advance: Advance) -> str:
-    if not isinstance(want, Moved) and not isinstance(have, Moved):
+    if not isinstance(want, LazyLeaf) and not isinstance(have, LazyLeaf):
         # Formats keep scalars in ways of their own.
         return "" if _same_value(want, have) else f"{have!r:.60}, expected {want!r:.60}"
     if not is_array(want) or not is_array(have):
         return f"{_kind(have)}, expected {_kind(want)}"
-    want, have = Moved.of(want), Moved.of(have)
+    want, have = LazyLeaf.of(want), LazyLeaf.of(have)
     if (want.shape, want.dtype) != (have.shape, have.dtype):
         return f"{_kind(have)}, expected {_kind(want)}"
     try:

@@ -142,8 +142,8 @@ def _opaque(array: np.ndarray) -> np.ndarray:
 
 
 @dataclasses.dataclass(frozen=True)
-class Moved:
-    """An array whose entries are still to be moved.
+class LazyLeaf:
+    """An array whose entries are read and moved when it is written.
 
     Args:
       entries: their present location.
@@ -156,7 +156,7 @@ class Moved:
     move: Rearrangement | None = None
 
     @classmethod
-    def of(cls, leaf: Any) -> Moved:
+    def of(cls, leaf: Any) -> LazyLeaf:
         """Return an array, or what is one already."""
         if isinstance(leaf, cls):
             return leaf

@@ -18,7 +18,7 @@ from .checkpoint import (
     with_leaves,
 )
 from .detect import PathLike, detect, named
-from .entries import Moved
+from .entries import LazyLeaf
 from .extents import Advance, silent
 from .folders import FOLDER
 from .formats import FILES, FORMATS, FileFormat, FolderFormat
@@ -99,7 +99,7 @@ def read_checkpoint(path: PathLike, step: str | int | None = None) -> Checkpoint
     # Leaf by leaf, so that an error names the one that is damaged or too large.
     for parts, leaf in iter_leaves(opened.tree):
         try:
-            out.append(leaf.array() if isinstance(leaf, Moved) else leaf)
+            out.append(leaf.array() if isinstance(leaf, LazyLeaf) else leaf)
         except (CheckpointError, MemoryError) as error:
             said = "there is not enough memory for it"
             raise CheckpointError(

@@ -19,7 +19,7 @@ from .checkpoint import (
     iter_leaves,
     with_leaves,
 )
-from .entries import Moved
+from .entries import LazyLeaf
 from .files import described, merged
 from .formats import FORMATS, format_named
 from .nesting import key_separator, nested, split_paths
@@ -100,17 +100,17 @@ def make_job(
     return Job(source, meant, tuple(converted), nbytes)
 
 
-def _moved(leaf: Any, move: Move) -> Moved:
+def _moved(leaf: Any, move: Move) -> LazyLeaf:
     """Return a leaf with its entries still to be moved.
 
     Raises:
       ValueError: entries smaller than a byte would have to change places.
     """
-    leaf = Moved.of(leaf)
+    leaf = LazyLeaf.of(leaf)
     n = len(move.stack_axes)
     if n and not all(0 <= axis <= i for i, axis in enumerate(move.stack_axes)):
         # A stack along an inner axis is rearranged separately, in memory.
-        return Moved.of(convert_leaf(move.rearrange, leaf.array(), move.stack_axes))
+        return LazyLeaf.of(convert_leaf(move.rearrange, leaf.array(), move.stack_axes))
     whole = move.rearrange.stacked(leaf.shape[:n]) if n else move.rearrange
     if not leaf.itemsize and not whole.is_reshape:
         raise ValueError(

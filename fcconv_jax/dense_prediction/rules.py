@@ -12,7 +12,7 @@ from collections.abc import Mapping, Sequence
 from ..tracing.jaxprs import bind
 from ..tracing.primitives import ELEMENTWISE, ROUNDING, SAME
 from ..tracing.protocols import Equation
-from . import moves, products, reductions, windows
+from . import movement, products, reductions, windows
 from .alignment import aligned, combined
 from .values import CropArray, SlideRule
 
@@ -31,7 +31,7 @@ def _elementwise(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
 RULES: Mapping[str, SlideRule] = {
     **dict.fromkeys(SAME, _same),
     **dict.fromkeys(ELEMENTWISE | ROUNDING, _elementwise),
-    **moves.RULES,
+    **movement.RULES,
     **products.RULES,
     **reductions.RULES,
     **windows.RULES,

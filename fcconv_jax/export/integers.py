@@ -141,7 +141,7 @@ def prove_layers(
         show("int8: exact layers", done, len(record.layers))
         read, failures = layers.get(layer.name), list[str]()
         why: list[str] = []
-        op, form, bits, arithmetic = "-", layer.form, None, None
+        op, form, bits, compared = "-", layer.form, None, None
         try:
             if read is None:
                 failures.append("is not in the file")
@@ -151,20 +151,20 @@ def prove_layers(
                 bits, failures = _parameters(layer, mine, leaves)
                 if layer.form != form:
                     failures.append(f"expected {layer.op}, the file has {op}")
-                arithmetic, why = _on_integers(layer, mine)
+                compared, why = _on_integers(layer, mine)
                 failures += why
         except ExportError as error:
             failures.append(str(error))
         except (RuntimeError, ValueError) as error:
             failures.append(f"it does not run on its own: {first_line(error)}")
-        exact = None if arithmetic is None else not why
+        exact = None if compared is None else not why
         found.append(
             LayerProof(
                 *(layer.name, op, form, bits, exact, 0, tuple(failures)),
                 stored="int8",
                 constant=layer.constant,
                 folded=layer.folded is not None,
-                arithmetic=arithmetic,
+                int8=compared,
             )
         )
     show("int8: exact layers", len(record.layers), len(record.layers))

@@ -25,8 +25,8 @@ from ..params.leaves import flatten_with_path
 from ..tracing.arguments import is_key
 from ..tracing.jaxprs import evaluate
 from ..verification.agreement import WorkingError, named_leaves, working_errors
-from ..verification.moved import MOVED, moved_by_an_ulp
 from ..verification.obstacles import obstacles
+from ..verification.perturbed import PERTURBED, perturbed_by_an_ulp
 from ..verification.reading import Reading
 from ..verification.reference import free_memory
 from .layers import Layer, compute, expected
@@ -68,7 +68,7 @@ class LayerProof:
       stored: the dtype that the weights are rounded to; empty for their own.
       constant: whether the weights come from no parameter, as those of a resize.
       folded: whether the weights contain a norm; their bits are then those computed.
-      arithmetic: of an int8 layer.
+      int8: of an int8 layer, how it compares with integer arithmetic.
     """
 
     name: str
@@ -81,7 +81,7 @@ class LayerProof:
     stored: str = ""
     constant: bool = False
     folded: bool = False
-    arithmetic: Int8Comparison | None = None
+    int8: Int8Comparison | None = None
 
     @property
     def passed(self) -> bool:
@@ -158,8 +158,8 @@ def reference_of(
     # Of the trace: tracing a model takes far longer than what it computes.
     run = jax.jit(lambda *flat: evaluate(jaxpr, flat))
     leaves = [run(*jax.tree.leaves((variables, arrays)))]
-    for seed in range(MOVED):
-        params = moved_by_an_ulp(variables["params"], seed, stored)
+    for seed in range(PERTURBED):
+        params = perturbed_by_an_ulp(variables["params"], seed, stored)
         leaves.append(run(*jax.tree.leaves(({**variables, "params": params}, arrays))))
     inputs = [np.asarray(x) for x in arrays]
     return ReferenceOutputs(list(zip(names, outs)), leaves, inputs), []

@@ -152,7 +152,7 @@ class ExportReport(Report):
             kept = "norm folded in" if layer.folded else "the same bits"
             if layer.stored:
                 kept = f"rounded to {layer.stored}"
-            more, found = (str(layer.probes),), layer.arithmetic
+            more, found = (str(layer.probes),), layer.int8
             if found is not None:
                 counts = (found.entries, found.off, found.largest)
                 more = (*(f"{n:,}" for n in counts), found.rounding)

@@ -33,8 +33,8 @@ from .comparison import Comparison
 from .compiling import BackgroundProgram
 from .gradients import Gradients, trace_gradients
 from .interface import interface_differences
-from .moved import MOVED, moved_by_an_ulp
 from .parting import parting, porting_mistakes
+from .perturbed import PERTURBED, perturbed_by_an_ulp
 from .reference import Read, Reference, TracedProgram, float64_seconds
 from .rounding import ByQuantity, Pair, agreements, all_passed, explain, key_bits
 
@@ -209,8 +209,8 @@ def _compare(
     show(f"{backend}: running", 0, 1)
     mine = [_leaves(programs[0](*args))]
     theirs = _leaves(programs[1](*other_args))
-    for seed in range(MOVED):
-        mine.append(_leaves(programs[0](*moved_by_an_ulp(args, seed))))
+    for seed in range(PERTURBED):
+        mine.append(_leaves(programs[0](*perturbed_by_an_ulp(args, seed))))
     differences = tuple(map(_difference, mine[0], theirs))
     show(f"{backend}: running", 1, 1)
     if read is None:

@@ -27,7 +27,7 @@ from .agreement import (
 from .arithmetic import unit_roundoff
 from .compiling import BackgroundProgram
 from .layer_certificates import layer_certificates
-from .moved import MOVED, moved_by_an_ulp
+from .perturbed import PERTURBED, perturbed_by_an_ulp
 from .reference import Reference, TracedProgram
 from .report import Execution
 from .training_step import TrainingStep, has_gradients
@@ -234,8 +234,8 @@ def _errors(
     original, changed = forms
     arrays = pair.original.arrays
     runs = [original(pair.variables, arrays)]
-    for seed in range(MOVED):
-        params = moved_by_an_ulp(pair.variables["params"], seed)
+    for seed in range(PERTURBED):
+        params = perturbed_by_an_ulp(pair.variables["params"], seed)
         runs.append(original({**pair.variables, "params": params}, arrays))
     got = changed(pair.other, pair.changed.arrays)
     leaves = [jax.tree.leaves(run) for run in runs]

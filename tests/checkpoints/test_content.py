@@ -94,8 +94,8 @@ def test_a_move_that_goes_wrong_is_caught_before_anything_is_kept(
 
     monkeypatch.setattr(entries, "_scatter", wrong)
     if format == "orbax":
-        moved = entries.Moved.array
-        monkeypatch.setattr(entries.Moved, "array", lambda s: moved(s)[..., ::-1])
+        moved = entries.LazyLeaf.array
+        monkeypatch.setattr(entries.LazyLeaf, "array", lambda s: moved(s)[..., ::-1])
     once_more = (
         functools.partial(restore_checkpoint, tmp_path / "conv")
         if back

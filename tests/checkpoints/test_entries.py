@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcconv_jax.checkpoints import entries as module
-from fcconv_jax.checkpoints.entries import Filed, Held, Moved
+from fcconv_jax.checkpoints.entries import Filed, Held, LazyLeaf
 from fcconv_jax.checkpoints.extents import Extent, File, copy
 from fcconv_jax.checkpoints.slabs import row_major_slabs
 from fcconv_jax.geometry.kernels import Rearrangement
@@ -63,7 +63,7 @@ def test_entries_are_moved_and_compared_in_pieces_of_any_size(
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", data.draw(st.integers(1, 200)))
         for entries in (where, Held(array)):
-            moved = Moved(entries, dtype, move)
+            moved = LazyLeaf(entries, dtype, move)
             moved.write(out.extent, folder, told.append)
             assert bytes(out.extent.read(0, want.nbytes)) == want.tobytes()
             assert not moved.differs(Held(want), folder)

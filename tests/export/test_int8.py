@@ -186,7 +186,7 @@ def test_each_layer_equals_integer_arithmetic(tmp_path):
     kinds = {layer.op for layer in report.layers}
     assert {"CONV_2D", "DEPTHWISE_CONV_2D", "FULLY_CONNECTED"} >= kinds
     for layer in report.layers:
-        found = layer.arithmetic
+        found = layer.int8
         assert layer.exact
         assert (found.off, found.largest) == (0, 0)
         assert found.entries > 0
@@ -215,7 +215,7 @@ def test_an_entry_that_is_one_step_off_is_counted(tmp_path, monkeypatch):
     (layer,) = (x for x in again.layers if not x.passed)
     # In each of the two draws.
     assert layer.name == "fc1"
-    assert (layer.arithmetic.off, layer.arithmetic.largest) == (2, 1)
+    assert (layer.int8.off, layer.int8.largest) == (2, 1)
 
 
 def test_a_step_is_allowed_next_to_a_half_alone():
@@ -349,8 +349,8 @@ def test_onnx_with_a_scale_for_each_feature(name, form, qdq):
     for layer in report.layers:
         # Which layers are fused, and are exact then, depends on the processor.
         assert layer.exact
-        assert layer.arithmetic.largest <= 1
-        assert layer.arithmetic.entries > 0
+        assert layer.int8.largest <= 1
+        assert layer.int8.entries > 0
     difference = float(report.int8["difference from float32"].split()[0])
     assert 0 < difference < 0.1
     file = OnnxFile(Path(report.path))

@@ -15,7 +15,7 @@ import numpy as np
 
 from ...messages.errors import CheckpointError
 from ..checkpoint import Checkpoint, ConversionRecord, is_array
-from ..entries import Moved
+from ..entries import LazyLeaf
 from ..extents import Advance, Extent, File
 from ..nesting import fit_nested
 from .base import FileFormat
@@ -106,7 +106,7 @@ class _Writer:
 
     def __init__(self, file: File):
         self.file, self.at = file, 0
-        self.leaves: list[tuple[Moved, list[tuple[int, int]]]] = []
+        self.leaves: list[tuple[LazyLeaf, list[tuple[int, int]]]] = []
         self._waiting: list[bytes] = []
         self._from = 0
 
@@ -115,7 +115,7 @@ class _Writer:
         self._waiting.append(piece)
         self.at += len(piece)
 
-    def reserve(self, piece: tuple[Moved, int]) -> None:
+    def reserve(self, piece: tuple[LazyLeaf, int]) -> None:
         """Reserve space for the next bytes of a leaf."""
         leaf, nbytes = piece
         self.flush()
@@ -143,7 +143,7 @@ class _Writer:
 
 def _packed(
     node: Any, record: ConversionRecord | None, keeper: Any
-) -> Iterator[bytes | tuple[Moved, int]]:
+) -> Iterator[bytes | tuple[LazyLeaf, int]]:
     """Yield the bytes of a tree; for entries, the leaf and its number of bytes."""
     import msgpack
 
@@ -159,12 +159,12 @@ def _packed(
         for value in node:
             yield from _packed(value, record, keeper)
     elif isinstance(node, np.generic):
-        yield from _array(SCALAR, Moved.of(node), (), None)
+        yield from _array(SCALAR, LazyLeaf.of(node), (), None)
     elif isinstance(node, complex):
         content = msgpack.packb((node.real, node.imag))
         yield packer.pack(msgpack.ExtType(COMPLEX, content))
     elif is_array(node):
-        leaf = Moved.of(node)
+        leaf = LazyLeaf.of(node)
         entries = record.entries() if record and node is keeper else {}
         if entries or leaf.nbytes > _CHUNK:
             yield from _in_chunks(leaf, entries)
@@ -175,8 +175,8 @@ def _packed(
 
 
 def _in_chunks(
-    leaf: Moved, entries: Mapping[str, str]
-) -> Iterator[bytes | tuple[Moved, int]]:
+    leaf: LazyLeaf, entries: Mapping[str, str]
+) -> Iterator[bytes | tuple[LazyLeaf, int]]:
     """Yield an array as Flax writes one that is too large for one extension."""
     import msgpack
 
@@ -197,8 +197,8 @@ def _in_chunks(
 
 
 def _array(
-    code: int, leaf: Moved, shape: tuple[int, ...], nbytes: int | None
-) -> Iterator[bytes | tuple[Moved, int]]:
+    code: int, leaf: LazyLeaf, shape: tuple[int, ...], nbytes: int | None
+) -> Iterator[bytes | tuple[LazyLeaf, int]]:
     """Yield an extension that holds shape, dtype and bytes."""
     import msgpack
 

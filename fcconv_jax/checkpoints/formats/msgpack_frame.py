@@ -10,7 +10,7 @@ import numpy as np
 
 from ...files.strict_json import whole_numbers
 from ..checkpoint import LEAVES_KEY, PLAN_KEY
-from ..entries import Filed, Moved
+from ..entries import Filed, LazyLeaf
 from ..extents import Extent, File
 
 # flax.serialization's extension types, and the mark of an array in several chunks.
@@ -124,7 +124,7 @@ class FrameReader:
             raise FrameError(f"leaf {name!r} ends at {self.at}, not at {end}")
         return value
 
-    def _array(self, name: str, end: int) -> Moved:
+    def _array(self, name: str, end: int) -> LazyLeaf:
         """Return shape, dtype and bytes, and move the reader past them."""
         kind, count = self.head()
         if (kind, count) != ("list", 3):
@@ -147,7 +147,7 @@ class FrameReader:
             )
         extent = self.file.extent(self.at, end)
         self.at = end
-        return Moved(Filed(shape, dtype.itemsize, extent), dtype)
+        return LazyLeaf(Filed(shape, dtype.itemsize, extent), dtype)
 
     def _size(self, name: str) -> int:
         kind, size = self.head()
@@ -214,7 +214,7 @@ def _dtype(name: str, leaf: str) -> np.dtype:
     return dtype
 
 
-def _unchunked(node: dict[str, Any], record: dict[str, Any], path: Any) -> Moved:
+def _unchunked(node: dict[str, Any], record: dict[str, Any], path: Any) -> LazyLeaf:
     """Return an array that Flax stored in chunks, and the record, if present."""
     name = "/".join(path)
     shape, chunks = node.get("shape"), node.get("chunks")
@@ -233,4 +233,4 @@ def _unchunked(node: dict[str, Any], record: dict[str, Any], path: Any) -> Moved
     for key in (PLAN_KEY, LEAVES_KEY):
         if key in node:
             record[key] = node[key]
-    return Moved(Filed(sizes, dtype.itemsize, extent), dtype)
+    return LazyLeaf(Filed(sizes, dtype.itemsize, extent), dtype)

@@ -30,7 +30,7 @@ from ..checkpoint import (
     iter_leaves,
     with_leaves,
 )
-from ..entries import Moved, raw_dtype
+from ..entries import LazyLeaf, raw_dtype
 from ..extents import LARGE, Advance, File, give_back_memory
 from ..nesting import fit_nested
 from .base import FolderFormat
@@ -168,7 +168,9 @@ def _directory(path: Path, contents: OrbaxItems) -> Path:
 def _as_lazy(leaf: Any) -> Any:
     """Return an array as its handler takes it; other leaves stay as they are."""
     return (
-        Moved.of(leaf) if is_array(leaf) and not isinstance(leaf, np.generic) else leaf
+        LazyLeaf.of(leaf)
+        if is_array(leaf) and not isinstance(leaf, np.generic)
+        else leaf
     )
 
 
@@ -209,7 +211,7 @@ def _handler(scratch: Path, like: Storage, advance: Advance) -> Any:
         (float, th.ScalarHandler()),
         (np.number, th.ScalarHandler()),
         (str, th.StringHandler()),
-        (Moved, Streaming(**options)),
+        (LazyLeaf, Streaming(**options)),
     )
     with _quiet():
         return ocp.PyTreeCheckpointHandler(
@@ -217,7 +219,7 @@ def _handler(scratch: Path, like: Storage, advance: Advance) -> Any:
         )
 
 
-def _batches(leaves: Sequence[Moved]) -> Iterator[list[int]]:
+def _batches(leaves: Sequence[LazyLeaf]) -> Iterator[list[int]]:
     """Yield the numbers of leaves that are in memory together."""
     batch, size = [], 0
     for index, leaf in enumerate(leaves):
@@ -231,7 +233,7 @@ def _batches(leaves: Sequence[Moved]) -> Iterator[list[int]]:
         yield batch
 
 
-def _materialised(leaf: Moved, scratch: Path) -> np.ndarray:
+def _materialised(leaf: LazyLeaf, scratch: Path) -> np.ndarray:
     """Return the moved array: in memory, or if it is large in a file without a name."""
     if leaf.nbytes <= LARGE:
         return leaf.array()

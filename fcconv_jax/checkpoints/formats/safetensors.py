@@ -15,7 +15,7 @@ import numpy as np
 from ...files.strict_json import loads, whole_numbers
 from ...messages.errors import CheckpointError
 from ..checkpoint import Checkpoint, ConversionRecord, is_array
-from ..entries import Filed, Moved
+from ..entries import Filed, LazyLeaf
 from ..extents import BLOCK, Advance, Extent, File, copy
 from ..nesting import fit_flat
 from .base import FileFormat
@@ -77,7 +77,7 @@ def open_(path: Path) -> Checkpoint:
         known = _DTYPES.get(dtype, dtype)
         itemsize = 0 if isinstance(known, str) else known.itemsize
         extent = file.extent(start + begin, start + end)
-        tree[name] = Moved(Filed(shape, itemsize, extent), known)
+        tree[name] = LazyLeaf(Filed(shape, itemsize, extent), known)
     record = ConversionRecord.take(metadata, path)
     return Checkpoint("safetensors", tree, record, metadata, path)
 
@@ -105,7 +105,7 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
                 f"holds arrays of {', '.join(sorted(d.name for d in _NAMES))}; "
                 "write the checkpoint as Orbax or msgpack"
             )
-        moved = Moved.of(leaf)
+        moved = LazyLeaf.of(leaf)
         leaves.append((offset, moved))
         end = offset + moved.nbytes
         header[name] = {
@@ -128,7 +128,7 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
 
 
 def write_leaves(
-    leaves: list[tuple[int, Moved]], file: File, path: Path, advance: Advance
+    leaves: list[tuple[int, LazyLeaf]], file: File, path: Path, advance: Advance
 ) -> None:
     """Write leaves to their places in a file, those that lie together at once."""
     waiting: tuple[Extent, Extent] | None = None

@@ -13,7 +13,7 @@ import numpy as np
 from ...files.strict_json import loads
 from ...messages.errors import CheckpointError
 from ..checkpoint import LeafInfo, iter_leaves
-from ..entries import Moved
+from ..entries import LazyLeaf
 from ..extents import File
 from ..walk import regular_files
 
@@ -115,7 +115,7 @@ class Storage:
         native = entries.dtype in (np.int64, np.float64, np.bool_)  # Python's own
         return value.item() if native else value
 
-    def _entries(self, described: Any, name: str) -> Moved:
+    def _entries(self, described: Any, name: str) -> LazyLeaf:
         where: dict[str, Any] = {
             "driver": "file",
             "path": f"{described.directory}/",
@@ -127,7 +127,7 @@ class Storage:
         spec = {"driver": "zarr3" if self.zarr3 else "zarr", "kvstore": where}
         dtype = np.dtype(described.dtype)
         stored = Stored(tuple(described.shape), dtype, spec, name)
-        return Moved(stored, dtype)
+        return LazyLeaf(stored, dtype)
 
 
 @dataclasses.dataclass(frozen=True)

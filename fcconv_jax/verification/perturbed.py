@@ -1,4 +1,4 @@
-"""Arrays moved by one unit in the last place: how a program answers to rounding."""
+"""Arrays perturbed by one unit in the last place: how a program answers to rounding."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import PyTree
 
-# How often a program is also run with its params moved.
-MOVED = 3
+# How often a program is also run with its params perturbed.
+PERTURBED = 3
 
 
-def moved_by_an_ulp(tree: PyTree, seed: int, stored: str | None = None) -> Any:
+def perturbed_by_an_ulp(tree: PyTree, seed: int, stored: str | None = None) -> Any:
     """Return each float of a tree up or down by one unit in the last place; zeros stay.
 
     Args:
@@ -23,8 +23,8 @@ def moved_by_an_ulp(tree: PyTree, seed: int, stored: str | None = None) -> Any:
         move by half a unit of it, as far as rounding to it moves them.
 
     Example:
-      >>> moved = moved_by_an_ulp(np.ones(2, np.float32), 0)
-      >>> sorted(float((x - 1) / np.finfo(np.float32).eps) for x in moved)
+      >>> found = perturbed_by_an_ulp(np.ones(2, np.float32), 0)
+      >>> sorted(float((x - 1) / np.finfo(np.float32).eps) for x in found)
       [-1.0, 1.0]
     """
     rng = np.random.default_rng(seed)
