@@ -150,7 +150,6 @@ def _part(record: ConversionRecord | None, tree: PyTree) -> ConversionRecord | N
 
 
 def _listed(index: Path) -> set[str]:
-    """Return the files that an index names."""
     content = File.read(index).content()
     try:
         weights = loads(content)["weight_map"]

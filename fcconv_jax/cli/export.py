@@ -10,7 +10,7 @@ import typer
 
 from .app import app, examples
 from .inputs import ArgumentError
-from .options import AsJson, ModelName, Params, Rules
+from .options import AsJson, AsMarkdown, ModelName, Params, ReportFile, Rules
 from .output import REPORTS, check_destination, show_report, start_jax
 from .records import CallOptions, spread
 from .steps import read_model, read_plan, require_inputs, with_random_inputs
@@ -122,16 +122,9 @@ def export(
         ),
     ] = False,
     seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
-    report: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the report to this file, as JSON (*.json) or Markdown."
-        ),
-    ] = None,
+    report: ReportFile = None,
     as_json: AsJson = False,
-    as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the report as Markdown.")
-    ] = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Write a model as a file for an edge runtime, and prove what was written.
 

@@ -141,3 +141,10 @@ Overwrite = Annotated[
     bool, typer.Option("--overwrite", help="Replace the checkpoint at DST.")
 ]
 AsJson = Annotated[bool, typer.Option("--json", help="Print only JSON to stdout.")]
+AsMarkdown = Annotated[
+    bool, typer.Option("--markdown", help="Print the report as Markdown.")
+]
+ReportFile = Annotated[
+    Path | None,
+    typer.Option(help="Write the report to this file, as JSON (*.json) or Markdown."),
+]

@@ -13,10 +13,12 @@ from .export import is_exported, verify_exported
 from .inputs import ArgumentError
 from .options import (
     AsJson,
+    AsMarkdown,
     Backends,
     ModelName,
     Params,
     Prefixes,
+    ReportFile,
     Step,
     To,
 )
@@ -86,16 +88,9 @@ def verify(
             help="The model of an exported file, to compare the outputs on --input.",
         ),
     ] = None,
-    out: Annotated[
-        Path | None,
-        typer.Option(
-            help="Write the report to this file, as JSON (*.json) or Markdown."
-        ),
-    ] = None,
+    out: ReportFile = None,
     as_json: AsJson = False,
-    as_markdown: Annotated[
-        bool, typer.Option("--markdown", help="Print the report as Markdown.")
-    ] = False,
+    as_markdown: AsMarkdown = False,
 ) -> None:
     """Verify that both forms of a model are equivalent on this machine.
 

@@ -58,7 +58,6 @@ def _squeeze(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
 
 
 def _without_axes(value: CropArray, gone: Sequence[int]) -> CropArray:
-    """Drop axes of size 1."""
     for dim in gone:
         for part in value.groups[dim]:
             if part.grid is not None:

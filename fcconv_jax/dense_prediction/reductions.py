@@ -46,7 +46,6 @@ def _reduction(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
 
 
 def _scan(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
-    """Return a cumulative sum or the like."""
     axis = eqn.params["axis"]
     value = _whole(values[0], axis)
     at = value.axis(sum(value.ranks[:axis]))
@@ -55,7 +54,6 @@ def _scan(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
 
 
 def _position(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
-    """``argmax`` and ``argmin``."""
     (axis,) = eqn.params["axes"]
     value = _whole(values[0], axis)
     at = value.axis(sum(value.ranks[:axis]))

@@ -101,7 +101,6 @@ def _plan_dense(
     stack_axes: tuple[int, ...],
     rule: Rule | None,
 ) -> LayerPlan:
-    """Plan a Dense or DenseGeneral that goes to conv."""
     call = calls[0]
     axes = call.axes
     assert axes is not None
@@ -139,7 +138,6 @@ def _plan_dense(
 def _plan_conv(
     path: str, calls: Sequence[Call], stack_axes: tuple[int, ...], rule: Rule | None
 ) -> LayerPlan:
-    """Plan a Conv that goes to dense."""
     call = calls[0]
     _check_calls(calls, rule)
     found = [_classify(each) for each in calls]

@@ -311,7 +311,6 @@ def _known_precision(precision: PrecisionLike) -> bool:
 def _enter(
     analysis: Analysis, eqn: Equation, ins: list[Tag], context: _Context, memo: Memo
 ) -> list[Tag]:
-    """Go into the bodies of a call, a loop or a branch."""
 
     def analysed(body: AnyJaxpr, tags: Sequence[Tag]) -> Analysis:
         return _analysed(body, tags, context, memo)

@@ -62,7 +62,7 @@ def run_rewritten(
     def wanted(matmul: Matmul) -> bool:
         if id(matmul) not in known:
             found = kernels.get(matmul.weight.path)
-            known[id(matmul)] = found is not None and _is_planned(matmul, *found, plan)
+            known[id(matmul)] = found is not None and _is_planned(matmul, *found)
         return known[id(matmul)]
 
     def replace(matmul: Matmul, operands: Sequence[Any]) -> Any:
@@ -77,7 +77,7 @@ def run_rewritten(
     return jax.tree.unflatten(traced.out_tree, outs)
 
 
-def _is_planned(matmul: Matmul, path: str, layer: LayerPlan, plan: Plan) -> bool:
+def _is_planned(matmul: Matmul, path: str, layer: LayerPlan) -> bool:
     """Whether a matmul with a planned kernel is the one that was planned."""
     if form_of(matmul) == layer.to or matmul.obstacle:
         return False

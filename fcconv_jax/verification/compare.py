@@ -267,7 +267,6 @@ def _judged(
     models: tuple[BoundModel, BoundModel],
     reference: Reference,
 ) -> Comparison:
-    """Return the comparison with its verdict."""
     failed = [array for array in found.arrays if not array.passed]
     if any(not array.unseen for array in failed):
         parts_at = None

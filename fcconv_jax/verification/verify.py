@@ -251,7 +251,6 @@ def _resolve_all(backends: Sequence[str | Backend] | None) -> list[Resolution]:
 def _execute(
     equality: Equality, pair: BothForms, resolution: Resolution, show: Progress
 ) -> tuple[BackendReport, Execution]:
-    """Run both forms on a device that is present."""
     with contextlib.ExitStack() as stack:
         # On the default backend arrays stay as they are, spread over a mesh or not.
         if resolution.device.platform != jax.default_backend():

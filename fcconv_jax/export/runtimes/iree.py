@@ -206,7 +206,6 @@ def loaded(content: bytes) -> Callable[..., list[np.ndarray]]:
 
 
 def _as_jax(layer: Layer, x: Any, kernel: Any, bias: Any = None) -> Any:
-    """Return a layer as JAX has it."""
     options = layer.options
     if layer.op == "conv":
         y = lax.conv_general_dilated(

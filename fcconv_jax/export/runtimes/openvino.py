@@ -303,7 +303,7 @@ def _constant(op: Any, side: int) -> Any:
 
 
 def _side(op: Any) -> int | None:
-    """Return which operand is the weight."""
+    """Return which operand is the weight; None if both are activations."""
     sides = (1, 0) if op.get_type_name() == "MatMul" else (1,)
     for side in sides:
         if _constant(op, side).get_type_name() == "Constant":

@@ -97,7 +97,7 @@ def write(graph: Graph, record: FileRecord, path: Path) -> None:
 
 
 class _Writer:
-    """Says each node of a graph to coremltools' builder."""
+    """Builds each node of a graph with coremltools."""
 
     def __init__(self, mb: Any, graph: Graph, inputs: Mapping[str, Any]):
         self.mb, self.names = mb, {}

@@ -246,13 +246,13 @@ class LiteRTFile(Shipped):
         return int(op.inputs[place]) if len(op.inputs) > place else -1
 
     def _entering(self, op: Any) -> int:
-        """Return the tensor of a linear operator's input."""
+        """Return the tensor of a linear operator's activation."""
         # Its first operand is the shape of the result.
         transposed = self.name(op) == "TRANSPOSE_CONV"
         return int(op.inputs[2 if transposed else 1 - self._side(op)])
 
     def _side(self, op: Any) -> Any:
-        """Return which operand is the weight."""
+        """Return which operand is the weight; None if both are activations."""
         # A product has its weight on either side; all others have it second.
         for side in (1, 0):
             if self.array(op.inputs[side]) is not None:

@@ -155,7 +155,6 @@ class OnnxFile(Shipped):
 
     @functools.cached_property
     def _makers(self) -> dict[str, Any]:
-        """The node that makes each value."""
         return {name: node for node in self.nodes for name in node.output}
 
     def _bias(self, node: Any) -> str | None:
