@@ -271,6 +271,7 @@ class _Call:
         tree = bound.traced[1]
         self.outputs = [name for name, _ in named_leaves(tree, "output")]
         self.input_names = [
+            # Two values of a file can't have one name.
             f"{name}_in" if name in self.outputs else name
             for name in input_names(bound.args, bound.kwargs)
         ]

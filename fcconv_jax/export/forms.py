@@ -131,6 +131,7 @@ def as_layer(path: str, layer: LayerPlan, form: str) -> Layer:
         "padding": ((0, 0), (0, 0)),
         "strides": strides,
     }
+    # Chips see it as the graph has it: a stride of 1 over inputs that are spread.
     if layer.transposed:
         geometry |= {"strides": (1, 1), "spread": strides}
     made = tuple(sorted(geometry.items()))

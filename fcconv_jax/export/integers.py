@@ -40,6 +40,7 @@ def by_float(
       >>> by_float(np.array([3, 5]), 0.5, np.array([1.0]), 1.0)
       array([2, 2])
     """
+    # In this order, as XNNPACK does: float32 rounds after each operation.
     one = np.float32(scale_in) * scales.astype(np.float32) / np.float32(scale_out)
     return np.rint(sums.astype(np.float32) * one).astype(np.int64)
 
@@ -55,6 +56,7 @@ def by_fixed_point(
     """
     share, shift = np.frexp(float(scale_in) * scales.astype(np.float64) / scale_out)
     factor = np.floor(share * 2.0**31 + 0.5).astype(np.int64)
+    # A share that rounds up to 1 doesn't fit 31 bits.
     over = factor == 2**31
     factor, shift = np.where(over, factor // 2, factor), shift + over
     product = (sums << np.maximum(shift, 0)) * factor

@@ -73,7 +73,9 @@ def _draws(
     limit: int = _LIMIT,
 ) -> Iterator[Probe]:
     terms = layer.terms
+    # The small side: as large as the sums allow, 15 at most.
     other = max(1, min(15, (limit - size) // (size * terms)))
+    # The bias takes one more entry of the large side.
     summed = (limit - size) // (size * other)
     axis = _summed_axis(layer)
     features = layer.input_shape[axis]

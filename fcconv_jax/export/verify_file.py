@@ -109,6 +109,7 @@ def verify_file(
             refused = error
     with default_settings(), shown(progress) as show:
         variables = params
+        # The record's paths begin with the collection.
         if not (isinstance(params, Mapping) and "params" in params):
             variables = {"params": params}
         reference, notes = None, []

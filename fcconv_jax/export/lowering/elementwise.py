@@ -48,6 +48,7 @@ def _elementwise(low: Builder, eqn: Equation, *values: Value) -> Value:
 def _same(low: Builder, eqn: Equation, *values: Value) -> Sequence[Value]:
     if eqn.primitive.name == "reduce_precision":
         info = np.finfo(values[0].dtype)
+        # Rounding to its own precision changes nothing.
         if (eqn.params["exponent_bits"], eqn.params["mantissa_bits"]) != (
             info.nexp,
             info.nmant,
@@ -79,6 +80,7 @@ def _integer_pow(low: Builder, eqn: Equation, x: Value) -> Value:
     power = eqn.params["y"]
     out: Value | None = None
     base, left = x, abs(power)
+    # By repeated squaring: x ** 8 takes three multiplications.
     while left:
         if left & 1:
             out = base if out is None else low.add("mul", [out, base], x.shape)
@@ -86,6 +88,7 @@ def _integer_pow(low: Builder, eqn: Equation, x: Value) -> Value:
         if left:
             base = low.add("mul", [base, base], x.shape)
     one = constant(np.ones((), x.dtype))
+    # x ** 0 is 1, also where x is NaN.
     if out is None:
         return low.add("broadcast", [one], x.shape)
     return out if power > 0 else low.add("div", [one, out], x.shape)
@@ -134,6 +137,8 @@ def _select(low: Builder, eqn: Equation, which: Value, *cases: Value) -> Value:
             "the model selects among more than two values with lax.select_n. Use "
             "jnp.where."
         )
+    # A condition that the program fixes leaves one case, and its constant keeps its
+    # origin.
     if which.data is not None and len(set(which.data.flat)) == 1:
         chosen = cases[int(which.data.flat[0])]
         if chosen.shape == tuple(out.shape):

@@ -92,6 +92,7 @@ def _dot(low: Builder, eqn: Equation, a: Value, b: Value) -> Value:
             f"the model multiplies {a.dtype} by {b.dtype}. Cast both to one dtype."
         )
     weight_first = a.data is not None
+    # Without batch axes, a weight makes a dense layer; else it is a batched product.
     if (weight_first or b.data is not None) and not ba:
         if weight_first:
             a, b, ca, cb = b, a, cb, ca

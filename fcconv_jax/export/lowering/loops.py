@@ -78,6 +78,7 @@ def _while(low: Any, eqn: Equation, *values: Value) -> list[Value]:
         new = inner.run(body, taken[tested:])
         return [inner.run(test, [*taken[:tested], *new])[0], *new]
 
+    # Runtimes test before the first step, and take the result of the test.
     begin = low.run(test, [*values[:tested], *values[fixed:]])[0]
     taken, made = _inside(low, values, fixed, run)
     captured = len(taken) - carried
@@ -96,6 +97,7 @@ def _branch(low: Any, eqn: Equation, values: list[Value], number: int) -> list[V
     branches, index = eqn.params["branches"], values[0]
     if number == len(branches) - 1:
         return low.run(branches[number], values[1:])
+    # Runtimes branch in two: several branches become a chain.
     least = constant(np.asarray(number, index.dtype))
     later = low.add("gt", [index, least], index.shape, np.bool_)
     runs: list[Run] = [
@@ -121,6 +123,7 @@ def _inside(
     own = [i < fixed and value.data is not None for i, value in enumerate(values)]
     given = [v if c else Value(v.shape, v.dtype) for v, c in zip(values, own)]
     inner = type(low)(low.unroll, low.whole)
+    # One list: what a body has to report belongs to the file.
     inner.notes = low.notes
     outs = run(inner, given)
     inputs = [v for v, c in zip(given, own) if not c]

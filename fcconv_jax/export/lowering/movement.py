@@ -171,6 +171,7 @@ def _gather(low: Builder, eqn: Equation, x: Value, indices: Value) -> Value:
     if indices.data is not None and not batch:
         starts = indices.data
         if p["mode"] == jax.lax.GatherScatterMode.CLIP:
+            # As JAX clips: so that the whole window is inside.
             last = [x.shape[axis] - sizes[axis] for axis in d.start_index_map]
             starts = np.clip(starts, 0, last)
         windows = _windows(low, x, starts, d, sizes)
@@ -198,6 +199,7 @@ def _windows(
     first, last = [0] * len(x.shape), list(sizes)
     varying: dict[int, tuple[int, np.ndarray]] = {}
     for axis, start in zip(d.start_index_map, np.moveaxis(starts, -1, 0)):
+        # JAX fills or clips such windows, depending on the mode.
         if start.min() < 0 or start.max() > x.shape[axis] - sizes[axis]:
             return None
         ways = [i for i in range(len(lead)) if np.ptp(start, i).any()]
@@ -254,6 +256,7 @@ def _as_grid(starts: np.ndarray) -> tuple[np.ndarray, list[list[int]]]:
         runs = {int(column.argmax()) for column in changes.T if column.any()}
         ends = sorted({count, *runs, 1}, reverse=True)
         sizes = [a // b for a, b in itertools.pairwise(ends)]
+        # Not a grid: the places stay one axis.
         if math.prod(sizes) != count:
             sizes = [count]
         parts.append(list(range(len(shape), len(shape) + len(sizes))))

@@ -97,6 +97,7 @@ def _pool_axes(
         y = low.add("pool_max", [image], shape, **attrs)
     else:
         y = low.add("pool_mean", [image], shape, **attrs)
+        # Runtimes have means: a sum is the mean of a window times its entries.
         number = constant(math.prod(window), x.dtype)
         y = low.add("mul", [y, number], shape)
     along = dict(zip(axes, made[2 - len(axes) :]))

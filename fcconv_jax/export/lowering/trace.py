@@ -68,6 +68,7 @@ class Lowering(Builder):
             return computed(eqn, values)
         if name == "cond" and values[0].data is not None:
             branches = eqn.params["branches"]
+            # lax.switch clamps its index.
             which = min(max(int(values[0].data), 0), len(branches) - 1)
             return self.run(branches[which], values[1:])
         rule = RULES.get(name)
@@ -197,6 +198,7 @@ def computed(eqn: Equation, values: Sequence[Value]) -> list[Value]:
         with np.errstate(all="ignore"):
             outs = [np.asarray(function(*data), np.float32)]
     else:
+        # On a GPU or TPU, constants might be computed in a lower precision.
         with jax.default_device(jax.devices("cpu")[0]):
             outs = bind(eqn, data)
     leaves = frozenset[str]().union(*(value.leaves for value in values))
