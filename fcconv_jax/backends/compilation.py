@@ -86,6 +86,7 @@ class Compilation:
 def compile_present(program: Program, resolution: Resolution) -> Compilation:
     """Compile a program for a device that is present."""
     one = jax.sharding.SingleDeviceSharding(resolution.device)
+    # Abstract: compiling needs no copy of the arrays on the device.
     args = jax.tree.map(lambda leaf: abstract(leaf, one), program.args)
     lowered = jax.jit(program.function).trace(*args).lower()
     started = time.perf_counter()

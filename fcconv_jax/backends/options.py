@@ -88,6 +88,7 @@ def pool_options(backend: str) -> dict[str, Any]:
     """
     if backend != "cpu":
         return {}
+    # An XLA without the finer option turns YNNPACK off as a whole, or has none.
     found = next((each for each in (_NO_POOLS, _PLAIN_CPU) if _is_known(each)), ())
     return correct_options(backend) | dict(found)
 

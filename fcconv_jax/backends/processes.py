@@ -116,6 +116,7 @@ class Pool:
         progress: Callable[[str, int, int], None] | None = None,
     ):
         self._limit = min(_PROCESSES, os.cpu_count() or 1)
+        # Cores that would idle compile a part of a job each.
         parts = max(1, self._limit // max(1, len(jobs)))
         self._parts = [
             (backend, part)
@@ -189,6 +190,7 @@ class _Process:
             self.process = subprocess.Popen(
                 # -P: modules beside the worker must not shadow others of their name.
                 [sys.executable, "-P", worker.__file__, str(path)],
+                # A worker must not read what the user types for this process.
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=subprocess.STDOUT,

@@ -110,11 +110,13 @@ def missing_extra(platform: Platform) -> str:
 
 
 def _pjrt(backend: Backend) -> str:
+    # JAX has one name for both; the device's client shows which it is.
     return "gpu" if backend.platform in ("cuda", "rocm") else backend.platform
 
 
 def _installed(module: str) -> bool:
     try:
         return importlib.util.find_spec(module) is not None
+    # A parent package of the module is missing.
     except ModuleNotFoundError:
         return False

@@ -222,6 +222,8 @@ def _input_roundoff(
     )
     # As many as the accumulator's probes: programs of one shape compile once.
     probes = np.resize(probes, max(len(probes), len(_accumulator_probes(dtype)[0])))
+    # One nonzero term in a sum: what is lost is lost by the operand, not the
+    # accumulator.
     rows = np.zeros((len(probes), _REDUCTION))
     rows[:, 0] = probes
     columns = np.zeros((_REDUCTION, len(probes)))

@@ -145,6 +145,7 @@ class Equality:
         pairs = []
         for path in plan:
             ys, zs = mine.get(path, []), theirs.get(path, [])
+            # A path that is called another number of times has no pairs to compare.
             if ys and len(ys) == len(zs):
                 pairs += [(path, y, _shaped_like(y, z)) for y, z in zip(ys, zs)]
         self.references["layers"] = [(path, y) for path, y, _ in pairs]
@@ -155,6 +156,8 @@ class Equality:
         arrays = []
         for quantity, want in self.references.items():
             extra = None
+            # The first backend: how much a program magnifies rounding is its own
+            # property.
             for execution in executions[:1]:
                 errors = {e.path: e for e in execution.errors if e.quantity == quantity}
                 extra = [

@@ -75,6 +75,8 @@ def _movable(dtype: DTypeLike, values: np.ndarray) -> Iterator[Constant]:
     for value in values.tolist():
         if not np.isfinite(value) or value == round(value):
             continue
+        # Half the bits: a rounded constant has so few with a probability of 2**-12 in
+        # float32.
         few = np.ldexp(np.frexp(value)[0], bits // 2)
         if few != np.round(few):
             yield str(dtype), value

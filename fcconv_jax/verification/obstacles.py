@@ -40,6 +40,7 @@ def _obstacles(jaxpr: AnyJaxpr) -> Iterator[str]:
         name = eqn.primitive.name
         inner = bodies(eqn)
         if name == "custom_linear_solve":
+            # The others serve derivatives, which a reading does not take.
             inner = (eqn.params["jaxprs"].solve,)
         if _looks_at_bits(eqn) and not _comes_back(body, eqn.outvars[0]):
             yield f"{name!r} looks at the bits of a float"
@@ -61,6 +62,7 @@ def _looks_at_bits(eqn: Equation) -> bool:
 
 def _comes_back(body: OpenJaxpr, var: Any) -> bool:
     """Return whether the bits of a float are only masked and made a float again."""
+    # Whoever takes the output sees the bits.
     if var in body.outvars:
         return False
     uses = [eqn for eqn in body.eqns if var in eqn.invars]

@@ -61,6 +61,7 @@ def parting(
         """Return the second model's modules with this output; its namesake alone."""
         same = namesakes.get(_spelled(path))
         among = dict(got) if same is None else {same: got[same]}
+        # Called as often: the calls correspond one by one.
         if same is not None and len(got[same]) == len(want[path]):
             among = {same: [got[same][number]]}
         y = want[path][number]

@@ -188,6 +188,7 @@ def _off(arrays: Sequence[Agreement]) -> float:
 def _constants_of(pairs: Sequence[Pair]) -> list[Constant]:
     traces = [trace for pair in pairs for trace in pair.traces]
     found = dict.fromkeys(c for trace in traces for c in constants(trace.jaxpr))
+    # Each constant takes a run of both programs.
     return list(found) if len(found) <= _MOST else []
 
 
@@ -234,6 +235,7 @@ def _noise(pairs: Sequence[Pair], like: Results) -> Results:
     readings = _Readings(pairs, noisy=True)
     still = readings.run()
     worst = [[np.zeros(y.shape) for y in quantity] for quantity in like]
+    # Seed 0 moves nothing.
     for seed in range(1, _DRAWS + 1):
         for side, base in zip(readings.run(seed=seed), still):
             _widen(worst, side, base, np.maximum)
@@ -313,6 +315,8 @@ def _picker(mine: Results, theirs: Results) -> Any:
                 off = abs(y.reshape(-1) - z.reshape(-1))
             finite = np.flatnonzero(np.isfinite(off))
             chosen = finite[np.argsort(-off[finite])[:_ENTRIES]]
+            # Beside the largest differences, entries that must not move when constants
+            # do.
             more = rng.choice(finite, min(_ENTRIES, finite.size), replace=False)
             scale = max(largest(y), 1e-2 * most) or 1.0
             places.append((np.union1d(chosen, more), scale))
