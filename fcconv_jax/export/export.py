@@ -27,6 +27,7 @@ from ..messages.progress import Progress, ProgressOption, shown
 from ..plan import Plan
 from ..plan.rules import Rule, as_rules
 from ..tracing.arguments import is_key
+from ..tracing.inputs_read import inputs_read
 from ..verification.agreement import WorkingError, named_leaves, working_errors
 from .arguments import check_arguments, check_arrays
 from .chips import Chip
@@ -34,7 +35,13 @@ from .fingerprint import BLANK, seal
 from .fold_norms import folded_outputs
 from .forms import FileForm, plan_of_form
 from .graph import Graph, Source
-from .layers import computed_values, constants_of, layers_of, leaves_read
+from .layers import (
+    computed_values,
+    constants_of,
+    layers_of,
+    leaves_read,
+    unplaced_leaves,
+)
 from .lowering.trace import input_names, lower
 from .memory import peak_bytes
 from .open_sizes import (
@@ -312,7 +319,8 @@ class _Call:
                 fixed = not self.sizes.axes
                 columns = fixed and not self.int8 and self.runtime.columns
                 to_nchw(each, rows=fixed, columns=columns)
-        folded = sorted({leaf for x in layers if x.folded for leaf in x.folded.leaves})
+        # A constant is looked for anywhere in the file: it may equal another parameter.
+        unplaced = unplaced_leaves(graph) if self.runtime.layers else graph.leaves
         record = FileRecord(
             layers,
             plan,
@@ -320,7 +328,7 @@ class _Call:
             self.chip.name if self.chip else None,
             constants_of(graph),
             BLANK,
-            tuple((leaf, digest_of(leaves[leaf])) for leaf in folded),
+            tuple((leaf, digest_of(leaves[leaf])) for leaf in unplaced),
         )
         if self.runtime.write is not None:
             if more:
@@ -367,6 +375,7 @@ class _Call:
 
         jaxpr = jax.make_jaxpr(call)([flat[i] for i in stored], bound.arrays)
         pairs = list(leaves.items())
+        read = [name for name, used in zip(leaves, inputs_read(jaxpr)) if used]
         try:
             names = self.input_names, self.outputs
             graph = lower(jaxpr, pairs, *names, self.unroll, self.whole)
@@ -374,7 +383,8 @@ class _Call:
             if self.runtime.write is not None:
                 raise
             why = f"its layers are not compared one by one: {error}"
-            return Graph([], [], [], [], list(self.outputs), [why])
+            return Graph([], [], [], [], list(self.outputs), [why], read)
+        graph.leaves = read
         if self.runtime.write is None:
             # Its file has the outputs that no input changes, too, and computes each
             # computed kernel itself.

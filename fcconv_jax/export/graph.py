@@ -287,6 +287,7 @@ class Graph:
       input_names: one for each input.
       output_names: one for each output.
       notes: what a reader of the report should know.
+      leaves: the parameters that its outputs depend on.
     """
 
     inputs: list[Value]
@@ -295,6 +296,7 @@ class Graph:
     input_names: list[str]
     output_names: list[str]
     notes: list[str] = dataclasses.field(default_factory=list)
+    leaves: list[str] = dataclasses.field(default_factory=list)
 
     def producers(self) -> dict[Value, Node]:
         """Return the operation that makes each value."""

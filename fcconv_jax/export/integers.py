@@ -265,7 +265,9 @@ def _rounded(
     exact = values * scales.astype(np.float64)
     # Float32, in which quantizers divide, rounds large integers.
     most = 0.501 * scales + np.finfo(np.float32).eps * np.abs(wanted)
-    wrong = np.argwhere(np.abs(exact - wanted) > most)
+    # NaN compares as neither more nor less, and infinity as within its own rounding.
+    within = (np.abs(exact - wanted) <= most) & np.isfinite(wanted)
+    wrong = np.argwhere(~within)
     if not len(wrong):
         return []
     index = tuple(int(i) for i in wrong[0])

@@ -227,6 +227,20 @@ def leaves_read(graph: Graph) -> list[str]:
     return list(dict.fromkeys(found))
 
 
+def unplaced_leaves(graph: Graph) -> list[str]:
+    """Return the parameters besides those that are a layer's kernel or bias.
+
+    Such as those that a norm folded into a layer, or a computed constant, comes from.
+    """
+    nodes = [node for part in graph.graphs() for node in part.linear()]
+    weights = [v for node in nodes for v in node.inputs if v.data is not None]
+    placed = {value.source.leaf for value in weights if value.source}
+    reads = [v for part in graph.graphs() for v in part.reads() if v.source is None]
+    computed = frozenset[str]().union(*(value.leaves for value in reads))
+    folded = frozenset[str]().union(*(n.folded.leaves for n in nodes if n.folded))
+    return sorted((set(graph.leaves) - placed) | computed | folded)
+
+
 def computed_values(graph: Graph) -> dict[str, Value]:
     """The kernels that are computed from parameters, by the name of their layer."""
     return {

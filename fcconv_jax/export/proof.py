@@ -10,7 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -215,12 +215,10 @@ def prove(
         notes.append(f"computed from parameters, not their bits: {', '.join(made_of)}")
     if not any(proof.failures for proof in proofs):
         notes += shipped.remarks(record)
-    wrong, doubtful = _not_finite(record, leaves)
-    failures += wrong
-    notes += doubtful
-    failures += _other_folded(record, leaves)
     lost, count = _other_constants(shipped, record, leaves)
-    failures += lost
+    wrong, doubtful = about_parameters(record, leaves, lost)
+    failures += [*wrong, *lost.values()]
+    notes += doubtful
     outputs: tuple[WorkingError, ...] = ()
     if reference is not None and shipped.executed:
         show(f"{shipped.runtime}: the whole file", 0, 1)
@@ -237,13 +235,22 @@ def prove(
     return Proof(tuple(proofs), outputs, count, tuple(failures), tuple(notes))
 
 
+def about_parameters(
+    record: FileRecord, leaves: Mapping[str, np.ndarray], lost: Container[str] = ()
+) -> tuple[list[str], list[str]]:
+    """Return what is wrong with the parameters but those that are lost, and notes.
+
+    Those that are not a layer's kernel or bias must have the record's digests. Files
+    with the same NaN agree bit by bit, and show nothing: some number must be finite.
+    """
+    failures, notes = _not_finite(record, leaves)
+    return failures + _other_digests(record, leaves, lost), notes
+
+
 def _not_finite(
     record: FileRecord, leaves: Mapping[str, np.ndarray]
 ) -> tuple[list[str], list[str]]:
-    """A failure where no number of the parameters is finite, a note where some are not.
-
-    Files with the same NaN agree bit by bit, and show nothing.
-    """
+    """A failure if no number of the parameters is finite, a note if some are not."""
     named = [s for layer in record.layers for s in (layer.kernel, layer.bias) if s]
     names = {source.leaf for source in (*named, *record.constants)}
     names |= {leaf for layer in record.layers for leaf in layer.made_of}
@@ -373,31 +380,35 @@ def _difference(want: np.ndarray, got: np.ndarray) -> str | None:
     )
 
 
-def _other_folded(record: FileRecord, leaves: Mapping[str, np.ndarray]) -> list[str]:
-    """Return a failure for each parameter that isn't the one folded into the file."""
+def _other_digests(
+    record: FileRecord, leaves: Mapping[str, np.ndarray], lost: Container[str]
+) -> list[str]:
+    """Return a failure for each parameter that isn't the one the file was made from."""
     found = []
     for name, digest in record.digests:
+        if name in lost:
+            continue
         if name not in leaves:
-            found.append(f"the checkpoint lacks {name!r}, which the file has folded in")
+            found.append(f"the checkpoint lacks {name!r}, which the file depends on")
         elif digest_of(leaves[name]) != digest:
-            found.append(f"parameter {name!r} is not the one that is folded in")
+            found.append(f"parameter {name!r} is not the one the file was made from")
     return found
 
 
 def _other_constants(
     shipped: Shipped, record: FileRecord, leaves: Mapping[str, np.ndarray]
-) -> tuple[list[str], int]:
+) -> tuple[dict[str, str], int]:
     """Find the other parameters among the file's constants; return failures, count."""
     have = {np.ascontiguousarray(x).tobytes() for x in shipped.constants()}
-    lost, count = [], 0
+    lost, count = dict[str, str](), 0
     for source in record.constants:
         if source.leaf not in leaves:
-            lost.append(f"the checkpoint lacks {source.leaf!r}")
+            lost[source.leaf] = f"the checkpoint lacks {source.leaf!r}"
             continue
         want = np.ascontiguousarray(source.apply(leaves[source.leaf]))
         count += 1
         if want.tobytes() not in have:
-            lost.append(
+            lost[source.leaf] = (
                 f"parameter {source.leaf!r} is in no constant of the file bit by bit"
             )
     return lost, count

@@ -35,7 +35,7 @@ class FileRecord:
       chip: the chip that it is for.
       constants: the parameters besides kernels and biases, as the file has them.
       fingerprint: of the file, see :mod:`fcconv_jax.export.fingerprint`.
-      digests: of the parameters that were folded into others, by path.
+      digests: of the parameters that are not a layer's kernel or bias, by path.
     """
 
     layers: tuple[Layer, ...]

@@ -20,7 +20,14 @@ from ..params.moves import map_leaves
 from .fingerprint import fingerprint_of
 from .int8 import differences
 from .integers import prove_layers
-from .proof import Proof, ReferenceOutputs, parameter_leaves, prove, reference_of
+from .proof import (
+    Proof,
+    ReferenceOutputs,
+    about_parameters,
+    parameter_leaves,
+    prove,
+    reference_of,
+)
 from .record import FileRecord
 from .report import ExportReport, FormFigures
 from .runtimes import Runtime, runtime_of
@@ -160,10 +167,13 @@ def _prove(
     rounded = any(layer.kernel.dtype == np.int8 for layer in shipped.layers())
     if rounded:
         notes = ["an int8 file: its weights and biases are the parameters, rounded"]
-        if record.constants:
-            count = len(record.constants)
-            notes.append(f"other parameters, rounded too, were not compared: {count}")
-        failures: list[str] = []
+        failures, more = about_parameters(record, leaves)
+        notes += more
+        digested = {name for name, _ in record.digests}
+        unseen = {source.leaf for source in record.constants} - digested
+        if unseen:  # of an older version, whose record lacks their digests
+            found = ", ".join(sorted(unseen))
+            notes.append(f"other parameters, rounded too, were not compared: {found}")
         found = differences(shipped, reference, names) if reference is not None else {}
         for name, each in found.items():
             notes.append(
@@ -172,8 +182,10 @@ def _prove(
             )
             failures += each.failures(name)
         known = {layer.name for layer in record.layers}
-        more = [layer.name for layer in shipped.layers() if layer.name not in known]
-        failures += [f"the file has a layer {x!r} that the model has not" for x in more]
+        others = [x.name for x in shipped.layers() if x.name not in known]
+        failures += [
+            f"the file has a layer {x!r} that the model has not" for x in others
+        ]
         layers = prove_layers(shipped.int8_layers(), record, leaves, show)
         return Proof(layers, (), 0, tuple(failures), tuple(notes))
     return prove(shipped, record, leaves, show, None, reference, names)

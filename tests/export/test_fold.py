@@ -135,7 +135,9 @@ def test_another_norm_is_found_without_the_model(to, tmp_path):
         stats["BatchNorm_1"][name] = jnp.nextafter(old, 9.0)
         other = {**params, "batch_stats": stats}
         found = fc.verify_file(report.path, other, progress=False)
-        wanted = f"batch_stats/BatchNorm_1/{name}' is not the one that is folded in"
+        wanted = (
+            f"batch_stats/BatchNorm_1/{name}' is not the one the file was made from"
+        )
         assert wanted in found.failures[0]
     without = fc.verify_file(report.path, {"params": params["params"]}, progress=False)
     assert "the checkpoint lacks 'batch_stats/BatchNorm_0/mean'" in str(without)

@@ -24,6 +24,7 @@ from jaxtyping import PyTree
 
 from ...messages.errors import ExportError
 from ...messages.extras import require
+from ...tracing.arguments import is_key
 from ..open_sizes import OpenSizes
 from ..record import FileRecord
 from ..shipped import Shipped, ShippedLayer
@@ -64,7 +65,8 @@ def write_program(
       MissingExtraError: flatbuffers is not installed.
     """
     require("flatbuffers", "stablehlo", "Writing a StableHLO file")
-    constants = jax.tree.map(np.asarray, variables)
+    # NNX models hold keys for their dropout, which a call for inference doesn't read.
+    constants = jax.tree.map(lambda x: x if is_key(x) else np.asarray(x), variables)
 
     def run(*inputs: PyTree) -> Any:
         return call(constants, list(inputs))
@@ -175,7 +177,7 @@ class StableHloFile(Shipped):
             self.exported = jax_export.deserialize(bytearray(content))
         except Exception as error:  # flatbuffers' and JAX's own kinds
             raise ExportError(
-                f"{path} was not written by jax.export: {error}"
+                f"{path} was not written by jax.export: {error}. Export it again."
             ) from None
 
     @functools.cached_property
