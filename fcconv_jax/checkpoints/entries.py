@@ -257,7 +257,8 @@ class LazyLeaf:
         if isinstance(self.dtype, str):
             raise CheckpointError(
                 f"dtype {self.dtype} can't be loaded: neither NumPy nor ml_dtypes "
-                "stores it as the file does."
+                "stores it as the file does. Convert the file with fcconv convert, "
+                "which moves its bytes."
             )
         out = _in_memory(self.entries).view(self.dtype)
         return out if self.move is None else self.move(out)

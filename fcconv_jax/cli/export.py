@@ -196,7 +196,8 @@ def _read_arrays(file: Path) -> dict[str, Any]:
     # A .npy file loads as an array, and `with` raises TypeError.
     except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile) as error:
         raise ArgumentError(
-            f"--calibrate: expected a file written by np.savez, got {file} ({error})."
+            f"--calibrate: expected a file written by np.savez, got {file} ({error}). "
+            "Write the inputs with np.savez(file, *inputs)."
         ) from None
 
 

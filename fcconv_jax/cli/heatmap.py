@@ -113,7 +113,7 @@ def check_heatmap(file: Path | None, label: int | None, softmax: bool) -> None:
     if format_ not in pillow.SAVE:
         raise ArgumentError(
             "--heatmap: expected the name of an image, such as heat.png or heat.jpg, "
-            f"got {file.name}."
+            f"got {file.name}. Pass --heatmap {file.stem}.png."
         )
 
 
@@ -131,7 +131,7 @@ def check_class(label: int | None, softmax: bool, outputs: Sequence[int]) -> Non
     if label is not None and label >= outputs[0]:
         raise ArgumentError(
             f"--class: expected 0 to {outputs[0] - 1}, the model's classes, got "
-            f"{label}."
+            f"{label}. Pass one of them; they count from 0."
         )
 
 
@@ -197,7 +197,9 @@ def write_heatmap(
         with replacing(file) as fresh:
             canvas.save(fresh)
     except OSError as error:
-        raise ArgumentError(f"{file}: can't be written ({error})") from None
+        raise ArgumentError(
+            f"{file}: can't be written ({error}). Pass another --heatmap."
+        ) from None
 
 
 def _legend(what: str, low: float, high: float, width: int) -> Any:

@@ -143,7 +143,7 @@ class Scaling:
             if bad or len(found) not in (0, 1, image.shape[3]):
                 raise ArgumentError(
                     f"{option}: expected one number, or {image.shape[3]} separated by "
-                    f"commas, one for each channel, got {text!r}."
+                    f"commas, one for each channel, got {text!r}. Pass {option} 0.5."
                 )
             numbers.append(tuple(found) or (otherwise,))
         return cls(scale, numbers[0], numbers[1], channel_axis)
@@ -230,7 +230,8 @@ class MaskImage:
         if not same or rows > height or columns > width:
             raise ArgumentError(
                 f"--mask: expected a mask of {image.file}, {height}x{width} pixels or "
-                f"fewer of the same proportions, got {rows}x{columns} in {mask.file}"
+                f"fewer of the same proportions, got {rows}x{columns} in {mask.file}. "
+                "Resize the mask."
             )
 
     def __getitem__(self, where: tuple[slice, slice]) -> np.ndarray[Any, Any]:

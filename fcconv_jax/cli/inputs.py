@@ -52,7 +52,7 @@ def load_model(text: str) -> LoadedModel:
     if not where or not name:
         raise ArgumentError(
             "Expected MODULE:NAME, such as 'pkg.model:Net' or 'path/to/model.py:Net', "
-            f"got {text!r}."
+            f"got {text!r}. Pass the file and, behind a colon, the model's name."
         )
     module = _import(where)
     value: Any = module
@@ -183,7 +183,7 @@ def parse_input(text: str) -> jax.ShapeDtypeStruct:
     except (ValueError, TypeError):
         raise ArgumentError(
             "--input: expected SHAPE[:DTYPE], such as '1,28,28,1' or '2,16:int32', got "
-            f"{text!r}."
+            f"{text!r}. Pass sizes separated by commas, the batch first."
         ) from None
     # JAX would cut them to 32 bits, with a warning at most.
     wide = dtype.name in ("float64", "int64", "uint64", "complex128")
@@ -233,7 +233,8 @@ def parse_kwargs(texts: Sequence[str]) -> dict[str, Any]:
         name, equals, value = text.partition("=")
         if not name.isidentifier() or not equals:
             raise ArgumentError(
-                f"--kwarg: expected NAME=VALUE, such as 'train=false', got {text!r}."
+                f"--kwarg: expected NAME=VALUE, such as 'train=false', got {text!r}. "
+                "Pass one --kwarg for each argument."
             )
         kwargs[name] = _value(value)
     return kwargs
@@ -260,7 +261,8 @@ def parse_sizes(option: str, text: str) -> int | tuple[int, ...]:
     """
     if not re.fullmatch(r"\d+([x,]\d+)*", text):
         raise ArgumentError(
-            f"{option}: expected a size such as 7 or 7x7, got {text!r}."
+            f"{option}: expected a size such as 7 or 7x7, got {text!r}. Pass whole "
+            "numbers."
         )
     return int(text) if text.isdigit() else tuple(map(int, re.split("[x,]", text)))
 
@@ -281,7 +283,8 @@ def parse_padding(text: str) -> Any:
     if not re.fullmatch(f"{number}([x,]{number})*", text):
         raise ArgumentError(
             "--padding: expected a name such as VALID or SAME, or numbers such as 1, "
-            f"1,2 (per dimension) or 0:1,0:1 (low:high per dimension), got {text!r}."
+            f"1,2 (per dimension) or 0:1,0:1 (low:high per dimension), got {text!r}. "
+            "Pass one of these."
         )
     if re.fullmatch(r"-?\d+", text):
         return int(text)

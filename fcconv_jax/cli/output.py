@@ -90,7 +90,9 @@ def write_text(file: Path, text: str) -> None:
         with contextlib.nullcontext(file) if in_place else replacing(file) as fresh:
             fresh.write_text(text, encoding="utf-8")
     except OSError as error:
-        raise ArgumentError(f"{file}: {error.strerror}") from None
+        raise ArgumentError(
+            f"{file}: can't be written ({error.strerror}). Pass another path."
+        ) from None
     typer.echo(f"wrote {file}", err=True)
 
 

@@ -193,7 +193,8 @@ def slide(
     if height < sizes[0] or width < sizes[1]:
         raise ArgumentError(
             f"--window: expected at most {height}x{width}, the size of {images[0]}, "
-            f"got {sizes[0]}x{sizes[1]}."
+            f"got {sizes[0]}x{sizes[1]}. Pass the size of the model's crops, or a "
+            "larger image."
         )
     where = open_mask(mask, batch, apply_tags)
     first = frontend_of(load_model(model).model).first_spatial_axis
@@ -402,6 +403,7 @@ def _sizes(option: str, text: str) -> tuple[int, int]:
     sizes = (found, found) if isinstance(found, int) else found
     if len(sizes) != 2 or min(sizes) < 1:
         raise ArgumentError(
-            f"{option}: expected a size such as 224 or 224x160, got {text!r}."
+            f"{option}: expected a size such as 224 or 224x160, got {text!r}. Pass "
+            "positive sizes."
         )
     return sizes

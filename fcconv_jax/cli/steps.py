@@ -114,7 +114,8 @@ def require_layers(made: Plan) -> None:
         why = "; ".join(f"{path}: {reason}" for path, reason in made.skipped.items())
         raise PlanError(
             f"Expected a layer that converts to {made.to}, got none: "
-            f"{why or 'the model has no linear layer'}."
+            f"{why or 'the model has no linear layer'}. Pass --rule for a layer that "
+            "converts, or the checkpoint as it is."
         )
 
 
@@ -126,6 +127,9 @@ def read_plan(file: Path) -> Plan:
     try:
         return Plan.from_json(file.read_bytes())
     except OSError as error:
-        raise ArgumentError(f"{file}: {error.strerror}") from None
+        raise ArgumentError(
+            f"{file}: can't be read ({error.strerror}). Pass a file that fcconv plan "
+            "--out wrote."
+        ) from None
     except PlanError as error:
         raise PlanError(f"{file}: {error}") from None

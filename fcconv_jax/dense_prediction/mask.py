@@ -42,7 +42,8 @@ class Mask:
         ):
             raise ValueError(
                 f"mask: expected an array of the images' size {tuple(sizes)}, or a "
-                f"smaller one with as many axes, got shape {shape}."
+                f"smaller one with as many axes, got shape {shape}. Pass one value for "
+                "each pixel, without batch and channels."
             )
         self._mask, self._sizes, self._tiles = mask, tuple(sizes), tiles
         self._whole = whole_windows

@@ -106,7 +106,10 @@ def slide(
     places = None if axes is None else _axes(axes, sizes)
     steps = None if stride is None else _sizes("stride", stride, len(sizes))
     if padding not in ("crops", "image"):
-        raise ValueError(f"padding: expected 'crops' or 'image', got {padding!r}.")
+        raise ValueError(
+            f"padding: expected 'crops' or 'image', got {padding!r:.60}. Pass "
+            "padding='crops', which equals the crops."
+        )
     return Slide(model, sizes, steps, places, padding)
 
 

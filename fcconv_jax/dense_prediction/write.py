@@ -73,7 +73,10 @@ class WriteOptions:
         for name, kind in kinds.items():
             value = getattr(self, name)
             if not isinstance(value, kind) or isinstance(value, bool):
-                raise ValueError(f"{name}: expected {meant[name]}, got {value!r}.")
+                raise ValueError(
+                    f"{name}: expected {meant[name]}, got {value!r:.60}. Pass that, or "
+                    f"drop {name}=."
+                )
 
 
 class _Read(NamedTuple):

@@ -58,7 +58,8 @@ def check_arguments(
     if form not in FORMS:
         raise ExportError(
             f"Expected to= one of {', '.join(FORMS)}, the form of the layers, got "
-            f"{form!r}. The suffix of path= or runtime= selects the runtime."
+            f"{form!r}. Pass one of them; the suffix of path=, or runtime=, selects "
+            "the runtime."
         )
     made_for = None if chip is None else chip_of(chip)
     if form == "mix" and made_for is None and plan is None:

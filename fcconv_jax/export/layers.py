@@ -136,7 +136,7 @@ def expected(
             shape = np.shape(leaves[source.leaf])
             raise ExportError(
                 f"parameter {source.leaf!r} has the shape {shape}, which does not fit "
-                f"layer {layer.name!r}: {error}"
+                f"layer {layer.name!r}: {error}. Pass the params that were exported."
             ) from None
     kernel, bias = found
     if layer.folded is not None:

@@ -78,7 +78,9 @@ def compile_file(content: bytes, accelerator: str) -> Compiled:
         summaries = list(Path(folder).glob("*_summary_*.csv"))
         if done.returncode or not summaries:
             said = (done.stderr or done.stdout).strip().splitlines() or ["nothing"]
-            raise ExportError(f"Vela refuses the file for {accelerator}: {said[-1]}")
+            raise ExportError(
+                f"Vela refuses the file for {accelerator}: {said[-1]}. Drop chip=."
+            )
         with summaries[0].open(encoding="utf-8") as lines:
             row = list(csv.DictReader(lines))[-1]
     counts = dict(re.findall(r"(CPU|NPU) operators = (\d+)", done.stdout))

@@ -288,7 +288,9 @@ class BoundModel(abc.ABC):
     ) -> Plan:
         """The plan of the model; see :func:`fcconv_jax.make_plan`."""
         if to not in ("conv", "dense"):
-            raise PlanError(f"Expected to='conv' or to='dense', got {to!r}.")
+            raise PlanError(
+                f"Expected to='conv' or to='dense', got {to!r:.60}. Pass to='conv'."
+            )
         chosen = as_rules(rules)
         require_traceable(chosen, to)
         with self.explaining():

@@ -114,7 +114,7 @@ def resolve_geometry(
         if name not in _PADDING_NAMES:
             raise ValueError(
                 f"padding: expected one of {', '.join(_PADDING_NAMES)}, an int, or "
-                f"(low, high) pairs, got {padding!r}."
+                f"(low, high) pairs, got {padding!r}. Pass padding='VALID' for none."
             )
         if name != "VALID" and any(d != 1 for d in holes):
             raise ValueError(
@@ -184,26 +184,28 @@ class ConvGeometry:
         ):
             check_sizes(name, getattr(self, name), rank)
         if self.groups < 1:
-            raise ValueError(f"groups: expected at least 1, got {self.groups}.")
+            raise ValueError(
+                f"groups: expected at least 1, got {self.groups}. Pass groups=1."
+            )
         if len(self.padding) != rank:
             raise ValueError(
                 f"padding: expected {rank} (low, high) pairs, one per dimension, got "
-                f"{len(self.padding)}."
+                f"{len(self.padding)}. Pass a pair for each dimension."
             )
         if self.padding_mode not in get_args(PaddingMode):
             raise ValueError(
                 f"padding_mode: expected one of {', '.join(get_args(PaddingMode))}, "
-                f"got {self.padding_mode!r}."
+                f"got {self.padding_mode!r}. Pass padding_mode='zeros'."
             )
         if self.padding_mode != "zeros" and any(d != 1 for d in self.input_dilation):
             raise ValueError(
                 f"padding: expected input_dilation 1 with {self.padding_mode}, got "
-                f"{self.input_dilation}."
+                f"{self.input_dilation}. Pass zeros as (low, high) pairs."
             )
         if self.padding_mode != "zeros" and min(map(min, self.padding)) < 0:
             raise ValueError(
                 f"padding: expected 0 or more with {self.padding_mode}, got "
-                f"{self.padding}."
+                f"{self.padding}. Crop the input before the layer."
             )
         for i, d in enumerate(self.dimensions):
             # A model that is traced with a symbolic size has a kernel that fits.

@@ -122,12 +122,14 @@ def conv_kernel_axes(
     """
     if len(shape) < 3:
         raise ValueError(
-            f"kernel: expected a conv kernel (*window, in, out), got shape {shape}."
+            f"kernel: expected a conv kernel (*window, in, out), got shape {shape}. "
+            "Pass a kernel with one axis or more for the window."
         )
     *window, inside, features = shape
     if groups < 1 or features % groups:
         raise ValueError(
-            f"groups: {groups} does not divide the {features} output channels"
+            f"groups: expected a divisor of the {features} output channels, got "
+            f"{groups}. Pass the convolution's feature_group_count."
         )
     return tuple(window), inside * groups, features
 
@@ -170,8 +172,8 @@ def kernel_rearrangement(
     if len(dense_shape) != 2 + len(lead) or dense_shape[:-2] != lead:
         named = ", ".join(map(str, (*lead, *inner)))
         raise ValueError(
-            f"kernel: a dense kernel for groups={groups} has shape ({named}), got "
-            f"{dense_shape}"
+            f"kernel: expected a dense kernel of shape ({named}) for groups={groups}, "
+            f"got {dense_shape}. Reshape it, or pass other groups="
         )
     flat, kept = dense_shape[-2:][::-1] if transposed else dense_shape[-2:]
     taps = math.prod(window)
@@ -219,7 +221,10 @@ def window_letters(rank: int) -> str:
       'HW'
     """
     if not 1 <= rank <= 3:
-        raise ValueError(f"order: letters are for 1 to 3 dimensions, got {rank}")
+        raise ValueError(
+            f"order: expected 1 to 3 dimensions, which have letters, got {rank}. Pass "
+            "order=None."
+        )
     return "DHW"[3 - rank :]
 
 
@@ -402,7 +407,10 @@ class Rearrangement:
                 f"Expected an array, got {type(array).__name__}. Pass jnp.asarray(...)."
             )
         if tuple(array.shape) != self.source:
-            raise ValueError(f"expected shape {self.source}, got {tuple(array.shape)}")
+            raise ValueError(
+                f"Expected shape {self.source}, got {tuple(array.shape)}. Pass the "
+                "array that the rearrangement is for."
+            )
         if self.source == self.target and self.is_reshape:
             return array
         if self.is_reshape:
@@ -423,8 +431,8 @@ def _flatten_order(order: str | None, rank: int) -> tuple[int, ...]:
     letters = channel_last(rank)
     if sorted(order) != sorted(letters):
         raise ValueError(
-            f"order: {order!r} must hold each of {', '.join(letters)} once, slowest "
-            f"axis first, as in {letters!r} or {'C' + letters[:-1]!r}"
+            f"order: expected each of {', '.join(letters)} once, slowest axis first, "
+            f"got {order!r}. Pass {letters!r} or {'C' + letters[:-1]!r}."
         )
     return tuple(letters.index(letter) for letter in order)
 

@@ -153,15 +153,17 @@ def roll_dense(
     )
     if in_channels % groups or out_channels % groups:
         raise ValueError(
-            f"groups: {groups} does not divide {in_channels} input and "
-            f"{out_channels} output channels"
+            f"groups: expected a divisor of {in_channels} input and {out_channels} "
+            f"output channels, got {groups}. Pass the convolution's "
+            "feature_group_count."
         )
     rows = geometry.input_elements * in_channels
     columns = geometry.output_elements * out_channels
     if tuple(matrix.shape) != (rows, columns):
         raise ValueError(
             f"matrix: expected shape {(rows, columns)} for {geometry} with "
-            f"{in_channels} -> {out_channels} channels, got {tuple(matrix.shape)}"
+            f"{in_channels} -> {out_channels} channels, got {tuple(matrix.shape)}. "
+            "Pass the geometry that the matrix was unrolled with."
         )
     host = np.asarray(matrix)
     _check_zero(host.dtype)

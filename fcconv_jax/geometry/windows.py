@@ -69,22 +69,25 @@ def padding_pairs(
       >>> padding_pairs([1, (0, 2)], 2)
       ((1, 1), (0, 2))
     """
-    hint = f"an int, {rank} ints, {rank} (low, high) pairs, or a name"
+    wrong = ValueError(
+        f"padding: expected an int, {rank} ints, {rank} (low, high) pairs, or a name, "
+        f"got {padding!r:.60}. Pass padding='VALID' for none."
+    )
     if not isinstance(padding, Sequence):
         try:
             both = whole_number(padding)
         except TypeError:
-            raise ValueError(f"padding: expected {hint}, got {padding!r}.") from None
+            raise wrong from None
         return ((both, both),) * rank
     if len(padding) != rank:
-        raise ValueError(f"padding: expected {hint}, got {padding!r}.")
+        raise wrong
     pairs = []
     for entry in padding:
         pair = tuple(entry) if isinstance(entry, Sequence) else (entry, entry)
         try:
             low, high = map(_size, pair)
         except (TypeError, ValueError):
-            raise ValueError(f"padding: expected {hint}, got {padding!r}.") from None
+            raise wrong from None
         pairs.append((low, high))
     return tuple(pairs)
 
@@ -109,7 +112,8 @@ def per_dimension(
         numbers = tuple(map(_size, entries))
     except TypeError:
         raise ValueError(
-            f"{name}: expected an int or a tuple of ints, got {value!r:.60}."
+            f"{name}: expected an int or a tuple of ints, got {value!r:.60}. Pass an "
+            "int, or one for each dimension."
         ) from None
     check_sizes(name, numbers, len(numbers) if rank is None else rank)
     return numbers
@@ -128,24 +132,33 @@ def single(name: str, value: int) -> int:
     try:
         number = whole_number(value)
     except TypeError:
-        raise ValueError(f"{name}: expected an int, got {value!r}.") from None
+        raise ValueError(
+            f"{name}: expected an int, got {value!r:.60}. Pass {name}=1 or more."
+        ) from None
     if number < 1:
-        raise ValueError(f"{name}: expected at least 1, got {number}.")
+        raise ValueError(
+            f"{name}: expected at least 1, got {number}. Pass {name}=1 or more."
+        )
     return number
 
 
 def check_sizes(name: str, numbers: tuple[int, ...], rank: int) -> None:
     """Raise a ValueError that names the argument unless all are positive sizes."""
     if rank < 1:
-        raise ValueError(f"{name}: expected at least one spatial dimension, got ().")
+        raise ValueError(
+            f"{name}: expected at least one spatial dimension, got (). Pass the sizes "
+            "without the batch and the channels."
+        )
     if len(numbers) != rank:
         raise ValueError(
             f"{name}: expected {rank} entries, one per dimension of input_shape, or "
-            f"one int, got {numbers}."
+            f"one int, got {numbers}. Pass spatial sizes alone, without batch and "
+            "channels."
         )
     if any(not is_symbolic(number) and number < 1 for number in numbers):
         raise ValueError(
-            f"{name}: expected every entry to be at least 1, got {numbers}."
+            f"{name}: expected every entry to be at least 1, got {numbers}. Pass "
+            "positive sizes."
         )
 
 

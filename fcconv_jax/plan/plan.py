@@ -216,9 +216,15 @@ class Plan(Mapping[str, LayerPlan]):
         try:
             content = loads(text)
         except ValueError as error:
-            raise PlanError(f"not a plan: {error}") from None
+            raise PlanError(
+                f"Expected the text of a plan, got something else ({error}). Pass the "
+                "result of to_json."
+            ) from None
         if not isinstance(content, dict) or content.get("format") != FORMAT:
-            raise PlanError(f'not a plan: no \'"format": "{FORMAT}"\' in it')
+            raise PlanError(
+                f'Expected a plan, with "format": "{FORMAT}", got other JSON. Pass the '
+                "result of to_json."
+            )
         version = content.get("version")
         if type(version) is not int or version != VERSION:
             newer = type(version) is int and version > VERSION
@@ -237,12 +243,12 @@ class Plan(Mapping[str, LayerPlan]):
             tuning = content.get("tuning") and Tuning.from_content(content["tuning"])
             json.dumps(dict(options))
         except (KeyError, TypeError, ValueError, AttributeError) as error:
-            raise PlanError(f"damaged plan: {error!r}") from None
+            raise _damaged(repr(error)) from None
         try:
             found = cls(to, layers, left, options, tuning)
             hash(found)  # fails for options that are lists
         except (PlanError, TypeError) as error:
-            raise PlanError(f"damaged plan: {error}") from None
+            raise _damaged(str(error)) from None
         return found
 
     def table(self) -> list[tuple[str, ...]]:
@@ -285,6 +291,10 @@ class Plan(Mapping[str, LayerPlan]):
                 f"{(path or '(root)').ljust(width)}  {why}" for path, why in self.left
             ]
         return "\n".join(lines)
+
+
+def _damaged(why: str) -> PlanError:
+    return PlanError(f"damaged plan: {why}. Make the plan again.")
 
 
 def check_plan(plan: object) -> None:

@@ -72,7 +72,8 @@ class Rule:
             value, known = getattr(self, name), get_args(kind)
             if value not in (None, *known):
                 raise PlanError(
-                    f"Expected {name}= one of {', '.join(known)}, got {value!r}."
+                    f"Expected {name}= one of {', '.join(known)}, got {value!r}. Pass "
+                    "one of them, or None."
                 )
 
     @classmethod
@@ -100,7 +101,10 @@ class Rule:
         for word in value.split(":"):
             name = _meaning(word)
             if not pattern or name is None or name in found:
-                raise PlanError(f"Expected a rule {_SYNTAX}, got {text!r}.")
+                raise PlanError(
+                    f"Expected a rule {_SYNTAX}, got {text!r}. Pass one such as "
+                    "'head=7x7', or 'head=skip'."
+                )
             found[name] = word
             if name == "window":
                 found[name] = tuple(map(int, word.split("x")))
@@ -136,13 +140,14 @@ def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
     for rule in rules:
         if not isinstance(rule, Rule | str):
             raise PlanError(
-                f"Expected rules as Rule or text such as 'head=7x7', got {rule!r}."
+                f"Expected rules as Rule or text such as 'head=7x7', got {rule!r:.60}. "
+                "Pass rules=['head=7x7']."
             )
         found.append(Rule.parse(rule) if isinstance(rule, str) else rule)
         if found[-1].to not in (None, "conv", "dense"):
             raise PlanError(
                 f"rule {found[-1]}: expected to='conv' or to='dense', got "
-                f"{found[-1].to!r}."
+                f"{found[-1].to!r}. Pass one of them, or leave it out."
             )
     return tuple(found)
 

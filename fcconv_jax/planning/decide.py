@@ -256,7 +256,7 @@ def _check_order(rule: Rule | None, rank: int) -> None:
         raise PlanError(
             f"rule {rule.pattern!r}: expected an order with each of "
             f"{', '.join(letters)} once, slowest axis first, such as {letters!r}, got "
-            f"{rule.order!r}."
+            f"{rule.order!r}. Correct the rule."
         )
 
 
@@ -275,7 +275,8 @@ def _choose_flatten(
         if len(window) > 3 or fan_in % math.prod(window):
             raise PlanError(
                 f"rule {rule.pattern!r}: expected a window that divides the {fan_in} "
-                f"input features of {path!r}, got {'x'.join(map(str, window))}."
+                f"input features of {path!r}, got {'x'.join(map(str, window))}. "
+                "Correct the rule."
             )
         same = [f.order for f in split if f.window == window]
         # The trace's own order for this window; Flax's flatten is channel-last.

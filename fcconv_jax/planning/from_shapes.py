@@ -89,7 +89,9 @@ def plan_from_params(
       fcconv_jax.messages.errors.PlanError: Expected a kernel of two axes for a ...
     """
     if to not in ("conv", "dense"):
-        raise PlanError(f"Expected to='conv' or to='dense', got {to!r}.")
+        raise PlanError(
+            f"Expected to='conv' or to='dense', got {to!r:.60}. Pass to='conv'."
+        )
     rules = as_rules(rules)
     if not rules:
         raise PlanError(

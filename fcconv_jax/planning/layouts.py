@@ -53,7 +53,7 @@ def lay_out(
             platform = None if backend == "any" else Backend.parse(backend).platform
     except BackendError as error:
         raise PlanError(
-            f"backend={backend!r}: {error}'any' stands for all backends."
+            f"backend={backend!r}: {error} Pass backend='any' for all backends."
         ) from None
     layers = []
     for path, layer in plan.items():

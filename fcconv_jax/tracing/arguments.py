@@ -57,7 +57,7 @@ def split_hashable(tree: PyTree, caller: str) -> tuple[list[Any], Static]:
     except TypeError as error:
         raise TypeError(
             f"{caller}: expected arguments that are arrays or hashable, as in jax.jit: "
-            f"{error}."
+            f"{error}. Pass arrays, numbers, text or tuples of them."
         ) from None
     return arrays, static
 

@@ -226,7 +226,7 @@ def _objective(objective: Objective | None, chosen: Resolution) -> Objective:
     if objective not in ("latency", "memory", "cycles"):
         raise PlanError(
             "Expected objective='latency', 'memory', 'cycles' or 'training', got "
-            f"{objective!r}."
+            f"{objective!r}. Pass one of them."
         )
     if objective == "latency" and not present:
         raise BackendError(

@@ -103,7 +103,7 @@ def number_classes(
         if np.shape(index) != rest:
             raise ValueError(
                 f"Expected reduction_index of shape {rest}, as x has it, got "
-                f"{np.shape(index)}."
+                f"{np.shape(index)}. Pass the class of each entry of one example."
             )
         flat = np.asarray(index).reshape(-1)
     elif size == reduction or (rest and rest[-1] % reduction == 0):

@@ -71,7 +71,9 @@ def certify_layer(
       True
     """
     if to not in (None, layer.to):
-        raise PlanError(f"Expected a plan to {to}, got one to {layer.to}.")
+        raise PlanError(
+            f"Expected a plan to {to}, got one to {layer.to}. Pass to={layer.to!r}."
+        )
     return prepare_layer(layer, dtype, preferred_element_type, **options)()
 
 

@@ -456,10 +456,13 @@ def test_what_cannot_alias_reshapes_as_jax_does():
         ),
         (lambda: dense_kernel_to_conv(np.zeros((8, 2)), 2, groups=0), "groups"),
         (lambda: conv_kernel_to_dense(np.zeros((8, 2))), "a conv kernel"),
-        (lambda: conv_kernel_to_dense(np.zeros((2, 2, 3)), groups=2), "groups: 2"),
-        (lambda: window_letters(4), "1 to 3 dimensions, got 4"),
+        (
+            lambda: conv_kernel_to_dense(np.zeros((2, 2, 3)), groups=2),
+            "groups: .* got 2",
+        ),
+        (lambda: window_letters(4), "1 to 3 dimensions.* got 4"),
         (lambda: Rearrangement.reshape((2, 3), (5,)), "not a rearrangement"),
-        (lambda: Rearrangement.reshape((6,), (2, 3))(np.zeros(5)), r"expected shape"),
+        (lambda: Rearrangement.reshape((6,), (2, 3))(np.zeros(5)), r"Expected shape"),
     ],
 )
 def test_errors(call, message):

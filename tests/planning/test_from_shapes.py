@@ -138,7 +138,7 @@ REFUSED = {
         "conv",
         "'f/kernel'.*expected a multiple",
     ),
-    "order": ({"f/kernel": (8, 4)}, ["f=2x2:HWX"], "conv", "'f'.*order: 'HWX'"),
+    "order": ({"f/kernel": (8, 4)}, ["f=2x2:HWX"], "conv", "'f'.*order: .* got 'HWX'"),
     "rank 4": ({"f/kernel": (16, 4)}, ["f=2x2x2x2"], "conv", "1 to 3 dimensions"),
     "bias": (
         {"f/kernel": (8, 4), "f/bias": (2, 4)},

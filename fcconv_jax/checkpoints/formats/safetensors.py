@@ -103,7 +103,7 @@ def write(path: Path, checkpoint: Checkpoint, advance: Advance) -> None:
             raise CheckpointError(
                 f"{path.name}: leaf {name!r} is of type {kind}, safetensors "
                 f"holds arrays of {', '.join(sorted(d.name for d in _NAMES))}; "
-                "write the checkpoint as Orbax or msgpack"
+                "write the checkpoint as Orbax or msgpack."
             )
         moved = LazyLeaf.of(leaf)
         leaves.append((offset, moved))

@@ -109,7 +109,9 @@ class OpenVinoFile(Shipped):
                 raise ValueError(f"<{root.tag}> in place of <net>")
             return self.core.read_model(str(self.path))
         except (RuntimeError, SyntaxError, ValueError, LookupError) as error:
-            raise ExportError(f"{self.path} is not an OpenVINO file: {error}") from None
+            raise ExportError(
+                f"{self.path} is not an OpenVINO file: {error}. Export it again."
+            ) from None
 
     def load(self) -> None:
         """Compile the file in OpenVINO."""

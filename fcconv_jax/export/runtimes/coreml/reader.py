@@ -80,7 +80,9 @@ class CoreMlFile(Shipped):
                     self.model.weights_dir,
                 )
         except Exception as error:  # coremltools' own kinds
-            raise ExportError(f"{path} is not a Core ML package: {error}") from None
+            raise ExportError(
+                f"{path} is not a Core ML package: {error}. Export it again."
+            ) from None
         self.operations = list(self.program.functions["main"].operations)
 
     def load(self) -> None:

@@ -49,7 +49,9 @@ class OnnxFile(Shipped):
         try:
             self.model = self.onnx.load_model_from_string(self.content)
         except Exception as error:  # protobuf's own kinds
-            raise ExportError(f"{path} is not an ONNX file: {error}") from None
+            raise ExportError(
+                f"{path} is not an ONNX file: {error}. Export it again."
+            ) from None
         self.arrays = {
             tensor.name: self.onnx.numpy_helper.to_array(tensor)
             for graph in _graphs(self.model.graph)
