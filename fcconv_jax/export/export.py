@@ -20,7 +20,7 @@ from ..backends.timing import milliseconds
 from ..dense_prediction.slide import Slide
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
-from ..frontends.options import check_options
+from ..frontends.options import check_concrete, check_options
 from ..messages.errors import ExportError
 from ..messages.flags import check_flags
 from ..messages.progress import Progress, ProgressOption, shown
@@ -177,6 +177,7 @@ def export(
         axes, model = model.axes, model.each_crop(*given, **kwargs)
     bound = bind(model, params, *inputs, **kwargs)
     check_options(export, bound)
+    check_concrete(export, bound)
     check_arrays(bound)
     bound.check_inference()
     bound.check_library()

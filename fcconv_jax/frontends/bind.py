@@ -61,6 +61,11 @@ def bind(
             f"Expected params as a tree of arrays, got {params.dtype} of shape "
             f"{params.shape}. Pass the params before the inputs: (model, params, x)."
         )
+    if frontend is not BoundFunction and hasattr(params, "apply_fn"):
+        raise TypeError(
+            f"Expected params as a tree of arrays, got a {type(params).__name__}. Pass "
+            "state.params, or all variables: {'params': state.params, ...}."
+        )
     return frontend(model, params, inputs, kwargs)
 
 

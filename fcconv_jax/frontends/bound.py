@@ -328,11 +328,24 @@ class BoundModel(abc.ABC):
                     f"Expected arrays or abstract arrays as inputs, got {arg!r}. Pass "
                     f"the form by name: to={arg!r}."
                 ) from error
+            if isinstance(arg, Plan):
+                raise PlanError(
+                    "Expected arrays or abstract arrays as inputs, got a Plan. Pass it "
+                    "by name: plan=plan."
+                ) from error
             if isinstance(arg, str) or not arguments.split(arg)[0]:
+                fix = "Pass numpy.asarray(...) of it."
+                if isinstance(arg, Mapping):
+                    fix = "Pass what the model is called on alone, without params."
                 raise PlanError(
                     "Expected arrays or abstract arrays as inputs, got a "
-                    f"{type(arg).__name__}. Pass numpy.asarray(...) of it."
+                    f"{type(arg).__name__}. {fix}"
                 ) from error
+        if any(array.dtype == object for array in self.arrays):
+            raise PlanError(
+                "Expected arrays of numbers as inputs, got one of Python objects. Pass "
+                "numpy.asarray(x, numpy.float32)."
+            ) from error
         if isinstance(error, ZeroDivisionError):
             name = type(self.model).__name__
             shapes = ", ".join(str(tuple(array.shape)) for array in self.arrays)

@@ -10,7 +10,7 @@ from jaxtyping import PyTree
 from ..messages.errors import PlanError
 from ..messages.flags import check_flags, check_kind
 from ..params.moves import map_leaves
-from ..plan import Plan
+from ..plan import Plan, check_plan
 from .bind import frontend_of_instance
 from .train_state import has_train_state, map_train_states
 
@@ -107,6 +107,7 @@ def restore_params(
       >>> conv["params"]["kernel"].shape, back["params"]["kernel"].shape
       ((1, 4, 3), (4, 3))
     """
+    check_plan(plan)
     return convert_params(params, plan.inverse(), strict=strict, prefix=prefix)
 
 

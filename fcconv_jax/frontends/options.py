@@ -1,4 +1,4 @@
-"""Typos in options: keyword arguments that no model takes are refused by name."""
+"""Arguments that a function can't use: misspelled options, and traced arrays."""
 
 from __future__ import annotations
 
@@ -6,6 +6,9 @@ import difflib
 import inspect
 from collections.abc import Callable
 from typing import Any
+
+import jax
+from jax.core import Tracer
 
 from .bound import BoundModel
 
@@ -43,4 +46,27 @@ def check_options(function: Callable[..., Any], bound: BoundModel) -> None:
             fix = f"Did you mean {close[0]}=?"
         raise TypeError(
             f"{function.__name__} got {name}=, which {model} does not take. {fix}"
+        )
+
+
+def check_concrete(function: Callable[..., Any], bound: BoundModel) -> None:
+    """Refuse arrays that are traced: the function runs programs on their values.
+
+    Raises:
+      TypeError: the function is called under jit, grad or vmap.
+
+    Example:
+      >>> import flax.linen as nn, jax.numpy as jnp, fcconv_jax as fc
+      >>> model, x = nn.Dense(3), jnp.ones((2, 4))
+      >>> params = model.init(jax.random.key(0), x)
+      >>> jax.jit(lambda x: fc.verify(model, params, x).passed)(x)
+      Traceback (most recent call last):
+        ...
+      TypeError: verify runs programs and can't be traced. Call it outside jit, grad ...
+    """
+    leaves = jax.tree.leaves((bound.params, bound.arrays))
+    if any(isinstance(leaf, Tracer) for leaf in leaves):
+        raise TypeError(
+            f"{function.__name__} runs programs and can't be traced. Call it outside "
+            "jit, grad and vmap, on arrays."
         )

@@ -14,7 +14,7 @@ from ..messages.errors import PlanError
 from ..params.move import Parts
 from ..params.moves import map_leaves
 from ..params.opt_state import convert_opt_state
-from ..plan import Plan
+from ..plan import Plan, check_plan
 from .convert_model import convert_model
 
 State = TypeVar("State")
@@ -92,6 +92,7 @@ def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
       >>> fc.restore_train_state(conv, plan, model).params["kernel"].shape
       (4, 3)
     """
+    check_plan(plan)
     return _map(state, plan.inverse(), model.apply)
 
 

@@ -8,6 +8,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
+import flax.errors
 import jax
 
 NEEDS_A_VALUE = (
@@ -44,6 +45,16 @@ def known_fix(error: BaseException) -> str | None:
             "the model is traced here, and this needs the value of an array. Pass what "
             "decides as a static value (a flag, a number or a string in the call), or "
             "choose with jax.lax.cond or jnp.where"
+        )
+    if isinstance(error, flax.errors.ModifyScopeVariableError):
+        return (
+            "the call changes the model's state, as in training. Call it as for "
+            "inference (train=False, use_running_average=True), or pass mutable="
+        )
+    if isinstance(error, flax.errors.ScopeParamShapeError):
+        return (
+            "the params are another model's, or in the other form. Pass this model's "
+            "own; restore_params(params, plan) restores converted ones"
         )
     # JAX's own limit: of any jitted function that is differentiated from outside.
     if isinstance(error, TypeError) and "constant handler for type" in str(error):

@@ -22,7 +22,7 @@ from ..backends.options import convolution_options
 from ..backends.resolution import Resolution, resolve, resolve_default
 from ..frontends.bind import bind
 from ..frontends.bound import BoundModel
-from ..frontends.options import check_options
+from ..frontends.options import check_concrete, check_options
 from ..messages.errors import BackendError, PlanError
 from ..messages.flags import check_kind, check_seconds
 from ..messages.progress import Progress, ProgressOption, shown
@@ -161,6 +161,7 @@ def tune(
         show("planning", 0, 1)
         bound = bind(model, params, *inputs, **kwargs)
         check_options(tune, bound)
+        check_concrete(tune, bound)
         bound.check_library()
         _check_arrays(chosen, (bound.variables, bound.arrays))
         named = None if backend is None else str(chosen.backend)

@@ -20,7 +20,7 @@ from ..backends.resolution import Resolution, resolve, resolve_default
 from ..backends.timing import milliseconds
 from ..frontends.bind import bind
 from ..frontends.bound import BothForms, BoundModel
-from ..frontends.options import check_options
+from ..frontends.options import check_concrete, check_options
 from ..messages.errors import BackendError
 from ..messages.flags import check_flags, check_seconds
 from ..messages.progress import Progress, ProgressOption, shown
@@ -161,6 +161,7 @@ def verify(
     with default_settings(), shown(progress) as show:
         bound = bind(model, params, *inputs, **kwargs)
         check_options(verify, bound)
+        check_concrete(verify, bound)
         bound.check_library()
         if plan is None:
             show("planning", 0, 1)

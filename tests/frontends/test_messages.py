@@ -1,5 +1,6 @@
 """Messages on calls with unexpected arguments."""
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -7,6 +8,7 @@ import numpy as np
 import optax
 import pytest
 from flax import nnx
+from flax.training.train_state import TrainState
 
 import fcconv_jax as fc
 
@@ -168,6 +170,23 @@ def test_a_model_in_the_place_of_its_params():
             fc.convert_params(model, plan)
 
 
+def test_errors_of_flax_get_a_fix():
+    class Norm(nn.Module):
+        @nn.compact
+        def __call__(self, x, train=False):
+            return nn.BatchNorm(use_running_average=not train)(nn.Dense(3)(x))
+
+    model, x = Norm(), jnp.ones((2, 4))
+    variables, plan = model.init(jax.random.key(0), x), fc.make_plan(model, x)
+    with pytest.raises(flax.errors.ModifyScopeVariableError) as caught:
+        fc.verify(model, variables, x, train=True)
+    assert "Call it as for inference" in "".join(caught.value.__notes__)
+    converted = fc.convert_params(variables, plan)
+    with pytest.raises(flax.errors.ScopeParamShapeError) as caught:
+        fc.export(model, converted, x, path="m.stablehlo")
+    assert "restore_params(params, plan) restores" in "".join(caught.value.__notes__)
+
+
 @pytest.mark.parametrize("model", [nn.Dense(3), lambda params, x: x @ params])
 def test_only_nnx_models_convert_in_place(model):
     x = jnp.ones((2, 4))
@@ -180,6 +199,7 @@ def test_only_nnx_models_convert_in_place(model):
 
 TX = optax.adam(1e-3)
 NNX = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
+STATE = TrainState.create(apply_fn=MODEL.apply, params=VARIABLES["params"], tx=TX)
 
 
 @pytest.mark.parametrize(
@@ -187,6 +207,21 @@ NNX = nnx.Linear(2, 4, rngs=nnx.Rngs(0))
     [
         (lambda: fc.make_plan(MODEL), r"the inputs of the call, got none .*Pass"),
         (lambda: fc.make_plan(MODEL, [[1, 2]]), r"got a list\. Pass numpy.asarray"),
+        (
+            lambda: fc.make_plan(MODEL, np.array([[None]])),
+            r"one of Python objects\. Pas",
+        ),
+        (lambda: fc.make_plan(NNX, {"params": {}}, X), r"called on alone, without par"),
+        (
+            lambda: fc.verify(MODEL, VARIABLES, PLAN, X),
+            r"got a Plan\. Pass .* plan=plan",
+        ),
+        (lambda: fc.verify(MODEL, STATE, X), r"got a TrainState\. Pass state\.params"),
+        (lambda: fc.restore_params(PLAN, VARIABLES), r"Expected a Plan, got .*dict"),
+        (
+            lambda: jax.jit(lambda x: fc.verify(MODEL, VARIABLES, x))(X),
+            r"t be traced\.",
+        ),
         (lambda: fc.make_plan(MODEL, "2,4"), r"got a str\. Pass numpy.asarray"),
         (lambda: fc.make_plan(MODEL.apply, X), r"Pass the model itself"),
         (lambda: fc.make_plan(MODEL, X, method="run"), r"name of Net, got 'run'"),

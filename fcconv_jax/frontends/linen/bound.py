@@ -11,6 +11,7 @@ import flax.linen as nn
 import jax
 from jaxtyping import PyTree
 
+from ...messages.user_code import explained
 from ...plan import Form, Plan
 from ...plan.rules import Rule
 from ...tracing.marks import name_input, name_output
@@ -146,7 +147,8 @@ class BoundLinen(BoundModel):
             raise
 
     def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any:
-        return self.model.apply(variables, *args, **kwargs)
+        with explained():
+            return self.model.apply(variables, *args, **kwargs)
 
     def named(
         self, variables: PyTree, arrays: PyTree, wanted: Callable[[str], bool]
