@@ -40,7 +40,7 @@ def iter_leaves(tree: PyTree, path: Parts = ()) -> Iterator[tuple[Parts, Any]]:
         yield path, tree
 
 
-def with_leaves(tree: PyTree, leaves: Iterator[Any]) -> Any:
+def with_leaves(tree: PyTree, leaves: Iterator[Any]) -> PyTree:
     """Return a tree with the same nodes and keys, and leaves from an iterator."""
     if isinstance(tree, Mapping):
         return {key: with_leaves(node, leaves) for key, node in tree.items()}
@@ -56,7 +56,7 @@ def step_number(name: str) -> int:
     return int(digits) if digits.isascii() and digits.isdigit() else -1
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: object) -> bool:
     """Return whether a leaf (or what stands for it) has a shape and a dtype."""
     return hasattr(leaf, "shape") and hasattr(leaf, "dtype")
 

@@ -82,7 +82,7 @@ def nested(flat: Mapping[str, Any], file: str) -> dict[str, Any]:
     return tree
 
 
-def fit_nested(tree: PyTree, file: str) -> Any:
+def fit_nested(tree: PyTree, file: str) -> PyTree:
     """Return a tree of another format, where it is nested dicts with strings for keys.
 
     Raises:

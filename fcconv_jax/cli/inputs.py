@@ -16,6 +16,8 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
+from jaxtyping import PyTree
+
 if TYPE_CHECKING:
     import jax
     from jaxtyping import PyTree
@@ -147,7 +149,7 @@ def _offers(module: ModuleType) -> list[str]:
     """Return the names in a module that may be or make a model."""
     from ..frontends.bind import frontend_of_class, is_model
 
-    def makes_one(value: Any) -> bool:
+    def makes_one(value: object) -> bool:
         if getattr(value, "__module__", None) != module.__name__:
             return False
         return inspect.isfunction(value) or frontend_of_class(value) is not None
@@ -207,7 +209,7 @@ def random_inputs(specs: Sequence[jax.ShapeDtypeStruct], seed: int) -> list[jax.
 
     rng = np.random.default_rng(seed)
 
-    def draw(spec: jax.ShapeDtypeStruct) -> Any:
+    def draw(spec: jax.ShapeDtypeStruct) -> PyTree:
         if jnp.issubdtype(spec.dtype, jnp.complexfloating):
             return rng.normal(size=spec.shape) + 1j * rng.normal(size=spec.shape)
         if jnp.issubdtype(spec.dtype, jnp.floating):

@@ -44,7 +44,7 @@ class AllCrops:
     axes: tuple[int, ...]
     padded_outside: bool
 
-    def run(self) -> Any:
+    def run(self) -> PyTree:
         """Return the outputs, with the batch first and then the positions."""
         operands = (*jax.tree.leaves(self.leaves), self.images)
         if self.report.shares:

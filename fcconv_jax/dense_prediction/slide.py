@@ -205,7 +205,7 @@ class Slide:
         stride = self._program(self._complete(args), kwargs).stride
         ways = sorted(zip(self.axes, self.window, stride))
 
-        def run(*args: Any, **kwargs: Any) -> Any:
+        def run(*args: Any, **kwargs: Any) -> PyTree:
             *before, crops = self._complete(args)
             places = {}
             for number, (axis, size, step) in enumerate(ways):

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+from numpy.typing import ArrayLike
 
 from ..frontends.bound import BoundModel
 from ..messages.errors import ExportError
@@ -26,7 +27,7 @@ def check_arguments(
     plan: Plan | None,
     weights: str | None,
     calibrate: Sequence[Any] | None,
-    labels: Any,
+    labels: ArrayLike | None,
     unroll: int,
     kwargs: Mapping[str, Any],
     **open_sizes: bool,

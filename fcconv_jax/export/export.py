@@ -368,7 +368,7 @@ class _Call:
         # No file holds the keys of dropout: they are constants, which nothing may read.
         stored = [i for i, leaf in enumerate(flat) if not is_key(leaf)]
 
-        def call(values: PyTree, arrays: PyTree) -> Any:
+        def call(values: PyTree, arrays: PyTree) -> PyTree:
             merged = flat.copy()
             for i, value in zip(stored, values):
                 merged[i] = value

@@ -129,7 +129,7 @@ class _FoldedModel:
         values: dict[Value, Any] = {v: params[name] for v, name in self.names.items()}
         values |= zip(self.graph.inputs, arrays, strict=True)
 
-        def read(value: Value) -> Any:
+        def read(value: Value) -> PyTree:
             return values.get(value, value.data)
 
         for node in self.graph.nodes:
@@ -153,7 +153,7 @@ def _folded_model(bound: BoundModel) -> _FoldedModel:
         for _ in jax.tree.leaves(node)
     ]
 
-    def call(leaves: PyTree, arrays: PyTree) -> Any:
+    def call(leaves: PyTree, arrays: PyTree) -> PyTree:
         return bound.output(jax.tree.unflatten(tree, leaves), arrays)
 
     closed, shape = jax.make_jaxpr(call, return_shape=True)(flat, bound.arrays)

@@ -35,6 +35,7 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from numpy.typing import ArrayLike
 
 Step = tuple[str, tuple[Any, ...]]
 
@@ -150,7 +151,7 @@ class Value:
         made = self.moved("round", dtype.name)
         return dataclasses.replace(made, stored=dtype)
 
-    def repeated(self, data: Any) -> Value:
+    def repeated(self, data: ArrayLike) -> Value:
         """Return a constant with repeated entries: no rearranged parameter any more."""
         data = np.ascontiguousarray(data)
         return Value(tuple(data.shape), self.dtype, data, None, self.leaves)
@@ -168,7 +169,7 @@ def same_content(array: np.ndarray) -> object:
     return array.shape, str(array.dtype), hashlib.sha256(content.data).digest()
 
 
-def constant(data: Any, dtype: DTypeLike | None = None) -> Value:
+def constant(data: ArrayLike, dtype: DTypeLike | None = None) -> Value:
     """Return a constant that comes from no parameter."""
     array = np.asarray(data, dtype)
     return Value(tuple(array.shape), array.dtype, array)

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ..messages.errors import ExportError
 from ..messages.progress import Progress
@@ -196,7 +197,7 @@ def _check_loops(graph: Graph) -> None:
         )
 
 
-def _checked(labels: Any, count: int) -> np.ndarray | None:
+def _checked(labels: ArrayLike | None, count: int) -> np.ndarray | None:
     """Return the labels of the calibration examples as an array of integers."""
     if labels is None:
         return None

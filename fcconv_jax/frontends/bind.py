@@ -138,17 +138,17 @@ def frontend_of(model: object) -> type[BoundModel]:
     return BoundFunction
 
 
-def frontend_of_instance(value: Any) -> type[BoundModel] | None:
+def frontend_of_instance(value: object) -> type[BoundModel] | None:
     """The front end of a library's model; None for another value, and for functions."""
     return next((x for x in _imported() if isinstance(value, x.classes())), None)
 
 
-def is_model(value: Any) -> bool:
+def is_model(value: object) -> bool:
     """Whether a value is a model of a library: functions are none."""
     return frontend_of_instance(value) is not None
 
 
-def frontend_of_class(value: Any) -> type[BoundModel] | None:
+def frontend_of_class(value: object) -> type[BoundModel] | None:
     """The front end of the models that a class makes; None for another value."""
     if isinstance(value, type):
         for frontend in _imported():

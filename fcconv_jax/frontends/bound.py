@@ -131,7 +131,7 @@ class BoundModel(abc.ABC):
     def bound_on_crops(self) -> OnCrops:
         """The same of a bound model, whose variables and keyword arguments stay."""
 
-        def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
+        def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
             return self._call(variables, args, {**self.kwargs, **kwargs})
 
         def bind(variables: PyTree, *args: Any, **kwargs: Any) -> BoundModel:
@@ -206,7 +206,7 @@ class BoundModel(abc.ABC):
         return self._split[0]
 
     @property
-    def held(self) -> Any:
+    def held(self) -> PyTree:
         """Arrays of the model that decide on which devices it is planned for."""
         return ()
 
@@ -364,7 +364,7 @@ class BoundModel(abc.ABC):
             self, model=model, given=map_leaves(self.variables, plan)
         )
 
-    def call(self, variables: PyTree, arrays: Any = None) -> Any:
+    def call(self, variables: PyTree, arrays: PyTree = None) -> PyTree:
         """Return the output of a call, with the state that it changes.
 
         Args:
@@ -373,13 +373,13 @@ class BoundModel(abc.ABC):
         """
         return self._call(variables, *self._arguments(arrays))
 
-    def output(self, variables: PyTree, arrays: Any = None) -> Any:
+    def output(self, variables: PyTree, arrays: PyTree = None) -> PyTree:
         """Return the output of a call alone; arguments as for :meth:`call`."""
         return self._call(variables, *self._arguments(arrays))
 
     def named(
         self, variables: PyTree, arrays: PyTree, wanted: Callable[[str], bool]
-    ) -> Any:
+    ) -> PyTree:
         """The same, with the outputs of modules named in the trace.
 
         Args:

@@ -54,7 +54,7 @@ class BoundHaiku(BoundModel):
     def convert_model(cls, model: Any, plan: Plan) -> Any:
         """The pair of ``init`` and ``apply`` in the plan's form."""
 
-        def init(*args: PyTree, **kwargs: PyTree) -> Any:
+        def init(*args: PyTree, **kwargs: PyTree) -> PyTree:
             return map_leaves(model.init(*args, **kwargs), plan)
 
         return type(model)(init, ConvertedFunction(model.apply, plan))

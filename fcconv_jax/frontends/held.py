@@ -36,7 +36,7 @@ class ConvertedModel:
         self._name = name
 
     @property
-    def params(self) -> Any:
+    def params(self) -> PyTree:
         """The converted params; ``fc.restore_params`` takes them back."""
         return self.variables["params"]
 
@@ -68,7 +68,7 @@ class BoundHeld(BoundModel):
     def on_crops(cls, model: object) -> OnCrops:
         """Read the params at each call."""
 
-        def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
+        def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
             return cls(model)._call(variables, args, kwargs)
 
         def complete(args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -96,7 +96,7 @@ class BoundHeld(BoundModel):
         return self.split(self.model)
 
     @property
-    def held(self) -> Any:
+    def held(self) -> PyTree:
         """All arrays of the model."""
         return self._parts[1]
 

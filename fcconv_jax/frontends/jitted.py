@@ -78,7 +78,7 @@ class Jitted:
         """Trace the function on these arguments, which may be abstract."""
         return self._on("trace", args, kwargs)
 
-    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> Any:
+    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Return the shapes and dtypes that a call returns; computes nothing."""
         return self._on("eval_shape", args, kwargs)
 
@@ -193,7 +193,7 @@ class _Outermost:
     def trace(self, *args: PyTree, **kwargs: PyTree) -> Any:
         return self._plain.trace(*args, **kwargs)
 
-    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> Any:
+    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self._plain.eval_shape(*args, **kwargs)
 
 
@@ -221,7 +221,7 @@ class _Split:
     def trace(self, *args: PyTree, **kwargs: PyTree) -> Any:
         return self._jitted.trace(*self._taken_apart(args, kwargs))
 
-    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> Any:
+    def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         return self._jitted.eval_shape(*self._taken_apart(args, kwargs))
 
     def _taken_apart(

@@ -123,7 +123,7 @@ class BoundTorch(BoundHeld):
 
     def named(
         self, variables: PyTree, arrays: PyTree, wanted: Callable[[str], bool]
-    ) -> Any:
+    ) -> PyTree:
         """The same call, with the outputs of submodules named by forward hooks."""
         if isinstance(self.model, ConvertedModel):
             return self.call(variables, arrays)
@@ -196,7 +196,7 @@ def _environment() -> Any:
     require("torchax", "torch", "Running a torch.nn.Module")
     env = import_module("torchax.tensor").Environment()
 
-    def convolve(*args: PyTree) -> Any:
+    def convolve(*args: PyTree) -> PyTree:
         return env.j2t_iso(_convolve(*env.t2j_iso(args)))
 
     env.override_op_definition(torch.ops.aten.convolution, convolve)

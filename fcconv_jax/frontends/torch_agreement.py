@@ -120,7 +120,7 @@ def recording(model: Any, record: bool) -> Iterator[dict[str, Any]]:
         yield found
 
 
-def as_tensors(tree: PyTree, wide: bool) -> Any:
+def as_tensors(tree: PyTree, wide: bool) -> PyTree:
     """Return arrays as PyTorch's tensors, integers in its 64 bits.
 
     Args:

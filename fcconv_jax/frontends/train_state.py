@@ -107,7 +107,7 @@ def map_train_states(
     apply: Callable[[Any], Any],
     strict: bool = True,
     prefixes: Sequence[Parts] = (),
-) -> Any:
+) -> PyTree:
     """Return a TrainState, or a tree with several, in the plan's form.
 
     Args:

@@ -19,7 +19,7 @@ Array = jax.Array
 OutSharding = NamedSharding | PartitionSpec | None
 
 
-def typed_sharding(array: Any) -> NamedSharding | None:
+def typed_sharding(array: object) -> NamedSharding | None:
     """Return the sharding that an array carries in its type.
 
     Returns:
@@ -39,7 +39,7 @@ def typed_sharding(array: Any) -> NamedSharding | None:
     return found
 
 
-def over_mesh(leaf: Any) -> bool:
+def over_mesh(leaf: object) -> bool:
     """Return whether an array or a sharding spans several devices."""
     if isinstance(leaf, PartitionSpec):
         return any(part is not None for part in leaf)

@@ -127,7 +127,7 @@ def flatten_with_path(tree: PyTree) -> tuple[list[tuple[str, Any]], Any]:
     return [(leaf_path(path), leaf) for path, leaf in leaves], treedef
 
 
-def is_leaf_node(node: Any) -> bool:
+def is_leaf_node(node: object) -> bool:
     """Whether a node counts as a leaf: a box, a sharding or an NNX Variable."""
     boxes = meta.AxisMetadata | AxisNames | PartitionSpec | Sharding
     return isinstance(node, boxes) or is_variable(node)

@@ -29,7 +29,7 @@ _LOG = logging.getLogger(__name__)
 
 def map_leaves(
     tree: PyTree, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
-) -> Any:
+) -> PyTree:
     """Move each planned leaf of a tree; an array held twice moves once."""
     if tree is None or isinstance(tree, str | os.PathLike):
         raise PlanError(

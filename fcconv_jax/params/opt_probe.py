@@ -92,14 +92,14 @@ def different_update(
 
 def updated_shapes(
     tx: optax.GradientTransformation, params: PyTree, kwargs: Mapping[str, Any]
-) -> Any:
+) -> PyTree:
     """Return the shapes of a state after an update; None if no update can be traced."""
     import optax
 
     update = optax.with_extra_args_support(tx).update
     for extras in _EXTRAS:
 
-        def updated(params: PyTree, extras: Sequence[str] = extras) -> Any:
+        def updated(params: PyTree, extras: Sequence[str] = extras) -> PyTree:
             extra = _extra(extras, params, kwargs)
             return update(params, tx.init(params), params, **extra)[1]
 

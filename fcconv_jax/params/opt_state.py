@@ -98,7 +98,7 @@ def convert_opt_state(
 
 def move_opt_state(
     opt_state: PyTree, plan: Plan, tx: optax.GradientTransformation, params: PyTree
-) -> Any:
+) -> PyTree:
     """Convert a state as :func:`convert_opt_state` does, and run no update.
 
     Raises:
@@ -171,13 +171,13 @@ def _mover(
             return leaf
         return moved(how.path, leaf, how.move)
 
-    def is_leaf(node: Any) -> bool:
+    def is_leaf(node: object) -> bool:
         return isinstance(node, optax.MaskedNode) or is_leaf_node(node)
 
-    def followed(state: PyTree) -> Any:
+    def followed(state: PyTree) -> PyTree:
         return map_leaves({"params": old, "opt_state": state}, plan)["opt_state"]
 
-    def move_state(state: PyTree) -> Any:
+    def move_state(state: PyTree) -> PyTree:
         if isinstance(params, optax.LookaheadParams):
             # Its init takes pairs alone, which tree_map_params does not give it.
             return followed(state)

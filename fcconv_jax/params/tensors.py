@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 
-def is_tensor(leaf: Any) -> bool:
+def is_tensor(leaf: object) -> bool:
     """Return whether a leaf is a ``torch.Tensor``; False if torch isn't imported."""
     torch = sys.modules.get("torch")
     return torch is not None and isinstance(leaf, torch.Tensor)

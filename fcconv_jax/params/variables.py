@@ -3,10 +3,9 @@
 from __future__ import annotations
 
 import sys
-from typing import Any
 
 
-def is_variable(value: Any) -> bool:
+def is_variable(value: object) -> bool:
     """Return whether a value is an ``nnx.Variable``."""
     nnx = sys.modules.get("flax.nnx")
     return nnx is not None and isinstance(value, nnx.Variable)

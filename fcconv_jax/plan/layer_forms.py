@@ -18,6 +18,7 @@ import jax.numpy as jnp
 from jax import lax
 from jax.lax import PrecisionLike
 from jax.sharding import NamedSharding, PartitionSpec
+from jax.typing import DTypeLike
 
 from ..geometry.classify import Equivalence
 from ..geometry.kernels import channel_last, kernel_rearrangement, window_letters
@@ -205,7 +206,7 @@ def pair_of_forms(
     to: Form,
     *,
     precision: PrecisionLike = None,
-    preferred_element_type: Any = None,
+    preferred_element_type: DTypeLike | None = None,
 ) -> tuple[FormFn, FormFn]:
     """Return both forms of the layer as functions of ``(x, kernel, bias)``.
 

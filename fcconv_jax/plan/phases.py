@@ -51,7 +51,7 @@ def canonical_phases(layer: LayerPlan) -> LayerPlan:
     return dataclasses.replace(layer, leaves=leaves, kernel_layout="HWIO")
 
 
-def check_no_mesh(sharding: Any, *arrays: Array) -> None:
+def check_no_mesh(sharding: OutSharding, *arrays: Array) -> None:
     """Refuse a transposed layer on a mesh with explicit axes.
 
     Depth-to-space would split a sharded axis, which JAX does not infer.

@@ -165,7 +165,7 @@ def leaf_rearrangement(matmul: Matmul, layer: LayerPlan) -> Rearrangement | None
     )
 
 
-def run_other_form(matmul: Matmul, layer: LayerPlan, operands: Sequence[Any]) -> Any:
+def run_other_form(matmul: Matmul, layer: LayerPlan, operands: Sequence[Any]) -> Array:
     """Run a matmul in its other form, on the same operands.
 
     The kernel goes from the operand's shape to the other form's; where the operand is

@@ -11,7 +11,6 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 from jax.core import Tracer
@@ -30,7 +29,7 @@ def lay_out(
     plan: Plan,
     rules: Sequence[Rule],
     backend: str | None,
-    arrays: Any = (),
+    arrays: PyTree = (),
     stored: KernelLayout = "HWIO",
 ) -> Plan:
     """Return the plan with the layout of each layer: from its rule, else the backend's.

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from typing import Any
 
 import jax
+from jaxtyping import PyTree
 
 from ..geometry.classify import classify
 from ..messages.errors import PlanError
@@ -40,7 +41,7 @@ def run_rewritten(
     plan: Plan,
     inputs: Sequence[Any],
     kwargs: Mapping[str, Any],
-) -> Any:
+) -> PyTree:
     """Traces a function and runs it with the planned matmuls in their other form.
 
     The function sees its params in the form that it was written for, so whatever else
@@ -65,11 +66,11 @@ def run_rewritten(
             known[id(matmul)] = found is not None and _is_planned(matmul, *found)
         return known[id(matmul)]
 
-    def replace(matmul: Matmul, operands: Sequence[Any]) -> Any:
+    def replace(matmul: Matmul, operands: Sequence[Any]) -> jax.Array:
         _, layer = kernels[matmul.weight.path]
         return run_other_form(matmul, layer, operands)
 
-    def alike(matmul: Matmul) -> Any:
+    def alike(matmul: Matmul) -> Hashable:
         weight = matmul.weight
         return weight.shape, weight.axes, weight.stack, kernels[weight.path][1]
 

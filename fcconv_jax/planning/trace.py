@@ -57,7 +57,7 @@ def trace(
     params, *rest = inputs
     arrays, static = arguments.split((params, rest, dict(kwargs)))
 
-    def run(arrays: Sequence[Any]) -> Any:
+    def run(arrays: Sequence[Any]) -> PyTree:
         params, rest, kwargs = static.merge(arrays)
         return function(params, *rest, **kwargs)
 

@@ -24,7 +24,7 @@ class Static:
     leaves: tuple[Any, ...]
     types: tuple[type, ...]  # 1, 1.0 and True are equal, but trace differently
 
-    def merge(self, arrays: Sequence[Any]) -> Any:
+    def merge(self, arrays: Sequence[Any]) -> PyTree:
         """Return the PyTree again, with ``arrays`` in the places of the arrays."""
         rest = iter(arrays)
         leaves = [next(rest) if leaf is _ARRAY else leaf for leaf in self.leaves]
@@ -62,7 +62,7 @@ def split_hashable(tree: PyTree, caller: str) -> tuple[list[Any], Static]:
     return arrays, static
 
 
-def is_key(array: Any) -> bool:
+def is_key(array: object) -> bool:
     """Return whether an array holds random keys, whose dtype NumPy lacks.
 
     Example:
@@ -73,7 +73,7 @@ def is_key(array: Any) -> bool:
     return dtype is not None and jnp.issubdtype(dtype, jax.dtypes.extended)
 
 
-def is_array(leaf: Any) -> bool:
+def is_array(leaf: object) -> bool:
     """Return whether a leaf is an array, a tracer or an abstract array."""
     return isinstance(leaf, jax.Array | np.ndarray | np.generic | jax.ShapeDtypeStruct)
 

@@ -330,7 +330,7 @@ def bind(eqn: Equation, operands: Sequence[Any]) -> list[Any]:
     return list(outs) if eqn.primitive.multiple_results else [outs]
 
 
-def unplaced(eqn: Equation) -> Any:
+def unplaced(eqn: Equation) -> Equation:
     """An equation that leaves it to the compiler where its result is placed.
 
     Example:

@@ -14,7 +14,7 @@ _OUTPUT = "fcconv_jax.output:"
 _LAYER = "fcconv_jax.layer:"
 
 
-def name_parameter(path: str, array: Any) -> Any:
+def name_parameter(path: str, array: Any) -> PyTree:
     """Name a parameter in the trace as read by the own call of the layer at a path.
 
     Other readers get it without the name, and layers that share it under their own.
@@ -32,7 +32,7 @@ def name_input(path: str, x: Any) -> None:
     _name(f"{_INPUT}{path}", x)
 
 
-def name_output(path: str, out: PyTree) -> Any:
+def name_output(path: str, out: PyTree) -> PyTree:
     """Return the output of a module, each of its arrays under the module's name."""
     return jax.tree.map(lambda leaf: _name(f"{_OUTPUT}{path}", leaf), out)
 

@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 from jax import lax
 from jax.typing import DTypeLike
+from jaxtyping import PyTree
 
 from ..backends.compilation import Program
 from ..plan import LayerPlan, Layout, Options, Plan, other_form
@@ -179,7 +180,7 @@ def _in_context(program: Program, layer: LayerPlan) -> Program:
     if not layer.stack_axes:
         return program
 
-    def looped(x: jax.Array, *parameters: Any) -> Any:
+    def looped(x: jax.Array, *parameters: Any) -> PyTree:
         def step(x: jax.Array, _: None) -> tuple[jax.Array, jax.Array]:
             y = program.function(x, *parameters)
             # The next step depends on this one, so that none is moved out of the loop.

@@ -12,6 +12,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from ..backends.compilation import Program
@@ -21,7 +22,7 @@ from ..messages.errors import PlanError
 Loss = Callable[[Any], Any]
 
 
-def sum_of_squares(outputs: PyTree) -> Any:
+def sum_of_squares(outputs: PyTree) -> ArrayLike:
     """Return the sum of the squares of all float outputs.
 
     Its gradient depends on every output, so no part of the backward pass is dropped.
@@ -42,7 +43,7 @@ def model_step(program: Program, loss: Loss | None = None) -> Program:
       PlanError: no param is a float.
     """
 
-    def apart(args: PyTree) -> Any:
+    def apart(args: PyTree) -> PyTree:
         variables, *rest = args
         return variables["params"], lambda params: (
             {**variables, "params": params},
@@ -74,7 +75,7 @@ def _step(program: Program, apart: Callable[[Any], Any], loss: Loss) -> Program:
             'params, or objective="latency".'
         )
 
-    def step(*args: PyTree) -> Any:
+    def step(*args: PyTree) -> PyTree:
         tree, back = apart(args)
         leaves, treedef = jax.tree.flatten(tree)
         floats = [leaf for leaf in leaves if _is_float(leaf)]

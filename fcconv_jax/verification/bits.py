@@ -2,16 +2,15 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import PyTree
 
 from ..params.leaves import leaf_path
 
 
-def different_bits(expected: Any, got: Any) -> list[str]:
+def different_bits(expected: PyTree, got: PyTree) -> list[str]:
     """Name each leaf of two trees of arrays that is not bit-identical.
 
     Abstract arrays and random keys have no bits to compare.

@@ -175,7 +175,7 @@ def assert_same(
 def _trace(bound: BoundModel) -> TracedProgram:
     """Return the trace of a call, with its modules named."""
 
-    def named(variables: PyTree, arrays: PyTree) -> Any:
+    def named(variables: PyTree, arrays: PyTree) -> PyTree:
         return bound.named(variables, arrays, lambda path: True)
 
     return TracedProgram.of(named, *bound.program().args)

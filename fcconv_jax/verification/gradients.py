@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from .agreement import named_leaves
@@ -61,7 +62,7 @@ def trace_gradients(
     return Gradients(found, tuple(names), tuple(notes))
 
 
-def random_projection(outputs: PyTree) -> Any:
+def random_projection(outputs: PyTree) -> ArrayLike:
     """Return the sum of all float outputs, each entry with a random sign.
 
     The signs depend on the order and the sizes of the outputs alone.
@@ -83,7 +84,7 @@ def _gradient(call: Callable[..., Any], which: Sequence[int]) -> Callable[..., A
     def gradient(*args: PyTree) -> list[Any]:
         leaves, treedef = jax.tree.flatten(args)
 
-        def loss(chosen: Sequence[Any]) -> Any:
+        def loss(chosen: Sequence[Any]) -> ArrayLike:
             given = list(leaves)
             for place, leaf in zip(which, chosen):
                 given[place] = leaf

@@ -11,6 +11,7 @@ import math
 from collections.abc import Iterator
 from typing import Any
 
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
@@ -92,7 +93,7 @@ def plan_wide_draws(
 
 
 def number_classes(
-    x: Any, reduction: int, index: np.ndarray | None, plan: Draws
+    x: jax.ShapeDtypeStruct, reduction: int, index: np.ndarray | None, plan: Draws
 ) -> np.ndarray | None:
     """Number the class of each entry of an example; None when x may be dense."""
     if plan.terms >= reduction:

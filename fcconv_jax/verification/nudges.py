@@ -18,6 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.typing import DTypeLike
+from numpy.typing import ArrayLike
 
 from ..tracing.jaxprs import AnyJaxpr, Literal, opened, subjaxprs
 from ..tracing.primitives import JOINS, MOVES, POSITIONS, ROUNDING, SAME
@@ -82,7 +83,7 @@ def _movable(dtype: DTypeLike, values: np.ndarray) -> Iterator[Constant]:
             yield str(dtype), value
 
 
-def half_ulp(dtype: DTypeLike, values: Any) -> np.ndarray:
+def half_ulp(dtype: DTypeLike, values: ArrayLike) -> np.ndarray:
     """Half the distance to the next number of a dtype, for each entry.
 
     Example:

@@ -13,7 +13,7 @@ from jaxtyping import PyTree
 PERTURBED = 3
 
 
-def perturbed_by_an_ulp(tree: PyTree, seed: int, stored: str | None = None) -> Any:
+def perturbed_by_an_ulp(tree: PyTree, seed: int, stored: str | None = None) -> PyTree:
     """Return each float of a tree up or down by one unit in the last place; zeros stay.
 
     Args:

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 import jax
 import jax.numpy as jnp
+from jax.typing import ArrayLike
 from jaxtyping import PyTree
 
 from ..frontends.bound import BothForms
@@ -36,19 +37,19 @@ class TrainingStep:
         # The step itself is compared, so no updates need to be run beforehand.
         self.other_state = move_opt_state(self.state, plan, tx, params)
 
-        def stepped(params: PyTree, state: PyTree, gradients: PyTree) -> Any:
+        def stepped(params: PyTree, state: PyTree, gradients: PyTree) -> PyTree:
             updates, _ = tx.update(gradients, state, params)
             return optax.apply_updates(params, updates)
 
         # Both return params in the original's form, so that leaves compare one by one.
-        def converted_step(params: PyTree, state: PyTree, gradients: PyTree) -> Any:
+        def converted_step(params: PyTree, state: PyTree, gradients: PyTree) -> PyTree:
             after = stepped(params, state, map_leaves(gradients, plan))
             return map_leaves(after, plan.inverse())
 
-        def gradients(variables: PyTree, arrays: PyTree) -> Any:
+        def gradients(variables: PyTree, arrays: PyTree) -> PyTree:
             return gradient(pair.original.call, variables, arrays)
 
-        def converted_gradients(variables: PyTree, arrays: PyTree) -> Any:
+        def converted_gradients(variables: PyTree, arrays: PyTree) -> PyTree:
             found = gradient(pair.changed.call, variables, arrays)
             return map_leaves(found, plan.inverse())
 
@@ -57,10 +58,10 @@ class TrainingStep:
         self.steps = stepped, converted_step
 
 
-def gradient(call: Callable[..., Any], variables: PyTree, arrays: PyTree) -> Any:
+def gradient(call: Callable[..., Any], variables: PyTree, arrays: PyTree) -> PyTree:
     """Gradient of a fixed random projection of the float outputs."""
 
-    def loss(params: PyTree) -> Any:
+    def loss(params: PyTree) -> ArrayLike:
         out = call({**variables, "params": params}, arrays)
         return random_projection(out)
 

@@ -22,7 +22,7 @@ TREE = "_METADATA"
 _MOST_PACKED = 1 << 16
 
 
-def is_stored(described: Any) -> bool:
+def is_stored(described: object) -> bool:
     """Return whether Orbax describes a leaf as an array or a number of TensorStore."""
     from orbax.checkpoint.metadata import ArrayMetadata
 

@@ -13,6 +13,7 @@ import jax.numpy as jnp
 from jax import lax
 
 from ...plan.phases import in_phases
+from ...tracing.jaxprs import AnyJaxpr
 from ...tracing.protocols import Equation
 
 Array = jax.Array
@@ -50,7 +51,7 @@ def as_one_operation(eqn: Equation) -> dict[str, Any]:
     }
 
 
-def as_plain_convolutions(eqn: Equation) -> Any:
+def as_plain_convolutions(eqn: Equation) -> AnyJaxpr:
     """Return the jaxpr of a convolution of spaced inputs, without the spacing.
 
     Windows that do not overlap are one pointwise convolution, then depth-to-space;

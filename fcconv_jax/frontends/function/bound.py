@@ -24,7 +24,7 @@ class BoundFunction(BoundModel):
     library = "function"
 
     @classmethod
-    def owns(cls, model: Any) -> bool:
+    def owns(cls, model: object) -> bool:
         """Accept whatever can be called, classes excepted."""
         return callable(model) and not isinstance(model, type)
 
@@ -56,7 +56,7 @@ class BoundFunction(BoundModel):
         return ConvertedFunction(model, plan)
 
     @property
-    def held(self) -> Any:
+    def held(self) -> PyTree:
         """The params: the function runs on their devices."""
         return self.params
 

@@ -40,7 +40,7 @@ class BoundLinen(BoundModel):
         return nn.Module, ConvertedLinen
 
     @classmethod
-    def owns(cls, model: Any) -> bool:
+    def owns(cls, model: object) -> bool:
         """Also refuses objects around a Module, such as those of transformers."""
         if super().owns(model):
             return True
@@ -73,7 +73,7 @@ class BoundLinen(BoundModel):
     def on_crops(cls, model: Any) -> OnCrops:
         """``apply``; its variables are the caller's."""
 
-        def apply(*args: PyTree, **kwargs: PyTree) -> Any:
+        def apply(*args: PyTree, **kwargs: PyTree) -> PyTree:
             if len(args) < 2:
                 name = type(model).__name__
                 raise TypeError(
@@ -152,7 +152,7 @@ class BoundLinen(BoundModel):
 
     def named(
         self, variables: PyTree, arrays: PyTree, wanted: Callable[[str], bool]
-    ) -> Any:
+    ) -> PyTree:
         """Also names the inputs of linear layers."""
         namer = _Namer(wanted)
         with intercepting(namer, key=("fcconv_jax.named", id(namer))):

@@ -36,16 +36,16 @@ class ConvertedLinen:
     model: nn.Module
     plan: Plan
 
-    def init(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
+    def init(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Initialize variables as the converted ones of the model, bit for bit."""
         return map_leaves(self.model.init(rngs, *args, **kwargs), self.plan)
 
-    def init_with_output(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
+    def init_with_output(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Initialises variables and returns them behind the model's output."""
         out, variables = self.model.init_with_output(rngs, *args, **kwargs)
         return out, map_leaves(variables, self.plan)
 
-    def lazy_init(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
+    def lazy_init(self, rngs: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
         """Initialises variables from shapes, as ``model.lazy_init`` does."""
         return map_leaves(self.model.lazy_init(rngs, *args, **kwargs), self.plan)
 

@@ -186,7 +186,7 @@ def _init(
     names = _Names()
     arrays, static = arguments.split((rngs, tuple(inputs), dict(kwargs)))
 
-    def run(arrays: Sequence[Any]) -> Any:
+    def run(arrays: Sequence[Any]) -> PyTree:
         rngs, args, options = static.merge(arrays)
         return model.init(rngs, *args, method=method, **options)
 

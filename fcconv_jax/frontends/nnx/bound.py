@@ -67,14 +67,14 @@ class BoundNnx(BoundModel):
     def on_crops(cls, model: Any) -> OnCrops:
         """Read the variables at each call."""
 
-        def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> Any:
+        def call(variables: PyTree, *args: PyTree, **kwargs: PyTree) -> PyTree:
             return cls(model)._call(variables, args, kwargs)
 
         call.__name__ = type(model).__name__
         return OnCrops(call, lambda args: (cls(model).variables, *args))
 
     @property
-    def held(self) -> Any:
+    def held(self) -> PyTree:
         """All arrays of the model."""
         return nnx.split(self.model, **graph_mode())[1]
 
@@ -136,13 +136,13 @@ class BoundNnx(BoundModel):
             *args, **_without(kwargs)
         )
 
-    def call(self, variables: PyTree, arrays: Any = None) -> Any:
+    def call(self, variables: PyTree, arrays: PyTree = None) -> PyTree:
         """The output, and the batch statistics after the call if there are any."""
         return self._run(variables, arrays, lambda model: None)
 
     def named(
         self, variables: PyTree, arrays: PyTree, wanted: Callable[[str], bool]
-    ) -> Any:
+    ) -> PyTree:
         """Also names the inputs of linear layers."""
         return self._run(variables, arrays, lambda model: _name_modules(model, wanted))
 
@@ -197,7 +197,7 @@ def _name_modules(model: nnx.Module, wanted: Callable[[str], bool]) -> None:
 def _naming(cls: type) -> type:
     """A subclass whose call names its input and its output."""
 
-    def call(self: Any, *args: PyTree, **kwargs: PyTree) -> Any:
+    def call(self: Any, *args: PyTree, **kwargs: PyTree) -> PyTree:
         path = getattr(self, _PATH)
         rows = _canonical_input(self, cls, args)
         if rows is not None:

@@ -46,7 +46,7 @@ def variables(model: object) -> dict[str, nnx.Variable]:
     }
 
 
-def is_converted(module: Any) -> bool:
+def is_converted(module: object) -> bool:
     """Whether a module is a layer that has been swapped for one of the other form."""
     return hasattr(module, "_origin")
 

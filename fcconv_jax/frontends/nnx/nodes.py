@@ -46,7 +46,7 @@ class _Node:
 _NODE = _Node()
 
 
-def is_node(value: Any) -> bool:
+def is_node(value: object) -> bool:
     """Whether a value is a module, another object of NNX, or a Variable."""
     return isinstance(value, nnx.Pytree | nnx.Variable)
 
@@ -59,7 +59,7 @@ def without_nodes(tree: PyTree) -> tuple[list[Any], Any]:
     return nodes, jax.tree.unflatten(treedef, rest)
 
 
-def with_nodes(tree: PyTree, nodes: Sequence[Any]) -> Any:
+def with_nodes(tree: PyTree, nodes: Sequence[Any]) -> PyTree:
     """The PyTree with the nodes that :func:`without_nodes` took out."""
     rest = iter(nodes)
     return jax.tree.map(lambda leaf: next(rest) if leaf is _NODE else leaf, tree)

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import numpy as np
 from jax.typing import DTypeLike
+from numpy.typing import ArrayLike
 
 from ....messages.errors import ExportError
 from ...graph import Value, same_content
@@ -122,7 +123,9 @@ class Builder:
         self.known[key] = self.known[out]
         return self.known[key]
 
-    def constant(self, data: Any, dtype: DTypeLike = np.int32, name: str = "") -> int:
+    def constant(
+        self, data: ArrayLike, dtype: DTypeLike = np.int32, name: str = ""
+    ) -> int:
         """Return the index of a constant's tensor; equal small ones share one."""
         array = np.asarray(data, dtype)
         key = (array.shape, str(array.dtype), array.tobytes())
@@ -131,7 +134,9 @@ class Builder:
         value = Value(tuple(array.shape), array.dtype, array)
         return self._tensor(key, value, name or "constant")
 
-    def arranged(self, value: Value, move: Any, tag: str) -> int:
+    def arranged(
+        self, value: Value, move: Callable[[np.ndarray], np.ndarray], tag: str
+    ) -> int:
         """Return the index of a weight's tensor, laid out as an operation wants it."""
         key = (value, tag)
         if key in self.known:

@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+from numpy.typing import ArrayLike
 
 from ....messages.errors import ExportError
 from ...graph import Value, same_content
@@ -79,7 +80,7 @@ class Builder:
             self.initializers.append(made)
         return self.known[key]
 
-    def ints(self, numbers: Any) -> str:
+    def ints(self, numbers: ArrayLike) -> str:
         """Return the name of an initializer of int64, as shapes and axes are."""
         data = np.asarray(numbers, np.int64)
         return self.array((data.shape, data.tobytes()), data, "numbers")
