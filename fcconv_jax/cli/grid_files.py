@@ -89,6 +89,7 @@ def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]
     try:
         with _locked(file):
             if not resume or not part.exists() or not record.exists():
+                # The record first: alone, it would vouch for tiles that are gone.
                 record.unlink(missing_ok=True)
                 shutil.rmtree(part) if part.is_dir() else part.unlink(missing_ok=True)
             if as_zarr:
@@ -100,6 +101,7 @@ def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]
             if not as_zarr:
                 array.flush()
             if as_tiff:
+                # Gives back the space that was held for the TIFF.
                 os.truncate(part, array.offset + array.nbytes)
                 _write_tiff(file, array, grid)
                 part.unlink()

@@ -16,8 +16,6 @@ from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING, Any
 
-from jaxtyping import PyTree
-
 if TYPE_CHECKING:
     import jax
     from jaxtyping import PyTree
@@ -123,6 +121,7 @@ def _import(where: str) -> ModuleType:
             return importlib.import_module(where)
         except ModuleNotFoundError as error:
             missing = error.name or ""
+            # The model's own import failed: its error says more than ours would.
             if where != missing and not where.startswith(f"{missing}."):
                 raise
             raise ArgumentError(
@@ -150,6 +149,7 @@ def _offers(module: ModuleType) -> list[str]:
     from ..frontends.bind import frontend_of_class, is_model
 
     def makes_one(value: object) -> bool:
+        # Imported there from elsewhere, such as nn.Dense.
         if getattr(value, "__module__", None) != module.__name__:
             return False
         return inspect.isfunction(value) or frontend_of_class(value) is not None
@@ -214,6 +214,7 @@ def random_inputs(specs: Sequence[jax.ShapeDtypeStruct], seed: int) -> list[jax.
             return rng.normal(size=spec.shape) + 1j * rng.normal(size=spec.shape)
         if jnp.issubdtype(spec.dtype, jnp.floating):
             return rng.normal(size=spec.shape)
+        # Small: an integer may be an index into a table.
         high = 2 if spec.dtype == np.bool_ else 4
         return rng.integers(0, high, size=spec.shape)
 

@@ -104,6 +104,7 @@ class BoundHeld(BoundModel):
         own = self._parts[1]
         if self.params is None:
             return own
+        # Variables as a whole, as a bound model has them.
         if isinstance(self.params, Mapping) and self.params.keys() == own.keys():
             return self.params
         return {**own, **self.split_params(self.model, self.params)}

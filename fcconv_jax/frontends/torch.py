@@ -225,6 +225,7 @@ def _convolve(
     spec = (*range(rank + 2),)
     kernel_spec = spec
     if transposed:
+        # A transposed convolution applies its kernel from the other end.
         kernel = jnp.flip(weight, spec[2:])
         kernel_spec = (1, 0, *spec[2:])
         if groups > 1:
@@ -234,6 +235,7 @@ def _convolve(
         ends = zip(reach, padding, output_padding)
         pads = [(far - p, far - p + more) for far, p, more in ends]
     y = lax.conv_general_dilated(
+        # PyTorch takes an example without a batch.
         x if x.ndim > rank + 1 else x[None],
         kernel,
         (1,) * rank if transposed else strides,

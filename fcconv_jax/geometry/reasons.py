@@ -210,6 +210,7 @@ def _after(geometry: ConvGeometry, **changes: Any) -> str:
     changes = {k: (v,) * rank if isinstance(v, int) else v for k, v in changes.items()}
     try:
         fixed = dataclasses.replace(geometry, **changes)
+    # Without the padding, the kernel no longer fits into the input.
     except ValueError:
         return ", with a kernel cropped to the taps that meet an input."
     if fixed.base != "unrolled":

@@ -291,6 +291,7 @@ def _bits(array: np.ndarray) -> np.ndarray:
 
 
 def _hex(entry: Any) -> str:
+    # Most significant byte first, as bits are written; arrays are little-endian.
     return np.asarray(entry).tobytes()[::-1].hex()
 
 

@@ -410,6 +410,8 @@ def _spatial(layer: LayerPlan, lead: Sequence[int]) -> tuple[int, ...]:
     if layer.layout != "keep" or len(lead) < 2:
         return (math.prod(lead), *[1] * rank)
     spatial = tuple(lead[1:][-rank:])
+    # More leading axes than a convolution has spatial ones: the first of them are the
+    # batch.
     batch = math.prod(lead[: len(lead) - len(spatial)])
     return (batch, *[1] * (rank - len(spatial)), *spatial)
 

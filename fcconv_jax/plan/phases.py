@@ -118,6 +118,7 @@ def in_phases(
     spread = [d // g for d, g in zip(dilation, common)]
 
     def convolved(phase: Sequence[_Phase]) -> Array | None:
+        # No tap meets an input there: these outputs are zeros.
         if None in phase:
             return None
         found = [each for each in phase if each is not None]
@@ -158,11 +159,13 @@ def in_phases(
     pairs = [axis for i in range(rank) for axis in (1 + rank + i, 1 + i)]
     y = y.transpose(0, *pairs, 1 + 2 * rank)
     y = y.reshape(x.shape[0], *(q * s for q, s in zip(rows, strides)), kernel.shape[-1])
+    # Phases are of one size, so the last ones may reach over the end.
     return y[(slice(None), *map(slice, sizes))]
 
 
 def _phase(residue: int, taps: int, stride: int, low: int, spread: int) -> _Phase:
     """Return how the outputs of one residue read the inputs of a dimension."""
+    # Taps a stride apart read inputs of one phase: its first tap is among these.
     for tap in range(min(taps, stride)):
         at = residue + tap * spread - low
         if at % stride == 0:

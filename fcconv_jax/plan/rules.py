@@ -129,6 +129,7 @@ class Rule:
 
 def as_rules(rules: Iterable[Rule | str]) -> tuple[Rule, ...]:
     """Read rules given as :class:`Rule` or as command-line text."""
+    # One rule alone: iterating over a text would give its letters.
     if isinstance(rules, Rule | str):
         rules = (rules,)
     if rules is None or isinstance(rules, Mapping):

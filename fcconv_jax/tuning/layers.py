@@ -163,6 +163,7 @@ def _ways(
     if layer.to == "conv":
         layouts = (layer.layout, "fold", "keep")
         if layer.groups == 1 or math.prod(layer.window) == 1:
+            # Flattened, a group's channels aren't adjacent, as grouped convs need.
             layouts = (*layouts, "flat")
     ways: dict[str, tuple[Layout | None, Program]] = {}
     for layout in dict.fromkeys(layouts):

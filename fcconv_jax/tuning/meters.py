@@ -80,9 +80,11 @@ class Meter:
             other figures stay what they are.
           settle: as for :func:`race`.
         """
+        # Sizes and cycles don't vary, so a second measurement would show nothing new.
         if self._objective != "latency":
             again = ""
         with jax.default_device(self._resolution.device):
+            # Known by their programs: candidates that lower to one text share a figure.
             lowered = {name: _lower(c.program) for name, c in candidates.items()}
         keys = {
             name: f"{_key(lowered[name].as_text(), each.options)} {again}".rstrip()
@@ -238,6 +240,7 @@ def race_times(
             for name in slow:
                 times[name].append(first[name])
                 del running[name]
+        # The place in a round changes, so that no program always follows the same one.
         turn = number % len(running)
         order = [*running.items()]
         for name, run in order[turn:] + order[:turn]:

@@ -55,6 +55,7 @@ class Timings:
 
     def add(self, found: Mapping[str, Figure]) -> None:
         """Keep figures, except of programs that have one."""
+        # The first figure stays, so that a plan doesn't change between runs.
         self._known = {**found, **self._known}
         self._write()
 

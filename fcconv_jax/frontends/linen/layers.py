@@ -32,6 +32,7 @@ def layer_kind(context: nn.module.InterceptorContext) -> str | None:
     method = context.orig_method
     function = method.func if isinstance(method, functools.partial) else method
     for kind, cls in KINDS.items():
+        # nn.compact wraps the method; what an interceptor gets is the inner one.
         own = getattr(cls.__call__, "__wrapped__", cls.__call__)
         if function is own and isinstance(context.module, cls):
             return kind

@@ -91,6 +91,7 @@ class ConvertedLinen:
         return type(self), (self.model, self.plan)
 
     def __getattr__(self, name: str) -> Any:
+        # copy and pickle ask for special methods before the fields are there.
         if name.startswith("__"):
             raise AttributeError(name)
         return getattr(self.model, name)

@@ -91,6 +91,7 @@ class _Names:
             features=features,
             obstacle=self._obstacle(module),
         )
+        # One call with an obstacle is enough to leave the layer as it is.
         if path not in self.layers or layer.obstacle:
             self.layers[path] = layer
 
@@ -262,6 +263,7 @@ def _own(
     for leaf, box in params.items():
         path, _, name = leaf.rpartition("/")
         stacked = len(box.axes) if isinstance(box, _StackAxes) else 0
+        # Vectors, such as a norm's scale, are in no matmul.
         if leaf not in known and len(_shape(box)) - stacked >= 2:
             owner = owners.get(path)
             words = "the model" if owner is None else owner.__name__

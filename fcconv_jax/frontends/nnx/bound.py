@@ -175,6 +175,7 @@ class BoundNnx(BoundModel):
 
     def _merged(self, variables: PyTree) -> Any:
         graphdef, params, _ = self._parts
+        # A copy: replacing by a dict changes the state in place.
         state = jax.tree.map(lambda leaf: leaf, params)
         nnx.replace_by_pure_dict(state, variables["params"])
         return nnx.merge(graphdef, state, variables["state"], copy=True)
