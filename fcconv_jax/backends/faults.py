@@ -115,6 +115,29 @@ def cpu_notes(
       (1, 0)
     """
     faults = [fault for fault in FAULTS if fault.is_in(version)]
+    found = {what for each in programs for what in _shown(each, faults)}
+    return [
+        f"jaxlib {version} on CPU is known to compute wrongly: {fault.what} "
+        f"({fault.handled})"
+        for fault in faults
+        if fault.what in found
+    ]
+
+
+def may_show(fault: Fault, program: AnyJaxpr) -> bool:
+    """Return whether a program may show a fault.
+
+    Example:
+      >>> import jax, jax.numpy as jnp
+      >>> program = jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 4)))
+      >>> may_show(STALE, program), may_show(POOL, program)
+      (True, False)
+    """
+    return bool(_shown(program, [fault]))
+
+
+def _shown(program: AnyJaxpr, faults: Sequence[Fault]) -> set[str]:
+    """Return what may come out wrong."""
     found: set[str] = set()
 
     def read(jaxpr: AnyJaxpr, marks: Sequence[str]) -> list[str]:
@@ -145,11 +168,5 @@ def cpu_notes(
             known.update(zip(eqn.outvars, outs))
         return marks_of(body.outvars)
 
-    for program in programs:
-        read(program, ())
-    return [
-        f"jaxlib {version} on CPU is known to compute wrongly: {fault.what} "
-        f"({fault.handled})"
-        for fault in faults
-        if fault.what in found
-    ]
+    read(program, ())
+    return found

@@ -29,6 +29,16 @@ def crops(size: int, window: int, stride: int) -> Map:
     return starts[:, None] + np.arange(window)
 
 
+def lie_apart(map_: Map, size: int) -> bool:
+    """Return whether crops see an axis in stretches that follow one another.
+
+    Example:
+      >>> lie_apart(crops(6, 3, 3), 6), lie_apart(crops(6, 4, 2), 6)
+      (True, False)
+    """
+    return map_.size == size and bool((map_.reshape(-1) == np.arange(size)).all())
+
+
 def distinct(rows: Map) -> tuple[Map, Map]:
     """Return the different rows of a matrix, and for each row which of them it is.
 

@@ -15,6 +15,8 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
+from ..backends.faults import POOL, may_show
+from ..backends.options import has_pools
 from ..messages.errors import PlanError
 from ..tracing.cost import flops, largest
 from ..tracing.jaxprs import AnyJaxpr, Literal, jaxpr_as_fun, opened
@@ -103,6 +105,22 @@ class AllCrops:
         )
 
     @property
+    def needs_guard(self) -> bool:
+        """Whether XLA may compute a pool wrongly: see :data:`faults.POOL`.
+
+        A batch of crops runs the function's own operations, unless crops part in it:
+        then pools have further axes, which XLA reshapes.
+        """
+        if not has_pools(self.jaxpr):
+            return False
+        if self.report.shares or may_show(POOL, self.jaxpr):
+            return True
+        left: Counter[str] = Counter()
+        run = functools.partial(self._outputs, True, left=left)
+        jax.eval_shape(run, *jax.tree.leaves(self.leaves), self.images)
+        return bool(left)
+
+    @property
     def image_flops(self) -> float | None:
         """FLOPs with zeros around the image alone; None where the step forbids it."""
         try:
@@ -142,10 +160,11 @@ class AllCrops:
             *leaves, images = operands
             how = images, self.window, self.stride, self.axes
             value = _in_a_row(*how) if own else image_value(*how, self.padded_outside)
-            interpreter = Interpreter(
-                Counter() if left is None else left, placed=mesh is None
-            )
+            reasons = Counter() if left is None else left
+            interpreter = Interpreter(reasons, placed=mesh is None)
             outs = interpreter.run(self.jaxpr, [*leaves, value])
+            if own and any(out.fronts for out in outs):
+                reasons["an operation over the batch"] += 1
             return [_on_all(out, counts) for out in outs]
 
         shardings = [
@@ -253,7 +272,10 @@ def image_stride(
     """
     found = _last_maps(jaxpr, leaves, crop, axes, 2, _DIVISIBLE, True)
     total = tuple(
-        1 if map_ is None else max(_DIVISIBLE // int(map_[1, 0] - map_[0, 0]), 1)
+        # Padding that the function writes out has one place for all crops.
+        1
+        if map_ is None
+        else max(_DIVISIBLE // max(int(np.diff(map_, axis=0).max()), 1), 1)
         for map_ in found
     )
     if stride is None:
@@ -330,31 +352,42 @@ def _in_a_row(
 ) -> CropArray:
     """Return the crops of images along one axis, as a user's batch has them.
 
-    With an axis for each axis of the image, XLA's CPU backend takes 1.1x as long for
-    the matmuls of a transformer. A gather of rows and one of columns take up to three
-    times as long as one of windows.
+    An axis of crops beside the batch would cost XLA's CPU backend 1.1x the time for
+    matmuls, because they have more axes than a user's. A gather of rows and one of
+    columns take up to three times as long as one of windows.
     """
-    sizes, places = list(images.shape), []
+    sizes, counts = list(images.shape), []
     for axis, size, step in zip(axes, window, stride):
-        count = (images.shape[axis] - size) // step + 1
-        places.append(step * np.arange(count, dtype=np.int32))
+        counts.append((images.shape[axis] - size) // step + 1)
         sizes[axis] = size
-    starts = np.stack(np.meshgrid(*places, indexing="ij"), -1)
+    # Computed, because the places of many crops would be a large constant.
+    starts = jnp.stack(
+        [
+            step * jax.lax.broadcasted_iota(np.int32, counts, index)
+            for index, step in enumerate(stride)
+        ],
+        -1,
+    )
     data = jax.lax.gather(
         images,
         starts,
         jax.lax.GatherDimensionNumbers(
-            offset_dims=tuple(range(len(places), len(places) + len(sizes))),
+            offset_dims=tuple(range(len(counts), len(counts) + len(sizes))),
             collapsed_slice_dims=(),
             start_index_map=tuple(axes),
         ),
         sizes,
         mode="promise_in_bounds",
     )
-    # Not -1, which a batch without images leaves undefined.
-    data = data.reshape(math.prod(starts.shape[:-1]), *sizes)
-    parts = tuple(Part(size) for size in sizes)
-    return CropArray(data, (Grid(0, False),), parts, (1,) * len(parts))
+    count, (batch, *rest) = math.prod(counts), sizes
+    parts = tuple(map(Part, sizes))
+    ranks = (1,) * len(parts)
+    if not batch:
+        return CropArray(data.reshape(count, *sizes), (Grid(0),), parts, ranks)
+    # Crops are parts of the batch, so that operations run as on a user's.
+    own = np.arange(count * batch).reshape(count, batch)
+    parts = (Part(batch, own, Grid(0)), *parts[1:])
+    return CropArray(data.reshape(count * batch, *rest), (), parts, ranks)
 
 
 def _on_all(value: CropArray, counts: Sequence[int]) -> Any:

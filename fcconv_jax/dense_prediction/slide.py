@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 from jaxtyping import PyTree
 
-from ..backends.options import has_pools, pool_options
+from ..backends.options import pool_options
 from ..frontends.bind import bind_crops
 from ..frontends.jitted import Jitted
 from ..messages.progress import ProgressOption
@@ -153,8 +153,9 @@ class Slide:
         self.axes = behind if axes is None else axes
         self._given = model, window, stride, axes, padding
         self._name = f"slide_{_name(self.function)}"
-        # Most functions hold no pool, and compile without the options for pools, which
-        # cost up to a third of the time. _on replaces this at the first that has one.
+        # Most programs hold no pool that XLA may get wrong, and compile without the
+        # options for those, which cost up to a third of the time. _on replaces this at
+        # the first that does.
         self._call = Jitted(self._run_without_pools, self._name)
 
     def __reduce__(self) -> tuple[type[Slide], tuple[object, ...]]:
@@ -344,7 +345,7 @@ class Slide:
 
     def _run_without_pools(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
         program = self._program(args, kwargs)
-        if pool_options(jax.default_backend()) and has_pools(program.jaxpr):
+        if pool_options(jax.default_backend()) and program.needs_guard:
             raise _PoolsError
         return program.run()
 
@@ -383,7 +384,7 @@ class Slide:
 
 
 class _PoolsError(Exception):
-    """A traced function has a pool, for which XLA needs options."""
+    """A program has a pool that XLA may get wrong without options."""
 
 
 def _check(

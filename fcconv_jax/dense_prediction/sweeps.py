@@ -26,7 +26,7 @@ from .blocks import (
     segments_along,
     simplest,
 )
-from .maps import WindowPasses, whole_layout, window_passes
+from .maps import WindowPasses, lie_apart, whole_layout, window_passes
 from .values import CropArray, Grid, Part, merged, own_arrays
 
 
@@ -71,11 +71,14 @@ def lay_out(
             raise PlanError(f"padding='image': {error}") from None
         return value, Sweep(dim, dim, [layout], part.grid)
     cuts = segments_along(value.held, axis)
+    one = (extent, stride, padding, holes) == (1, 1, (0, 0), 1)
     # A window of one entry is pointwise: blocks stay as they are.
-    if cuts and (extent, stride, padding, holes) == (1, 1, (0, 0), 1):
+    if cuts and one:
         read = tuple(cut(np.arange(size), cuts))
         layout = WindowPasses(read, part.map, size, 1)
         return value, Sweep(dim, dim, [layout], part.grid)
+    if one and lie_apart(part.map, size):
+        return value, None
     layouts = window_passes(part.map, size, extent, stride, padding, holes)
     least = min(layout.outputs for layout in layouts)
     # Crops have hardly more windows of their own: sharing would copy for nothing.
@@ -117,6 +120,7 @@ def swept(
     sweeps: Sequence[Sweep],
     each: float,
     fill: ArrayLike,
+    kept: Mapping[int, Part],
 ) -> CropArray:
     """Run windows over shared axes, laid out in the way that costs least.
 
@@ -128,11 +132,13 @@ def swept(
       sweeps: the shared axes.
       each: floating point operations of one output position.
       fill: what padding holds.
+      kept: the parts of other axes of the result, if crops see them differently.
     """
     shape = value.held.shape[len(value.fronts) :]
     entries = math.prod(shape) / math.prod(shape[sweep.axis] for sweep in sweeps)
     todo = list(zip(sweeps, least(sweeps, each, entries)))
-    parts = {
+    parts = {dim: part for dim, part in kept.items() if part.map is not None}
+    parts |= {
         sweep.out: Part(layout.map.shape[1], layout.map, sweep.grid)
         for sweep, layout in todo
     }

@@ -98,6 +98,15 @@ class Tiles:
             first.append(begin)
         return Place(tuple(read), tuple(new), tuple(inner), tuple(first))
 
+    def image(self, images: LazyArray) -> jax.ShapeDtypeStruct:
+        """Return the part of the images that is read for a tile, abstract."""
+        shape = list(images.shape)
+        for axis, count, size, step in zip(
+            self.axes, self.tile, self.window, self.stride
+        ):
+            shape[axis] = (count - 1) * step + size
+        return jax.ShapeDtypeStruct(tuple(shape), dtype_of(images))
+
     def of_writer(self, shard: Sequence[int], writer: int, writers: int) -> list[int]:
         """Return the tiles of one of several writers, none of which share a shard.
 
@@ -228,14 +237,11 @@ def _tile(
     tile = list(counts)
     while True:
         needed = 0
-        shape = list(images.shape)
-        for axis, count, size, step in zip(
-            program.axes, tile, program.window, program.stride
-        ):
-            shape[axis] = (count - 1) * step + size
-        part = jax.ShapeDtypeStruct(tuple(shape), dtype_of(images))
+        along = program.window, program.stride, program.axes
+        tiles = Tiles(*along, len(images.shape), tuple(counts), tuple(tile))
+        part = tiles.image(images)
         # A guess from the image alone keeps the maps of a huge one from being made.
-        least = _ALIVE * math.prod(shape) * dtype_of(images).itemsize
+        least = _ALIVE * part.size * part.dtype.itemsize
         if least <= memory:
             report = dataclasses.replace(program, images=part).report
             needed = report.bytes if report.shares else report.crop_bytes

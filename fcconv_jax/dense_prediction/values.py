@@ -15,7 +15,7 @@ import numpy as np
 from jax.core import Tracer
 
 from .blocks import Array, Blocks, Held, array_from, take
-from .maps import Map, distinct
+from .maps import Map, distinct, lie_apart
 
 
 class NotSharedError(Exception):
@@ -130,7 +130,12 @@ def own_arrays(value: CropArray, grid: Grid) -> CropArray:
     part = value.parts[index]
     assert part.map is not None
     axis = value.axis(index)
-    data = take(value.data, part.map, axis)
+    data = value.data
+    if lie_apart(part.map, data.shape[axis]):
+        shape = *data.shape[:axis], *part.map.shape, *data.shape[axis + 1 :]
+        data = data.reshape(shape)
+    else:
+        data = take(data, part.map, axis)
     fronts = tuple(sorted((*value.fronts, grid)))
     data = jnp.moveaxis(data, axis, fronts.index(grid))
     parts = list(value.parts)
@@ -309,7 +314,14 @@ def reshaped(value: CropArray, shape: Sequence[int]) -> CropArray:
         )
     if rest:
         ranks[-1] += rest  # of size 1
-    return value.replace(ranks=tuple(ranks))
+    value = value.replace(ranks=tuple(ranks))
+    # With the axes that the function has, operations are the function's.
+    for dim, group in enumerate(value.groups):
+        plain = not any(part.uniform or part.map is not None for part in group)
+        if len(group) > 1 and plain and not isinstance(value.held, Blocks):
+            with at_once(value.held):
+                value = merged(value, dim)
+    return value
 
 
 def _is_one(parts: Sequence[Part], index: int) -> bool:

@@ -26,9 +26,8 @@ def _convolution(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
         raise NotSharedError("a kernel that is computed from the image")
     if p["batch_group_count"] != 1:
         raise NotSharedError("a convolution over groups of the batch")
-    for dim in spec.lhs_spec[:2]:
-        if any(part.map is not None for part in value.groups[dim]):
-            raise NotSharedError("a convolution over the image's axes as channels")
+    if any(part.map is not None for part in value.groups[spec.lhs_spec[1]]):
+        raise NotSharedError("a convolution over the image's axes as channels")
     padding = [(low, high) for low, high in p["padding"]]
     holes = list(p["lhs_dilation"])
     window = [kernel.shape[dim] for dim in spec.rhs_spec[2:]]
@@ -76,7 +75,8 @@ def _convolution(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
         value.shape[dim] for dim in spec.lhs_spec[1:]
     )
     each = 2 * places * math.prod(kernel.shape)
-    return [swept(convolve, value, eqn, sweeps, each, 0)]
+    kept = {out: value.groups[dim][0] for out, dim in zip(spec.out_spec, spec.lhs_spec)}
+    return [swept(convolve, value, eqn, sweeps, each, 0, kept)]
 
 
 def _lowest(dtype: DTypeLike) -> Any:
@@ -126,7 +126,8 @@ def _pool(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
 
     mapped = math.prod(value.shape[sweep.axis] for sweep in sweeps)
     each = math.prod(p["window_dimensions"]) * math.prod(value.shape) / max(mapped, 1)
-    return [swept(run, value, eqn, sweeps, each, fill)]
+    kept = {dim: part for dim, (part,) in enumerate(value.groups)}
+    return [swept(run, value, eqn, sweeps, each, fill, kept)]
 
 
 RULES: dict[str, SlideRule] = {

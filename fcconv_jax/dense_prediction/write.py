@@ -16,12 +16,13 @@ from jax.experimental import multihost_utils
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ..backends.options import correct_options, has_pools, pool_options
+from ..backends.options import correct_options, pool_options
 from ..messages.errors import ImageError
 from ..messages.progress import ProgressOption, shown
 from ..tracing import arguments
 from .mapped import release
 from .mask import Mask, check_holds_nan
+from .program import AllCrops
 from .resume import FinishedTiles, identity
 from .tiles import Place, Sliced, dtype_of, one_window, read_part, shard_of, tiles_of
 
@@ -149,8 +150,8 @@ def write_tiles(
             done = read(number)
             record.check(number, done.evidence, _written(out, done.place.new))
         todo = [number for number in mine if number not in set(finished)]
-        pools = has_pools(program.jaxpr)
-        compute = _compute(grid, before, kwargs, devices, pools)
+        tile = dataclasses.replace(program, images=tiles.image(images))
+        compute = _compute(grid, before, kwargs, devices, tile)
         writer = _Writer(out, record)
         count, skipped = len(finished), 0
         show("tiles", count, len(mine))
@@ -225,7 +226,7 @@ def _compute(
     before: Sequence[Any],
     kwargs: Mapping[str, Any],
     devices: Sequence[Any],
-    pools: bool,
+    program: AllCrops,
 ) -> Callable[[Iterator[_Read]], Iterator[_Computed]]:
     """Return what computes tiles, in groups of one for each device.
 
@@ -234,7 +235,8 @@ def _compute(
     """
     size = max(len(devices), 1)
     if size > 1:
-        put, call = _on_devices(grid, before, kwargs, devices, pools)
+        guarded = program.needs_guard
+        put, call = _on_devices(grid, before, kwargs, devices, guarded)
     else:
         put, call = _on_one_device(grid, before, kwargs, devices)
 
@@ -294,7 +296,7 @@ def _on_devices(
     before: Sequence[Any],
     kwargs: Mapping[str, Any],
     devices: Sequence[Any],
-    pools: bool,
+    guarded: bool,
 ) -> tuple[Callable[[Sequence[Any]], Any], Callable[[Any], Any]]:
     """Return what places tiles on devices, and what computes them, one on each.
 
@@ -318,7 +320,7 @@ def _on_devices(
         out_specs=one_each,
         check_vma=False,
     )
-    options = (pool_options if pools else correct_options)(devices[0].platform)
+    options = (pool_options if guarded else correct_options)(devices[0].platform)
     jitted = jax.jit(sharded, compiler_options=options or None)
 
     def put(pixels: Sequence[Any]) -> Any:

@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 import tensorstore
-from started import free_port, outputs
+from mesh.started import free_port, outputs
 
 PROGRAM = """
 import json, sys

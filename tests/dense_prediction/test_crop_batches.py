@@ -1,0 +1,134 @@
+"""What shares nothing runs as a batch of crops, as a user would write it."""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from random_networks import crops_one_by_one
+
+import fcconv_jax as fc
+from fcconv_jax.backends.options import pool_options
+from fcconv_jax.tracing.jaxprs import opened, subjaxprs
+from fcconv_jax.tracing.primitives import MATMULS, POOLS
+
+WINDOW, STRIDE = (8, 8), (8, 8)
+
+
+class Pools(nn.Module):
+    """Convolutions and pools behind a mean over the crop."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x - x.mean((1, 2, 3), keepdims=True)
+        for features in (4, 8):
+            x = nn.relu(nn.Conv(features, (3, 3))(x))
+            x = nn.max_pool(x, (2, 2), (2, 2))
+        return nn.Dense(5)(x.reshape(x.shape[0], -1))
+
+
+class Perceptron(nn.Module):
+    """Dense layers behind a maximum over the crop."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = x / x.max((1, 2, 3), keepdims=True)
+        x = nn.relu(nn.Dense(16)(x.reshape(x.shape[0], -1)))
+        return nn.Dense(5)(x)
+
+
+class Attention(nn.Module):
+    """Attention over all patches of a crop."""
+
+    @nn.compact
+    def __call__(self, x):
+        x = nn.Conv(8, (4, 4), (4, 4))(x).reshape(x.shape[0], 4, 8)
+        x = x + nn.MultiHeadDotProductAttention(2)(nn.LayerNorm()(x))
+        return nn.Dense(3)(x.mean(1))
+
+
+def made(model, images=1):
+    x = np.random.default_rng(0).normal(size=(images, 24, 32, 3)).astype(np.float32)
+    return model.init(jax.random.key(0), x[:, :8, :8]), x
+
+
+def operations(jaxpr):
+    """Convolutions, matmuls and pools, with the shapes of their operands."""
+    found = []
+    for eqn in opened(jaxpr)[0].eqns:
+        bodies = [body for _, body in subjaxprs(eqn)]
+        found += [each for body in bodies for each in operations(body)]
+        if eqn.primitive.name in MATMULS | POOLS:
+            found.append((eqn.primitive.name, *(v.aval.shape for v in eqn.invars)))
+    return sorted(found)
+
+
+@pytest.mark.parametrize("model", [Pools(), Perceptron(), Attention()], ids=str)
+def test_operations_are_those_of_a_batch_of_crops(model):
+    variables, x = made(model)
+    grid = fc.slide(model, WINDOW, STRIDE)
+    assert not grid.report(variables, x).shares
+    batch = np.repeat(x[:, :8, :8], 12, 0)
+    mine = jax.make_jaxpr(grid)(variables, x)
+    assert operations(mine) == operations(jax.make_jaxpr(model.apply)(variables, batch))
+
+
+@pytest.mark.parametrize("images", [1, 3])
+@pytest.mark.parametrize(
+    "function",
+    [
+        lambda x: (x - x.mean()).sum((1, 2)) / jnp.sqrt((x * x).sum()),
+        lambda x: jnp.sort(x, 0).cumsum(0).sum((1, 2)),
+        lambda x: x[::-1].reshape(-1, 4, 2, 8, 3).sum((2, 3)) * x.max(),
+        lambda x: nn.max_pool(x / x.max(0), (2, 2), (2, 2)).mean((1, 2)),
+        lambda x: jnp.einsum("nhwc,mhwc->nm", x, x)[:, :1] / x.std((1, 2, 3)).max(),
+        lambda x: jnp.concatenate([x, 2 * x[:1]], 0)[1:].min((1, 2)) / x.std((1, 2)),
+    ],
+)
+def test_what_depends_on_the_batch_sees_the_images_of_one_position(function, images):
+    x = np.random.default_rng(0).normal(size=(images, 24, 32, 3)).astype(np.float32)
+    grid = fc.slide(function, WINDOW, STRIDE)
+    want = crops_one_by_one(function, x, WINDOW, STRIDE)
+    np.testing.assert_allclose(grid(x), want, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not pool_options("cpu"), reason="XLA computes pools right")
+def test_pools_of_a_batch_of_crops_need_no_options():
+    def spread(x):
+        """A pool behind a bias and a reshape, which XLA may get wrong."""
+        y = (x + jnp.arange(3.0)).reshape(x.shape[0], 4, 16, 3)
+        return nn.max_pool(y / y.std((1, 2), keepdims=True), (2, 2)).sum((1, 2))
+
+    def parted(x):
+        """A pool with an axis of positions beside the batch."""
+        return nn.max_pool(jnp.sort(x, 1) + jnp.arange(3.0), (2, 2)).sum((1, 2))
+
+    variables, x = made(Pools())
+    guarded = [
+        fc.slide(function, WINDOW, STRIDE)._program((*given, x), {}).needs_guard
+        for function, given in (
+            (Pools().apply, (variables,)),
+            (spread, ()),
+            (parted, ()),
+            (lambda x: jnp.sort(x, 1).sum((1, 2)), ()),
+        )
+    ]
+    assert guarded == [False, True, True, False]
+
+
+def test_the_program_of_many_crops_is_small():
+    grid = fc.slide(lambda x: jnp.sort(x, 1).mean((1, 2)), (4, 4), 1)
+    lowered = grid.lower(jax.ShapeDtypeStruct((1, 300, 300, 1), np.float32))
+    assert len(lowered.as_text()) < 10_000
+
+
+def test_padding_that_is_written_out_has_a_stride():
+    def padded(x):
+        x = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
+        return (x / x.std((1, 2), keepdims=True)).max((1, 2))
+
+    x = np.random.default_rng(0).normal(size=(1, 12, 12, 1)).astype(np.float32)
+    grid = fc.slide(padded, (4, 4))
+    assert grid.report(x).stride == (1, 1)
+    want = crops_one_by_one(padded, x, (4, 4), (1, 1))
+    np.testing.assert_allclose(grid(x), want, rtol=1e-5)
