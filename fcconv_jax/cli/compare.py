@@ -9,7 +9,7 @@ import typer
 from .app import app, examples
 from .options import AsJson, ModelName
 from .records import CallOptions, spread
-from .steps import read_model, with_random_inputs
+from .steps import naming_inputs, read_model, with_random_inputs
 
 
 @app.command(
@@ -53,7 +53,11 @@ def compare(
     from ..verification.compare import compare as compare_programs
 
     models = [read_model(name, call) for name in (first, second)]
-    f, g = (with_random_inputs(model, seed).drawn(seed) for model in models)
+    drawn = []
+    for model in models:
+        with naming_inputs(model):
+            drawn.append(with_random_inputs(model, seed).drawn(seed))
+    f, g = drawn
     found = compare_programs(f, g, gradients=gradients, values_only=values_only)
     typer.echo(found.to_json() if as_json else str(found))
     if not found.passed:

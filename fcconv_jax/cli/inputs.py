@@ -118,7 +118,13 @@ def _import(where: str) -> ModuleType:
     sys.path[:0] = [folder for folder in folders if folder not in sys.path]
     if file is None:
         try:
-            return importlib.import_module(where)
+            module = importlib.import_module(where)
+            if getattr(module, "__file__", "") is None:  # of a folder without code
+                raise ArgumentError(
+                    f"Expected a module or a file, got the folder {where}. Pass the "
+                    "file of the model, as in 'path/to/model.py:Net'."
+                )
+            return module
         except ModuleNotFoundError as error:
             missing = error.name or ""
             # The model's own import failed: its error says more than ours would.
@@ -180,8 +186,8 @@ def parse_input(text: str) -> jax.ShapeDtypeStruct:
     try:
         shape = tuple(map(int, re.split("[x,]", sizes))) if sizes else ()
         dtype = np.dtype(name or "float32")
-        if min(shape, default=0) < 0:
-            raise ValueError("a negative size")
+        if min(shape, default=0) < 0 or dtype.kind not in "biufcV":
+            raise ValueError("a negative size, or no numbers")
     except (ValueError, TypeError):
         raise ArgumentError(
             "--input: expected SHAPE[:DTYPE], such as '1,28,28,1' or '2,16:int32', got "

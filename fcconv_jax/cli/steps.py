@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -27,7 +28,16 @@ def read_model(name: str, call: CallOptions) -> BoundModel:
     if call.method is not None:
         options["method"] = call.method
     loaded = load_model(name)
-    return bind(loaded.model, loaded.params, *specs, **options)
+    bound = bind(loaded.model, loaded.params, *specs, **options)
+    accepted, takes_any = bound.accepts()
+    for option in options:
+        if option not in accepted and not takes_any:
+            known = ", ".join(sorted(accepted))
+            raise ArgumentError(
+                f"--kwarg: expected a keyword argument of {name}, got {option!r}. Pass "
+                f"one of {known}."
+            )
+    return bound
 
 
 def require_inputs(bound: BoundModel) -> BoundModel:
@@ -42,14 +52,21 @@ def require_inputs(bound: BoundModel) -> BoundModel:
 
 def plan_model(bound: BoundModel, plan_options: PlanOptions) -> Plan:
     """Plan a model by tracing it."""
-    from ..messages.errors import PlanError
-
     if plan_options.backend not in (None, "any"):
         parse_backends([plan_options.backend], "--for")
-    try:
+    with naming_inputs(bound):
         return bound.plan(
             plan_options.form, plan_options.rules or (), plan_options.backend
         )
+
+
+@contextlib.contextmanager
+def naming_inputs(bound: BoundModel) -> Iterator[None]:
+    """Say in an error of a model's call which inputs it got, or that it lacks them."""
+    from ..messages.errors import PlanError
+
+    try:
+        yield
     except Exception as error:
         # A model that gets no inputs may fail with any error of its own code.
         cause = error.__cause__ if isinstance(error, PlanError) else error

@@ -13,7 +13,7 @@ from .app import app, examples
 from .options import AsJson, ModelName, Params, PlanOut, Rules
 from .output import PLANS, check_destination, write_text
 from .records import CallOptions, spread
-from .steps import parse_backends, read_model, with_random_inputs
+from .steps import naming_inputs, parse_backends, read_model, with_random_inputs
 
 
 class Goal(StrEnum):
@@ -91,7 +91,9 @@ def tune(
     chosen = resolve_default() if backend is None else resolve(backend)
     if chosen.how == "executed":
         bound = with_random_inputs(bound, seed)
-        bound = bound.drawn(seed) if params is None else load_variables(bound, params)
+        with naming_inputs(bound):
+            known = params is not None
+            bound = load_variables(bound, params) if known else bound.drawn(seed)
     plan = tune_model(
         bound,
         backend=backend,

@@ -107,10 +107,23 @@ def test_in_a_folder_with_neighbours(folder):
         ("model.py:Net --input 1,8:floaty", "expected SHAPE.* got '1,8:floaty'"),
         ("model.py:Net --input 1,8:float64", "JAX_ENABLE_X64=1"),
         ("model.py:Net --kwarg train", "--kwarg: expected NAME=VALUE.* got 'train'"),
+        ("model.py:Net --input 1 --kwarg trian=1", "of model.py:Net, got 'trian'. Pas"),
+        ("model.py:Net --input 1,8:object", "expected SHAPE.* got '1,8:object'"),
+        ("things:Net --input 1", "got the folder things. Pass the file"),
     ],
 )
 def test_wrong_arguments(arguments, message):
+    Path("things").mkdir(exist_ok=True)
     fails(f"plan {arguments}", message, status=2)
+
+
+@pytest.mark.parametrize("command", ["tune", "compare model.py:Net"])
+def test_a_call_without_inputs(command):
+    fails(f"{command} model.py:Net", "Pass the shapes of the model's inputs: --in", 2)
+
+
+def test_an_unknown_method():
+    fails("plan model.py:Net --input 1 --method run", "method's name of Net, got 'run'")
 
 
 def test_wrong_rules():
@@ -129,7 +142,7 @@ def test_errors_of_the_model_are_one_line_with_its_own(folder, monkeypatch):
     fails("plan broken:Net", line)
     (folder / "broken.py").write_text("raise ValueError('mine')\n")
     fails("plan broken.py:Net", "broken.py:1: .* ValueError: mine")
-    fails("plan model.py:Net --kwarg trian=true --input 1,8,8,1", "trian")
+    fails("plan model.py:Net --kwarg trian=true --input 1,8,8,1", "trian", 2)
     fails("plan model.py:Net", "shapes of the model's inputs: --input", status=2)
     fails("plan model.py:Net --input 1,8,8", r"on inputs of shape \(1, 8, 8\)")
     (folder / "broken.py").write_text(BRANCHES)
