@@ -160,7 +160,7 @@ class Compiling:
                 found[backend] = error
         return found
 
-    def _job(self, resolution: Resolution) -> processes.Job | None:
+    def _job(self, resolution: Resolution) -> processes.CompileJob | None:
         backend = resolution.backend
         try:
             binaries = {
@@ -171,7 +171,7 @@ class Compiling:
             self._errors[backend] = error
             return None
         args = [program.args for program in self._programs.values()]
-        return processes.Job(backend.target, binaries, _mesh(args))
+        return processes.CompileJob(backend.target, binaries, _mesh(args))
 
     def _export(self, backend: Backend, name: str) -> Any:
         # TPUs of all generations get the same program: it is lowered once a platform.

@@ -34,7 +34,7 @@ _ENVIRONMENT = {
 
 
 @dataclasses.dataclass(frozen=True)
-class Job:
+class CompileJob:
     """What one process compiles.
 
     Attributes:
@@ -59,11 +59,11 @@ class Job:
         }
         (folder / "job.json").write_text(json.dumps(content))
 
-    def split(self, number: int) -> list[Job]:
+    def split(self, number: int) -> list[CompileJob]:
         """At most so many jobs, with the programs dealt out in turns.
 
         Example:
-          >>> job = Job(Backend("tpu", "v4"), dict.fromkeys("abc", b""), None)
+          >>> job = CompileJob(Backend("tpu", "v4"), dict.fromkeys("abc", b""), None)
           >>> [list(part.programs) for part in job.split(2)]
           [['a', 'c'], ['b']]
         """
@@ -110,7 +110,7 @@ class Pool:
 
     def __init__(
         self,
-        jobs: Mapping[Backend, Job],
+        jobs: Mapping[Backend, CompileJob],
         *,
         timeout: float,
         progress: Callable[[str, int, int], None] | None = None,
@@ -135,7 +135,7 @@ class Pool:
         self._thread.start()
 
     def wait(self) -> dict[Backend, Any]:
-        """Wait for all jobs; return each :meth:`Job.read`, or its error."""
+        """Wait for all jobs; return each :meth:`CompileJob.read`, or its error."""
         self._thread.join()
         return self._results
 
@@ -180,7 +180,7 @@ class Pool:
 class _Process:
     """One worker, and the folder that it reads and writes."""
 
-    def __init__(self, backend: Backend, job: Job):
+    def __init__(self, backend: Backend, job: CompileJob):
         self.backend, self.job = backend, job
         self.folder = tempfile.TemporaryDirectory(prefix="fcconv-")
         path = Path(self.folder.name)

@@ -19,7 +19,7 @@ from .extents import Advance
 
 
 @dataclasses.dataclass(frozen=True)
-class Difference:
+class LeafDifference:
     """A leaf in which two checkpoints differ."""
 
     path: str
@@ -46,7 +46,7 @@ class ContentReport(Report):
     leaves: int
     moved: int
     nbytes: int
-    differences: tuple[Difference, ...]
+    differences: tuple[LeafDifference, ...]
 
     @property
     def failures(self) -> tuple[str, ...]:
@@ -82,7 +82,7 @@ class ContentReport(Report):
 
 def differences(
     meant: Checkpoint, found: Checkpoint, scratch: Path | None, advance: Advance
-) -> Iterator[Difference]:
+) -> Iterator[LeafDifference]:
     """Yield the leaves in which one checkpoint is not what another says it should be.
 
     Args:
@@ -96,13 +96,13 @@ def differences(
     have = {"/".join(parts): leaf for parts, leaf in iter_leaves(found.tree)}
     for name in [*want, *(have.keys() - want.keys())]:
         if name not in have:
-            yield Difference(name, "is missing")
+            yield LeafDifference(name, "is missing")
         elif name not in want:
-            yield Difference(name, "is not expected")
+            yield LeafDifference(name, "is not expected")
         else:
             what = _difference(want[name], have[name], scratch, advance)
             if what:
-                yield Difference(name, what)
+                yield LeafDifference(name, what)
 
 
 def _difference(want: Any, have: Any, scratch: Path | None, advance: Advance) -> str:

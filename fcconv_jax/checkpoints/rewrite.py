@@ -11,7 +11,7 @@ from ..messages.errors import CheckpointError
 from ..messages.flags import check_flags
 from ..messages.progress import Progress, ProgressOption, shown
 from .checkpoint import Checkpoint, CheckpointReport, iter_leaves
-from .content import Difference, differences
+from .content import LeafDifference, differences
 from .detect import PathLike, full_path, named
 from .extents import Advance
 from .files import (
@@ -146,7 +146,9 @@ def _require_content(
     meant: Checkpoint, written: Checkpoint, scratch: Path, advance: Advance
 ) -> None:
     """Compare what was written with its source, entry by entry."""
-    wrong: Difference | None = next(differences(meant, written, scratch, advance), None)
+    wrong: LeafDifference | None = next(
+        differences(meant, written, scratch, advance), None
+    )
     if wrong is not None:
         raise CheckpointError(
             f"{scratch.parent}: leaf {wrong.path!r} reads back as {wrong.what}. "

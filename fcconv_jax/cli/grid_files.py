@@ -39,7 +39,7 @@ _CHUNK = 256
 
 
 @dataclasses.dataclass(frozen=True)
-class Grid:
+class ResultGrid:
     """Shape and coordinates of a grid of results.
 
     Args:
@@ -66,7 +66,7 @@ class Grid:
 
 
 @contextlib.contextmanager
-def grid_file(file: Path, grid: Grid, resume: bool) -> Iterator[tuple[Any, Path]]:
+def grid_file(file: Path, grid: ResultGrid, resume: bool) -> Iterator[tuple[Any, Path]]:
     """Yield the array to write to, and the path of the record; then finish the file.
 
     If the body raises, what is written stays for a run with ``resume``.
@@ -194,7 +194,7 @@ def _locked(file: Path) -> Iterator[None]:
             lock.unlink(missing_ok=True)
 
 
-def _open_npy(part: Path, grid: Grid, spare: int) -> Any:
+def _open_npy(part: Path, grid: ResultGrid, spare: int) -> Any:
     """Open or create a ``.npy`` array, with bytes to spare behind it.
 
     Its blocks are allocated first: on a full disk, writing to mapped memory would end
@@ -228,7 +228,7 @@ def _open_npy(part: Path, grid: Grid, spare: int) -> Any:
     return np.memmap(part, grid.dtype, "r+", start, grid.shape)
 
 
-def _open_zarr(part: Path, grid: Grid) -> Any:
+def _open_zarr(part: Path, grid: ResultGrid) -> Any:
     """Open or create a zarr (version 3) with the grid's attributes."""
     import tensorstore
 
@@ -275,7 +275,7 @@ def _other_run(part: Path, what: str) -> ArgumentError:
     )
 
 
-def _check_tiff(file: Path, grid: Grid) -> None:
+def _check_tiff(file: Path, grid: ResultGrid) -> None:
     """Refuse grids that can't be a TIFF, before any work.
 
     Raises:
@@ -289,7 +289,7 @@ def _check_tiff(file: Path, grid: Grid) -> None:
         )
 
 
-def _tiff_bytes(grid: Grid) -> int:
+def _tiff_bytes(grid: ResultGrid) -> int:
     """Return what a TIFF takes at most: that of pixels that don't compress."""
     _, rows, columns, *rest = grid.shape
     pixels = math.prod(grid.shape) * np.dtype(_tiff_dtype(grid)).itemsize
@@ -299,13 +299,13 @@ def _tiff_bytes(grid: Grid) -> int:
     return pixels + pixels // 1024 + blocks * (16 * _CHUNK + 1024) + (1 << 16)
 
 
-def _tiff_dtype(grid: Grid) -> str:
+def _tiff_dtype(grid: ResultGrid) -> str:
     # GDAL has no bool, and float16 only from version 3.11 on.
     known = {"bool": "uint8", "float16": "float32"}
     return known.get(grid.dtype.name, grid.dtype.name)
 
 
-def _write_tiff(file: Path, array: Any, grid: Grid) -> None:
+def _write_tiff(file: Path, array: Any, grid: ResultGrid) -> None:
     """Write a tiled TIFF whose pixels are the positions and bands the outputs."""
     rasterio: Any = require("rasterio", "geotiff", "Writing TIFF files")
     _, rows, columns, *rest = grid.shape

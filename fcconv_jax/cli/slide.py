@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from ..dense_prediction.slide import Slide
     from ..dense_prediction.write import TilesWritten
     from ..frontends.bound import BoundModel
-    from .grid_files import Grid
+    from .grid_files import ResultGrid
     from .images import Pixels, Scaling
 
 
@@ -302,13 +302,15 @@ def _scaled_grid(
     return grid, variables
 
 
-def _described(grid: Slide, variables: PyTree, pixels: Pixels, image: Image) -> Grid:
+def _described(
+    grid: Slide, variables: PyTree, pixels: Pixels, image: Image
+) -> ResultGrid:
     """Return what the result is; print how it will be computed."""
     import jax
     import numpy as np
 
     from ..dense_prediction.tiles import one_window
-    from .grid_files import Grid
+    from .grid_files import ResultGrid
 
     like = jax.ShapeDtypeStruct(pixels.shape, pixels.dtype)
     report = grid.report(variables, like)
@@ -324,7 +326,9 @@ def _described(grid: Slide, variables: PyTree, pixels: Pixels, image: Image) -> 
     dtype = np.dtype(each.dtype if known else np.float32)
     sizes, step = grid.window, report.stride
     shape = (pixels.shape[0], *report.positions, *each.shape[3:])
-    return Grid(shape, dtype, sizes, step, image.transform.grid(sizes, step), image.crs)
+    return ResultGrid(
+        shape, dtype, sizes, step, image.transform.grid(sizes, step), image.crs
+    )
 
 
 def _print_counts(done: TilesWritten, masked: bool) -> None:
@@ -341,7 +345,7 @@ def _print_places(
     images: Sequence[Path],
     batch: Sequence[Image],
     result: Any,
-    grid: Grid,
+    grid: ResultGrid,
     top: int,
 ) -> None:
     from .places import largest_places, place_text

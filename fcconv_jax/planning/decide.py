@@ -27,7 +27,7 @@ class LeftError(Exception):
 
 
 @dataclasses.dataclass(frozen=True)
-class Call:
+class LayerCall:
     """One call of a linear layer, as the trace shows it.
 
     Args:
@@ -58,10 +58,10 @@ class Call:
 
 def plan_layers(
     inputs: Iterable[LayerInput],
-    layers: Mapping[str, Sequence[Call]],
+    layers: Mapping[str, Sequence[LayerCall]],
     to: Form,
     chosen: Mapping[str, Rule | None],
-    stack_axes: Callable[[str, Call], tuple[int, ...]],
+    stack_axes: Callable[[str, LayerCall], tuple[int, ...]],
 ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
     """Plan each layer of a trace, or give the reason to skip it.
 
@@ -96,7 +96,7 @@ def plan_layers(
 
 def _plan_dense(
     path: str,
-    calls: Sequence[Call],
+    calls: Sequence[LayerCall],
     flattens: Mapping[int, Sequence[Flatten]],
     stack_axes: tuple[int, ...],
     rule: Rule | None,
@@ -136,7 +136,10 @@ def _plan_dense(
 
 
 def _plan_conv(
-    path: str, calls: Sequence[Call], stack_axes: tuple[int, ...], rule: Rule | None
+    path: str,
+    calls: Sequence[LayerCall],
+    stack_axes: tuple[int, ...],
+    rule: Rule | None,
 ) -> LayerPlan:
     call = calls[0]
     _check_calls(calls, rule)
@@ -197,7 +200,7 @@ def _plan_conv(
 
 
 def _plan_phases(
-    call: Call, found: Equivalence, stack_axes: tuple[int, ...]
+    call: LayerCall, found: Equivalence, stack_axes: tuple[int, ...]
 ) -> LayerPlan:
     """Plan a transposed convolution that runs in phases, with the same kernel."""
     window = found.geometry.kernel_size
@@ -215,7 +218,7 @@ def _plan_phases(
     )
 
 
-def _classify(call: Call) -> Equivalence:
+def _classify(call: LayerCall) -> Equivalence:
     """Return the equivalence of one call.
 
     Raises:
@@ -240,7 +243,7 @@ def _example(shape: tuple[int, ...], window: tuple[int, ...] = ()) -> tuple[int,
     )
 
 
-def _check_calls(calls: Sequence[Call], rule: Rule | None) -> None:
+def _check_calls(calls: Sequence[LayerCall], rule: Rule | None) -> None:
     """Skip a layer that a rule excludes or that computes something else."""
     if rule is not None and rule.skip:
         raise LeftError(f"excluded by rule {str(rule)!r}")
@@ -262,7 +265,7 @@ def _check_order(rule: Rule | None, rank: int) -> None:
 
 def _choose_flatten(
     path: str,
-    calls: Sequence[Call],
+    calls: Sequence[LayerCall],
     flattens: Mapping[int, Sequence[Flatten]],
     rule: Rule | None,
     fan_in: int,

@@ -19,9 +19,9 @@ from .as_layer import (
     leaf_rearrangement,
     stack_axes,
 )
-from .decide import Call, LeftError, plan_layers
+from .decide import LayerCall, LeftError, plan_layers
 from .flatten import LayerInput
-from .layers import Layer, layer_call
+from .layers import LibraryLayer, layer_call
 from .matmul import Analysis, Matmul
 from .trace import TracedModel
 
@@ -51,7 +51,7 @@ def plan_trace(
     traced: TracedModel,
     to: Form,
     rules: Sequence[Rule],
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, LibraryLayer],
     own: Mapping[str, Own],
 ) -> tuple[dict[str, LayerPlan], dict[str, str]]:
     """Plan each layer and each matmul of a trace, or give the reason to skip it.
@@ -116,7 +116,7 @@ def plan_trace(
     mapped = {call.number: call.mapped for each in calls.values() for call in each}
     inputs = _inputs(traced.analysis, Frame.of(traced.analysis.jaxpr), numbers, mapped)
 
-    def stacked(path: str, _: Call) -> tuple[int, ...]:
+    def stacked(path: str, _: LayerCall) -> tuple[int, ...]:
         if path in layers:
             return layers[path].stack
         return _stack_axes(matmuls[path])
@@ -143,12 +143,12 @@ def plan_trace(
     return planned, left
 
 
-def as_call(matmul: Matmul, number: int, elsewhere: str | None = None) -> Call:
+def as_call(matmul: Matmul, number: int, elsewhere: str | None = None) -> LayerCall:
     """Return one matmul of no layer's, as a call of a layer."""
     obstacle = matmul.obstacle or elsewhere
     dense = form_of(matmul) == "dense"
     readable = dense or matmul.obstacle is None
-    return Call(
+    return LayerCall(
         kind=matmul.eqn.primitive.name,
         number=number,
         shape=input_shape(matmul) if readable else (),
@@ -163,7 +163,7 @@ def as_call(matmul: Matmul, number: int, elsewhere: str | None = None) -> Call:
 
 def _chosen(
     rules: Sequence[Rule],
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, LibraryLayer],
     matmuls: Mapping[str, Sequence[Matmul]],
     own: Mapping[str, Own],
 ) -> dict[str, Rule | None]:
@@ -197,7 +197,7 @@ def _tables(traced: TracedModel, own: Mapping[str, Own]) -> dict[str, str]:
     return tables
 
 
-def _why_not_seen(traced: TracedModel, layer: Layer) -> str:
+def _why_not_seen(traced: TracedModel, layer: LibraryLayer) -> str:
     """Return why a layer makes no matmul that reads its kernel as it is stored."""
     uses = [use for use in traced.analysis.uses if use.path == layer.kernel]
     for use in uses:

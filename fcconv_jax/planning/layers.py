@@ -15,14 +15,14 @@ from .as_layer import (
     kernel_axes_of_conv,
     kernel_axes_of_dot,
 )
-from .decide import Call
+from .decide import LayerCall
 from .factors import axes_of, joined, size, without
 from .layer_axes import DenseAxes
 from .matmul import Matmul
 
 
 @dataclasses.dataclass(frozen=True)
-class Layer:
+class LibraryLayer:
     """A linear layer of a library, as its module describes it.
 
     Args:
@@ -72,7 +72,7 @@ class Layer:
         return [own.pop(axis) for axis in reversed(self.stack)], own
 
 
-def layer_call(layer: Layer, matmul: Matmul, number: int) -> Call | None:
+def layer_call(layer: LibraryLayer, matmul: Matmul, number: int) -> LayerCall | None:
     """Return one matmul, as a call of the layer that its kernel is of.
 
     A stack under ``vmap`` is one matmul of all its steps; the call is that of one.
@@ -99,7 +99,9 @@ def layer_call(layer: Layer, matmul: Matmul, number: int) -> Call | None:
         groups = _groups(matmul, axes[-1])
         geometry = {**conv_arguments(matmul), "groups": groups}
         x = (*input_shape(matmul)[:-1], groups * shape[-2])
-        return Call(layer.kind, number, x, shape, layer.bias, None, geometry, obstacle)
+        return LayerCall(
+            layer.kind, number, x, shape, layer.bias, None, geometry, obstacle
+        )
     batch, contracted, outs = map(parts, kernel_axes_of_dot(matmul))
     mapped = len(batch) - layer.batch  # vmap puts its axes first
     split = len(shape) - layer.features
@@ -113,7 +115,7 @@ def layer_call(layer: Layer, matmul: Matmul, number: int) -> Call | None:
         return None
     axes = dense_axes(matmul)
     seen = [a for a in range(len(input_shape(matmul))) if a not in axes.batch[:mapped]]
-    return Call(
+    return LayerCall(
         kind=layer.kind,
         number=number,
         shape=tuple(input_shape(matmul)[axis] for axis in seen),

@@ -235,7 +235,7 @@ class Certificate:
 
 
 @dataclasses.dataclass(frozen=True)
-class _Matmul:
+class _Product:
     """The products that a form needs of a dot or a convolution."""
 
     form: Contraction
@@ -244,7 +244,7 @@ class _Matmul:
     precision: PrecisionLike
 
 
-def _matmuls(jaxpr: jaxprs.AnyJaxpr) -> Iterator[_Matmul]:
+def _matmuls(jaxpr: jaxprs.AnyJaxpr) -> Iterator[_Product]:
     """Yield the dots and convolutions of a trace, wherever they are."""
     forms: dict[str, Contraction] = {
         "dot_general": "dot",
@@ -253,7 +253,7 @@ def _matmuls(jaxpr: jaxprs.AnyJaxpr) -> Iterator[_Matmul]:
     for eqn in jaxprs.opened(jaxpr)[0].eqns:
         form = forms.get(eqn.primitive.name)
         if form is not None:
-            yield _Matmul(
+            yield _Product(
                 form,
                 tuple(v.aval.dtype for v in eqn.invars),
                 eqn.outvars[0].aval.dtype,
@@ -264,7 +264,7 @@ def _matmuls(jaxpr: jaxprs.AnyJaxpr) -> Iterator[_Matmul]:
 
 
 def _arithmetic(
-    matmuls: Sequence[_Matmul],
+    matmuls: Sequence[_Product],
     x: DTypeLike,
     out: DTypeLike,
     precision: PrecisionLike,
@@ -274,7 +274,7 @@ def _arithmetic(
     found = Arithmetic(0.0, 0.0, unit_roundoff(out))
     if not matmuls:  # none of lax's own: take it for either
         forms: tuple[Contraction, ...] = ("dot", "conv")
-        matmuls = [_Matmul(form, (x,), x, precision) for form in forms]
+        matmuls = [_Product(form, (x,), x, precision) for form in forms]
     for matmul in dict.fromkeys(matmuls):
         measured = measure_precision(
             functools.reduce(jnp.promote_types, matmul.operands),

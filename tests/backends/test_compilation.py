@@ -82,7 +82,7 @@ def _pool(tmp_path, monkeypatch, script, timeout=30.0):
     worker.write_text(script)
     monkeypatch.setattr(processes.worker, "__file__", str(worker))
     backend = Backend.parse("tpu:v4")
-    job = processes.Job(backend, {"program": b""}, None)
+    job = processes.CompileJob(backend, {"program": b""}, None)
     return backend, processes.Pool({backend: job}, timeout=timeout)
 
 
@@ -123,7 +123,9 @@ for name in json.loads((folder / "job.json").read_text())["programs"]:
 """)
     monkeypatch.setattr(processes.worker, "__file__", str(tmp_path / "worker.py"))
     monkeypatch.setattr(processes.os, "cpu_count", lambda: 2)
-    job = processes.Job(Backend.parse("tpu:v4"), {"dense": b"", "conv": b""}, None)
+    job = processes.CompileJob(
+        Backend.parse("tpu:v4"), {"dense": b"", "conv": b""}, None
+    )
     said = []
     for backends, workers in ((["tpu:v4"], 2), (["tpu:v4", "tpu:v5e"], 1)):
         pool = processes.Pool(

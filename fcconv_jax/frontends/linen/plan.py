@@ -16,7 +16,7 @@ from jaxtyping import PyTree
 from ...plan import Form, Plan
 from ...plan.rules import Rule
 from ...planning.from_trace import Own, plan_trace
-from ...planning.layers import Layer
+from ...planning.layers import LibraryLayer
 from ...planning.trace import TracedModel, trace
 from ...tracing import arguments
 from .interception import intercepting
@@ -43,7 +43,7 @@ class _Names:
       own: knows the model's own calls.
     """
 
-    layers: dict[str, Layer] = dataclasses.field(default_factory=dict)
+    layers: dict[str, LibraryLayer] = dataclasses.field(default_factory=dict)
     owners: dict[str, type] = dataclasses.field(default_factory=dict)
     stack: list[nn.Module] = dataclasses.field(default_factory=list)
     own: OwnCalls = dataclasses.field(default_factory=OwnCalls)
@@ -82,7 +82,7 @@ class _Names:
             for name in ("kernel", "bias")
         )
         batch, features = kernel_split(module)
-        layer = Layer(
+        layer = LibraryLayer(
             kind=kind,
             kernel=f"{path}/kernel".lstrip("/"),
             shape=tuple(kernel.shape),
@@ -239,7 +239,7 @@ def _stored(params: PyTree) -> dict[str, Any]:
     return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
 
 
-def _as_stored(layer: Layer, box: Any) -> Layer:
+def _as_stored(layer: LibraryLayer, box: Any) -> LibraryLayer:
     """A layer with its kernel as it is stored, and the axes that Flax counted there."""
     axes = box.axes if isinstance(box, _StackAxes) else ()
     stored = dataclasses.replace(layer, shape=_shape(box), stack=axes)
@@ -254,7 +254,7 @@ def _as_stored(layer: Layer, box: Any) -> Layer:
 
 def _own(
     params: Mapping[str, Any],
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, LibraryLayer],
     owners: Mapping[str, type],
 ) -> dict[str, Own]:
     """Return the parameters of two or more axes that no layer of Flax reads."""

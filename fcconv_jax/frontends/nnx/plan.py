@@ -18,7 +18,7 @@ from ...plan.layer_forms import OutSharding
 from ...plan.paths import join_path
 from ...plan.rules import Rule
 from ...planning.from_trace import Own, plan_trace
-from ...planning.layers import Layer
+from ...planning.layers import LibraryLayer
 from ...planning.trace import TracedModel, trace
 from ...tracing import arguments
 from ...tracing.marks import name_parameter
@@ -109,7 +109,7 @@ def plan_nnx(
 
 def _layers(
     modules: Mapping[str, Any], variables: Mapping[str, nnx.Variable]
-) -> dict[str, Layer]:
+) -> dict[str, LibraryLayer]:
     """NNX's own linear layers that are nothing more than that, in either form."""
     paths = {id(variable): path for path, variable in variables.items()}
     layers = {}
@@ -120,7 +120,7 @@ def _layers(
         shape = tuple(module.kernel.shape)
         batch, features, ndim = nnx_layers.kernel_split(module)
         depth = len(shape) - ndim
-        layers[path] = Layer(
+        layers[path] = LibraryLayer(
             kind=kind,
             kernel=paths[id(module.kernel)],
             shape=shape,
@@ -135,7 +135,7 @@ def _layers(
 
 def _trace(
     model: nnx.Module,
-    layers: Mapping[str, Layer],
+    layers: Mapping[str, LibraryLayer],
     inputs: Sequence[Any],
     method: Any,
     kwargs: Mapping[str, Any],
@@ -230,7 +230,7 @@ def _own(
     modules: Mapping[str, Any],
     variables: Mapping[str, nnx.Variable],
     traced: TracedModel,
-    free: Mapping[str, Layer],
+    free: Mapping[str, LibraryLayer],
     left: Mapping[str, str],
 ) -> dict[str, Own]:
     """The parameters that no layer reads which converts as a layer."""

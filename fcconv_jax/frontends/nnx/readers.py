@@ -10,7 +10,7 @@ from flax import nnx
 from ...plan import Form, LayerPlan
 from ...planning.as_layer import stack_axes
 from ...planning.decide import LeftError
-from ...planning.layers import Layer, layer_call
+from ...planning.layers import LibraryLayer, layer_call
 from ...planning.matmul import Matmul
 from ...planning.trace import TracedModel
 
@@ -27,7 +27,7 @@ class Readers:
       ndims: number of axes of each parameter.
     """
 
-    layers: Mapping[str, Layer]
+    layers: Mapping[str, LibraryLayer]
     matmuls: Mapping[str, Sequence[Matmul]]
     reads: Mapping[str, Sequence[tuple[str, bool]]]
     ndims: Mapping[str, int]
@@ -36,7 +36,7 @@ class Readers:
     def of(
         cls,
         traced: TracedModel,
-        layers: Mapping[str, Layer],
+        layers: Mapping[str, LibraryLayer],
         variables: Mapping[str, nnx.Variable],
         to: Form,
     ) -> Readers:
@@ -76,7 +76,7 @@ class Readers:
                     waiting.append(other)
         return found
 
-    def _check(self, layer: Layer) -> None:
+    def _check(self, layer: LibraryLayer) -> None:
         """Refuse a layer whose parameters are not its own alone.
 
         Raises:
@@ -128,7 +128,7 @@ class Readers:
                 waiting += self.layers[path].leaves
 
 
-def _why_unlike(layer: Layer, matmul: Matmul) -> str:
+def _why_unlike(layer: LibraryLayer, matmul: Matmul) -> str:
     """Return why a matmul of a layer does not read the kernel as it is stored."""
     for axis in range(1, len(layer.shape)):
         other = dataclasses.replace(layer, stack=(axis,))
