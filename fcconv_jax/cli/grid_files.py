@@ -321,6 +321,7 @@ def _write_tiff(file: Path, array: Any, grid: ResultGrid) -> None:
         "width": columns,
         "crs": grid.crs,
         "transform": rasterio.Affine(*grid.transform),
+        # A mask needs float outputs, so only these have positions without a result.
         "nodata": math.nan if floats else None,
         "compress": "deflate",
         # TIFF's numbers: 3 is the predictor for floats, 1 is none.
@@ -354,6 +355,8 @@ def _write_tiff(file: Path, array: Any, grid: ResultGrid) -> None:
             with rasterio.open(fresh) as dataset:
                 for window in windows:
                     found = dataset.read(window=window)
+                    # As bytes, since NaN, at positions without a result, doesn't equal
+                    # itself.
                     if found.tobytes() != values(window).tobytes():
                         raise OSError(errno.EIO, "it reads back other than written")
     except rasterio.errors.RasterioError as error:

@@ -239,6 +239,8 @@ class MaskImage:
         for part, start, size, most, cells in zip(
             where, self._region[:2], self.shape, self._level, self._mask.shape[1:3]
         ):
+            # For each pixel asked for, the mask's pixel over it; read is only what lies
+            # between the first and the last.
             at = np.arange(start, start + size)[part] * cells // most
             spans.append((slice(int(at[0]), int(at[-1]) + 1), at - at[0]))
         (rows, i), (columns, j) = spans

@@ -40,6 +40,7 @@ def largest_places(
     """
     heat = np.concatenate([_known(rows).max(-1) for rows in bands_of(grid, image)])
     heat = heat.astype(np.float64)
+    # Windows fewer positions apart than this overlap.
     reach = [-(-size // step) for size, step in zip(window, stride)]
     found = []
     for _ in range(count):

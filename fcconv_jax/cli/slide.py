@@ -264,6 +264,7 @@ def _check_destinations(
     from .grid_files import SUFFIXES, check_leftovers, is_zarr
     from .heatmap import check_heatmap
 
+    # The check refuses folders; a zarr is one, and may be replaced.
     if out is None or not (out.suffix.lower() == ".zarr" and is_zarr(out)):
         check_destination("--out", out, SUFFIXES, read)
     if out is not None:
@@ -298,6 +299,8 @@ def _scaled_grid(
     grid = make_grid(scaled, sizes, steps, axes=(first, first + 1))
     if on_crops.bind is not None:
         crop = scaling(middle_crop(grid, pixels))
+        # The grid's own check would see a plain function, which has no library to be
+        # compared with.
         on_crops.bind(variables, crop).check_library()
     return grid, variables
 
@@ -315,6 +318,7 @@ def _described(
     like = jax.ShapeDtypeStruct(pixels.shape, pixels.dtype)
     report = grid.report(variables, like)
     typer.echo(str(report), err=True)
+    # Behind the positions, one window's outputs have the axes and sizes that all have.
     each = grid.eval_shape(variables, one_window(grid, pixels))
     if not isinstance(each, jax.ShapeDtypeStruct):
         raise ArgumentError(

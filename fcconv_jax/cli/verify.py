@@ -192,6 +192,7 @@ def _verify_checkpoint(
                 "Expected no --to, --rule or --for with the converted checkpoint "
                 f"{checkpoint}, which contains its plan. Drop them."
             )
+        # A stored plan may mix both forms; one plan of the code has one.
         for form in dict.fromkeys(layer.to for layer in made.values()):
             now = plan_model(bound, PlanOptions(To(form)))
             _print_differences(made, now, checkpoint)

@@ -170,6 +170,8 @@ def _folded_model(bound: BoundModel) -> _FoldedModel:
     for value, wanted in _constants(graph):
         if value not in names:
             counts[wanted] = counts.get(wanted, 0) + 1
+            # Several arrays may come from the same parameters, such as a kernel and its
+            # slice.
             number = f"#{counts[wanted]}" if counts[wanted] > 1 else ""
             names[value] = wanted + number
     return _FoldedModel(graph, names, jax.tree.structure(shape))

@@ -81,6 +81,7 @@ def replacing(final: Path) -> Iterator[Path]:
     """
     with workspace(final) as folder:
         yield folder / final.name
+        # False sorts first: what others refer to the destination by comes last.
         written = sorted(folder.iterdir(), key=lambda each: each.name == final.name)
         for each in written:
             sync(each)
@@ -252,6 +253,7 @@ def _rename(one: Path, other: Path, flags: int) -> bool:
     if not call(_AT_FDCWD, os.fsencode(one), _AT_FDCWD, os.fsencode(other), flags):
         return True
     code = ctypes.get_errno()
+    # The kernel, or this file system, lacks the call or its flags.
     if code in (errno.ENOSYS, errno.EINVAL, errno.ENOTSUP):
         return False
     raise OSError(code, os.strerror(code), str(other))
@@ -268,6 +270,8 @@ def allocate(fd: int, nbytes: int) -> None:
             os.posix_fallocate(fd, 0, nbytes)
         return
     with open(fd, "ab", closefd=False) as file:  # macOS, Windows
+        # Without the call, only what has been written has blocks; "ab" starts at the
+        # end.
         for start in range(file.tell(), nbytes, _ZEROS):
             file.write(bytes(min(_ZEROS, nbytes - start)))
 

@@ -186,8 +186,10 @@ def _difference(got: Any, own: np.ndarray, want: np.ndarray, narrow: bool) -> st
         same = (x == want) | (np.isnan(x) & np.isnan(want))
         with np.errstate(invalid="ignore", over="ignore"):
             far = np.abs(np.where(same, 0, x - want)).max()
+        # A NaN that PyTorch doesn't compute is farther off than any number.
         return float(np.nan_to_num(far, nan=np.inf))
 
+    # Infinities and NaN must not be the scale that rounding is measured by.
     finite = np.abs(want[np.isfinite(want)])
     scale = float(finite.max()) if finite.size else 0.0
     unit = float(jax.numpy.finfo(dtype).eps)

@@ -32,8 +32,11 @@ def flops(
             total += 2.0 * eqn.outvars[0].aval.size * terms
         elif name == "conv_general_dilated":
             kernel = eqn.invars[1].aval
+            # A kernel's own input features are those of one group, so its size over its
+            # output features counts grouped convolutions, too.
             features = kernel.shape[p["dimension_numbers"].rhs_spec[0]]
             total += 2.0 * eqn.outvars[0].aval.size * kernel.size / max(features, 1)
+        # How often a `while` runs isn't in its equation: it counts once.
         times = p.get("length", 1) if name == "scan" else 1
         total += times * sum(flops(body, counted) for _, body in subjaxprs(eqn))
     return total

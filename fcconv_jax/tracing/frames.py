@@ -40,6 +40,8 @@ class Frame:
 
     def enter(self, eqn: Equation, body: AnyJaxpr) -> Frame:
         """Return the frame of a jaxpr that an equation of this frame runs."""
+        # By identity: both live as long as this frame's jaxpr, which holds them, so no
+        # id is used again.
         key = (id(eqn), id(body))
         if key not in self.inner:
             self.inner[key] = Frame(opened(body)[0], self, eqn)

@@ -38,6 +38,7 @@ def _read(body: OpenJaxpr, wanted: list[bool]) -> list[bool]:
         read = [True] * len(eqn.invars)
         if inner is not None:
             inner, _ = opened(inner)
+            # Otherwise which operand is which input isn't known, and all count as read.
             if len(inner.invars) == len(eqn.invars):
                 read = _read(inner, outs)
         live |= {
