@@ -12,7 +12,8 @@ from ..tracing.jaxprs import AnyJaxpr, Literal, call_body, opened, subjaxprs
 from ..tracing.primitives import ELEMENTWISE, ENTRYWISE, MOVES, POOLS
 from ..tracing.protocols import Equation
 
-# Of arrays, each counts before those that precede it.
+# Of arrays, each counts before those that precede it: broadcast, computed from such a
+# one and another, or that and reshaped since.
 _MARKS = ("", "wide", "spread", "reshaped")
 _RESHAPES = ("broadcast_in_dim", "expand_dims", "reshape", "squeeze")
 
@@ -163,6 +164,8 @@ def _shown(program: AnyJaxpr, faults: Sequence[Fault]) -> set[str]:
             elif name in ENTRYWISE | MOVES:
                 outs = [max(ins, key=_MARKS.index, default="")] * len(outs)
             else:
+                # Into loops and branches, marks aren't followed: which operand is which
+                # input differs with each.
                 for _, each in subjaxprs(eqn):
                     read(each, ())
             known.update(zip(eqn.outvars, outs))

@@ -81,6 +81,7 @@ def _compile(exported: Any, job: Any, devices: Any) -> Any:
             job["mesh"]["axis_names"],
         )
         replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+        # None stands for an input whose sharding the program leaves open.
         shardings = [s or replicated for s in exported.in_shardings_jax(mesh)]
     flat = [
         jax.ShapeDtypeStruct(aval.shape, aval.dtype, sharding=sharding)

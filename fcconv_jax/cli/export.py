@@ -145,6 +145,7 @@ def export(
         )
     if as_json and as_markdown:
         raise ArgumentError("Expected --json or --markdown, got both. Pass one.")
+    # Both raise for unknown names: sooner than the model is read.
     runtime_of(out, runtime)
     if chip is not None:
         chip_of(chip)

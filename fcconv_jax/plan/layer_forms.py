@@ -62,6 +62,7 @@ def conv_input(layer: LayerPlan, x: Array) -> Array:
     sizes = dict(zip(letters, layer.window))
     sizes["C"] = x.shape[-1] // math.prod(layer.window)
     split = (math.prod(lead), layer.groups, *(sizes[axis] for axis in layer.order))
+    # A grouped convolution takes the channels of one group after those of another.
     target = (*letters, "G", "C")
     axes = [1 if a == "G" else 2 + layer.order.index(a) for a in target]
     x = reshape(x, split).transpose(0, *axes)
@@ -126,6 +127,7 @@ def dense_input(layer: LayerPlan, x: Array) -> Array:
     at = [n + 2 * i for i in range(rank)]
     letters = channel_last(rank)
     inner = {axis: n + 2 * i + 1 for i, axis in enumerate(letters)}
+    # Of a window of ones, every order is the same, and plans may hold any text for it.
     order = letters if math.prod(layer.window) == 1 else layer.order
     features = [inner[axis] for axis in order]
     x = x.transpose(*range(n), *at, n + 2 * rank, *features)
@@ -309,6 +311,7 @@ def _dense(
             spec = PartitionSpec(group, *lead, out)
             out_sharding = NamedSharding(out_sharding.mesh, spec)
         y = lax.dot_general(x, matrix, contract, out_sharding=out_sharding, **settings)
+        # dot_general puts what is batched, here the groups, in front.
         y = jnp.moveaxis(y, 0, -2)
     if bias is None:
         return y
