@@ -203,7 +203,7 @@ def _open_npy(part: Path, grid: ResultGrid, spare: int) -> Any:
     if part.exists():
         try:
             array = np.load(part, mmap_mode="r+", allow_pickle=False)
-        except (OSError, ValueError, EOFError):
+        except Exception:  # tokenize, which reads the header, has errors of its own
             raise _other_run(part, "not a .npy array") from None
         if (array.shape, array.dtype) != (grid.shape, grid.dtype):
             raise _other_run(part, f"{array.dtype} of shape {array.shape}")

@@ -172,6 +172,11 @@ def test_files_that_are_no_images():
     Path("header.npy").write_bytes(
         b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header
     )
+    # As a part of an earlier run, too.
+    Path("grid.npy.part").write_bytes(Path("header.npy").read_bytes())
+    Path("grid.npy.part.json").write_text("{}")
+    command = "model.py:Net first.png --params ckpt.msgpack --window 8 --out grid.npy"
+    assert "another (not a .npy array)" in run(f"{command} --resume", 2).stderr
     np.save("text.npy", np.array([["a"]]))
     np.save("small.npy", np.zeros((9, 9, 3), np.uint8))
     np.save("signed.npy", np.zeros((20, 28, 3), np.int32))

@@ -1,6 +1,7 @@
 """fcconv export, and fcconv verify of a file."""
 
 import json
+from pathlib import Path
 
 import flax.serialization
 import numpy as np
@@ -101,6 +102,17 @@ def test_int8_for_a_chip(folder):
     done = run("verify", "net.tflite", "--against", "other.msgpack")
     # A millionth is less than half a step of an int8 scale.
     assert done.exit_code == 0, done.output
+
+
+def test_calibration_data_that_are_damaged(folder):
+    content = bytearray(Path("data.npz").read_bytes())
+    # Behind the entry's signature and versions: a compression that zipfile lacks.
+    content[content.index(b"PK\1\2") + 10] = 99
+    Path("data.npz").write_bytes(content)
+    given = "--int8", "--calibrate", "data.npz", "--out", "net.tflite"
+    done = run("export", *MODEL, "--params", "a.msgpack", *given)
+    assert done.exit_code == 2
+    assert "Write the inputs with np.savez(file, *inputs)" in done.output
 
 
 @pytest.mark.parametrize(
