@@ -53,7 +53,7 @@ class Entries(Protocol):
 
 
 @dataclasses.dataclass(frozen=True)
-class Held:
+class InMemory:
     """Entries in memory."""
 
     array: np.ndarray
@@ -73,9 +73,9 @@ class Held:
         """Bytes of all entries."""
         return self.array.nbytes
 
-    def reshaped(self, shape: Shape) -> Held:
+    def reshaped(self, shape: Shape) -> InMemory:
         """Return the same entries as an array of another shape."""
-        return Held(self.array.reshape(shape))
+        return InMemory(self.array.reshape(shape))
 
     def read_into(self, out: np.ndarray) -> None:
         """As :class:`Entries` has it."""
@@ -166,7 +166,9 @@ class LazyLeaf:
         if array.dtype.byteorder == ">":
             array = array.astype(array.dtype.newbyteorder("<"))
         # ascontiguousarray makes a scalar one-dimensional: reshape undoes it.
-        return cls(Held(np.ascontiguousarray(array).reshape(array.shape)), array.dtype)
+        return cls(
+            InMemory(np.ascontiguousarray(array).reshape(array.shape)), array.dtype
+        )
 
     @property
     def shape(self) -> Shape:
@@ -264,7 +266,7 @@ class LazyLeaf:
         return out if self.move is None else self.move(out)
 
 
-def landed(entries: Entries, scratch: Path | None) -> Held | Filed:
+def landed(entries: Entries, scratch: Path | None) -> InMemory | Filed:
     """Return entries that can be read in any order: in memory, or in a file if large.
 
     Args:
@@ -272,18 +274,18 @@ def landed(entries: Entries, scratch: Path | None) -> Held | Filed:
       scratch: folder for a file without a name, that is gone when it is closed; None
         to hold entries of any size in memory.
     """
-    if isinstance(entries, Held | Filed):
+    if isinstance(entries, InMemory | Filed):
         return entries
     # Small arrays are cheaper in memory than a file is to make.
     if scratch is None or entries.nbytes <= LARGE:
-        return Held(_in_memory(entries))
+        return InMemory(_in_memory(entries))
     file = File.nameless(scratch)
     entries.read_into(file.mapped(entries.shape, raw_dtype(entries.itemsize)))
     give_back_memory()
     return Filed(entries.shape, entries.itemsize, file.extent(0, entries.nbytes))
 
 
-def _moved_pieces(here: Held | Filed, perm: Shape, flip: Shape) -> Iterator[Piece]:
+def _moved_pieces(here: InMemory | Filed, perm: Shape, flip: Shape) -> Iterator[Piece]:
     """Pieces of an array with permuted and reversed axes, contiguous before or after.
 
     Whichever leaves fewer runs on the other side: each is one call to the system.

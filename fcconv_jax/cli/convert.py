@@ -9,7 +9,7 @@ import typer
 
 from .app import app, examples
 from .inputs import ArgumentError
-from .options import Source, Target
+from .options import SourceCheckpoint, TargetCheckpoint
 from .output import start_jax
 from .records import CallOptions, PlanOptions, TransferOptions, given, spread
 from .steps import (
@@ -32,8 +32,8 @@ from .steps import (
 )
 @spread
 def convert(
-    src: Source,
-    dst: Target,
+    src: SourceCheckpoint,
+    dst: TargetCheckpoint,
     call: CallOptions,
     plan_options: PlanOptions,
     transfer: TransferOptions,

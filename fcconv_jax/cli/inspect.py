@@ -13,7 +13,7 @@ import typer
 
 from .app import app, examples
 from .inputs import ArgumentError
-from .options import AsJson, Source, Step
+from .options import AsJson, CheckpointStep, SourceCheckpoint
 from .output import human, print_plan, print_table, start_jax
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     ),
 )
 def inspect_(
-    src: Source,
+    src: SourceCheckpoint,
     match: Annotated[
         str | None,
         typer.Option(
@@ -35,7 +35,7 @@ def inspect_(
             help="List only leaves whose path matches, such as '*kernel'.",
         ),
     ] = None,
-    step: Step = None,
+    step: CheckpointStep = None,
     as_json: AsJson = False,
 ) -> None:
     """List a checkpoint's leaves with dtypes, shapes and sizes, and the stored plan.

@@ -82,7 +82,7 @@ Backends = Annotated[
         "Repeat for several backends; the default is JAX's default backend.",
     ),
 ]
-Source = Annotated[
+SourceCheckpoint = Annotated[
     Path,
     typer.Argument(
         metavar="SRC",
@@ -90,7 +90,7 @@ Source = Annotated[
         "such files, such as one from the Hugging Face hub.",
     ),
 ]
-Target = Annotated[
+TargetCheckpoint = Annotated[
     Path, typer.Argument(metavar="DST", help="Where to write the new checkpoint.")
 ]
 Params = Annotated[
@@ -104,7 +104,7 @@ Params = Annotated[
 PlanOut = Annotated[
     Path | None, typer.Option("--out", help="Write the plan to this file, as JSON.")
 ]
-Step = Annotated[
+CheckpointStep = Annotated[
     str | None,
     typer.Option(
         help="The step to use from a directory with several, such as a "

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any, get_type_hints
 from .options import (
     AllSteps,
     BackendFor,
+    CheckpointStep,
     DryRun,
     FollowLinks,
     Inputs,
@@ -20,7 +21,6 @@ from .options import (
     Overwrite,
     Prefixes,
     Rules,
-    Step,
     To,
     ToForm,
 )
@@ -62,7 +62,7 @@ class TransferOptions:
     """How one checkpoint is written from another."""
 
     overwrite: Overwrite = False
-    step: Step = None
+    step: CheckpointStep = None
     all_steps: AllSteps = False
     prefixes: Prefixes = None
     no_check: NoCheck = False

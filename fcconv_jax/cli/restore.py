@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from .app import app, examples
-from .options import Source, Target
+from .options import SourceCheckpoint, TargetCheckpoint
 from .output import start_jax
 from .records import TransferOptions, spread
 from .steps import read_plan
@@ -24,8 +24,8 @@ from .steps import read_plan
 )
 @spread
 def restore(
-    src: Source,
-    dst: Target,
+    src: SourceCheckpoint,
+    dst: TargetCheckpoint,
     transfer: TransferOptions,
     plan_file: Annotated[
         Path | None,

@@ -15,11 +15,11 @@ from .options import (
     AsJson,
     AsMarkdown,
     Backends,
+    CheckpointStep,
     ModelName,
     Params,
     Prefixes,
     ReportFile,
-    Step,
     To,
 )
 from .output import REPORTS, check_destination, show_report, start_jax
@@ -55,7 +55,7 @@ def verify(
         ),
     ] = None,
     params: Params = None,
-    step: Step = None,
+    step: CheckpointStep = None,
     prefixes: Prefixes = None,
     seed: Annotated[int, typer.Option(help="Seed of random inputs and params.")] = 0,
     backends: Backends = None,

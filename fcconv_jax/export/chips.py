@@ -16,10 +16,10 @@ from ..messages.errors import ExportError
 from ..plan import Form
 from .layers import Layer
 
-How = Literal["run", "read", "inferred"]
+Evidence = Literal["run", "read", "inferred"]
 # Where a layer may sit: a window on its stride, one window on all of its input, tokens
 # (several rows) or a head (one row for each example).
-Place = Literal["patchify", "full_window", "tokens", "head"]
+LayerPlace = Literal["patchify", "full_window", "tokens", "head"]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -35,7 +35,7 @@ class ChipRule:
 
     says: str
     breaks: Callable[[Layer], bool]
-    how: How
+    how: Evidence
     source: str
 
 
@@ -56,9 +56,9 @@ class Chip:
 
     name: str
     title: str
-    prefers: tuple[tuple[Place, tuple[Form, ...]], ...]
+    prefers: tuple[tuple[LayerPlace, tuple[Form, ...]], ...]
     why: str
-    how: How
+    how: Evidence
     source: str
     rules: tuple[ChipRule, ...] = ()
     accelerator: str | None = None
@@ -82,7 +82,7 @@ class Chip:
             if rule.breaks(layer)
         ]
 
-    def order(self, place: Place) -> tuple[Form, ...]:
+    def order(self, place: LayerPlace) -> tuple[Form, ...]:
         """The forms of a layer at a place, the better first; none where it is open."""
         return dict(self.prefers).get(place, ())
 
@@ -143,8 +143,8 @@ def _rank_to(most: int) -> Callable[[Layer], bool]:
     return lambda layer: max(len(layer.input_shape), len(layer.output_shape)) > most
 
 
-def _uniform(order: Sequence[Form]) -> tuple[tuple[Place, tuple[Form, ...]], ...]:
-    places: tuple[Place, ...] = ("patchify", "full_window", "tokens", "head")
+def _uniform(order: Sequence[Form]) -> tuple[tuple[LayerPlace, tuple[Form, ...]], ...]:
+    places: tuple[LayerPlace, ...] = ("patchify", "full_window", "tokens", "head")
     return tuple((place, tuple(order)) for place in places)
 
 

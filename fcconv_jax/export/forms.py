@@ -12,7 +12,7 @@ from ..messages.errors import PlanError
 from ..plan import LayerPlan, Plan, direction
 from ..plan.layer_forms import canonical_layer, output_positions
 from ..plan.rules import Rule
-from .chips import Chip, Place
+from .chips import Chip, LayerPlace
 from .layers import Layer
 
 FileForm = Literal["conv", "dense", "mix"]
@@ -96,7 +96,9 @@ def _mixed(to_conv: Plan, ones: Plan, to_dense: Plan, chip: Chip) -> Plan:
     return Plan(to, tuple(layers.items()), reasons)
 
 
-def _choice(path: str, layer: LayerPlan, chip: Chip, place: Place, own: Any) -> str:
+def _choice(
+    path: str, layer: LayerPlan, chip: Chip, place: LayerPlace, own: Any
+) -> str:
     """Return a layer's form for a chip: legal, then preferred, then its own."""
     forms = ("conv", "dense")
     broken = {form: len(chip.breaks(as_layer(path, layer, form))) for form in forms}
@@ -104,7 +106,7 @@ def _choice(path: str, layer: LayerPlan, chip: Chip, place: Place, own: Any) -> 
     return min(forms, key=lambda form: (broken[form], order.index(form)))
 
 
-def place_of(layer: LayerPlan) -> Place:
+def place_of(layer: LayerPlan) -> LayerPlace:
     """Where a layer sits: on patches, on the whole of an image, on tokens, or last."""
     if layer.base == "patchify":
         return "patchify"

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fcconv_jax.checkpoints import entries as module
-from fcconv_jax.checkpoints.entries import Filed, Held, LazyLeaf
+from fcconv_jax.checkpoints.entries import Filed, InMemory, LazyLeaf
 from fcconv_jax.checkpoints.extents import Extent, File, copy
 from fcconv_jax.checkpoints.slabs import row_major_slabs
 from fcconv_jax.geometry.kernels import Rearrangement
@@ -62,11 +62,11 @@ def test_entries_are_moved_and_compared_in_pieces_of_any_size(
     told: list[int] = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(module, "PIECE", data.draw(st.integers(1, 200)))
-        for entries in (where, Held(array)):
+        for entries in (where, InMemory(array)):
             moved = LazyLeaf(entries, dtype, move)
             moved.write(out.extent, folder, told.append)
             assert bytes(out.extent.read(0, want.nbytes)) == want.tobytes()
-            assert not moved.differs(Held(want), folder)
+            assert not moved.differs(InMemory(want), folder)
             assert not moved.differs(
                 Filed(want.shape, dtype.itemsize, out.extent), folder
             )
@@ -75,7 +75,7 @@ def test_entries_are_moved_and_compared_in_pieces_of_any_size(
                 flipped = bytearray(want.tobytes())
                 flipped[data.draw(st.integers(0, len(flipped) - 1))] ^= 1
                 other = np.frombuffer(flipped, dtype).reshape(want.shape)
-                assert moved.differs(Held(other), folder)
+                assert moved.differs(InMemory(other), folder)
                 assert moved.differs(filed(other, folder, 2), folder)
     assert sum(told) == 2 * want.nbytes
 

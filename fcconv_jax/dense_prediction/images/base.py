@@ -86,12 +86,12 @@ class Tags(NamedTuple):
     """
 
     said: str
-    apply: Callable[[], Source] | None = None
+    apply: Callable[[], OpenedLevel] | None = None
     fix: str = ""
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
-class Source:
+class OpenedLevel:
     """One level of an image, as its format opened it.
 
     Args:
@@ -117,7 +117,7 @@ class Source:
     bits: int | None = None
     valid: Callable[[Box, Sequence[int]], Pixels] | None = None
     levels: Sequence[tuple[int, int]] = ()
-    open_level: Callable[[int], Source] | None = None
+    open_level: Callable[[int], OpenedLevel] | None = None
     tags: Tags | None = None
 
 
@@ -140,7 +140,7 @@ class Format:
     rank: int
     library: str
     takes: Callable[[Path, str | None], bool]
-    open: Callable[[Path, int, str | None], Source]
+    open: Callable[[Path, int, str | None], OpenedLevel]
 
 
 class Image:
@@ -164,7 +164,7 @@ class Image:
     def __init__(
         self,
         file: Path,
-        source: Source,
+        source: OpenedLevel,
         region: Sequence[int] | None = None,
         bands: Sequence[int] | None = None,
     ):
@@ -276,7 +276,7 @@ def check_level(
     )
 
 
-def whole(file: Path, pixels: Pixels, level: int) -> Source:
+def whole(file: Path, pixels: Pixels, level: int) -> OpenedLevel:
     """Return the source of an array ``(height, width[, channels])``.
 
     Raises:
@@ -301,10 +301,10 @@ def whole(file: Path, pixels: Pixels, level: int) -> Source:
         return in_memory(part if everything else part[..., list(bands)])
 
     dtype = pixels.dtype.newbyteorder("=")
-    return Source(pixels.shape, dtype, read)
+    return OpenedLevel(pixels.shape, dtype, read)
 
 
-def with_orientation(source: Source, orientation: int) -> Source:
+def with_orientation(source: OpenedLevel, orientation: int) -> OpenedLevel:
     """Return an image whose tag of this orientation is not applied, but can be."""
     if orientation not in _TURNS:
         return source
@@ -315,7 +315,7 @@ def with_orientation(source: Source, orientation: int) -> Source:
     return dataclasses.replace(source, tags=tags)
 
 
-def turned(source: Source, orientation: int) -> Source:
+def turned(source: OpenedLevel, orientation: int) -> OpenedLevel:
     """Return an image turned and mirrored as its orientation tag has it.
 
     Source:

@@ -14,7 +14,7 @@ import numpy as np
 
 from ...messages.errors import ImageError
 from ...messages.extras import require
-from .base import Affine, Box, Format, Pixels, Source, Tags, check_level
+from .base import Affine, Box, Format, OpenedLevel, Pixels, Tags, check_level
 from .tiff import COLOR_MAP, tags_of
 
 # ModelPixelScale, ModelTransformation, GeoKeyDirectory; GDAL's nodata; tie points and
@@ -32,7 +32,7 @@ def _takes(file: Path, mode: str | None) -> bool:
     return file.suffix.lower() in _DRIVERS or bool(tags & _GEOGRAPHIC)
 
 
-def open_(file: Path, level: int, mode: str | None) -> Source:
+def open_(file: Path, level: int, mode: str | None) -> OpenedLevel:
     """Open a level: the image itself, or one of its overviews.
 
     Raises:
@@ -43,7 +43,7 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
         return _opened(rasterio, file, level, mode)
 
 
-def _opened(rasterio: Any, file: Path, level: int, mode: str | None) -> Source:
+def _opened(rasterio: Any, file: Path, level: int, mode: str | None) -> OpenedLevel:
     # By name, because GDAL would also open files that refer to others.
     driver = _DRIVERS.get(file.suffix.lower(), "GTiff")
     dataset = rasterio.open(file, driver=driver)
@@ -96,7 +96,7 @@ def _opened(rasterio: Any, file: Path, level: int, mode: str | None) -> Source:
 
     # Where a channel has less than 8 or 16 bits.
     bits = dataset.tags(1, ns="IMAGE_STRUCTURE").get("NBITS")
-    source = Source(
+    source = OpenedLevel(
         (height, width, dataset.count),
         dtype,
         read,
@@ -141,7 +141,7 @@ def _palette(
     return colors
 
 
-def _colored(source: Source, colors: Pixels) -> Source:
+def _colored(source: OpenedLevel, colors: Pixels) -> OpenedLevel:
     def read(box: Box, bands: Sequence[int]) -> Pixels:
         return colors[source.read(box, (0,))[..., 0]][..., list(bands)]
 
@@ -151,7 +151,7 @@ def _colored(source: Source, colors: Pixels) -> Source:
     )
 
 
-def _tags(dataset: Any) -> Callable[[Source], Source]:
+def _tags(dataset: Any) -> Callable[[OpenedLevel], OpenedLevel]:
     """Return what marks an image with the tags of its file that aren't applied."""
     scales, offsets = np.array(dataset.scales), np.array(dataset.offsets)
     changed = bool((scales != 1).any() or (offsets != 0).any())
@@ -165,7 +165,7 @@ def _tags(dataset: Any) -> Callable[[Source], Source]:
         said = f"{said}, and {placed}" if changed else placed
         fix = "Warp the file with gdalwarp"
 
-    def scaled(source: Source) -> Source:
+    def scaled(source: OpenedLevel) -> OpenedLevel:
         dtype = np.result_type(source.dtype, np.float32)
 
         def read(box: Box, bands: Sequence[int]) -> Pixels:
@@ -183,7 +183,7 @@ def _tags(dataset: Any) -> Callable[[Source], Source]:
             tags=None,
         )
 
-    def tagged(source: Source) -> Source:
+    def tagged(source: OpenedLevel) -> OpenedLevel:
         if not changed and not fix:
             return source
         apply = None if fix else lambda: scaled(source)

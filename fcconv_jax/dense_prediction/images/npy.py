@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 
 from ...messages.errors import ImageError
-from .base import Format, Source, whole
+from .base import Format, OpenedLevel, whole
 
 
-def open_(file: Path, level: int, mode: str | None) -> Source:
+def open_(file: Path, level: int, mode: str | None) -> OpenedLevel:
     """Map an array into memory.
 
     Raises:

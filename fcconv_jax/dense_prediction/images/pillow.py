@@ -8,12 +8,12 @@ import numpy as np
 
 from ...messages.errors import ImageError
 from ...messages.extras import require
-from .base import Format, Source, turned, whole, with_orientation
+from .base import Format, OpenedLevel, turned, whole, with_orientation
 
 _ORIENTATION = 274
 
 
-def open_(file: Path, level: int, mode: str | None) -> Source:
+def open_(file: Path, level: int, mode: str | None) -> OpenedLevel:
     """Decode an image.
 
     Raises:

@@ -20,8 +20,8 @@ from .base import (
     Affine,
     Box,
     Format,
+    OpenedLevel,
     Pixels,
-    Source,
     check_level,
     with_orientation,
 )
@@ -69,7 +69,7 @@ def _takes(file: Path, mode: str | None) -> bool:
     return mode is None and tags_of(file) is not None
 
 
-def open_(file: Path, level: int, mode: str | None) -> Source:
+def open_(file: Path, level: int, mode: str | None) -> OpenedLevel:
     """Open a level of the pyramid; its tiles are decoded when they are read.
 
     Raises:
@@ -93,7 +93,7 @@ def open_(file: Path, level: int, mode: str | None) -> Source:
     return source
 
 
-def _opened(file: Path, tif: Any, level: int) -> Source:
+def _opened(file: Path, tif: Any, level: int) -> OpenedLevel:
     # Several threads read; tifffile itself reads some tags when first asked for them.
     tif.filehandle.set_lock(True)
     levels = tif.series[0].levels
@@ -129,7 +129,7 @@ def _opened(file: Path, tif: Any, level: int) -> Source:
         return np.invert(out) if inverted else out
 
     top_height, top_width = sizes[0]
-    source = Source(
+    source = OpenedLevel(
         (height, width, len(bands)),
         dtype,
         read,
