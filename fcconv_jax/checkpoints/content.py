@@ -127,8 +127,10 @@ def _kind(leaf: Any) -> str:
 
 def _same_value(want: Any, have: Any) -> bool:
     if isinstance(want, np.generic) and isinstance(have, np.generic):
+        # As bytes: NaN doesn't equal itself, and -0 equals 0.
         return want.dtype == have.dtype and want.tobytes() == have.tobytes()
     if isinstance(want, float) and isinstance(have, float):
         both_nan = math.isnan(want) and math.isnan(have)
         return both_nan or (want == have)
+    # In Python True equals 1, and 1 equals 1.0.
     return type(want) is type(have) and want == have

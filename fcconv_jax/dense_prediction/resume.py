@@ -60,6 +60,8 @@ def identity(
         "window": digest([str(program.window).encode()]),
         "stride": digest([str(program.stride).encode()]),
         "axes": digest([str(program.axes).encode()]),
+        # Finished tiles are known by number, which stands for a place with this size
+        # only.
         "tile size (memory=)": digest([str(list(tile)).encode()]),
     }
 
@@ -100,6 +102,7 @@ def digest(parts: Iterable[Any]) -> str:
 
 
 def _bytes(leaf: Any) -> bytes:
+    # NumPy has no dtype for random keys.
     if isinstance(leaf, jax.Array) and jnp.issubdtype(leaf.dtype, jax.dtypes.prng_key):
         leaf = jax.random.key_data(leaf)
     if not hasattr(leaf, "dtype"):
@@ -124,6 +127,7 @@ class FinishedTiles:
         self.file = file
         self._run = dict(run)
         self.tiles: dict[int, Tile] = {}
+        # Now, since the record is first written once a tile has been computed.
         if not file.parent.is_dir():
             raise ImageError(f"resume: {file.parent} doesn't exist. Create it first.")
         if not file.exists():

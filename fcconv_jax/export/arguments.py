@@ -51,6 +51,7 @@ def check_arguments(
         )
     if plan is not None:
         check_plan(plan)
+    # It would be handed to the model as an argument of its call.
     if "int8" in kwargs:
         raise ExportError(
             "Expected calibrate= for an int8 file, got int8=. Pass arrays of examples, "

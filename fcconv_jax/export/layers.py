@@ -97,6 +97,7 @@ def _layer(node: Node) -> Layer:
     return Layer(
         name=node.name,
         op=node.op,
+        # `stored` has the rounding: `expected` does it last, behind what was folded.
         kernel=weight.source and weight.source.before("round"),
         kernel_shape=weight.shape,
         bias=None if bias is None else bias.source,

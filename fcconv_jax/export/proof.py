@@ -354,9 +354,11 @@ def _other_bits(want: np.ndarray, got: np.ndarray | None) -> str | None:
             f"should be {want.dtype}{list(want.shape)}, the file has "
             f"{got.dtype}{list(got.shape)}"
         )
+    # As bytes: NaN doesn't equal itself, and -0 equals 0.
     a, b = (np.ascontiguousarray(x).view(np.uint8).reshape(-1) for x in (want, got))
     if np.array_equal(a, b):
         return None
+    # The first number to show is one whose value differs: two NaN differ in bits alone.
     off = np.argwhere((want != got) & ~((want != want) & (got != got)))
     if not len(off):
         return "has other bits (of a zero or a NaN)"

@@ -145,6 +145,7 @@ def digest_of(array: np.ndarray) -> str:
 
 def _layer_to_json(layer: Layer) -> dict[str, Any]:
     folded = layer.folded
+    # Arrays aren't JSON: they are packed below.
     content = dataclasses.asdict(dataclasses.replace(layer, folded=None))
     if folded is not None:
         vectors = map(_packed, (*folded.rows, *folded.columns))
@@ -159,6 +160,7 @@ def _packed(vector: np.ndarray) -> list[Any]:
     """
     if (vector == vector[0]).all():
         return [len(vector), float(vector[0])]
+    # Half the bytes, where they say the same.
     narrow = vector.astype("<f4")
     kept = narrow if (narrow == vector).all() else vector.astype("<f8")
     places = kept.view(np.uint8).reshape(len(kept), -1).T

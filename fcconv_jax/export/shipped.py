@@ -143,9 +143,11 @@ def reading(path: Path) -> Iterator[None]:
     """
     try:
         yield
+    # The file isn't to blame.
     except MissingExtraError:
         raise
     except FcconvError as error:  # such as a damaged plan in the record
+        # It names the file already, or one that belongs to it, such as its `.bin`.
         if isinstance(error, ExportError) and f"{path.stem}." in str(error):
             raise
         raise ExportError(f"{path}: {error}") from error

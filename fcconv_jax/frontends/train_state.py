@@ -126,6 +126,7 @@ def map_train_states(
         if not is_train_state(old):
             return new
         leaves = map(jax.tree.leaves, (old.params, new.params))
+        # What doesn't move stays the same object: this state is of another model.
         if all(map(operator.is_, *leaves)):
             return new.replace(opt_state=old.opt_state)
         opt_state = convert_opt_state(old.opt_state, plan, tx=old.tx, params=old.params)

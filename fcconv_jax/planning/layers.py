@@ -109,6 +109,7 @@ def layer_call(layer: LibraryLayer, matmul: Matmul, number: int) -> LayerCall | 
         mapped < 0
         or any(batch[:mapped])
         or _flat([*batch, *contracted, *outs]) != stored
+        # By products: the matmul may see several of the layer's axes as one.
         or math.prod(map(size, batch)) != math.prod(shape[: layer.batch])
         or math.prod(map(size, outs)) != math.prod(shape[split:])
     ):

@@ -275,6 +275,7 @@ def _arithmetic(
     if not matmuls:  # none of lax's own: take it for either
         forms: tuple[Contraction, ...] = ("dot", "conv")
         matmuls = [_Product(form, (x,), x, precision) for form in forms]
+    # Both forms, and many layers, share kinds of products: each is measured once.
     for matmul in dict.fromkeys(matmuls):
         measured = measure_precision(
             functools.reduce(jnp.promote_types, matmul.operands),

@@ -210,6 +210,8 @@ def _compare(
     mine = [_leaves(programs[0](*args))]
     theirs = _leaves(programs[1](*other_args))
     for seed in range(PERTURBED):
+        # An ulp in the arguments shows a typical error of the first, where its own may
+        # be a lucky one.
         mine.append(_leaves(programs[0](*perturbed_by_an_ulp(args, seed))))
     differences = tuple(map(_difference, mine[0], theirs))
     show(f"{backend}: running", 1, 1)
@@ -284,6 +286,7 @@ def _judged(
         return dataclasses.replace(
             found, verdict="unknown", notes=(*found.notes, *note)
         )
+    # They were asked for: agreement of the outputs alone isn't an answer.
     if gradients and not found.gradients:
         return dataclasses.replace(found, verdict="unknown")
     if not all(error.passed for error in found.errors):

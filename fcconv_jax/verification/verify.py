@@ -234,6 +234,7 @@ def _both_forms(
         changed = dataclasses.replace(changed, params=converted_params, given=None)
     failures = different_bits(expected, changed.variables)
     if not failures:
+        # Bits that differ already would only be reported twice.
         restored = map_leaves(changed.variables, plan.inverse())
         failures = different_bits(bound.variables, restored)
     return BothForms(plan, bound, changed), failures

@@ -19,10 +19,13 @@ def find_fused(graph: Graph, names: frozenset[str] = FUSED) -> bool:
     makers, changed = graph.producers(), False
     for node in graph.nodes:
         for name, find in _ACTIVATIONS.items():
+            # Passes run until nothing changes, so the same must not be found again.
             found = find(node, makers) if name in names and node.op != name else None
             if found is None:
                 continue
             inputs = found[0] if isinstance(found[0], list) else [found[0]]
+            # Activations don't broadcast; a one-hot code has an axis more than its
+            # numbers.
             if inputs[0].shape == node.out.shape or name == "one_hot":
                 node.op, node.inputs, node.attrs = name, inputs, found[1]
                 graph.notes += [_NOTES[name]] if name in _NOTES else []
@@ -178,6 +181,7 @@ def _differentiable(node: Node, makers: Makers) -> tuple[Value, float] | None:
         if quotient is None or alpha <= 0:
             continue
         by, values = _factors(quotient, makers)
+        # The two constants are float32: their product is 1 but for rounding.
         alike = len(values) == 1 and _bounded(values[0], "min", makers) is x
         if alike and abs(alpha * by - 1) < 1e-6:
             return x, alpha
@@ -238,6 +242,7 @@ def _hard_swish(node: Node, makers: Makers) -> Match | None:
         return None
     for x, other in (values, values[::-1]):
         maker = makers.get(other)
+        # Found before, it has the 1/6 in it.
         gate = maker is not None and maker.op == "hard_sigmoid"
         if maker is not None and gate and maker.inputs[0] is x and number == 1:
             return x, {}
@@ -296,6 +301,7 @@ def _one_hot(node: Node, makers: Makers) -> Match | None:
             ids = maker.inputs[0]
             maker = makers.get(ids)
         if ids.shape == tuple(lead) and bool((row.data == np.arange(depth)).all()):
+            # Never negative: ONNX's own operation counts such from the end.
             natural = maker is not None and maker.op in ("argmax", "argmin")
             return ids, {"depth": depth, "natural": natural}
     return None

@@ -16,6 +16,7 @@ def find_activations(graph: Graph) -> bool:
     makers, changed = graph.producers(), False
     for node in graph.nodes:
         for x, bound in (node.inputs, node.inputs[::-1]) if _two(node) else ():
+            # A bound of more axes than x broadcasts it, which an activation doesn't.
             if bound.data is None or bound.size != 1 or x.shape != node.out.shape:
                 continue
             number = bound.data.item()
@@ -39,8 +40,10 @@ def find_means(graph: Graph) -> bool:
             continue
         for y, by in (node.inputs, node.inputs[::-1]):
             maker = makers.get(y)
+            # What also reads the sum still needs it.
             if by.data is None or maker is None or uses[y] > 1:
                 continue
+            # `div` doesn't commute: the number over the sum isn't a mean.
             if node.op == "div" and by is not node.inputs[1]:
                 continue
             if maker.op == "reduce_sum" and by.size == 1:
@@ -88,6 +91,8 @@ def find_softmax(graph: Graph) -> bool:
         if node.op != "div":
             continue
         top = makers.get(node.inputs[0])
+        # The sum has lost the last axis, so views bring it back to the shape of the
+        # entries.
         total = behind_views(node.inputs[1], makers)
         if top is None or top.op != "exp" or total is None:
             continue

@@ -224,6 +224,7 @@ def _call_method(
         for path, value in ended.changed.items():
             set_raw_value(variables[path], value)
     out = with_nodes(ended.static.value.merge(ended.arrays), found)
+    # A generator ends in the trace that it runs in, so its steps were collected there.
     return iter(out.each) if isinstance(out, Steps) else out
 
 
@@ -414,4 +415,5 @@ def _values(objects: Mapping[str, Any]) -> dict[str, tuple[list[Any], Any]]:
 def _is_same(after: Any, before: Any) -> bool:
     if before is None or after[1] != before[1]:
         return False
+    # In a trace values aren't known: what was written is another object.
     return all(a is b for a, b in zip(after[0], before[0], strict=True))

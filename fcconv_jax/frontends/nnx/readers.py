@@ -125,12 +125,16 @@ class Readers:
                     f"its parameter {leaf!r} is tied to that of {others}, which does "
                     "not convert in the same way"
                 )
+                # Its other parameters may be tied to layers that can't convert without
+                # it.
                 waiting += self.layers[path].leaves
 
 
 def _why_unlike(layer: LibraryLayer, matmul: Matmul) -> str:
     """Return why a matmul of a layer does not read the kernel as it is stored."""
     for axis in range(1, len(layer.shape)):
+        # Only to give the reason: would it be the layer's matmul, stacked on another
+        # axis?
         other = dataclasses.replace(layer, stack=(axis,))
         if len(layer.stack) == 1 and layer_call(other, matmul, 0) is not None:
             return (

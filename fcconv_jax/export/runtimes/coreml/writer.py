@@ -114,6 +114,8 @@ class _Writer:
         return plain if not count else f"{plain}__{count}"
 
     def output(self, value: Value, name: str) -> Any:
+        # Gives an output a name of its own, even where it is an input or another
+        # output, too.
         return self.mb.identity(x=self.made[value], name=self.unique(name))
 
     def value(self, value: Value) -> Any:
