@@ -181,8 +181,12 @@ class Slide:
                 f"{type(args[-1]).__name__}. Pass it to grid.write(..., out=...), "
                 "which reads one tile at a time."
             )
-        self._check_library(args, kwargs)
-        return self._on("__call__", args, kwargs)
+        if self._bind is not None:
+            self._check_library(args, kwargs)
+        try:
+            return self._call(*args, **kwargs)
+        except _PoolsError:
+            return self._on("__call__", args, kwargs)
 
     def each_crop(self, *args: PyTree, **kwargs: PyTree) -> Callable[..., PyTree]:
         """Return a function of the same value that computes each crop separately.

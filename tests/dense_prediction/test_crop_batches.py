@@ -116,6 +116,18 @@ def test_pools_of_a_batch_of_crops_need_no_options():
     assert guarded == [False, True, True, False]
 
 
+@pytest.mark.parametrize("counts", [(1, 1), (1, 3), (4, 1), (2, 5), (4, 2, 3)])
+@pytest.mark.parametrize("images", [1, 2])
+def test_crops_lie_in_the_order_of_their_places(counts, images):
+    window, stride = (3, 4, 2)[: len(counts)], (2, 5, 3)[: len(counts)]
+    sizes = [(n - 1) * s + w for n, w, s in zip(counts, window, stride)]
+    x = np.random.default_rng(0).normal(size=(images, *sizes, 2)).astype(np.float32)
+    grid = fc.slide(lambda x: x / jnp.sort(x, 1), window, stride)
+    assert not grid.report(x).shares
+    want = crops_one_by_one(lambda x: x / jnp.sort(x, 1), x, window, stride)
+    np.testing.assert_allclose(grid(x), want, rtol=1e-6)
+
+
 def test_the_program_of_many_crops_is_small():
     grid = fc.slide(lambda x: jnp.sort(x, 1).mean((1, 2)), (4, 4), 1)
     lowered = grid.lower(jax.ShapeDtypeStruct((1, 300, 300, 1), np.float32))
