@@ -318,8 +318,8 @@ class _Call:
         for each in (graph, *more.values()):
             if self.runtime.images == "first":
                 fixed = not self.sizes.axes
-                columns = fixed and not self.int8 and self.runtime.columns
-                to_nchw(each, rows=fixed, columns=columns)
+                gemm = fixed and self.runtime.gemm
+                to_nchw(each, rows=fixed, columns=gemm and not self.int8, gemm=gemm)
         # A constant is looked for anywhere in the file: it may equal another parameter.
         unplaced = unplaced_leaves(graph) if self.runtime.layers else graph.leaves
         record = FileRecord(

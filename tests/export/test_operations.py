@@ -520,6 +520,33 @@ def test_a_dense_layer_between_images_adds_no_transpose(batch, bias, to, tmp_pat
             assert alone.passed
 
 
+@pytest.mark.parametrize("batch", [1, 2])
+@pytest.mark.parametrize("form", ["dense", "conv"])
+def test_attention_is_transposed_four_times(batch, form, to, tmp_path):
+    """Queries, keys and values into heads, and back; ONNX adds biases in Gemm."""
+
+    class Block(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.LayerNorm()(x + nn.MultiHeadDotProductAttention(2)(x, x))
+            y = nn.Dense(6)(nn.gelu(nn.Dense(9)(x)))
+            return nn.LayerNorm()(x + y)
+
+    x = normal(batch, 5, 6)
+    params = Block().init(jax.random.key(0), x)
+    params = jax.tree.map(lambda p: p + 0.1 * normal(*p.shape, seed=3), params)
+    path = tmp_path / f"m.{SUFFIX[to]}"
+    report = export(Block(), params, x, path=path, to=form, progress=False)
+    assert report.passed, report.failures
+    assert fc.verify_file(path, params, x, model=Block(), progress=False).passed
+    ops = report.figures[0].ops
+    assert report.figures[0].transposes <= 4
+    if (to, form) == ("onnx", "dense"):
+        assert (ops["Gemm"], ops["MatMul"], ops["Add"]) == (6, 2, 2)
+        # In front of all, four around the heads, and the last.
+        assert ops["Reshape"] <= 6
+
+
 def test_skips_are_turned_once(to, run):
     """Blocks as in DenseNet: each takes the input and all that came before it."""
 

@@ -12,7 +12,7 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from ..graph import ELEMENTWISE, Graph, Node, Value
+from ..graph import ELEMENTWISE, VIEWS, Graph, Node, Value
 from ..shipped import channels_first, channels_last
 from .views import (
     delay_reshapes,
@@ -28,13 +28,16 @@ _IMAGES = ("conv", "pool_max", "pool_mean", "resize")
 _PASSED = ELEMENTWISE | {"concat", "dense", "pad", "reshape", "reverse", "slice"}
 
 
-def to_nchw(graph: Graph, rows: bool = True, columns: bool = False) -> Graph:
+def to_nchw(
+    graph: Graph, rows: bool = True, columns: bool = False, gemm: bool = False
+) -> Graph:
     """Rewrite a graph in place; images of ``conv`` and ``pool_*`` are NCHW then.
 
     Args:
       graph: what is rewritten.
       rows: whether patches may be rows of pixels, whose number of columns is fixed.
       columns: whether a dense layer may multiply the columns of an NCHW image.
+      gemm: whether dense layers on tokens are to be on a matrix of all tokens.
     """
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
@@ -49,7 +52,27 @@ def to_nchw(graph: Graph, rows: bool = True, columns: bool = False) -> Graph:
         _surround(part, rows)
         _expand_adjoints(part)
         part.rewrite(passes)
+        if gemm:
+            _on_matrices(part)
+            part.rewrite(passes)
     return graph
+
+
+def _on_matrices(graph: Graph) -> None:
+    """Put dense layers with a bias between reshapes: a matrix's product adds it."""
+    nodes: list[Node] = []
+    for node in graph.nodes:
+        x, y = node.inputs[0], node.out
+        plain = node.op == "dense" and "columns" not in node.attrs
+        if not plain or len(x.shape) == 2 or len(node.inputs) < 3:
+            nodes.append(node)
+            continue
+        count = math.prod(x.shape[:-1])
+        flat, made = (Value((count, v.shape[-1]), v.dtype) for v in (x, y))
+        nodes.append(Node("reshape", [x], [flat]))
+        node.inputs, node.outputs = [flat, *node.inputs[1:]], [made]
+        nodes += [node, Node("reshape", [made], [y])]
+    graph.nodes = nodes
 
 
 def _surround(graph: Graph, as_rows: bool) -> None:
@@ -86,7 +109,26 @@ def _surround(graph: Graph, as_rows: bool) -> None:
 def _expand_adjoints(graph: Graph) -> None:
     """Express swapped operands of products as transposes, which may cancel."""
     nodes: list[Node] = []
+    makers, uses = graph.producers(), graph.uses()
+    readers = {value: node for node in graph.nodes for value in node.inputs}
     for node in graph.nodes:
+        back: list[Node] = []
+        if node.op == "matmul" and node.weight is None:
+            names = ("adj_a", "adj_b")
+            swapped = [node.attrs[name] for name in names]
+            moved = [_transposed_before(value, makers) for value in node.inputs]
+            after = _transposed_after(node.out, readers, uses)
+            own = sum(s and not m for s, m in zip(swapped, moved))
+            other = sum(not (s or m) for s, m in zip(swapped, moved)) + (not after)
+            if other < own:
+                # The transpose of a product is that of its operands, the other way.
+                node.inputs = node.inputs[::-1]
+                node.attrs |= {n: not s for n, s in zip(names, swapped[::-1])}
+                last = len(node.out.shape) - 1
+                perm = (*range(last - 1), last, last - 1)
+                made = Value(_permuted(node.out.shape, perm), node.out.dtype)
+                back = [Node("transpose", [made], [node.out], {"perm": perm})]
+                node.outputs = [made]
         if node.op == "matmul":
             for i, name in enumerate(("adj_a", "adj_b")):
                 x = node.inputs[i]
@@ -102,8 +144,28 @@ def _expand_adjoints(graph: Graph) -> None:
                     nodes.append(Node("transpose", [x], [out], {"perm": perm}))
                     node.inputs[i] = out
                 node.attrs[name] = False
-        nodes.append(node)
+        nodes += [node, *back]
     graph.nodes = nodes
+
+
+def _transposed_before(value: Value, makers: dict[Value, Node]) -> bool:
+    """Return whether a transpose, and views behind it, make a value."""
+    while (maker := makers.get(value)) and maker.op in VIEWS:
+        if maker.op == "transpose":
+            return True
+        value = maker.inputs[0]
+    return False
+
+
+def _transposed_after(
+    value: Value, readers: dict[Value, Node], uses: dict[Value, int]
+) -> bool:
+    """Return whether views alone read a value, and one of them is a transpose."""
+    while uses[value] == 1 and (reader := readers.get(value)) and reader.op in VIEWS:
+        if reader.op == "transpose":
+            return True
+        value = reader.out
+    return False
 
 
 def sink_transposes(graph: Graph, columns: bool = False) -> bool:

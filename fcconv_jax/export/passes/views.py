@@ -85,26 +85,34 @@ def shortest(
         steps.append(("transpose", perm))
     else:
         # Ones of the target are put in before the transpose, if that ends in it.
-        moved = _with_ones(stored, factors, axes)
+        moved = _with_ones(axes)
         if moved is not None:
             first, order = moved
             if first != root.shape:
                 steps.append(("reshape", first))
             return [*steps, ("transpose", order)]
-        steps += [("reshape", split), ("transpose", perm)]
+        if whole == stored:  # axes of one stay where they are
+            own = [i for i, n in enumerate(root.shape) if n > 1]
+            turned = iter([own[i] for i in perm])
+            order = tuple(
+                next(turned) if n > 1 else i for i, n in enumerate(root.shape)
+            )
+            split, perm = root.shape, order
+            steps.append(("transpose", order))
+        else:
+            steps += [("reshape", split), ("transpose", perm)]
     moved_shape = tuple(split[i] for i in perm)
     if moved_shape != target:
         steps.append(("reshape", target))
     return steps
 
 
-def _with_ones(stored, factors, axes):
+def _with_ones(axes):
     """A shape to reshape to and a permutation that ends in the target at once."""
     if any(len(axis) > 1 for axis in axes):
         return None
     flat = [axis[0] if axis else None for axis in axes]
-    if [f for f in flat if f is not None] != factors:
-        return None
+    stored = sorted((f for f in flat if f is not None), key=lambda factor: -factor[0])
     # The target's axes of one come last in the reshaped input, in their order.
     shape = [n for _, n in stored] + [1] * flat.count(None)
     ones = iter(range(len(stored), len(shape)))
@@ -147,18 +155,25 @@ def _number(value: Value) -> object:
 
 
 def delay_views(graph: Graph) -> bool:
-    """Put relu and its like before a view: next to the layer that they follow."""
+    """Put relu and its like before a view: next to the layer that they follow.
+
+    And a norm before a reshape that keeps the axis that it is over, the last one.
+    """
     makers, uses, changed = graph.producers(), graph.uses(), False
     for node in graph.nodes:
-        if node.op not in UNARY | FUSED or len(node.inputs) > 1:
+        norm = node.op in ("layer_norm", "rms_norm")
+        if not norm and (node.op not in UNARY | FUSED or len(node.inputs) > 1):
             continue
         view = makers.get(node.inputs[0])
         if view is None or view.op not in VIEWS or uses[view.out] > 1:
             continue
         x = view.inputs[0]
+        # To a matrix alone, which Gemm takes: else it saves nothing.
+        if norm and (view.op != "reshape" or x.shape != _as_matrix(view.out.shape)):
+            continue
         # The two nodes swap what they do, so that each stays where it is.
         inner = Value(x.shape, node.out.dtype)
-        first = Node(node.op, [x], [inner], node.attrs)
+        first = Node(node.op, [x, *node.inputs[1:]], [inner], node.attrs)
         view_out = Value(view.out.shape, node.out.dtype)
         second = Node(view.op, [inner], [view_out], view.attrs)
         at = graph.nodes.index(view)
@@ -169,24 +184,42 @@ def delay_views(graph: Graph) -> bool:
     return changed
 
 
+def _as_matrix(shape: tuple[int, ...]) -> tuple[int, ...]:
+    return math.prod(shape[:-1]), shape[-1]
+
+
 def delay_reshapes(graph: Graph) -> bool:
-    """Put sums and products of reshaped values before the reshape, to meet others."""
-    makers = graph.producers()
+    """Put sums and products of reshaped values before the reshape, to meet others.
+
+    Also where an operand isn't reshaped, but is a matrix for another node already.
+    """
+    makers, uses = graph.producers(), graph.uses()
+    known: dict[tuple[Value, tuple[int, ...]], Value] = {}
     for node in graph.nodes:
+        if node.op == "reshape":
+            known[node.inputs[0], node.out.shape] = node.out
         values = [v for v in node.inputs if v.data is None]
         if node.op not in BROADCASTING or len(values) < 2:
             continue
-        makes = [makers.get(v) for v in values]
-        views = [m for m in makes if m is not None and m.op == "reshape"]
+        views = [m for v in values if (m := makers.get(v)) and m.op == "reshape"]
         shapes = {m.inputs[0].shape for m in views}
         whole = all(v.shape == node.out.shape for v in values)
         numbers = all(v.size == 1 for v in node.inputs if v.data is not None)
-        if len(views) < len(values) or len(shapes) > 1 or not (whole and numbers):
+        if len(shapes) != 1 or not (whole and numbers):
             continue
         shape = shapes.pop()
+        before = {view.out: view.inputs[0] for view in views}
+        rest = [v for v in values if v not in before]
+        # These reshapes must vanish, or two operands would reshape each other for ever.
+        lone = shape == _as_matrix(node.out.shape) and all(uses[v] == 1 for v in before)
+        if rest and not (lone and all((v, shape) in known for v in rest)):
+            continue
+        before |= {v: known[v, shape] for v in rest}
         inner = Value(shape, node.out.dtype)
-        inputs = [v if v.data is not None else makers[v].inputs[0] for v in node.inputs]
-        inputs = [v.moved("reshape", ()) if v.data is not None else v for v in inputs]
+        inputs = [
+            v.moved("reshape", ()) if v.data is not None else before[v]
+            for v in node.inputs
+        ]
         outer = Value(node.out.shape, node.out.dtype)
         first = Node(node.op, inputs, [inner], node.attrs)
         at = graph.nodes.index(node)

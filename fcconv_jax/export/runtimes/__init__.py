@@ -37,7 +37,8 @@ class Runtime:
         names, record, path)``; returns notes on the file.
       beside: the suffix of a second file, which holds the weights, if there is one.
       images: which axis of an image its channels are.
-      columns: whether it has a dense layer on the columns of a channel-first image.
+      gemm: whether it multiplies and adds a bias in one operation for matrices alone,
+        whose rows or columns may be what a dense layer is on.
       executed: whether the runtime runs here.
       layers: whether single layers of a file can be run.
       fused: what it has as one operation, of ``FUSED`` and ``WHOLE``.
@@ -56,7 +57,7 @@ class Runtime:
     write_program: Callable[..., list[str]] | None = None
     beside: str = ""
     images: Literal["last", "first"] = "last"
-    columns: bool = False
+    gemm: bool = False
     executed: bool = True
     layers: bool = True
     fused: frozenset[str] = frozenset()

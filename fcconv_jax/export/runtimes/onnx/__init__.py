@@ -9,7 +9,7 @@ from .writer import write
 RUNTIME = Runtime(
     *("onnx", "ONNX", ".onnx", OnnxFile, write),
     images="first",
-    columns=True,
+    gemm=True,
     open_sizes=frozenset({"any_batch", "any_size"}),
     quantize=quantize,
     weights=frozenset({"float16", "bfloat16"}),

@@ -213,6 +213,12 @@ class OnnxFile(Shipped):
         y = self._run_nodes(nodes, node.input[1 - side], turned, new)
         if side == 0 and layer.op == "dense":
             return y.swapaxes(-1, -2).reshape(*x.shape[:-1], y.shape[-2])
+        return self._returned(node, x, y)
+
+    def _returned(self, node: Any, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+        """Return a node's output as the layer has it."""
+        if node.op_type == "Gemm":  # on a matrix of all tokens
+            return y.reshape(*x.shape[:-1], y.shape[-1])
         return y.transpose(channels_last(y.ndim)) if node.op_type in _CONVS else y
 
     def _is_left(self, node: Any, layer: Layer | None) -> bool:
@@ -233,6 +239,8 @@ class OnnxFile(Shipped):
         if side == 0 and layer.op == "dense":  # on the columns of one image, or more
             lead = x.shape[:1] if node.op_type == "MatMul" else ()
             return x.reshape(*lead, -1, x.shape[-1]).swapaxes(-1, -2)
+        if node.op_type == "Gemm":
+            return x.reshape(-1, x.shape[-1])
         swap = layer.op == "matmul" and layer.options["adj_b" if side == 0 else "adj_a"]
         return x.swapaxes(-1, -2) if swap else x
 
@@ -265,7 +273,7 @@ class OnnxFile(Shipped):
             entering = inputs[1 - side].input[0]
             known = {n: self.arrays[n] for n in read - {entering} if n in self.arrays}
             y = self._run_nodes(parts, entering, self._turned(node, layer, x), known)
-            return y.transpose(channels_last(y.ndim)) if node.op_type in _CONVS else y
+            return self._returned(node, x, y)
 
         (scale_in,), zero_in = self._scales(inputs[1 - side])
         (scale_out,), zero_out = self._scales(leaving)
