@@ -23,6 +23,7 @@ def peak_bytes(graph: Graph) -> int:
     alive = set(graph.inputs)
     peak = 0
     for number, node in enumerate(graph.nodes):
+        # A node's inputs stay until its outputs are there.
         alive.update(node.outputs)
         peak = max(peak, sum(v.size * v.dtype.itemsize for v in alive))
         alive = {v for v in alive if last.get(v, -1) > number}

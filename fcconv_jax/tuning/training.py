@@ -90,6 +90,7 @@ def _step(program: Program, apart: Callable[[Any], Any], loss: Loss) -> Program:
                     f"{jax.typeof(value)}. Pass loss=, a function of the model's "
                     "output."
                 )
+            # `_is_float` lets complex numbers pass, and jax.grad wants a real loss.
             return jnp.real(value)
 
         return jax.value_and_grad(lossed)(floats)

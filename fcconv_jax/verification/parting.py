@@ -246,6 +246,7 @@ def _same(y: Any, z: Any, ported: bool = False) -> bool:
         return stacked and any(_same(y, row, True) for row in z)
     ways = [y]
     if ported and y.ndim > 2:
+        # PyTorch has the channels behind the batch, Flax at the end.
         ways += [np.moveaxis(y, 1, -1), np.moveaxis(y, -1, 1)]
     return any(
         agree("layers", [("", way)], [("", z.reshape(way.shape))])[0].passed

@@ -219,6 +219,8 @@ class Image:
         wanted = max(1.0, max(self.shape[1:3]) / most)
         (height, width), image = self.level_shape, self
         for level, (rows, columns) in enumerate(self._source.levels):
+            # Levels still finer than the thumbnail: it is every n-th pixel of the last
+            # of them.
             if self._source.open_level and 1 < height / rows <= wanted:
                 top, left, *size = (
                     int(each * there / here)
@@ -226,6 +228,7 @@ class Image:
                         self.region, (rows, columns) * 2, (height, width) * 2
                     )
                 )
+                # A small region may be less than a pixel of a coarse level.
                 box = (top, left, *(max(each, 1) for each in size))
                 bands = [band + 1 for band in self._bands]
                 coarser = self._source.open_level(level)
@@ -338,6 +341,7 @@ def turned(source: OpenedLevel, orientation: int) -> OpenedLevel:
     levels, transform = source.levels, source.transform
     if swapped:
         levels = [(across, down) for down, across in levels]
+        # Formats with orientations have no coordinates, only the scale of a level.
         transform = Affine(a=transform.e, e=transform.a)
     open_level = source.open_level
     return dataclasses.replace(
@@ -363,6 +367,8 @@ def _span(where: Any, size: int) -> tuple[int, int, Any]:
     if not places:
         return 0, 0, slice(0, 0)
     first, last = min(places[0], places[-1]), max(places[0], places[-1])
+    # What is read starts and ends at a wanted place: from either, the step finds the
+    # rest.
     inner = slice(None, None, where.step) if places.step != 1 else slice(None)
     return first, last - first + 1, inner
 

@@ -122,6 +122,7 @@ class BoundLinen(BoundModel):
         """What ``init`` takes of the keyword arguments of ``apply``."""
         options = {k: v for k, v in self.kwargs.items() if k not in _APPLY_ONLY}
         rngs = options.get("rngs")
+        # `apply` draws no params, so its streams need not have theirs.
         if isinstance(rngs, Mapping) and "params" not in rngs:
             options["rngs"] = {"params": next(iter(rngs.values())), **rngs}
         return options

@@ -96,6 +96,7 @@ class CoreMlFile(Shipped):
     def ops(self) -> Mapping[str, int]:
         """Return how many operations there are of each kind; constants are none."""
         found = Counter(op.op_type for op in self.operations)
+        # They compute nothing: an `identity` gives an output its name.
         del found["const"], found["identity"]
         return found
 
@@ -144,6 +145,8 @@ class CoreMlFile(Shipped):
         if "spread" in options:
             padding = crops(layer.kernel_shape, padding)
         if is_rows(np.asarray(op.weight.val), layer.kernel_shape):
+            # A row holds the channels of all its pixels: one pixel further is that many
+            # entries.
             strides[1] *= layer.kernel_shape[2]
         wanted = {
             "strides": strides,
