@@ -19,8 +19,8 @@ from ..backends.faults import POOL, may_show
 from ..backends.options import has_pools
 from ..messages.errors import PlanError
 from ..tracing.cost import flops, largest
-from ..tracing.jaxprs import AnyJaxpr, Literal, jaxpr_as_fun, opened
-from ..tracing.primitives import MATMULS, MOVES, ROUNDING, SAME
+from ..tracing.jaxprs import AnyJaxpr, Literal, call_body, jaxpr_as_fun, opened
+from ..tracing.primitives import ENTRYWISE, MATMULS, MOVES, ROUNDING, SAME
 from . import costs
 from .interpreter import Interpreter
 from .maps import crops
@@ -159,7 +159,11 @@ class AllCrops:
         def run(*operands: PyTree) -> list[Any]:
             *leaves, images = operands
             how = images, self.window, self.stride, self.axes
-            value = _in_a_row(*how) if own else image_value(*how, self.padded_outside)
+            value = (
+                _in_a_row(*how, _is_fused(self.jaxpr))
+                if own
+                else image_value(*how, self.padded_outside)
+            )
             reasons = Counter() if left is None else left
             interpreter = Interpreter(reasons, placed=mesh is None)
             outs = interpreter.run(self.jaxpr, [*leaves, value])
@@ -347,8 +351,30 @@ def _first_shared(map_: Any, otherwise: int) -> int:
     return otherwise
 
 
+def _is_fused(jaxpr: AnyJaxpr) -> bool:
+    """Return whether XLA fuses the crops of a trace with the one operation on them."""
+    body, _ = opened(jaxpr)
+    var = body.invars[-1]
+    while True:
+        users = [eqn for eqn in body.eqns if any(v is var for v in eqn.invars)]
+        if len(users) != 1:
+            return False
+        (eqn,) = users
+        if (inner := call_body(eqn)) is not None:
+            body, _ = opened(inner)
+            var = body.invars[next(i for i, v in enumerate(eqn.invars) if v is var)]
+        elif eqn.primitive.name in ENTRYWISE:
+            (var,) = eqn.outvars
+        else:
+            return True
+
+
 def _in_a_row(
-    images: Any, window: Sequence[int], stride: Sequence[int], axes: Sequence[int]
+    images: Any,
+    window: Sequence[int],
+    stride: Sequence[int],
+    axes: Sequence[int],
+    fused: bool,
 ) -> CropArray:
     """Return the crops of images along one axis, as a user's batch has them.
 
@@ -380,7 +406,7 @@ def _in_a_row(
         mode="promise_in_bounds",
     )
     split = next((axis for axis, count in enumerate(counts) if count > 1), None)
-    if split is None or jax.default_backend() != "cpu":
+    if split is None or not fused or jax.default_backend() != "cpu":
         data = gather(starts)
     else:
         # XLA's CPU backend fuses a gather with what flattens its result, and takes up

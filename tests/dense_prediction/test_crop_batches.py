@@ -128,6 +128,22 @@ def test_crops_lie_in_the_order_of_their_places(counts, images):
     np.testing.assert_allclose(grid(x), want, rtol=1e-6)
 
 
+@pytest.mark.skipif(jax.default_backend() != "cpu", reason="XLA's CPU backend")
+@pytest.mark.parametrize(
+    ("function", "gathers"),
+    [
+        (lambda x: x.reshape(x.shape[0], -1), 2),
+        (lambda x: jax.jit(lambda y, x: (y * x).sum((1, 2)))(2.0, x / 255), 2),
+        (lambda x: x / x.max((1, 2, 3), keepdims=True), 1),
+        (lambda x: jax.jit(lambda x: (2 * x).sum(1) + x.max(1))(x - 1), 1),
+    ],
+)
+def test_crops_that_xla_would_fuse_are_gathered_in_pieces(function, gathers):
+    x = np.ones((1, 24, 32, 3), np.float32)
+    text = str(jax.make_jaxpr(fc.slide(function, WINDOW, STRIDE))(x))
+    assert text.count("= gather[") == gathers
+
+
 def test_the_program_of_many_crops_is_small():
     grid = fc.slide(lambda x: jnp.sort(x, 1).mean((1, 2)), (4, 4), 1)
     lowered = grid.lower(jax.ShapeDtypeStruct((1, 300, 300, 1), np.float32))
