@@ -143,7 +143,12 @@ def test_a_training_step_has_no_more(encoder):
     # Each kernel is gathered for use, each gradient is summed over the batch.
     assert collectives(conv) >= 2 * len(SPECS)
     assert collectives(conv) <= collectives(dense)
-    assert traffic(conv) <= traffic(dense)
+    # A head's bias is flat in the conv form, and XLA decides anew for each bias whether
+    # to sum it whole or in parts that it gathers. The smallest kernel has 256 KiB.
+    biases = [leaf for path, leaf in by_name(params).items() if path.endswith("bias")]
+    slack = sum(leaf.size * leaf.dtype.itemsize for leaf in biases)
+    assert slack < 16 * 2**10
+    assert traffic(conv) <= traffic(dense) + slack
 
 
 def test_a_layout_that_adds_collectives_shows():
