@@ -4,13 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jaxlib.version
 
 from ..tracing.jaxprs import AnyJaxpr, Literal, call_body, opened, subjaxprs
 from ..tracing.primitives import ELEMENTWISE, ENTRYWISE, MOVES, POOLS
-from ..tracing.protocols import Equation
+from ..tracing.protocols import Atom, Equation
 
 # Of arrays, each counts before those that precede it: broadcast, computed from such a
 # one and another, or that and reshaped since.
@@ -58,7 +57,7 @@ class Fault:
     """
 
     what: str
-    in_equation: Callable[[Any, Sequence[str]], bool]
+    in_equation: Callable[[Equation, Sequence[str]], bool]
     first: tuple[int, ...]
     fixed: tuple[int, ...] | None
     handled: str
@@ -105,7 +104,7 @@ FAULTS = (POOL, PACKED, STALE, CROP)
 
 
 def cpu_notes(
-    programs: Sequence[Any], version: str = jaxlib.version.__version__
+    programs: Sequence[AnyJaxpr], version: str = jaxlib.version.__version__
 ) -> list[str]:
     """Return a sentence on each fault of a jaxlib version that programs may show.
 
@@ -146,7 +145,7 @@ def _shown(program: AnyJaxpr, faults: Sequence[Fault]) -> set[str]:
         body, _ = opened(jaxpr)
         known = dict(zip(body.invars, marks))
 
-        def marks_of(atoms: Sequence[Any]) -> list[str]:
+        def marks_of(atoms: Sequence[Atom]) -> list[str]:
             return ["" if isinstance(a, Literal) else known.get(a, "") for a in atoms]
 
         for eqn in body.eqns:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, TypeVar
 
 import jax
 from jax import lax
@@ -13,13 +13,14 @@ from jax import lax
 from ..geometry.kernels import Rearrangement, channel_last, kernel_rearrangement
 from ..geometry.meshes import permuted, reshape
 from ..plan import Form, LayerPlan
-from ..plan.layer_forms import pair_of_forms
+from ..plan.layer_forms import FormFn, pair_of_forms
 from ..plan.phases import check_no_mesh, in_phases
 from .factors import rearrangement, regroup, reversed_axis, stacked_axes
 from .layer_axes import DenseAxes
 from .matmul import Matmul
 
 Array = jax.Array
+T = TypeVar("T")
 
 
 def form_of(matmul: Matmul) -> Form:
@@ -198,7 +199,7 @@ def _grouped_as(matmul: Matmul, layer: LayerPlan) -> LayerPlan:
 
 
 def _dot_as_conv(
-    matmul: Matmul, layer: LayerPlan, conv: Any, x: Array, kernel: Array
+    matmul: Matmul, layer: LayerPlan, conv: FormFn, x: Array, kernel: Array
 ) -> Array:
     axes = dense_axes(matmul)
     batch = tuple(x.shape[axis] for axis in axes.batch)
@@ -236,7 +237,7 @@ def _canonical_move(layer: LayerPlan, rows: int, columns: int) -> Rearrangement:
 
 
 def _conv_as_dot(
-    matmul: Matmul, layer: LayerPlan, dense: Any, x: Array, kernel: Array
+    matmul: Matmul, layer: LayerPlan, dense: FormFn, x: Array, kernel: Array
 ) -> Array:
     lhs, _, out = _specs(matmul)
     *window, rows, features = kernel_shape(matmul)
@@ -298,5 +299,5 @@ def kernel_axes_of_conv(matmul: Matmul) -> list[int]:
     return [*spec[2:], spec[1], spec[0]]
 
 
-def _flat(axes: Any) -> list[Any]:
+def _flat(axes: Iterable[Iterable[T]]) -> list[T]:
     return [part for axis in axes for part in axis]

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 from jax import lax
@@ -29,7 +29,7 @@ from ..tracing.primitives import (
     ROUNDING,
     SAME,
 )
-from ..tracing.protocols import Equation
+from ..tracing.protocols import Atom, Equation
 from .factors import Axis, regroup, reversed_axis, size
 from .matmul import (
     ACTIVE,
@@ -85,7 +85,7 @@ def analyse(
     known: dict[Any, Tag] = dict(zip(body.constvars, map(_constant, consts)))
     known.update(zip(body.invars, tags, strict=True))
 
-    def tag(atom: Any) -> Tag:
+    def tag(atom: Atom) -> Tag:
         return _constant(atom.val) if isinstance(atom, Literal) else known[atom]
 
     for eqn in body.eqns:
@@ -382,7 +382,10 @@ def _analysed(
 
 
 def _settle(
-    analysis: Analysis, step: Any, carry: list[Tag], name: str
+    analysis: Analysis,
+    step: Callable[[list[Tag]], list[Analysis]],
+    carry: list[Tag],
+    name: str,
 ) -> tuple[list[Analysis], list[Tag]]:
     """Run the body of a loop until the tags of what it carries stay the same."""
     # It ends: a tag only ever becomes a more general one.

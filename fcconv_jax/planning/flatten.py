@@ -11,7 +11,7 @@ from ..geometry.kernels import channel_last, window_letters
 from ..tracing.frames import Frame
 from ..tracing.jaxprs import Literal, call_body, scan_parts
 from ..tracing.primitives import ENTRYWISE, MATMULS, POOLS, SAME, SCANS
-from ..tracing.protocols import Equation
+from ..tracing.protocols import Atom, Equation
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,7 +42,7 @@ class LayerInput:
 
     number: int
     frame: Frame
-    var: Any
+    var: Atom
     axes: tuple[int, ...]
     lead: int
     mapped: int = 0
@@ -57,7 +57,7 @@ class _Place:
     """
 
     frame: Frame
-    var: Any
+    var: Atom
     axes: tuple[int, ...]
     sizes: tuple[int, ...]
 
@@ -66,7 +66,7 @@ class _Place:
         return tuple(self.var.aval.shape)
 
     @property
-    def producer(self) -> tuple[Any, int]:
+    def producer(self) -> tuple[Equation | None, int]:
         """The equation that makes the array and the number of its output, if any."""
         return self.frame.producers.get(self.var, (None, 0))
 
@@ -207,7 +207,7 @@ def _sources(place: _Place) -> list[_Place]:
     return [] if back is None else _variables([(frame, eqn.invars[0])], back, sizes)
 
 
-def _is_resized(frame: Frame, var: Any) -> bool:
+def _is_resized(frame: Frame, var: Atom) -> bool:
     """Return whether matrices made an array from another one, as in a resize.
 
     The axis of the first matrix comes first, before the batch, until the result is
@@ -225,7 +225,7 @@ def _is_resized(frame: Frame, var: Any) -> bool:
 
 
 def _variables(
-    found: Sequence[tuple[Frame, Any]], axes: tuple[int, ...], sizes: tuple[int, ...]
+    found: Sequence[tuple[Frame, Atom]], axes: tuple[int, ...], sizes: tuple[int, ...]
 ) -> list[_Place]:
     return [
         _Place(frame, var, axes, sizes)
@@ -257,7 +257,7 @@ def _axes_before(eqn: Equation, axes: tuple[int, ...]) -> tuple[int, ...] | None
     return None
 
 
-def _carries(frame: Frame, var: Any, shape: tuple[int, ...]) -> bool:
+def _carries(frame: Frame, var: Atom, shape: tuple[int, ...]) -> bool:
     """Return whether an operand of an elementwise equation can hold the features."""
     if isinstance(var, Literal) or tuple(var.aval.shape) != shape:
         return False
@@ -269,13 +269,13 @@ def _carries(frame: Frame, var: Any, shape: tuple[int, ...]) -> bool:
 
 
 def _outer(
-    frame: Frame, var: Any, axes: tuple[int, ...]
-) -> tuple[Frame, Any, tuple[int, ...]] | None:
+    frame: Frame, var: Atom, axes: tuple[int, ...]
+) -> tuple[Frame, Atom, tuple[int, ...]] | None:
     """Return the operand behind an input of a sub-jaxpr, with the axes there."""
-    if frame.parent is None or var not in frame.jaxpr.invars:
+    eqn = frame.call
+    if frame.parent is None or eqn is None or var not in frame.jaxpr.invars:
         return None
     index = frame.jaxpr.invars.index(var)
-    eqn = frame.call
     # Its body may have changed what it carries, as a scan's may.
     if eqn.primitive.name == "while":
         return None
@@ -330,7 +330,7 @@ def _unbroadcast(eqn: Equation, axes: Sequence[int]) -> tuple[int, ...] | None:
     return tuple(placed[axis] for axis in axes)
 
 
-def _upstream_rank(frame: Frame, var: Any, mapped: int) -> int:
+def _upstream_rank(frame: Frame, var: Atom, mapped: int) -> int:
     """Spatial axes of a pointwise conv: those of the nearest array that has some."""
     while not isinstance(var, Literal):
         eqn, index = frame.producers.get(var, (None, 0))
@@ -362,7 +362,7 @@ def _main_operand(frame: Frame, eqn: Equation) -> Any:
     if eqn.primitive.name in MATMULS:
         return operands[0]
 
-    def rank(var: Any) -> tuple[int, bool]:
+    def rank(var: Atom) -> tuple[int, bool]:
         shape = tuple(var.aval.shape)
         return len(shape), _carries(frame, var, shape)
 

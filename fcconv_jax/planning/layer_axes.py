@@ -5,12 +5,12 @@ from __future__ import annotations
 import dataclasses
 import math
 from collections.abc import Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import NamedSharding
 
-from ..geometry.meshes import permuted, reshape, respec
+from ..geometry.meshes import OutSharding, permuted, reshape, respec
 
 Array = jax.Array
 
@@ -31,7 +31,7 @@ class DenseAxes:
     contracted: tuple[int, ...]
     features: tuple[int, ...]
 
-    def groups(self, x: Any) -> int:
+    def groups(self, x: Array) -> int:
         """Return how many kernels stand side by side."""
         return math.prod(x.shape[b] for b in self.batch)
 
@@ -56,7 +56,9 @@ class DenseAxes:
             y = jnp.moveaxis(y, tuple(front), tuple(range(len(batch))))
         return y
 
-    def canonical_sharding(self, sharding: Any, shape: Sequence[int]) -> Any:
+    def canonical_sharding(
+        self, sharding: OutSharding, shape: Sequence[int]
+    ) -> NamedSharding | None:
         """Return the sharding of ``(*lead, [groups,] out)``, given the output's."""
         batch, lead = ([shape[a] for a in axes] for axes in (self.batch, self.lead))
         n, ndim = len(batch), len(batch) + len(lead) + len(self.features)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from typing import Any
+from collections.abc import Iterable
 
 from ..plan import Form
 from .as_layer import (
@@ -16,7 +16,7 @@ from .as_layer import (
     kernel_axes_of_dot,
 )
 from .decide import LayerCall
-from .factors import axes_of, joined, size, without
+from .factors import Axis, axes_of, joined, size, without
 from .layer_axes import DenseAxes
 from .matmul import Matmul
 
@@ -87,7 +87,7 @@ def layer_call(layer: LibraryLayer, matmul: Matmul, number: int) -> LayerCall | 
     obstacle = matmul.obstacle and f"its kernel is {matmul.obstacle}"
     stack, own = layer.axes()
 
-    def parts(axes: Any) -> list[Any]:
+    def parts(axes: Iterable[int]) -> list[Axis]:
         return [without(weight.axes[axis], weight.shape, stack) for axis in axes]
 
     entries = axes_of(weight.shape)
@@ -134,7 +134,7 @@ def layer_call(layer: LibraryLayer, matmul: Matmul, number: int) -> LayerCall | 
     )
 
 
-def _groups(matmul: Matmul, out: Any) -> int:
+def _groups(matmul: Matmul, out: Axis) -> int:
     """The feature groups of one step of a convolution, which vmap may have stacked.
 
     Where vmap maps the input, too, it makes groups of the steps, and the step is the
@@ -147,5 +147,5 @@ def _groups(matmul: Matmul, out: Any) -> int:
     return groups // steps if slowest and groups % steps == 0 else groups
 
 
-def _flat(axes: Any) -> Any:
+def _flat(axes: Iterable[Axis]) -> Axis:
     return joined(factor for axis in axes for factor in axis)

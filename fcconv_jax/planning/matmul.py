@@ -150,7 +150,7 @@ class Analysis:
     inner: dict[int, list[Analysis]] = dataclasses.field(default_factory=dict)
     uses: list[Use] = dataclasses.field(default_factory=list)
 
-    def walk(self) -> Iterator[tuple[Any, Matmul | str]]:
+    def walk(self) -> Iterator[tuple[Equation, Matmul | str]]:
         """Yield every matmul in program order: the equation, and what was found."""
         for eqn in opened(self.jaxpr)[0].eqns:
             # Equations don't compare; the jaxpr keeps them, so identities stay theirs.
@@ -186,7 +186,7 @@ def rewrite(
     replace: Callable[[Matmul, Sequence[Any]], Any],
     alike: Callable[[Matmul], Hashable] = id,
     bodies: dict[Hashable, Callable[[Sequence[Any]], list[Any]]] | None = None,
-    saved: dict[str, Any] | None = None,
+    saved: dict[str, Equation] | None = None,
 ) -> list[Any]:
     """Run a program with other code in place of some of its matmuls.
 
@@ -208,7 +208,9 @@ def rewrite(
     """
     made = {} if bodies is None else bodies
 
-    def body(inner: Analysis, names: Any) -> Callable[[Sequence[Any]], list[Any]]:
+    def body(
+        inner: Analysis, names: dict[str, Equation] | None
+    ) -> Callable[[Sequence[Any]], list[Any]]:
         found = tuple(
             (id(eqn), alike(matmul))
             for eqn, matmul in inner.walk()
@@ -235,7 +237,7 @@ def rewrite(
             if policy is None:
                 return rerun(eqn, ins, [body(each, saved) for each in inner])
             # A policy of its own for each remat: it is asked about its own matmuls.
-            names: dict[str, Any] = {}
+            names: dict[str, Equation] = {}
             runs = [body(each, names) for each in inner]
             return rerun(eqn, ins, runs, _asking_about(names, policy))
         return bind(eqn, ins)
@@ -243,7 +245,9 @@ def rewrite(
     return evaluate(analysis.jaxpr, operands, visit)
 
 
-def _asking_about(saved: dict[str, Any], policy: Callable[..., Any]) -> Any:
+def _asking_about(
+    saved: Mapping[str, Equation], policy: Callable[..., Any]
+) -> Callable[..., Any]:
     """Return a remat's policy that is asked about a replaced matmul as it was.
 
     Policies such as ``dots_saveable`` look for dots. A replaced one is named, and what

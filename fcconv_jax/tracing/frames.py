@@ -5,10 +5,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 from collections.abc import Mapping
-from typing import Any
 
 from .jaxprs import AnyJaxpr, opened
-from .protocols import Equation, OpenJaxpr
+from .protocols import Atom, Equation, OpenJaxpr
 
 
 @dataclasses.dataclass(frozen=True, eq=False)
@@ -21,11 +20,11 @@ class Frame:
 
     jaxpr: OpenJaxpr
     parent: Frame | None = None
-    call: Any = None
+    call: Equation | None = None
     inner: dict[tuple[int, int], Frame] = dataclasses.field(default_factory=dict)
 
     @functools.cached_property
-    def producers(self) -> Mapping[Any, tuple[Any, int]]:
+    def producers(self) -> Mapping[Atom, tuple[Equation, int]]:
         """What makes each variable: the equation and the number of its output."""
         return {
             var: (eqn, index)

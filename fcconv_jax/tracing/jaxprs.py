@@ -34,7 +34,7 @@ from jax.extend.core import (
 from jaxtyping import PyTree
 
 from .primitives import CALLS, PLACES, REMATS
-from .protocols import Equation, OpenJaxpr
+from .protocols import Atom, Equation, OpenJaxpr
 
 __all__ = [
     "AnyJaxpr",
@@ -81,7 +81,7 @@ def opened(jaxpr: AnyJaxpr) -> tuple[OpenJaxpr, list[Any]]:
     return program, []
 
 
-def subjaxprs(eqn: Equation) -> Iterator[tuple[str, Any]]:
+def subjaxprs(eqn: Equation) -> Iterator[tuple[str, AnyJaxpr]]:
     """Yields ``(parameter name, jaxpr)`` for every jaxpr an equation holds.
 
     ``cond`` holds several under ``branches``; ``while`` one each under ``cond_jaxpr``
@@ -100,7 +100,7 @@ def subjaxprs(eqn: Equation) -> Iterator[tuple[str, Any]]:
             yield from ((name, item) for item in value if _is_jaxpr(item))
 
 
-def call_body(eqn: Equation) -> Any | None:
+def call_body(eqn: Equation) -> AnyJaxpr | None:
     """The jaxpr a plain call runs (jit, remat, custom_jvp, ...), else None.
 
     The body's inputs and outputs correspond one to one to the equation's.
@@ -119,7 +119,7 @@ def call_body(eqn: Equation) -> Any | None:
     return None
 
 
-def bodies(eqn: Equation) -> tuple[Any, ...]:
+def bodies(eqn: Equation) -> tuple[AnyJaxpr, ...]:
     """The jaxprs of a call or of control flow, in the order :func:`rerun` counts them.
 
     Those of ``while`` are the condition and the body, those of ``cond`` its branches.
@@ -347,7 +347,7 @@ def unplaced(eqn: Equation) -> Equation:
 def evaluate(
     jaxpr: AnyJaxpr,
     operands: Sequence[Any],
-    visit: Callable[[Any, list[Any]], Sequence[Any]] = bind,
+    visit: Callable[[Equation, list[Any]], Sequence[Any]] = bind,
 ) -> list[Any]:
     """Runs a jaxpr, handing every equation and its operands to ``visit``.
 
@@ -370,7 +370,7 @@ def evaluate(
     values: dict[Any, Any] = dict(zip(body.constvars, consts))
     values.update(zip(body.invars, operands, strict=True))
 
-    def read(atom: Any) -> Any:
+    def read(atom: Atom) -> Any:
         return atom.val if isinstance(atom, Literal) else values[atom]
 
     for eqn in body.eqns:

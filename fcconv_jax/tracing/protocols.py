@@ -1,13 +1,17 @@
 """What this package reads of a trace, as types.
 
 JAX's own classes keep shapes and dtypes in subclasses of an abstract value that has
-neither, so operands stay ``Any`` here.
+neither, so operands are an ``Atom`` here, which type checkers don't look into.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, Protocol
+from typing import Any, Protocol, TypeAlias
+
+# A variable or a literal: it has an ``aval`` with a shape and a dtype; a literal also
+# has its ``val``.
+Atom: TypeAlias = Any
 
 
 class Primitive(Protocol):
@@ -24,8 +28,8 @@ class Equation(Protocol):
 
     primitive: Primitive
     params: dict[str, Any]
-    invars: Sequence[Any]
-    outvars: Sequence[Any]
+    invars: Sequence[Atom]
+    outvars: Sequence[Atom]
     source_info: Any
     effects: Any
     replace: Callable[..., Any]
@@ -34,7 +38,7 @@ class Equation(Protocol):
 class OpenJaxpr(Protocol):
     """A traced program; its constants are inputs like the others."""
 
-    constvars: Sequence[Any]
-    invars: Sequence[Any]
+    constvars: Sequence[Atom]
+    invars: Sequence[Atom]
     eqns: Sequence[Equation]
-    outvars: Sequence[Any]
+    outvars: Sequence[Atom]

@@ -22,6 +22,7 @@ from numpy.typing import ArrayLike
 
 from ..tracing.jaxprs import AnyJaxpr, Literal, opened, subjaxprs
 from ..tracing.primitives import JOINS, MOVES, POSITIONS, ROUNDING, SAME
+from ..tracing.protocols import Atom
 
 # A dtype and a value: what is written twice in a program was rounded in one way.
 Constant = tuple[str, float]
@@ -66,7 +67,7 @@ def _constants(jaxpr: AnyJaxpr) -> Iterator[Constant]:
             yield from _constants(inner)
 
 
-def literal_array(atom: Any) -> np.ndarray:
+def literal_array(atom: Atom) -> np.ndarray:
     """Return a literal of a trace in the dtype that its place has."""
     return np.asarray(atom.val, atom.aval.dtype)
 

@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.typing import DTypeLike
 
 from ..tracing.jaxprs import AnyJaxpr, bodies, opened, subjaxprs
-from ..tracing.protocols import Equation, OpenJaxpr
+from ..tracing.protocols import Atom, Equation, OpenJaxpr
 from .widening import RESTATED
 
 # What may happen to the bits of a float that come back as a float: JAX's derivative of
@@ -60,7 +59,7 @@ def _looks_at_bits(eqn: Equation) -> bool:
     )
 
 
-def _comes_back(body: OpenJaxpr, var: Any) -> bool:
+def _comes_back(body: OpenJaxpr, var: Atom) -> bool:
     """Return whether the bits of a float are only masked and made a float again."""
     # Whoever takes the output sees the bits.
     if var in body.outvars:

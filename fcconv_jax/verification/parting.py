@@ -15,8 +15,9 @@ from ..messages.errors import PlanError
 from ..params.leaves import flatten_with_path
 from ..plan import LayerPlan
 from ..plan.paths import join_path
-from ..tracing.jaxprs import Literal, call_body, opened, subjaxprs
+from ..tracing.jaxprs import AnyJaxpr, Literal, call_body, opened, subjaxprs
 from ..tracing.marks import named_outputs
+from ..tracing.protocols import Atom
 from .agreement import agree
 from .reference import Reference
 
@@ -119,7 +120,7 @@ def _crossed(matched: Sequence[tuple[str, list[str]]], others: Sequence[str]) ->
     return ""
 
 
-def _upstream(trace: Any) -> dict[Output, set[Output]]:
+def _upstream(trace: AnyJaxpr) -> dict[Output, set[Output]]:
     """Return, for each output that a trace names, in order, those it is made from.
 
     An output in a loop depends on all that the loop reads.
@@ -127,11 +128,11 @@ def _upstream(trace: Any) -> dict[Output, set[Output]]:
     found: dict[Output, set[Output]] = {}
     calls: collections.Counter[str] = collections.Counter()
 
-    def read(jaxpr: Any, given: Sequence[set[Output]], named: bool) -> list[Any]:
+    def read(jaxpr: AnyJaxpr, given: Sequence[set[Output]], named: bool) -> list[Any]:
         body, _ = opened(jaxpr)
         known = dict(zip(body.invars, given))
 
-        def of(atom: Any) -> set[Output]:
+        def of(atom: Atom) -> set[Output]:
             return set() if isinstance(atom, Literal) else known.get(atom, set())
 
         for eqn in body.eqns:

@@ -33,7 +33,7 @@ from ..tracing.jaxprs import (
     rerun,
     scan_parts,
 )
-from ..tracing.protocols import Equation, OpenJaxpr
+from ..tracing.protocols import Atom, Equation, OpenJaxpr
 from ..versions import enable_x64
 from .compiling import BackgroundProgram
 from .nudges import Constant, Nudge, literal_array
@@ -186,7 +186,7 @@ class _Reader:
         values: dict[Any, Any] = dict(zip(body.constvars, consts))
         values.update(zip(body.invars, operands, strict=True))
 
-        def value(atom: Any) -> Any:
+        def value(atom: Atom) -> Any:
             if not isinstance(atom, Literal):
                 return values[atom]
             if not self.wide:

@@ -13,7 +13,7 @@ from jax.typing import DTypeLike
 
 from ..tracing.jaxprs import bind
 from ..tracing.primitives import PLACES, SAME
-from ..tracing.protocols import Equation
+from ..tracing.protocols import Atom, Equation
 from .float64_convolution import convolve
 
 # Runs a jaxpr in float64.
@@ -62,7 +62,7 @@ def widen(leaf: Any) -> Any:
     return jnp.asarray(np.asarray(leaf).astype(dtype))
 
 
-def widen_literal(atom: Any) -> Any:
+def widen_literal(atom: Atom) -> Any:
     """A constant of the program, in the dtype that its place in the program has."""
     dtype = widened(atom.aval.dtype)
     if dtype == atom.aval.dtype and not isinstance(atom.val, (int, float, complex)):
@@ -124,7 +124,7 @@ def _convert(x: Any, dtype: DTypeLike) -> Any:
     return jax.lax.convert_element_type(x, dtype)
 
 
-def _wide_equation(eqn: Equation) -> Any:
+def _wide_equation(eqn: Equation) -> Equation:
     params = {key: _wide_param(key, value) for key, value in eqn.params.items()}
     return eqn.replace(params=params)
 
