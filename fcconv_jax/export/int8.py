@@ -6,6 +6,8 @@ import dataclasses
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 
 from ..messages.errors import ExportError
@@ -15,28 +17,29 @@ from .shipped import Shipped
 
 
 def batches(
-    arrays: Sequence[Any], shapes: Sequence[tuple[int, ...]]
+    arrays: Sequence[Any], inputs: Sequence[jax.ShapeDtypeStruct | np.ndarray]
 ) -> list[list[np.ndarray]]:
     """Calibration data cut into calls of the file's own batch size.
 
     Args:
       arrays: one for each input, examples along the first axis.
-      shapes: of the file's inputs.
+      inputs: of the file: their shapes and dtypes.
 
     Raises:
       ExportError: an array does not fit its input.
 
     Example:
-      >>> len(batches([np.zeros((7, 3))], [(2, 3)]))
+      >>> len(batches([np.zeros((7, 3))], [np.zeros((2, 3))]))
       3
     """
-    if len(arrays) != len(shapes):
+    if len(arrays) != len(inputs):
         raise ExportError(
-            f"Expected calibration data for {len(shapes)} inputs, got {len(arrays)}. "
+            f"Expected calibration data for {len(inputs)} inputs, got {len(arrays)}. "
             "Pass calibrate=[...] with an array for each input."
         )
     calls: list[list[np.ndarray]] = []
-    for array, shape in zip(map(np.asarray, arrays), shapes):
+    for array, like in zip(map(np.asarray, arrays), inputs):
+        shape = like.shape
         if array.ndim != len(shape) or array.shape[1:] != tuple(shape[1:]):
             wanted = ", ".join(map(str, ("N", *shape[1:])))
             raise ExportError(
@@ -50,13 +53,20 @@ def batches(
                 f"Expected finite numbers as calibration data, got {array.dtype} with "
                 "NaN, infinity or something else. Pass real inputs."
             )
+        # Pixels from 0 to 255 give ranges of which a model of 0 to 1 uses one step.
+        if jnp.issubdtype(like.dtype, jnp.floating) != (numbers.dtype.kind == "f"):
+            raise ExportError(
+                f"Expected calibration data of {like.dtype}, like the input, got "
+                f"{array.dtype}. Pass what the model is called on, such as "
+                "images / 255."
+            )
     counts = {len(array) for array in arrays}
     if len(counts) > 1:
         raise ExportError(
             "Expected the same number of examples for each input, got "
             f"{sorted(counts)}. Pass as many for each."
         )
-    size = shapes[0][0]
+    size = inputs[0].shape[0]
     count = len(arrays[0]) // size
     if not count:
         raise ExportError(

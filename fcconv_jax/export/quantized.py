@@ -82,7 +82,7 @@ def quantized(
     arrays = [np.asarray(x) for x in call.bound.arrays]
     examples = [arrays]
     if calibrate is not None:
-        examples = batches(calibrate, [x.shape for x in arrays])
+        examples = batches(calibrate, arrays)
         labels = _checked(labels, len(calibrate[0]))
         _check_loops(made[form][0].graph)
     contents: dict[FileForm, bytes] = {}

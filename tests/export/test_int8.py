@@ -85,7 +85,10 @@ def test_calibration_data_that_does_not_fit(tmp_path):
     with pytest.raises(ExportError, match="for 1 inputs, got 0"):
         export("digits", tmp_path, calibrate=[])
     with pytest.raises(ExportError, match="at least 2 examples"):
-        batches([np.zeros((1, 3))], [(2, 3)])
+        batches([np.zeros((1, 3))], [np.zeros((2, 3))])
+    for given, wanted in ((np.uint8, np.float32), (np.float32, np.int32)):
+        with pytest.raises(ExportError, match=f"of {np.dtype(wanted)}, like the input"):
+            batches([np.zeros((4, 3), given)], [np.zeros((2, 3), wanted)])
 
 
 def test_runtimes_without_int8(tmp_path):
