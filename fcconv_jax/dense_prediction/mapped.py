@@ -7,14 +7,19 @@ from typing import Any
 
 import numpy as np
 
+from ..tracing.arguments import native
+
 
 def in_memory(part: Any) -> np.ndarray[Any, Any]:
-    """Return a contiguous array in memory; copied if it is part of a mapped file."""
+    """Return a contiguous array in memory, in this machine's byte order.
+
+    It is a copy if it is part of a mapped file.
+    """
     if _mapping(part) is None:
-        return np.ascontiguousarray(part)
+        return native(np.ascontiguousarray(part))
     copied = np.array(part, order="C", subok=False)
     release(part)
-    return copied
+    return native(copied)
 
 
 def release(array: Any) -> None:

@@ -303,7 +303,7 @@ class Slide:
           **kwargs: as in a call.
         """
         *before, images = self._complete(args)
-        if _is_lazy(images):
+        if _is_lazy(images) or isinstance(images, np.ndarray):
             images = jax.ShapeDtypeStruct(images.shape, dtype_of(images))
         program = self._program([*before, images], kwargs)
         around = program.image_flops if self.padding == "crops" else None

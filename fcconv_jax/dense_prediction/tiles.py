@@ -149,7 +149,7 @@ def tiles_of(program: AllCrops, images: LazyArray, out: PyTree, memory: int) -> 
         (images.shape[axis] - size) // step + 1
         for axis, size, step in zip(program.axes, program.window, program.stride)
     )
-    _check_out(program.outputs, out, counts)
+    _check_out(program.outputs, out, counts, images)
     tile = _tile(program, images, counts, memory)
     # A shard of the output that is written in two parts would be read in between.
     tile = [
@@ -191,7 +191,9 @@ def middle_crop(grid: Any, images: LazyArray) -> np.ndarray[Any, Any]:
     return read_part(images, where)
 
 
-def _check_out(one: Sequence[Any], out: PyTree, counts: Sequence[int]) -> None:
+def _check_out(
+    one: Sequence[Any], out: PyTree, counts: Sequence[int], images: LazyArray
+) -> None:
     """Refuse outputs that cannot hold the result, before anything is computed."""
     wanted = [(leaf.shape[0], *counts, *leaf.shape[1:]) for leaf in one]
     targets = jax.tree.leaves(out)
@@ -217,6 +219,20 @@ def _check_out(one: Sequence[Any], out: PyTree, counts: Sequence[int]) -> None:
                 "out: expected a writable array, got a read-only "
                 f"{type(target).__name__}. Pass a NumPy array or a writable file."
             )
+        if _overlap(images, target):
+            raise ValueError(
+                "out: expected an array apart from the images, which later tiles read, "
+                "got one in the same memory or file. Pass a new array."
+            )
+
+
+def _overlap(one: object, other: object) -> bool:
+    """Return whether two arrays may share memory, or are maps of one file."""
+    if not (isinstance(one, np.ndarray) and isinstance(other, np.ndarray)):
+        return False
+    files = [getattr(array, "filename", None) for array in (one, other)]
+    same = files[0] is not None and files[0] == files[1]
+    return same or np.may_share_memory(one, other)
 
 
 def _holds(dtype: np.dtype[Any], result: np.dtype[Any]) -> bool:
@@ -259,8 +275,9 @@ def _tile(
 
 
 def dtype_of(images: LazyArray) -> np.dtype[Any]:
-    """Return an array's dtype as NumPy has it; TensorStore has its own."""
-    return np.dtype(getattr(images.dtype, "numpy_dtype", images.dtype))
+    """Return an array's dtype as NumPy has it in memory; TensorStore has its own."""
+    found = np.dtype(getattr(images.dtype, "numpy_dtype", images.dtype))
+    return found if found.isnative else found.newbyteorder("=")
 
 
 def read_part(images: Sliced, where: Sequence[slice | int]) -> Any:

@@ -14,6 +14,7 @@ from jaxtyping import PyTree
 from ..backends.options import correct_options
 from ..messages.user_code import explained
 from ..tracing import arguments
+from ..tracing.arguments import native
 from ..versions import get_opaque_trace_state
 
 
@@ -61,6 +62,8 @@ class Jitted:
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> Any:
         """Call the function, compiled on the first call with new shapes."""
+        args = tuple(map(native, args))
+        kwargs = {name: native(value) for name, value in kwargs.items()}
         if self._of_arrays is not None and not self._context:
             try:
                 return self._of_arrays(*args, **kwargs)

@@ -148,6 +148,31 @@ def test_wrong_outputs_and_too_little_memory():
         GRID.write(W, IMAGES, out=np.zeros_like(WANT), memory=1000, progress=False)
 
 
+def test_outputs_apart_from_the_images(tmp_path):
+    """A later tile reads pixels that an earlier one would have written over."""
+    step = fc.slide(lambda x: x[:, 0, 0] + x[:, 2, 2], (3, 3), 1)
+    images = IMAGES.copy()
+    message = "apart from the images, .* in the same memory or file"
+    with pytest.raises(ValueError, match=message):
+        step.write(images, out=images[:, 2:, 2:], memory=1 << 14, progress=False)
+    np.save(tmp_path / "a.npy", images[:, 2:, 2:])
+    one, other = (np.load(tmp_path / "a.npy", mmap_mode="r+") for _ in range(2))
+    with pytest.raises(ValueError, match=message):
+        step.write(one, out=other[:, 2:, 2:], memory=1 << 14, progress=False)
+
+
+def test_images_in_the_other_byte_order(tmp_path):
+    """As FITS and some TIFF files have them; JAX would take the bytes as they are."""
+    swapped = IMAGES.astype(IMAGES.dtype.newbyteorder("S"))
+    np.testing.assert_array_equal(GRID(W, swapped), WANT)
+    np.save(tmp_path / "a.npy", swapped)
+    out = np.zeros(WANT.shape, swapped.dtype)
+    images = np.load(tmp_path / "a.npy", mmap_mode="r")
+    GRID.write(W, images, **options(out, tmp_path))
+    np.testing.assert_allclose(out, WANT, rtol=1e-5)
+    assert GRID.report(W, swapped).stride == STRIDE
+
+
 def test_a_stopped_run_goes_on(tmp_path):
     out = stopped(tmp_path)
     assert 0 < (out == 0).mean() < 1

@@ -174,6 +174,14 @@ def test_calls_on_arrays_only_go_straight_to_jit(monkeypatch):
     assert len(seen) == 1
 
 
+def test_arrays_in_the_other_byte_order():
+    """jax.jit takes their bytes as they are, once it knows the dtype."""
+    call, x = Jitted(lambda x, y=0: x + y, "add"), np.arange(3.0, dtype=np.float32)
+    swapped = x.astype(x.dtype.newbyteorder("S"))
+    for given in (x, swapped):
+        np.testing.assert_array_equal(call(given, y=given), 2 * x)
+
+
 @pytest.mark.parametrize("value", [2, 2.5, True, np.True_, "same", len, None])
 @pytest.mark.parametrize("where", ["args", "kwargs", "tree"])
 def test_a_value_after_calls_on_arrays_only_is_static(value, where):
