@@ -124,18 +124,6 @@ def cpu_notes(
     ]
 
 
-def may_show(fault: Fault, program: AnyJaxpr) -> bool:
-    """Return whether a program may show a fault.
-
-    Example:
-      >>> import jax, jax.numpy as jnp
-      >>> program = jax.make_jaxpr(jnp.dot)(jnp.ones((2, 3)), jnp.ones((3, 4)))
-      >>> may_show(STALE, program), may_show(POOL, program)
-      (True, False)
-    """
-    return bool(_shown(program, [fault]))
-
-
 def _shown(program: AnyJaxpr, faults: Sequence[Fault]) -> set[str]:
     """Return what may come out wrong."""
     found: set[str] = set()

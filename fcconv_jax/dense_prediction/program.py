@@ -15,7 +15,6 @@ import numpy as np
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jaxtyping import PyTree
 
-from ..backends.faults import POOL, may_show
 from ..backends.options import has_pools
 from ..messages.errors import PlanError
 from ..tracing.cost import flops, largest
@@ -108,17 +107,10 @@ class AllCrops:
     def needs_guard(self) -> bool:
         """Whether XLA may compute a pool wrongly: see :data:`faults.POOL`.
 
-        A batch of crops runs the function's own operations, unless crops part in it:
-        then pools have further axes, which XLA reshapes.
+        A batch of crops runs the function's own pools, and needs it too: of more than a
+        few images, YNNPACK's have finite results where a pixel is NaN.
         """
-        if not has_pools(self.jaxpr):
-            return False
-        if self.report.shares or may_show(POOL, self.jaxpr):
-            return True
-        left: Counter[str] = Counter()
-        run = functools.partial(self._outputs, True, left=left)
-        jax.eval_shape(run, *jax.tree.leaves(self.leaves), self.images)
-        return bool(left)
+        return has_pools(self.jaxpr)
 
     @property
     def image_flops(self) -> float | None:
