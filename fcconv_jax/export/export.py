@@ -390,10 +390,11 @@ class _Call:
             # Its file has the outputs that no input changes, too, and computes each
             # computed kernel itself.
             graph.output_names, graph.notes = list(self.outputs), []
-        simplify(graph, self.whole)
+        any_padding = self.runtime.images == "first"
+        simplify(graph, self.whole, any_padding)
         folds = self.fold and self.runtime.write is not None
         if folds and sum(map(fold_norms, graph.graphs())):
-            simplify(graph, self.whole)
+            simplify(graph, self.whole, any_padding)
         if self.fold and self.chip is not None and self.chip.accelerator:
             multiply(graph)
         if self.weights is not None:

@@ -13,6 +13,7 @@ from jax import lax
 import fcconv_jax as fc
 from fcconv_jax.export import arguments
 from fcconv_jax.export.export import export
+from fcconv_jax.export.graph import Graph
 from fcconv_jax.export.runtimes import runtime_of, runtimes
 from fcconv_jax.messages.errors import ExportError
 
@@ -541,6 +542,17 @@ def test_attention_is_transposed_four_times(batch, form, to, tmp_path):
     assert fc.verify_file(path, params, x, model=Block(), progress=False).passed
     ops = report.figures[0].ops
     assert report.figures[0].transposes <= 4
+    if to == "onnx" and form == "conv":
+        import onnx
+
+        windows = Counter(
+            tuple(attribute.ints)
+            for node in onnx.load(path).graph.node
+            for attribute in node.attribute
+            if attribute.name == "kernel_shape"
+        )
+        # On rows of tokens: heads and the first layer behind the norm.
+        assert windows == {(1, 6): 4, (1, 1): 2}
     if (to, form) == ("onnx", "dense"):
         assert (ops["Gemm"], ops["MatMul"], ops["Add"]) == (6, 2, 2)
         # In front of all, four around the heads, and the last.
@@ -561,6 +573,25 @@ def test_skips_are_turned_once(to, run):
     report = run(model, X, params=params)
     # In front of the first convolution, and of the first skip.
     assert report.figures[0].transposes <= 2 * (to != "litert")
+
+
+def test_two_operands_do_not_turn_each_other_for_ever(run, monkeypatch):
+    """A sum of an image and of a layer's output, returned channel-first."""
+    prune, passes = Graph.prune, []
+
+    def counted(graph):
+        passes.append(graph)
+        assert len(passes) < 1000, "the passes never end"
+        prune(graph)
+
+    monkeypatch.setattr(Graph, "prune", counted)
+
+    def model(params, x):
+        y = lax.conv_general_dilated(x, params["k"], (1, 1), "SAME", **NHWC)
+        return jnp.tanh(x + y).transpose(0, 3, 1, 2) * 2 + 1
+
+    report = run(model, X, params={"k": normal(3, 3, 5, 5)})
+    assert report.figures[0].transposes <= 1
 
 
 @pytest.mark.parametrize("order", [(0, 1, 3, 2, 4, 5), (0, 1, 4, 2, 5, 3)])
@@ -594,6 +625,32 @@ def test_reshapes_meet(run):
     x = X[0]
     report = run(Gates(), x, params=Gates().init(jax.random.key(0), x))
     assert report.figures[0].reshapes <= 2
+
+
+@pytest.mark.parametrize("form", ["dense", "conv"])
+def test_signals_stay_channel_first(form, to, tmp_path):
+    """A WaveNet: gates of causal convolutions, which share a pad, and residuals."""
+
+    class WaveNet(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x, skips = nn.Conv(4, (1,))(x), []
+            for dilation in (1, 2, 4):
+                options = {"kernel_dilation": (dilation,), "padding": "CAUSAL"}
+                a, b = (nn.Conv(5, (2,), **options)(x) for _ in range(2))
+                skips.append(nn.Conv(4, (1,))(nn.tanh(a) * nn.sigmoid(b)))
+                x = x + skips[-1]
+            return nn.Conv(3, (1,))(nn.relu(sum(skips)))
+
+    for batch in (1, 2):
+        x = normal(batch, 9, 2)
+        params = WaveNet().init(jax.random.key(0), x)
+        path = tmp_path / f"m{batch}.{SUFFIX[to]}"
+        report = export(WaveNet(), params, x, path=path, to=form, progress=False)
+        assert report.passed, report.failures
+        assert fc.verify_file(path, params, progress=False).passed
+        assert report.figures[0].transposes <= 4 or to == "openvino"
+        assert not {"Pad"} & set(report.figures[0].ops)
 
 
 def test_pads_belong_to_layers(run):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 import math
+from collections import Counter
 from collections.abc import Callable, Sequence
 
 import numpy as np
@@ -28,8 +29,16 @@ from .views import (
 _PADDED = {"conv": 0.0, "pool_max": -math.inf, "pool_mean": 0.0}
 
 
-def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
-    """Run all passes, in place, until nothing changes."""
+def simplify(
+    graph: Graph, fused: frozenset[str] = FUSED, any_padding: bool = False
+) -> Graph:
+    """Run all passes, in place, until nothing changes.
+
+    Args:
+      graph: what is rewritten.
+      fused: what the runtime has as one operation.
+      any_padding: whether its convolutions pad by any widths, not only as SAME does.
+    """
     fuse = functools.partial(find_fused, names=fused)
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
@@ -38,7 +47,7 @@ def simplify(graph: Graph, fused: frozenset[str] = FUSED) -> Graph:
         share_equal,
         keep_dims,
         add_biases,
-        absorb_pads,
+        functools.partial(absorb_pads, shared=any_padding),
         # Here and at the end: a view moved past one of x * x * x hides a gelu.
         fuse,
         delay_views,
@@ -114,17 +123,35 @@ def multiply(graph: Graph) -> None:
             node.inputs = [node.inputs[0], constant(inverse, np.float32)]
 
 
-def absorb_pads(graph: Graph) -> bool:
-    """Give a convolution or a pool the padding of its spatial axes in front of it."""
+def absorb_pads(graph: Graph, shared: bool = False) -> bool:
+    """Give a convolution or a pool the padding of its spatial axes in front of it.
+
+    Args:
+      graph: rewritten in place.
+      shared: whether several convolutions may each have a pad that is one before them.
+    """
     makers, uses, changed = graph.producers(), graph.uses(), False
-    for node in graph.nodes:
-        pad = makers.get(node.inputs[0]) if node.op in _PADDED else None
-        if pad is None or pad.op != "pad" or uses[pad.out] > 1:
+    convs = Counter(node.inputs[0] for node in graph.nodes if node.op == "conv")
+    for node in list(graph.nodes):
+        x = node.inputs[0] if node.op in _PADDED else None
+        pad = makers.get(x) if x is not None else None
+        row: Node | None = None
+        if pad is not None and pad.op == "reshape" and shared:  # of one row
+            row, pad = pad, makers.get(pad.inputs[0])
+        if x is None or pad is None or pad.op != "pad":
+            continue
+        if uses[x] > (max(convs[x], 1) if shared else 1):
             continue
         first, *widths, last = pad.attrs["widths"]
         # Operations pad the spatial axes alone, and with one value each.
         if any(first + last) or pad.attrs["value"] != _PADDED[node.op]:
             continue
+        before = pad.inputs[0]
+        if row is not None:
+            n, *rest = pad.out.shape
+            if uses[pad.out] > 1 or len(rest) != 2 or row.out.shape != (n, 1, *rest):
+                continue
+            widths = [(0, 0), *widths]
         # A mean over valid entries counts a pad's zeros, but not its own padding.
         if len(widths) != 2 or node.attrs.get("valid"):
             continue
@@ -133,8 +160,13 @@ def absorb_pads(graph: Graph) -> bool:
         window = node.attrs.get("window", ())
         if any(max(pair) >= k for pair, k in zip(padding, window)):
             continue  # ONNX Runtime has no window of padding alone
+        if row is not None:
+            flat = before
+            before = Value((flat.shape[0], 1, *flat.shape[1:]), flat.dtype)
+            at = graph.nodes.index(node)
+            graph.nodes.insert(at, Node("reshape", [flat], [before]))
         node.attrs = {**node.attrs, "padding": padding}
-        node.inputs[0] = pad.inputs[0]
+        node.inputs[0] = before
         changed = True
     return changed
 

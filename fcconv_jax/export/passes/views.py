@@ -11,7 +11,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from ...planning.factors import axes_of, regroup
+from ...planning.factors import Factor, axes_of, regroup
 from ..graph import ELEMENTWISE, FUSED, UNARY, VIEWS, Graph, Node, Value
 
 BROADCASTING = ELEMENTWISE - FUSED - {"cast"}
@@ -84,6 +84,10 @@ def shortest(
     if whole == stored and len(whole) == len(root.shape):
         steps.append(("transpose", perm))
     else:
+        # Axes of one of the input may be where the target has them.
+        order = _to_ones(root.shape, whole, axes) if whole == stored else None
+        if order is not None:
+            return [("transpose", order)]
         # Ones of the target are put in before the transpose, if that ends in it.
         moved = _with_ones(axes)
         if moved is not None:
@@ -107,17 +111,32 @@ def shortest(
     return steps
 
 
+def _to_ones(
+    shape: tuple[int, ...], whole: Sequence[Factor], axes: Sequence[Sequence[Factor]]
+) -> tuple[int, ...] | None:
+    """A permutation of whole axes, those of one with them, that ends in the target."""
+    flat = [axis[0] for axis in axes if axis]
+    if len(axes) != len(shape) or any(len(axis) > 1 for axis in axes):
+        return None
+    if sorted(flat) != sorted(whole):
+        return None
+    ones = iter([i for i, n in enumerate(shape) if n == 1])
+    own = [i for i, n in enumerate(shape) if n > 1]
+    return tuple(own[whole.index(axis[0])] if axis else next(ones) for axis in axes)
+
+
 def _with_ones(axes):
     """A shape to reshape to and a permutation that ends in the target at once."""
     if any(len(axis) > 1 for axis in axes):
         return None
     flat = [axis[0] if axis else None for axis in axes]
     stored = sorted((f for f in flat if f is not None), key=lambda factor: -factor[0])
-    # The target's axes of one come last in the reshaped input, in their order.
-    shape = [n for _, n in stored] + [1] * flat.count(None)
-    ones = iter(range(len(stored), len(shape)))
-    order = [next(ones) if f is None else stored.index(f) for f in flat]
-    return tuple(shape), tuple(order)
+    # The target's axes of one are where they are to be before it is transposed.
+    rest = iter(stored)
+    placed = [None if factor is None else next(rest) for factor in flat]
+    shape = tuple(1 if factor is None else factor[1] for factor in placed)
+    order = [i if f is None else placed.index(f) for i, f in enumerate(flat)]
+    return shape, tuple(order)
 
 
 def _alike(short: Sequence[tuple[str, tuple[int, ...]]], chain: list[Node]) -> bool:

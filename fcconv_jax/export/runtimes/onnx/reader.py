@@ -213,13 +213,18 @@ class OnnxFile(Shipped):
         y = self._run_nodes(nodes, node.input[1 - side], turned, new)
         if side == 0 and layer.op == "dense":
             return y.swapaxes(-1, -2).reshape(*x.shape[:-1], y.shape[-2])
-        return self._returned(node, x, y)
+        return self._returned(node, layer, x, y)
 
-    def _returned(self, node: Any, x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    def _returned(
+        self, node: Any, layer: Layer, x: np.ndarray, y: np.ndarray
+    ) -> np.ndarray:
         """Return a node's output as the layer has it."""
-        if node.op_type == "Gemm":  # on a matrix of all tokens
-            return y.reshape(*x.shape[:-1], y.shape[-1])
-        return y.transpose(channels_last(y.ndim)) if node.op_type in _CONVS else y
+        tokens = node.op_type == "Gemm"  # whose places are one axis there
+        if node.op_type in _CONVS:
+            stored, shape = self.arrays[node.input[1]], layer.kernel_shape
+            tokens = is_rows(stored, shape) and shape[:2] == (1, 1)
+            y = y.transpose(channels_last(y.ndim))
+        return y.reshape(*x.shape[:-1], y.shape[-1]) if tokens else y
 
     def _is_left(self, node: Any, layer: Layer | None) -> bool:
         """Return whether a dense layer's node takes ``kernel.T`` on the left."""
@@ -233,6 +238,8 @@ class OnnxFile(Shipped):
         stored = self.arrays[node.input[side]]
         if node.op_type == "Conv" and is_rows(stored, layer.kernel_shape):
             n, h, w, c = x.shape
+            if layer.kernel_shape[:2] == (1, 1):
+                return x.reshape(1, 1, n * h * w, c)
             return x.reshape(n, 1, h, w * c)
         if node.op_type in _CONVS:
             return x.transpose(channels_first(x.ndim))
@@ -273,7 +280,7 @@ class OnnxFile(Shipped):
             entering = inputs[1 - side].input[0]
             known = {n: self.arrays[n] for n in read - {entering} if n in self.arrays}
             y = self._run_nodes(parts, entering, self._turned(node, layer, x), known)
-            return self._returned(node, x, y)
+            return self._returned(node, layer, x, y)
 
         (scale_in,), zero_in = self._scales(inputs[1 - side])
         (scale_out,), zero_out = self._scales(leaving)
