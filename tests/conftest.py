@@ -104,10 +104,14 @@ _cpu_seconds = {}
 
 
 def pytest_runtest_logreport(report):
-    if report.when == "call" and report.nodeid.startswith("tests/"):
+    # Not yet for a subtest, which is reported before its test has ended.
+    seconds = dict(report.user_properties).get("cpu")
+    if seconds is None or report.when != "call":
+        return
+    if report.nodeid.startswith("tests/"):
         versions = "versions" in report.keywords
         most = _SECONDS_OF_VERSIONS if versions else _SECONDS
-        _cpu_seconds[report.nodeid] = dict(report.user_properties)["cpu"] / most
+        _cpu_seconds[report.nodeid] = seconds / most
 
 
 def pytest_sessionfinish(session):
