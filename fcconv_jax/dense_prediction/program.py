@@ -156,11 +156,10 @@ class AllCrops:
                 if own
                 else image_value(*how, self.padded_outside)
             )
-            reasons = Counter() if left is None else left
-            interpreter = Interpreter(reasons, placed=mesh is None)
+            interpreter = Interpreter(
+                Counter() if left is None else left, placed=mesh is None
+            )
             outs = interpreter.run(self.jaxpr, [*leaves, value])
-            if own and any(out.fronts for out in outs):
-                reasons["an operation over the batch"] += 1
             return [_on_all(out, counts) for out in outs]
 
         shardings = [
