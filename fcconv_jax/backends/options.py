@@ -17,15 +17,17 @@ from .faults import STALE
 # XLA's CPU backend (jaxlib 0.10) can hand parts of a program to a library (YNNPACK).
 # Some convolutions are slower there.
 _PLAIN_CPU = (("xla_cpu_experimental_ynn_fusion_type", ""),)
-# Some pools come out wrong there (faults.POOL), so it gets none. It keeps matmuls and
-# convolutions: depthwise ones take 3.5 times as long without it.
+# Some pools come out wrong there (faults.POOL). In a batch of more than a few images,
+# maxima and means of a relu, over windows or whole axes, are finite where a pixel is
+# NaN. So it gets none of them. It keeps matmuls and convolutions: depthwise ones take
+# 3.5 times as long without it.
 _NO_POOLS = (
     (
         "xla_cpu_experimental_ynn_fusion_type",
         "LIBRARY_FUSION_TYPE_INDIVIDUAL_DOT,LIBRARY_FUSION_TYPE_INDIVIDUAL_CONVOLUTION",
     ),
 )
-
+_POOLED = POOLS | {"reduce_max", "reduce_min", "reduce_sum"}
 
 # Works around faults.STALE.
 _CORRECT_CPU = (("xla_cpu_use_xnnpack", False),)
@@ -57,7 +59,9 @@ def convolution_options(backend: str) -> dict[str, Any]:
 
 
 def has_pools(program: AnyJaxpr) -> bool:
-    """Return whether a trace computes a pool, in its loops and branches, too.
+    """Return whether a trace computes a pool, over windows or whole axes.
+
+    Its loops and branches count, too.
 
     Example:
       >>> import jax.numpy as jnp
@@ -66,11 +70,13 @@ def has_pools(program: AnyJaxpr) -> bool:
       >>> has_pools(jax.make_jaxpr(lambda x: nn.max_pool(x, (2, 2)))(x))
       True
       >>> has_pools(jax.make_jaxpr(lambda x: x.max((1, 2)))(x))
+      True
+      >>> has_pools(jax.make_jaxpr(jnp.tanh)(x))
       False
     """
     body, _ = opened(program)
     return any(
-        eqn.primitive.name in POOLS
+        eqn.primitive.name in _POOLED
         or any(has_pools(inner) for _, inner in subjaxprs(eqn))
         for eqn in body.eqns
     )
