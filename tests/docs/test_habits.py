@@ -57,7 +57,7 @@ def test_an_unknown_group_is_named():
 
 
 def test_contributing_tells_every_group():
-    text = (ROOT / "CONTRIBUTING.md").read_text()
+    text, _, _ = (ROOT / "CONTRIBUTING.md").read_text().partition("## Layout of the")
     assert sorted(re.findall(r"^\| `(\w+)` \|", text, re.M)) == sorted(groups())
 
 
