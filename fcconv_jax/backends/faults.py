@@ -96,7 +96,7 @@ CROP = Fault(
     "a convolution with negative padding, of some shapes, which reads what the padding "
     "crops",
     _crops,
-    *((0, 7), None),
+    *((0, 7), (0, 12)),
     "phases slices its input; in your own model, slice before the convolution",
     "tests/backends/test_faults.py::test_a_convolution_with_negative_padding",
 )
