@@ -59,6 +59,7 @@ PROGRAMS = {
     "0.10.2 pool": (pool, IMAGE, jnp.ones(5)),
     "0.10.2 common": (common, IMAGE, jnp.ones((4, 1, 1))),
     "0.9.2 pool": (pool, IMAGE, jnp.ones(5)),
+    "0.11.0 shifted": (shifted, IMAGE, jnp.ones((2, 4, 1, 2))),
     "0.12.0 shifted": (shifted, IMAGE, jnp.ones((2, 4, 1, 2))),
     "0.7.2 packed": (jnp.transpose, jax.ShapeDtypeStruct((2, 3), "int4")),
     "0.7.2 matmul": (jnp.dot, jnp.ones((2, 3)), jnp.ones((3, 4))),
@@ -66,7 +67,7 @@ PROGRAMS = {
 }
 SHOWN = {
     "0.10.2 pool": POOL,
-    "0.12.0 shifted": CROP,
+    "0.11.0 shifted": CROP,
     "0.7.2 packed": PACKED,
     "0.7.2 matmul": STALE,
 }
@@ -170,5 +171,6 @@ def test_verify_names_those_of_the_program():
     params = {"kernel": jnp.ones((5, 6))}
     x = jnp.ones((2, 6, 4, 5))
     report = fc.verify(call, params, x, gradients=False, progress=False)
-    assert any(CROP.what in note for note in report.notes)
+    noted = any(CROP.what in note for note in report.notes)
+    assert noted == CROP.is_in(HERE)
     assert not any(POOL.what in note for note in report.notes)
