@@ -1,5 +1,6 @@
 """Tags that change what pixels mean: applied, reported, or refused by name."""
 
+import importlib.util
 import warnings
 
 import numpy as np
@@ -172,4 +173,21 @@ def test_ground_control_points(tmp_path):
     with pytest.raises(
         fc.ImageError, match="can be applied, got coordinates by ground"
     ):
+        fc.open_image(tmp_path / "a.tif", apply_tags=True)
+
+
+def test_a_geotiff_without_rasterio(tmp_path, monkeypatch):
+    """tifffile and Pillow read its pixels, but not where they are."""
+    pixels = RNG.integers(0, 256, (20, 30, 1)).astype(np.uint8)
+    geotiff(tmp_path / "a.tif", pixels).close()
+    assert fc.open_image(tmp_path / "a.tif").crs is not None
+    find = importlib.util.find_spec
+    monkeypatch.setattr(
+        importlib.util, "find_spec", lambda name: name != "rasterio" and find(name)
+    )
+    with pytest.warns(UserWarning, match="only rasterio reads, .* Install rasterio: p"):
+        image = fc.open_image(tmp_path / "a.tif")
+    np.testing.assert_array_equal(image[0], pixels)
+    assert image.crs is None
+    with pytest.raises(fc.ImageError, match=r"only rasterio reads\. Install"):
         fc.open_image(tmp_path / "a.tif", apply_tags=True)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 import importlib
 import importlib.util
@@ -12,7 +13,9 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ...messages.errors import ImageError
-from .base import Format, Image
+from ...messages.extras import install_command
+from .base import Format, Image, Tags
+from .tiff import tags_of
 
 
 @functools.cache
@@ -92,6 +95,11 @@ def open_image(
     # The first one's error has the line that installs it.
     chosen = (present or able)[0]
     source = chosen.open(file, level, mode)
+    # The others read a GeoTIFF as a TIFF. A JPEG 2000 need not be georeferenced.
+    if able[0].name == "geotiff" != chosen.name and tags_of(file):
+        fix = f"Install rasterio: {install_command('geotiff')}"
+        lost = Tags("coordinates or nodata, which only rasterio reads", None, fix)
+        source = dataclasses.replace(source, tags=lost)
     tags = source.tags
     if tags is not None and apply_tags:
         if tags.apply is None:
