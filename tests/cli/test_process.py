@@ -71,7 +71,8 @@ def test_status_and_streams_of_a_failure():
     )
     assert done.returncode == 1
     assert done.stdout == ""
-    assert re.fullmatch(r"error: .*/a: no such file or directory\n", done.stderr)
+    said = r"error: .*/a: no such file or directory\. Pass the path of a checkpoint\.\n"
+    assert re.fullmatch(said, done.stderr)
 
 
 def test_an_error_of_the_model_is_one_line(folder):

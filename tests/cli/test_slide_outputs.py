@@ -356,7 +356,7 @@ def test_ctrl_c_leaves_what_resume_continues(tmp_path, monkeypatch, suffix):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "model.py").write_text(MEAN)
     rng = np.random.default_rng(0)
-    np.save("image.npy", rng.normal(size=(800, 800, 2)).astype(np.float32))
+    np.save("image.npy", rng.normal(size=(1000, 1000, 2)).astype(np.float32))
     options = f"--window 100 --stride 5 --memory 1 --out grid.{suffix}"
     command = [sys.executable, "-m", "fcconv_jax", "slide", "model.py:make"]
     command += ["image.npy", *options.split()]
@@ -380,7 +380,7 @@ def test_ctrl_c_leaves_what_resume_continues(tmp_path, monkeypatch, suffix):
     if suffix == "npy":
         image = np.load("image.npy").astype(np.float64)
         sums = np.pad(image.cumsum(0).cumsum(1), ((1, 0), (1, 0), (0, 0)))
-        at = np.arange(141) * 5
+        at = np.arange(181) * 5
         top, left, low, right = at[:, None], at[None], at[:, None] + 100, at[None] + 100
         total = sums[low, right] - sums[top, right] - sums[low, left] + sums[top, left]
         want = total / 10_000 * [1, -2]
