@@ -338,3 +338,23 @@ def test_threads_read_one_file_at_once(tmp_path):
     for _ in range(20):  # threads met in the first reads of a file
         image = fc.open_image(tmp_path / "a.tif")
         np.testing.assert_array_equal(image[0], want)
+
+
+def test_threads_move_in_a_file_one_at_a_time(tmp_path, monkeypatch):
+    """tifffile takes no lock when it looks for JFIF in the first tile."""
+    tifffile = pytest.importorskip("tifffile")
+    pixels = np.random.default_rng(0).integers(0, 256, (64, 96, 3)).astype(np.uint8)
+    options = {"tile": (16, 16), "photometric": "rgb", "compression": "jpeg"}
+    tifffile.imwrite(tmp_path / "a.tif", pixels, **options)
+    want = tifffile.imread(tmp_path / "a.tif")
+    image = fc.open_image(tmp_path / "a.tif")
+    seek, alone = tifffile.FileHandle.seek, []
+
+    def watched(handle, *args):
+        alone.append(handle.lock._is_owned())
+        return seek(handle, *args)
+
+    monkeypatch.setattr(tifffile.FileHandle, "seek", watched)
+    np.testing.assert_array_equal(image[0], want)
+    assert len(alone) == 24
+    assert all(alone)

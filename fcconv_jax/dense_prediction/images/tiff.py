@@ -215,6 +215,14 @@ class _Page:
                 f"{file}: expected tiles, got segments of {rows}x{columns}, which can "
                 "only be read whole. Convert it with gdal_translate -co TILED=YES."
             )
+        # Made before threads read: tifffile looks into the first segment for it, and
+        # into tags for the tables, without the lock.
+        self._decoder = self._keyframe.decode
+        self._options = {
+            name: value
+            for name in ("jpegtables", "jpegheader")
+            if (value := getattr(page, name, None)) is not None
+        }
         kept = max(4, _KEPT // max(nbytes, 1))
         self._decoded = functools.lru_cache(kept)(self._decode)
 
@@ -283,17 +291,12 @@ class _Page:
         with opened.lock:
             opened.seek(self._offsets[index])
             data = opened.read(count)
-        options = {
-            name: value
-            for name in ("jpegtables", "jpegheader")
-            if (value := getattr(self._page, name, None)) is not None
-        }
         try:
             if not count:
                 raise ValueError("0 bytes, though it has an offset")
             if len(data) < count:
                 raise ValueError(f"{count} bytes, of which {len(data)} are there")
-            pixels, _, shape = self._keyframe.decode(data, index, **options)
+            pixels, _, shape = self._decoder(data, index, **self._options)
         except Exception as error:  # codecs raise errors of their own
             raise _damaged(self._file, error, f"segment {index}") from None
         if pixels is None:
