@@ -75,6 +75,10 @@ ONE_BY_ONE = {
 }
 SEVERAL = {
     "add": lambda x: x + x[:1, :, :1],
+    "all": lambda x: jnp.where(
+        (x > -1).all(-1, keepdims=True), x, (x > -2).all((0, 1))
+    ),
+    "any": lambda x: jnp.where((x > 1).any((1, 2), keepdims=True), x, (x > 2).any(0)),
     "argmax": lambda x: x.argmax(1),
     "argmin": lambda x: x.argmin(-1),
     "avg_pool": lambda x: nn.avg_pool(x, (2, 3), (1, 2)),
@@ -111,6 +115,10 @@ SEVERAL = {
     "mean": lambda x: x.mean((1, 2)),
     "mean, kept": lambda x: x - x.mean(-1, keepdims=True),
     "min": lambda x: x.min(1),
+    "min_pool": lambda x: nn.pool(x, jnp.inf, lax.min, (2, 3), (1, 2), "VALID"),
+    "min_pool, padded": lambda x: nn.pool(
+        x + 5, jnp.inf, lax.min, (3, 2), (2, 1), ((1, 1), (0, 1))
+    ),
     "minimum": lambda x: jnp.minimum(x[:1], x),
     "negative pad": lambda x: lax.pad(
         x, 0.0, ((0, 0, 0), (-1, 2, 0), (1, -1, 0), (0, 0, 0))

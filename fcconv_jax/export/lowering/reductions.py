@@ -23,6 +23,24 @@ def _reduce(low: Builder, eqn: Equation, x: Value) -> Value:
     return low.add(name, [x], out.shape, out.dtype, axes=axes, keepdims=False)
 
 
+@rule("reduce_or", "reduce_and")
+def _any_or_all(low: Builder, eqn: Equation, x: Value) -> Value:
+    axes = tuple(sorted(eqn.params["axes"]))
+    if not axes:
+        return x
+    name, shape = eqn.primitive.name, eqn.outvars[0].aval.shape
+    if x.dtype != np.bool_:
+        raise ExportError(
+            f"the model has {name!r} on the bits of {x.dtype}, which edge runtimes "
+            "support for booleans only. Compute it before the model."
+        )
+    # ONNX reduces no booleans: any is the maximum, all the minimum of 0 and 1.
+    ones = low.add("cast", [x], x.shape, np.int32)
+    reduce = "reduce_max" if name == "reduce_or" else "reduce_min"
+    made = low.add(reduce, [ones], shape, np.int32, axes=axes, keepdims=False)
+    return low.add("cast", [made], shape, np.bool_)
+
+
 @rule("argmax", "argmin")
 def _arg(low: Builder, eqn: Equation, x: Value) -> Value:
     (axis,) = eqn.params["axes"]
@@ -51,8 +69,21 @@ def _cumsum(low: Builder, eqn: Equation, x: Value) -> Value:
     return low.add("cumsum", [x], x.shape, axis=axis, reverse=back)
 
 
-@rule("reduce_window_max", "reduce_window_sum")
+@rule("reduce_window_max", "reduce_window_min", "reduce_window_sum")
 def _pool(low: Builder, eqn: Equation, x: Value) -> Value:
+    if not eqn.primitive.name.endswith("min"):
+        return _pooled(low, eqn, x)
+    # Integers may wrap when they are negated.
+    if not np.issubdtype(x.dtype, np.floating):
+        raise ExportError(
+            f"the model takes the minimum of windows of {x.dtype}; edge runtimes do so "
+            "of floats only. Cast to float32 first."
+        )
+    y = _pooled(low, eqn, low.add("neg", [x], x.shape))
+    return low.add("neg", [y], y.shape)
+
+
+def _pooled(low: Builder, eqn: Equation, x: Value) -> Value:
     p = eqn.params
     if {*p["base_dilation"], *p["window_dilation"]} - {1}:
         raise ExportError(
@@ -62,7 +93,7 @@ def _pool(low: Builder, eqn: Equation, x: Value) -> Value:
         )
     windows = list(zip(p["window_dimensions"], p["window_strides"], p["padding"]))
     pooled = [i for i, (k, s, pad) in enumerate(windows) if k > 1 or s > 1 or any(pad)]
-    maximum = eqn.primitive.name.endswith("max")
+    maximum = not eqn.primitive.name.endswith("sum")
     # A window is the same as one along some axes after one along the others.
     for first in range(0, len(pooled), 2):
         axes = pooled[first : first + 2]
