@@ -43,7 +43,14 @@ class TracedProgram:
     def of(cls, function: Callable[..., Any], *args: PyTree) -> TracedProgram:
         """Trace a function on arrays."""
         jaxpr, out = jax.make_jaxpr(function, return_shape=True)(*args)
-        return cls(jaxpr, jax.tree.leaves(args), jax.tree.structure(out))
+        # A call without x64 reads NumPy's 64-bit arrays in 32 bits; so does the trace.
+        operands = [
+            x.astype(aval.dtype)
+            if isinstance(x, np.ndarray | np.generic) and x.dtype != aval.dtype
+            else x
+            for x, aval in zip(jax.tree.leaves(args), jaxpr.in_avals, strict=True)
+        ]
+        return cls(jaxpr, operands, jax.tree.structure(out))
 
 
 @dataclasses.dataclass(frozen=True)

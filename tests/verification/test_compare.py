@@ -449,3 +449,17 @@ class TestGradients:
 def test_arguments_that_are_no_list(args):
     with pytest.raises(TypeError, match=r"Expected f_args .* Pass compare\(f, g, "):
         fc.compare(jnp.sin, jnp.sin, args)
+
+
+@pytest.mark.parametrize("dtype", ["int64", "uint64"])
+def test_arrays_of_64_bits(dtype):
+    """NumPy's integers, as token ids have them: a call reads them in 32 bits."""
+    ids, matrix = np.array([3, 1, 5], dtype), MATRIX.astype(np.float64)
+
+    def table(w, ids):
+        return w[ids]
+
+    def product(w, ids):
+        return jax.nn.one_hot(ids, 7, dtype=w.dtype) @ w
+
+    assert fc.compare(table, product, [matrix, ids], progress=False).passed
