@@ -729,6 +729,22 @@ def test_what_is_almost_an_activation(name, run):
     run(lambda params, x: params["scale"] * ALMOST[name](x), 3 * X)
 
 
+def test_a_norm_of_an_image_s_pixels_is_one_operation(tmp_path):
+    """The reshape of pixels to tokens does not hide it, as in a Mixer's stem."""
+    pytest.importorskip("onnxruntime", reason="needs: pip install -e '.[onnx]'")
+
+    def model(params, x):
+        x = lax.conv_general_dilated(x, params["k"], (1, 1), "VALID", **NHWC)
+        return nn.LayerNorm().apply({"params": NORM}, x.reshape(2, -1, 5))
+
+    params = {"k": normal(2, 2, 5, 5)}
+    report = export(model, params, X, path=tmp_path / "m.onnx", progress=False)
+    assert report.passed, report.failures
+    ops = report.figures[0].ops
+    assert ops["LayerNormalization"] == 1
+    assert "Sqrt" not in ops
+
+
 def test_openvino_runs_an_rms_norm_as_one_operation(tmp_path):
     """Its files spell it out; its CPU plugin finds it again."""
     ov = pytest.importorskip("openvino", reason="needs: pip install -e '.[openvino]'")

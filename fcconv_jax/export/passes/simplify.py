@@ -40,6 +40,7 @@ def simplify(
       any_padding: whether its convolutions pad by any widths, not only as SAME does.
     """
     fuse = functools.partial(find_fused, names=fused)
+    norms = functools.partial(find_norms, names=fused)
     passes: tuple[Callable[[Graph], bool], ...] = (
         join_views,
         drop_zeros,
@@ -48,8 +49,10 @@ def simplify(
         keep_dims,
         add_biases,
         functools.partial(absorb_pads, shared=any_padding),
-        # Here and at the end: a view moved past one of x * x * x hides a gelu.
+        # Here and at the end: a view moved past one of x * x hides a gelu or a norm.
         fuse,
+        find_means,
+        norms,
         delay_views,
         delay_pads,
         delay_reshapes,
@@ -62,7 +65,7 @@ def simplify(
         passes += (find_resizes,)
     if "log_softmax" in fused:
         passes += (find_log_softmax,)
-    passes += (functools.partial(find_norms, names=fused),)
+    passes += (norms,)
     for part in graph.graphs():
         part.rewrite(passes)
     _name_layers(graph)
