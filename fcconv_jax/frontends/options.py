@@ -36,7 +36,7 @@ def check_options(function: Callable[..., Any], bound: BoundModel) -> None:
         if name in accepted:
             continue
         # A model that takes any keyword may well take one that looks like an option.
-        cutoff = 0.8 if takes_any else 0.6
+        cutoff = 0.8 if takes_any else 0.7
         close = difflib.get_close_matches(name, known, 1, cutoff)
         if not (close or not takes_any):
             continue
