@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import tempfile
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -65,7 +64,7 @@ from .proof import (
     reference_of,
     whole_error,
 )
-from .putting import folder_for, put
+from .putting import emptied, folder_for, put
 from .quantized import fewest_cycles, quantized
 from .record import FileRecord, digest_of
 from .report import ExportReport, FormFigures
@@ -209,7 +208,7 @@ def export(
         # Folded params are rounded once more, which a network may magnify.
         if unfolded:
             call.fold = False
-            written = call.write(plan, form, _emptied(first))
+            written = call.write(plan, form, emptied(first))
             proof, figures = call.check(written, reference, show)
             notes = [*notes, *unfolded]
         made: dict[FileForm, tuple[Written, FormFigures]] = {form: (written, figures)}
@@ -249,13 +248,6 @@ def _not_folded(written: Written, errors: Sequence[WorkingError]) -> list[str]:
         for error in wrong[:1]
         if layer.folded
     ]
-
-
-def _emptied(path: Path) -> Path:
-    """A path without its file, which is not overwritten: a runtime may map it."""
-    for each in path.parent.iterdir():
-        shutil.rmtree(each) if each.is_dir() else each.unlink()
-    return path
 
 
 class _Call:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
+import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -56,6 +57,13 @@ def folder_for(path: Path) -> Iterator[Path]:
             raise ExportError(
                 f"{path} can't be written: {why}. Make room, or pass another path."
             ) from error
+
+
+def emptied(path: Path) -> Path:
+    """A path without its file, which is not overwritten: a runtime may map it."""
+    for each in path.parent.iterdir():
+        shutil.rmtree(each) if each.is_dir() else each.unlink()
+    return path
 
 
 def put(folder: Path, path: Path, passed: bool) -> Path:
