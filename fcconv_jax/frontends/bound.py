@@ -333,7 +333,8 @@ class BoundModel(abc.ABC):
                     "Expected arrays or abstract arrays as inputs, got a Plan. Pass it "
                     "by name: plan=plan."
                 ) from error
-            if isinstance(arg, str) or not arguments.split(arg)[0]:
+            variables = isinstance(arg, Mapping) and "params" in arg
+            if variables or isinstance(arg, str) or not arguments.split(arg)[0]:
                 fix = "Pass numpy.asarray(...) of it."
                 if isinstance(arg, Mapping):
                     fix = "Pass what the model is called on alone, without params."

@@ -165,10 +165,15 @@ def _require(
         return
     name, names = "/".join(missing[0]), ["/".join(path) for path in leaves]
     close = difflib.get_close_matches(name, names, n=3, cutoff=0.5)
-    more = f" ({len(missing) - 1} more are missing)" if len(missing) > 1 else ""
+    others = len(missing) - 1
+    more = (
+        f" ({others} more {'is' if others == 1 else 'are'} missing)" if others else ""
+    )
+    found = close or names[:5]
     all_missing = len(missing) == len(wanted)
     raise PlanError(
-        f"no leaf {name!r}, which the plan converts{more}; close to it: "
-        f"{close or names[:5]}. Use the plan of the model that has these params"
+        f"no leaf {name!r}, which the plan converts{more}; "
+        + (f"close to it: {found}. " if found else "the tree is empty. ")
+        + "Use the plan of the model that has these params"
         + ("" if all_missing else ", or strict=False to convert what is there")
     )

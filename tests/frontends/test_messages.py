@@ -94,10 +94,10 @@ def test_a_converted_model():
         CONVERTED(X)
 
 
-def test_variables_among_the_inputs():
-    with pytest.raises(TypeError) as caught:
-        fc.make_plan(MODEL, VARIABLES, X)
-    assert "without its variables" in "".join(caught.value.__notes__)
+@pytest.mark.parametrize("inputs", [(VARIABLES,), (VARIABLES, X)])
+def test_variables_among_the_inputs(inputs):
+    with pytest.raises(fc.PlanError, match=r"got a dict\. .* alone, without params"):
+        fc.make_plan(MODEL, *inputs)
 
 
 @pytest.mark.parametrize(

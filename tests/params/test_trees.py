@@ -231,6 +231,8 @@ def test_refusals_name_the_leaf():
         with pytest.raises(fc.PlanError, match="no leaf 'head/kernel'") as caught:
             fc.convert_params({"something": {"e": np.zeros(3)}}, PLAN, strict=strict)
         assert "strict=False" not in str(caught.value)
+    with pytest.raises(fc.PlanError, match="the tree is empty"):
+        fc.convert_params({}, PLAN)
 
 
 # ------------------------------------------------------------ names and shardings

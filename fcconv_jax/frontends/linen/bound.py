@@ -136,16 +136,7 @@ class BoundLinen(BoundModel):
             )
         options = self._init_options()
         rngs, method = options.pop("rngs", None), options.pop("method", None)
-        try:
-            return plan_linen(self.model, self.args, to, rules, rngs, method, options)
-        except TypeError as error:
-            args = self.args
-            if args and isinstance(args[0], Mapping) and "params" in args[0]:
-                error.add_note(
-                    "make_plan takes what the Module is called on, without its "
-                    "variables: make_plan(model, *inputs)"
-                )
-            raise
+        return plan_linen(self.model, self.args, to, rules, rngs, method, options)
 
     def _call(self, variables: PyTree, args: PyTree, kwargs: PyTree) -> Any:
         with explained():
