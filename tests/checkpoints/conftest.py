@@ -8,6 +8,7 @@ import pytest
 
 from fcconv_jax.checkpoints import Checkpoint, read_checkpoint
 from fcconv_jax.checkpoints.files import write_one
+from fcconv_jax.checkpoints.formats import FORMATS
 from fcconv_jax.geometry.kernels import Rearrangement
 from fcconv_jax.plan import LayerPlan, Plan
 
@@ -103,10 +104,12 @@ def save(tmp_path) -> Callable[..., Path]:
             from flax import serialization
 
             path.write_bytes(serialization.to_bytes({"params": tree}))
-        else:
+        elif format == "safetensors":
             from safetensors.numpy import save_file
 
             save_file(flat(tree), path, metadata={"format": "flax"})
+        else:
+            pytest.fail(f"Expected a known format, got {format!r}. Save it here, too.")
         return path
 
     return save
@@ -150,7 +153,8 @@ def listing(tmp_path) -> Callable[[], dict[str, bytes]]:
 
 @pytest.fixture
 def write() -> Callable[..., Any]:
-    def write(path: Path, tree: Any, format: Any) -> Path:
+    def write(path: Path, tree: Any, format: Any, separator: str = ".") -> Path:
+        tree = flat(tree, separator) if FORMATS[format].flat else tree
         write_one(path, Checkpoint(format, tree))
         return path
 

@@ -28,6 +28,7 @@ from fcconv_jax.checkpoints import (
     verify_checkpoint,
 )
 from fcconv_jax.checkpoints.files import write_one
+from fcconv_jax.checkpoints.formats import FORMATS
 from fcconv_jax.geometry.kernels import kernel_rearrangement
 from fcconv_jax.messages.errors import CheckpointError
 from fcconv_jax.plan import LayerPlan, Plan
@@ -90,7 +91,7 @@ class Scene:
             "norm": {"scale": rng.normal(size=3)},
         }
         other = {"fc": {"kernel": -tree["fc"]["kernel"]}}
-        if format == "safetensors":
+        if FORMATS[format].flat:
             tree = {f"{a}.{b}": leaf for a, d in tree.items() for b, leaf in d.items()}
             other = {"fc.kernel": other["fc"]["kernel"]}
         write_one(self.src, Checkpoint(format, tree))

@@ -52,8 +52,9 @@ def test_every_planted_defect_is_named(case, save, tmp_path, format, name, chang
     src = save(case.dense, format)
     convert_checkpoint(src, tmp_path / "conv", case.plan)
     conv = read_checkpoint(tmp_path / "conv")
-    node = conv.tree if format == "safetensors" else conv.tree["params"]
-    *levels, last = (name,) if format == "safetensors" else name.split(".")
+    flat = FORMATS[format].flat
+    node = conv.tree if flat else conv.tree["params"]
+    *levels, last = (name,) if flat else name.split(".")
     for level in levels:
         node = node[level]
     node[last] = np.ascontiguousarray(change(node[last]))
