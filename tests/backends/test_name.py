@@ -5,7 +5,8 @@ import types
 import jax
 import pytest
 
-from fcconv_jax.backends.name import GENERATIONS, Backend, Generation, names
+from fcconv_jax.backends.generations import GENERATIONS, Generation
+from fcconv_jax.backends.name import Backend, names
 from fcconv_jax.backends.processes import topology
 from fcconv_jax.backends.resolution import missing_extra, resolve
 from fcconv_jax.messages.errors import BackendError
