@@ -11,13 +11,11 @@ import orbax.checkpoint as ocp
 from flax.training.train_state import TrainState
 from typer.testing import CliRunner
 
+from fcconv_jax import cli
 from fcconv_jax.cli import app
 
 KEY = jax.random.key(0)
-COMMANDS = (
-    *("plan", "convert", "restore", "verify", "compare"),
-    *("inspect", "explain", "tune"),
-)
+COMMANDS = [module.__name__.rpartition(".")[2] for module in cli.COMMANDS]
 MODEL = """
 from __future__ import annotations
 

@@ -3,7 +3,9 @@
 import re
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
 from fcconv_jax.cli import app
 
@@ -35,6 +37,7 @@ def test_examples_are_true(params, verified):
     Path("run").mkdir()
     for step in (8, 9):
         save(f"run/checkpoint_{step}", {"params": params})
+    Image.fromarray(np.ones((14, 12), np.uint8)).save("canvas.png")
     ran = 0
     for command in COMMANDS:
         if command in ("compare", "export"):  # elsewhere
@@ -45,9 +48,14 @@ def test_examples_are_true(params, verified):
                 assert "--overwrite" in line
             run(line.strip().removeprefix("fcconv "))
             ran += 1
-    assert ran >= 14
+    assert ran >= 15
     assert len(verified) == 4
-    assert {p.name for p in Path().iterdir()} >= {"plan.json", "report.md", "back"}
+    assert {p.name for p in Path().iterdir()} >= {
+        "plan.json",
+        "report.md",
+        "back",
+        "heat.png",
+    }
 
 
 def test_version():
