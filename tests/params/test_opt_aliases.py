@@ -185,9 +185,10 @@ def test_a_checkpoint_shows_whose_state_it_is():
         state = jax.eval_shape(lambda make=make: state_of(make()))
         model = {"params": PARAMS, "tx": serialization.to_state_dict(state)}
         tree = {"gen": model, "disc": {"params": other}}
-        moved = fc.convert_params(tree, PLAN, prefix="gen/params")
-        for path, leaf in flatten_with_path(moved["gen"])[0]:
-            assert np.shape(leaf) != kernel.shape, (name, path)
+        found = fc.convert_params(tree, PLAN, prefix="gen/params")
+        for path, leaf in flatten_with_path(found["gen"])[0]:
+            moved = np.shape(leaf) != kernel.shape
+            assert moved, f"{name}: add the field in {path} to copies._OPTAX"
 
 
 @pytest.mark.filterwarnings('ignore:"seed" is deprecated')  # optax's own dpsgd
