@@ -107,8 +107,8 @@ class AllCrops:
     def needs_guard(self) -> bool:
         """Whether XLA may compute a pool wrongly: see :data:`faults.POOL`.
 
-        A batch of crops runs the function's own pools, and needs it too: of more than a
-        few images, YNNPACK's have finite results where a pixel is NaN.
+        A batch of crops needs it for the function's own pools, too: with more than a
+        few images, YNNPACK's pools return finite results where a pixel is NaN.
         """
         return has_pools(self.jaxpr)
 
