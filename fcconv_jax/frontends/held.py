@@ -56,7 +56,10 @@ class BoundHeld(BoundModel):
     @classmethod
     @abc.abstractmethod
     def split(cls, model: object) -> tuple[Callable[..., Any], dict[str, Any]]:
-        """A function of params, state and inputs; and its ``params`` and ``state``."""
+        """Return a function of params, state and inputs, with ``params`` and ``state``.
+
+        The function must pickle, as converted models do: a closure doesn't.
+        """
 
     @classmethod
     def split_params(cls, model: object, params: PyTree) -> dict[str, Any]:
