@@ -8,19 +8,14 @@ from collections.abc import Sequence
 import numpy as np
 
 from ...messages.errors import ExportError
-from ...tracing.primitives import SAME
+from ...tracing.primitives import ELEMENTWISE, SAME
 from ...tracing.protocols import Equation
-from ..graph import Value, constant
+from ..graph import BINARY, UNARY, Value, constant
 from .builder import Builder, rule
 
+
 # The graph has these under the names that JAX gives them.
-_OPERATIONS = """
-    abs add and ceil cos div eq erf exp floor ge gt le log logistic lt max min mul ne
-    neg not or pow rem round rsqrt sign sin sqrt sub tanh
-""".split()
-
-
-@rule(*_OPERATIONS, "add_any")
+@rule(*(UNARY | BINARY) & ELEMENTWISE, "add_any")
 def _elementwise(low: Builder, eqn: Equation, *values: Value) -> Value:
     name = eqn.primitive.name
     out = eqn.outvars[0].aval
