@@ -236,7 +236,7 @@ def _verdict(bounds: Sequence[Found]) -> str:
 
 
 def _costs(results: Sequence[Found]) -> str:
-    rows = [["case", "what", "measured", "bound"]]
+    rows = [["case", "figure", "measured", "bound"]]
     for found in results:
         for each in found["bounds"]:
             rows.append([words(found["case"]), each["what"], *_bound(each)])
@@ -253,7 +253,7 @@ def _cycles(results: Sequence[Found]) -> str:
 
 
 def _operators(results: Sequence[Found]) -> str:
-    rows = [["network", "file", "conv form", "dense form", "peer", "bounds"]]
+    rows = [["network", "file", "conv form", "dense form", "other converter", "bounds"]]
     for found in results:
         for title, forms in found["operators"].items():
             (peer,) = forms.keys() - {"conv", "dense"}
@@ -265,7 +265,7 @@ def _operators(results: Sequence[Found]) -> str:
 
 
 def _peers(results: Sequence[Found]) -> str:
-    rows = [["file", "conv form", "dense form", "peer", "bounds"]]
+    rows = [["file", "conv form", "dense form", "other converter", "bounds"]]
     for found in results:
         (peer,) = found["milliseconds"].keys() - {"conv", "dense"}
         cells = [_time(found, form) for form in ("conv", "dense", peer)]
@@ -306,9 +306,9 @@ def _patches(results: Sequence[Found]) -> str:
 def _scan(found: Found) -> str:
     side, crops = found["pixels"], found["crops"]
     rows = [
-        ["what", "measured", "bound"],
-        ["peak of the process's memory", f"{found['gibibytes']} GiB", "1.6 GiB"],
-        ["share of the time due to the file", f"{found['idle']:.0%}", "10%"],
+        ["figure", "measured", "bound"],
+        ["peak memory of the process", f"{found['gibibytes']} GiB", "1.6 GiB"],
+        ["share of the time for file access", f"{found['idle']:.0%}", "10%"],
         ["speedup over patches in PyTorch", f"{found['times']:,.0f}x", "10x"],
     ]
     few = ", on a network of few FLOPs" if found["network"] == "Patches" else ""
@@ -317,7 +317,7 @@ def _scan(found: Found) -> str:
 
 
 def _families(results: Sequence[Found]) -> str:
-    rows = [["network", "stride", "way", "fewer FLOPs", "speedup", "crops part at"]]
+    rows = [["network", "step", "method", "fewer FLOPs", "speedup", "sharing ends at"]]
     for found in results:
         way = "shared" if found["shares"] else "a batch of crops"
         left = (found["left"] or "-").partition(":")
@@ -331,7 +331,7 @@ def _time(found: Found, name: str) -> str:
     """Format a median, and half the interquartile range relative to it."""
     median = found["milliseconds"].get(name)
     if median is None:
-        return "as it is" if name == "tuned" else "-"
+        return "unchanged" if name == "tuned" else "-"
     text = f"{median:,.3g} ms" if median < 1000 else f"{median:,.0f} ms"
     if found.get("runs", {}).get(name, 1) > 1:
         first, third = found["quartiles"][name]

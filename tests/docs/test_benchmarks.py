@@ -94,7 +94,7 @@ def test_what_tuning_leaves_is_not_run_again(tmp_path):
     more = {"milliseconds": {"original": 10.0}, "quartiles": {}, "runs": {}}
     running.write(tmp_path, found("net-8", "models", 1.0, **more))
     *_, row = report.tables(tmp_path)["models-a-chip"].splitlines()
-    assert row.endswith("| as it is | 1.00x | hold |")
+    assert row.endswith("| unchanged | 1.00x | hold |")
 
 
 def test_a_case_takes_the_place_of_its_own_alone(tmp_path):
