@@ -28,14 +28,14 @@ def compare(
         bool | None,
         typer.Option(
             "--gradients/--no-gradients",
-            help="Compare gradients too; by default if that takes seconds.",
+            help="Compare gradients, too; by default if that takes only seconds.",
         ),
     ] = None,
     values_only: Annotated[
         bool,
         typer.Option(
             "--values-only",
-            help="Accept outputs of another structure, shape or dtype.",
+            help="Compare the numbers only; accept another structure, shape or dtype.",
         ),
     ] = False,
     as_json: AsJson = False,

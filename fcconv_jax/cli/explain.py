@@ -35,7 +35,8 @@ def explain(
         typer.Option(
             "--padding",  # else, up to Typer 0.27, it is --PADDING, as its metavar
             metavar="PADDING",
-            help="VALID, SAME, CIRCULAR, ...; 1; 1,2 per dimension; 0:1,0:1 low:high.",
+            help="VALID, SAME, CIRCULAR, ..., or numbers: 1 for every dimension, 1,2 "
+            "for each, or 0:1,0:1 as low:high for each.",
         ),
     ] = "VALID",
     input_dilation: Annotated[
@@ -49,14 +50,14 @@ def explain(
         bool,
         typer.Option(
             "--transposed",
-            help="A transposed convolution; strides are outputs per input.",
+            help="The convolution is transposed; strides are outputs per input.",
         ),
     ] = False,
     as_json: AsJson = False,
 ) -> None:
     """Show whether a convolution is equivalent to a Dense layer, and why.
 
-    The exit status is 0 for both answers.
+    The exit status is 0 whether or not it is equivalent.
     """
     from ..geometry import classify as equivalence
 

@@ -1,4 +1,4 @@
-"""fcconv export: a file for an edge runtime, in the form of choice, proved."""
+"""fcconv export: writes a model as a file for an edge runtime, and verifies it."""
 
 from __future__ import annotations
 
@@ -126,12 +126,13 @@ def export(
     as_json: AsJson = False,
     as_markdown: AsMarkdown = False,
 ) -> None:
-    """Write a model as a file for an edge runtime, and prove what was written.
+    """Write a model as a file for an edge runtime, and verify the file.
 
-    The weights in the file are the checkpoint's bits, each layer cut out of it
-    equals integer arithmetic, the whole of it the model in float64.
+    Checks that the weights in the file are the checkpoint's bits, that each layer
+    extracted from it equals integer arithmetic in its runtime, and that the whole
+    file agrees with the model in float64.
 
-    Exit status 0 when every check passes, 1 when one does not.
+    The exit status is 0 if every check passes, and 1 otherwise.
     """
     from ..export.chips import chip_of
     from ..export.export import export as write

@@ -112,7 +112,8 @@ CheckpointStep = Annotated[
     ),
 ]
 AllSteps = Annotated[
-    bool, typer.Option("--all-steps", help="Use every step of such a directory.")
+    bool,
+    typer.Option("--all-steps", help="Use every step of a directory with several."),
 ]
 Prefixes = Annotated[
     list[str] | None,
@@ -134,7 +135,8 @@ DryRun = Annotated[
 FollowLinks = Annotated[
     bool,
     typer.Option(
-        "--follow-links", help="Copy what links that leave the folder SRC lead to."
+        "--follow-links",
+        help="Copy the files that links out of the folder SRC lead to.",
     ),
 ]
 Overwrite = Annotated[

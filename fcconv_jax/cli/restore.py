@@ -36,9 +36,9 @@ def restore(
 ) -> None:
     """Undo a conversion, bit for bit.
 
-    The plan is the one stored in the checkpoint. Steps that training saved
-    after the conversion do not hold it: they take that of an earlier step in
-    the same folder, or --plan.
+    Uses the plan stored in the checkpoint. Steps that training saved after the
+    conversion don't contain it; for them, --plan is used, or else the plan of an
+    earlier step in the same folder.
     """
     start_jax()
     from ..checkpoints import restore_checkpoint

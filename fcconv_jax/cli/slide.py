@@ -107,9 +107,9 @@ def slide(
         str | None,
         typer.Option(
             metavar="FILE|nodata",
-            help="Compute only where this image, of the same proportions, is nonzero; "
-            "or, with nodata, in windows without a nodata pixel. The result is NaN "
-            "elsewhere.",
+            help="Compute only windows in which this image is nonzero; it may be "
+            "smaller, with the same proportions. With nodata, compute only windows "
+            "without a nodata pixel. The result is NaN elsewhere.",
         ),
     ] = None,
     scale: Annotated[
@@ -173,7 +173,7 @@ def slide(
 ) -> None:
     """Run a classifier of crops over whole images; compute shared work once.
 
-    The result at each position equals the model's on that crop alone.
+    The result at each position is the model's output for that crop alone.
     """
     start_jax()
     import jax

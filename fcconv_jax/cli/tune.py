@@ -73,11 +73,14 @@ def tune(
 ) -> None:
     """Measure a model in its forms, and plan the fastest.
 
-    Measures every layer in each form and layout; the whole model unchanged,
-    converted in one direction, and layer by layer, with and without compiler
-    options; then groups of equal layers within the model. The plan contains
-    only changes that gain at least 2 % and more than the noise, and is empty if
-    there are none. It holds for one device and these input sizes.
+    Times every layer in each form and layout. Then times the whole model, with
+    and without compiler options: unchanged, with all layers in one form, and with
+    each layer in its fastest form. Finally tries the other forms of groups of
+    equal layers within the model.
+
+    The plan contains only changes that gain at least 2 % and more than the noise;
+    it is empty if there are none. It is the fastest only for this device and these
+    input sizes.
     """
     from ..backends.resolution import resolve, resolve_default
     from ..tuning.tune import tune as tune_model

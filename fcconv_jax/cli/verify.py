@@ -94,7 +94,7 @@ def verify(
 ) -> None:
     """Verify that both forms of a model are equivalent on this machine.
 
-    With --backend, on other backends, too. For one that is not present, both
+    With --backend, verify on other backends, too. If one isn't present, both
     forms are compiled ahead of time, but not executed.
 
     Given two checkpoints instead of a model, compare their entries, without
