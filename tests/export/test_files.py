@@ -14,14 +14,24 @@ from fcconv_jax.export.runtimes import runtimes
 
 from .models import MODELS, export_two_roles, normal
 
-RUNTIMES = {"litert": "ai_edge_litert", "onnx": "onnxruntime", "openvino": "openvino"}
+# The package that shows whether a runtime's extra is installed.
+MODULES = {
+    "coreml": "coremltools",
+    "iree": "iree",
+    "litert": "ai_edge_litert",
+    "onnx": "onnxruntime",
+    "openvino": "openvino",
+    "stablehlo": "flatbuffers",
+}
+# Those that run a graph here.
+RUNTIMES = [name for name, each in runtimes().items() if each.write and each.executed]
 SUFFIX = {name: runtimes()[name].suffix[1:] for name in RUNTIMES}
 MATMULS = {"FULLY_CONNECTED", "BATCH_MATMUL", "Gemm", "MatMul"}
 
 
 def needs(to):
     """Skips where the extra is missing; finds the package without importing it."""
-    if importlib.util.find_spec(RUNTIMES[to]) is None:
+    if importlib.util.find_spec(MODULES[to]) is None:
         pytest.skip(f"needs: pip install -e '.[{to}]'")
 
 
@@ -36,6 +46,10 @@ def write(name, to, folder, form, **options):
     path = folder / f"model.{SUFFIX[to]}"
     options = {"path": path, "to": form, "progress": False, **options}
     return fc.export(model, params, *inputs, **options)
+
+
+def test_every_runtime_has_its_package():
+    assert MODULES.keys() == runtimes().keys()
 
 
 @pytest.mark.parametrize("name", MODELS)

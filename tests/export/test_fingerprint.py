@@ -1,7 +1,6 @@
 """What lies between a file's layers: a change of it is found without the model."""
 
 import dataclasses
-import importlib.util
 import json
 import zlib
 from pathlib import Path
@@ -20,14 +19,6 @@ from .models import MODELS, normal
 from .test_files import needs, write
 from .test_planted_defects import Onnx
 
-MODULES = {
-    "coreml": "coremltools",
-    "iree": "iree",
-    "litert": "ai_edge_litert",
-    "onnx": "onnxruntime",
-    "openvino": "openvino",
-    "stablehlo": "flatbuffers",
-}
 CHANGED = "the file has been changed since it was proved"
 
 
@@ -153,13 +144,11 @@ def test_a_pool_of_coreml(tmp_path):
 
 @pytest.mark.parametrize("to", ["iree", "stablehlo"])
 def test_another_program(to, tmp_path):
-    needed = {"iree": "iree", "stablehlo": "flatbuffers"}[to]
-    if importlib.util.find_spec(needed) is None:
-        pytest.skip(f"needs: pip install -e '.[{to}]'")
-    suffix = {"iree": "vmfb", "stablehlo": "stablehlo"}[to]
+    needs(to)
+    suffix = runtimes()[to].suffix
     params, x = {"w": normal(6, 6)}, normal(2, 6)
     options = {"progress": False}
-    paths = [tmp_path / f"{name}.{suffix}" for name in ("one", "other")]
+    paths = [tmp_path / f"{name}{suffix}" for name in ("one", "other")]
 
     def one(params, x):
         return x @ params["w"]
@@ -207,8 +196,7 @@ def test_the_steps_of_an_int8_activation(what, tmp_path):
 @pytest.mark.parametrize("to", runtimes())
 def test_every_byte_counts(to, tmp_path):
     """Names, paddings and the manifest of a package, which no reader shows, too."""
-    if importlib.util.find_spec(MODULES[to]) is None:
-        pytest.skip(f"needs: pip install -e '.[{to}]'")
+    needs(to)
     params = {"w": normal(6, 6)}
     path = tmp_path / f"m{runtimes()[to].suffix}"
     options = {"path": path, "progress": False}
@@ -237,26 +225,20 @@ def test_every_byte_counts(to, tmp_path):
 
 
 @pytest.mark.parametrize("part", [0.02, 0.5, 0.999])
-@pytest.mark.parametrize("to", ["litert", "onnx", "openvino", "iree", "stablehlo"])
+@pytest.mark.parametrize("to", [name for name in runtimes() if name != "coreml"])
 def test_half_a_file(to, part, tmp_path):
     """A file that is cut short is named, whatever its format's reader makes of it."""
-    suffix, damaged = {
-        "litert": ("tflite", "tflite"),
-        "onnx": ("onnx", "onnx"),
-        "openvino": ("xml", "bin"),
-        "iree": ("vmfb", "safetensors"),
-        "stablehlo": ("stablehlo", "stablehlo"),
-    }[to]
-    if importlib.util.find_spec(MODULES[to]) is None:
-        pytest.skip(f"needs: pip install -e '.[{to}]'")
-    path = tmp_path / f"m.{suffix}"
+    needs(to)
+    suffix = runtimes()[to].suffix
+    damaged = runtimes()[to].beside or suffix
+    path = tmp_path / f"m{suffix}"
     params = {"w": normal(6, 6)}
     options = {"path": path, "progress": False}
     fc.export(lambda p, x: x @ p["w"], params, normal(2, 6), **options)
-    file = path.with_suffix(f".{damaged}")
+    file = path.with_suffix(damaged)
     content = file.read_bytes()
     file.write_bytes(content[: int(part * len(content))])
-    with pytest.raises(ExportError, match=rf"m\.({suffix}|{damaged})"):
+    with pytest.raises(ExportError, match=rf"m({suffix}|{damaged})"):
         fc.verify_file(path, params, progress=False)
 
 
