@@ -1,6 +1,8 @@
 """The chips' tables decide: per layer, legal first, then preferred; and Vela."""
 
+import re
 from collections.abc import Callable
+from pathlib import Path
 
 import flax.linen as nn
 import jax
@@ -71,25 +73,37 @@ def test_an_unpatchify_is_judged_by_its_own_shapes():
     assert conv.options["spread"] == (16, 16)
 
 
-@pytest.mark.parametrize(
-    ("chip", "embed", "tokens", "window", "head"),
-    [
-        ("ethos-u55", "dense", "conv", "dense", "dense"),
-        ("edgetpu", "conv", "conv", "dense", "dense"),
-        ("artpec-8", "conv", "dense", "dense", "dense"),
-        ("artpec-9", "dense", "conv", "conv", "conv"),
-        ("hexagon", "conv", "conv", "conv", "conv"),
-        ("ane", "conv", "conv", "conv", "conv"),
-        ("dpu", "dense", "conv", "conv", "conv"),
-        ("k210", "dense", "dense", "dense", "dense"),
-        # Sixteen rows of tokens are no FULLY_CONNECTED there.
-        ("mdla", "dense", "conv", "dense", "dense"),
-        ("tidl", "dense", "dense", "conv", "dense"),
-    ],
-)
-def test_the_mix(chip, embed, tokens, window, head):
-    wanted = {"embed": embed, "tokens": tokens, "window": window, "head": head}
-    assert forms(chip) == wanted
+# Of embed, tokens, window and head.
+CHOICES = {
+    **dict.fromkeys(
+        ("ethos-u55", "ethos-u65", "ethos-u85"), ("dense", "conv", "dense", "dense")
+    ),
+    "edgetpu": ("conv", "conv", "dense", "dense"),
+    "artpec-8": ("conv", "dense", "dense", "dense"),
+    "artpec-9": ("dense", "conv", "conv", "conv"),
+    "hexagon": ("conv", "conv", "conv", "conv"),
+    "ane": ("conv", "conv", "conv", "conv"),
+    "dpu": ("dense", "conv", "conv", "conv"),
+    "k210": ("dense", "dense", "dense", "dense"),
+    # Sixteen rows of tokens are no FULLY_CONNECTED there.
+    "mdla": ("dense", "conv", "dense", "dense"),
+    "tidl": ("dense", "dense", "conv", "dense"),
+}
+
+
+@pytest.mark.parametrize("chip", CHIPS)
+def test_the_mix(chip):
+    assert tuple(forms(chip).values()) == CHOICES[chip]
+
+
+def test_every_chip_has_its_row_in_the_documentation():
+    page = Path(__file__).parents[2] / "docs" / "howto" / "export.md"
+    table = page.read_text().partition("| chip |")[2].partition("\n\n")[0]
+    rows = re.findall(r"^\| (`.*?) \|", table, re.MULTILINE)
+    # Generations share a row: `ethos-u55`, `-u65`.
+    found = [name for row in rows for name in re.findall(r"`-?(.*?)`", row)]
+    assert len(found) == len(CHIPS)
+    assert all(name.endswith(shown) for name, shown in zip(CHIPS, found))
 
 
 def test_a_window_that_a_chip_lacks_is_said_as_1x1():
