@@ -41,38 +41,39 @@ def slide(
     axes: int | Sequence[int] | None = None,
     padding: Literal["crops", "image"] = "crops",
 ) -> Slide:
-    """Turn a function of one crop into one of whole images: its value on every crop.
+    """Return a function that evaluates a model of crops on every crop of an image.
 
-    The result is that of the function on each crop alone, zero padding inside the
-    network, norms and all; what crops have in common is computed once. Convolutions,
-    pools, dense layers behind a flatten, global pools, attention within windows that
-    crops have in common (Swin) and everything that works entry by entry are shared.
-    From where crops differ everywhere on (a norm over space, a position embedding,
-    other attention) each crop is computed separately, in a batch; so is the whole
-    function where sharing would not pay. ``grid.report(...)`` shows which.
+    The result at each position is that of the model on this crop alone, including its
+    zero padding and norms, but work that overlapping crops share is computed once.
+    Convolutions, pools, dense layers behind a flatten, global pools, attention within
+    windows that crops have in common (Swin) and elementwise operations are shared.
+    From the first operation in which crops differ everywhere (a norm over space, a
+    position embedding, other attention), each crop is computed separately, in a
+    batch. So is the whole model if sharing wouldn't be faster.
+    ``grid.report(...)`` shows which operation that is.
 
     Args:
-      model: a function ``f(params, crops)`` (what is before the crops may be anything,
-        or absent), the ``apply`` of a linen Module or the Module itself, an NNX model,
-        or any of them converted by :func:`fcconv_jax.convert_model`. It takes a batch
-        of crops and returns arrays with the batch first. Dropout is to be off.
-      window: spatial size of a crop, such as ``(224, 224)``: one number for each axis
-        that slides; one alone is the length of a 1-D crop (audio).
-      stride: step between crops in pixels; an int holds for all axes. None takes the
-        network's total stride, the product of the strides of its layers, or the window
-        where that is smaller or the total isn't known (windows made by reshapes).
-      axes: the axes of the image that slide; those behind the batch by default.
-      padding: where the zeros of padded layers lie: around each of the ``"crops"``, as
-        the function has them, or around the ``"image"`` alone, as a network has that is
-        run over the image as a whole. The latter is cheaper and **another function**
-        near the border of each crop; ``fc.compare(exact, cheaper, args)`` says by how
-        much. Its stride must be a multiple of the network's.
+      model: a linen Module or its ``apply``, an NNX model, a function such as
+        ``f(params, crops)`` whose last positional argument is the crops, or any of
+        these converted by :func:`fcconv_jax.convert_model`. It takes a batch of crops
+        and returns arrays with the batch first. Dropout must be off.
+      window: spatial size of a crop, such as ``(224, 224)``, with one number for each
+        axis that slides. A single int is the length of a 1-D crop (audio).
+      stride: step between crops in pixels; an int applies to all axes. The default is
+        the network's total stride (the product of the strides of its layers), or the
+        window if that is smaller or the total isn't known (windows made by reshapes).
+      axes: the axes of the image that slide; by default those behind the batch.
+      padding: ``"crops"`` pads each crop inside the network, as the model does.
+        ``"image"`` pads around the image only, as a network does that runs over the
+        whole image. This is cheaper, but **a different function** near the border of
+        each crop; ``fc.compare(exact, cheaper, args)`` shows by how much they differ.
+        It requires a stride that is a multiple of the network's.
 
     Returns:
-      A :class:`Slide`, called as the model is called, with images in the place of
-      crops. For images ``(N, H, W, C)`` and an output ``(N, ...)`` of the model it
-      returns ``(N, rows, columns, ...)``, where ``rows = (H - h) // stride + 1``.
-      Jitted; it can be differentiated, mapped and sharded.
+      A :class:`Slide`. Call it like the model, with images in place of crops. For
+      images ``(N, H, W, C)`` and a model with output ``(N, ...)``, it returns
+      ``(N, rows, columns, ...)``, where ``rows = (H - h) // stride + 1``. It is
+      jitted, and can be differentiated, mapped and sharded.
 
     Raises:
       TypeError: the model is of another kind.
@@ -80,8 +81,8 @@ def slide(
 
     Source:
       Sermanet et al., *OverFeat* (2014); Long et al., *Fully Convolutional
-      Networks* (2015), who share zero padding at the image's border only, which
-      changes the numbers of a padded network. Here they stay.
+      Networks* (2015). They pad at the image's border only, which changes the results
+      of a padded network; ``padding="crops"`` doesn't.
 
     Example:
       >>> import flax.linen as nn
@@ -114,15 +115,15 @@ def slide(
 
 
 class Slide:
-    """A function on every crop of images; made by :func:`slide`.
+    """A model evaluated on every crop of images; returned by :func:`slide`.
 
     Args:
-      model: takes a batch of crops last among its positional arguments.
+      model: takes a batch of crops as its last positional argument.
       window: size of a crop along each axis that slides.
-      stride: step along each; None for the model's own.
-      axes: those axes of the images; None for those behind the batch, or behind the
-        channels where the model's library has them first.
-      padding: where padding lies.
+      stride: step along each; None for the model's total stride.
+      axes: the axes of the images that slide; None for those behind the batch, or
+        behind the channels if the model's library puts these first.
+      padding: ``"crops"`` or ``"image"``, as for :func:`slide`.
 
     Example:
       >>> import jax.numpy as jnp
@@ -163,16 +164,16 @@ class Slide:
         return Slide, self._given
 
     def __call__(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        """Evaluate the function on every crop: outputs ``(N, *positions, ...)``.
+        """Evaluate the model on every crop; outputs are ``(N, *positions, ...)``.
 
         Args:
-          *args: what the function takes, with images in the place of crops.
-          **kwargs: the function's.
+          *args: the model's arguments, with images in place of crops.
+          **kwargs: its keyword arguments.
 
         Raises:
           ValueError: an image is smaller than the window, or an output of the function
             doesn't have the batch first.
-          PlanError: on a crop, a PyTorch Module computes something else in PyTorch.
+          PlanError: torchax's result for a PyTorch Module differs from PyTorch's.
         """
         args = self._complete(args)
         if args and _is_lazy(args[-1]):
@@ -189,17 +190,17 @@ class Slide:
             return self._on("__call__", args, kwargs)
 
     def each_crop(self, *args: PyTree, **kwargs: PyTree) -> Callable[..., PyTree]:
-        """Return a function of the same value that computes each crop separately.
+        """Return a function with the same results that computes each crop separately.
 
-        What crops share depends on the size of the images. This is one program for all
-        sizes, symbolic ones too.
+        The work that crops share depends on the size of the images. This function is
+        one program for all sizes, including symbolic ones.
 
         Args:
           *args: as in a call.
           **kwargs: as in a call.
 
         Raises:
-          ValueError: padding is around the image: then it isn't a function of crops.
+          ValueError: with ``padding="image"``, the result isn't a function of crops.
         """
         if self.padding == "image":
             raise ValueError(
@@ -237,7 +238,7 @@ class Slide:
         return self._on("lower", self._complete(args), kwargs)
 
     def eval_shape(self, *args: PyTree, **kwargs: PyTree) -> PyTree:
-        """Return the shapes that a call returns, as ``jax.jit`` has it."""
+        """Return the shapes and dtypes of a call, as ``jax.eval_shape`` does."""
         return self._on("eval_shape", self._complete(args), kwargs)
 
     def write(
@@ -252,41 +253,42 @@ class Slide:
         mesh: jax.sharding.Mesh | None = None,
         **kwargs: PyTree,
     ) -> TilesWritten:
-        """Run over images of any size, a tile of positions at a time.
+        """Evaluate the model on images of any size, a tile of positions at a time.
 
-        While a tile is computed, the next is read and the last is written, in threads.
+        While a tile is computed, threads read the next one and write the last one.
 
         Args:
-          *args: as in a call; the images may be anything that has a ``shape`` and
-            ``dtype`` and is read by slices: a ``numpy.memmap``, an array of zarr, h5py,
-            dask or TensorStore. Only the pixels of one tile are read at a time.
-          out: where the result is written as it comes: an array, or a PyTree of arrays,
-            of the result's shape, likewise. Where it is stored in chunks or shards, a
-            tile covers whole ones, unless it is smaller than one.
-          memory: bytes that a tile may take; an estimate decides its size. The process
-            takes some two to three times as much beside the libraries: tiles are read
-            ahead, and written behind.
-          resume: a file that records the finished tiles, with digests of what they were
-            made from. A stopped run continues from there, and removes it at its end.
-          progress: called with what is done, how many tiles are, and of how many; None
-            for a bar on stderr, False for none.
-          mask: where to look: an array over the axes that slide, of the images' size or
-            smaller, nonzero where the image is of interest. Positions whose window
-            holds no pixel of it are NaN; tiles of such positions aren't computed.
-          whole_windows: whether windows that the mask covers in part are NaN, too: pass
-            True where it shows which pixels hold data.
-          mesh: devices that share the tiles, one each; the default device by default.
-            With devices of several processes (``jax.distributed``), every process makes
-            this call, and writes its own tiles. No two write the same chunk or shard.
+          *args: as in a call. The images may be any object with ``shape``, ``dtype``
+            and slicing: a ``numpy.memmap``, or an array of zarr, h5py, dask or
+            TensorStore. Only the pixels of one tile are read at a time.
+          out: an array, or a PyTree of arrays, to which the result is written tile by
+            tile; of the result's shape and any of these types. If it is stored in
+            chunks or shards, a tile covers whole ones, unless it is smaller than one.
+          memory: estimated bytes that one tile may take. The whole process takes two to
+            three times as much, plus the libraries, because tiles are read ahead and
+            written in the background.
+          resume: path of a file that records the finished tiles, with digests of the
+            model, params, images and output. A stopped run resumes from it; a
+            completed run removes it.
+          progress: called with a phase, the tiles done and the tiles in all; None for a
+            bar on stderr, False for none.
+          mask: an array over the axes that slide, of the images' size or smaller,
+            nonzero where the image is of interest. Positions whose window contains no
+            such pixel are NaN, and tiles of only such positions aren't computed.
+          whole_windows: whether windows that the mask covers only in part are NaN, too.
+            Pass True if the mask marks the pixels that hold data.
+          mesh: devices that share the tiles; None for the default device. With devices
+            of several processes (``jax.distributed``), every process makes this call
+            and writes its own tiles. No two write the same chunk or shard.
           **kwargs: as in a call.
 
         Returns:
-          How many tiles there are, and how many were skipped or resumed.
+          The number of tiles, and of those that were skipped or resumed.
 
         Raises:
-          ValueError: ``out`` can't hold the result, a window alone takes more than
-            ``memory``, or ``resume`` is the record of a run with other params, another
-            model, image, window, stride or output; names which.
+          ValueError: ``out`` can't hold the result, a single window takes more than
+            ``memory``, or ``resume`` records a run with other params, or another
+            model, image, window, stride or output; the message names which.
         """
         plain = Slide(self.function, self.window, self.stride, self.axes, self.padding)
         given = self._complete(args)
@@ -296,7 +298,7 @@ class Slide:
         return write_tiles(plain, given, kwargs, out, options)
 
     def report(self, *args: PyTree, **kwargs: PyTree) -> SlideReport:
-        """Report what crops would share; no computation runs.
+        """Report what crops would share and what that saves; no computation runs.
 
         Args:
           *args: as in a call; arrays may be abstract.

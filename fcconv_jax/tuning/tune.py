@@ -67,61 +67,65 @@ def tune(
     timeout: float = TIMEOUT,
     **kwargs: PyTree,
 ) -> Plan:
-    """Find the plan under which a model runs best, by measuring.
+    """Find the plan with which a model runs fastest, by measuring.
 
-    Every layer that has two forms is measured alone in each form and layout; layers
-    that are alike once, layers whose parameters are scanned in a loop. Then the whole
-    model is measured as it is, with all layers in one form, and with each layer in the
-    form that was best alone, with and without compiler options that change how matmuls
-    and convolutions are compiled. In the best of these, layers that are alike are run
-    in their other ways, in the company of all others, and stay so where that is better.
-    What wins by 2 %, round by round and beyond the noise, is measured against the
-    original once more.
-    So the plan is never slower: if nothing wins, it is empty, and ``plan.tuning.why``
-    explains why.
+    First, every layer that has two forms is measured alone, in each form and layout
+    (once for a group of equal layers, and in a loop if its parameters are scanned).
+    Then the whole model is measured: unchanged, with all layers in one form, and with
+    each layer in the form that was fastest alone, with and without compiler options
+    that change how matmuls and convolutions are compiled. Starting from the fastest of
+    these, each group of equal layers is tried in its other forms within the model, and
+    keeps a form that is faster.
+
+    A plan must be faster than the original by 2 %, round by round and beyond the
+    noise, and again in a second measurement. If none is, the returned plan is empty,
+    and ``plan.tuning.why`` explains why. So a plan never makes the model slower.
 
     Args:
       model: the ``flax.linen`` or ``flax.nnx`` Module, or a function of params and
         inputs.
-      params: its params or variables. None stands for the parameters that an NNX model
-        holds.
-      *inputs: what the model is called with, in the sizes that count; arrays, which may
-        be abstract where the backend is not present.
-      backend: such as ``"cpu"`` or ``"tpu:v5e"``; None is JAX's default.
-      objective: ``"latency"``, the default where the device is present; ``"memory"``,
-        scratch beyond parameters and results; ``"cycles"``, which XLA estimates for
-        TPUs that are not present (a loop's body counts once there). ``"training"`` is
-        the latency or the cycles of the loss with its gradient by the params, without
-        the optimizer's update, which costs the same in every form; a layer has one form
-        for both passes, and the whole step counts.
-      loss: for ``"training"``, a float scalar of what the model returns (with the state
-        that it changes, if any); by default the sum of the squares of its outputs.
-      budget: about how many seconds to measure, compilation of the whole model's forms
-        not counted. A quarter is for single layers, a quarter for layers in the model,
-        with their compilation; the costly ones come first.
-      timings: a file (JSON) of measurements of this device. What it has is not measured
-        again, so that the plan is the same every time; what it lacks is added. Several
-        runs may share it; a full disk or a kill loses none of its figures.
-      rules: as for :func:`fcconv_jax.make_plan`; ``"head=skip"`` leaves a layer alone.
+      params: its params or variables; None for an NNX model's own.
+      *inputs: the model's inputs, in the sizes to tune for: arrays, or abstract arrays
+        if the backend is not present.
+      backend: such as ``"cpu"`` or ``"tpu:v5e"``; None for JAX's default.
+      objective: what to minimize. ``"latency"`` is the default if the device is
+        present. ``"memory"`` is scratch memory, without parameters and results.
+        ``"cycles"`` is XLA's estimate for TPUs that are not present (it counts the
+        body of a loop once). ``"training"`` is the latency or the cycles of the loss
+        with its gradient with respect to the params. It doesn't include the
+        optimizer's update, which costs the same in every form. A layer has the same
+        form in both passes.
+      loss: for ``"training"``, a function of the model's output (with the state that
+        the model changes, if any) that returns a float scalar; the default is the sum
+        of the squared outputs.
+      budget: approximate time for measurements, in seconds, without compiling the forms
+        of the whole model. A quarter is for single layers, and a quarter for layers
+        within the model, including their compilation; the most expensive layers come
+        first.
+      timings: path of a JSON file with measurements of this device. They aren't
+        repeated, so that later runs return the same plan; new ones are added. Several
+        runs may share the file, and no measurement is lost if a run is killed or the
+        disk is full.
+      rules: as for :func:`fcconv_jax.make_plan`; ``"head=skip"`` excludes a layer.
       progress: called with a phase, the steps done and the steps in all; None for bars
         on stderr, False for none.
-      timeout: seconds for compiling ahead of time.
+      timeout: time limit for compiling ahead of time, in seconds.
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:
-      A plan, which may take some layers to conv and others to dense.
-      ``print(plan.tuning)`` shows what was measured. ``plan.options`` are the compiler
-      options; the jit of a converted linen model or function sets them, for itself
-      alone. An outer jit of your own compiles by its own options: hand them over, as
-      in ``jax.jit(step, compiler_options=dict(plan.options))``. NNX models are jitted
-      by you, and are tuned without options.
+      A plan, which may convert some layers to conv and others to dense.
+      ``print(plan.tuning)`` shows what was measured. ``plan.options`` are the fastest
+      compiler options. A converted linen model or function applies them in its own
+      jit. If you call it inside your own jit, pass them to that:
+      ``jax.jit(step, compiler_options=dict(plan.options))``. NNX models, which you jit
+      yourself, are tuned without options.
 
     Raises:
       BackendError: the backend is unknown, or can't be measured on this machine.
-      PlanError: a rule matches nothing; the budget is negative; the timings are
-        damaged, of another device, or cannot be written; the loss is not a float
+      PlanError: a rule matches nothing; the budget is negative; the file of timings is
+        damaged, is from another device, or cannot be written; the loss is not a float
         scalar.
-      TypeError: abstract params or inputs, and a device that is present.
+      TypeError: the params or inputs are abstract, but the device is present.
 
     Source:
       Search by measurement, as in ATLAS (Whaley and Dongarra, 1998).
