@@ -57,43 +57,46 @@ def compare(
     values_only: bool = False,
     progress: ProgressOption = None,
 ) -> Comparison:
-    """Compare two programs in float64: rounding, or different functions.
+    """Compare two programs in float64: do they compute the same function?
 
-    A port from linen to NNX, a model written again by hand, a refactoring: two programs
-    of one function round differently, and so their outputs differ. Structure, names,
-    shapes and dtypes of the outputs are compared first. Then both programs run in
-    float64, where forms of one function agree to about 15 digits, and as they are,
-    where the second one's error must be no worse than twice the first one's.
+    Use it to check a port from linen to NNX, a reimplementation, or a refactoring. Two
+    programs of the same function round differently, so their outputs differ in the
+    working precision. The structure, names, shapes and dtypes of the outputs are
+    compared first. Then both programs run in float64, where programs of the same
+    function agree to about 15 digits, and in their own precision, where the second
+    program's error may be at most twice the first's.
 
-    A difference in float64 is still rounding where rounding in float64 changes as much,
-    or where it is gone once constants move by a few half ulps of their own dtype
+    A difference in float64 counts as rounding if rounding in float64 causes one as
+    large, or if it vanishes when constants change by a few half ulps of their own dtype
     (:mod:`fcconv_jax.verification.rounding`).
 
     Args:
-      f: the first program: a function of arrays, a linen Module or a converted one (its
-        arguments are the variables and the inputs), or an NNX model (the inputs).
-      g: the second one, of the same or of another kind.
-      f_args: what ``f`` is called with, as a list or tuple. Everything but arrays is
+      f: the first program: a function of arrays, a linen Module or a converted one
+        (called with variables and inputs), or an NNX model (called with inputs).
+      g: the second program, of the same or of another kind.
+      f_args: arguments of ``f``, as a list or tuple. Arguments other than arrays are
         static.
-      g_args: what ``g`` is called with; as ``f`` if None.
+      g_args: arguments of ``g``; None for those of ``f``.
       f_kwargs: keyword arguments of ``f``.
-      g_kwargs: those of ``g``; as ``f`` if None.
-      gradients: compare the gradients of a random projection of the float outputs, in
-        float64, by all float arrays that both programs take. None compares them if that
-        takes seconds; the report lists what was compared.
-      values_only: accept outputs of another structure, shape or dtype, as long as the
-        numbers of their entries agree.
-      progress: as everywhere: a callable, True or None for bars, False for none.
+      g_kwargs: keyword arguments of ``g``; None for those of ``f``.
+      gradients: whether to compare the gradients of a random projection of the float
+        outputs, in float64, with respect to all float arrays that both programs take.
+        None compares them if that takes only seconds; the report lists what was
+        compared.
+      values_only: accept outputs of another structure, shape or dtype, if their numbers
+        agree.
+      progress: a callable, as for :func:`fcconv_jax.verify`; True or None for bars,
+        False for none.
 
     Returns:
-      The comparison: ``.verdict``, ``.passed``, ``.digits``, ``.parts_at``; ``print``
-      shows it.
+      A comparison, with ``.verdict``, ``.passed``, ``.digits`` and ``.parts_at`` (the
+      first module that differs); ``print`` shows it.
 
     Raises:
       TypeError: a program or the arguments are of another type.
 
     Source:
-      A float64 run as the judge of both, as PyTorch's Inductor has it.
+      PyTorch's Inductor also judges two programs by a run in float64.
 
     Example:
       >>> x = np.linspace(0, 1, 12, dtype=np.float32).reshape(3, 4)
@@ -137,7 +140,7 @@ def assert_same(
     values_only: bool = False,
     progress: ProgressOption = False,
 ) -> None:
-    """Assert that two programs are one function, as :func:`compare` finds it.
+    """Assert that two programs compute the same function, by :func:`compare`.
 
     Args:
       f: the first program or Flax module.
@@ -151,8 +154,8 @@ def assert_same(
       progress: likewise; none by default.
 
     Raises:
-      AssertionError: names the output, what was expected and got, and for Flax modules
-        the first module at which the two part.
+      AssertionError: they differ; names the output, the expected and the actual value,
+        and for Flax modules the first module that differs.
 
     Source:
       As :func:`compare`.

@@ -25,10 +25,10 @@ class LayerReport:
       case: why its two forms are equal.
       layer: class of the layer as it was found.
       certificate: the exact comparison of its two forms, on the first backend.
-      outputs: its output on the user's input in float64, for each call; empty where
-        the trace does not tell it, as for a layer of a function.
-      forced: both forms on the input that the model gave it, where there is no
-        float64 reference.
+      outputs: its output on the user's input in float64, for each call; empty if the
+        trace doesn't show it, as for a layer of a function.
+      forced: both forms on the input that the model gives it, if there is no float64
+        reference.
     """
 
     path: str

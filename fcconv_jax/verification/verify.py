@@ -43,21 +43,21 @@ def assert_equivalent(
     plan: Plan | None = None,
     **options: Any,
 ) -> None:
-    """Assert that a model and its converted form are the same.
+    """Assert that a converted model is equivalent to the original.
 
-    In the spirit of chex: silent when it holds, else an error that says where it does
-    not. Shows no progress unless ``progress=`` is given.
+    Runs the checks of :func:`verify`. Shows no progress unless ``progress=`` is given.
 
     Args:
       model: the ``flax.linen`` or ``flax.nnx`` Module, or the function of params and
         inputs.
       params: its params or its variables, arrays of any float dtype.
-      *inputs: what it is called with, batch first.
-      plan: from :func:`fcconv_jax.make_plan`; made where it is None.
-      **options: what else :func:`verify` takes, such as ``backends=["tpu:v5e"]``.
+      *inputs: the model's inputs, batch first.
+      plan: from :func:`fcconv_jax.make_plan`; None to make one.
+      **options: other arguments of :func:`verify`, such as ``backends=["tpu:v5e"]``.
 
     Raises:
-      AssertionError: names the layer or leaf, what was expected and what was got.
+      AssertionError: a check failed; names the layer or leaf, the expected and the
+        actual value.
 
     Source:
       The assertions of ``chex``.
@@ -89,53 +89,55 @@ def verify(
     timeout: float = TIMEOUT,
     **kwargs: PyTree,
 ) -> VerifyReport:
-    """Check every claim that a conversion makes.
+    """Verify that a converted model is equivalent to the original.
 
     1. Parameters: ``converted_params`` hold the same bits, rearranged by the plan.
     2. Each layer, on every executed backend: both forms are bit-identical on integers
        that leave no rounding (:mod:`fcconv_jax.verification.certificate`).
     3. The whole program on ``inputs``: outputs, the output of every converted layer,
-       gradients, and the params after one optimizer step. Both forms are run in
-       float64 on the CPU (:mod:`fcconv_jax.verification.reading`), where forms of one
-       function agree to about 15 digits; 12 are asked for.
+       gradients, and the params after one optimizer step. Both forms run in float64 on
+       the CPU (:mod:`fcconv_jax.verification.reading`), where two forms of the same
+       function agree to about 15 digits; 12 are required.
     4. On every executed backend, in the precision of the model: the error of each form
-       against that reference. The converted form's must be no worse than twice the
-       original's, plus a few units in the last place.
+       relative to that float64 result. The converted form's error may be at most twice
+       the original's, plus a few units in the last place.
     5. The two compiled programs: operations, cost, run time.
 
-    Operations without a float64 reading, such as a Pallas kernel, are named in the
-    report; there each layer is compared in both forms on the input that it has in the
-    model (:mod:`fcconv_jax.verification.teacher_forcing`).
+    If an operation can't run in float64, such as a Pallas kernel, the report names it.
+    Instead of the whole program, the two forms of each layer are then compared, on the
+    input that the layer has in the model
+    (:mod:`fcconv_jax.verification.teacher_forcing`).
 
-    A backend that is present is *executed*: 2 to 5. For another the two programs are
-    *compiled* ahead of time if its compiler is installed, which gives 5 but no run
-    time, else *lowered*, which counts the operations that a compiler would be handed.
-    The report names which, and ``passed`` claims no more.
+    A backend that is present is *executed*, with checks 2 to 5. For any other backend,
+    both programs are *compiled* ahead of time if its compiler is installed; this is
+    check 5, without the run time. Otherwise they are *lowered*, and their operations
+    are counted before compilation. The report shows what was done for each backend,
+    and ``passed`` covers only that.
 
     Args:
       model: the ``flax.linen`` or ``flax.nnx`` Module, or the function of params and
         inputs.
       params: its params or its variables; for an NNX model an ``nnx.State``, a pure
-        dict of its params, or None for the model's own. Where nothing is executed,
-        abstract ones will do.
-      *inputs: what it is called with.
-      plan: from :func:`fcconv_jax.make_plan`; made from the model and the inputs where
-        it is None.
-      to: the form that such a plan goes to.
-      backends: such as ``["cpu", "cuda:h100", "tpu:v5e"]``; None is JAX's default.
-      converted_model: what to compare with; ``convert_model(model, plan)`` if None. A
-        linen Module of your own, say one written with ``nn.Conv``.
-      converted_params: its params or variables; ``convert_params(params, plan)`` if
-        None.
+        dict of its params, or None for the model's own. They may be abstract if nothing
+        is executed.
+      *inputs: the model's inputs.
+      plan: from :func:`fcconv_jax.make_plan`; None to make one from the model and the
+        inputs.
+      to: the form to convert to, if ``plan`` is None.
+      backends: such as ``["cpu", "cuda:h100", "tpu:v5e"]``; None for JAX's default.
+      converted_model: the model to compare with, such as your own linen Module written
+        with ``nn.Conv``; None for ``convert_model(model, plan)``.
+      converted_params: its params or variables; None for
+        ``convert_params(params, plan)``.
       tx: the ``optax`` optimizer of the step; SGD with momentum if None.
       gradients: whether to compare gradients and the step.
       progress: called with a phase, the steps done and the steps in all, also from the
         thread that waits for the compilers; None for bars on stderr, False for none.
-      timeout: seconds for each backend that is compiled ahead of time.
+      timeout: time limit for compiling ahead of time, in seconds per backend.
       **kwargs: keyword arguments of ``model.apply``: ``train=``, ``rngs=``, ...
 
     Returns:
-      A report; ``report.passed`` tells, ``print(report)`` shows.
+      A report: ``report.passed`` is the verdict, ``print(report)`` shows the checks.
 
     Raises:
       BackendError: a backend is unknown.
