@@ -1,4 +1,4 @@
-"""What crops share: the layers, the arithmetic, and what is computed crop by crop."""
+"""Report on a dense predictor: the work that crops share, and where sharing ends."""
 
 from __future__ import annotations
 
@@ -11,23 +11,24 @@ from ..messages.reports import Report
 
 @dataclasses.dataclass(frozen=True)
 class SlideReport(Report):
-    """What :func:`fcconv_jax.slide` will do on images of one shape.
+    """Report of :meth:`fcconv_jax.Slide.report` for images of one shape.
 
     Attributes:
       window: size of a crop.
       stride: step between crops.
-      positions: how many crops along each axis.
-      crop_flops: of the function on one crop (of a batch).
-      flops: of the shared program.
-      crop_bytes: largest array of all crops in a batch.
-      bytes: largest array of the shared program.
-      left: why crops stopped sharing, and how often.
-      shares: whether the shared program is taken; else a batch of crops.
-      gain: how many times less time it is estimated to take than that batch.
-      copied: entries that it copies, to lay out what crops share.
-      exact: whether it is the function of each crop; not with ``padding="image"``.
-      image_flops: of the other function that ``padding="image"`` gives; the rest is due
-        to entries near each crop's border. None where the stride forbids it.
+      positions: number of crops along each axis.
+      crop_flops: FLOPs of the model on one crop (of a batch).
+      flops: FLOPs of the program that shares work.
+      crop_bytes: size of the largest array, if all crops are one batch.
+      bytes: size of the largest array in the program that shares work.
+      left: the operations at which sharing ends, with reasons, and how often each does.
+      shares: whether the program that shares work is used, or a batch of crops.
+      gain: estimated speedup of the program that shares work over that batch.
+      copied: number of entries that it copies to arrange the shared work.
+      exact: whether the result is the model's on each crop; False with
+        ``padding="image"``.
+      image_flops: FLOPs with ``padding="image"``, which is a different function; the
+        rest is due to entries near each crop's border. None if the stride forbids it.
 
     Example:
       >>> size, positions = (8, 8), (3, 5)
@@ -52,7 +53,7 @@ class SlideReport(Report):
 
     @property
     def ratio(self) -> float:
-        """How many times less arithmetic than on each crop."""
+        """How many times fewer FLOPs than with each crop computed separately."""
         return self.crop_flops * math.prod(self.positions) / max(self.flops, 1.0)
 
     def content(self) -> dict[str, object]:
@@ -92,9 +93,9 @@ class SlideReport(Report):
                 f"estimated speedup {self.gain:.2f}x"
             )
         if not self.exact:
-            yield "padded around the image: not what the crops give alone"
+            yield "padded around the image: other results than on single crops"
         if self.left:
-            yield "crops part at:"
+            yield "sharing ends at:"
             for why, times in self.left:
                 yield f"  {why}" + f" ({times} times)" * (times > 1)
 

@@ -22,28 +22,28 @@ Verdict = Literal[
 
 @dataclasses.dataclass(frozen=True)
 class Comparison(Report):
-    """Verdict of :func:`compare`, and what it rests on.
+    """Report of :func:`compare`: the verdict and its evidence.
 
     Attributes:
-      verdict: ``"the same bits"``: nothing differs, in float64 or here; ``"rounding"``:
-        one function, whose sums are taken in another order; ``"rounded constants"``:
-        one function, whose constants were rounded to the working precision in other
-        places; ``"lower precision"``: one function, which the second program computes
-        with a larger error; ``"different functions"``; ``"unknown"``: there is no
-        float64 reference, or nothing finite to compare.
-      arrays: each output and gradient in float64; what rounded constants explain is
-        taken away.
-      errors: the error of both programs in their own precision against float64; an
-        output of integers has none.
-      differences: the largest difference between the two in their own precision, for
-        each output.
-      parts_at: for Flax modules that differ, the first module whose output does.
+      verdict: ``"the same bits"``: nothing differs, in float64 or in the working
+        precision; ``"rounding"``: the same function, with sums in another order;
+        ``"rounded constants"``: the same function, with constants rounded in different
+        places; ``"lower precision"``: the same function, but the second program has a
+        larger error; ``"different functions"``; ``"unknown"``: the float64
+        reference is missing, or no entry is finite.
+      arrays: each output and gradient in float64, without the differences that rounded
+        constants explain.
+      errors: the error of both programs in their own precision against float64; none
+        for an output of integers.
+      differences: for each output, the largest difference between both programs in
+        their own precision.
+      parts_at: for Flax modules that differ, the first module whose output differs.
       notes: what could not be compared, and why.
-      backend: where they ran.
-      constants: the constants that move for the two to agree: dtype, value, and by how
-        many half ulps.
-      distance: the norm of such moves, even where it is too large for rounding; None
-        where nothing has to move, or no moves help.
+      backend: the backend that ran both.
+      constants: the constants that must change for both to agree: dtype, value, and
+        change in half ulps.
+      distance: the norm of these changes, even if it is too large for rounding; None if
+        nothing must change, or no change helps.
       rounded_tables: whether arrays of constants differ by their rounding.
 
     Example:
@@ -95,7 +95,7 @@ class Comparison(Report):
         if self.verdict == "unknown" or not found:
             found += [note for note in self.notes if note not in found]
         if self.parts_at is not None:
-            found.append(f"they part at {self.parts_at}")
+            found.append(f"they first differ at {self.parts_at}")
         return tuple(found)
 
     def content(self) -> dict[str, object]:

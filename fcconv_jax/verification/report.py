@@ -27,8 +27,8 @@ class LayerReport:
       certificate: the exact comparison of its two forms, on the first backend.
       outputs: its output on the user's input in float64, for each call; empty if the
         trace doesn't show it, as for a layer of a function.
-      forced: both forms on the input that the model gives it, if there is no float64
-        reference.
+      forced: both forms on the input that the model gives it, if the float64
+        reference is missing.
     """
 
     path: str
@@ -82,10 +82,10 @@ class Execution:
 
 @dataclasses.dataclass(frozen=True)
 class VerifyReport(Report):
-    """What :func:`fcconv_jax.verify` found.
+    """Report of :func:`fcconv_jax.verify`.
 
     Attributes:
-      to: the form that the plan goes to.
+      to: the form that the plan converts to.
       failed_params: leaves that are not the same bits rearranged.
       layers: one entry for each converted layer.
       arrays: outputs, gradients and the params after a step, in float64.
@@ -96,7 +96,7 @@ class VerifyReport(Report):
       planned: number of planned layers.
       abstract: whether the parameters were abstract: no bits to compare.
       backends: operations and cost of both forms on each backend: FLOPs and bytes of
-        one call, milliseconds of a run, seconds of a compilation. Where none was
+        one call, milliseconds of a run, seconds of a compilation. If none was
         executed, ``layers``, ``arrays`` and ``executions`` are empty.
 
     Example:
@@ -172,19 +172,19 @@ class VerifyReport(Report):
 
     @property
     def digits(self) -> float | None:
-        """To how many digits the two forms agree in float64, at the worst."""
+        """Number of digits to which all arrays of both forms agree in float64."""
         found = [c.digits for c in self.arrays]
         found += [c.digits for layer in self.layers for c in layer.outputs]
         return min(found, default=None)
 
     @property
     def original(self) -> OpCounts | None:
-        """Operations that the original form asks a compiler for."""
+        """Operations of the original form, before compilation."""
         return self._asked("original")
 
     @property
     def converted(self) -> OpCounts | None:
-        """Operations that the converted form asks a compiler for."""
+        """Operations of the converted form, before compilation."""
         return self._asked("converted")
 
     def _asked(self, which: str) -> OpCounts | None:

@@ -464,6 +464,6 @@ def test_assert_same_names_the_output_and_the_module():
     model, wrong = NnxNet(nnx.Rngs(0)), NnxNet(nnx.Rngs(0), eps=1e-3)
     fc.assert_same(model, model, [X])
     with pytest.raises(
-        AssertionError, match=r"(?s)'output': expected .*part at 'norm'"
+        AssertionError, match=r"(?s)'output': expected .*first differ at 'norm'"
     ):
         fc.assert_same(model, wrong, [X])
