@@ -41,55 +41,56 @@ def convert_checkpoint(
     dry_run: bool = False,
     follow_links: bool = False,
 ) -> CheckpointReport:
-    """Write a checkpoint in the plan's form, with the plan stored in it.
+    """Write a checkpoint in the plan's form, and store the plan in it.
 
-    Entries are moved, never changed; every other leaf is written as it was read. A
-    plain Flax model with the converted layers loads the result without fcconv_jax.
-    Nothing is whole in memory: bytes that keep their order are copied from file to
-    file, others are moved a piece at a time. However it ends, ``dst`` is what it was or
-    the whole new checkpoint.
+    Entries are rearranged, never changed, and other leaves are copied. A plain Flax
+    model with the converted layers loads the result without fcconv_jax. Arrays stream
+    through a bounded buffer: those whose entries keep their order are copied from file
+    to file, the others are rearranged piece by piece. Whenever a run ends, ``dst`` is
+    either unchanged or the complete new checkpoint.
 
-    Every copy of the params moves, as in :func:`fcconv_jax.convert_params`. A
-    checkpoint does not hold the optimizer, so paths and shapes show which leaves of its
-    state follow a parameter: one whose path ends in a planned parameter's path (``mu``,
-    ``nu``, ``trace``) moves if it has the parameter's shape, stays if it is a scalar,
-    and is refused otherwise (factored statistics, moments of ``optax.flatten``).
-    Optimizers that treat a parameter by its number of axes (muon) are not recognized:
-    convert their state with :func:`fcconv_jax.convert_opt_state`.
+    Every copy of the params is converted, as in :func:`fcconv_jax.convert_params`. A
+    checkpoint doesn't contain the optimizer, so paths and shapes must show which leaves
+    of its state belong to a parameter. If a leaf's path ends in that of a planned
+    parameter (``mu``, ``nu``, ``trace``), it is converted if it has the parameter's
+    shape, and copied if it is a scalar. Other shapes are an error (factored statistics,
+    moments of ``optax.flatten``). Optimizers whose update depends on a parameter's
+    number of axes (muon) can't be recognized: convert their state with
+    :func:`fcconv_jax.convert_opt_state`.
 
     Args:
-      src: Orbax directory (one tree, a step, or a manager's), Flax msgpack file,
-        safetensors file, or a folder of such files with what lies beside them, as from
-        the Hugging Face hub.
-      dst: where to write; must not exist.
-      plan: from :func:`fcconv_jax.make_plan`. Its paths are found with or without the
-        levels that the checkpoint puts above them.
-      overwrite: replace the checkpoint at ``dst``; it stays if anything fails. A folder
-        that holds other files, too, is never replaced.
-      progress: called with what is done, the bytes done and their total; None or True
+      src: an Orbax directory (one tree, a step, or a manager's), a Flax msgpack file, a
+        safetensors file, or a folder of such files and others, as from the Hugging Face
+        hub.
+      dst: path of the new checkpoint; must not exist.
+      plan: from :func:`fcconv_jax.make_plan`. The checkpoint may put any levels above
+        the plan's paths.
+      overwrite: replace the checkpoint at ``dst``; if anything fails, the old one is
+        kept. A folder that contains other files, too, is never replaced.
+      progress: called with a phase, the bytes done and the bytes in all; None or True
         for bars on stderr, False for none.
-      format: format of ``dst``; by default what its suffix says, else that of ``src``.
-        Only nested dicts of arrays travel from one format to another.
-      step: which step of a directory that holds several, by name or number; by
-        default, the latest.
-      all_steps: convert every step of it.
-      prefix: levels above the params to convert, such as ``"gen/params"``, where a
-        checkpoint holds several models; one for each copy of the same model.
-      check: read what was written and compare it, entry by entry, with the source.
+      format: format of ``dst``; by default that of its suffix, or else that of ``src``.
+        Only nested dicts of arrays can be written in another format.
+      step: the step to convert, by name or number, if the directory contains several;
+        by default the latest.
+      all_steps: convert every step of the directory.
+      prefix: path of the params to convert, such as ``"gen/params"``, if the checkpoint
+        contains several models; a sequence for several copies of the same model.
+      check: read the result back and compare it with ``src``, entry by entry.
       dry_run: write nothing; report what would be done.
-      follow_links: read and copy what links that leave the folder ``src`` lead to. By
-        default they are an error, except those in the Hugging Face hub's cache.
+      follow_links: copy files that links out of the folder ``src`` lead to. By default,
+        such links are an error, except those into the Hugging Face hub's cache.
 
     Returns:
       A report on the converted leaves.
 
     Raises:
-      CheckpointError: ``src`` is damaged, no checkpoint, converted already, or changed
-        while it was read; a planned leaf is missing or has another shape; ``dst``
-        exists or cannot be written. Nothing has been written then.
+      CheckpointError: ``src`` is damaged, not a checkpoint, converted already, or
+        changed while it was read; a planned leaf is missing or has another shape;
+        ``dst`` exists or cannot be written. Nothing has been written then.
 
     Source:
-      ``orbax.checkpoint``, ``flax.serialization`` and ``safetensors`` read and write.
+      The formats of ``orbax.checkpoint``, ``flax.serialization`` and ``safetensors``.
 
     Example:
       >>> import tempfile
@@ -139,30 +140,32 @@ def restore_checkpoint(
     """Undo :func:`convert_checkpoint`, bit for bit, with the plan stored in ``src``.
 
     Args:
-      src: what :func:`convert_checkpoint` wrote, or what was saved in the converted
-        form since.
-      dst: where to write; must not exist.
-      plan: the plan of the conversion, if ``src`` does not hold it. By default, a step
-        without one takes the plan that other steps of its directory hold.
-      overwrite: replace the checkpoint at ``dst``; it stays if anything fails.
-      progress: called with what is done, the bytes done and their total; None or True
+      src: a checkpoint that :func:`convert_checkpoint` wrote, or one that was saved
+        later in the converted form.
+      dst: path of the restored checkpoint; must not exist.
+      plan: the plan of the conversion, if ``src`` doesn't contain it. By default, a
+        step without a plan uses that of other steps in its directory.
+      overwrite: replace the checkpoint at ``dst``; if anything fails, the old one is
+        kept.
+      progress: called with a phase, the bytes done and the bytes in all; None or True
         for bars on stderr, False for none.
-      format: format of ``dst``; by default what its suffix says, else that of ``src``.
-      step: which step of a directory that holds several; by default, the latest.
-      all_steps: restore every step of it.
-      prefix: as :func:`convert_checkpoint` was given it.
-      check: compare what was written with ``src``, entry by entry.
+      format: format of ``dst``; by default that of its suffix, or else that of ``src``.
+      step: the step to restore, if the directory contains several; by default the
+        latest.
+      all_steps: restore every step of the directory.
+      prefix: the same as for :func:`convert_checkpoint`.
+      check: read the result back and compare it with ``src``, entry by entry.
       dry_run: write nothing; report what would be done.
-      follow_links: read and copy what links that leave the folder ``src`` lead to. By
-        default they are an error, except those in the Hugging Face hub's cache.
+      follow_links: copy files that links out of the folder ``src`` lead to. By default,
+        such links are an error, except those into the Hugging Face hub's cache.
 
     Returns:
       A report on the restored leaves.
 
     Raises:
-      CheckpointError: as :func:`convert_checkpoint`; also if ``src`` holds no plan, or
-        its leaves are no longer those that the conversion wrote: one is missing, added,
-        or of another shape.
+      CheckpointError: as :func:`convert_checkpoint`; also if there is no plan, or if
+        the leaves of ``src`` aren't those of the converted checkpoint: one is missing,
+        was added, or has another shape.
 
     Source:
       As :func:`convert_checkpoint`.
@@ -218,20 +221,21 @@ def verify_checkpoint(
 ) -> ContentReport:
     """Compare two checkpoints entry by entry, without the model's code.
 
-    Nothing is written. Files are compared a piece at a time; an array in an Orbax
-    directory is whole in memory while it is compared.
+    Nothing is written. Files are compared piece by piece; arrays in an Orbax directory
+    are read one at a time, each as a whole.
 
     Args:
-      src: one checkpoint.
-      dst: another: a conversion of it, in any format, or the same once more.
-      plan: that leads from ``src`` to ``dst``; by default, the one stored in either.
-      step: of directories that hold several; by default, the latest.
-      prefix: as :func:`convert_checkpoint` was given it.
-      progress: called with what is done, the bytes done and their total; None or True
+      src: a checkpoint.
+      dst: the converted checkpoint, in any format, or a copy of ``src``.
+      plan: the plan that converts ``src`` to ``dst``; by default the one that is stored
+        in either.
+      step: the step to compare, if a directory contains several; by default the latest.
+      prefix: the same as for :func:`convert_checkpoint`.
+      progress: called with a phase, the bytes done and the bytes in all; None or True
         for bars on stderr, False for none.
 
     Returns:
-      Which leaves differ, if any.
+      A report on the leaves that differ.
 
     Raises:
       CheckpointError: one is damaged or not a checkpoint, the plan does not fit, or one
