@@ -163,7 +163,7 @@ def restore_checkpoint(
       A report on the restored leaves.
 
     Raises:
-      CheckpointError: as :func:`convert_checkpoint`; also if there is no plan, or if
+      CheckpointError: as :func:`convert_checkpoint`; also if the plan is missing, or if
         the leaves of ``src`` aren't those of the converted checkpoint: one is missing,
         was added, or has another shape.
 
