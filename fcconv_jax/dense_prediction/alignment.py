@@ -11,7 +11,7 @@ import numpy as np
 
 from . import costs
 from .blocks import blockwise, retaken, segments_along
-from .maps import join
+from .maps import join, join_whole
 from .values import (
     CropArray,
     Grid,
@@ -177,10 +177,14 @@ def _joined(values: list[CropArray], index: int) -> tuple[list[CropArray], Part]
         maps.append(map_)
         who.append(i)
         sources.append(source)
-    map_, places = join(maps)
+    whole = None
+    if grid is not None and grid.padded_outside and len(shared) == len(who):
+        sizes = [values[i].held.shape[values[i].axis(index)] for i in who]
+        whole = join_whole(maps, sizes)
+    map_, places = whole or join(maps)
     grown = any(len(p) > int(m.max()) + 1 for p, m in zip(places, maps))
     # Combinations of entries are as many as the crops' own arrays have.
-    if grown and len(places[0]) * costs.WORTH > map_.size:
+    if whole is None and grown and len(places[0]) * costs.WORTH > map_.size:
         return _joined([own_along(value, {grid}) for value in values], index)
     values = list(values)
     segments = None

@@ -60,6 +60,30 @@ def distinct(rows: Map) -> tuple[Map, Map]:
     return rows[first], ids
 
 
+def whole_rows(map_: Map, size: int, length: int) -> tuple[Map, Map]:
+    """Cut an axis into rows from its begin on, as a reshape of the whole image does.
+
+    Returns:
+      The rows, and for each that a crop sees which of them it is.
+
+    Raises:
+      ValueError: crops do not begin where a row does.
+
+    Example:
+      >>> rows, ids = whole_rows(crops(9, 4, 2), 9, 2)
+      >>> rows.tolist(), ids.tolist()
+      ([[0, 1], [2, 3], [4, 5], [6, 7]], [0, 1, 1, 2, 2, 3])
+    """
+    seen = map_.reshape(-1, length)
+    if (np.diff(seen, axis=1) != 1).any() or (seen[:, 0] % length).any():
+        raise ValueError(
+            f"expected crops a multiple of a reshape's {length} entries apart. Pass a "
+            "larger stride."
+        )
+    count = size // length
+    return np.arange(count * length).reshape(count, length), seen[:, 0] // length
+
+
 @dataclasses.dataclass(frozen=True)
 class WindowPasses:
     """An axis laid out so that passes of a window compute all of its outputs.
@@ -406,3 +430,32 @@ def join(maps: list[Map]) -> tuple[Map, list[Map]]:
             places[index] = np.arange(size)
             return maps[index], places
     return ids.reshape(first.shape), [found[:, i] for i in range(len(maps))]
+
+
+def join_whole(maps: list[Map], sizes: list[int]) -> tuple[Map, list[Map]] | None:
+    """Return what :func:`join` does, with the entries that no crop sees.
+
+    Layers that are padded around the image read them.
+
+    Args:
+      maps: of each, ``(P, n)``.
+      sizes: of the axis of each.
+
+    Returns:
+      None where crops see one of the axes in another order than the others, or none.
+
+    Example:
+      >>> map_, places = join_whole([crops(7, 3, 3), crops(7, 3, 3) + 1], [7, 8])
+      >>> map_.tolist(), [p.tolist() for p in places]
+      ([[0, 1, 2], [3, 4, 5]], [[0, 1, 2, 3, 4, 5, 6], [1, 2, 3, 4, 5, 6, 7]])
+    """
+    first = maps[0]
+    if not first.size:
+        return None
+    shifts = [int((other - first).min()) for other in maps]
+    if any((other - first != shift).any() for other, shift in zip(maps, shifts)):
+        return None
+    low = max(-shift for shift in shifts)
+    high = min(size - shift for size, shift in zip(sizes, shifts))
+    places = np.arange(low, high)
+    return first - low, [places + shift for shift in shifts]

@@ -154,7 +154,10 @@ def _pad(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
 
 
 def _concatenate(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:
-    return [_side_by_side(values, eqn.params["dimension"])]
+    dim = eqn.params["dimension"]
+    # Of a roll by 0, one piece is empty: its data would be kept beside the other's.
+    pieces = [value for value in values if value.shape[dim]] or values[:1]
+    return [pieces[0] if len(pieces) == 1 else _side_by_side(pieces, dim)]
 
 
 def _stack(eqn: Equation, values: Sequence[CropArray]) -> list[CropArray]:

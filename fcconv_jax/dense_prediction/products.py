@@ -143,9 +143,15 @@ def _within_windows(eqn: Equation, a: CropArray, b: CropArray) -> CropArray:
         numbers.append((axes[0], [*range(len(value.fronts)), *axes[1]]))
     (summed, batches), (their_summed, their_batches) = numbers
     left, right = operands
+    # One may hold entries behind the last that crops see.
+    data, theirs = left.data, right.data
+    for i, j in zip(batches, their_batches):
+        size = min(data.shape[i], theirs.shape[j])
+        data = lax.slice_in_dim(data, 0, size, axis=i)
+        theirs = lax.slice_in_dim(theirs, 0, size, axis=j)
     data = lax.dot_general(
-        left.data,
-        right.data,
+        data,
+        theirs,
         ((summed, their_summed), (batches, their_batches)),
         precision=eqn.params["precision"],
         preferred_element_type=eqn.params["preferred_element_type"],

@@ -61,7 +61,7 @@ def slide(
         axis that slides. A single int is the length of a 1-D crop (audio).
       stride: step between crops in pixels; an int applies to all axes. The default is
         the network's total stride (the product of the strides of its layers), or the
-        window if that is smaller or the total isn't known (windows made by reshapes).
+        window if that is smaller or no step is found at which crops share anything.
       axes: the axes of the image that slide; by default those behind the batch.
       padding: ``"crops"`` pads each crop inside the network, as the model does.
         ``"image"`` pads around the image only, as a network does that runs over the

@@ -14,8 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from ..messages.errors import PlanError
 from .blocks import Array, Blocks, Held, array_from, take
-from .maps import Map, distinct, lie_apart
+from .maps import Map, distinct, lie_apart, whole_rows
 
 
 class NotSharedError(Exception):
@@ -251,8 +252,15 @@ def split_part(value: CropArray, index: int, sizes: Sequence[int]) -> CropArray:
         return _with_parts(value, index, [Part(size) for size in sizes], data)
     # Factors of 1 take no place: they become parts that are not stored.
     outer, *inner = [size for size in sizes if size > 1] or [1]
-    # Crops that see the same stretch go on sharing it.
-    rows, ids = distinct(part.map.reshape(-1, math.prod(inner)))
+    length = math.prod(inner)
+    if part.grid is not None and part.grid.padded_outside:
+        try:
+            rows, ids = whole_rows(part.map, value.held.shape[axis], length)
+        except ValueError as error:
+            raise PlanError(f"padding='image': {error}") from None
+    else:
+        # Crops that see the same stretch go on sharing it.
+        rows, ids = distinct(part.map.reshape(-1, length))
     data = take(value.data, rows, axis)
     data = data.reshape(*shape[:axis], len(rows), *inner, *shape[axis + 1 :])
     ids = ids.reshape(len(part.map), outer)

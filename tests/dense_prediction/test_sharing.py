@@ -147,9 +147,24 @@ def test_crops_a_window_apart_share_its_attention():
         fc.slide(Swin(), (48, 64), step).report(variables, images)
         for step in ((6, 8), (5, 7))
     ]
+    assert fc.slide(Swin(), (48, 64)).report(variables, images).stride == (6, 8)
     aligned, other = (report.ratio for report in reports)
     assert reports[0].shares
     assert aligned > 10 > 3 > other
+
+
+def test_attention_beside_the_axis_that_slides():
+    """Crops end before the signal does: some operands keep its end, others don't."""
+
+    def net(w, x):  # (N, samples, leads, features): attention over the leads
+        q, k, v = jnp.tanh(x @ w + 1), x @ w.T, x @ (w + w.T)
+        y = nn.softmax(q @ k.swapaxes(-1, -2)) @ v
+        return nn.avg_pool(y, (3, 1), (1, 1)).max((1, 2))
+
+    x, w = jax.random.normal(jax.random.key(0), (2, 21, 6, 4)), jnp.eye(4)[::-1]
+    got = fc.slide(net, 8, 3, axes=1)(w, x)
+    want = [net(w, x[:, start : start + 8]) for start in range(0, 14, 3)]
+    np.testing.assert_allclose(got, np.stack(want, 1), atol=1e-5)
 
 
 def integers(rng, *shape):
