@@ -9,7 +9,7 @@ from typing import Any
 from ..messages.errors import CheckpointError, PlanError
 from ..params.leaves import convert_leaf
 from ..params.matching import find_moves
-from ..params.move import Leaf, Move
+from ..params.move import Leaf, Move, stacks_lead
 from ..plan import Plan
 from .checkpoint import (
     Checkpoint,
@@ -65,10 +65,8 @@ def make_job(
         )
         for parts, (_, leaf) in zip(paths, leaves)
     }
-    prefixes = (prefix,) if isinstance(prefix, str) else prefix
-    bases = [tuple(filter(None, each.split("/"))) for each in prefixes]
     try:
-        moves = find_moves(found, plan, prefixes=bases, separator=separator)
+        moves = find_moves(found, plan, prefix=prefix, separator=separator)
     except PlanError as error:
         raise CheckpointError(f"{file}: {error}") from None
     out, converted = [], []
@@ -108,7 +106,7 @@ def _moved(leaf: Any, move: Move) -> LazyLeaf:
     """
     leaf = LazyLeaf.of(leaf)
     n = len(move.stack_axes)
-    if n and not all(0 <= axis <= i for i, axis in enumerate(move.stack_axes)):
+    if not stacks_lead(move.stack_axes):
         # A stack along an inner axis is rearranged separately, in memory.
         return LazyLeaf.of(convert_leaf(move.rearrange, leaf.array(), move.stack_axes))
     whole = move.rearrange.stacked(leaf.shape[:n]) if n else move.rearrange

@@ -69,11 +69,9 @@ def convert_params(
     check_flags(strict=strict)
     _refuse_model(params)
     check_kind("prefix=", prefix, (str, Sequence), "levels of the tree", "'actor'")
-    prefixes = (prefix,) if isinstance(prefix, str) else prefix
-    parts = [tuple(filter(None, each.split("/"))) for each in prefixes]
     if has_train_state(params):
-        return map_train_states(params, plan, _checked_apply, strict, parts)
-    return map_leaves(params, plan, strict, parts)
+        return map_train_states(params, plan, _checked_apply, strict, prefix)
+    return map_leaves(params, plan, strict, prefix)
 
 
 def restore_params(

@@ -11,7 +11,6 @@ import jax
 from jaxtyping import PyTree
 
 from ..messages.errors import PlanError
-from ..params.move import Parts
 from ..params.moves import map_leaves
 from ..params.opt_state import convert_opt_state
 from ..plan import Plan, check_plan
@@ -106,7 +105,7 @@ def map_train_states(
     plan: Plan,
     apply: Callable[[Any], Any],
     strict: bool = True,
-    prefixes: Sequence[Parts] = (),
+    prefix: str | Sequence[str] = (),
 ) -> PyTree:
     """Return a TrainState, or a tree with several, in the plan's form.
 
@@ -115,12 +114,12 @@ def map_train_states(
       plan: the plan.
       apply: returns the ``apply_fn`` of a state that converts, given the old one.
       strict: as :func:`convert_params` takes it.
-      prefixes: the levels above the params to convert.
+      prefix: the levels above the params to convert.
     """
     olds, treedef = jax.tree.flatten(tree, is_leaf=is_train_state)
     # Only the optimizer knows which of its leaves follow a parameter.
     bare = [x.replace(opt_state=None) if is_train_state(x) else x for x in olds]
-    moved = map_leaves(jax.tree.unflatten(treedef, bare), plan, strict, prefixes)
+    moved = map_leaves(jax.tree.unflatten(treedef, bare), plan, strict, prefix)
 
     def joined(old: Any, new: Any) -> Any:
         if not is_train_state(old):

@@ -15,6 +15,7 @@ from jax.core import Tracer
 from ..geometry.kernels import Rearrangement
 from ..versions import DONATES_RESHAPED, raw_value, set_raw_value
 from .leaves import convert_leaf
+from .move import stacks_lead
 
 # Arrays of fewer bytes are copied: they hardly count, and compiling takes its time.
 _WORTH = 1 << 20
@@ -57,14 +58,12 @@ def _within(
         or array.nbytes < _WORTH
     ):
         return None
-    # Each new axis is put in among those that were in front by then.
-    leads = all(0 <= axis <= i for i, axis in enumerate(stack_axes))
     keeps_features = (
         move.perm[-1] == len(move.perm) - 1
         and move.source[-1] == move.split[-1] == move.target[-1]
         and len(move.split) - 1 not in move.flip
     )
-    if not keeps_features or not leads:
+    if not keeps_features or not stacks_lead(stack_axes):
         return None
     return move.stacked(array.shape[: len(stack_axes)])
 

@@ -38,7 +38,7 @@ def find_moves(
     leaves: Mapping[Parts, Leaf],
     plan: Plan,
     *,
-    prefixes: Sequence[Parts] = (),
+    prefix: str | Sequence[str] = (),
     separator: str = "/",
     strict: bool = True,
 ) -> dict[Parts, Move]:
@@ -53,7 +53,7 @@ def find_moves(
     Args:
       leaves: of the tree, by path.
       plan: what to move.
-      prefixes: levels above the params to move, one for each copy; others stay.
+      prefix: levels above the params to move, one for each copy; others stay.
       separator: at which paths were split, beside ``/``.
       strict: whether a planned leaf that is missing is an error.
 
@@ -65,11 +65,11 @@ def find_moves(
     wanted = planned_moves(plan, separator)
     if not wanted:
         return {}
-    bases = list(prefixes) or _bases(wanted, leaves)
+    prefixes = (prefix,) if isinstance(prefix, str) else prefix
+    given = list(map(_levels, prefixes))
+    bases = given or _bases(wanted, leaves)
     tied = {
-        tuple(filter(None, f"{path}/{name}".split("/")))
-        for path, layer in plan.items()
-        for name in layer.tied
+        _levels(f"{path}/{name}") for path, layer in plan.items() for name in layer.tied
     }
     # A tied kernel may be stored under its owner's path alone.
     for base in bases:
@@ -87,7 +87,7 @@ def find_moves(
     for path, move in moves.items():
         if not move.fits(leaves[path].shape):
             raise PlanError(move.refusal(leaves[path]))
-    moves |= copies(leaves, bases, wanted, chosen=bool(prefixes))
+    moves |= copies(leaves, bases, wanted, chosen=bool(given))
     return moves | _axis_names(leaves, moves)
 
 
@@ -133,6 +133,10 @@ def ranked_prefixes(
         for prefix, (fit, there) in hits.items()
     }
     return sorted(hits, key=ranks.__getitem__), ranks
+
+
+def _levels(path: str) -> Parts:
+    return tuple(filter(None, path.split("/")))
 
 
 def _bases(

@@ -92,3 +92,9 @@ def inner_shape(
     for axis in reversed(stack_axes):  # the outermost transform added its axis last
         del out[axis]
     return tuple(out)
+
+
+def stacks_lead(stack_axes: Sequence[int]) -> bool:
+    """Return whether the axes of stacks, innermost first, are a leaf's first ones."""
+    # Each new axis is put in among those that were in front by then.
+    return all(0 <= axis <= i for i, axis in enumerate(stack_axes))

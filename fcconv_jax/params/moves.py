@@ -28,7 +28,7 @@ _LOG = logging.getLogger(__name__)
 
 
 def map_leaves(
-    tree: PyTree, plan: Plan, strict: bool = True, prefixes: Sequence[Parts] = ()
+    tree: PyTree, plan: Plan, strict: bool = True, prefix: str | Sequence[str] = ()
 ) -> PyTree:
     """Move each planned leaf of a tree; an array held twice moves once."""
     if tree is None or isinstance(tree, str | os.PathLike):
@@ -37,7 +37,7 @@ def map_leaves(
             "convert_checkpoint(src, dst, plan) converts a file."
         )
     flat, treedef = flatten_with_path(tree)
-    moves = tree_moves(flat, plan, strict, prefixes)
+    moves = tree_moves(flat, plan, strict, prefix)
     _refuse_hidden(flat, moves)
     tied: dict[Any, Any] = {}
     out = []
@@ -72,11 +72,11 @@ def tree_moves(
     flat: Sequence[tuple[str, Any]],
     plan: Plan,
     strict: bool = True,
-    prefixes: Sequence[Parts] = (),
+    prefix: str | Sequence[str] = (),
 ) -> dict[str, Move]:
     """Return how each planned leaf of a tree moves, by its path in the tree."""
     leaves = {_parts(path): Leaf(path, _shape(leaf)) for path, leaf in flat}
-    moves = find_moves(leaves, plan, prefixes=prefixes, strict=strict)
+    moves = find_moves(leaves, plan, prefix=prefix, strict=strict)
     if len(moves) > len(planned_moves(plan)):
         _LOG.info("converted every copy: %s", sorted(map("/".join, moves)))
     return {leaves[parts].name: move for parts, move in moves.items()}

@@ -402,7 +402,8 @@ def test_a_plan_that_fits_twice_is_refused(case, write, tmp_path):
         convert_checkpoint(src, tmp_path / "conv", case.plan)
 
 
-def test_scanned_stacks_move_below_their_layer_axis(write, tmp_path):
+@pytest.mark.parametrize("axis", [0, 1, -1])
+def test_scanned_stacks_move_below_their_layer_axis(write, tmp_path, axis):
     kernel = Rearrangement.reshape((6, 4), (1, 1, 6, 4))
     layer = LayerPlan(
         "pointwise",
@@ -412,12 +413,13 @@ def test_scanned_stacks_move_below_their_layer_axis(write, tmp_path):
         (("kernel", kernel),),
         (1, 6),
         (1, 1),
-        stack_axes=(0,),
+        stack_axes=(axis,),
     )
     plan = Plan("conv", (("layers/fc", layer),))
     stack = np.arange(72.0).reshape(3, 6, 4)
-    tree = {"params": {"layers": {"fc": {"kernel": stack}}}}
+    tree = {"params": {"layers": {"fc": {"kernel": np.moveaxis(stack, 0, axis)}}}}
     src = write(tmp_path / "src", tree, "msgpack")
     convert_checkpoint(src, tmp_path / "conv", plan)
     got = read_checkpoint(tmp_path / "conv").tree["params"]["layers"]["fc"]["kernel"]
-    np.testing.assert_array_equal(got, stack.reshape(3, 1, 1, 6, 4))
+    want = np.moveaxis(stack.reshape(3, 1, 1, 6, 4), 0, axis)
+    np.testing.assert_array_equal(got, want)

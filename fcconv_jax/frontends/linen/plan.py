@@ -13,7 +13,9 @@ from flax import struct
 from flax.core import DenyList
 from jaxtyping import PyTree
 
+from ...params.leaves import leaf_path
 from ...plan import Form, Plan
+from ...plan.paths import join_path
 from ...plan.rules import Rule
 from ...planning.from_trace import Own, plan_trace
 from ...planning.layers import LibraryLayer
@@ -84,7 +86,7 @@ class _Names:
         batch, features = kernel_split(module)
         layer = LibraryLayer(
             kind=kind,
-            kernel=f"{path}/kernel".lstrip("/"),
+            kernel=join_path(path, "kernel"),
             shape=tuple(kernel.shape),
             bias=None if bias is None else tuple(bias.shape),
             batch=batch,
@@ -236,7 +238,7 @@ def _stored(params: PyTree) -> dict[str, Any]:
     leaves, _ = jax.tree_util.tree_flatten_with_path(
         params, is_leaf=lambda x: isinstance(x, nn.meta.AxisMetadata)
     )
-    return {"/".join(str(k.key) for k in path): leaf for path, leaf in leaves}
+    return {leaf_path(path): leaf for path, leaf in leaves}
 
 
 def _as_stored(layer: LibraryLayer, box: Any) -> LibraryLayer:
@@ -258,7 +260,7 @@ def _own(
     owners: Mapping[str, type],
 ) -> dict[str, Own]:
     """Return the parameters of two or more axes that no layer of Flax reads."""
-    known = {f"{path}/{n}".lstrip("/") for path in layers for n in ("kernel", "bias")}
+    known = {join_path(path, n) for path in layers for n in ("kernel", "bias")}
     own = {}
     for leaf, box in params.items():
         path, _, name = leaf.rpartition("/")

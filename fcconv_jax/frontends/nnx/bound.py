@@ -91,13 +91,13 @@ class BoundNnx(BoundModel):
             return given  # Variables of a bound model.
         if isinstance(given, nnx.State):
             given = nnx.to_pure_dict(given)
-        values = {"/".join(map(str, p)): v for p, v in flatten_dict(given).items()}
+        values = {nnx_layers.path_text(p): v for p, v in flatten_dict(given).items()}
         missing = []
 
         def filled(state: nnx.State) -> nnx.State:
             leaves = []
             for path, leaf in nnx.to_flat_state(state):
-                text = "/".join(map(str, path))
+                text = nnx_layers.path_text(path)
                 if text in values:
                     leaf = leaf.replace(values[text])
                 else:
@@ -163,7 +163,7 @@ class BoundNnx(BoundModel):
         )
         if not nnx.state(self.model, nnx.BatchStat):
             return
-        updated = ["/".join(map(str, path)) for path in flatten_dict(out[1])]
+        updated = list(map(nnx_layers.path_text, flatten_dict(out[1])))
         after = jaxpr.jaxpr.outvars[-len(updated) :]
         changed = [p for p, var in zip(updated, after) if var not in jaxpr.jaxpr.invars]
         if changed:
