@@ -32,30 +32,32 @@ def convert_model(
     model: Callable[..., PyTree], plan: Plan, *, inplace: Literal[False] = ...
 ) -> ConvertedFunction: ...
 def convert_model(model: object, plan: Plan, *, inplace: bool = False) -> object:
-    """The model in the plan's form: same calls, same numbers, converted parameters.
+    """Return the model in the plan's form, with the same calls and the same results.
 
     Args:
       model: the ``flax.linen`` or ``flax.nnx`` Module that was planned, or the
         function of params and inputs.
       plan: from :func:`fcconv_jax.make_plan`.
-      inplace: for an NNX model, change it itself, layer by layer, so that no second
-        copy of the parameters is alive: a large kernel whose entries change their
-        order is donated, unless something else holds the array. Else a clone is
-        converted, which shares what does not change.
+      inplace: for an NNX model, modify the model itself, layer by layer, without a
+        second copy of its parameters in memory. Large kernels whose entries change
+        their order are donated, unless something else holds the array. By default, a
+        clone is converted, which shares unchanged arrays with the original.
 
     Returns:
-      For a linen Module an object with its ``init`` and ``apply`` (same arguments),
-      jitted. For an NNX model a model of the same class, parameters included, in which
+      For a linen Module, an object with its ``init`` and ``apply`` (same arguments),
+      jitted.
+      For an NNX model, a model of the same class with converted parameters, in which
       each planned layer is an ``nnx.Conv`` (or ``nnx.Linear``, ``nnx.LinearGeneral``)
-      that takes the inputs of the layer that it was; ``plan.inverse()`` goes back.
-      Where the plan takes matmuls of its own code, modules are of a subclass of their
-      class, whose methods are traced, rewritten and jitted.
-      For a function ``f(params, *inputs)`` a function of the same arguments, jitted.
+      with the inputs of the original layer; ``plan.inverse()`` converts it back.
+      Modules whose own code has planned matmuls become instances of a subclass, whose
+      methods are traced, rewritten and jitted.
+      For a function ``f(params, *inputs)``, a function of the same arguments, jitted.
 
     Raises:
       PlanError: the model is converted already, or an NNX model is not the one that
         was planned.
-      TypeError: the model is of another kind, or not an NNX model with ``inplace``.
+      TypeError: the model is of another kind, or ``inplace`` is passed with a model
+        other than NNX.
 
     Source:
       ``flax.linen.intercept_methods``, and JAX's guide to interpreters of jaxprs.

@@ -20,38 +20,38 @@ Tree = TypeVar("Tree")
 def convert_params(
     params: Tree, plan: Plan, *, strict: bool = True, prefix: str | Sequence[str] = ()
 ) -> Tree:
-    """Move every planned parameter of a tree into the plan's form.
+    """Convert every planned parameter of a tree to the plan's form.
 
-    Entries are moved, never changed: :func:`restore_params` gives back the same bits.
-    Works on params with or without the outer ``"params"`` level, full variables,
-    ``FrozenDict``, an ``nnx.State`` or a pure dict of it, abstract trees of
-    ``ShapeDtypeStruct``, trees of ``PartitionSpec`` or ``NamedSharding``, and boxed
-    leaves, whose axis names move along.
+    Entries are rearranged, never changed: :func:`restore_params` returns the same bits.
+    The tree may be params with or without the outer ``"params"`` level, full variables,
+    a ``FrozenDict``, an ``nnx.State`` or a pure dict of it, an abstract tree of
+    ``ShapeDtypeStruct``, or a tree of ``PartitionSpec`` or ``NamedSharding``. In boxed
+    leaves, the axis names are converted, too.
 
-    Every copy of the params in the tree moves, too: a target network, a running
-    average, both parts of ``optax.LookaheadParams``, moments of an optimizer. A tree is
-    a copy if it has the same leaves of the same shapes; one that is a copy in part only
-    is an error. Everything else is passed through. The optimizer state of a
-    ``TrainState`` goes through :func:`convert_opt_state`. If the state's ``apply_fn``
-    is a Module's, use :func:`convert_train_state`.
+    Every copy of the params in the tree is also converted: a target network, a running
+    average, both parts of ``optax.LookaheadParams``, moments of an optimizer. A subtree
+    is a copy if it has the same leaves with the same shapes; a partial copy is an
+    error. Other leaves are returned unchanged. The optimizer state of a ``TrainState``
+    is converted by :func:`convert_opt_state`. If the state's ``apply_fn`` is a
+    Module's, use :func:`convert_train_state`.
 
     Args:
-      params: the tree, in the form that the plan comes from.
+      params: the tree, in the model's original form.
       plan: from :func:`fcconv_jax.make_plan`.
-      strict: whether a planned leaf that is missing is an error. If none is there, it
-        always is.
-      prefix: levels above the params to convert, such as ``"actor/params"``, one for
-        each copy; no other copy is converted. By default, all are found.
+      strict: whether a missing planned leaf is an error. If all are missing, it always
+        is.
+      prefix: path of the params to convert, such as ``"actor/params"``, or several for
+        several copies; no other copy is converted. By default, all copies are.
 
     Returns:
-      A tree of the same structure. NumPy leaves stay NumPy, without a copy where the
-      order of the entries is kept; an array that stands in several places is
-      converted once.
+      A tree of the same structure. NumPy leaves stay NumPy, and share memory with the
+      original if the order of their entries doesn't change. An array that occurs
+      several times is converted once.
 
     Raises:
-      PlanError: a planned leaf is missing, has another shape, or its sharding cannot
-        follow; or a tree may be a copy of the params, and differs from them. The
-        message names the leaf.
+      PlanError: a planned leaf is missing, has another shape, or has no equivalent
+        sharding; or a subtree resembles the params but differs from them. The message
+        names the leaf.
 
     Source:
       Raschka, *Machine Learning Q and AI* (2024), ch. 12: the same entries in another
@@ -80,14 +80,14 @@ def restore_params(
     """Undo :func:`convert_params`, bit for bit.
 
     Args:
-      params: what :func:`convert_params` takes, in the form that the plan goes to.
+      params: a tree as for :func:`convert_params`, in the converted form.
       plan: the plan that converted it.
-      strict: as there.
-      prefix: as there.
+      strict: as for :func:`convert_params`.
+      prefix: as for :func:`convert_params`.
 
     Returns:
-      The same tree in the form that the plan comes from: leaves of the plan in the
-      shapes that they had, every other leaf as it is.
+      The tree in the original form: planned leaves have their original shapes, other
+      leaves are unchanged.
 
     Raises:
       PlanError: as :func:`convert_params`.

@@ -22,41 +22,42 @@ def make_plan(
     backend: str | None = None,
     **kwargs: PyTree,
 ) -> Plan:
-    """Finds the linear layers of a model and how each moves to the other form.
+    """Plan how the linear layers of a model convert to the other form.
 
-    The model is traced on abstract inputs: no array is made, nothing is computed.
-    The window of a Dense behind a flatten, and the order of that flatten, are read
-    off the trace. Parameters that no layer of Flax reads are planned by their matmuls
-    and named by their own path, as those of a function are.
+    The model is traced on abstract inputs: no computation runs and no array is
+    allocated. For a Dense behind a flatten, the trace shows the window and the order of
+    the flatten. Parameters that aren't read by a Flax layer, such as those of a
+    function, are planned by their matmuls and named by their own path.
 
     Args:
-      model: a ``flax.linen`` or ``flax.nnx`` Module; it is left as it is. Or any
+      model: a ``flax.linen`` or ``flax.nnx`` Module, which isn't modified, or any
         function ``f(params, *inputs)``, whose layers are its matmuls with a parameter.
-      *inputs: what the model is called with: arrays or ``jax.ShapeDtypeStruct``. For a
-        function the params, in a PyTree of any kind, come first. Where they are sharded
-        over a mesh, layouts are chosen that add no collectives.
+      *inputs: the model's inputs: arrays or ``jax.ShapeDtypeStruct``. For a function,
+        the params, in any PyTree, come first. If they are sharded over a mesh, the
+        chosen layouts add no collectives.
       to: ``"conv"`` converts Dense and DenseGeneral layers (in NNX, Linear and
         LinearGeneral), ``"dense"`` Conv layers.
       rules: :class:`Rule` or text such as ``"head=7x7"``; the first that matches a
-        module path (for a matmul, a parameter's path) overrides what the trace says.
-      rngs: as for ``model.init``; a fixed key by default. NNX models hold
-        their own; one that takes ``rngs=`` in its call gets these.
+        module path (for a matmul, a parameter's path) overrides the planner's choice.
+      rngs: as for ``model.init``; a fixed key by default. NNX models hold their own;
+        if one takes ``rngs=`` in its call, it gets these.
       method: as for ``model.init``; for NNX, a method's name or a function of the
-        model. Plans of several methods join with ``|``.
-      backend: where the conv form will run: ``"cpu"``, ``"cuda:h100"``, ``"tpu:v5e"``.
-        Each layer gets the layout that was quickest there for inputs of these shapes;
-        a kernel may be stored as OHWI then, which a plain ``nn.Conv`` does not load.
-        None takes the available backend (where the params or inputs lie, else JAX's
-        default) and stores kernels as a plain ``nn.Conv`` loads them, so that params
-        convert alike on every machine. ``"any"`` runs the same convolutions everywhere.
+        model. Join the plans of several methods with ``|``.
+      backend: the backend that will run the conv form: ``"cpu"``, ``"cuda:h100"``,
+        ``"tpu:v5e"``. Each layer gets the layout that is fastest there for inputs of
+        these shapes. Kernels may then be stored as OHWI, which a plain ``nn.Conv``
+        can't load. None uses the current backend (that of the params or inputs, or else
+        JAX's default), and stores kernels as a plain ``nn.Conv`` does, so that
+        converted params are the same on every machine. ``"any"`` uses the same layouts
+        everywhere.
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
     Returns:
-      A :class:`Plan`; ``plan.skipped`` has the reason for each layer that is not
-      converted.
+      A :class:`Plan`; ``plan.skipped`` maps each layer that isn't converted to the
+      reason.
 
     Raises:
-      PlanError: a rule matches no layer, or asks for what cannot be.
+      PlanError: a rule matches no layer, or requests an impossible conversion.
       TypeError: the model is of another kind.
 
     Source:

@@ -23,20 +23,20 @@ def convert_train_state(state: State, plan: Plan, model: nn.Module) -> State:
     """Convert a TrainState to the plan's form, so that training can continue.
 
     Args:
-      state: with params (or variables) and optimizer state in the form that the plan
-        comes from; or a tree of such states, as a dataclass of an agent's.
+      state: a ``TrainState`` in the model's original form, or a tree of several, such
+        as an agent's dataclass.
       plan: from :func:`fcconv_jax.make_plan`.
       model: the linen Module that was planned.
 
     Returns:
-      The state with its ``params``, every copy of them in its other fields (a target
-      network, a running average) and its ``opt_state`` converted, as
-      :func:`convert_params` and :func:`convert_opt_state` do, and the ``apply`` of the
-      converted model as its ``apply_fn``. In a tree, each state whose params convert
-      is changed like that.
+      The state with converted ``params`` (or variables) and ``opt_state``, and with the
+      converted model's ``apply`` as its ``apply_fn``. Copies of the params in its other
+      fields (a target network, a running average) are converted, too. See
+      :func:`convert_params` and :func:`convert_opt_state`. In a tree, this is done for
+      each state whose params convert.
 
     Raises:
-      PlanError: as those two.
+      PlanError: as :func:`convert_params` and :func:`convert_opt_state`.
 
     Source:
       ``flax.training.train_state.TrainState``.
@@ -62,14 +62,13 @@ def restore_train_state(state: State, plan: Plan, model: nn.Module) -> State:
     """Undo :func:`convert_train_state`, bit for bit.
 
     Args:
-      state: in the form that the plan goes to, from :func:`convert_train_state` or
-        trained since.
+      state: a state from :func:`convert_train_state`, which may have been trained
+        since.
       plan: the plan that converted it.
       model: the linen Module that was planned.
 
     Returns:
-      The state in the form that the plan comes from, with ``model.apply`` as its
-      ``apply_fn``.
+      The state in the original form, with ``model.apply`` as its ``apply_fn``.
 
     Raises:
       PlanError: the state does not fit the plan.

@@ -34,32 +34,32 @@ def convert_opt_state(
 ) -> PyTree:
     """Convert an optax optimizer state to the plan's form.
 
-    Before anything is returned, two updates are run in both forms on random gradients,
-    in float64: the converted state's must be the conversion of the original's. That
-    finds optimizers which look at the rank or the shape of a leaf and keep no state
-    that would show it: a weight decay mask by ``ndim``, ``adaptive_grad_clip``, a
-    partition by shape, noise drawn in the shape of a leaf.
+    Before returning, two updates run in both forms on random gradients, in float64. The
+    converted state's updates must be the conversion of the original's. This detects
+    optimizers that depend on the rank or shape of a leaf, even if their state doesn't
+    show it: a weight decay mask by ``ndim``, ``adaptive_grad_clip``, a partition by
+    shape, noise drawn in the shape of a leaf.
 
     Args:
       opt_state: state that ``tx`` made for ``params`` (arrays or abstract).
       plan: from :func:`fcconv_jax.make_plan`.
       tx: the ``optax.GradientTransformation``; it must act on each entry of a
         parameter separately, as adam, sgd, lion or lamb do.
-      params: the parameters (or their shapes) in the form that the plan comes from.
-      check: whether to run those updates. Under ``jit``, and for states that are
-        abstract or spread over processes, they run on random numbers in the place of
-        the state, unless that takes more than 1 GiB: then only shapes are compared.
-      probe_kwargs: what those updates are called with beside the gradients, the state
-        and the params, if ``tx.update`` requires more than ``value`` and ``grad``. A
-        tree like ``params`` is converted for the other form.
+      params: the params (or their shapes) in the model's original form.
+      check: whether to run these updates. Under ``jit``, and for states that are
+        abstract or spread over processes, random numbers replace the state; if that
+        would take more than 1 GiB, only shapes are compared.
+      probe_kwargs: keyword arguments for these updates, if ``tx.update`` requires more
+        than ``value`` and ``grad``. A tree like ``params`` is converted for the other
+        form.
 
     Returns:
-      The state that continues training in the other form as if nothing had happened.
+      The converted state, with which training continues in the other form.
 
     Raises:
-      PlanError: the state does not follow the shape of the parameters, as with the
-        factored statistics of adafactor, or the next update would be another one; the
-        message names the leaf. Or the updates could not be run.
+      PlanError: the state doesn't follow the shapes of the params, such as adafactor's
+        factored statistics, or its next update would differ; the message names the
+        leaf. Or the updates could not run.
 
     Source:
       ``optax.tree_map_params`` finds the leaves of a state that belong to the params.
