@@ -94,51 +94,54 @@ def export(
     progress: ProgressOption = None,
     **kwargs: PyTree,
 ) -> ExportReport:
-    """Write a model as a file for an edge runtime, and prove the file.
+    """Write a model as a file for an edge runtime, and verify the file.
 
     The model is traced once in the requested form, lowered to a few operations, and
     written with its layout kept. Then the file itself is checked: the bits of its
-    weights, each linear operation cut out of it and run in its runtime on integers, and
-    the whole file on ``inputs`` against float64 (:mod:`fcconv_jax.export.proof`).
+    weights, each linear operation (extracted from the file and run in its runtime on
+    integers), and the whole file on ``inputs``, against float64
+    (:mod:`fcconv_jax.export.proof`).
 
     Args:
       model: a ``flax.linen`` or ``flax.nnx`` Module, or a function of params, inputs.
-      params: its params or variables, in the model's own form; None for an NNX model's
-        own.
-      *inputs: what it is called with; their shapes are the file's.
+      params: its params or variables, in the model's original form; None for an NNX
+        model's own.
+      *inputs: the model's inputs; the file accepts inputs of their shapes.
       path: the file to write. Its suffix selects the runtime: ``.tflite``, ``.onnx``,
-        ``.xml`` (OpenVINO), ``.vmfb`` (IREE), ``.mlpackage``, ``.stablehlo``. If a file
-        is there and the new one fails its proof, the old one stays and the new one is
-        written beside it; see ``report.path``.
-      runtime: the runtime by its name, such as ``"litert"``, to check the suffix.
-      to: ``"conv"``: no matmul with a weight is left; ``"dense"``: no convolution that
-        has a dense form; ``"mix"``: each layer as the chip's rules select.
-      plan: which layers are converted, instead of ``to``.
+        ``.xml`` (OpenVINO), ``.vmfb`` (IREE), ``.mlpackage``, ``.stablehlo``. If the
+        file exists and the new one fails a check, the old one is kept and the new one
+        is written next to it; see ``report.path``.
+      runtime: the name of the runtime, such as ``"litert"``; must match the suffix.
+      to: ``"conv"`` converts every matmul with a weight, ``"dense"`` every convolution
+        that has a dense form, and ``"mix"`` gives each layer the form that the chip
+        prefers.
+      plan: which layers to convert, instead of ``to``.
       chip: the chip that the file is for, see :mod:`fcconv_jax.export.chips`.
-      rules: as for :func:`fcconv_jax.make_plan`, where the plan is made here.
-      unroll: loops (``nn.scan``) of up to this many steps are written out.
+      rules: as for :func:`fcconv_jax.make_plan`, if ``plan`` is None.
+      unroll: unroll loops (``nn.scan``) of up to this many steps.
       fold: whether to fold norms at inference and other per-channel affines into the
-        layers before or behind them. They are folded in float64 and rounded once, and
-        the file's error must stay within twice the model's own: else nothing is folded,
-        and the report lists the layers. False keeps the bits of every parameter. IREE
-        and StableHLO files, JAX's own program, fold nothing.
-      any_batch: whether the file takes inputs of any batch size, their first axis:
-        resizable in LiteRT, symbolic in ONNX, OpenVINO and StableHLO. It is run with
-        three sizes. A StableHLO file takes any where the model allows it; then, a model
-        that doesn't is refused.
-      any_size: whether the file takes images of any spatial size from that of the
-        inputs on, in ONNX, OpenVINO and StableHLO: a fully convolutional network, or
-        what :func:`fcconv_jax.slide` returns, which computes each crop separately then.
-        Networks that take multiples of 8 only, say, are exported for such steps. It is
-        run with three sizes.
-      weights: the dtype that kernels and embeddings are rounded to in the file, half
-        its size: ``"float16"`` in LiteRT and ONNX, ``"bfloat16"`` in ONNX. They are
-        brought back to float32 when the file is loaded; the rest stays float32.
-      calibrate: for an int8 file: arrays of inputs, one for each positional input, with
-        examples along the first axis.
-      labels: the class of each of these examples, for the report's accuracy of both the
-        float and the int8 file: the index of the largest entry of the first output.
-      compare: whether to write the other forms as well, for the report's figures.
+        layers before or after them. They are folded in float64 and rounded once. If the
+        file's error would then exceed twice the model's own, nothing is folded, and the
+        report lists the layers. False keeps the bits of every parameter. IREE and
+        StableHLO files, which are JAX's own program, fold nothing.
+      any_batch: whether the file accepts any batch size (the first axis of the inputs):
+        resizable in LiteRT, symbolic in ONNX, OpenVINO and StableHLO. It is verified
+        with three sizes. A StableHLO file accepts any batch size by default, if the
+        model allows it; with True, it is an error if the model doesn't.
+      any_size: whether an ONNX, OpenVINO or StableHLO file accepts images of the
+        inputs' spatial size and larger. The model must be fully convolutional or the
+        result of :func:`fcconv_jax.slide`, which then computes each crop separately. If
+        it accepts only multiples of 8, say, so does the file. It is verified with three
+        sizes.
+      weights: the dtype to which kernels and embeddings are rounded in the file, for
+        half its size: ``"float16"`` in LiteRT and ONNX, ``"bfloat16"`` in ONNX. The
+        runtime converts them to float32 when it loads the file. Other parameters stay
+        float32.
+      calibrate: for an int8 file, arrays of example inputs, one for each positional
+        input, with examples along the first axis.
+      labels: the class of each of these examples. The report then shows the accuracy of
+        the float and the int8 file, which choose the largest entry of the first output.
+      compare: whether to export the other forms as well and show their figures.
       progress: as for :func:`fcconv_jax.verify`.
       **kwargs: keyword arguments of the call, such as ``train=False``.
 
@@ -146,8 +149,8 @@ def export(
       A report; ``report.passed`` is the verdict, ``print(report)`` shows the checks.
 
     Raises:
-      ExportError: the runtime cannot run the model: names the operation and a fix. What
-        was at ``path`` before stays.
+      ExportError: the runtime can't run the model; names the operation and a fix. An
+        existing file at ``path`` is kept.
       PlanError: a rule matches no layer.
 
     Source:

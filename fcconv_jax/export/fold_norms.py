@@ -27,26 +27,26 @@ Params = dict[str, jax.Array]
 def fold_norms(
     model: object, params: PyTree = None, *inputs: PyTree, **kwargs: PyTree
 ) -> tuple[Callable[..., PyTree], Params]:
-    """Return a model as a function of fewer params, its norms folded into its layers.
+    """Fold a model's norms into its layers; returns a function of fewer params.
 
     A norm at inference, a layer's scale, or ``(x - mean) / std`` is ``x * scale +
-    shift`` for each channel. Behind a convolution or a matmul, or in front of one where
-    padding allows it, the scale and the shift become part of the kernel and the bias:
-    computed in float64 and rounded once. Whatever else depends on the params alone is
-    computed here, too.
+    shift`` for each channel. After a convolution or a matmul, or before one if its
+    padding allows it, the scale and the shift are folded into the kernel and the bias,
+    in float64 and rounded once. Everything else that depends only on the params is
+    precomputed, too.
 
     Args:
       model: a ``flax.linen`` or ``flax.nnx`` Module, a function of params and inputs,
         or a model of another library that :func:`fcconv_jax.export` takes.
       params: its params or variables; None for those that the model holds.
-      *inputs: what it is called with.
-      **kwargs: keyword arguments of the call, such as ``train=False``. They are part of
-        the function.
+      *inputs: the model's inputs.
+      **kwargs: keyword arguments of the call, such as ``train=False``. They are fixed
+        in the function.
 
     Returns:
       A function, to be called as ``function(folded, *inputs)``, and the folded params:
-      arrays by name. The function is pure: jit it. It takes inputs of all
-      sizes that the model takes, and traces the model once for each.
+      arrays by name. The function is pure: jit it. It accepts inputs of all sizes that
+      the model accepts, and traces the model once for each.
 
     Raises:
       PlanError: the model is in training mode.

@@ -14,20 +14,19 @@ from .proof import LayerProof, Proof
 
 @dataclasses.dataclass(frozen=True)
 class FormFigures:
-    """What one form of the model is as a file.
+    """Figures of the file in one form of the model.
 
     Args:
       form: ``"conv"``, ``"dense"`` or ``"mix"``.
       bytes: size of the file.
-      ops: how many operations there are of each kind, in the runtime's words.
-      transposes: how many of them only move entries.
-      reshapes: how many only rename axes.
-      activation_bytes: memory for what lies between operations, at its fullest; None
-        of a file that was only read.
-      milliseconds: one run on this machine; None where it was not run.
-      error: the largest error against the float64 reference, as a part of the largest
-        value; None where it was not run.
-      cycles: by accelerator, what its compiler estimates for the int8 file.
+      ops: number of operations of each kind, by the runtime's names.
+      transposes: number of operations that only move entries.
+      reshapes: number of operations that only change the shape.
+      activation_bytes: peak memory of the activations; None if the file was only read.
+      milliseconds: time of one run on this machine; None if it wasn't run.
+      error: the largest error against the float64 reference, relative to the largest
+        value; None if it wasn't run.
+      cycles: by accelerator, its compiler's estimate for the int8 file.
     """
 
     form: str
@@ -43,22 +42,22 @@ class FormFigures:
 
 @dataclasses.dataclass(frozen=True)
 class ExportReport(Report):
-    """What :func:`fcconv_jax.export` wrote, and what it proved inside the file.
+    """Report of :func:`fcconv_jax.export`: the file, its checks and its figures.
 
     Attributes:
       path: the file.
-      runtime: the runtime by its name, as ``runtime=`` takes it.
-      title: the runtime's own name.
-      form: the form that was asked for.
-      chip: the chip that it is for.
+      runtime: name of the runtime, as for ``runtime=``.
+      title: the runtime's full name.
+      form: the requested form.
+      chip: the chip that the file is for.
       plan: which layers were converted, and how.
       proof: the checks of the file.
-      figures: the file's figures, and those of the other forms if they were made.
-      products: products of two activations, which are in every form.
-      left: weights in another form than asked for, and why.
-      broken: layers that the chip cannot take, and the rule that they break.
-      executed: whether the file was run here.
-      notes: what else there is to know.
+      figures: the file's figures, and those of the other forms with ``compare=True``.
+      products: matmuls between two activations, which are the same in every form.
+      left: weights that aren't in the requested form, and why.
+      broken: layers that the chip doesn't support, and the rule that they break.
+      executed: whether the file was run on this machine.
+      notes: other remarks.
       int8: what quantizing changed.
       int8_layers: the checks of the int8 file; ``proof`` is that of the float file that
         it was made from.
@@ -217,16 +216,16 @@ class ExportReport(Report):
         own = [layer for layer in self.proof.layers if layer.constant]
         if own:
             exact = sum(bool(layer.exact) for layer in own)
-            yield f"matrices of no parameter, as of a resize: {len(own)}, {exact} exact"
+            yield f"constant matrices, such as a resize's: {len(own)}, {exact} exact"
         if self.products:
             yield (
-                f"products of two activations: {len(self.products)} "
+                f"matmuls between two activations: {len(self.products)} "
                 f"({', '.join(self.products)})"
             )
         for path, why in self.left:
             yield f"not in {self.form} form: {path}: {why}"
         for path, why in self.broken:
-            yield f"{self.chip} does not take {path}: {why}"
+            yield f"{self.chip} doesn't support {path}: {why}"
         yield from (f"int8: {key}: {value}" for key, value in self.int8.items())
         yield from (f"note: {note}" for note in (*self.notes, *self.proof.notes))
         yield from (f"FAILED: {failure}" for failure in self.failures)

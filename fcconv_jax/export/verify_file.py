@@ -50,15 +50,15 @@ def verify_file(
 ) -> ExportReport:
     """Check a file that :func:`fcconv_jax.export` wrote against parameters.
 
-    The file's own record names the parameter of each weight, and how it was moved. The
-    bits of the weights and each layer on integers need nothing else; the whole file
-    needs the model.
+    The file's manifest names the parameter of each weight and how it was rearranged,
+    so the weights and each layer can be checked without the model. To check the
+    outputs of the whole file, too, pass ``model`` and ``inputs``.
 
     Args:
       path: the file.
-      params: the params or variables, in the form that the model has.
-      *inputs: what the model is called on.
-      model: the model, for the whole file on the inputs.
+      params: the params or variables, in the model's original form.
+      *inputs: the model's inputs.
+      model: the model, to compare its outputs on ``inputs`` with the file's.
       progress: as for :func:`fcconv_jax.verify`.
       **kwargs: keyword arguments of the call.
 
@@ -66,7 +66,7 @@ def verify_file(
       A report; ``report.passed`` is the verdict.
 
     Raises:
-      ExportError: the file is of another kind, or was written by something else.
+      ExportError: the file isn't one that :func:`fcconv_jax.export` wrote.
 
     Source:
       The formats' own schemas: TensorFlow Lite's flatbuffer and ONNX.

@@ -130,7 +130,7 @@ def test_what_no_form_makes_legal_is_named(tmp_path):
     assert [path for path, _ in report.broken] == ["embed"]
     # A stride of 16 rules out a convolution there, and 16 rows a FULLY_CONNECTED.
     assert "FULLY_CONNECTED has 1, 2, 4 or 8 rows (read: MediaTek" in str(report)
-    assert "mdla does not take embed: " in str(report)
+    assert "mdla doesn't support embed: " in str(report)
 
 
 def test_a_mix_needs_a_chip(tmp_path):
