@@ -30,7 +30,7 @@ def dense_kernel_to_conv(
     groups: int = 1,
     transposed: bool = False,
 ) -> Shaped[Array, "*window in out"]:
-    """Move a dense kernel into the convolution that computes the same numbers.
+    """Rearrange a dense kernel into that of the equivalent convolution.
 
     Args:
       kernel: ``(F, O)``, with ``F`` the flattened window times channels; for
@@ -40,21 +40,21 @@ def dense_kernel_to_conv(
         first: ``"HWC"`` (the default, channel last), ``"CHW"``, ``"WHC"``; letters
         as :func:`window_letters` gives them, and ``C``.
       groups: ``feature_group_count`` of the convolution.
-      transposed: move to a transposed convolution whose strides are its kernel size:
+      transposed: convert to a transposed convolution whose strides are its kernel size:
         ``kernel`` is then ``(C, F)``, with ``F`` the flattened window times the ``O``
         output channels (``(G, C/G, F)`` with the window times ``O/G``). The window is
         reversed, as ``flax.linen.ConvTranspose`` stores it by default.
 
     Returns:
       The conv kernel ``(*k, C/G, O)``; output channel ``o`` belongs to group
-      ``o // (O/G)``. A NumPy array stays one, and is a view where it can be.
+      ``o // (O/G)``. A NumPy array returns a NumPy array, if possible as a view.
 
     Raises:
       ValueError: the shape does not fit the window, the order or the groups.
 
     Source:
       Raschka, *Machine Learning Q and AI* (2024), ch. 12;
-      Long et al. (2015) turned the head of VGG so.
+      Long et al. (2015) converted the head of VGG this way.
 
     Example:
       >>> dense_kernel_to_conv(np.zeros((12, 5)), (2, 2), order="CHW").shape
@@ -75,7 +75,7 @@ def conv_kernel_to_dense(
     groups: int = 1,
     transposed: bool = False,
 ) -> Shaped[Array, "*groups features out"]:
-    """Move a conv kernel into the dense layer that computes the same numbers.
+    """Rearrange a conv kernel into that of the equivalent dense layer.
 
     Args:
       kernel: ``(*k, C/G, O)``.

@@ -38,7 +38,7 @@ def unroll_conv(
 ) -> Shaped[Array, "inputs outputs"]:
     """Build the dense matrix of a convolution on inputs of one size.
 
-    Entries are copied, never computed with, so every bit of the kernel survives.
+    Entries are copied, never computed with, so the matrix holds the kernel's bits.
 
     Args:
       kernel: ``(*k, C/G, O)``, of any dtype; a NumPy array gives a NumPy array,
@@ -56,8 +56,8 @@ def unroll_conv(
       right to an input flattened from ``(*input_shape, C)`` in row-major order.
 
     Raises:
-      ValueError: the geometry is none, the matrix would be larger than
-        ``max_bytes``, or padding lets two taps of one position read the same input.
+      ValueError: the geometry is invalid, the matrix would be larger than
+        ``max_bytes``, or padding makes two taps of one position read the same input.
 
     Source:
       Dumoulin and Visin (2016), *A guide to convolution arithmetic for deep

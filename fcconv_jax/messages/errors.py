@@ -2,7 +2,7 @@
 
 
 class FcconvError(Exception):
-    """Base of every error that this package explains: what it got, and the fix."""
+    """Base of this package's errors; the message names the cause and a fix."""
 
 
 class PlanError(FcconvError, ValueError):
@@ -29,4 +29,4 @@ class MissingExtraError(FcconvError, ImportError):
 
 
 class BackendError(FcconvError, ValueError):
-    """A backend does not exist, or could not do its work; names the backend."""
+    """A backend does not exist, or its compiler failed; names the backend."""

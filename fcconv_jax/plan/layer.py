@@ -20,33 +20,33 @@ KernelLayout = Literal["HWIO", "OHWI", "OIHW"]
 
 @dataclasses.dataclass(frozen=True)
 class LayerPlan:
-    """How one layer's parameters and call move from one form to the other.
+    """How the parameters and the call of one layer convert to the other form.
 
     Args:
-      base: why the two forms are equal (see :func:`fcconv_jax.classify`), of each
-        group where there are several.
-      layer: class of the layer as it was found, such as ``"Dense"``.
+      base: the case in which the two forms are equal (see :func:`fcconv_jax.classify`);
+        with several groups, that of each group.
+      layer: class of the original layer, such as ``"Dense"``.
       window: kernel size of the conv form.
       order: the axes of the window and the channels in the order in which the dense
-        form flattens them, slowest first: ``"HWC"``, ``"CHW"``, ``"WC"``. A transposed
-        convolution's dense form has them so in its output.
-      leaves: for each parameter its name under the module path and how its entries
-        move; the name is ``""`` where the plan's key is the leaf's own path.
-      input_shape: shape of the layer's input when the plan was made; an example of
-        it where sizes were symbolic.
-      strides: strides of the conv form; of a transposed one outputs per input.
+        form flattens them, slowest first: ``"HWC"``, ``"CHW"``, ``"WC"``. For a
+        transposed convolution, this is the order in the dense form's output.
+      leaves: for each parameter, its name under the module path and how its entries
+        are rearranged; the name is ``""`` if the plan's key is the leaf's own path.
+      input_shape: shape of the layer's input when the plan was made; an example if
+        sizes were symbolic.
+      strides: strides of the conv form; for a transposed one, outputs per input.
       groups: feature groups of the conv form.
       stack_axes: axes that ``nn.scan`` and ``nn.vmap`` add to the stored parameters,
         innermost first, as Flax numbers them.
-      layout: how the conv form is run: ``"fold"`` the leading axes into the batch,
-        ``"keep"`` those of a pointwise layer as spatial axes, or run it ``"flat"``, as
-        a 1-D convolution 1x1 over the window and channels in one axis.
+      layout: how the conv form runs. ``"fold"`` folds leading axes into the batch,
+        ``"keep"`` keeps those of a pointwise layer as spatial axes, and ``"flat"`` runs
+        a 1-D convolution 1x1 with window and channels in one axis.
       tied: names of the leaves that a tree holds only once, under another layer's
         path.
-      kernel_layout: how the converted kernel is stored: ``"HWIO"``, as Flax has it
-        (for one dimension WIO, for three DHWIO; a dense one ``(in, out)``); a conv one
-        as ``"OHWI"``; or ``"OIHW"``, as PyTorch has it (a dense one ``(out, in)``).
-      to: the form that the layer goes to.
+      kernel_layout: how the converted kernel is stored: ``"HWIO"`` as in Flax (WIO in
+        1-D, DHWIO in 3-D; dense ``(in, out)``), ``"OHWI"`` (conv only), or ``"OIHW"``
+        as in PyTorch (dense ``(out, in)``).
+      to: the form that the layer converts to.
 
     Raises:
       PlanError: the fields do not describe one layer.

@@ -33,13 +33,13 @@ class Plan(Mapping[str, LayerPlan]):
     """Which layers convert, and how: an immutable Mapping from path to LayerPlan.
 
     Args:
-      to: the form that the plan goes to, ``"conv"`` or ``"dense"``; ``"mix"`` if its
-        layers go to different ones, as each says itself.
+      to: the form that the layers convert to, ``"conv"`` or ``"dense"``; ``"mix"`` if
+        they convert to different forms (see ``LayerPlan.to``).
       layers: pairs of path and :class:`LayerPlan`.
       left: pairs of path and the reason why that layer is skipped.
-      options: compiler options, pairs of name and value, with which the plan was found
-        to be best; the jit of a converted linen model or function sets them.
-      tuning: what :func:`fcconv_jax.tune` measured; None for other plans.
+      options: the compiler options, as pairs of name and value, that were fastest with
+        the plan; a converted linen model or function applies them in its own jit.
+      tuning: the measurements of :func:`fcconv_jax.tune`; None for other plans.
 
     Example:
       >>> from fcconv_jax.geometry.kernels import Rearrangement

@@ -26,24 +26,26 @@ _SYNTAX = (
 
 @dataclasses.dataclass(frozen=True)
 class Rule:
-    """What to do with the layers whose module path matches a pattern.
+    """A rule for the layers whose module path matches a pattern.
 
-    A rule that says nothing but the pattern leaves all to the trace: it keeps its
-    layers from the rules behind it.
+    Fields that aren't given are read from the trace. So a rule with a pattern only
+    keeps the planner's choice, and protects its layers from later rules.
 
     Args:
       pattern: shell-style pattern for the whole module path (``*`` also crosses
         ``/``): ``"head"``, ``"*/attention/*"``.
-      window: kernel size of the conv form; None leaves it to the trace.
-      order: flatten order such as ``"CHW"``; None leaves it to the trace.
-      layout: as of :class:`fcconv_jax.plan.layer.LayerPlan`; None for the backend's.
-      skip: leave the layer as it is.
-      kernel_layout: as ``layout``.
-      below: if given, the rule is only for kernels of fewer entries.
+      window: kernel size of the conv form.
+      order: flatten order such as ``"CHW"``.
+      layout: as in :class:`fcconv_jax.plan.layer.LayerPlan`; None for the backend's.
+      skip: don't convert the layer.
+      kernel_layout: as in :class:`fcconv_jax.plan.layer.LayerPlan`; None for the
+        backend's.
+      below: match only kernels with fewer entries than this.
       to: the form to convert to; None for that of the whole plan.
-      groups: of the conv form, for :func:`fcconv_jax.plan_from_params`; None for one.
+      groups: feature groups of the conv form, for :func:`fcconv_jax.plan_from_params`;
+        None for one.
       phases: run transposed convolutions that have no dense form as one plain
-        convolution for each residue of their strides; the rest is left to the trace.
+        convolution for each residue of their strides.
 
     Example:
       >>> rule = Rule.parse("head/fc6=7x7:CHW:keep")

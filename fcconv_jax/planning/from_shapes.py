@@ -34,43 +34,43 @@ def plan_from_params(
     to: Form = "conv",
     backend: str | None = None,
 ) -> Plan:
-    """Plan the layers that rules name, from the shapes of their parameters.
+    """Plan without the model, from rules and the shapes of the params.
 
-    Nothing but shapes and names is known here, so nothing is guessed: only layers that
-    a rule matches convert, the rule is taken at its word, and what may be something
-    else than a Dense or a Conv is refused. Planning from the model
-    (:func:`fcconv_jax.make_plan`) sees the window and the order, and needs no rule.
+    Names and shapes don't show how a layer is used. So only layers that a rule matches
+    are converted, the rule isn't checked against the model, and parameters that may
+    belong to something else than a Dense or a Conv are an error. If you have the model,
+    use :func:`fcconv_jax.make_plan`, which finds the window and the order in its trace.
 
     Kernels called ``kernel`` are Flax's. In a tree without them, those called
-    ``weight`` are PyTorch's: a Conv's ``(out, in/groups, *window)`` and a Linear's
-    ``(out, in)``, flattened as ``nn.Flatten`` and ``F.unfold`` do unless the rule gives
-    another order. What comes out loads into the module whose layer was swapped
-    (``load_state_dict(strict=True)``). Grouped, it is ``(groups, out/groups, in)``, for
+    ``weight`` are PyTorch's: ``(out, in/groups, *window)`` for a Conv and ``(out, in)``
+    for a Linear, flattened as by ``nn.Flatten`` and ``F.unfold`` unless the rule gives
+    another order. The converted tree loads into the Module in which the layer is
+    replaced by its other form (``load_state_dict(strict=True)``). With groups, the
+    weight is ``(groups, out/groups, in)``, for
     ``torch.einsum("...gi,goi->...go", x, weight)``; biases stay ``(out,)``.
 
     Args:
       params: a tree of params or variables (arrays or abstract), a PyTorch
         ``state_dict``, or a dict from leaf path (``"fc/kernel"``) to array,
-        ``jax.ShapeDtypeStruct`` or shape. Where there is a level ``params``, only what
-        is below the outermost one counts.
+        ``jax.ShapeDtypeStruct`` or shape. If it has a level ``params``, only leaves
+        below the outermost one are planned.
       rules: :class:`Rule` or text such as ``"head=7x7"`` or
-        ``"patch_embed.proj=dense"``; the first that matches a module path counts. To
-        ``"conv"`` the window is that of the new kernel, all ones for a pointwise
-        convolution. To ``"dense"`` the rule states that strides and padding are those
-        of a Dense (see :func:`fcconv_jax.classify`); it repeats the kernel's window,
-        or says ``dense``. One group is assumed unless it says, for example,
-        ``groups4`` (PyTorch only).
-      to: the form to go to, of rules that do not give it.
+        ``"patch_embed.proj=dense"``; the first match wins. To ``"conv"``, the window is
+        that of the new kernel, all ones for a pointwise convolution. To ``"dense"``,
+        the rule repeats the kernel's window or is ``dense``; it asserts that strides
+        and padding allow a dense form (see :func:`fcconv_jax.classify`). One group is
+        assumed unless the rule contains, for example, ``groups4`` (PyTorch only).
+      to: the form to convert to, for rules without one.
       backend: as in :func:`fcconv_jax.make_plan`.
 
     Returns:
-      A :class:`Plan`, as from :func:`fcconv_jax.make_plan`. ``plan.skipped`` has every
-      other parameter of two or more axes, with the reason.
+      A :class:`Plan`, as from :func:`fcconv_jax.make_plan`. ``plan.skipped`` maps every
+      other parameter of two or more axes to the reason.
 
     Raises:
-      PlanError: a rule matches no layer, has no window, or leaves the order of a
-        flatten open; the window or the bias does not fit; or the kernel may be
-        something else (attention heads, a scanned stack). The message names the leaf.
+      PlanError: a rule matches no layer, or lacks a window or the order of a flatten;
+        the window or the bias doesn't fit; or the kernel may be something else
+        (attention heads, a scanned stack). The message names the leaf.
 
     Source:
       The cases are those of :func:`fcconv_jax.classify`.

@@ -48,15 +48,16 @@ def open_image(
     whole by Pillow (extra ``images``), and ``.npy`` files are mapped into memory.
 
     Args:
-      file: its path.
-      level: of the file's pyramid, counted from the largest, 0.
-      region: ``(row, column, height, width)`` in pixels of the level.
-      bands: numbers of the channels, counted from 1 as in GDAL; all by default.
-      mode: a Pillow mode to convert to, such as ``"RGB"``; Pillow reads the file then.
-        A GeoTIFF with a palette takes ``"RGB"``, ``"RGBA"`` or ``"P"``, its indices.
-      apply_tags: whether tags change the pixels: a scale and offset of GDAL, or the
-        orientation of TIFF and EXIF. By default, pixels are read as they are stored, as
-        rasterio and Pillow do, with a warning; False reads them so without it.
+      file: path of the file.
+      level: level of the file's pyramid; 0 is the full resolution.
+      region: ``(row, column, height, width)`` in pixels of the level; all by default.
+      bands: channels to read, in this order, counted from 1 as in GDAL; all by default.
+      mode: a Pillow mode to convert to, such as ``"RGB"``; the file is then read by
+        Pillow. For a GeoTIFF with a palette: ``"RGB"``, ``"RGBA"``, or ``"P"`` for its
+        indices.
+      apply_tags: whether to apply tags to the pixels: a scale and offset of GDAL, or
+        the orientation of TIFF and EXIF. By default, pixels are returned as they are
+        stored, as by rasterio and Pillow, with a warning; with False, without it.
 
     Returns:
       An :class:`Image` of shape ``(1, height, width, channels)``, for
