@@ -31,6 +31,8 @@ class LoadedModel:
 
     model: Any
     params: PyTree = None
+    # Its class was called with random numbers, most likely for its params.
+    drawn: bool = False
 
 
 def load_model(text: str) -> LoadedModel:
@@ -89,7 +91,7 @@ def load_model(text: str) -> LoadedModel:
             f"Expected a model, got {text}, which returns a {type(model).__name__}. "
             f"{wanted}"
         )
-    return LoadedModel(model)
+    return LoadedModel(model, drawn=bool(options))
 
 
 _WANTED = (

@@ -197,11 +197,13 @@ def slide(
             "larger image."
         )
     where = open_mask(mask, batch, apply_tags)
-    first = frontend_of(load_model(model).model).first_spatial_axis
+    loaded = load_model(model)
+    first = frontend_of(loaded.model).first_spatial_axis
     scaling = Scaling.parse(batch[0], scale, mean, std, 1 if first == 2 else -1)
     typer.echo(f"{batch[0].dtype} pixels, {scaling}", err=True)
     options = CallOptions([_crop(sizes, channels, first)], kwargs, method)
-    bound = _with_params(read_model(model, options), params, images[0], sizes, channels)
+    bound = read_model(model, options)
+    bound = _with_params(bound, params, images[0], sizes, channels, loaded.drawn)
     pixels = Pixels(batch, channels_first=first == 2)
     grid, variables = _scaled_grid(bound, scaling, pixels, sizes, steps, first)
     described = _described(grid, variables, pixels, batch[0])
@@ -368,6 +370,7 @@ def _with_params(
     image: Path,
     sizes: Sequence[int],
     channels: int,
+    drawn: bool,
 ) -> BoundModel:
     """Return the model with the params of a checkpoint, or with its own."""
     import jax
@@ -381,7 +384,10 @@ def _with_params(
             raise ArgumentError(
                 "Expected params, got a model without any. Pass --params CKPT."
             )
-        typer.echo("params: the model's own", err=True)
+        own = "the model's own"
+        if drawn:
+            own = "random, from rngs=nnx.Rngs(0). Pass --params CKPT for trained ones"
+        typer.echo(f"params: {own}", err=True)
         return bound
     try:
         return load_variables(bound, params)

@@ -429,7 +429,10 @@ def test_models_that_hold_their_params(folder):
         model = space["Net"](nnx.Rngs(seed))
         state = nnx.to_pure_dict(nnx.state(model))
         Path("trained.msgpack").write_bytes(flax.serialization.to_bytes(state))
-        run(f"holds.py:Net gray.npy {option} --window 8 --stride 4 --out grid.npy")
+        done = run(
+            f"holds.py:Net gray.npy {option} --window 8 --stride 4 --out grid.npy"
+        )
+        assert ("params: random, from rngs=nnx.Rngs(0)" in done.stderr) == (not option)
         want = fc.slide(model, (8, 8), 4)(pixels[None])
         np.testing.assert_allclose(np.load("grid.npy"), want, atol=1e-5)
     assert "Pass --params" in run("model.py:Net first.png --window 8", 2).stderr
