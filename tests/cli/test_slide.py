@@ -177,6 +177,7 @@ def test_files_that_are_no_images():
     Path("grid.npy.part.json").write_text("{}")
     command = "model.py:Net first.png --params ckpt.msgpack --window 8 --out grid.npy"
     assert "another (not a .npy array)" in run(f"{command} --resume", 2).stderr
+    Path("other.npy").write_text("no array", encoding="utf-8")
     np.save("text.npy", np.array([["a"]]))
     np.save("small.npy", np.zeros((9, 9, 3), np.uint8))
     np.save("signed.npy", np.zeros((20, 28, 3), np.int32))
@@ -185,6 +186,7 @@ def test_files_that_are_no_images():
         ("model.py", "Pillow can't read it"),
         ("broken.npy", "not a .npy array"),
         ("header.npy", "not a .npy array"),
+        ("other.npy", "not a .npy array (the magic string is not correct"),
         ("text.npy", "expected numbers"),
         ("first.png small.npy", "expected images of one shape"),
         ("first.png signed.npy", "expected images of one dtype"),

@@ -21,7 +21,8 @@ def open_(file: Path, level: int, mode: str | None) -> OpenedLevel:
             f"{file}: expected no mode for an array, got one. Pass bands= instead."
         )
     try:
-        array = np.load(file, mmap_mode="r", allow_pickle=False)
+        # What np.load takes for a pickle, it advises to load unsafely.
+        array = np.lib.format.open_memmap(file, mode="r")
     # The header is Python, of which tokenize raises errors that derive from Exception.
     except Exception as error:
         raise ImageError(
