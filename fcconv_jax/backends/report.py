@@ -94,7 +94,7 @@ class BackendReport(Report):
             "milliseconds": self.milliseconds.get(form),
         }
 
-    def content(self) -> dict[str, Any]:
+    def content(self) -> dict[str, object]:
         """Return all but the texts of the programs."""
         return {
             "passed": self.passed,

@@ -127,7 +127,7 @@ def quantized(
     original = call.runtime.open(written.path)
     found = check(shipped, original, examples, labels, show)
     outputs = dict(zip(written.graph.output_names, found.differences))
-    about: dict[str, Any] = {
+    about = {
         "weights": f"{len(layers)} layers, the parameters rounded",
         "difference from float32": ", ".join(
             (f"{name} " if len(outputs) > 1 else "")

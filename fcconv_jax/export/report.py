@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from typing import Any
 
 from ..messages.reports import Report, Table
 from ..plan import Plan
@@ -83,7 +82,7 @@ class ExportReport(Report):
     broken: tuple[tuple[str, str], ...] = ()
     executed: bool = True
     notes: tuple[str, ...] = ()
-    int8: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    int8: Mapping[str, str] = dataclasses.field(default_factory=dict)
     int8_layers: tuple[LayerProof, ...] = ()
     int8_failures: tuple[str, ...] = ()
 

@@ -10,8 +10,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.lax import PrecisionLike
 from jax.typing import DTypeLike
 
+from ..backends.name import Device
 from ..messages.errors import PlanError
 from ..plan import Form, LayerPlan, Plan
 from ..plan.layer_forms import canonical_layer, pair_of_forms
@@ -42,7 +44,10 @@ def certify_layer(
     dtype: DTypeLike = jnp.float32,
     *,
     preferred_element_type: DTypeLike | None = None,
-    **options: Any,
+    probes: int | None = None,
+    precision: PrecisionLike = None,
+    seed: int = 0,
+    device: Device | None = None,
 ) -> Certificate:
     """Certify that a layer's two forms are the same map, bit for bit.
 
@@ -52,7 +57,10 @@ def certify_layer(
       dtype: dtype of input and parameters; quantised ones too, such as ``int8`` and
         ``float8_e4m3fn``.
       preferred_element_type: dtype of the matmul's sums, such as ``int32``.
-      **options: of :func:`fcconv_jax.verification.certificate.prepare_certificate`.
+      probes: draws of the kernel; None for a probability of a false pass of 1e-9.
+      precision: of the matmuls and convolutions.
+      seed: seeds the draws.
+      device: where to run; None for JAX's default device.
 
     Returns:
       The certificate: ``.passed``, and what was compared.
@@ -74,14 +82,24 @@ def certify_layer(
         raise PlanError(
             f"Expected a plan to {to}, got one to {layer.to}. Pass to={layer.to!r}."
         )
-    return prepare_layer(layer, dtype, preferred_element_type, **options)()
+    return prepare_layer(
+        *(layer, dtype, preferred_element_type),
+        probes=probes,
+        precision=precision,
+        seed=seed,
+        device=device,
+    )()
 
 
 def prepare_layer(
     layer: LayerPlan,
     dtype: DTypeLike,
     preferred_element_type: DTypeLike | None = None,
-    **options: Any,
+    *,
+    probes: int | None = None,
+    precision: PrecisionLike = None,
+    seed: int = 0,
+    device: Device | None = None,
 ) -> Callable[[], Certificate]:
     """What :func:`certify_layer` waits for, compiling in the background."""
     to = layer.to
@@ -90,7 +108,7 @@ def prepare_layer(
     source, target = pair_of_forms(
         layer,
         to,
-        precision=options.get("precision"),
+        precision=precision,
         preferred_element_type=preferred_element_type,
     )
     bias = layer.bias
@@ -115,7 +133,10 @@ def prepare_layer(
         map_bias=bias or (lambda none: none),
         reduction=reduction,
         reduction_index=index,
-        **options,
+        probes=probes,
+        precision=precision,
+        seed=seed,
+        device=device,
     )
 
 
