@@ -358,7 +358,7 @@ def _write_tiff(file: Path, array: Any, grid: ResultGrid) -> None:
                     # As bytes, since NaN, at positions without a result, doesn't equal
                     # itself.
                     if found.tobytes() != values(window).tobytes():
-                        raise OSError(errno.EIO, "it reads back other than written")
+                        raise OSError(errno.EIO, "it reads back differently")
     except rasterio.errors.RasterioError as error:
         raise ArgumentError(
             f"{file}: can't be written ({error}). Make room, or pass --out grid.npy."

@@ -90,7 +90,7 @@ class Interpreter:
                     if part.grid is not None and part.map is not None:
                         self.maps[part.grid] = part.map
                 return outs
-            raise NotSharedError(f"{name}, which is not known to share")
+            raise NotSharedError(f"{name}, which has no rule for sharing")
         except NotSharedError as reason:
             # Without anything shared, nothing stopped here.
             if any(value.shared for value in values):
@@ -336,7 +336,7 @@ def _everywhere(value: CropArray, grids: set[Grid]) -> CropArray:
     """Return a value with an array for each crop along all of these axes."""
     raise_ = sorted(grids - set(value.fronts))
     if raise_:
-        raise NotSharedError("branches whose results depend on the image or do not")
+        raise NotSharedError("branches of which only some depend on the image")
     return _with_fronts(array_of(value), value.fronts)
 
 

@@ -109,7 +109,7 @@ def slide(
     if padding not in ("crops", "image"):
         raise ValueError(
             f"padding: expected 'crops' or 'image', got {padding!r:.60}. Pass "
-            "padding='crops', which equals the crops."
+            "padding='crops', which is exact."
         )
     return Slide(model, sizes, steps, places, padding)
 

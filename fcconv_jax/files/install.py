@@ -208,7 +208,7 @@ def install(fresh: Path, final: Path, may_replace: Callable[[Path], bool]) -> No
     except OSError as error:
         raise OSError(
             error.errno,
-            f"is in its place, whole, but its folder cannot be flushed "
+            f"is complete and in place, but its folder cannot be flushed "
             f"({error.strerror}): it may be gone after a power cut",
             str(final),
         ) from None

@@ -23,7 +23,7 @@ def loads(text: bytes | bytearray | str) -> Any:
     Example:
       >>> loads('{"a": 1, "a": 2}')
       Traceback (most recent call last):
-      fcconv_jax.files.strict_json.StrictJsonError: the key 'a' is there twice
+      fcconv_jax.files.strict_json.StrictJsonError: the key 'a' occurs twice
     """
     try:
         return json.loads(
@@ -59,7 +59,7 @@ def _each_once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     content = {}
     for key, value in pairs:
         if key in content:
-            raise StrictJsonError(f"the key {key!r:.80} is there twice")
+            raise StrictJsonError(f"the key {key!r:.80} occurs twice")
         content[key] = value
     return content
 

@@ -124,9 +124,9 @@ def respec(
     raise ValueError(
         f"an array of shape {tuple(source)}, sharded as {sharding.spec}, cannot become "
         f"{tuple(target)} on a mesh of {sizes} without moving entries between devices. "
-        "Give the layer another layout with a rule (layout='keep' where leading axes "
-        "are sharded, 'flat' where a window is; make_plan does so when it "
-        "sees the shardings of the inputs), or reshard the array first"
+        "Give the layer another layout with a rule (layout='keep' if leading axes are "
+        "sharded, 'flat' if a window is; make_plan does so if the inputs have "
+        "shardings), or reshard the array first"
     )
 
 
@@ -166,9 +166,9 @@ def regroup(
             sizes = [source[i] for i in from_axes]
             raise ValueError(
                 f"the axes of sizes {sizes}, named {[names[i] for i in from_axes]}, "
-                f"become {[target[j] for j in to_axes]}: that partition has no name "
-                "there; gather or rename the axis first, or leave the layer out with "
-                "a rule"
+                f"become {[target[j] for j in to_axes]}, where no names give the same "
+                "partition; gather or rename the axis first, or skip the layer with a "
+                "rule"
             )
         if len(from_axes) == 1:
             parts = named[0][1] if isinstance(named[0][1], tuple) else (named[0][1],)

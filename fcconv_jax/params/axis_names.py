@@ -58,7 +58,9 @@ def move_sharding(
     if not isinstance(sharding, NamedSharding):
         if sharding.is_fully_replicated:  # on one device, as far as names go
             return sharding
-        raise ValueError(f"no NamedSharding, so its axes cannot follow: {sharding}")
+        raise ValueError(
+            f"expected a NamedSharding, whose axes have names, got {sharding}"
+        )
     spec = PartitionSpec(*move_names(rearrange, tuple(sharding.spec), stack_axes))
     moved = NamedSharding(sharding.mesh, spec, memory_kind=sharding.memory_kind)
     shape = list(rearrange.target)

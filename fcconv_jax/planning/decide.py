@@ -192,7 +192,7 @@ def _plan_conv(
     )
     if not holds(plan, found[0]):
         raise LeftError(
-            f"it reads each input once only by its padding or dilation: {found[0]}"
+            f"it reads each input once only due to its padding or dilation: {found[0]}"
         )
     if not all(holds(plan, each) for each in found):
         raise LeftError("called with several strides")

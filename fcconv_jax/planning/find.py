@@ -117,7 +117,7 @@ def _visit(
             context = dataclasses.replace(context, obstacle=obstacle)
         return _enter(analysis, eqn, ins, context, memo)
     if any(True for _ in subjaxprs(eqn)):
-        reason = f"handed to a {name}, which runs code of its own on it"
+        reason = f"passed to a {name}, which runs its own code on it"
         return _elsewhere(analysis, eqn, ins, context, reason, reported=True)
     kept = _kept(eqn, ins)
     if kept is not None:
@@ -126,7 +126,7 @@ def _visit(
     reason = f"used by {name!r}"
     if looked_up:  # rows of a table; what has more axes is a kernel for each index
         several = len(eqn.params["dimension_numbers"].offset_dims) > 1
-        reason = "a stack picked from by index" if several else "looked up by index"
+        reason = "a stack of kernels, read by index" if several else "read by index"
     # Matmuls of other kinds: ragged_dot_general, scaled_dot, ...
     reported = looked_up or "dot" in name
     return _elsewhere(analysis, eqn, ins, context, reason, reported)
@@ -269,7 +269,7 @@ def _matmul(
         elif active and not tag.active:
             analysis.unweighted[id(eqn)] = (
                 f"a matmul with a constant of the program, {_shapes(eqn)}: no "
-                "parameter holds it; hand it over in params"
+                "parameter holds it; pass it in params"
             )
     return _mixed(ins, name)
 
@@ -290,7 +290,7 @@ def _obstacle(eqn: Equation, side: int) -> str | None:
         if not p["dimension_numbers"][0][0]:
             return "in an outer product: nothing is summed over"
         if not _known_precision(p["precision"]):
-            return f"multiplied by an algorithm of its own, {p['precision']}"
+            return f"multiplied with a special algorithm, {p['precision']}"
         return None
     if side != 1:
         return "the input of a convolution, not its kernel"

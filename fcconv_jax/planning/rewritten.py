@@ -107,9 +107,9 @@ def _is_planned(matmul: Matmul, path: str, layer: LayerPlan) -> bool:
             now = found.geometry.input_shape
             raise PlanError(
                 f"layer {path or '(root)'!r} was planned as {layer.case} on an input "
-                f"of shape {layer.input_shape}; on one of spatial size {now} it is "
-                f"something else: {found.reason} Plan with that input, or skip the "
-                "layer with a rule."
+                f"of shape {layer.input_shape}. With spatial size {now}, its forms "
+                f"differ: {found.reason} Plan with that input, or skip the layer with "
+                "a rule."
             )
     return True
 

@@ -146,6 +146,6 @@ def _figure(entry: Any, objective: Objective) -> Figure:
     # A program may need no scratch memory; but all take time.
     least = min(values) >= 0 if objective == "memory" else min(values) > 0
     if not (least and values[0] <= values[1] <= values[2] and max(values) < _MOST):
-        raise ValueError(f"no possible {objective}: {entry}")
+        raise ValueError(f"{entry} is not a possible {objective}")
     low, median, high, *runs = map(float, values)
     return Figure(median, low, high, tuple(runs), figure.race)

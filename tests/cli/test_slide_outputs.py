@@ -194,7 +194,7 @@ def test_a_tiff_that_reads_back_other_than_written_stays_out(want, old, monkeypa
         lambda self, values, **options: write(self, 0 * values, **options),
     )
     said = run(f"image.npy {OPTIONS} --out grid.tif", 2).stderr
-    assert "it reads back other than written). Make room and take the result" in said
+    assert "it reads back differently). Make room and take the result" in said
     assert "from grid.tif.part, a .npy array, or pass another --out" in said
     assert Path("grid.tif").read_bytes() == old[0]
     np.testing.assert_allclose(np.load("grid.tif.part"), want, atol=1e-6)

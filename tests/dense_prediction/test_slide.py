@@ -230,7 +230,7 @@ def test_what_is_not_shared_is_said():
     params = jax.random.normal(jax.random.key(0), (3, 3, 2, 4))
     grid = fc.slide(f, WINDOW, STRIDE)
     text = str(grid.report(params, IMAGES))
-    assert "sort, which is not known to share" in text
+    assert "sort, which has no rule for sharing" in text
     want = by_crops(lambda x: f(params, x))
     assert_trees_all_close(grid(params, IMAGES), want, atol=1e-5)
 

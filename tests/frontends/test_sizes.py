@@ -49,7 +49,7 @@ def test_equal_dilations_are_left_alone():
     model = nn.Conv(3, (2,), strides=4, padding=0, input_dilation=2, kernel_dilation=2)
     plan = fc.make_plan(model, jnp.zeros((1, 4, 5)), to="dense")
     assert not plan
-    assert "only by its padding or dilation" in plan.skipped[""]
+    assert "only due to its padding or dilation" in plan.skipped[""]
 
 
 def test_a_stacked_layer_is_refused_by_name_where_its_case_ends():

@@ -53,7 +53,7 @@ def short(reason: str) -> str:
     """The first clause of a reason, without shapes.
 
     Example:
-      >>> short("the table of an Embed, (83, 24): looked up by index; a head ...")
+      >>> short("the table of an Embed, (83, 24): read by index; a head ...")
       'the table of an Embed'
     """
     clause = re.split(r"[:;]", reason)[0]

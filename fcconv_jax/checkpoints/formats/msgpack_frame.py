@@ -37,7 +37,7 @@ class FrameReader:
     def take(self, count: int) -> bytes:
         """Return the next bytes."""
         if count > self.size - self.at:
-            raise FrameError(f"{count} bytes are said to follow at {self.at}")
+            raise FrameError(f"{count} bytes are declared at {self.at}")
         start = self.at - self._from
         if start < 0 or start + count > len(self._ahead):
             stop = min(self.size, self.at + max(count, _AHEAD))
@@ -98,7 +98,7 @@ class FrameReader:
                 raise FrameError(f"a {kind} for a key below {'/'.join(path)!r}")
             # Keys 1 and "1" would be one level in a path.
             if str(key) in names:
-                raise FrameError(f"the key {key!r:.80} is there twice")
+                raise FrameError(f"the key {key!r:.80} occurs twice")
             names.add(str(key))
             out[key] = self.node((*path, str(key)))
         return _unchunked(out, self.record, path) if CHUNKED in out else out
@@ -178,7 +178,7 @@ class FrameReader:
         # A node takes a byte at least: a damaged count is refused before it is
         # believed.
         if count * least > self.size - self.at:
-            raise FrameError(f"{count} nodes are said to follow at {self.at}")
+            raise FrameError(f"{count} nodes are declared at {self.at}")
 
 
 _VALUES = {0xC0: None, 0xC2: False, 0xC3: True}

@@ -177,7 +177,7 @@ def _header(
         raise ValueError(f"it has {size} bytes")
     (length,) = struct.unpack("<Q", file.extent(0, _WORD).read(0, _WORD))
     if length > min(_LONGEST_HEADER, size - _WORD):
-        raise ValueError(f"a header of {length} bytes in a file of {size}")
+        raise ValueError(f"its header has {length} bytes, but the file only {size}")
     content = loads(file.extent(_WORD, _WORD + length).read(0, length))
     if not isinstance(content, dict):
         raise ValueError("the header is not a JSON object")
@@ -185,7 +185,7 @@ def _header(
     if not isinstance(metadata, dict) or not all(
         isinstance(value, str) for value in metadata.values()
     ):
-        raise ValueError("its metadata are not strings")
+        raise ValueError("its metadata does not map strings to strings")
     header = {}
     for name, entry in content.items():
         if not isinstance(entry, dict) or entry.keys() != {
@@ -216,7 +216,9 @@ def _header(
             )
         end = stop
     if _WORD + length + end != size:
-        raise ValueError(f"{_WORD + length + end} bytes are described, it has {size}")
+        raise ValueError(
+            f"its header describes {_WORD + length + end} bytes, it has {size}"
+        )
     return ordered, metadata, _WORD + length
 
 

@@ -295,7 +295,7 @@ class _Page:
             if not count:
                 raise ValueError("0 bytes, though it has an offset")
             if len(data) < count:
-                raise ValueError(f"{count} bytes, of which {len(data)} are there")
+                raise ValueError(f"expected {count} bytes, got {len(data)}")
             pixels, _, shape = self._decoder(data, index, **self._options)
         except Exception as error:  # codecs raise errors of their own
             raise _damaged(self._file, error, f"segment {index}") from None

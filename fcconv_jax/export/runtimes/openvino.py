@@ -106,7 +106,7 @@ class OpenVinoFile(Shipped):
             # OpenVINO tries readers of all its formats on other text, which print.
             root = ElementTree.parse(self.path).getroot()
             if root.tag != "net":
-                raise ValueError(f"<{root.tag}> in place of <net>")
+                raise ValueError(f"expected <net>, got <{root.tag}>")
             return self.core.read_model(str(self.path))
         except (RuntimeError, SyntaxError, ValueError, LookupError) as error:
             raise ExportError(

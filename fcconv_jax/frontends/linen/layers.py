@@ -77,9 +77,9 @@ def obstacle(module: Any) -> str | None:
         "conv_general_dilated_cls",
     ):
         if getattr(module, field, None) is not None:
-            return f"{name} computes its matmul by a {field} of its own"
+            return f"{name} computes its matmul with a custom {field}"
     if module.promote_dtype is not promote_dtype:
-        return f"{name} has a promote_dtype of its own, which may read the shapes"
+        return f"{name} has a custom promote_dtype, which may read the shapes"
     if getattr(module, "mask", None) is not None:
         return f"{name} has a mask on its kernel"
     return None

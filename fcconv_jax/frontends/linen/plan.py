@@ -169,8 +169,8 @@ def plan_linen(
             if layer.form != to
         }
         left = {
-            path: f"{words}; how cannot be seen, as the model on these inputs raises "
-            f"{failure}"
+            path: f"{words}; it can't be traced, because the model on these inputs "
+            f"raises {failure}"
             for path, words in left.items()
         }
         return Plan(to, (), tuple(left.items()))

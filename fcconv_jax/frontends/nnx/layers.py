@@ -93,9 +93,9 @@ def obstacle(layer: Any) -> str | None:
         ("conv_general_dilated", lax.conv_general_dilated),
     ):
         if getattr(layer, field, None) not in (None, default):
-            return f"{name} computes its matmul by a {field} of its own"
+            return f"{name} computes its matmul with a custom {field}"
     if layer.promote_dtype is not promote_dtype:
-        return f"{name} has a promote_dtype of its own, which may read the shapes"
+        return f"{name} has a custom promote_dtype, which may read the shapes"
     if getattr(layer, "mask", None) is not None:
         return f"{name} has a mask on its kernel"
     padding = getattr(layer, "padding", "VALID")

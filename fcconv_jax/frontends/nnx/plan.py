@@ -28,7 +28,7 @@ from .readers import Readers
 
 _CALLED, _PATH = "_fcconv_jax_called", "_fcconv_jax_path"
 _REFS = (
-    "how cannot be seen, as the model on these inputs raises TypeError: it holds "
+    "it can't be traced, because the model on these inputs raises TypeError: it holds "
     "mutable references, whose shape is fixed"
 )
 
@@ -211,13 +211,12 @@ def _left(
             continue
         if nnx_layers.is_converted(module):
             left[path] = (
-                "it is converted already: the inverse() of the plan that did it goes "
-                "back"
+                "it is converted already; the inverse() of its plan converts it back"
             )
         elif type(module) is not nnx_layers.KINDS[base]:
             left[path] = (
-                f"{type(module).__name__} is a class of its own on top of nnx.{base}, "
-                "which may change the kernel or add to the matmul"
+                f"{type(module).__name__} is a subclass of nnx.{base}, which may "
+                "change the kernel or add to the matmul"
             )
         elif (obstacle := nnx_layers.obstacle(module)) is not None:
             left[path] = obstacle

@@ -87,8 +87,8 @@ class Readers:
             others = sorted({how for how, named in reads if not named})
             if not any(named for _, named in reads):
                 raise LeftError(
-                    f"its {name} is transformed on the way to the layer, or is another "
-                    "one in each call"
+                    f"its {name} is transformed on the way to the layer, or differs "
+                    "between calls"
                 )
             if others:
                 raise LeftError(
@@ -142,5 +142,5 @@ def _why_unlike(layer: LibraryLayer, matmul: Matmul) -> str:
                 "end and would move in another shape: stack on axis 0"
             )
     if layer.stack and stack_axes(matmul) is None:
-        return "its kernel is stacked differently from call to call"
+        return "its kernel is stacked differently in each call"
     return "its kernel is transformed on the way to the layer"

@@ -279,13 +279,13 @@ LEFT = {
     "tied": (
         lambda p, x: p["e"][jnp.argmax(x, -1)] @ p["v"] @ p["e"].T,
         {"e": (7, 4), "v": (4, 4)},
-        {"e": "looked up by index"},
+        {"e": "read by index"},
     ),
     "experts of each token": (
         lambda p, x: jnp.einsum("tc,tco->to", x, p["w"][jnp.argmax(x, -1)]) @ p["v"],
         {"w": (5, 4, 4), "v": (4, 4)},
         {
-            "w": "it is a stack picked from by index",
+            "w": "it is a stack of kernels, read by index",
             "dot_general[0]": "two activations",
         },
     ),

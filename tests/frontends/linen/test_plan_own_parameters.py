@@ -160,7 +160,7 @@ def test_a_tied_table_is_left_and_a_head_alone_converts(check):
     plan = fc.make_plan(Tied(), zeros(2, 3, dtype=jnp.int32))
     assert set(plan) == {"w"}
     assert "Tied uses its own parameter 'table' (7, 4)" in plan.skipped["table"]
-    assert "looked up by index" in plan.skipped["table"]
+    assert "read by index" in plan.skipped["table"]
     assert set(check(Head(), zeros(2, 4)).plan) == {"head/embedding"}
 
 

@@ -248,7 +248,7 @@ def test_what_stays_is_left_with_its_reason():
     assert set(reasons) == {
         *("table", "embed/embedding", "both", "parts/0/w", "norm/layer_instance")
     }
-    assert "'table' (9, 4): it is looked up by index" in reasons["table"]
+    assert "'table' (9, 4): it is read by index" in reasons["table"]
     assert "the table of an Embed" in reasons["embed/embedding"]
     assert "multiplied in two roles" in reasons["both"]
     assert "Rest uses its own parameter 'parts/0/w'" in reasons["parts/0/w"]
