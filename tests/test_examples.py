@@ -21,6 +21,13 @@ def run(script, *arguments):
     )
 
 
+def test_every_example_is_run():
+    tests = Path(__file__).parent.rglob("test_example*.py")
+    run_here = "".join(file.read_text() for file in tests)
+    names = [file.name for file in EXAMPLES.glob("*.py")]
+    assert [name for name in names if name not in run_here] == []
+
+
 def test_book():
     done = run("book.py")
     assert done.returncode == 0, done.stderr
