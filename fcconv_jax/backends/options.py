@@ -115,7 +115,7 @@ def known_options(options: Sequence[tuple[str, Any]]) -> dict[str, Any]:
         return dict(options)
     names = ", ".join(name for name, _ in options)
     warnings.warn(
-        f"this version of XLA does not know {names}, with which the plan was tuned: it "
+        f"this version of XLA doesn't know {names}, with which the plan was tuned, and "
         "runs without. Tune again",
         RuntimeWarning,
         stacklevel=2,

@@ -96,7 +96,7 @@ class OpenSizes:
         for name, other in sizes:
             reference, _ = reference_of(other, weights)
             if reference is None:
-                notes.append(f"{name}: not run, for lack of a reference")
+                notes.append(f"{name}: not run, because the reference is missing")
                 continue
             try:
                 for error in whole_errors(shipped, reference, names):

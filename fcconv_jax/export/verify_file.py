@@ -134,7 +134,7 @@ def verify_file(
                 stored = {x.stored for x in record.layers} - {""}
                 reference, notes = reference_of(bound, *stored)
         else:
-            notes.append("the whole file was not compared: that needs its model")
+            notes.append("the outputs were not compared: that needs the model")
         with reading(path):
             leaves = parameter_leaves(map_leaves(variables, record.plan))
             if model is None:
@@ -177,7 +177,7 @@ def _prove(
         found = differences(shipped, reference, names) if reference is not None else {}
         for name, each in found.items():
             notes.append(
-                f"{name!r} is {each.share:.1e} from float64, root mean square "
+                f"{name!r} differs by {each.share:.1e} from float64, root mean square "
                 f"({each.allowed:.1e} allowed)"
             )
             failures += each.failures(name)

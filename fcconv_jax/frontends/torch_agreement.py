@@ -59,8 +59,8 @@ def require_agreement(
         by_torch(False)(False)
     except Exception as error:
         warnings.warn(
-            f"PyTorch itself cannot run {name} on these inputs, so what torchax "
-            f"computes was not compared with it: {type(error).__name__}: {error}",
+            f"PyTorch itself can't run {name} on these inputs, so torchax's result was "
+            f"not compared with it: {type(error).__name__}: {error}",
             stacklevel=2,
         )
         return

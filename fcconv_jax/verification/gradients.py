@@ -57,7 +57,7 @@ def trace_gradients(
             )
     left = _floats(args[0]) - len(names)
     if left and not notes:
-        notes.append(f"no gradients by {left} arrays that the two do not share")
+        notes.append(f"no gradients for {left} arrays that only one program takes")
     found = None if len(traces) < 2 else (traces[0], traces[1])
     return Gradients(found, tuple(names), tuple(notes))
 

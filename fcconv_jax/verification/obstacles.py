@@ -28,7 +28,7 @@ def obstacles(jaxpr: AnyJaxpr) -> list[str]:
       >>> import jax
       >>> bits = lambda x: jax.lax.bitcast_convert_type(x, "int32")
       >>> obstacles(jax.make_jaxpr(bits)(1.0))
-      ["'bitcast_convert_type' looks at the bits of a float"]
+      ["'bitcast_convert_type' reads the bits of a float"]
     """
     return list(dict.fromkeys(_obstacles(jaxpr)))
 
@@ -42,11 +42,11 @@ def _obstacles(jaxpr: AnyJaxpr) -> Iterator[str]:
             # The others serve derivatives, which a reading does not take.
             inner = (eqn.params["jaxprs"].solve,)
         if _looks_at_bits(eqn) and not _comes_back(body, eqn.outvars[0]):
-            yield f"{name!r} looks at the bits of a float"
+            yield f"{name!r} reads the bits of a float"
         elif name == "while" and _decided_by_floats(eqn):
-            yield "a 'while' loop whose number of steps floats decide"
+            yield "a 'while' loop whose number of steps depends on floats"
         elif not inner and eqn.outvars and _runs_other_code(eqn):
-            yield f"{name!r} runs code of its own"
+            yield f"{name!r} runs its own code"
         for each in inner:
             yield from _obstacles(each)
 

@@ -397,7 +397,7 @@ def test_what_verify_says_of_the_whole_file(tmp_path):
     again = fc.verify_file(report.path, params, one, model=model, progress=False)
     assert again.passed
     (note,) = (n for n in again.proof.notes if " from float64, root mean" in n)
-    assert 0 < float(note.split()[2]) < 0.2
+    assert 0 < float(note.split()[3]) < 0.2
 
 
 def test_a_file_that_is_far_off_fails(tmp_path):

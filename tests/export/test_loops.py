@@ -127,9 +127,7 @@ def test_a_loop_over_layers_is_written_out(to, tmp_path):
     report = export(model, params, *inputs, runtime=to, folder=tmp_path)
     assert report.passed, report.failures
     assert len(report.proof.layers) == 3
-    assert "a loop is written out in 3 steps: each has weights of its own" in str(
-        report
-    )
+    assert "a loop of 3 steps is unrolled: each step has its own weights" in str(report)
 
 
 @pytest.mark.parametrize("cell", [nn.LSTMCell(5), nn.GRUCell(6)], ids=["lstm", "gru"])

@@ -403,7 +403,7 @@ class TestNothingToCompare:
 
         found = compared((f, jnp.sin, [X]))
         assert found.verdict in ("unknown", "the same bits")
-        assert "'pure_callback' runs code of its own" in str(found)
+        assert "'pure_callback' runs its own code" in str(found)
         assert "compared instead: the outputs on cpu" in str(found)
         assert "1 output in the working precision alone" in found.headline
 

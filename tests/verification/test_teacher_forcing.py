@@ -53,7 +53,7 @@ def test_each_layer_is_compared_on_its_own_input(dtype):
     report = fc.verify(model, variables, X, gradients=False, progress=False)
     assert report.passed, str(report)
     assert report.arrays == ()
-    assert "no float64 reference: 'pallas_call' runs code of its own" in report.notes
+    assert "no float64 reference: 'pallas_call' runs its own code" in report.notes
     for layer in report.layers:
         assert layer.forced is not None
         assert layer.forced.calls == 1

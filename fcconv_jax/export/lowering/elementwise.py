@@ -61,7 +61,7 @@ def _cast(low: Builder, eqn: Equation, x: Value) -> Value:
     if x.dtype == out.dtype:
         return x
     if np.issubdtype(x.dtype, np.floating) and np.issubdtype(out.dtype, np.integer):
-        low.notes.append("floats are cast to integers: out of range, runtimes differ")
+        low.notes.append("floats are cast to integers; runtimes differ out of range")
     return low.add("cast", [x], out.shape, out.dtype)
 
 

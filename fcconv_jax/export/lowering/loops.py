@@ -46,8 +46,8 @@ def _scan(low: Any, eqn: Equation, *values: Value) -> list[Value]:
     if own or ("while" if counted else "scan") not in low.whole:
         if not 0 < length <= _MOST:
             raise refusal(eqn)
-        why = "each has weights of its own" if own else "the runtime lacks such loops"
-        low.notes.append(f"a loop is written out in {length} steps: {why}")
+        why = "each step has its own weights" if own else "the runtime lacks such loops"
+        low.notes.append(f"a loop of {length} steps is unrolled: {why}")
         return _written_out(low, eqn, values)
     rows = [Value(x.shape[1:], x.dtype) for x in (*stacks, *counted)]
 

@@ -166,7 +166,9 @@ def _gather(low: Builder, eqn: Equation, x: Value, indices: Value) -> Value:
         if full and list(d.offset_dims) == offsets:
             ids = low.reshape(indices, indices.shape[:-1])
             if ids.data is None:
-                low.notes.append("an index outside of its table is an error there")
+                low.notes.append(
+                    "an index outside of its table is an error in the runtime"
+                )
             return low.add("gather", [x, ids], out.shape, axis=axis)
     if indices.data is not None and not batch:
         starts = indices.data

@@ -57,7 +57,7 @@ def _top_k(low: Builder, eqn: Equation, x: Value) -> list[Value]:
             f"the model takes a top-k along axis {axis}; edge runtimes support only "
             "the last one. Transpose first."
         )
-    low.notes.append("top-k: JAX puts 0.0 before -0.0, runtimes take them as equal")
+    low.notes.append("top-k: JAX puts 0.0 before -0.0, runtimes treat them as equal")
     outs = [Value(tuple(v.aval.shape), np.dtype(v.aval.dtype)) for v in eqn.outvars]
     low.nodes.append(Node("top_k", [x], outs, {"k": outs[0].shape[-1]}))
     return outs

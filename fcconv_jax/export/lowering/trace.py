@@ -131,7 +131,7 @@ def lower(
     constant_ones = [n for n, v in zip(names, outs) if v.data is not None]
     if constant_ones:
         lowering.notes.append(
-            f"left out, as the inputs do not change it: {', '.join(constant_ones)}"
+            f"omitted, independent of the inputs: {', '.join(constant_ones)}"
         )
     kept = [(n, v) for n, v in zip(names, outs) if v.data is None]
     if not kept:
