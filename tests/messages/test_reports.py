@@ -1,7 +1,9 @@
 """The base of all reports: its verdict, its three shapes, and text that is escaped."""
 
 import dataclasses
+import inspect
 import json
+import re
 
 import pytest
 
@@ -54,6 +56,8 @@ def test_every_report_has_the_base(report):
     assert "headline" in vars(report)
     for name in ("passed", "to_json", "__str__"):
         assert name not in vars(report) or report is fc.VerifyReport or name == "passed"
+    described = re.findall(r"^  (\w+): ", inspect.getdoc(report), re.MULTILINE)
+    assert [f.name for f in dataclasses.fields(report) if f.name not in described] == []
 
 
 def test_no_name_moves_the_cursor_or_writes_a_line_of_its_own():
