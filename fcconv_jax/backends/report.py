@@ -29,17 +29,17 @@ _COUNTS = ("dots", "convolutions", "copies")
 
 @dataclasses.dataclass(frozen=True)
 class BackendReport(Report):
-    """How far one backend was checked, and what that showed.
+    """Report on one backend: what was checked, and the cost of both forms.
 
     Attributes:
-      backend: its name, as it was asked for.
+      backend: its name, as it was passed.
       how: 'executed', 'compiled' ahead of time without being run, or only 'lowered'.
-      reason: why it was not more.
+      reason: why it was not executed, or not compiled.
       device: kind of the device.
-      original: the model as it was, as this backend compiled or was handed it.
-      converted: the model in the plan's form.
-      milliseconds: run times of the two, where they were executed.
-      error: why nothing is known of it, such as a compiler that failed.
+      original: the original model's program, compiled or lowered for this backend.
+      converted: the converted model's program.
+      milliseconds: run times of both, if they were executed.
+      error: why the programs are missing, such as a compiler that failed.
     """
 
     backend: str

@@ -241,17 +241,17 @@ class CheckpointReport:
     """Report on a conversion.
 
     Args:
-      src: what was read.
-      dst: what was written.
+      src: path of the checkpoint that was read.
+      dst: path of the checkpoint that was written.
       format: the format of ``dst``.
-      converted: path, shape before and shape after of each leaf that moved, the
-        moments of an optimizer state included.
+      converted: path, shape before and shape after of each converted leaf, including
+        the moments of an optimizer state.
       leaves: the number of leaves written.
       nbytes: bytes of all entries.
-      steps: names of the steps that were converted, where ``src`` holds several.
-      dry: whether nothing was written.
-      free: of a dry run, bytes that are free at ``dst``.
-      plan_of: the step whose plan was used, if this one holds none.
+      steps: names of the converted steps, if ``src`` contains several.
+      dry: whether this was a dry run, which writes nothing.
+      free: in a dry run, the bytes that are free at ``dst``.
+      plan_of: the step whose plan was used, if the restored one doesn't contain it.
     """
 
     src: Path

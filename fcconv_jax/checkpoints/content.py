@@ -28,14 +28,14 @@ class LeafDifference:
 
 @dataclasses.dataclass(frozen=True)
 class ContentReport(Report):
-    """What comparing two checkpoints found.
+    """Report of :func:`verify_checkpoint`.
 
     Attributes:
-      src: the one.
-      dst: the other.
-      plan: that leads from the one to the other; None where their forms are the same.
+      src: path of the first checkpoint.
+      dst: path of the second.
+      plan: the plan that converts ``src`` to ``dst``; None if their forms are the same.
       leaves: the number of leaves that were compared.
-      moved: how many of them the plan moves.
+      moved: how many of them the plan converts.
       nbytes: bytes of all entries.
       differences: the leaves in which they differ.
     """
@@ -74,7 +74,7 @@ class ContentReport(Report):
         return [[("leaf", "difference"), *rows]] if rows else []
 
     def content(self) -> dict[str, object]:
-        """What :meth:`to_json` writes."""
+        """Return the content of :meth:`to_json`."""
         content = {**super().content(), "to": self.plan and self.plan.to}
         del content["plan"]
         return content

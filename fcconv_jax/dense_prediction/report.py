@@ -57,7 +57,7 @@ class SlideReport(Report):
         return self.crop_flops * math.prod(self.positions) / max(self.flops, 1.0)
 
     def content(self) -> dict[str, object]:
-        """What :meth:`to_json` writes."""
+        """Return the content of :meth:`to_json`."""
         return {**super().content(), "ratio": self.ratio}
 
     @property

@@ -102,7 +102,7 @@ class ExportReport(Report):
         return tuple(layer for layer in found if not layer.constant)
 
     def content(self) -> dict[str, object]:
-        """What :meth:`to_json` writes."""
+        """Return the content of :meth:`to_json`."""
         return {**super().content(), "plan": json.loads(self.plan.to_json())}
 
     @property

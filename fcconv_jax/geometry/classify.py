@@ -149,8 +149,8 @@ class Equivalence:
         parameters.
       base: for ``"grouped"``, the case of each group; otherwise ``case``.
       reason: why the case holds, or the first condition that fails.
-      fix: what would fix it; empty where the parameters are the same.
-      geometry: what was classified.
+      fix: what would make a Dense equivalent; empty if one is.
+      geometry: the classified convolution.
 
     Example:
       >>> classify(4, 4, groups=2).base

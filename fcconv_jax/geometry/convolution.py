@@ -149,13 +149,13 @@ class ConvGeometry:
       strides: step between output positions.
       padding: ``(low, high)`` per dimension; negative numbers crop, as in
         ``jax.lax.conv_general_dilated``.
-      padding_mode: what the padding holds.
-      input_dilation: spacing of the inputs; 1 where the padding is not zeros.
+      padding_mode: the values of the padding.
+      input_dilation: spacing of the inputs; 1 unless the padding is zeros.
       kernel_dilation: spacing of the taps.
       groups: ``feature_group_count``.
 
     Raises:
-      ValueError: the numbers make no convolution; the message names the argument.
+      ValueError: the numbers don't define a convolution; names the argument.
 
     Example:
       >>> resolve_geometry(5, 3, strides=2).output_shape

@@ -116,19 +116,19 @@ def roll_dense(
       kernel_size: taps per dimension.
       in_channels: ``C``, of all groups together.
       out_channels: ``O``.
-      strides: as in :func:`unroll_conv`, as are the rest.
-      padding: as there.
-      input_dilation: as there.
-      kernel_dilation: as there.
-      groups: as there.
+      strides: as in :func:`unroll_conv`.
+      padding: as in :func:`unroll_conv`.
+      input_dilation: as in :func:`unroll_conv`.
+      kernel_dilation: as in :func:`unroll_conv`.
+      groups: as in :func:`unroll_conv`.
 
     Returns:
       The kernel ``(*k, C/G, O)``, NumPy for a NumPy matrix, else a ``jax.Array``.
 
     Raises:
-      TypeError: the matrix is traced, so its entries cannot be looked at.
-      ValueError: the shape is another, an entry is not the convolution's (the
-        message names its row and column), or a tap meets no input at all.
+      TypeError: the matrix is traced, so its entries can't be read.
+      ValueError: the shape doesn't match, an entry is not the convolution's (the
+        message names its row and column), or a tap reads no input at all.
 
     Source:
       As :func:`unroll_conv`.

@@ -16,7 +16,7 @@ _MARKUP = re.compile(r"[\\|<>*`\[\]]")
 
 
 class Report:
-    """What every report offers; a subclass fills it.
+    """Base of all reports; subclasses add their fields and text.
 
     A subclass is a dataclass. It defines :attr:`headline`, and those of :attr:`tables`,
     :attr:`details` and :attr:`failures` that it has something for. Names may come from
@@ -59,11 +59,11 @@ class Report:
 
     @property
     def details(self) -> Iterable[str]:
-        """What follows the tables, a line each."""
+        """The lines below the tables."""
         return ()
 
     def content(self) -> dict[str, object]:
-        """What :meth:`to_json` writes: the verdict and the fields."""
+        """Return the content of :meth:`to_json`: the verdict and the fields."""
         return {
             "passed": self.passed,
             "failures": list(self.failures),

@@ -1,4 +1,4 @@
-"""What tuning found: measurements, and the choice made from them."""
+"""Results of tuning: the measurements, and the choice made from them."""
 
 from __future__ import annotations
 
@@ -101,15 +101,15 @@ class Figure:
 
 @dataclasses.dataclass(frozen=True)
 class TunedLayer:
-    """What became of layers that are alike.
+    """Figures and choice of a group of equal layers.
 
     Attributes:
       paths: of the layers.
       what: the layer and its sizes, in words.
-      figures: of each way to run it, by name; that of the original comes first. Empty
+      figures: the figure of each form and layout, by name, the original's first; empty
         for layers that were not measured.
-      choice: the way that was taken, or why there was nothing to choose.
-      forward: figures of the forward pass alone, where a training step was tuned.
+      choice: name of the chosen one, or why there was nothing to choose.
+      forward: figures of the forward pass alone, if a training step was tuned.
     """
 
     paths: tuple[str, ...]
@@ -133,17 +133,17 @@ class Tuning:
 
     Attributes:
       backend: the backend that it was chosen for.
-      device: the device that ran it, or that the compiler had in mind.
-      objective: what was made small.
-      versions: of JAX and jaxlib.
+      device: the device that ran the programs, or that they were compiled for.
+      objective: the minimized quantity.
+      versions: the versions of JAX and jaxlib.
       programs: figures of the whole model in each form that was tried, by name; the
         original comes first, without options.
-      choice: name of the one that was taken.
+      choice: name of the chosen program.
       layers: figures of single layers.
-      left: path and reason of each layer that has one form only.
-      why: why the choice is the original, where it is.
+      left: path and reason of each layer that has only one form.
+      why: if the original was chosen, why.
       training: whether the figures are those of a training step, value and gradient.
-      forward: figures of the forward pass alone, in that case.
+      forward: figures of the forward pass alone, if ``training``.
 
     Example:
       >>> tried = {"as it is": Figure(2.0, 1.9, 2.1), "all to conv": Figure(1.0, 1, 1)}

@@ -99,7 +99,7 @@ class Comparison(Report):
         return tuple(found)
 
     def content(self) -> dict[str, object]:
-        """What :meth:`to_json` writes."""
+        """Return the content of :meth:`to_json`."""
         return {**super().content(), "digits": self.digits}
 
     @property

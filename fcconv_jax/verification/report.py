@@ -49,7 +49,7 @@ class LayerReport:
 
 @dataclasses.dataclass(frozen=True)
 class Execution:
-    """What one backend computed.
+    """Results of one executed backend.
 
     Attributes:
       backend: its name.
@@ -192,7 +192,7 @@ class VerifyReport(Report):
         return next((p.stablehlo for p in programs if p is not None), None)
 
     def content(self) -> dict[str, object]:
-        """What :meth:`to_json` writes."""
+        """Return the content of :meth:`to_json`."""
         return {
             **super().content(),
             "digits": self.digits,

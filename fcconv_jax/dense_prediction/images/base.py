@@ -157,7 +157,7 @@ class Image:
       transform: from its pixels to coordinates: those of a georeferenced file, or else
         pixels of the file's largest level.
       crs: the coordinates' reference system as WKT; None without georeference.
-      unapplied: what tags of the file would change, in words; None if they are applied,
+      unapplied: what the file's tags would change, in words; None if they are applied
         or change nothing.
     """
 
