@@ -130,7 +130,7 @@ class BackendReport(Report):
             if any(value is not None for value in figures[name].values())
         ]
         # Beside what the program asks for, so that no one takes one for the other.
-        whose = "  asked for" if self.how == "lowered" else "  made by XLA"
+        whose = "  lowered" if self.how == "lowered" else "  XLA program"
         rows = [(whose, *(title for _, title in shown))]
         for form in ("original", "converted"):
             cells = (_value(name, figures[name][form]) for name, _ in shown)

@@ -205,7 +205,7 @@ class Tuning:
         if self.layers:
             lines += ["", *aligned(self.table())]
         if self.left:
-            lines += ["", f"{len(self.left)} with one form only"]
+            lines += ["", f"{len(self.left)} with only one form"]
             width = max(len(path or "(root)") for path, _ in self.left)
             lines += [
                 f"{(path or '(root)').ljust(width)}  {why}" for path, why in self.left
@@ -214,7 +214,7 @@ class Tuning:
 
     def table(self) -> list[tuple[str, ...]]:
         """Return the layers as rows of text, below a row of headings."""
-        rows = [("layers", "what", "as it is", "other forms", "taken", "gain")]
+        rows = [("layers", "what", "original", "other forms", "chosen", "gain")]
         for layer in self.layers:
             first = layer.paths[0] or "(root)"
             more = len(layer.paths) - 1

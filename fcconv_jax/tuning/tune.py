@@ -37,7 +37,7 @@ from .training import Loss, model_step
 _FORMS: tuple[Form, ...] = ("conv", "dense")
 # Layers alike that gain less of the whole model stay as they are.
 _WORTH = 1.001
-_NOTHING_BETTER = "the model as it is: nothing is better beyond the noise"
+_NOTHING_BETTER = "the original model: nothing is better beyond the noise"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -329,7 +329,9 @@ def _suffix(options: Options) -> str:
 def _form(every: Plan, layers: Mapping[str, LayerPlan], options: Options) -> _Variant:
     """Return the form of the whole model that converts some layers."""
     ordered = tuple((path, layers[path]) for path in every if path in layers)
-    left = tuple((p, "as good or better as it is") for p in every if p not in layers)
+    left = tuple(
+        (p, "its original form is as good or better") for p in every if p not in layers
+    )
     return _Variant(Plan(direction(layers), ordered, (*every.left, *left)), options)
 
 

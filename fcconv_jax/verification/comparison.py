@@ -125,7 +125,7 @@ class Comparison(Report):
         return [self._rows()] if self.arrays else []
 
     def _rows(self) -> list[tuple[str, ...]]:
-        rows = [("array", "float64", "difference here", "error first", "second")]
+        rows = [("array", "float64", "difference", "first's error", "second's error")]
         errors = {error.path: error for error in self.errors}
         here = dict(zip((array.path for array in self.outputs), self.differences))
         for array in self.arrays:

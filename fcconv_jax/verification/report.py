@@ -250,7 +250,7 @@ class VerifyReport(Report):
         return "UNDECIDED" if only else "DIFFERENT"
 
     def _layer_rows(self) -> list[tuple[str, ...]]:
-        rows = [("layer", "case", "exact", "miss probability", "float64")]
+        rows = [("layer", "case", "exact", "false-pass bound", "float64")]
         for layer in self.layers:
             proof = layer.certificate
             exact = "proved" if proof.proved else "equal"
@@ -270,7 +270,7 @@ class VerifyReport(Report):
         """Arrays, operations, layers that were not converted, notes and failures."""
         lines = []
         if not self.failed_params and not self.abstract:
-            lines.append("parameters: the same bits, rearranged; the way back too")
+            lines.append("parameters: the same bits, rearranged; restored bit for bit")
         for quantity in _QUANTITIES:
             found = self._of(quantity)
             if not found:

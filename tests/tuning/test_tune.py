@@ -245,7 +245,7 @@ def test_both_directions_at_once_and_only_what_wins(rigged, variables):
     assert plan.to == "dense"
     assert list(plan) == ["patches"]
     assert "Padding" in plan.skipped["body"]
-    assert plan.skipped["each"] == "as good or better as it is"
+    assert plan.skipped["each"] == "its original form is as good or better"
     assert plan.tuning.ratio < 1
     lines = str(plan.tuning).splitlines()
     assert lines[0].startswith(f"{plan.tuning.ratio:.2f}x: ")
