@@ -56,6 +56,7 @@ from .passes.nchw import to_nchw
 from .passes.round import round_weights
 from .passes.simplify import multiply, simplify
 from .passes.symbolic import make_symbolic, rescale
+from .passes.tokens import flatten_windows
 from .proof import (
     Proof,
     ReferenceOutputs,
@@ -303,6 +304,11 @@ class _Call:
         more = self._other_sizes(others, leaves)
         if self.sizes.batch and more:
             repeat_rows([graph, *more.values()])
+        fixed = not self.sizes.axes
+        gemm = fixed and self.runtime.gemm
+        if gemm:
+            for each in (graph, *more.values()):
+                flatten_windows(each)
         layers = tuple(layers_of(graph))
         computed = {
             name: value.data
@@ -312,8 +318,6 @@ class _Call:
         # Constants turn with the images: they are recorded as the file has them.
         for each in (graph, *more.values()):
             if self.runtime.images == "first":
-                fixed = not self.sizes.axes
-                gemm = fixed and self.runtime.gemm
                 to_nchw(each, rows=fixed, columns=gemm and not self.int8, gemm=gemm)
         # A constant is looked for anywhere in the file: it may equal another parameter.
         unplaced = unplaced_leaves(graph) if self.runtime.layers else graph.leaves

@@ -745,6 +745,29 @@ def test_a_norm_of_an_image_s_pixels_is_one_operation(tmp_path):
     assert "Sqrt" not in ops
 
 
+@pytest.mark.parametrize("batch", [1, 3])
+def test_tokens_are_mixed_without_a_transpose(batch, tmp_path):
+    """As in a Mixer, whose layer over the tokens is a window as large as the image."""
+    pytest.importorskip("onnxruntime", reason="needs: pip install -e '.[onnx]'")
+
+    class Mixer(nn.Module):
+        @nn.compact
+        def __call__(self, x):
+            x = nn.Conv(5, (2, 2), (2, 2))(x)  # 3x2 patches
+            x = nn.LayerNorm()(x.reshape(batch, -1, 5))
+            y = nn.gelu(nn.Dense(7)(x.swapaxes(1, 2)))
+            y = nn.LayerNorm()(nn.Dense(6)(y).swapaxes(1, 2) * x)
+            return nn.Dense(4)(y)
+
+    x = normal(batch, 6, 4, 3)
+    params = Mixer().init(jax.random.key(0), x)
+    report = export(Mixer(), params, x, path=tmp_path / "m.onnx", progress=False)
+    assert report.passed, report.failures
+    assert all(layer.bits and layer.exact for layer in report.layers)
+    # From channel-first patches, and of the last layer's output.
+    assert report.figures[0].transposes <= 2
+
+
 def test_openvino_runs_an_rms_norm_as_one_operation(tmp_path):
     """Its files spell it out; its CPU plugin finds it again."""
     ov = pytest.importorskip("openvino", reason="needs: pip install -e '.[openvino]'")

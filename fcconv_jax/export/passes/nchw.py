@@ -12,8 +12,9 @@ import functools
 import math
 from collections.abc import Callable, Sequence
 
-from ..graph import ELEMENTWISE, VIEWS, Graph, Node, Value
+from ..graph import ELEMENTWISE, Graph, Node, Value
 from ..shipped import channels_first, channels_last
+from .tokens import on_tokens
 from .views import (
     delay_reshapes,
     delay_views,
@@ -21,7 +22,9 @@ from .views import (
     join_views,
     keep_dims,
     share_equal,
-    shortest,
+    turns,
+    views_after,
+    views_before,
 )
 
 _IMAGES = ("conv", "pool_max", "pool_mean", "resize")
@@ -83,10 +86,10 @@ def _surround(graph: Graph, as_rows: bool, as_matrix: bool) -> None:
     rows = {node for node in graph.nodes if as_rows and _as_rows(node, makers)}
     uses = graph.uses()
     readers = {value: node for node in graph.nodes for value in node.inputs}
-    after = functools.partial(_views_after, readers=readers, uses=uses)
+    after = functools.partial(views_after, readers=readers, uses=uses)
     columns: dict[Value, int] = {}
     for node in graph.nodes:
-        tokens = _on_tokens(node, makers, columns, after) if as_matrix else None
+        tokens = on_tokens(node, makers, columns, after) if as_matrix else None
         if tokens is not None:
             nodes += tokens
             continue
@@ -116,66 +119,6 @@ def _surround(graph: Graph, as_rows: bool, as_matrix: bool) -> None:
     graph.nodes = nodes
 
 
-def _on_tokens(
-    node: Node,
-    makers: dict[Value, Node],
-    columns: dict[Value, int],
-    after: Callable[[Value], list[Node]],
-) -> list[Node] | None:
-    """Return a pointwise convolution with its views, if it is on tokens; else None.
-
-    ONNX Runtime runs a 1x1 convolution of images of one pixel as products with a
-    vector, 2 to 14 times as slowly as one on *rows*: an image of one channel whose rows
-    are the tokens, and a window as wide as a row. That takes tokens without a transpose
-    and gives a *column* of places, channel-first, for layers that follow.
-
-    Args:
-      node: the convolution.
-      makers: of the graph.
-      columns: the outputs of those before, and how many images each is.
-      after: returns the views that follow a value.
-    """
-    p = node.attrs
-    if node.op != "conv" or node.inputs[1].shape[:-2] != (1, 1) or p["groups"] > 1:
-        return None
-    if set(p["strides"]) != {1} or any(map(any, p["padding"])) or "spread" in p:
-        return None
-    x, y = node.inputs[0], node.out
-    *places, c = x.shape
-    value, maker = x, makers.get(x)
-    while value not in columns and maker and maker.op in ELEMENTWISE | {"reshape"}:
-        value = next((v for v in maker.inputs if v.data is None), maker.inputs[0])
-        maker = makers.get(value)
-    # What no norm is in front of may have come channel-first.
-    norm = maker is not None and maker.op in ("layer_norm", "rms_norm")
-    folded = math.prod(places[1:]) == 1
-    last = norm or (folded and maker is None and len(value.shape) > 2)
-    n = 1 if folded else places[0]
-    if value in columns:
-        n = columns[value]
-    elif last and value.shape[-1:] == (c,) and value.size == x.size:
-        n = value.shape[0] if len(value.shape) > 2 else 1
-    if math.prod(places) % n:  # repeated between the two layers
-        return None
-    count, features = math.prod(places) // n, y.shape[-1]
-    image, back = (Value((n, 1, count, k), x.dtype) for k in (c, features))
-    made = Value((n, features, count, 1), y.dtype)
-    turn = Node("transpose", [made], [back], {"perm": (0, 3, 2, 1)})
-    views = [turn, Node("reshape", [back], [y])]
-    inside, nodes = image, [Node("reshape", [x], [image])]
-    if value in columns:
-        inside = Value((n, c, count, 1), x.dtype)
-        nodes.append(Node("transpose", [image], [inside], {"perm": (0, 3, 2, 1)}))
-    else:
-        fewer = _turns(made, [*views, *after(y)]) < _turns(y, after(y))
-        if c == 1 or count == 1 or not (last or (folded and fewer)):
-            return None
-        node.attrs = {**p, "rows": c}
-    node.inputs, node.outputs = [inside, *node.inputs[1:]], [made]
-    columns[y] = n
-    return [*nodes, node, *views]
-
-
 def _expand_adjoints(graph: Graph) -> None:
     """Express swapped operands of products as transposes, which may cancel."""
     nodes: list[Node] = []
@@ -186,17 +129,17 @@ def _expand_adjoints(graph: Graph) -> None:
         if node.op == "matmul" and node.weight is None:
             names = ("adj_a", "adj_b")
             swapped = [node.attrs[name] for name in names]
-            turns = [0, 0]  # as it is, and as the transpose of the swapped product
+            left = [0, 0]  # as it is, and as the transpose of the swapped product
             for value, flag in zip(node.inputs, swapped):
-                root, chain = _views_before(value, makers)
-                turns[not flag] += _turns(root, [*chain, _swap(value)])
-                turns[flag] += _turns(root, chain)
+                root, chain = views_before(value, makers)
+                left[not flag] += turns(root, [*chain, _swap(value)])
+                left[flag] += turns(root, chain)
             back = _swap(_swap(node.out).out)
             back.outputs = node.outputs
-            after = _views_after(node.out, readers, uses)
-            turns[0] += _turns(node.out, after)
-            turns[1] += _turns(back.inputs[0], [back, *after])
-            if turns[1] < turns[0]:
+            after = views_after(node.out, readers, uses)
+            left[0] += turns(node.out, after)
+            left[1] += turns(back.inputs[0], [back, *after])
+            if left[1] < left[0]:
                 node.inputs = node.inputs[::-1]
                 node.attrs |= {n: not s for n, s in zip(names, swapped[::-1])}
                 node.outputs = back.inputs
@@ -216,34 +159,6 @@ def _expand_adjoints(graph: Graph) -> None:
                 node.attrs[name] = False
         nodes += [node, *behind]
     graph.nodes = nodes
-
-
-def _views_before(value: Value, makers: dict[Value, Node]) -> tuple[Value, list[Node]]:
-    """Return the views that make a value, and what the first one takes."""
-    chain: list[Node] = []
-    while (maker := makers.get(value)) and maker.op in VIEWS:
-        chain.append(maker)
-        value = maker.inputs[0]
-    return value, chain[::-1]
-
-
-def _views_after(
-    value: Value, readers: dict[Value, Node], uses: dict[Value, int]
-) -> list[Node]:
-    """Return the views that follow a value, up to one that is read in two places."""
-    chain: list[Node] = []
-    while uses[value] == 1 and (reader := readers.get(value)) and reader.op in VIEWS:
-        chain.append(reader)
-        value = reader.out
-    return chain
-
-
-def _turns(root: Value, chain: list[Node]) -> int:
-    """Return how many transposes are left of a chain of views."""
-    steps = shortest(root, chain) if chain else []
-    if steps is None:
-        return sum(node.op == "transpose" for node in chain)
-    return sum(op == "transpose" for op, _ in steps)
 
 
 def _swap(x: Value) -> Node:

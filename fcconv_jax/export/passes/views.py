@@ -111,6 +111,34 @@ def shortest(
     return steps
 
 
+def turns(root: Value, chain: list[Node]) -> int:
+    """Return how many transposes are left of a chain of views."""
+    steps = shortest(root, chain) if chain else []
+    if steps is None:
+        return sum(node.op == "transpose" for node in chain)
+    return sum(op == "transpose" for op, _ in steps)
+
+
+def views_before(value: Value, makers: dict[Value, Node]) -> tuple[Value, list[Node]]:
+    """Return the views that make a value, and what the first one takes."""
+    chain: list[Node] = []
+    while (maker := makers.get(value)) and maker.op in VIEWS:
+        chain.append(maker)
+        value = maker.inputs[0]
+    return value, chain[::-1]
+
+
+def views_after(
+    value: Value, readers: dict[Value, Node], uses: dict[Value, int]
+) -> list[Node]:
+    """Return the views that follow a value, up to one that is read in two places."""
+    chain: list[Node] = []
+    while uses[value] == 1 and (reader := readers.get(value)) and reader.op in VIEWS:
+        chain.append(reader)
+        value = reader.out
+    return chain
+
+
 def _to_ones(
     shape: tuple[int, ...], whole: Sequence[Factor], axes: Sequence[Sequence[Factor]]
 ) -> tuple[int, ...] | None:
