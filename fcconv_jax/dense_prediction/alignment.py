@@ -18,6 +18,7 @@ from .values import (
     NotSharedError,
     Part,
     at_once,
+    check_moves,
     classes_of,
     own_arrays,
     split_part,
@@ -56,6 +57,7 @@ def aligned(
             continue
         values, part = _joined(values, index)
         parts.append(part)
+    check_moves(parts)
     every = tuple(sorted({grid for value in values for grid in value.fronts}))
     values = [_with_fronts(value, every) for value in values]
     return values, tuple(parts), values[0].ranks

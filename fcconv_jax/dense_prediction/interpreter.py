@@ -45,6 +45,7 @@ from .values import (
     all_own,
     array_of,
     at_once,
+    check_moves,
 )
 
 # A scan of more steps is not written out: it runs on each crop's own arrays.
@@ -77,6 +78,11 @@ class Interpreter:
             eqn = unplaced(eqn)
         if not any(value.differs for value in values):
             return self._plain(eqn, values)
+        empty = all(0 in var.aval.shape for var in eqn.outvars)
+        if empty and not any(0 in value.shape for value in values):
+            # Without entries, arrays of all crops are the same.
+            avals = [var.aval for var in eqn.outvars]
+            return [CropArray.plain(jnp.zeros(a.shape, a.dtype)) for a in avals]
         try:
             # A custom_vjp is run whole, by crop: its body alone would lose its
             # derivative.
@@ -84,6 +90,8 @@ class Interpreter:
                 return self._body(eqn, values)
             if name in RULES:
                 outs = RULES[name](eqn, values)
+                for out in outs:
+                    check_moves(out.parts)
                 if reason := _parting(name, values, outs):
                     self.left[f"{name}: {reason}"] += 1
                 for part in (part for out in outs for part in out.parts):

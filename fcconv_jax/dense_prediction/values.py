@@ -123,6 +123,20 @@ class CropArray:
 SlideRule = Callable[[Any, Sequence[CropArray]], list[CropArray]]
 
 
+def check_moves(parts: Sequence[Part]) -> None:
+    """Refuse parts of which two move with one axis of the image.
+
+    Of such a square, as of differences between all pairs of pixels, crops share blocks
+    along its diagonal, which no map of one axis can name.
+
+    Raises:
+      NotSharedError: two of them do.
+    """
+    grids = [part.grid for part in parts if part.grid is not None]
+    if len(set(grids)) < len(grids):
+        raise NotSharedError("two axes that move with one axis of the image")
+
+
 def own_arrays(value: CropArray, grid: Grid) -> CropArray:
     """Return the value with an array for each crop along one of the image's axes."""
     index = next((i for i, p in enumerate(value.parts) if p.grid == grid), None)

@@ -167,6 +167,49 @@ def test_attention_beside_the_axis_that_slides():
     np.testing.assert_allclose(got, np.stack(want, 1), atol=1e-5)
 
 
+def pairs(x):
+    return x[:, :, None] - x[:, None, ::-1]
+
+
+@pytest.mark.parametrize(
+    "function",
+    [
+        pairs,
+        lambda x: jnp.abs(pairs(x)).max((1, 2)),
+        lambda x: pairs(x).mean(2),
+        lambda x: nn.softmax(-(pairs(x) ** 2).sum(-1)) @ x,
+        lambda x: jnp.diagonal(pairs(x), axis1=1, axis2=2),
+    ],
+)
+def test_pairs_of_pixels_along_one_axis(function, monkeypatch):
+    """Two axes of such arrays move with one of the image."""
+    monkeypatch.setattr(costs, "WORTH_WHOLE", 0.0)  # shares in any case
+    x = jax.random.normal(jax.random.key(0), (2, 23, 3))
+    got = fc.slide(function, 8, 3)(x)
+    want = [function(x[:, start : start + 8]) for start in range(0, 16, 3)]
+    np.testing.assert_allclose(got, np.stack(want, 1), atol=1e-5)
+
+
+def test_arrays_without_entries():
+    def net(kernel, x):
+        y = nn.relu(x[:, :0]).sum((1, 2))
+        outs = [
+            jax.lax.conv_general_dilated(
+                *(each, kernel, (1, 1), "VALID"),
+                dimension_numbers=("NHWC", "HWIO", "NHWC"),
+            )
+            for each in (x[:, :2], x[:, :, :0], x)
+        ]
+        return [out.sum((1, 2)) + y for out in outs]
+
+    images = jax.random.normal(jax.random.key(0), (2, 13, 11, 2))
+    kernel = jnp.ones((3, 1, 2, 2))
+    got = fc.slide(net, (6, 5), 2)(kernel, images)
+    want = net(kernel, images[:, 4:10, 2:7])
+    for one, other in zip(got, want):
+        np.testing.assert_allclose(one[:, 2, 1], other, atol=1e-5)
+
+
 def integers(rng, *shape):
     return jnp.asarray(rng.integers(-2, 3, shape), jnp.float32)
 
