@@ -228,9 +228,8 @@ def export(
         found: dict[str, Any] = {}
         if target.quantize is not None:
             found |= quantized(call, made, calibrate, labels, form, last, show)
-        report = call.report(
-            *(written, proof, [each for _, each in made.values()], notes)
-        )
+        rows = [each for _, each in made.values()]
+        report = call.report(written, proof, rows, notes)
         about = {"notes": (*report.notes, *found.pop("notes", ()))}
         report = dataclasses.replace(report, path=str(path), **about, **found)
         final = put(place, Path(path), report.passed)
@@ -302,13 +301,13 @@ class _Call:
             base, others = self.sizes.variants(changed)
         graph = self._lowered(base, leaves)
         more = self._other_sizes(others, leaves)
+        graphs = [graph, *more.values()]
         if self.sizes.batch and more:
-            repeat_rows([graph, *more.values()])
+            repeat_rows(graphs)
         fixed = not self.sizes.axes
         gemm = fixed and self.runtime.gemm
-        if gemm:
-            for each in (graph, *more.values()):
-                flatten_windows(each)
+        for each in graphs if gemm else ():
+            flatten_windows(each)
         layers = tuple(layers_of(graph))
         computed = {
             name: value.data
@@ -316,9 +315,8 @@ class _Call:
             if value.data is not None and self.runtime.write
         }
         # Constants turn with the images: they are recorded as the file has them.
-        for each in (graph, *more.values()):
-            if self.runtime.images == "first":
-                to_nchw(each, rows=fixed, columns=gemm and not self.int8, gemm=gemm)
+        for each in graphs if self.runtime.images == "first" else ():
+            to_nchw(each, rows=fixed, columns=gemm and not self.int8, gemm=gemm)
         # A constant is looked for anywhere in the file: it may equal another parameter.
         unplaced = unplaced_leaves(graph) if self.runtime.layers else graph.leaves
         record = FileRecord(
