@@ -200,7 +200,10 @@ def whole_layout(
     starts = map_[:, 0] * holes
     length = (map_.shape[1] - 1) * holes + 1
     if (np.diff(map_, axis=1) != 1).any():
-        raise ValueError("crops see the axis in another order than it has")
+        raise ValueError(
+            "expected layers that read neighbors in the image, got one behind entries "
+            "that were skipped, repeated or reversed. Pass padding='crops'."
+        )
     # Other crops see outputs that the sweep over the whole image skips.
     if (starts % stride).any():
         raise ValueError(
@@ -208,7 +211,9 @@ def whole_layout(
             "larger stride."
         )
     if low < 0 or high < 0:
-        raise ValueError("negative padding")
+        raise ValueError(
+            f"expected padding of 0 or more, got {padding}. Pass padding='crops'."
+        )
     spread = np.full((size - 1) * holes + 1, PADDING)
     spread[::holes] = np.arange(size)
     take = np.pad(spread, (low, high), constant_values=PADDING)

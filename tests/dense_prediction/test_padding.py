@@ -53,3 +53,19 @@ def test_a_stem_of_reshapes_has_a_stride():
     assert fc.slide(model, (16, 12)).report(variables, IMAGES).stride == (2, 2)
     with pytest.raises(fc.PlanError, match=r"total stride \(2, 2\), got \(3, 2\)"):
         fc.slide(model, (16, 12), (3, 2), padding="image").report(variables, IMAGES)
+
+
+@pytest.mark.parametrize("stem", ["strided slices", "repeat"])
+def test_entries_that_were_moved_are_refused_with_the_way_out(stem):
+    """A Focus stem, as in YOLOv5, and nearest upsampling."""
+
+    def model(kernel, x):
+        x = x.repeat(2, 1) if stem == "repeat" else x[:, ::2] + x[:, 1::2]
+        window = {"dimension_numbers": ("NHWC", "HWIO", "NHWC")}
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), "SAME", **window)
+
+    kernel = jax.random.normal(jax.random.key(2), (3, 3, 3, 2))
+    grid = fc.slide(model, (16, 12), 4, padding="image")
+    with pytest.raises(fc.PlanError, match="Pass padding='crops'"):
+        grid.report(kernel, IMAGES)
+    assert fc.slide(model, (16, 12), 4).report(kernel, IMAGES).positions == (9, 9)
